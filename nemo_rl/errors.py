@@ -1,0 +1,171 @@
+"""Every exception that nemo_rl raises on purpose.
+
+::
+
+    NemoRLError                         base of all; `except NemoRLError` catches what we mean to say
+    ├── ConfigError (ValueError)        a key, value or override of a configuration is wrong
+    ├── DataError (ValueError)          a data set is missing, empty or holds a broken record
+    ├── VenvError                       a Python environment cannot be described, built or used
+    │   ├── InvalidPyExecutableError (ValueError)   a py_executable string that we do not accept
+    │   ├── RuntimeEnvError (ValueError)            a runtime_env field is unknown, malformed or clashes with another
+    │   ├── LockMismatchError           uv.lock does not match pyproject.toml
+    │   ├── UnknownExtraError (ValueError)          an extra or group that the project does not have
+    │   ├── UvNotFoundError             uv is not installed
+    │   ├── VenvBuildError              uv failed; carries command, node, output tail and log path
+    │   │   └── NoSpaceError            the build ran out of disk
+    │   ├── VenvLockTimeoutError        another builder holds the lock for too long
+    │   └── IncompatibleVenvError       the venv's Python or ray is not the driver's
+    ├── ClusterError                    the Ray cluster cannot do what was asked
+    │   ├── ResourceInsufficientError   more CPUs, GPUs or nodes asked for than there are
+    │   └── NodeVenvError               making venvs ready failed on at least one node
+    ├── WorkerError                     a worker or worker group failed
+    │   ├── UnregisteredActorError (ValueError)     an FQN that the registry does not know
+    │   ├── WorkerStartError            a worker died, or never answered, while starting
+    │   └── AttestationError            a worker runs in another venv, Python or ray than it should
+    ├── ModelError                      a model cannot be loaded, or a request does not fit it
+    ├── WeightSyncError                 policy and generation disagree about the weights
+    ├── EnvironmentFailure              an RL environment failed: never a reward of 0
+    ├── TrainingError                   the loop must stop
+    │   ├── LogprobMismatchError        generation and policy log-probabilities are too far apart
+    │   └── NonFiniteError              loss or gradient is NaN or infinite
+    └── CheckpointError                 a checkpoint cannot be written, read or trusted
+
+A message says what failed, the value seen, and how to fix it. Users' mistakes also derive from `ValueError`,
+so that code which knows nothing of this package can catch them.
+"""
+
+from __future__ import annotations
+
+
+class NemoRLError(Exception):
+    """Base class of every error that nemo_rl raises on purpose."""
+
+
+class ConfigError(NemoRLError, ValueError):
+    """A configuration key, value or override is wrong."""
+
+
+class DataError(NemoRLError, ValueError):
+    """A data set is missing, empty, or holds a broken record (the message names file and line)."""
+
+
+class VenvError(NemoRLError):
+    """A Python environment cannot be described, built or used."""
+
+
+class InvalidPyExecutableError(VenvError, ValueError):
+    """A `py_executable` that is neither an interpreter's path nor an accepted `uv run ...` string."""
+
+
+class RuntimeEnvError(VenvError, ValueError):
+    """A `runtime_env` field is unknown, malformed, or cannot hold together with another."""
+
+
+class LockMismatchError(VenvError):
+    """`uv.lock` is not what `pyproject.toml` asks for."""
+
+
+class UnknownExtraError(VenvError, ValueError):
+    """An extra or dependency group that the project does not declare."""
+
+
+class UvNotFoundError(VenvError):
+    """The `uv` executable cannot be found."""
+
+
+class VenvBuildError(VenvError):
+    """uv failed to build a venv.
+
+    Attributes:
+        node: host name where the build ran.
+        command: the uv command, with secrets masked.
+        output_tail: the last lines of uv's own output.
+        log_path: file that holds the full output.
+    """
+
+    def __init__(
+        self, message: str, *, node: str = "", command: str = "", output_tail: str = "", log_path: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.node = node
+        self.command = command
+        self.output_tail = output_tail
+        self.log_path = log_path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray sends errors between processes; keyword-only fields need help to survive pickling.
+        return (_rebuild_build_error, (type(self), self.args[0], self.__dict__.copy()))
+
+
+def _rebuild_build_error(cls: type[VenvBuildError], message: str, fields: dict[str, str]) -> VenvBuildError:
+    error = cls(message)
+    error.__dict__.update(fields)
+    return error
+
+
+class NoSpaceError(VenvBuildError):
+    """A build ran out of disk space."""
+
+
+class VenvLockTimeoutError(VenvError, TimeoutError):
+    """Another process holds a venv's build lock for longer than the time-out."""
+
+
+class IncompatibleVenvError(VenvError):
+    """A venv's Python or ray version is not the driver's."""
+
+
+class ClusterError(NemoRLError):
+    """The Ray cluster cannot do what was asked."""
+
+
+class ResourceInsufficientError(ClusterError):
+    """The cluster holds fewer CPUs, GPUs or nodes than the job asks for."""
+
+
+class NodeVenvError(ClusterError):
+    """Making venvs ready failed on at least one node."""
+
+
+class WorkerError(NemoRLError):
+    """A worker or a worker group failed."""
+
+
+class UnregisteredActorError(WorkerError, ValueError):
+    """A worker class name that the registry does not know."""
+
+
+class WorkerStartError(WorkerError):
+    """A worker died or never answered while it was starting."""
+
+
+class AttestationError(WorkerError):
+    """A worker runs in another venv, Python or ray than the one it was given."""
+
+
+class ModelError(NemoRLError):
+    """A model cannot be loaded, or a request does not fit it."""
+
+
+class WeightSyncError(NemoRLError):
+    """Policy and generation workers do not hold the same weights after a sync."""
+
+
+class EnvironmentFailure(NemoRLError):
+    """An RL environment failed to judge a sample. It is never turned into a reward."""
+
+
+class TrainingError(NemoRLError):
+    """Training cannot go on."""
+
+
+class LogprobMismatchError(TrainingError):
+    """Log-probabilities from generation and from the policy differ by more than the configured bound."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient norm is NaN or infinite."""
+
+
+class CheckpointError(NemoRLError):
+    """A checkpoint cannot be written, read or trusted."""

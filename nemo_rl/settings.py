@@ -1,0 +1,204 @@
+"""Every environment variable that nemo_rl reads: name, type, default, one line of help.
+
+This module is the only reader of `os.environ` in the package. A variable is read when it is asked for, never at
+import, so a test or a job can change it at any time::
+
+    from nemo_rl import settings
+    settings.VENV_DIR.get()          # Path | None
+
+The documentation's table of environment variables is generated from `ALL`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from nemo_rl.errors import ConfigError
+
+T = TypeVar("T")
+
+ALL: dict[str, Variable] = {}
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable.
+
+    Attributes:
+        name: as it stands in the environment.
+        parse: turns the text into a value; raises `ValueError` with the reason when it cannot.
+        default: the value when the variable is unset or empty.
+        help: one line for the documentation.
+    """
+
+    name: str
+    parse: Callable[[str], T]
+    default: T
+    help: str
+
+    def __post_init__(self) -> None:
+        ALL[self.name] = self
+
+    def get(self) -> T:
+        """Read the variable now. Raises `ConfigError` when its value cannot be parsed."""
+        text = os.environ.get(self.name, "")
+        if text == "":
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{self.name}={text!r}: {error}. {self.help}") from None
+
+
+def _flag(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise ValueError("expected a positive integer")
+    return value
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ValueError("expected a positive number of seconds")
+    return value
+
+
+VENV_DIR = Variable[Path | None](
+    "NEMO_RL_VENV_DIR", Path, None, "Where worker venvs are kept. Default: venvs/ in the project root."
+)
+PROJECT_ROOT = Variable[Path | None](
+    "NEMO_RL_PROJECT_ROOT",
+    Path,
+    None,
+    "The directory with pyproject.toml and uv.lock. Default: the source tree this package is imported from.",
+)
+CACHE_DIR = Variable[Path | None](
+    "NEMO_RL_CACHE_DIR", Path, None, "Where models that the project makes are kept. Default: ~/.cache/nemo_rl."
+)
+FORCE_REBUILD_VENVS = Variable(
+    "NRL_FORCE_REBUILD_VENVS", _flag, False, "Rebuild every venv once per job on every node, whatever its digest says."
+)
+COMPILE_BYTECODE = Variable(
+    "NEMO_RL_COMPILE_BYTECODE", _flag, True, "Compile bytecode when a venv is built, so that its first import is fast."
+)
+VENV_LOCK_TIMEOUT_S = Variable(
+    "NEMO_RL_VENV_LOCK_TIMEOUT_S",
+    _positive_seconds,
+    3600.0,
+    "How long to wait, in seconds, for another process that builds the same venv.",
+)
+VENV_BUILD_TIMEOUT_S = Variable(
+    "NEMO_RL_VENV_BUILD_TIMEOUT_S", _positive_seconds, 3600.0, "How long one call of uv may take, in seconds."
+)
+UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
+PY_EXECUTABLES_SYSTEM = Variable(
+    "NEMO_RL_PY_EXECUTABLES_SYSTEM",
+    _flag,
+    False,
+    "Run every worker with the driver's own Python: for images that already hold all packages.",
+)
+VIRTUAL_CLUSTER_MAX_RETRIES = Variable(
+    "NRL_VIRTUAL_CLUSTER_MAX_RETRIES",
+    _positive_int,
+    6,
+    "How often to try to reserve a cluster's resources before giving up.",
+)
+WORKER_START_TIMEOUT_S = Variable(
+    "NEMO_RL_WORKER_START_TIMEOUT_S",
+    _positive_seconds,
+    1800.0,
+    "How long a worker group may take from its creation to its last worker being ready, in seconds.",
+)
+RAY_ADDRESS = Variable[str | None]("RAY_ADDRESS", str, None, "Address of a running Ray cluster to join.")
+CUDA_VISIBLE_DEVICES = Variable[str | None](
+    "CUDA_VISIBLE_DEVICES", str, None, "Which GPUs a local Ray cluster may use."
+)
+
+# Variables of the driver that reach its workers. Nothing else of the driver's environment does.
+FORWARDED_PREFIXES: tuple[str, ...] = (
+    "NEMO_RL_",
+    "NRL_",
+    "HF_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "TORCH",
+    "PYTORCH_",
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "VLLM_",
+    "OMP_",
+    "MKL_",
+    "WANDB_",
+    "MLFLOW_",
+)
+FORWARDED_NAMES: frozenset[str] = frozenset(
+    {"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TZ", "LANG"}
+)
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "CREDENTIAL", "PRIVATE")
+MASK = "********"
+
+
+def forwarded() -> dict[str, str]:
+    """The driver's variables that workers receive: those with a documented prefix or name, as they are now."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in FORWARDED_NAMES or name.startswith(FORWARDED_PREFIXES)
+    }
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name says that its value must not be shown."""
+    upper = name.upper()
+    return any(word in upper for word in _SECRET_WORDS)
+
+
+def masked(variables: Mapping[str, str]) -> dict[str, str]:
+    """A copy of `variables` that may be logged: values of names that look secret are replaced by `MASK`."""
+    return {name: MASK if is_secret(name) else value for name, value in variables.items()}
+
+
+def snapshot() -> dict[str, str]:
+    """A copy of this process's whole environment, for building a child's."""
+    return dict(os.environ)
+
+
+def export(variables: Mapping[str, str]) -> None:
+    """Set variables of this very process: for entry points and for a worker's own start, before it imports its stack."""
+    os.environ.update(variables)
+
+
+def project_root() -> Path:
+    """The directory that holds the project's `pyproject.toml` and `uv.lock`."""
+    return (PROJECT_ROOT.get() or Path(__file__).resolve().parent.parent).resolve()
+
+
+def venv_dir() -> Path:
+    """The directory that holds worker venvs (it may not exist yet)."""
+    return (VENV_DIR.get() or project_root() / "venvs").absolute()
+
+
+def cache_dir() -> Path:
+    """The directory for things the project makes once and keeps, such as the embedded model."""
+    return (CACHE_DIR.get() or Path.home() / ".cache" / "nemo_rl").absolute()
