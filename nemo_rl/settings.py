@@ -185,7 +185,7 @@ def snapshot() -> dict[str, str]:
 
 
 def export(variables: Mapping[str, str]) -> None:
-    """Set variables of this very process: for entry points and for a worker's own start, before it imports its stack."""
+    """Set variables of this very process: for entry points, and for a worker before it imports its stack."""
     os.environ.update(variables)
 
 

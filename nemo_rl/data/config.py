@@ -1,0 +1,56 @@
+"""The `data` section of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nemo_rl.utils.config import ConfigModel
+
+
+class DatasetConfig(ConfigModel):
+    """Where problems come from. `path` empty: the embedded generator of arithmetic problems."""
+
+    path: str | None = Field(
+        None, description="JSONL or Parquet file, or a Hugging Face data set (local directory or hub name)."
+    )
+    kind: str = Field(
+        "auto", description="auto (by path), arithmetic, jsonl, parquet, huggingface, or a registered name."
+    )
+    split: str | None = Field(None, description="Split of a Hugging Face data set.")
+    name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")
+    prompt_key: str = Field("problem", description="Column with the prompt: text, or a list of chat messages.")
+    answer_key: str = Field("answer", description="Column with the expected answer.")
+    max_num_problems: int | None = Field(None, ge=1, description="Use only the first N problems.")
+
+
+class ArithmeticConfig(ConfigModel):
+    """The embedded data set: seeded arithmetic problems of graded difficulty, disjoint train and validation splits."""
+
+    seed: int = Field(0, description="Seed of the problem order.")
+    levels: list[int] = Field(
+        default=[1], min_length=1, description="Difficulty levels to draw from (1 is the easiest)."
+    )
+    num_train: int = Field(4096, ge=1, description="Problems in the train split.")
+    num_validation: int = Field(256, ge=1, description="Problems in the validation split.")
+
+
+class DataConfig(ConfigModel):
+    """What the policy is trained and validated on."""
+
+    train: DatasetConfig = Field(default_factory=DatasetConfig)
+    validation: DatasetConfig | None = Field(
+        None, description="Validation data. Null: the generator's validation split, or none when train has a path."
+    )
+    arithmetic: ArithmeticConfig = Field(default_factory=ArithmeticConfig)
+    shuffle: bool = Field(True, description="Shuffle the train problems anew in every epoch.")
+    max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens.")
+    overlong_prompts: Literal["error", "drop"] = Field(
+        "error", description="What to do with a prompt that is longer than max_prompt_length."
+    )
+    prompt_template: str | None = Field(
+        None, description="Text with {problem}, or the path of a file with it, put around each text prompt."
+    )
+    system_prompt: str | None = Field(None, description="System message (chat models only).")
+    apply_chat_template: bool = Field(True, description="Use the tokenizer's chat template where it has one.")

@@ -1,0 +1,18 @@
+"""The `cluster` section of a configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from nemo_rl.utils.config import ConfigModel
+
+
+class ClusterConfig(ConfigModel):
+    """How many nodes and accelerators a job takes."""
+
+    num_nodes: int = Field(1, ge=1, description="Nodes to run on.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs to use on each node; 0 runs on CPUs.")
+    cpu_workers_per_node: int = Field(
+        1, ge=1, description="Policy workers on each node when gpus_per_node is 0 (data parallel)."
+    )
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one bundle when gpus_per_node is 0.")

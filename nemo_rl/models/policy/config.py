@@ -1,0 +1,88 @@
+"""The `policy` section of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.utils.config import ConfigModel
+
+EMBEDDED_MODEL = "embedded"
+
+
+class EmbeddedModelConfig(ConfigModel):
+    """The tiny Llama that the project makes itself: `policy.model_name: embedded`."""
+
+    hidden_size: int = Field(96, ge=8, description="Width of the model.")
+    num_layers: int = Field(3, ge=1, description="Transformer layers.")
+    num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
+    seed: int = Field(0, description="Seed of the initial weights and of the warm-up.")
+    warmup_steps: int = Field(200, ge=0, description="Supervised steps that teach the answer format and some skill.")
+
+
+class OptimizerConfig(ConfigModel):
+    """AdamW."""
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moment estimates.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+
+
+class SchedulerConfig(ConfigModel):
+    """Learning-rate schedule, in optimizer steps."""
+
+    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    total_steps: int | None = Field(
+        None, ge=1, description="Steps until min_lr_ratio. Null: grpo.max_num_steps' worth."
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
+
+
+class BatchingConfig(ConfigModel):
+    """Micro-batches bounded by tokens instead of by samples."""
+
+    mode: Literal["fixed", "dynamic", "packed"] = Field(
+        "fixed",
+        description="fixed: by batch size; dynamic: similar lengths together, padded; packed: sequences in one row.",
+    )
+    max_tokens: int = Field(8192, ge=1, description="Tokens of one micro-batch in the modes dynamic and packed.")
+    length_multiple: int = Field(1, ge=1, description="Micro-batch lengths are rounded up to a multiple of this.")
+
+
+class PolicyConfig(ConfigModel):
+    """The model that is trained."""
+
+    model_name: str = Field(EMBEDDED_MODEL, description="Hugging Face directory or hub name, or `embedded`.")
+    tokenizer_name: str | None = Field(None, description="Hugging Face directory or hub name. Null: the model's.")
+    embedded: EmbeddedModelConfig = Field(default_factory=EmbeddedModelConfig)
+    backend: str = Field("torch", description="A name in nemo_rl.models.policy.registry.BACKENDS.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Compute dtype; master weights are float32."
+    )
+    sharding: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="Replicate the model on every worker, or shard it (FSDP2)."
+    )
+    num_threads: int | None = Field(
+        None, ge=1, description="Torch threads of one worker on CPU. Null: its share of the CPUs."
+    )
+    attn_implementation: str = Field(
+        "sdpa", description="Attention kernel of transformers: sdpa, eager, flash_attention_2."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    max_sequence_length: int = Field(128, ge=2, description="Longest prompt plus completion in tokens.")
+    train_global_batch_size: int | None = Field(
+        None, ge=1, description="Samples per optimizer step, over all workers. Null: all samples of a step."
+    )
+    train_micro_batch_size: int = Field(64, ge=1, description="Samples per forward and backward pass of one worker.")
+    logprob_batch_size: int = Field(256, ge=1, description="Samples per forward pass for log-probabilities.")
+    batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global L2 norm of the gradient. Null: do not.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)

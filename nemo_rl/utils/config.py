@@ -1,0 +1,217 @@
+"""Typed configuration: YAML files and dotted overrides in, one checked object out.
+
+A section of the configuration is a subclass of `ConfigModel`, kept in the room that uses it. `load_config` merges
+files and command-line overrides with OmegaConf (so `${...}` interpolation works), then checks every key and value.
+Whatever is wrong is a `ConfigError` that names the key, the value seen and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined
+
+from nemo_rl.errors import ConfigError
+
+DEFAULTS_KEY = "defaults"
+
+
+class ConfigModel(BaseModel):
+    """Base class of every section: unknown keys are refused, defaults are checked like given values."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, frozen=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=ConfigModel)
+
+
+def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a configuration.
+
+    Args:
+        schema: the root section.
+        path: a YAML file. Its key `defaults: other.yaml` (relative to the file) names a file that it extends.
+        overrides: `section.key=value` strings; values are YAML. They win over the file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        check_key(schema, key.strip(), where=f"override {override!r}")
+    try:
+        merged = OmegaConf.create({}) if path is None else _read(path, seen=())
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path or 'command line'}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path or 'command line'}: {error}") from error
+    return validate(schema, content, where=str(path) if path else "command line")
+
+
+def validate(schema: type[ConfigT], content: Any, where: str) -> ConfigT:
+    """Check plain data against a section; `where` says in messages what is being read."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(schema, problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def dump_yaml(config: ConfigModel) -> str:
+    """The whole resolved configuration as YAML that `load_config` reads back to an equal object."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def check_key(schema: type[ConfigModel], key: str, where: str) -> None:
+    """Raise `ConfigError` with the nearest valid name if the dotted `key` does not exist in `schema`."""
+    current: type[ConfigModel] | None = schema
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if current is None:  # a free-form value below a leaf, such as a dict of options
+            return
+        if part not in current.model_fields:
+            raise ConfigError(f"{where}: {_unknown(current, '.'.join(parts[:depth]), part)}")
+        annotation = current.model_fields[part].annotation
+        current = _section(annotation)
+        if current is None and depth + 1 < len(parts) and not _is_mapping(annotation):
+            raise ConfigError(f"{where}: {'.'.join(parts[: depth + 1])} is a value and has no key {parts[depth + 1]!r}")
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """One documented key: dotted name, type as text, default as text, one line of help."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+def iter_keys(schema: type[ConfigModel], prefix: str = "") -> Iterator[KeyInfo]:
+    """Every leaf key of a schema, in the order of its definition."""
+    for name, field in schema.model_fields.items():
+        dotted = f"{prefix}{name}"
+        section = _section(field.annotation)
+        optional = type(None) in typing.get_args(field.annotation)
+        if section is not None and not optional:
+            yield from iter_keys(section, prefix=f"{dotted}.")
+            continue
+        default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+        text = "required" if default is PydanticUndefined else _show(default)
+        yield KeyInfo(dotted, _type_name(field.annotation), text, field.description or "")
+        if section is not None:
+            yield from iter_keys(section, prefix=f"{dotted}.")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(
+            f"{path}: `{DEFAULTS_KEY}` leads back to itself: {' -> '.join(p.name for p in (*seen, path))}"
+        )
+    if not path.is_file():
+        raise ConfigError(f"configuration file {path} does not exist{_nearest_file(path)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(content).__name__}")
+    parent = content.pop(DEFAULTS_KEY, None)
+    own = OmegaConf.create(content)
+    if parent is None:
+        return own
+    return OmegaConf.merge(_read(path.parent / str(parent), (*seen, path)), own)
+
+
+def _nearest_file(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(schema: type[ConfigModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        parent = _descend(schema, location[:-1])
+        if parent is not None:
+            return _unknown(parent, ".".join(location[:-1]), location[-1])
+    message = problem["msg"].removeprefix("Value error, ")
+    seen = "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{'.'.join(location) or 'configuration'}: {message[:1].lower()}{message[1:]}{seen}"
+
+
+def _unknown(section: type[ConfigModel], prefix: str, name: str) -> str:
+    valid = list(section.model_fields)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    dotted = f"{prefix}.{name}" if prefix else name
+    hint = f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?" if near else f"known here: {', '.join(valid)}"
+    return f"unknown key {dotted}; {hint}"
+
+
+def _descend(schema: type[ConfigModel], location: Sequence[str]) -> type[ConfigModel] | None:
+    current: type[ConfigModel] | None = schema
+    for part in location:
+        if current is None or part not in current.model_fields:
+            return None
+        current = _section(current.model_fields[part].annotation)
+    return current
+
+
+def _section(annotation: Any) -> type[ConfigModel] | None:
+    """The section class in an annotation such as `Section` or `Section | None`; None for a plain value."""
+    candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, ConfigModel):
+            return candidate
+    return None
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return any(candidate is dict or typing.get_origin(candidate) is dict for candidate in candidates)
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if _is_union(annotation):
+        return " | ".join(_type_name(a) for a in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return str(annotation) if typing.get_origin(annotation) else getattr(annotation, "__name__", str(annotation))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, ConfigModel):
+        return ""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
