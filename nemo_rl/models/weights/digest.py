@@ -1,0 +1,74 @@
+"""One digest for a set of named tensors, equal for sender and receiver whatever buffers and devices they live on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from nemo_rl.errors import WeightSyncError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in a `TensorSpec`: "float32", "bfloat16", ..."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_by_name(name: str) -> torch.dtype:
+    """The inverse of `dtype_name`. Raises `WeightSyncError` for a name that torch does not know."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise WeightSyncError(f"{name!r} is not the name of a torch dtype; expected one like 'float32' or 'bfloat16'")
+    return dtype
+
+
+class WeightDigest:
+    """XXH3-128 over name, dtype, shape and bytes of every tensor, in the order given.
+
+    Names and shapes are part of it, so that two tensors of equal bytes cannot change places; padding between tensors
+    is not, so that the layout of the buffers does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, name: str, dtype: str, shape: Iterable[int], data: npt.NDArray[np.uint8]) -> None:
+        """Take in one tensor, whose bytes in row-major order are `data`."""
+        self._hash.update(f"{name}\0{dtype}\0{tuple(shape)}\0".encode())
+        self._hash.update(memoryview(data))
+
+    def hexdigest(self) -> str:
+        """The digest of all tensors so far, 32 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The digest over tensors as they lie in this process's memory (those on a GPU are copied to the host)."""
+    digest = WeightDigest()
+    for name, tensor in named_tensors:
+        digest.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """A tensor's bytes in row-major order, one-dimensional; a view where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def check_digest(*, version: int, expected: str, found: str, where: str) -> None:
+    """Raise `WeightSyncError` unless the digests are equal.
+
+    Args:
+        version: of the weights.
+        expected: what the sender computed.
+        found: what was computed over the weights as they arrived.
+        where: who holds them, for the message.
+    """
+    if found != expected:
+        raise WeightSyncError(
+            f"weights of version {version} arrived damaged at {where}: expected digest {expected}, found {found}. "
+            "Nothing may be generated with them; restart the job from its last checkpoint."
+        )
