@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticUndefined
 
@@ -43,9 +46,6 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     for override in overrides:
         key, sign, _ = override.partition("=")
         if not sign or not key.strip():
@@ -55,10 +55,10 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
         merged = OmegaConf.create({}) if path is None else _read(path, seen=())
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'command line'}: {str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path or 'command line'}: {error}") from error
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path or 'command line'}: {' '.join(str(error).split())}") from None
     return validate(schema, content, where=str(path) if path else "command line")
 
 
@@ -73,8 +73,6 @@ def validate(schema: type[ConfigT], content: Any, where: str) -> ConfigT:
 
 def dump_yaml(config: ConfigModel) -> str:
     """The whole resolved configuration as YAML that `load_config` reads back to an equal object."""
-    import yaml
-
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -120,9 +118,6 @@ def iter_keys(schema: type[ConfigModel], prefix: str = "") -> Iterator[KeyInfo]:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Any:
-    import yaml
-    from omegaconf import OmegaConf
-
     path = path.resolve()
     if path in seen:
         raise ConfigError(

@@ -1,0 +1,160 @@
+"""From problems to judged completions, laid out for training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+
+if TYPE_CHECKING:
+    from nemo_rl.environments.interfaces import EnvironmentInterface
+    from nemo_rl.models.generation.config import SamplingConfig
+    from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
+    from nemo_rl.utils.timer import Timer
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Judged completions of N prompts with G generations each, ordered prompt by prompt (B = N * G).
+
+    Attributes:
+        batch: the training batch of `models.policy.interfaces` up to and without `advantages` and policy
+            log-probabilities, plus `group` [B] int64 (which prompt of the rollout) and `rewards` [B] float32.
+        truncated: [B] bool, completions that ended at the length limit.
+        prompts, completions: texts, B each.
+        metrics: what the environment says of the batch, without prefix.
+    """
+
+    batch: BatchedDataDict
+    truncated: torch.Tensor
+    prompts: list[str]
+    completions: list[str]
+    metrics: dict[str, float]
+
+    @property
+    def rewards(self) -> torch.Tensor:
+        """[B] float32."""
+        return self.batch["rewards"]
+
+    @property
+    def num_completion_tokens(self) -> torch.Tensor:
+        """[B] tokens generated for each completion."""
+        return self.batch["token_mask"].sum(dim=1)
+
+
+def collect(
+    problems: BatchedDataDict,
+    generation: GenerationInterface,
+    environment: EnvironmentInterface,
+    *,
+    num_generations: int,
+    seed: int,
+    timer: Timer,
+    greedy: bool = False,
+    sampling: SamplingConfig | None = None,
+) -> Rollout:
+    """Generate completions for problems and have them judged.
+
+    Args:
+        problems: N rows of `input_ids`, `input_lengths`, `prompt` (text) and `answer` (text).
+        seed: decides every draw (see `GenerationInterface.generate`).
+
+    Raises:
+        EnvironmentFailure: a completion could not be judged; nothing of the rollout is used then.
+    """
+    with timer.phase("generation"):
+        result = generation.generate(
+            problems.select_keys("input_ids", "input_lengths"),
+            seed=seed,
+            num_generations=num_generations,
+            greedy=greedy,
+            sampling=sampling,
+        )
+    prompts = [text for text in problems["prompt"] for _ in range(num_generations)]
+    answers = [text for text in problems["answer"] for _ in range(num_generations)]
+    with timer.phase("reward"):
+        judged = environment.step(result.texts, [{"ground_truth": answer} for answer in answers])
+        judged, metrics = environment.global_post_process_and_metrics(judged)
+    batch = training_batch(result)
+    batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
+    batch["rewards"] = torch.as_tensor(judged.rewards, dtype=torch.float32)
+    return Rollout(batch, result.truncated, prompts, result.texts, metrics)
+
+
+def training_batch(result: GenerationResult) -> BatchedDataDict:
+    """The completions in the layout of `models.policy.interfaces`, every completion token and sample counted."""
+    positions = torch.arange(result.output_ids.shape[1])
+    in_completion = (positions >= result.prompt_lengths[:, None]) & (positions < result.output_lengths[:, None])
+    return BatchedDataDict(
+        input_ids=result.output_ids,
+        input_lengths=result.output_lengths,
+        token_mask=in_completion.float(),
+        sample_mask=torch.ones(len(result.output_ids)),
+        generation_logprobs=result.logprobs,
+    )
+
+
+def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
+    """Several rollouts as one; groups stay apart."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    first_free = 0
+    for rollout in rollouts:
+        rollout.batch["group"] = rollout.batch["group"] + first_free
+        first_free = int(rollout.batch["group"].max()) + 1
+    sizes = [len(rollout.completions) for rollout in rollouts]
+    return Rollout(
+        batch=BatchedDataDict.from_batches([r.batch for r in rollouts], pad_value_dict={"input_ids": pad_token_id}),
+        truncated=torch.cat([r.truncated for r in rollouts]),
+        prompts=[text for r in rollouts for text in r.prompts],
+        completions=[text for r in rollouts for text in r.completions],
+        metrics=_weighted_mean([r.metrics for r in rollouts], sizes),
+    )
+
+
+def select(rollout: Rollout, rows: torch.Tensor) -> Rollout:
+    """The samples at `rows` (a boolean mask [B], or indices)."""
+    indices = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+    chosen = indices.tolist()
+    return Rollout(
+        batch=rollout.batch.select_indices(indices),
+        truncated=rollout.truncated[indices],
+        prompts=[rollout.prompts[i] for i in chosen],
+        completions=[rollout.completions[i] for i in chosen],
+        metrics=rollout.metrics,
+    )
+
+
+def draw_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on all parts and on nothing else: no generator state has to survive a restart."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the probability that at least one of k completions is right.
+
+    1 - C(n - c, k) / C(n, k), Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+
+    Raises:
+        ValueError: k is not between 1 and `num_samples`, or `num_correct` is not between 0 and `num_samples`.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
+        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, got n={num_samples}, c={num_correct}")
+    all_wrong = 1.0
+    for i in range(k):
+        all_wrong *= max(0, num_samples - num_correct - i) / (num_samples - i)
+    return 1.0 - all_wrong
+
+
+def _weighted_mean(records: list[dict[str, float]], weights: list[int]) -> dict[str, float]:
+    names = {name for record in records for name in record}
+    means = {}
+    for name in sorted(names):
+        pairs = [(record[name], weight) for record, weight in zip(records, weights) if name in record]
+        means[name] = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    return means

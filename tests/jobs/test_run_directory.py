@@ -1,0 +1,77 @@
+import subprocess
+import sys
+
+import pytest
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.run_directory import open_run_directory
+from nemo_rl.utils.config import load_config
+
+
+def config_with(*overrides):
+    return load_config(MasterConfig, None, list(overrides))
+
+
+def test_runs_are_numbered_and_an_unfinished_one_is_gone_on_with(tmp_path):
+    config = config_with()
+    first = open_run_directory(config, "job", tmp_path)
+    assert first.path == tmp_path / "job" / "001"
+    assert first.is_new
+    first.close()
+
+    again = open_run_directory(config, "job", tmp_path)
+    assert again.path == first.path
+    assert not again.is_new
+    again.finish(3, "done")
+    again.close()
+
+    assert open_run_directory(config, "job", tmp_path).path == tmp_path / "job" / "002"
+
+
+def test_another_configuration_gets_another_number(tmp_path):
+    open_run_directory(config_with(), "job", tmp_path).close()
+    assert open_run_directory(config_with("grpo.seed=7"), "job", tmp_path).path.name == "002"
+
+
+def test_a_run_in_progress_is_not_joined_by_a_numbered_one(tmp_path):
+    holder = open_run_directory(config_with(), "job", tmp_path)
+    assert open_run_directory(config_with(), "job", tmp_path).path.name == "002"
+    holder.close()
+
+
+def test_a_named_directory_in_use_is_refused_and_names_its_holder(tmp_path):
+    config = config_with(f"logger.log_dir={tmp_path / 'run'}")
+    holder = open_run_directory(config, "job")
+    with pytest.raises(ConfigError, match=r"in use by process \d+ on "):
+        open_run_directory(config, "job")
+    holder.close()
+    open_run_directory(config, "job").close()
+
+
+def test_a_killed_owner_does_not_keep_the_directory(tmp_path):
+    code = f"""
+import os, signal
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.jobs.run_directory import open_run_directory
+from nemo_rl.utils.config import load_config
+run = open_run_directory(load_config(MasterConfig, None, ["logger.log_dir={tmp_path / "run"}"]), "job")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert not open_run_directory(config_with(f"logger.log_dir={tmp_path / 'run'}"), "job").is_new
+
+
+def test_a_directory_with_another_run_is_refused_and_the_keys_are_named(tmp_path):
+    directory = f"logger.log_dir={tmp_path / 'run'}"
+    open_run_directory(config_with(directory), "job").close()
+    with pytest.raises(ConfigError, match=r"policy\.optimizer\.lr: 1e-06 -> 0\.5"):
+        open_run_directory(config_with(directory, "policy.optimizer.lr=0.5"), "job")
+    # What only says how long to train may change.
+    open_run_directory(config_with(directory, "grpo.max_num_steps=500"), "job").close()
+
+
+def test_an_unusable_directory_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be used.*logger\.log_dir"):
+        open_run_directory(config_with(f"logger.log_dir={tmp_path / 'file' / 'run'}"), "job")
