@@ -1,0 +1,141 @@
+"""Rewards to advantages, within the group of completions of one prompt.
+
+With the valid rewards r_1..r_n of one group (masked samples are left out of n and of every sum):
+
+    leave_one_out   A_i = r_i - sum_{j != i} r_j / (n - 1)
+                    Kool, van Hoof & Welling (2019), "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; for language
+                    models Ahmadian et al. (2024), arXiv:2402.14740, the RLOO estimator. Unbiased, because the
+                    baseline does not depend on sample i. Equal to n / (n - 1) times the mean-baseline advantage.
+    mean            A_i = r_i - sum_j r_j / n
+                    Shao et al. (2024), GRPO, arXiv:2402.03300, section 4.1.2, the numerator.
+    normalize_std   A_i / (s + 1e-6), with s^2 = sum_j (r_j - mean)^2 / (n - 1)
+                    Same section, the denominator. Liu et al. (2025), "Dr. GRPO", arXiv:2503.20783, section 3.1, says
+                    what it costs: groups that are nearly all right or all wrong weigh more than the objective says.
+
+The standard deviation is that of the *whole* group's valid rewards, with either baseline, and never that of "the
+others": where one sample alone differs from the rest, the others' deviation is 0, and the only informative sample of
+the group would have an infinite advantage or none. It is Bessel-corrected, as in common implementations; the paper
+leaves it open.
+
+Always 0, exactly: masked samples, groups with a single valid sample, groups whose valid rewards are all equal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_rl.errors import EnvironmentFailure
+
+if TYPE_CHECKING:
+    from nemo_rl.algorithms.config import AdvantageConfig
+
+# Rewards that differ by rounding only must not be blown up to unit variance.
+STD_EPSILON = 1e-6
+
+
+def compute_advantages(
+    rewards: torch.Tensor,
+    groups: torch.Tensor | int,
+    config: AdvantageConfig,
+    sample_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Advantages of a batch of samples, by the formulas at the top of this module.
+
+    Args:
+        rewards: [B] real numbers.
+        groups: [B] integer ids, equal for the completions of one prompt, in any order; or the number of completions
+            per prompt, where those of one prompt follow one another.
+        config: which baseline, and whether to divide by the standard deviation.
+        sample_mask: [B]; 0 leaves a sample out of its group. None: all count.
+
+    Returns:
+        [B] float32 (float64 if the rewards are), on the rewards' device.
+
+    Raises:
+        ValueError: shapes, dtypes or the group size do not fit.
+        EnvironmentFailure: the reward of a sample that counts is NaN or infinite.
+    """
+    valid, index, num_groups = _check(rewards, groups, sample_mask)
+    # float64, so that the result does not depend on the order of the samples beyond float32's resolution.
+    values = torch.where(valid, rewards.double(), 0.0)
+    counts = _group_sum(valid.double(), index, num_groups)
+    means = _group_sum(values, index, num_groups) / counts.clamp(min=1.0)
+    deviations = torch.where(valid, values - means[index], 0.0)
+    advantages = deviations
+    if config.baseline == "leave_one_out":
+        advantages = deviations * (counts / (counts - 1.0).clamp(min=1.0))[index]
+    if config.normalize_std:
+        variances = _group_sum(deviations.square(), index, num_groups) / (counts - 1.0).clamp(min=1.0)
+        advantages = advantages / (variances.sqrt() + STD_EPSILON)[index]
+    # Equal rewards must give exactly 0: their float mean may differ from them by rounding.
+    signal = valid & _spread(values, valid, index, num_groups)[index]
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return torch.where(signal, advantages, 0.0).to(dtype)
+
+
+def group_has_signal(
+    rewards: torch.Tensor, groups: torch.Tensor | int, sample_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which samples belong to a group that teaches something: at least two valid samples with different rewards.
+
+    Dynamic sampling keeps these groups and draws others for the rest: Yu et al. (2025), DAPO, arXiv:2503.14476,
+    equation 11 (there for rewards of right and wrong only: neither all right nor all wrong).
+
+    Args and errors: as in `compute_advantages`.
+
+    Returns:
+        [B] bool, equal for all samples of a group, masked ones included.
+    """
+    valid, index, num_groups = _check(rewards, groups, sample_mask)
+    values = torch.where(valid, rewards.double(), 0.0)
+    return _spread(values, valid, index, num_groups)[index]
+
+
+def _check(
+    rewards: torch.Tensor, groups: torch.Tensor | int, sample_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Validity [B] bool, dense group index [B] in [0, number of groups), number of groups."""
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards must have the shape [B], got {list(rewards.shape)}")
+    if isinstance(groups, int):
+        if groups < 1 or len(rewards) % groups:
+            raise ValueError(f"{len(rewards)} rewards cannot be split into groups of {groups}")
+        index = torch.arange(len(rewards), device=rewards.device) // groups
+        num_groups = len(rewards) // groups
+    else:
+        if groups.shape != rewards.shape or groups.is_floating_point():
+            raise ValueError(
+                f"group ids must be integers of the shape {list(rewards.shape)} of the rewards, "
+                f"got {groups.dtype} {list(groups.shape)}"
+            )
+        ids, index = torch.unique(groups.to(rewards.device), return_inverse=True)
+        num_groups = len(ids)
+    if sample_mask is None:
+        valid = torch.ones_like(rewards, dtype=torch.bool)
+    elif sample_mask.shape != rewards.shape:
+        raise ValueError(f"sample_mask has the shape {list(sample_mask.shape)}, the rewards {list(rewards.shape)}")
+    else:
+        valid = sample_mask.to(rewards.device) > 0
+    broken = (valid & ~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if broken:
+        raise EnvironmentFailure(
+            f"the reward of sample {broken[0]} is {rewards[broken[0]].item()} "
+            f"({len(broken)} of {len(rewards)} samples): a reward must be finite; "
+            "leave a sample that could not be judged out by sample_mask=0"
+        )
+    return valid, index, num_groups
+
+
+def _group_sum(values: torch.Tensor, index: torch.Tensor, num_groups: int) -> torch.Tensor:
+    return values.new_zeros(num_groups).index_add_(0, index, values)
+
+
+def _spread(values: torch.Tensor, valid: torch.Tensor, index: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[number of groups] bool: the valid values of the group are not all equal."""
+    low = values.new_full((num_groups,), torch.inf)
+    high = -low
+    low = low.scatter_reduce(0, index, torch.where(valid, values, torch.inf), "amin")
+    high = high.scatter_reduce(0, index, torch.where(valid, values, -torch.inf), "amax")
+    return high > low

@@ -1,0 +1,407 @@
+"""The clipped policy-gradient loss against hand-computed values, a slow reference and exact expectations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_rl.algorithms.config import LossConfig
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+
+Batch = dict[str, torch.Tensor]
+# Clips, dual clip and truncation all bite on the batches below.
+TIGHT = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.25, "dual_clip": 1.5, "importance_cap": 1.2}
+
+
+def make_batch(rows: int, length: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Batch]:
+    """Random log-probabilities of a policy, and a batch whose old policies lie around it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    logprobs = -noise(rows, length).abs() - 0.1
+    batch = {
+        "token_mask": (torch.rand(rows, length, generator=generator) < 0.7).to(dtype),
+        "sample_mask": (torch.rand(rows, generator=generator) < 0.8).to(dtype),
+        "advantages": noise(rows),
+        "prev_logprobs": logprobs + 0.3 * noise(rows, length),
+        "generation_logprobs": logprobs + 0.3 * noise(rows, length),
+        "reference_policy_logprobs": logprobs + 0.5 * noise(rows, length),
+    }
+    batch["token_mask"][0, 1], batch["sample_mask"][0] = 1, 1  # never empty as a whole
+    return logprobs, batch
+
+
+def counts(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return (batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]).sum(), batch["sample_mask"].sum()
+
+
+def apply(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return ClippedPGLoss(config)(logprobs, batch, *counts(batch))
+
+
+def slow_reference(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> dict[str, float]:
+    """Loss and metrics token by token, with the standard library only."""
+    data = {name: value.tolist() for name, value in batch.items()}
+    sums = dict.fromkeys(
+        ("ratio_mean", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl", "entropy_estimate",
+         "importance_weight_mean", "importance_truncated_fraction", "generation_kl"), 0.0
+    )  # fmt: skip
+    ratios, raw_weights, num_tokens, num_samples = [], [], 0, 0
+    per_sample: list[list[tuple[float, float]]] = []
+    for i, row in enumerate(logprobs.tolist()):
+        if not data["sample_mask"][i]:
+            continue
+        num_samples += 1
+        counted = [t for t in range(1, len(row)) if data["token_mask"][i][t]]
+        advantage = data["advantages"][i]
+        per_sample.append([])
+        whole = math.prod(
+            math.exp(data["prev_logprobs"][i][t]) / math.exp(data["generation_logprobs"][i][t]) for t in counted
+        )
+        for t in counted:
+            num_tokens += 1
+            old, gen, ref = (data[f"{name}_logprobs"][i][t] for name in ("prev", "generation", "reference_policy"))
+            ratio = math.exp(row[t]) / math.exp(old)
+            low, high = 1 - config.clip_ratio_low, 1 + config.clip_ratio_high
+            surrogate = min(ratio * advantage, min(max(ratio, low), high) * advantage)
+            if config.dual_clip is not None and advantage < 0:
+                surrogate = max(surrogate, config.dual_clip * advantage)
+                sums["clip_fraction_dual"] += ratio > config.dual_clip
+            raw = whole if config.importance_correction == "sequence" else math.exp(old) / math.exp(gen)
+            cap = config.importance_cap or math.inf
+            weight = 1.0 if config.importance_correction == "none" else min(raw, cap)
+            inverse = math.exp(ref) / math.exp(row[t])  # pi_ref / pi, as Schulman's note has it
+            kl = {
+                "k1": -math.log(inverse),
+                "k2": math.log(inverse) ** 2 / 2,
+                "k3": inverse - 1 - math.log(inverse),
+            }[config.kl_estimator]
+            per_sample[-1].append((-weight * surrogate, kl))
+            ratios.append(ratio)
+            raw_weights.append(raw)
+            mismatch = math.exp(old) / math.exp(gen)
+            sums["ratio_mean"] += ratio
+            sums["clip_fraction_low"] += advantage < 0 and ratio < low
+            sums["clip_fraction_high"] += advantage > 0 and ratio > high
+            sums["approx_kl"] += ratio - 1 - math.log(ratio)
+            sums["entropy_estimate"] -= row[t]
+            sums["importance_weight_mean"] += weight
+            sums["importance_truncated_fraction"] += raw > cap
+            sums["generation_kl"] += mismatch - 1 - math.log(mismatch)
+    result = {name: value / num_tokens for name, value in sums.items()}
+    for position, name in enumerate(("policy_loss", "kl")):
+        if config.aggregation == "token":
+            result[name] = sum(token[position] for tokens in per_sample for token in tokens) / num_tokens
+        else:
+            means = [sum(token[position] for token in tokens) / len(tokens) for tokens in per_sample if tokens]
+            result[name] = sum(means) / num_samples
+    result["loss"] = result["policy_loss"] + config.kl_coef * result["kl"]
+    result |= {"ratio_max": max(ratios), "ratio_min": min(ratios), "importance_weight_max": max(raw_weights)}
+    return result
+
+
+def one_token(ratio: float, advantage: float, **options: Any) -> float:
+    """The loss of a single token whose ratio to the previous policy is `ratio`."""
+    logprobs = torch.tensor([[0.0, math.log(0.25 * ratio)]], dtype=torch.float64)
+    old = torch.tensor([[0.0, math.log(0.25)]], dtype=torch.float64)
+    batch = {
+        "token_mask": torch.tensor([[0.0, 1.0]]),
+        "sample_mask": torch.ones(1),
+        "advantages": torch.tensor([advantage]),
+        "prev_logprobs": old,
+        "generation_logprobs": old,
+    }
+    return apply(LossConfig(**options), logprobs, batch)[0].item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [
+        (1.0, 2.0, -2.0),  # on policy: -A
+        (1.1, 2.0, -2.2),  # inside the clip range: -rA
+        (2.0, 2.0, -2.6),  # above 1 + 0.3 with A > 0: clipped
+        (0.5, 2.0, -1.0),  # below 1 - 0.2 with A > 0: the clip must not hide a good token made unlikely
+        (2.0, -2.0, 4.0),  # above with A < 0: nor a bad one made likely
+        (0.5, -2.0, 1.6),  # below with A < 0: clipped
+        (2.0, 0.0, 0.0),
+    ],
+)
+def test_asymmetric_clip_by_hand(ratio: float, advantage: float, loss: float) -> None:
+    assert one_token(ratio, advantage, clip_ratio_low=0.2, clip_ratio_high=0.3) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [(10.0, -2.0, 6.0), (2.0, -2.0, 4.0), (0.5, -2.0, 1.6), (10.0, 2.0, -2.4), (1.0, -2.0, 2.0)],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float) -> None:
+    assert one_token(ratio, advantage, dual_clip=3.0) == pytest.approx(loss)
+
+
+def two_samples() -> tuple[torch.Tensor, Batch]:
+    """One token with advantage 3 and three tokens with advantage -1, on policy."""
+    logprobs = torch.full((2, 5), -1.0, dtype=torch.float64)
+    return logprobs, {
+        "token_mask": torch.tensor([[0.0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]),
+        "sample_mask": torch.ones(2),
+        "advantages": torch.tensor([3.0, -1.0]),
+        "prev_logprobs": logprobs,
+        "generation_logprobs": logprobs,
+    }
+
+
+def test_aggregation_by_hand() -> None:
+    logprobs, batch = two_samples()
+    assert apply(LossConfig(aggregation="token"), logprobs, batch)[0].item() == pytest.approx((-3 + 3 * 1) / 4)
+    assert apply(LossConfig(aggregation="sequence"), logprobs, batch)[0].item() == pytest.approx((-3 + 1) / 2)
+
+
+def test_importance_correction_by_hand() -> None:
+    logprobs, batch = two_samples()
+    # The generator found each token 1.5 times less likely than the policy does.
+    batch["generation_logprobs"] = logprobs - math.log(1.5)
+    token = apply(LossConfig(importance_correction="token"), logprobs, batch)
+    assert token[0].item() == pytest.approx(1.5 * (-3 + 3) / 4)
+    assert token[1]["importance_weight_mean"].item() == pytest.approx(1.5)
+    # Whole completions: 1.5 for the first, 1.5^3 = 3.375, truncated at 2, for the second.
+    sequence = apply(LossConfig(importance_correction="sequence"), logprobs, batch)
+    assert sequence[0].item() == pytest.approx((1.5 * -3 + 2 * 3) / 4)
+    assert sequence[1]["importance_weight_max"].item() == pytest.approx(3.375)
+    assert sequence[1]["importance_truncated_fraction"].item() == pytest.approx(3 / 4)
+    untruncated = apply(LossConfig(importance_correction="sequence", importance_cap=None), logprobs, batch)
+    assert untruncated[0].item() == pytest.approx((1.5 * -3 + 3.375 * 3) / 4)
+    assert apply(LossConfig(importance_correction="none"), logprobs, batch)[0].item() == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", 0.5 - 1 + math.log(2))],
+)
+def test_kl_by_hand(estimator: Any, expected: float) -> None:
+    logprobs, batch = two_samples()
+    batch["reference_policy_logprobs"] = logprobs - math.log(2)  # pi = 2 pi_ref
+    config = LossConfig(kl_coef=0.1, kl_estimator=estimator)
+    loss, metrics = apply(config, logprobs, batch)
+    assert metrics["kl"].item() == pytest.approx(expected)
+    assert loss.item() == pytest.approx(metrics["policy_loss"].item() + 0.1 * expected)
+
+
+def exact_kl_gradient(estimator: Any, theta: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Expected gradient of the KL term over all tokens of a small vocabulary, weighted by the policy's probability."""
+    expected = torch.zeros_like(theta)
+    for token in range(len(theta)):
+        logits = theta.clone().requires_grad_()
+        logprob = logits.log_softmax(0)[token]
+        row = torch.stack([logprob.new_zeros(()), logprob])[None]
+        batch = {
+            "token_mask": torch.ones(1, 2),
+            "sample_mask": torch.ones(1),
+            "advantages": torch.zeros(1),
+            "prev_logprobs": row.detach(),
+            "reference_policy_logprobs": torch.stack([torch.zeros(()), reference.log_softmax(0)[token]])[None],
+        }
+        config = LossConfig(kl_coef=1.0, kl_estimator=estimator, importance_correction="none")
+        apply(config, row, batch)[0].backward()
+        assert logits.grad is not None
+        expected += theta.softmax(0)[token] * logits.grad
+    return expected
+
+
+@pytest.mark.parametrize(("estimator", "direction"), [("k1", "reverse"), ("k2", "reverse"), ("k3", "forward")])
+def test_expected_gradient_of_each_kl_estimator(estimator: str, direction: str) -> None:
+    """k1 and k2 descend KL(pi || ref); k3 descends KL(ref || pi), as the docstring says."""
+    theta = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64)
+    reference = torch.tensor([-0.5, 0.4, 0.9, -1.0], dtype=torch.float64)
+    logits = theta.clone().requires_grad_()
+    policy, ref = logits.log_softmax(0), reference.log_softmax(0)
+    reverse, forward = (policy.exp() * (policy - ref)).sum(), (ref.exp() * (ref - policy)).sum()
+    (exact,) = torch.autograd.grad(reverse if direction == "reverse" else forward, logits)
+    torch.testing.assert_close(exact_kl_gradient(estimator, theta, reference), exact)
+
+
+def test_gradient_of_the_plain_loss_is_the_policy_gradient() -> None:
+    """On policy and without extras: -A * grad(log pi) / number of tokens."""
+    logprobs, batch = two_samples()
+    leaf = logprobs.clone().requires_grad_()
+    apply(LossConfig(), leaf, batch)[0].backward()
+    advantages = batch["advantages"][:, None].double()
+    torch.testing.assert_close(leaf.grad, -advantages * batch["token_mask"].double() / 4)
+
+
+ALL_VARIANTS = [
+    LossConfig(aggregation=a, kl_coef=0.3, kl_estimator=k, importance_correction=i, **TIGHT)  # type: ignore[arg-type]
+    for a in ("token", "sequence")
+    for k in ("k1", "k2", "k3")
+    for i in ("none", "token", "sequence")
+]
+
+
+def variant_name(config: LossConfig) -> str:
+    return f"{config.aggregation}-{config.kl_estimator}-{config.importance_correction}"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(ALL_VARIANTS), st.integers(1, 5), st.integers(2, 7), st.integers(0, 10**6))
+def test_equals_the_slow_reference(config: LossConfig, rows: int, length: int, seed: int) -> None:
+    logprobs, batch = make_batch(rows, length, seed)
+    loss, metrics = apply(config, logprobs, batch)
+    expected = slow_reference(config, logprobs, batch)
+    assert loss.item() == pytest.approx(expected["loss"])
+    for name, value in metrics.items():
+        assert value.item() == pytest.approx(expected[name], abs=1e-12), name
+    assert set(expected) - set(metrics) <= {
+        "loss",
+        *(n for n in expected if config.importance_correction == "none" and n.startswith(("importance", "generation"))),
+    }
+
+
+@pytest.mark.parametrize("config", [c for c in ALL_VARIANTS if c.kl_estimator != "k1"], ids=variant_name)
+def test_gradient_equals_finite_differences(config: LossConfig) -> None:
+    logprobs, batch = make_batch(3, 5, seed=7)
+    torch.autograd.gradcheck(lambda x: apply(config, x, batch)[0], logprobs.requires_grad_(), eps=1e-7, atol=1e-5)
+
+
+def test_gradient_of_k1_equals_that_of_k2() -> None:
+    """k1's gradient is not that of its value (see the docstring), so finite differences do not apply to it."""
+    logprobs, batch = make_batch(3, 5, seed=7)
+    gradients = []
+    for estimator in ("k1", "k2"):
+        leaf = logprobs.clone().requires_grad_()
+        apply(LossConfig(kl_coef=0.3, kl_estimator=estimator), leaf, batch)[0].backward()  # type: ignore[arg-type]
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(ALL_VARIANTS), st.integers(2, 8), st.integers(0, 10**6), st.lists(st.integers(1, 7), max_size=4))
+def test_micro_batches_add_up(config: LossConfig, rows: int, seed: int, cuts: list[int]) -> None:
+    logprobs, batch = make_batch(rows, 6, seed)
+    whole = logprobs.clone().requires_grad_()
+    loss, metrics = apply(config, whole, batch)
+    loss.backward()
+    parts = logprobs.clone().requires_grad_()
+    edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
+    total, reduced = 0.0, dict[str, float]()
+    for start, end in itertools.pairwise(edges):
+        part = {name: value[start:end] for name, value in batch.items()}
+        piece, piece_metrics = ClippedPGLoss(config)(parts[start:end], part, *counts(batch))
+        piece.backward()
+        total += piece.item()
+        for name, value in piece_metrics.items():
+            join = max if name.endswith("_max") else min if name.endswith("_min") else (lambda a, b: a + b)
+            reduced[name] = join(reduced[name], value.item()) if name in reduced else value.item()
+    assert total == pytest.approx(loss.item(), abs=1e-12)
+    torch.testing.assert_close(parts.grad, whole.grad)
+    for name, value in metrics.items():
+        assert reduced[name] == pytest.approx(value.item(), abs=1e-12), name
+
+
+@pytest.mark.parametrize("config", ALL_VARIANTS, ids=variant_name)
+def test_what_does_not_count_cannot_matter(config: LossConfig) -> None:
+    """Poison in masked tokens, masked samples and position 0 reaches neither loss, metrics nor gradient."""
+    logprobs, batch = make_batch(6, 6, seed=3)
+    batch["sample_mask"][2] = 0
+    clean = logprobs.clone().requires_grad_()
+    loss, metrics = apply(config, clean, batch)
+    loss.backward()
+    off = batch["token_mask"] * batch["sample_mask"][:, None] == 0
+    off[:, 0] = True
+    poisoned = {name: value.clone() for name, value in batch.items()}
+    for name, poison in [("prev", -math.inf), ("generation", math.nan), ("reference_policy", math.inf)]:
+        poisoned[f"{name}_logprobs"][off] = poison
+    poisoned["advantages"][batch["sample_mask"] == 0] = math.nan
+    dirty = logprobs.clone()
+    dirty[off] = -math.inf
+    dirty.requires_grad_()
+    other_loss, other_metrics = apply(config, dirty, poisoned)
+    other_loss.backward()
+    torch.testing.assert_close(other_loss, loss)
+    torch.testing.assert_close(other_metrics, metrics)
+    torch.testing.assert_close(dirty.grad, clean.grad)
+    assert (clean.grad[off] == 0).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("config", ALL_VARIANTS, ids=variant_name)
+def test_nothing_counts(config: LossConfig) -> None:
+    """A fully masked micro-batch is neutral; so is a batch of prompts only (T = 1)."""
+    logprobs, batch = make_batch(2, 4, seed=1)
+    batch["sample_mask"] = torch.zeros(2)
+    loss, metrics = apply(config, logprobs.requires_grad_(), batch)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not logprobs.grad.any()  # type: ignore[union-attr]
+    assert metrics.pop("ratio_max").item() == -math.inf
+    assert metrics.pop("ratio_min").item() == math.inf
+    assert metrics.pop("importance_weight_max", torch.tensor(-math.inf)).item() == -math.inf
+    assert all(value.item() == 0.0 for value in metrics.values())
+    prompts_only = {name: value[:, :1] if value.ndim > 1 else value for name, value in batch.items()}
+    assert apply(config, torch.zeros(2, 1), prompts_only)[0].item() == 0.0
+
+
+def test_metrics_are_detached_scalars() -> None:
+    logprobs, batch = make_batch(4, 6, seed=2)
+    _, metrics = apply(LossConfig(kl_coef=0.1), logprobs.requires_grad_(), batch)
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+
+
+def test_no_gradient_reaches_the_old_policies() -> None:
+    logprobs, batch = make_batch(4, 6, seed=2)
+    old = [batch[name].requires_grad_() for name in ("prev_logprobs", "generation_logprobs")]
+    apply(LossConfig(), logprobs.requires_grad_(), batch)[0].backward()
+    assert [tensor.grad for tensor in old] == [None, None]
+
+
+def test_kl_is_a_metric_even_without_weight() -> None:
+    logprobs, batch = make_batch(4, 6, seed=2)
+    loss, metrics = apply(LossConfig(kl_coef=0.0), logprobs, batch)
+    assert metrics["kl"].item() > 0
+    assert loss.item() == metrics["policy_loss"].item()
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "needed_by"),
+    [
+        ({"kl_coef": 0.1}, "reference_policy_logprobs", "loss.kl_coef > 0"),
+        ({"importance_correction": "token"}, "generation_logprobs", "loss.importance_correction=token"),
+        ({}, "prev_logprobs", "the loss"),
+    ],
+)
+def test_a_missing_key_is_named(options: dict[str, Any], missing: str, needed_by: str) -> None:
+    logprobs, batch = make_batch(2, 4, seed=2)
+    del batch[missing]
+    with pytest.raises(ValueError, match=f"{needed_by} needs '{missing}'"):
+        apply(LossConfig(**options), logprobs, batch)
+
+
+def test_a_wrong_shape_is_named() -> None:
+    logprobs, batch = make_batch(2, 4, seed=2)
+    batch["prev_logprobs"] = batch["prev_logprobs"][:, 1:]
+    with pytest.raises(ValueError, match=r"'prev_logprobs' has the shape \[2, 3\], expected \[2, 4\]"):
+        apply(LossConfig(), logprobs, batch)
+
+
+def test_a_pickled_loss_needs_torch_only(tmp_path: Any) -> None:
+    """It is unpickled in every policy worker's venv, whatever else that holds."""
+    loss_fn = ClippedPGLoss(LossConfig(kl_coef=0.1, **TIGHT))  # type: ignore[arg-type]
+    logprobs, batch = make_batch(3, 5, seed=5)
+    (tmp_path / "case.pkl").write_bytes(pickle.dumps((loss_fn, logprobs, batch, counts(batch))))
+    program = (
+        "import pickle, sys; sys.modules['pydantic'] = None\n"
+        f"loss_fn, *args = pickle.load(open({str(tmp_path / 'case.pkl')!r}, 'rb'))\n"
+        "sys.stdout.write(repr(loss_fn(args[0], args[1], *args[2])[0].item()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == loss_fn(logprobs, batch, *counts(batch))[0].item()
