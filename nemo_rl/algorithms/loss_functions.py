@@ -38,7 +38,8 @@ class _Tokens:
 class ClippedPGLoss:
     """The clipped policy-gradient surrogate of PPO, GRPO and DAPO, with a KL term and importance correction.
 
-    Per token t of sample i, with pi the policy being trained, pi_prev the policy before the step (`prev_logprobs`),
+    Per token t of sample i, with pi the policy being trained, pi_prev the policy before the step (`prev_logprobs`;
+    where the batch has none it is pi itself, without gradient),
     pi_gen the generator (`generation_logprobs`), A_i the advantage, and r = pi / pi_prev:
 
         surrogate   min(r A, clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high) A)
@@ -147,7 +148,10 @@ class ClippedPGLoss:
         token_mask = _field(batch, "token_mask", "the loss", shape, logprobs)[:, 1:]
         sample_mask = _field(batch, "sample_mask", "the loss", rows, logprobs)
         mask = token_mask * sample_mask[:, None]
-        previous = _field(batch, "prev_logprobs", "the loss", shape, logprobs)[:, 1:]
+        # Without `prev_logprobs` this is the first update on the batch: the policy before the step is this very one.
+        previous = logprobs.detach()[:, 1:]
+        if "prev_logprobs" in batch:
+            previous = _field(batch, "prev_logprobs", "the loss", shape, logprobs)[:, 1:]
         advantages = _field(batch, "advantages", "the loss", rows, logprobs)
         # Whatever stands at a position that does not count (padding may hold -inf) must not reach value or gradient.
         current = torch.where(mask > 0, logprobs[:, 1:], 0.0)

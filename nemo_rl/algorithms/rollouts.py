@@ -68,7 +68,7 @@ def collect(
     """
     with timer.phase("generation"):
         result = generation.generate(
-            problems.select_keys("input_ids", "input_lengths"),
+            BatchedDataDict({key: problems[key] for key in ("input_ids", "input_lengths")}),
             seed=seed,
             num_generations=num_generations,
             greedy=greedy,

@@ -84,7 +84,7 @@ def _parser(schema: type[ConfigModel], default_config: Path) -> argparse.Argumen
     parser = argparse.ArgumentParser(add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-h", "--help", action=_KeyListing, schema=schema)
     parser.add_argument(
-        "--config", type=Path, default=default_config, metavar="FILE", help=f"YAML file (default: {default_config.name})"
+        "--config", type=Path, default=default_config, metavar="FILE", help=f"YAML (default: {default_config.name})"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument(

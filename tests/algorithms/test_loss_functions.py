@@ -370,12 +370,27 @@ def test_kl_is_a_metric_even_without_weight() -> None:
     assert loss.item() == metrics["policy_loss"].item()
 
 
+def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
+    logprobs, batch = make_batch(3, 6, seed=11)
+    logprobs.requires_grad_()
+    on_policy = batch | {"prev_logprobs": logprobs.detach()}
+    expected, expected_metrics = apply(LossConfig(kl_coef=0.1), logprobs, on_policy)
+    (expected_gradient,) = torch.autograd.grad(expected, logprobs)
+    batch.pop("prev_logprobs")
+    loss, metrics = apply(LossConfig(kl_coef=0.1), logprobs, batch)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+    assert metrics == expected_metrics
+    assert metrics["ratio_mean"].item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "missing", "needed_by"),
     [
         ({"kl_coef": 0.1}, "reference_policy_logprobs", "loss.kl_coef > 0"),
         ({"importance_correction": "token"}, "generation_logprobs", "loss.importance_correction=token"),
-        ({}, "prev_logprobs", "the loss"),
+        ({}, "advantages", "the loss"),
     ],
 )
 def test_a_missing_key_is_named(options: dict[str, Any], missing: str, needed_by: str) -> None:

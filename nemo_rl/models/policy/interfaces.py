@@ -8,7 +8,8 @@ Layout of a training batch (`BatchedDataDict`), B samples padded on the right to
     sample_mask                  [B]    float32  0 leaves a whole sample out of the loss
     advantages                   [B]    float32
     generation_logprobs          [B, T] float32  what the generator reported when it sampled
-    prev_logprobs                [B, T] float32  of the policy before the step
+    prev_logprobs                [B, T] float32  of the policy before the step; left out where that is the policy
+                                                 being trained, which is so in the first update on a batch
     reference_policy_logprobs    [B, T] float32  only with a KL term
 
 Every log-probability at [b, t] is that of token t given the tokens before it, at temperature 1 unless said

@@ -1,0 +1,281 @@
+"""The loop, with fakes at its protocol seams: a policy that is one number, a generator that answers with it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.grpo import GRPO
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.environments.interfaces import EnvironmentReturn
+from nemo_rl.errors import EnvironmentFailure, LogprobMismatchError, WeightSyncError
+from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.policy.interfaces import TrainResult
+from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.utils.checkpoint import CheckpointStore
+from nemo_rl.utils.config import load_config
+
+PAD = 0
+
+
+@dataclass
+class FakePolicy:
+    """`skill` grows by the mean positive advantage; a completion is right with probability `skill`."""
+
+    skill: float = 0.3
+    batches: list[BatchedDataDict] = field(default_factory=list)
+    logprob_offset: float = 0.0
+
+    def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
+        return batch["generation_logprobs"] + self.logprob_offset * batch["token_mask"]
+
+    def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
+        return torch.zeros_like(batch["generation_logprobs"])
+
+    def train(self, batch: BatchedDataDict, loss_fn: Any) -> TrainResult:
+        self.batches.append(batch)
+        self.skill += 0.01 * float(batch["advantages"].clamp(min=0).mean())
+        return TrainResult({"loss": -self.skill, "grad_norm": 1.0})
+
+    def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
+        return WeightUpdate(version, "fake", (), digest=repr(self.skill))
+
+    def save_checkpoint(self, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "skill").write_text(repr(self.skill))
+
+    def load_checkpoint(self, directory: Path) -> None:
+        self.skill = float((directory / "skill").read_text())
+
+
+@dataclass
+class FakeGeneration:
+    weights: str | None = None
+    corrupt: bool = False
+    num_calls: int = 0
+    syncs: list[int] = field(default_factory=list)
+
+    def update_weights(self, update: WeightUpdate) -> str:
+        self.syncs.append(update.version)
+        self.weights = "garbage" if self.corrupt else update.digest
+        return self.weights
+
+    def generate(self, prompts, *, seed, num_generations=1, greedy=False, sampling=None) -> GenerationResult:
+        self.num_calls += 1
+        count = prompts.size * num_generations
+        right = np.random.default_rng(seed).random(count) < float(self.weights)
+        ids = torch.full((count, 3), 7)
+        return GenerationResult(
+            output_ids=ids,
+            output_lengths=torch.full((count,), 3),
+            prompt_lengths=torch.ones(count, dtype=torch.long),
+            logprobs=torch.tensor([[0.0, -1.0, -1.0]]).repeat(count, 1),
+            sampling_logprobs=torch.zeros(count, 3),
+            truncated=torch.zeros(count, dtype=torch.bool),
+            texts=["right" if r else "wrong" for r in right],
+            weights_version=0,
+        )
+
+
+@dataclass
+class FakeEnvironment:
+    fails: bool = False
+
+    def step(self, completions, metadata) -> EnvironmentReturn:
+        if self.fails:
+            raise EnvironmentFailure("the judge is gone")
+        count = len(completions)
+        return EnvironmentReturn(
+            rewards=np.array([c == "right" for c in completions], dtype=np.float32),
+            terminated=np.ones(count, dtype=bool),
+            answers=list(completions),
+            status=["ok"] * count,
+            latency_s=np.zeros(count),
+        )
+
+    def global_post_process_and_metrics(self, result):
+        return result, {"accuracy": float(result.rewards.mean())}
+
+
+@dataclass
+class FakeLoader:
+    position: int = 0
+    length: int | None = None
+
+    def next_batch(self, num_problems: int) -> BatchedDataDict | None:
+        if self.length is not None and self.position >= self.length:
+            return None
+        start, self.position = self.position, self.position + num_problems
+        return problems(num_problems, start)
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+@dataclass
+class Recorder:
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def log_metrics(self, step, metrics):
+        self.metrics.append({"step": step, **metrics})
+
+    def log_samples(self, step, samples):
+        self.samples.extend(samples)
+
+
+def problems(count: int, start: int = 0) -> BatchedDataDict:
+    return BatchedDataDict(
+        input_ids=torch.full((count, 1), 5),
+        input_lengths=torch.ones(count, dtype=torch.long),
+        prompt=[f"p{start + i}" for i in range(count)],
+        answer=["right"] * count,
+    )
+
+
+def build(*overrides: str, directory: Path | None = None, **parts: Any) -> GRPO:
+    config = load_config(
+        MasterConfig,
+        None,
+        ["grpo.num_prompts_per_step=4", "grpo.num_generations_per_prompt=4", "grpo.max_num_steps=6", *overrides],
+    )
+    parts = {
+        "policy": FakePolicy(),
+        "generation": FakeGeneration(),
+        "environment": FakeEnvironment(),
+        "loader": FakeLoader(),
+        "validation": problems(8),
+        "recorder": Recorder(),
+        "checkpoints": CheckpointStore(directory, config.checkpointing) if directory else None,
+        **parts,
+    }
+    return GRPO(config=config, pad_token_id=PAD, **parts)
+
+
+def without_times(records: list[dict[str, Any]]) -> str:
+    return json.dumps([{k: v for k, v in r.items() if not k.startswith(("timing/", "perf/"))} for r in records])
+
+
+def test_a_run_trains_all_steps_validates_and_says_why_it_ended():
+    job = build("grpo.validation.period=2")
+    assert job.run() == "all 6 steps are done"
+    assert [r["step"] for r in job.recorder.metrics if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in job.recorder.metrics if "val/accuracy" in r] == [0, 2, 4, 6]
+    assert len(job.recorder.samples) == 4 * 8
+    # Generation always serves the weights after the step before, and is told only when they have changed.
+    assert job.generation.syncs == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("killed_after", [1, 3, 4])
+def test_a_resumed_run_records_what_an_undisturbed_one_does(tmp_path, killed_after):
+    options = ("checkpointing.save_period=1", "grpo.validation.period=2")
+    whole = build(*options, directory=tmp_path / "whole")
+    whole.run()
+
+    first = build(
+        *options, f"grpo.max_num_steps={killed_after}", "grpo.validation.at_end=false", directory=tmp_path / "x"
+    )
+    first.run()
+    second = build(*options, directory=tmp_path / "x")
+    second.resume(second.checkpoints.latest())
+    second.run()
+    records = first.recorder.metrics + second.recorder.metrics
+    # The check against the generator also runs at the first step of the second life.
+    for record in records + whole.recorder.metrics:
+        record.pop("train/logprob_error", None)
+    assert without_times(records) == without_times(whole.recorder.metrics)
+    assert second.policy.skill == whole.policy.skill
+
+
+def test_generation_that_disagrees_stops_the_run_before_the_gradient():
+    job = build(policy=FakePolicy(logprob_offset=0.5))
+    with pytest.raises(LogprobMismatchError, match=r"differ by 0\.5 nats.*max_mean_error=0\.02"):
+        job.run()
+    assert job.policy.batches == []
+
+
+def test_generation_that_serves_other_weights_stops_the_run():
+    job = build(generation=FakeGeneration(corrupt=True))
+    with pytest.raises(WeightSyncError, match="garbage"):
+        job.run()
+
+
+def test_a_failed_environment_is_an_error_and_never_reaches_the_gradient():
+    job = build("grpo.validation.at_start=false", environment=FakeEnvironment(fails=True))
+    with pytest.raises(EnvironmentFailure):
+        job.run()
+    assert job.policy.batches == []
+
+
+def test_dynamic_sampling_fills_the_batch_with_groups_that_teach():
+    job = build("grpo.dynamic_sampling.enabled=true", "grpo.max_num_steps=1", "grpo.validation.at_start=false")
+    job.policy.skill = 0.05
+    job.run()
+    batch = job.policy.batches[0]
+    assert batch.size == 16
+    by_group = batch["rewards"].view(4, 4)
+    assert ((by_group.sum(dim=1) > 0) & (by_group.sum(dim=1) < 4)).all()
+    assert job.recorder.metrics[0]["train/num_rollouts"] > 1
+
+
+def test_dynamic_sampling_gives_up_at_its_limit_and_still_fills_the_batch():
+    job = build(
+        "grpo.dynamic_sampling.enabled=true",
+        "grpo.dynamic_sampling.max_generation_batches=3",
+        "grpo.max_num_steps=1",
+        "grpo.validation.at_start=false",
+    )
+    job.policy.skill = 1.0
+    job.run()
+    assert job.policy.batches[0].size == 16
+    assert job.recorder.metrics[0]["train/num_rollouts"] == 3
+    assert job.policy.batches[0]["advantages"].abs().max() == 0
+
+
+def test_early_stop_ends_the_run_at_the_validation_that_reaches_it():
+    job = build("grpo.early_stop.threshold=0.2", "grpo.validation.period=1", "grpo.validation.max_num_problems=8")
+    job.policy.skill = 1.0
+    assert job.run() == "val/accuracy reached 1.000"
+    assert job.step == 0
+
+
+def test_epochs_limit_the_run():
+    job = build("grpo.max_num_epochs=1", loader=FakeLoader(length=8))
+    assert job.run() == "all 1 epochs are done"
+    assert job.step == 2
+
+
+def test_validation_with_several_generations_reports_pass_at_k():
+    job = build("grpo.validation.num_generations=4", "grpo.max_num_steps=1")
+    job.run()
+    record = job.recorder.metrics[0]
+    assert record["val/pass@1"] == pytest.approx(record["val/accuracy"])
+    assert record["val/pass@1"] <= record["val/pass@2"] <= record["val/pass@4"]
+
+
+def test_old_logprobs_are_computed_only_where_they_differ_from_the_current_ones():
+    once = build("grpo.max_num_steps=1")
+    once.run()
+    assert "prev_logprobs" not in once.policy.batches[0]
+    twice = build("grpo.max_num_steps=1", "grpo.num_updates_per_step=2")
+    twice.run()
+    assert len(twice.policy.batches) == 2
+    assert "prev_logprobs" in twice.policy.batches[0]
+    minibatches = build("grpo.max_num_steps=1", "policy.train_global_batch_size=8")
+    minibatches.run()
+    assert "prev_logprobs" in minibatches.policy.batches[0]
+
+
+def test_reference_logprobs_are_asked_for_only_with_a_kl_term():
+    for coefficient, expected in (("0", False), ("0.1", True)):
+        job = build("grpo.max_num_steps=1", f"loss.kl_coef={coefficient}")
+        job.run()
+        assert ("reference_policy_logprobs" in job.policy.batches[0]) is expected

@@ -1,0 +1,73 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from nemo_rl.algorithms.rollouts import Rollout, concatenate, draw_seed, pass_at_k, select, training_batch
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models.generation.interfaces import GenerationResult
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (4, 1, 2), (5, 2, 3), (6, 6, 6), (6, 0, 6), (7, 3, 1)])
+def test_pass_at_k_equals_counting_all_subsets(n, c, k):
+    outcomes = [True] * c + [False] * (n - c)
+    subsets = list(itertools.combinations(outcomes, k))
+    assert math.isclose(pass_at_k(n, c, k), sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(2, 1, 3), (2, 1, 0), (2, 3, 1), (2, -1, 1)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    with pytest.raises(ValueError, match="pass@"):
+        pass_at_k(n, c, k)
+
+
+def test_seeds_depend_on_every_part_and_on_nothing_else():
+    seeds = {draw_seed(a, b, c) for a in range(3) for b in ("train", "validation") for c in range(3)}
+    assert len(seeds) == 18
+    assert draw_seed(1, "train", 2) == draw_seed(1, "train", 2)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert draw_seed(1, 23) != draw_seed(12, 3)
+
+
+def test_the_training_batch_counts_exactly_the_completion_tokens():
+    result = GenerationResult(
+        output_ids=torch.tensor([[5, 6, 7, 8, 0], [5, 7, 0, 0, 0]]),
+        output_lengths=torch.tensor([4, 2]),
+        prompt_lengths=torch.tensor([2, 1]),
+        logprobs=torch.zeros(2, 5),
+        sampling_logprobs=torch.zeros(2, 5),
+        truncated=torch.tensor([False, True]),
+        texts=["a", "b"],
+        weights_version=0,
+    )
+    batch = training_batch(result)
+    assert batch["token_mask"].tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
+    assert batch["sample_mask"].tolist() == [1, 1]
+
+
+def rollout_of(rewards: list[float], length: int, group_size: int) -> Rollout:
+    count = len(rewards)
+    batch = BatchedDataDict(
+        input_ids=torch.ones(count, length, dtype=torch.long),
+        token_mask=torch.ones(count, length),
+        group=torch.arange(count // group_size).repeat_interleave(group_size),
+        rewards=torch.tensor(rewards),
+    )
+    texts = [str(i) for i in range(count)]
+    return Rollout(batch, torch.zeros(count, dtype=torch.bool), texts, texts, {"accuracy": sum(rewards) / count})
+
+
+def test_concatenated_rollouts_keep_their_groups_apart_and_pad():
+    whole = concatenate([rollout_of([1, 0], 3, 2), rollout_of([1, 1, 0, 0], 5, 2)], pad_token_id=9)
+    assert whole.batch["group"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert whole.batch["input_ids"][0].tolist() == [1, 1, 1, 9, 9]
+    assert whole.batch["token_mask"][0].tolist() == [1, 1, 1, 0, 0]
+    assert whole.metrics["accuracy"] == pytest.approx(0.5)
+    assert whole.completions == ["0", "1", "0", "1", "2", "3"]
+
+
+def test_selection_keeps_texts_and_tensors_together():
+    chosen = select(rollout_of([1, 0, 1, 0], 2, 2), torch.tensor([False, False, True, True]))
+    assert chosen.completions == ["2", "3"]
+    assert chosen.batch["rewards"].tolist() == [1, 0]
