@@ -1,0 +1,151 @@
+"""The process that decides whether two mathematical answers are the same; started and killed by `verify_pool`.
+
+It reads one JSON request per line and answers each with one JSON line::
+
+    {"op": "verify", "answer": ..., "truth": ...}  ->  {"result": "equal" | "different" | "unparseable" | "crashed"}
+    {"op": "check", "truth": ...}                  ->  {"result": "parsed" | "unparseable" | "crashed"}
+
+The text comes from a model and is hostile until shown otherwise: parsing `9^{9^{9^9}}` can take for ever, eat all
+memory or overflow the C stack. Nothing in here tries to survive that. The process is disposable: the parent watches
+its computing time and kills it, the kernel bounds its memory and, should the parent vanish, its CPU time.
+math-verify's own time-outs (signals, one-second steps, ineffective inside long C calls) are therefore off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+from typing import Any, BinaryIO
+
+SELF_TEST = (("\\frac{1}{2}", "0.5", "equal"), ("1", "2", "different"), ("\\{2, 1\\}", "\\{1, 2\\}", "equal"))
+
+
+class Verifier:
+    """math-verify behind two questions. Raises `MemoryError` only."""
+
+    def __init__(self) -> None:
+        # Imported here, not at the top: the limits of this process are set first.
+        from math_verify import parser
+        from math_verify.grader import verify
+
+        # The text is the answer alone, so one rule suffices, and none searches for an answer in prose.
+        self._rules = [parser.LatexExtractionConfig(boxed_match_priority=0)]
+        self._parse = parser.parse
+        self._verify = verify
+        for name in ("math_verify", "latex2sympy2_extended"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def check(self, truth: str) -> str:
+        """Whether answers can be compared with a ground truth at all: "parsed" or "unparseable".
+
+        A truth that is read but takes for ever to compare with a plain number shows itself here, as a time-out.
+        """
+        if not self._read(truth):
+            return "unparseable"
+        self.verify("1", truth)
+        return "parsed"
+
+    def verify(self, answer: str, truth: str) -> str:
+        """Compare a model's answer with a ground truth that `check` accepted."""
+        expression = self._read(answer)
+        if not expression:
+            return "unparseable"
+        try:
+            equal = self._verify(self._read(truth), expression, timeout_seconds=None, raise_on_error=True)
+        except MemoryError:
+            raise
+        except Exception:
+            # sympy raises a zoo of types for expressions that cannot be compared (NotImplementedError, TypeError,
+            # RecursionError, ...). The truth was read, so it is the answer that cannot be judged: a wrong answer.
+            return "unparseable"
+        return "equal" if equal else "different"
+
+    def _read(self, text: str) -> list[Any]:
+        if not _balanced(text):
+            return []  # `5} \boxed{7` must not smuggle a second answer into the box
+        try:
+            return self._parse(
+                f"\\boxed{{{text}}}",
+                self._rules,
+                fallback_mode="no_fallback",
+                parsing_timeout=None,
+                raise_on_error=True,
+            )
+        except MemoryError:
+            raise
+        except Exception:
+            return []  # the same zoo, from the parser
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth < 0:
+                return False
+    return depth == 0 and not escaped
+
+
+def _limit_memory(growth_bytes: int) -> None:
+    """Bound the address space to what is in use now plus `growth_bytes`."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        in_use = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + growth_bytes, in_use + growth_bytes))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Let the kernel kill this process once it has computed for so much longer: nobody may be left to do it."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(usage.ru_utime + usage.ru_stime + seconds) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _serve(verifier: Verifier, requests: BinaryIO, replies: BinaryIO, timeout_s: float) -> None:
+    for line in requests:
+        request = json.loads(line)
+        _limit_cpu(2 * timeout_s)
+        try:
+            if request["op"] == "verify":
+                result = verifier.verify(request["answer"], request["truth"])
+            else:
+                result = verifier.check(request["truth"])
+        except MemoryError:
+            result = "crashed"  # out of memory: the parent replaces this process
+        replies.write(json.dumps({"result": result}).encode() + b"\n")
+        replies.flush()
+
+
+def main(timeout_s: float, memory_limit_mb: int) -> None:
+    """Serve standard input until it ends. The first line written says that the verifier works."""
+    # Libraries may print; the channel to the parent must carry nothing but replies.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    verifier = Verifier()
+    for answer, truth, expected in SELF_TEST:
+        result = verifier.verify(answer, truth)
+        if result != expected:
+            raise SystemExit(f"math-verify finds {answer} and {truth} {result}, not {expected}: the venv is broken")
+    _limit_memory(memory_limit_mb * 2**20)
+    replies.write(json.dumps({"result": "ready"}).encode() + b"\n")
+    replies.flush()
+    # From here on complaints are about hostile text and would only fill a disk.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    _serve(verifier, sys.stdin.buffer, replies, timeout_s)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
