@@ -60,7 +60,7 @@ def collect(
     """Generate completions for problems and have them judged.
 
     Args:
-        problems: N rows of `input_ids`, `input_lengths`, `prompt` (text) and `answer` (text).
+        problems: N rows of `input_ids`, `input_lengths`, `prompt` (text), `answer` (text) and `metadata` (dict).
         seed: decides every draw (see `GenerationInterface.generate`).
 
     Raises:
@@ -75,9 +75,13 @@ def collect(
             sampling=sampling,
         )
     prompts = [text for text in problems["prompt"] for _ in range(num_generations)]
-    answers = [text for text in problems["answer"] for _ in range(num_generations)]
+    known = [
+        {**metadata, "ground_truth": answer}
+        for metadata, answer in zip(problems["metadata"], problems["answer"], strict=True)
+        for _ in range(num_generations)
+    ]
     with timer.phase("reward"):
-        judged = environment.step(result.texts, [{"ground_truth": answer} for answer in answers])
+        judged = environment.step(result.texts, known)
         judged, metrics = environment.global_post_process_and_metrics(judged)
     batch = training_batch(result)
     batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)

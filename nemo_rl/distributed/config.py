@@ -15,4 +15,3 @@ class ClusterConfig(ConfigModel):
     cpu_workers_per_node: int = Field(
         1, ge=1, description="Policy workers on each node when gpus_per_node is 0 (data parallel)."
     )
-    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one bundle when gpus_per_node is 0.")

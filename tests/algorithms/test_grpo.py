@@ -138,6 +138,7 @@ def problems(count: int, start: int = 0) -> BatchedDataDict:
         input_lengths=torch.ones(count, dtype=torch.long),
         prompt=[f"p{start + i}" for i in range(count)],
         answer=["right"] * count,
+        metadata=[{}] * count,
     )
 
 
