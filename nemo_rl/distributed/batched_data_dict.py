@@ -82,6 +82,13 @@ class BatchedDataDict(dict[str, Any]):
         """The rows at `indices` (integers in any order, or a boolean mask `[size]`); tensors are copies."""
         return type(self)(self._taken(row_indices(indices, self.size)))
 
+    def select_keys(self, *keys: str) -> Self:
+        """A batch with only these keys; values are shared. Raises `ValueError` for a key that is not there."""
+        missing = [key for key in keys if key not in self]
+        if missing:
+            raise ValueError(f"The batch has no keys {missing}, only {sorted(self)}.")
+        return type(self)({key: self[key] for key in keys})
+
     def chunk(self, rank: int, chunks: int) -> SlicedDataDict:
         """The `rank`-th of `chunks` contiguous parts of equal size; tensors are views.
 

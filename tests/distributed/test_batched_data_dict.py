@@ -71,6 +71,15 @@ def test_select_indices():
         batch.select_indices(torch.tensor([True, False]))
 
 
+def test_select_keys():
+    batch = numbered(2)
+    chosen = batch.select_keys("score", "text")
+    assert list(chosen) == ["score", "text"]
+    assert chosen["score"] is batch["score"]
+    with pytest.raises(ValueError, match=r"no keys \['scores'\]"):
+        batch.select_keys("scores")
+
+
 def test_chunk():
     batch = numbered(6)
     assert [rows_of(batch.chunk(rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]

@@ -1,0 +1,126 @@
+"""What a data set holds, and what every kind of data set must be able to do."""
+
+from __future__ import annotations
+
+import difflib
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
+
+from nemo_rl.errors import DataError
+
+if TYPE_CHECKING:
+    from nemo_rl.data.config import DataConfig, DatasetConfig
+
+Role: TypeAlias = Literal["train", "validation"]
+ChatMessage: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem to solve.
+
+    Attributes:
+        prompt: text, or chat messages (`{"role": ..., "content": ...}`), oldest first.
+        answer: the expected answer as text.
+        index: position in its data set.
+        metadata: whatever else the record holds.
+    """
+
+    prompt: str | list[ChatMessage]
+    answer: str
+    index: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class ProblemDataset(Sequence[Problem]):
+    """A data set: problems by position. A new kind is one subclass and one line in `datasets.DATASETS`.
+
+    Records are checked when the data set is opened, so that a job fails before it starts workers; problems are made
+    when they are asked for.
+    """
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
+        """Open the data set, at most `config.max_num_problems` of it, and check its records.
+
+        Raises:
+            DataError: it is missing, or a record is broken (file and line, or row, are named).
+        """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def problem(self, index: int) -> Problem:
+        """The problem at `0 <= index < len(self)`."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Where the record of a problem is, for messages: file and line, or data set and row."""
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self.problem(i) for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"problem {index} is out of range: there are {len(self)}")
+        return self.problem(position)
+
+
+def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfig, where: str) -> Problem:
+    """Turn one record into a problem; keys other than prompt and answer become metadata.
+
+    Raises:
+        DataError: a key is missing (names the nearest one), or its value is no prompt or answer.
+    """
+    rest = dict(record)
+    for option, key in (("data.*.prompt_key", config.prompt_key), ("data.*.answer_key", config.answer_key)):
+        if key not in record:
+            raise DataError(f"{where}: no key {key!r} ({option}){did_you_mean(key, record)}")
+        rest.pop(key, None)
+    prompt = _checked_prompt(record[config.prompt_key], f"{where}: {config.prompt_key!r}")
+    return Problem(prompt, _answer_text(record[config.answer_key], f"{where}: {config.answer_key!r}"), index, rest)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    names = [str(candidate) for candidate in known]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(names)) or 'none'}"
+
+
+def _checked_prompt(value: Any, where: str) -> str | list[ChatMessage]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{where} is an empty prompt")
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where} must be text or a list of chat messages, got {_shown(value)}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DataError(f"{where}: a chat message must have the keys role and content, got {_shown(message)}")
+    return value
+
+
+def _answer_text(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{where} is an empty answer")
+        return value
+    # bool is an int to Python, but True is no number that an answer could be compared with.
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"{where} must be text or a number, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
