@@ -129,7 +129,15 @@ WORKER_START_TIMEOUT_S = Variable(
     1800.0,
     "How long a worker group may take from its creation to its last worker being ready, in seconds.",
 )
-RAY_ADDRESS = Variable[str | None]("RAY_ADDRESS", str, None, "Address of a running Ray cluster to join.")
+RAY_ADDRESS = Variable[str | None](
+    "RAY_ADDRESS",
+    str,
+    None,
+    "Address of a running Ray cluster to join; `local` always starts a new one that nobody else joins.",
+)
+RAY_DASHBOARD = Variable(
+    "NEMO_RL_RAY_DASHBOARD", _flag, False, "Start Ray's dashboard with a local cluster; it adds seconds to the start."
+)
 CUDA_VISIBLE_DEVICES = Variable[str | None](
     "CUDA_VISIBLE_DEVICES", str, None, "Which GPUs a local Ray cluster may use."
 )

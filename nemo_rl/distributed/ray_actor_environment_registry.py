@@ -1,0 +1,129 @@
+"""Which Python runs which worker class.
+
+A worker class is named by its fully qualified name (FQN), `package.module.Class`, and never imported by the driver.
+The first of these that knows an FQN decides:
+
+1. `ACTOR_ENVIRONMENT_REGISTRY`, a plain dict that users and tests may change at any time
+   (`register_actor_environment` writes into it after checking both values);
+2. entry points of the group `nemo_rl.actor_environments`, so that another distribution's workers are known as soon as
+   it is installed. Its `pyproject.toml` says::
+
+       [project.entry-points."nemo_rl.actor_environments"]
+       "my_package.workers.MyWorker" = "nemo_rl.distributed.virtual_cluster:PY_EXECUTABLES.BASE"
+       my_package = "my_package.environments:ACTOR_ENVIRONMENTS"
+
+   An entry point whose object is a string registers that py_executable for the FQN that is its name; one whose object
+   is a dict registers every FQN in it, and its name means nothing. Entry points are read when an FQN is not in the
+   dict, once per process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping
+from importlib import metadata
+
+from nemo_rl import settings
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+from nemo_rl.errors import ConfigError, UnregisteredActorError
+
+ENTRY_POINT_GROUP = "nemo_rl.actor_environments"
+
+ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = {
+    "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker": PY_EXECUTABLES.BASE,
+    "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker": PY_EXECUTABLES.MCORE,
+    "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker": PY_EXECUTABLES.BASE,
+    "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": PY_EXECUTABLES.VLLM,
+    "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
+    "nemo_rl.environments.math_environment.MathVerifyWorker": PY_EXECUTABLES.SYSTEM,
+}
+
+_FQN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def get_actor_python_env(fqn: str) -> str:
+    """The py_executable that a worker class runs with.
+
+    With `NEMO_RL_PY_EXECUTABLES_SYSTEM=1` this is the driver's own Python for every registered class.
+
+    Raises:
+        UnregisteredActorError: (a `ValueError`) nobody registered `fqn`. The message names the nearest registered
+            names and the ways to register.
+        ConfigError: two distributions register `fqn` with different values.
+    """
+    if fqn in ACTOR_ENVIRONMENT_REGISTRY:
+        py_executable = ACTOR_ENVIRONMENT_REGISTRY[fqn]
+    else:
+        py_executable = _from_entry_points(fqn)
+    return PY_EXECUTABLES.SYSTEM if settings.PY_EXECUTABLES_SYSTEM.get() else py_executable
+
+
+def register_actor_environment(fqn: str, py_executable: str) -> None:
+    """Let `fqn` run with `py_executable`; what was registered for it before is replaced.
+
+    Raises:
+        ConfigError: `fqn` is not `package.module.Class`.
+        InvalidPyExecutableError: `py_executable` is not one that the venv engine accepts.
+    """
+    from nemo_rl.venvs import parse_py_executable
+
+    if not _FQN.fullmatch(fqn):
+        raise ConfigError(
+            f"cannot register {fqn!r}: expected a fully qualified class name such as package.module.Class"
+        )
+    parse_py_executable(py_executable)
+    ACTOR_ENVIRONMENT_REGISTRY[fqn] = py_executable
+
+
+def _from_entry_points(fqn: str) -> str:
+    registered, failures = _entry_points()
+    offers = registered.get(fqn, {})
+    if len(set(offers.values())) > 1:
+        listing = "; ".join(f"{distribution}: {value}" for distribution, value in sorted(offers.items()))
+        raise ConfigError(
+            f"installed distributions disagree on the py_executable of {fqn} ({listing}). "
+            "Decide with register_actor_environment(), which comes first."
+        )
+    if not offers:
+        raise UnregisteredActorError(_unknown(fqn, registered, failures))
+    return next(iter(offers.values()))
+
+
+def _unknown(fqn: str, registered: Mapping[str, object], failures: list[str]) -> str:
+    known = sorted({*ACTOR_ENVIRONMENT_REGISTRY, *registered})
+    same_class = [name for name in known if name.rpartition(".")[2] == fqn.rpartition(".")[2]]
+    nearest = list(dict.fromkeys([*same_class, *difflib.get_close_matches(fqn, known, n=3, cutoff=0.5)]))
+    hint = f" Nearest registered names: {', '.join(nearest)}." if nearest else f" Registered: {', '.join(known)}."
+    broken = f" These entry points could not be read: {'; '.join(failures)}." if failures else ""
+    return (
+        f"no py_executable is registered for the worker class {fqn!r}.{hint}{broken} Register it in one of three ways: "
+        "ACTOR_ENVIRONMENT_REGISTRY[fqn] = py_executable; register_actor_environment(fqn, py_executable), both of "
+        f"nemo_rl.distributed.ray_actor_environment_registry; or an entry point of the group {ENTRY_POINT_GROUP!r}."
+    )
+
+
+@functools.cache
+def _entry_points() -> tuple[dict[str, dict[str, str]], list[str]]:
+    """What installed distributions register (FQN -> distribution -> py_executable), and the entry points that failed.
+
+    One broken distribution must not take all others down, so its failure is kept for the message of a failed look-up.
+    """
+    registered: dict[str, dict[str, str]] = {}
+    failures: list[str] = []
+    for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        distribution = entry_point.dist.name if entry_point.dist else "unknown distribution"
+        label = f"{entry_point.name} = {entry_point.value} of {distribution}"
+        try:
+            loaded = entry_point.load()
+        except Exception as error:  # any error of somebody else's module; reported when it matters
+            failures.append(f"{label} ({type(error).__name__}: {error})")
+            continue
+        entries = loaded if isinstance(loaded, Mapping) else {entry_point.name: loaded}
+        for fqn, py_executable in entries.items():
+            if isinstance(fqn, str) and isinstance(py_executable, str):
+                registered.setdefault(fqn, {})[distribution] = py_executable
+            else:
+                failures.append(f"{label} ({fqn!r}: expected a string, found {type(py_executable).__name__})")
+    return registered, failures

