@@ -120,7 +120,7 @@ class MasterConfig(ConfigModel):
                 f"grpo.num_prompts_per_step x grpo.num_generations_per_prompt ({samples}) is not a multiple of "
                 f"policy.train_global_batch_size ({per_update})"
             )
-        workers = self.cluster.num_nodes * (self.cluster.gpus_per_node or self.cluster.cpu_workers_per_node)
+        workers = self.cluster.num_workers
         if per_update % workers:
             raise ValueError(
                 f"{per_update} samples per optimizer step cannot be split evenly over {workers} policy workers"

@@ -1,0 +1,67 @@
+"""An environment in a process of its own, seen from the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from nemo_rl.distributed.worker_groups import RayWorkerBuilder
+from nemo_rl.environments.config import EnvironmentConfig
+from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
+from nemo_rl.environments.registry import environment_fqn
+from nemo_rl.errors import EnvironmentFailure
+
+
+class RemoteEnvironment(EnvironmentInterface):
+    """The configured environment as one Ray actor that takes no CPU of the job's bundles.
+
+    The constructor returns at once; `wait_ready`, or the first use, waits for the actor.
+    """
+
+    def __init__(self, config: EnvironmentConfig) -> None:
+        self.fqn = environment_fqn(config.name)
+        builder = RayWorkerBuilder(self.fqn, **config.actor_kwargs())
+        self._starting: Future[ActorHandle] = builder.create_worker_async(None, -1, 0, num_cpus=0)
+        self._is_shut_down = False
+
+    def wait_ready(self) -> None:
+        """Wait for the actor. Raises `WorkerStartError` when it cannot be started."""
+        self._starting.result()
+
+    def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
+        """See `EnvironmentInterface.step`; an actor that has died is an `EnvironmentFailure` too."""
+        return self._call("step", list(completions), list(metadata))
+
+    def global_post_process_and_metrics(self, result: EnvironmentReturn) -> tuple[EnvironmentReturn, dict[str, float]]:
+        """See `EnvironmentInterface`."""
+        return self._call("global_post_process_and_metrics", result)
+
+    def shutdown(self) -> None:
+        """Stop the environment and its actor."""
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
+        if self._starting.cancel() or self._starting.exception() is not None:
+            return
+        actor = self._starting.result()
+        try:
+            ray.get(actor.shutdown.remote(), timeout=10)
+        except (ray.exceptions.RayError, EnvironmentFailure):
+            pass  # it is killed now in any case
+        ray.kill(actor)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(getattr(self._starting.result(), method).remote(*arguments))
+        except RayActorError as error:
+            raise EnvironmentFailure(f"the environment {self.fqn} has died: {error}") from error
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, EnvironmentFailure):
+                raise cause from error
+            raise EnvironmentFailure(f"the environment {self.fqn} failed in {method}: {cause!r}") from error

@@ -1,0 +1,111 @@
+"""What the driver reads of a model before any worker starts: its tokenizer, its context length, its size."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl.errors import ConfigError
+from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model as the workers will load it.
+
+    Attributes:
+        name: directory or hub name.
+        tokenizer: of the model, or of `policy.tokenizer_name`.
+        pad_token_id: what fills rows; end-of-sequence for a tokenizer without padding.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+
+
+def check_model_name(config: PolicyConfig) -> None:
+    """Refuse a path that does not exist, without importing anything. Raises `ConfigError`."""
+    for key, name in (("model_name", config.model_name), ("tokenizer_name", config.tokenizer_name)):
+        if name is None or name == EMBEDDED_MODEL:
+            continue
+        path = Path(name).expanduser()
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+        if looks_local and not path.is_dir():
+            raise ConfigError(f"policy.{key}: there is no directory {name}; give a Hugging Face directory or hub name")
+        if path.is_dir() and key == "model_name" and not (path / "config.json").is_file():
+            raise ConfigError(f"policy.{key}: {name} has no config.json, so it is not a Hugging Face model directory")
+
+
+def prepare_model(config: PolicyConfig) -> ModelFiles:
+    """Make the embedded model if it is asked for, load the tokenizer, and check the context length.
+
+    Raises:
+        ConfigError: the model or tokenizer cannot be loaded, has no token to pad with, or its context is too short.
+    """
+    # Two seconds to import, and a job that is refused early need not wait for them.
+    from transformers import AutoTokenizer
+
+    name = config.model_name
+    if name == EMBEDDED_MODEL:
+        from nemo_rl.models.embedded import ensure_embedded_model
+
+        name = str(ensure_embedded_model(config.embedded))
+    source = config.tokenizer_name or name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("tokenizer", source, error)) from error
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ConfigError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
+    context = getattr(load_model_config(name), "max_position_embeddings", None)
+    if context is not None and config.max_sequence_length > context:
+        raise ConfigError(
+            f"policy.max_sequence_length={config.max_sequence_length} exceeds the context of {config.model_name}, "
+            f"{context} tokens"
+        )
+    return ModelFiles(name, tokenizer, int(pad))
+
+
+def load_model_config(name: str) -> PretrainedConfig:
+    """The model's `config.json`. Raises `ConfigError` when it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("model", name, error)) from error
+
+
+def count_parameters(model_config: PretrainedConfig) -> int:
+    """Number of parameters, tied ones once, without allocating them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameters_in_name(name: str) -> int | None:
+    """The size that a model's name states ("Qwen2.5-1.5B-Instruct": 1.5e9), or None."""
+    sizes: list[Any] = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])", name.replace("_", "-"))
+    if not sizes:
+        return None
+    number, unit = sizes[-1]
+    return int(float(number) * (1e9 if unit in "bB" else 1e6))
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the {what} {name} cannot be loaded: {reason}. Check the name, the network and HF_TOKEN, "
+        "or download it and give its directory in policy.model_name"
+    )

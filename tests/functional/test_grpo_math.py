@@ -1,0 +1,184 @@
+"""The README's main job as a user runs it: real processes, real Ray, real venvs, on the embedded model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples" / "run_grpo_math.py"
+SMALL = (
+    "grpo.num_prompts_per_step=4",
+    "grpo.num_generations_per_prompt=4",
+    "grpo.validation.period=2",
+    "grpo.validation.max_num_problems=16",
+    "checkpointing.save_period=1",
+    "policy.train_global_batch_size=null",
+)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *arguments]
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=280, check=False, **options)
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(records: list[dict]) -> list[dict]:
+    """What must be equal bit for bit: all but times. (The check against the generator also runs after a resume.)"""
+    skip = ("timing/", "perf/", "train/logprob_error", "val/env_verify_latency", "train/env_verify_latency", "time")
+    return [{k: v for k, v in record.items() if not k.startswith(skip)} for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+def test_a_run_leaves_metrics_checkpoint_report_and_attestation(undisturbed):
+    records = metrics(undisturbed)
+    steps = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    for key in ("train/reward", "train/kl", "train/grad_norm", "timing/generation_s", "timing/train_s"):
+        assert all(key in r for r in steps), key
+    assert [r["step"] for r in records if "val/accuracy" in r] == [0, 2, 4, 5]
+    assert "<svg" in (undisturbed / "report.html").read_text()
+    workers = json.loads((undisturbed / "attestation.json").read_text())
+    assert {w["group"] for w in workers} == {"policy", "generation", "environment"}
+    assert list((undisturbed / "tensorboard").iterdir())
+    assert json.loads((undisturbed / "finished.json").read_text())["step"] == 5
+
+
+def test_transformers_loads_the_checkpoint(undisturbed):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = undisturbed / "checkpoints" / "step_000005" / "policy"
+    directory = next(p.parent for p in policy.rglob("config.json"))
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert AutoTokenizer.from_pretrained(directory).vocab_size <= model.config.vocab_size
+
+
+def test_the_same_command_on_a_finished_run_has_nothing_to_do(undisturbed):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    done = run(*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={undisturbed}")
+    assert done.returncode == 0
+    assert "finished" in done.stderr + done.stdout
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("victim", ["driver", "policy"])
+def test_a_killed_run_goes_on_and_records_what_an_undisturbed_one_does(tmp_path, undisturbed, victim):
+    directory = tmp_path / "run"
+    arguments = (*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")
+    job = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    if victim == "driver":
+        job.kill()
+        job.wait()
+    else:
+        for process in psutil.Process(job.pid).children(recursive=True):
+            if "TorchPolicyWorker" in " ".join(process.cmdline()):
+                process.kill()
+        assert job.wait(timeout=120) == 1
+        assert "policy" in job.stderr.read()
+    wait_for(lambda: not orphans(job.pid), None, seconds=60)
+    resumed = run(*arguments)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert comparable(metrics(directory)) == comparable(metrics(undisturbed))
+
+
+def test_an_interrupted_run_leaves_no_process(tmp_path):
+    directory = tmp_path / "run"
+    job = subprocess.Popen(
+        command(*SMALL, "grpo.max_num_steps=1000", f"logger.log_dir={directory}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: (directory / "checkpoints" / "step_000001").exists(), job)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=60) == 130
+    wait_for(lambda: not orphans(job.pid), None, seconds=30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["grpo.num_prompt_per_step=8"], "did you mean grpo.num_prompts_per_step?"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["policy.backend=torhc"], "torch"),
+        (["policy.model_name=/no/such/model"], "/no/such/model"),
+        (["env.name=maths"], "math"),
+        (["data.train.path=/no/such/file.jsonl"], "/no/such/file.jsonl"),
+        (["data.max_prompt_length=2"], "data.max_prompt_length"),
+        (
+            ["grpo.num_prompts_per_step=3", "cluster.cpu_workers_per_node=2", "grpo.num_generations_per_prompt=3"],
+            "evenly",
+        ),
+        (["policy.max_sequence_length=100000"], "max_sequence_length"),
+        (["cluster.cpu_workers_per_node=512", "grpo.num_prompts_per_step=512"], "CPU"),
+    ],
+)
+def test_wrong_input_is_one_sentence_exit_code_2_and_leaves_nothing_running(tmp_path, arguments, expected):
+    before = set(psutil.pids())
+    done = run(*arguments, f"logger.log_dir={tmp_path / 'run'}")
+    assert done.returncode == 2, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert expected in last
+    assert "Traceback" not in done.stderr
+    wait_for(lambda: not [p for p in set(psutil.pids()) - before if is_ray(p)], None, seconds=30)
+
+
+def test_help_lists_the_keys():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "grpo.num_prompts_per_step" in done.stdout
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_has_a_plan(config, tmp_path):
+    done = run("--config", str(config), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "policy" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def wait_for(condition, job: subprocess.Popen | None, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        if job is not None and job.poll() is not None:
+            raise AssertionError(f"the job ended with {job.returncode}: {job.stderr.read() if job.stderr else ''}")
+        time.sleep(0.2)
+
+
+def orphans(driver: int) -> list[int]:
+    """Ray processes whose session was started by `driver` (its name holds that process id)."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if f"_{driver}/" in line or line.endswith(f"_{driver}"):
+            found.append(process.pid)
+    return [pid for pid in found if pid not in (driver, os.getpid())]
+
+
+def is_ray(pid: int) -> bool:
+    try:
+        line = " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
+    return f"_{os.getpid()}/" not in line and ("raylet" in line or "gcs_server" in line)
