@@ -1,0 +1,134 @@
+"""Batches of prompts in an order that depends on nothing but the seed and how many were taken before."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_rl.data.collation import collate
+from nemo_rl.data.permutation import permutation
+from nemo_rl.data.processing import TokenizedProblem, TokenizedProblems
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+class PromptLoader:
+    """Goes through the problems epoch after epoch, each in an order of its own.
+
+    Epochs follow each other without a gap: a batch may hold the end of one and the start of the next, so every batch
+    is full. Problems that are left over after the last epoch are not used.
+
+    Args:
+        problems: what to draw from.
+        pad_token_id: for `collation.collate`.
+        padding_side: for `collation.collate`.
+        seed: decides the order of every epoch.
+        shuffle: False keeps the data set's own order in every epoch.
+        num_epochs: how often to go through the problems; None: without end.
+    """
+
+    def __init__(
+        self,
+        problems: TokenizedProblems,
+        pad_token_id: int,
+        *,
+        padding_side: Literal["left", "right"] = "right",
+        seed: int = 0,
+        shuffle: bool = True,
+        num_epochs: int | None = None,
+    ) -> None:
+        if not len(problems):
+            raise DataError("there are no problems to load")
+        self._problems = problems
+        self._pad_token_id, self._padding_side = pad_token_id, padding_side
+        self._seed, self._shuffle, self._num_epochs = seed, shuffle, num_epochs
+        self._epoch, self._position = 0, 0
+        self._order = self._epoch_order(0)
+
+    @property
+    def epoch(self) -> int:
+        """Complete passes over the data so far."""
+        return self._epoch
+
+    def next_batch(self, num_problems: int) -> BatchedDataDict | None:
+        """The next problems (see `collation.collate`), or None when the epochs do not hold so many any more.
+
+        Raises:
+            DataError: all epochs together hold fewer problems than one batch.
+        """
+        if num_problems < 1:
+            raise ValueError(f"num_problems must be at least 1, got {num_problems}.")
+        if self._num_epochs is not None:
+            total = self._num_epochs * len(self._problems)
+            if num_problems > total:
+                raise DataError(
+                    f"{len(self._problems)} problems in {self._num_epochs} epochs do not make one batch of "
+                    f"{num_problems}; lower grpo.num_prompts_per_step or raise grpo.max_num_epochs"
+                )
+            remaining = total - self._epoch * len(self._problems) - self._position
+            if num_problems > remaining:
+                if remaining:
+                    logger.info("the last %d problems do not fill a batch and are not used", remaining)
+                return None
+        return collate([self._next() for _ in range(num_problems)], self._pad_token_id, self._padding_side)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is, as plain data. With the same data and seed it decides all that follows."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken; batch sizes and `num_epochs` may differ from then.
+
+        Raises:
+            CheckpointError: it was taken from other data, or with another seed or order.
+        """
+        missing = sorted(set(self.state_dict()) - set(state))
+        if missing:
+            raise CheckpointError(f"the data position of the checkpoint lacks {missing}")
+        for name, own in self._identity().items():
+            if state[name] != own:
+                raise CheckpointError(
+                    f"the checkpoint's data position belongs to other data: {name} was {state[name]!r} and is now "
+                    f"{own!r}. Resume with the data, seed and data.* options of the run, or start a new one."
+                )
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position < len(self._problems):
+            raise CheckpointError(f"the checkpoint's data position is impossible: epoch {epoch}, position {position}")
+        self._epoch, self._position = epoch, position
+        self._order = self._epoch_order(epoch)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "num_problems": len(self._problems),
+            "digest": self._problems.digest,
+        }
+
+    def _next(self) -> TokenizedProblem:
+        problem = self._problems[int(self._order[self._position])]
+        self._position += 1
+        if self._position == len(self._problems):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._epoch_order(self._epoch)
+        return problem
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(len(self._problems), dtype=np.int64)
+        return permutation(len(self._problems), self._seed, epoch)
+
+
+def validation_batch(
+    problems: TokenizedProblems,
+    pad_token_id: int,
+    max_num_problems: int | None = None,
+    padding_side: Literal["left", "right"] = "right",
+) -> BatchedDataDict:
+    """The first problems in their own order as one batch: the same at every validation."""
+    return collate(problems[: max_num_problems or len(problems)], pad_token_id, padding_side)

@@ -1,0 +1,193 @@
+"""From problems to token ids: prompt template, chat template, tokenizer, and a check that prompts are short enough."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from nemo_rl.data.config import DataConfig
+from nemo_rl.data.problem import Problem, ProblemDataset
+from nemo_rl.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER = "{problem}"
+_TOKENIZED_AT_ONCE = 1024
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    chat_template: Any
+    pad_token_id: Any
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+
+class PromptFormatter:
+    """Turns a problem's prompt into the text that the model reads.
+
+    A text prompt is put into `data.prompt_template`. Where the tokenizer has a chat template (and
+    `data.apply_chat_template` is on), it then becomes a user message after `data.system_prompt`.
+
+    Raises:
+        ConfigError: the template has no `{problem}` or its file is missing; a system prompt without a chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
+        self._tokenizer = tokenizer
+        self._template = _read_template(config.prompt_template)
+        self._system_prompt = config.system_prompt
+        self.is_chat = config.apply_chat_template and bool(tokenizer.chat_template)
+        if self._system_prompt is not None and not self.is_chat:
+            raise ConfigError(
+                "data.system_prompt needs a chat model, but the tokenizer has no chat template or "
+                "data.apply_chat_template is false; put the text into data.prompt_template instead"
+            )
+
+    def text(self, problem: Problem, where: str) -> str:
+        """The whole prompt; `where` names the record in messages.
+
+        Raises:
+            DataError: chat messages without a chat template, or messages that the template refuses.
+        """
+        prompt = problem.prompt
+        if isinstance(prompt, str):
+            # No str.format: a problem or template may hold braces, as LaTeX does.
+            prompt = self._template.replace(PLACEHOLDER, prompt)
+            if not self.is_chat:
+                return prompt
+            prompt = [{"role": "user", "content": prompt}]
+        elif not self.is_chat:
+            raise DataError(
+                f"{where}: the prompt is a list of chat messages, but the tokenizer has no chat template or "
+                "data.apply_chat_template is false"
+            )
+        if self._system_prompt is not None and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
+        try:
+            return self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            # A chat template is a program of the model's author, and refuses roles and orders with errors of its own.
+            raise DataError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
+
+
+@dataclass(frozen=True)
+class TokenizedProblem:
+    """A problem ready for generation.
+
+    Attributes:
+        problem: the problem.
+        text: the prompt as the model reads it.
+        input_ids: its tokens, int32 [prompt length], at least one.
+    """
+
+    problem: Problem
+    text: str
+    input_ids: NDArray[np.int32]
+
+
+class TokenizedProblems(Sequence[TokenizedProblem]):
+    """A data set whose prompts were tokenized once, all of them, before any worker starts.
+
+    Memory holds the tokens, 4 bytes each; the texts are read again when they are asked for.
+
+    Args:
+        dataset: the problems.
+        tokenizer: of the model.
+        config: templates, `max_prompt_length`, and what to do with longer prompts.
+
+    Attributes:
+        num_dropped: problems left out because their prompts are too long.
+        digest: changes with any prompt token or answer, so that a resumed run can tell that its data changed.
+
+    Raises:
+        ConfigError, DataError: see `PromptFormatter`; a prompt without tokens, or one that is too long (unless such are
+            dropped; dropping all is an error too).
+    """
+
+    def __init__(self, dataset: ProblemDataset, tokenizer: Tokenizer, config: DataConfig) -> None:
+        self._dataset = dataset
+        self._formatter = PromptFormatter(tokenizer, config)
+        ids, offsets, kept = array("i"), array("q", [0]), array("q")
+        digest = xxhash.xxh3_64()
+        longest = 0
+        for start in range(0, len(dataset), _TOKENIZED_AT_ONCE):
+            problems = dataset[start : start + _TOKENIZED_AT_ONCE]
+            texts = [self._formatter.text(problem, dataset.where(problem.index)) for problem in problems]
+            # A chat template writes special tokens itself.
+            encoded = tokenizer(texts, add_special_tokens=not self._formatter.is_chat)["input_ids"]
+            for problem, own in zip(problems, encoded):
+                longest = max(longest, len(own))
+                if self._fits(len(own), problem.index, config):
+                    ids.extend(own)
+                    offsets.append(len(ids))
+                    kept.append(problem.index)
+                    digest.update(array("i", own).tobytes())
+                    digest.update(problem.answer.encode("utf-8", "surrogatepass") + b"\0")
+        self._ids, self._offsets = np.asarray(ids, dtype=np.int32), np.asarray(offsets)
+        self._kept = np.asarray(kept)
+        self.digest: str = digest.hexdigest()
+        self.num_dropped = len(dataset) - len(kept)
+        if self.num_dropped:
+            what = f"{self.num_dropped} of {len(dataset)} prompts are longer than {config.max_prompt_length} tokens"
+            if not len(kept):
+                raise DataError(f"{what} (the longest has {longest}); raise data.max_prompt_length")
+            logger.warning("%s and are left out (the longest has %d)", what, longest)
+
+    def _fits(self, length: int, index: int, config: DataConfig) -> bool:
+        if length == 0:
+            raise DataError(f"{self._dataset.where(index)}: the prompt has no tokens")
+        if length > config.max_prompt_length and config.overlong_prompts == "error":
+            raise DataError(
+                f"{self._dataset.where(index)}: the prompt has {length} tokens, more than "
+                f"data.max_prompt_length={config.max_prompt_length}; raise that, or set data.overlong_prompts=drop"
+            )
+        return length <= config.max_prompt_length
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedProblem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedProblem]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenizedProblem | list[TokenizedProblem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"problem {index} is out of range: there are {len(self)}")
+        problem = self._dataset[int(self._kept[position])]
+        text = self._formatter.text(problem, self._dataset.where(problem.index))
+        return TokenizedProblem(problem, text, self._ids[self._offsets[position] : self._offsets[position + 1]])
+
+
+def _read_template(value: str | None) -> str:
+    if value is None:
+        return PLACEHOLDER
+    if PLACEHOLDER in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        template = path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.prompt_template: {path} cannot be read: {error}") from error
+    if template is None:
+        raise ConfigError(f"data.prompt_template={value!r} has no {PLACEHOLDER} and is no file")
+    if PLACEHOLDER not in template:
+        raise ConfigError(f"data.prompt_template: {path} has no {PLACEHOLDER}")
+    return template
