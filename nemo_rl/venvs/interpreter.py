@@ -1,0 +1,181 @@
+"""Facts about Python interpreters: this process's own, and others by asking them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.markers import default_environment
+
+from nemo_rl.errors import IncompatibleVenvError, VenvError
+
+_QUERY_TIMEOUT_S = 60.0
+
+# Runs in the other interpreter: the standard library only.
+_QUERY = """
+import importlib.metadata, json, os, platform, sys
+def ray():
+    try: return importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError: return None
+info = sys.version_info
+print(json.dumps({
+    "executable": os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable),
+    "prefix": sys.prefix, "base_prefix": sys.base_prefix, "ray": ray(),
+    "site_paths": [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")],
+    "cache_tag": (sys.implementation.cache_tag or "") + getattr(sys, "abiflags", ""),
+    "markers": {
+        "implementation_name": sys.implementation.name,
+        "implementation_version": "%d.%d.%d" % sys.implementation.version[:3],
+        "os_name": os.name, "platform_machine": platform.machine(), "platform_release": platform.release(),
+        "platform_system": platform.system(), "platform_version": platform.version(),
+        "python_full_version": platform.python_version(), "python_version": "%d.%d" % info[:2],
+        "platform_python_implementation": platform.python_implementation(), "sys_platform": sys.platform,
+    },
+}))
+"""
+
+
+@dataclass(frozen=True)
+class PythonInfo:
+    """What decides which packages fit an interpreter.
+
+    Attributes:
+        executable: the base interpreter (never a venv's own link).
+        version: full version, such as 3.11.7.
+        implementation: such as `cpython-311`, with ABI flags.
+        platform: such as `linux-x86_64-glibc`.
+    """
+
+    executable: str
+    version: str
+    implementation: str
+    platform: str
+
+    def identity(self) -> dict[str, str]:
+        """The part that is equal on every node where the same venv can be used."""
+        return {"version": self.version, "implementation": self.implementation, "platform": self.platform}
+
+
+@dataclass(frozen=True)
+class DriverVersions:
+    """The versions that every worker of a job must have: Ray refuses to mix them.
+
+    Attributes:
+        python: full version of Python.
+        ray: None where the driver has no ray.
+    """
+
+    python: str
+    ray: str | None
+
+    @staticmethod
+    def of_this_process() -> DriverVersions:
+        try:
+            ray = importlib.metadata.version("ray")
+        except importlib.metadata.PackageNotFoundError:
+            ray = None
+        return DriverVersions(platform.python_version(), ray)
+
+    def check(self, what: str, python: str, ray: str | None) -> None:
+        """Raise `IncompatibleVenvError` unless `python`, and `ray` if there is one, are the driver's."""
+        if python != self.python:
+            raise IncompatibleVenvError(
+                f"{what} has Python {python}, but the driver runs Python {self.python}, and Ray refuses to mix them. "
+                f"Start the driver with Python {python}, or make Python {self.python} available on this node and leave "
+                "out --python."
+            )
+        if ray is not None and self.ray is not None and ray != self.ray:
+            raise IncompatibleVenvError(
+                f"{what} has ray {ray}, but the driver runs ray {self.ray}, and Ray refuses to mix them. Lock the same "
+                f"version for both (ray=={self.ray}, then `uv lock`), or start the driver from that project."
+            )
+
+
+@functools.cache
+def this_python() -> PythonInfo:
+    """The interpreter that this process was started from (its base, when it runs in a venv)."""
+    base = getattr(sys, "_base_executable", None) or sys.executable
+    return PythonInfo(
+        executable=os.path.realpath(base),
+        version=platform.python_version(),
+        implementation=f"{sys.implementation.cache_tag}{sys.abiflags}",
+        platform=_platform(sys.platform, platform.machine()),
+    )
+
+
+def this_environment() -> dict[str, str]:
+    """The values of environment markers for this process's Python."""
+    return {key: str(value) for key, value in default_environment().items()}
+
+
+@dataclass(frozen=True)
+class QueriedPython:
+    """Answer of another interpreter: `info`, marker values, and what it has installed."""
+
+    info: PythonInfo
+    markers: dict[str, str]
+    prefix: str
+    site_paths: tuple[str, ...]
+    ray: str | None
+
+
+def query_python(path: str) -> QueriedPython:
+    """Start the interpreter at `path` and ask it. Raises `VenvError` with the reason when it does not start."""
+    answer = json.loads(_answer(path, _QUERY))
+    markers = answer["markers"]
+    info = PythonInfo(
+        executable=answer["executable"],
+        version=markers["python_full_version"],
+        implementation=answer["cache_tag"],
+        platform=_platform(markers["sys_platform"], markers["platform_machine"]),
+    )
+    return QueriedPython(info, markers, answer["prefix"], tuple(answer["site_paths"]), answer["ray"])
+
+
+def start_python(path: str) -> tuple[str, str]:
+    """(full version, prefix) that the interpreter at `path` says of itself; quicker than `query_python`."""
+    version, prefix = _answer(path, "import sys; print(sys.version.split()[0]); print(sys.prefix)").splitlines()
+    return version, prefix
+
+
+def _answer(path: str, script: str) -> str:
+    environment = {"PATH": os.defpath, "PYTHONNOUSERSITE": "1", "LC_ALL": "C.UTF-8"}
+    command = [path, "-I", "-c", script]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, env=environment, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VenvError(f"The interpreter {path} does not start: {error}") from None
+    if done.returncode != 0:
+        raise VenvError(f"The interpreter {path} does not start: {done.stderr.strip()[-500:] or done.returncode}")
+    return done.stdout
+
+
+@functools.lru_cache(maxsize=64)
+def _query_unchanged(path: str, _stamp: tuple[int, int]) -> QueriedPython:
+    return query_python(path)
+
+
+def query_python_cached(path: str) -> QueriedPython:
+    """`query_python`, asked once per process as long as the file behind `path` does not change."""
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise VenvError(f"There is no interpreter at {path}: {error.strerror}.") from None
+    return _query_unchanged(path, (status.st_mtime_ns, status.st_size))
+
+
+def _platform(sys_platform: str, machine: str) -> str:
+    try:
+        libc = (os.confstr("CS_GNU_LIBC_VERSION") or "unknown").split()[0]
+    except (ValueError, OSError):
+        libc = "musl"
+    return f"{sys_platform}-{machine}-{libc}"

@@ -1,0 +1,139 @@
+"""Build locks and leases: who may build a venv, and who is using one.
+
+::
+
+    builder A ── flock(EX) .store/<digest16>.lock ── builds, seals ── unlock
+    caller  B ── waits for A's lock ──────────────────────────────── sees the seal, returns
+    worker    ── flock(SH) <venv>/.nemo_rl_lease  for as long as its process lives
+    prune     ── flock(EX, non-blocking) on the lease file: fails while any worker lives
+
+Both are kernel locks: a process that dies in any way, SIGKILL included, lets go of them. Lock files are never deleted,
+because a process may wait on the deleted file while another one locks its successor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_rl import settings
+from nemo_rl.errors import VenvLockTimeoutError
+
+LEASE_FILE = ".nemo_rl_lease"
+_POLL_S = 0.05
+
+
+@contextlib.contextmanager
+def build_lock(
+    path: Path, venv: str, *, timeout_s: float | None = None, on_wait: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Hold the exclusive build lock at `path`.
+
+    `on_wait` is called once, with the holder, if the lock is not free at once. Raises `VenvLockTimeoutError` that names
+    the holder after `timeout_s` (default: `NEMO_RL_VENV_LOCK_TIMEOUT_S`).
+    """
+    timeout_s = settings.VENV_LOCK_TIMEOUT_S.get() if timeout_s is None else timeout_s
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _acquire(descriptor, path, venv, timeout_s, on_wait)
+        _write_holder(descriptor, venv)
+        yield
+    finally:
+        os.close(descriptor)  # also unlocks
+
+
+def _acquire(descriptor: int, path: Path, venv: str, timeout_s: float, on_wait: Callable[[str], None] | None) -> None:
+    start = time.monotonic()
+    while not _try_lock(descriptor, fcntl.LOCK_EX):
+        waited = time.monotonic() - start
+        if on_wait is not None:
+            on_wait(_holder(path))
+            on_wait = None
+        if waited > timeout_s:
+            raise VenvLockTimeoutError(
+                f"Waited {waited:.0f} s on {socket.gethostname()} to build the venv {venv!r}, but {_holder(path)} "
+                f"holds its lock {path}. Wait for that process or end it, or raise {settings.VENV_LOCK_TIMEOUT_S.name}."
+            )
+        time.sleep(min(_POLL_S, timeout_s))
+
+
+def _try_lock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _write_holder(descriptor: int, venv: str) -> None:
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%FT%T%z"), "venv": venv}
+    with contextlib.suppress(OSError):  # a full disk: the lock itself holds
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']} (since {holder['since']}, venv {holder['venv']!r})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "an unknown process"
+
+
+@dataclass
+class Lease:
+    """Keeps a venv from being removed while it is held. Release it, or let the process end."""
+
+    path: Path
+    _descriptor: int
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def hold_lease(path: str | os.PathLike[str]) -> Lease:
+    """Declare that this process uses the venv at `path`: `prune` and rebuilds leave it alone until then.
+
+    Every interpreter that starts in a venv of the store takes its own lease; this is for a process that hands out a
+    venv's path before anything runs in it. Works on a read-only store. Raises `FileNotFoundError` if there is no
+    sealed venv at `path`.
+    """
+    root = Path(os.path.realpath(path))
+    descriptor = os.open(root / LEASE_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        os.utime(root / LEASE_FILE)  # when it was last used, for prune
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return Lease(root, descriptor)
+
+
+@contextlib.contextmanager
+def unused(path: Path) -> Iterator[bool]:
+    """Whether no process holds a lease on the venv directory `path`; while the block runs, none can take one."""
+    try:
+        # NFS grants an exclusive lock only on a file that is open for writing.
+        descriptor = os.open(path / LEASE_FILE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True  # never sealed, so never used
+        return
+    try:
+        yield _try_lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)

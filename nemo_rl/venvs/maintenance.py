@@ -1,0 +1,264 @@
+"""Look after a venv directory: list, verify, prune."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import hashlib
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_rl.errors import VenvError, VenvLockTimeoutError
+from nemo_rl.venvs.build import site_packages_of
+from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, remove_tree
+from nemo_rl.venvs.locks import LEASE_FILE, build_lock, unused
+from nemo_rl.venvs.manifest import BrokenManifestError, Manifest, read_manifest
+from nemo_rl.venvs.site_hook import MODULE, PTH_FILE
+
+_DAY_S = 86400.0
+_KEPT_RESOLUTIONS_S = 30 * _DAY_S
+
+
+@dataclass(frozen=True)
+class VenvInfo:
+    """One digest in a venv directory.
+
+    Attributes:
+        digest: its first 16 digits. names: the names that point to it.
+        path: the directory that it points to now, if any. manifest: None when it is not sealed or broken.
+        in_use: whether a process holds a lease on any of its directories.
+        last_used: seconds since the epoch, as far as the disk could note it.
+    """
+
+    digest: str
+    names: tuple[str, ...]
+    path: Path | None
+    manifest: Manifest | None
+    in_use: bool
+    last_used: float
+
+    @property
+    def sealed(self) -> bool:
+        return self.manifest is not None
+
+
+def list_venvs(store: Store | None = None) -> list[VenvInfo]:
+    """Every venv of a directory, sealed or not. Takes no build lock."""
+    store = store or Store.default()
+    names: dict[str, list[str]] = {}
+    for name, digest in store.names().items():
+        names.setdefault(digest, []).append(name)
+    return [_info(store, digest, tuple(names.get(digest, ()))) for digest in store.digests()]
+
+
+def _info(store: Store, digest: str, names: tuple[str, ...]) -> VenvInfo:
+    link = store.link(digest)
+    path = Path(os.path.realpath(link)) if link.is_symlink() and link.exists() else None
+    manifest = None
+    if path is not None:
+        with contextlib.suppress(BrokenManifestError):
+            manifest = read_manifest(path)
+    builds = store.builds(digest)
+    return VenvInfo(digest, names, path, manifest, any(not _free(build) for build in builds), _last_used(builds))
+
+
+def _free(path: Path) -> bool:
+    try:
+        with unused(path) as free:
+            return free
+    except OSError:
+        return False  # a disk that cannot be written: nobody can tell, and nothing will be removed
+
+
+def _last_used(builds: list[Path]) -> float:
+    times = [0.0]
+    for build in builds:
+        for path in (build / LEASE_FILE, build):
+            with contextlib.suppress(OSError):
+                times.append(path.stat().st_mtime)
+                break
+    return max(times)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a venv: `path` inside it, and what is wrong."""
+
+    venv: str
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.venv}: {self.path}: {self.problem}"
+
+
+def verify(venv: str | None = None, *, store: Store | None = None) -> list[Finding]:
+    """Compare every installed file with what was installed; the findings name what was altered.
+
+    `venv` is a name or a digest; default: every venv of the directory. Reads every file, so it takes seconds per
+    gigabyte. Raises `VenvError` for a `venv` that is not there.
+    """
+    store = store or Store.default()
+    known = list_venvs(store)
+    if venv is not None:
+        known = [info for info in known if venv in info.names or info.digest == venv[:DIGEST_PREFIX]]
+        if not known:
+            raise VenvError(f"There is no venv {venv!r} in {store.root}.")
+    return [finding for info in known for finding in _verify(info)]
+
+
+def _verify(info: VenvInfo) -> Iterator[Finding]:
+    label = info.names[0] if info.names else info.digest
+    if info.path is None or info.manifest is None:
+        yield Finding(label, str(info.path or info.digest), "not sealed, or its manifest is broken")
+        return
+    if not os.access(info.path / "bin" / "python", os.X_OK):
+        yield Finding(label, "bin/python", f"does not start: made from {info.manifest.base_python}")
+    try:
+        site_packages = site_packages_of(info.path)
+    except VenvError as error:
+        yield Finding(label, "lib", str(error))
+        return
+    for name, digest in info.manifest.records.items():
+        path = site_packages / name if name in (f"{MODULE}.py", PTH_FILE) else site_packages / name / "RECORD"
+        problem = _problem(path, digest, None)
+        if problem is not None:
+            yield Finding(label, str(path.relative_to(info.path)), problem)
+        elif path.name == "RECORD":
+            yield from _verify_record(label, info.path, site_packages, path)
+
+
+def _verify_record(label: str, root: Path, site_packages: Path, record: Path) -> Iterator[Finding]:
+    for row in csv.reader(record.read_text(encoding="utf-8").splitlines()):
+        if len(row) < 3 or not row[1].startswith("sha256="):
+            continue  # RECORD itself has no hash
+        path = Path(os.path.normpath(site_packages / row[0]))
+        padded = row[1].removeprefix("sha256=") + "=="
+        problem = _problem(path, base64.urlsafe_b64decode(padded).hex(), int(row[2]) if row[2] else None)
+        if problem is not None:
+            shown = path.relative_to(root) if path.is_relative_to(root) else path
+            yield Finding(label, str(shown), problem)
+
+
+def _problem(path: Path, digest: str, size: int | None) -> str | None:
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            return f"altered: {actual} bytes instead of {size}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return "altered: its content is not what was installed"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def prune(
+    *,
+    keep_names: Collection[str] | None = None,
+    older_than_s: float = 0.0,
+    dry_run: bool = False,
+    store: Store | None = None,
+) -> PruneReport:
+    """Remove venvs that nobody uses, what dead builders left, old logs and old resolutions.
+
+    Never removed: a venv that a process holds a lease on, that is being built, or that another kept venv is laid over.
+
+    Args:
+        keep_names: venvs with one of these names stay; default: every venv that has a name stays.
+        older_than_s: also keep what was used within the last so many seconds.
+    """
+    store = store or Store.default()
+    infos = list_venvs(store)
+    kept = {info.digest for info in infos if _is_kept(info, keep_names, older_than_s)}
+    bases = {info.digest: info.manifest.base_digest for info in infos if info.manifest is not None}
+    for digest in list(kept):
+        base = bases.get(digest)
+        while base is not None:
+            kept.add(base[:DIGEST_PREFIX])
+            base = bases.get(base[:DIGEST_PREFIX])
+    report = PruneReport(dry_run)
+    # An additive venv goes before its base, so that a process that starts in it never misses the base.
+    for info in sorted(infos, key=lambda info: bases.get(info.digest) is None):
+        _prune_digest(store, info, info.digest in kept, report)
+    _prune_files(store, report)
+    return report
+
+
+@dataclass
+class PruneReport:
+    """What `prune` removed, or would remove.
+
+    Attributes:
+        freed_bytes: disk that was freed; files that are linked to uv's cache or to another venv do not count.
+        removed: venvs, by digest. skipped: digests that are in use or being built.
+    """
+
+    dry_run: bool
+    freed_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.removed: list[str] = []
+        self.skipped: list[str] = []
+
+
+def _is_kept(info: VenvInfo, keep_names: Collection[str] | None, older_than_s: float) -> bool:
+    named = bool(info.names) if keep_names is None else any(name in keep_names for name in info.names)
+    return info.sealed and (named or info.in_use or time.time() - info.last_used < older_than_s)
+
+
+def _prune_digest(store: Store, info: VenvInfo, keep: bool, report: PruneReport) -> None:
+    try:
+        with build_lock(store.lock(info.digest), "prune", timeout_s=0.0):
+            _remove_unused(store, info, keep, report)
+    except VenvLockTimeoutError:
+        report.skipped.append(info.digest)
+
+
+def _remove_unused(store: Store, info: VenvInfo, keep: bool, report: PruneReport) -> None:
+    current = os.path.realpath(store.link(info.digest))
+    for path in store.builds(info.digest):
+        is_current = os.path.realpath(path) == current
+        if is_current and keep:
+            continue
+        with unused(path) as free:
+            if not free:
+                report.skipped.append(info.digest)
+                continue
+            report.freed_bytes += _disk_use(path)
+            if is_current:
+                report.removed.append(info.digest)
+            if report.dry_run:
+                continue
+            if is_current:
+                store.link(info.digest).unlink()
+                for name in info.names:
+                    (store.root / name).unlink(missing_ok=True)
+            remove_tree(path)
+
+
+def _disk_use(root: Path) -> int:
+    """Bytes that removing `root` gives back: files whose other links lie elsewhere stay on the disk."""
+    total = 0
+    for directory, _, files in os.walk(root):
+        for name in files:
+            with contextlib.suppress(OSError):
+                status = os.lstat(os.path.join(directory, name))
+                total += status.st_blocks * 512 if status.st_nlink == 1 else 0
+    return total
+
+
+def _prune_files(store: Store, report: PruneReport) -> None:
+    for directory in (store.resolved, store.logs):
+        for path in directory.glob("*") if directory.is_dir() else ():
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _KEPT_RESOLUTIONS_S:
+                    report.freed_bytes += path.stat().st_size
+                    if not report.dry_run:
+                        path.unlink()

@@ -1,0 +1,173 @@
+"""Lists of requirements: `--with`, requirements files, and the `pip` and `uv` fields of a Ray `runtime_env`.
+
+Everything becomes a flat tuple of requirements-file lines with absolute paths, so that a list means the same on every
+node, whatever the current directory is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+from nemo_rl.errors import RuntimeEnvError
+
+_INDEX_OPTIONS = (
+    "--index-url",
+    "--extra-index-url",
+    "--find-links",
+    "--no-index",
+    "--pre",
+    "--index",
+    "--default-index",
+)
+_SHORT_OPTIONS = {"-i": "--index-url", "-f": "--find-links", "-e": "--editable"}
+_IGNORED_FIELDS = ("pip_version", "uv_version")
+_CHECK_FIELDS = ("pip_check", "uv_check")
+_OPTION_FIELDS = ("pip_install_options", "uv_pip_install_options")
+_MAX_DEPTH = 10
+
+
+def normalized_name(name: str) -> str:
+    """A distribution's, extra's or group's name in its normal form (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def packages_of(lines: Iterable[str], base_dir: str | None = None) -> list[str]:
+    """Check requirements-file lines and make their paths absolute (relative to `base_dir`, else the current directory).
+
+    Raises `RuntimeEnvError` with the line that cannot be read.
+    """
+    result: list[str] = []
+    for line in lines:
+        if not isinstance(line, str) or not line.strip() or not line.isprintable():
+            raise RuntimeEnvError(f"{line!r} is not a requirement: expected text such as 'packaging==23.2'.")
+        result.append(_checked_line(line.strip(), base_dir or os.getcwd()))
+    return result
+
+
+def read_requirements_file(path: str | os.PathLike[str]) -> list[str]:
+    """The requirements of a file, with the files that it includes (`-r`), as absolute lines."""
+    return _read(Path(os.path.abspath(os.path.expanduser(path))), _MAX_DEPTH)
+
+
+def requirements_of_field(name: str, value: object) -> list[str]:
+    """The requirements of a `runtime_env`'s `pip` or `uv` field.
+
+    `value` is a list of requirements, a mapping with `packages`, or the path of a requirements file.
+    Raises `RuntimeEnvError` that names the field and what is wrong with it.
+    """
+    if isinstance(value, str | os.PathLike):
+        return read_requirements_file(value)
+    if isinstance(value, list | tuple):
+        return packages_of(value)
+    if not isinstance(value, Mapping):
+        raise RuntimeEnvError(
+            f"runtime_env field {name!r} must be a list of requirements, a mapping with 'packages', or the path of a "
+            f"requirements file; got {type(value).__name__}."
+        )
+    lines: list[str] = []
+    for key, item in value.items():
+        if key == "packages":
+            lines = requirements_of_field(name, item) if not isinstance(item, Mapping) else _refuse(name, key)
+        elif key in _OPTION_FIELDS:
+            lines += _install_options(name, key, item)
+        elif key in _IGNORED_FIELDS:
+            continue  # which installer Ray would use; here it is always this project's uv
+        elif not (key in _CHECK_FIELDS and item is False):
+            _refuse(name, key)
+    if not any(not line.startswith("--") or line.startswith("--editable") for line in lines):
+        raise RuntimeEnvError(f"runtime_env field {name!r} names no packages.")
+    return lines
+
+
+def _refuse(name: str, key: object) -> list[str]:
+    known = ["packages", *_OPTION_FIELDS, *(f"{field}=False" for field in _CHECK_FIELDS), *_IGNORED_FIELDS]
+    raise RuntimeEnvError(
+        f"runtime_env field {name!r}: {key!r} cannot be carried out for an additive venv. Accepted: {', '.join(known)}."
+    )
+
+
+def _install_options(name: str, key: str, options: object) -> list[str]:
+    """Installer options that choose an index, as requirements-file lines; others would be lost, so they are refused."""
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise RuntimeEnvError(f"runtime_env field {name!r}: {key!r} must be a list of strings.")
+    lines: list[str] = []
+    words = iter([part for option in options for part in option.split(None, 1)])
+    for word in words:
+        option, equals, value = word.partition("=")
+        option = _SHORT_OPTIONS.get(option, option)
+        if option == "--no-cache-dir" or option == "--no-cache":
+            continue
+        if option not in _INDEX_OPTIONS:
+            raise RuntimeEnvError(
+                f"runtime_env field {name!r}: {key!r} holds {option!r}. Accepted: {', '.join(_INDEX_OPTIONS)}."
+            )
+        if option in ("--no-index", "--pre"):
+            lines.append(option)
+        else:
+            lines.append(f"{option} {value if equals else next(words, '')}".strip())
+    return packages_of(lines)
+
+
+def _read(path: Path, depth: int) -> list[str]:
+    if depth == 0:
+        raise RuntimeEnvError(f"requirements file {path} includes files more than {_MAX_DEPTH} levels deep.")
+    if not path.is_file():
+        raise RuntimeEnvError(f"requirements file {path} does not exist.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RuntimeEnvError(f"requirements file {path} cannot be read: {error}.") from None
+    lines: list[str] = []
+    for raw in re.sub(r"\\\r?\n", " ", text).splitlines():
+        line = re.sub(r"(^|\s)#.*$", "", raw).strip()
+        include = re.match(r"(?:-r|--requirement)[\s=]*(.+)$", line)
+        if include:
+            lines += _read((path.parent / include[1].strip()).absolute(), depth - 1)
+        elif line:
+            try:
+                lines += packages_of([line], str(path.parent))
+            except RuntimeEnvError as error:
+                raise RuntimeEnvError(f"requirements file {path}: {error}") from None
+    return lines
+
+
+def _checked_line(line: str, base_dir: str) -> str:
+    if line.startswith("-"):
+        return _checked_option(line, base_dir)
+    if is_path(line):
+        return _absolute(line, base_dir)
+    requirement = re.sub(r"\s--hash[=\s]\S+", "", line)
+    try:
+        Requirement(requirement)
+    except InvalidRequirement as error:
+        raise RuntimeEnvError(f"{line!r} is not a requirement: {str(error).splitlines()[0]}.") from None
+    return line
+
+
+def _checked_option(line: str, base_dir: str) -> str:
+    match = re.match(r"(--?[A-Za-z-]+)(?:[\s=]+(.*))?$", line)
+    option = _SHORT_OPTIONS.get(match[1], match[1]) if match else line
+    value = (match[2] or "").strip() if match else ""
+    if option not in (*_INDEX_OPTIONS, "--editable"):
+        raise RuntimeEnvError(f"the option {option!r} is not accepted among requirements.")
+    if option in ("--no-index", "--pre"):
+        return option
+    if not value:
+        raise RuntimeEnvError(f"the option {option!r} needs a value.")
+    if "://" not in value:
+        value = _absolute(value, base_dir)
+    return f"{option} {value}"
+
+
+def is_path(line: str) -> bool:
+    """Whether a requirement is the path of a wheel, archive or project directory."""
+    return line.startswith((".", "/", "~")) or (line.endswith((".whl", ".tar.gz", ".zip")) and "@" not in line)
+
+
+def _absolute(path: str, base_dir: str) -> str:
+    return os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))
