@@ -1,18 +1,23 @@
 import gzip
 import json
 import random
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.arithmetic import ArithmeticDataset
 from nemo_rl.data.config import DataConfig, DatasetConfig
 from nemo_rl.data.datasets import DATASETS, load_datasets, open_dataset
 from nemo_rl.data.problem import Problem, ProblemDataset
 from nemo_rl.errors import ConfigError, DataError
+from nemo_rl.utils.config import load_config
 
 RECORDS = [{"problem": f"{i}+{i}=?", "answer": str(2 * i), "source": f"book {i}"} for i in range(20)]
 PROBLEMS = [Problem(r["problem"], r["answer"], i, {"source": r["source"]}) for i, r in enumerate(RECORDS)]
@@ -295,3 +300,24 @@ def test_importing_the_room_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_documented_commands_have_valid_keys():
+    commands = re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        overrides = [word for word in words if word.startswith("data.")]
+        assert overrides
+        load_config(MasterConfig, None, overrides)
+    assert len(commands) >= 5
+
+
+def test_documented_class_works(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    (tmp_path / "my_data.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    dataset = open_dataset(DatasetConfig(kind="my_data:Squares", max_num_problems=4), DataConfig(), "train")
+    assert [problem.answer for problem in dataset] == ["0", "1", "4", "9"]
