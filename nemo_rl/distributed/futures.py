@@ -1,0 +1,91 @@
+"""Results that are still on their way from several workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import ray
+from ray.exceptions import RayActorError
+
+from nemo_rl.errors import WorkerError
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.worker_groups import RayWorkerGroup
+
+# What a remote call returns: one reference, or a generator of references for a streaming method.
+Reference: TypeAlias = "ray.ObjectRef | ray.ObjectRefGenerator"
+
+
+@dataclass(frozen=True)
+class MultiWorkerFuture:
+    """One call that went to several workers.
+
+    Attributes:
+        futures: what the called workers return, in rank order of `called_workers`.
+        called_workers: the global ranks that were called, ascending (dummy calls included).
+        return_from_workers: the ranks among them whose result is kept; None means all.
+    """
+
+    futures: list[Reference]
+    called_workers: list[int]
+    return_from_workers: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.futures) != len(self.called_workers):
+            raise ValueError(f"{len(self.futures)} futures for {len(self.called_workers)} called workers")
+        unknown = set(self.return_from_workers or ()) - set(self.called_workers)
+        if unknown:
+            raise ValueError(f"results are wanted from ranks {sorted(unknown)}, which were not called")
+
+    def get_results(self, worker_group: RayWorkerGroup, return_generators_as_proxies: bool = False) -> list[Any]:
+        """The results, one per tied group, in rank order. See `RayWorkerGroup.get_all_worker_results`."""
+        kept = self._kept(worker_group)
+        # Also wait for the workers whose result is dropped: their failure is a failure of the call.
+        values = get_values(worker_group, self.futures, self.called_workers, return_generators_as_proxies)
+        return [value for rank, value in zip(self.called_workers, values) if rank in kept]
+
+    def _kept(self, worker_group: RayWorkerGroup) -> set[int]:
+        wanted = self.called_workers if self.return_from_workers is None else self.return_from_workers
+        first_of_tied_group: dict[int, int] = {}
+        for rank in sorted(wanted):
+            first_of_tied_group.setdefault(worker_group.tied_group_of(rank), rank)
+        return set(first_of_tied_group.values())
+
+
+def get_values(
+    worker_group: RayWorkerGroup, futures: Sequence[Reference], ranks: Sequence[int], generators_as_proxies: bool
+) -> list[Any]:
+    """Wait for all `futures`; fail as soon as one fails.
+
+    A streaming generator becomes the list of what it yields, or itself with `generators_as_proxies`.
+
+    Raises:
+        WorkerError: a worker died; names its rank and node, and chains Ray's own error.
+        Exception: whatever the worker's method raised, unchanged.
+    """
+    plain = [future for future in futures if not isinstance(future, ray.ObjectRefGenerator)]
+    try:
+        values: Iterator[Any] = iter(ray.get(plain))
+        results: list[Any] = []
+        for future in futures:
+            if not isinstance(future, ray.ObjectRefGenerator):
+                results.append(next(values))
+            elif generators_as_proxies:
+                results.append(future)
+            else:
+                results.append([ray.get(item) for item in future])
+        return results
+    except RayActorError as error:
+        raise worker_error(worker_group, error, plain, ranks) from error
+
+
+def worker_error(
+    worker_group: RayWorkerGroup, error: RayActorError, futures: Sequence[Reference], ranks: Sequence[int]
+) -> WorkerError:
+    """The `WorkerError` for the death of one of the called workers."""
+    rank = worker_group.rank_of_actor(error.actor_id)
+    if rank is None:
+        return WorkerError(f"one of the workers {list(ranks)} of {worker_group.label} died: {error}")
+    return WorkerError(f"worker {worker_group.describe_worker(rank)} died during a call: {error}")

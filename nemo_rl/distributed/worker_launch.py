@@ -1,0 +1,242 @@
+"""Everything that the workers of one group share, decided once before any of them starts.
+
+A `LaunchPlan` holds the venv, the shared `runtime_env` and the described class. All workers of a group have the *same*
+`runtime_env`: Ray starts and reuses processes by its hash, so a variable that differs per worker (RANK) does not belong
+there. Those are set by the worker's host instead, and so are secrets, because Ray logs every `runtime_env`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from nemo_rl import settings
+from nemo_rl.distributed import worker_host
+from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
+from nemo_rl.distributed.worker_description import ClassDescription, cache_path, load_description, save_description
+from nemo_rl.distributed.worker_options import (
+    CHOOSE_PYTHON,
+    Configured,
+    checked_runtime_env,
+    merged_runtime_env,
+    refuse_clashes,
+)
+from nemo_rl.errors import WorkerStartError
+from nemo_rl.venvs import UNSET_IN_VENV, SealedVenv, ensure, spec_from_runtime_env
+from nemo_rl.venvs.manifest import BrokenManifestError, read_manifest
+
+logger = logging.getLogger(__name__)
+
+# Fields of a runtime_env with which Ray itself decides which Python runs.
+_RAY_CHOOSES_PYTHON = ("conda", "container", "image_uri")
+# Fields that are carried out by the venv engine, not by Ray.
+_CARRIED_OUT_HERE = ("pip", "uv", "py_executable")
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class IsolatedWorkerInitializer(worker_host.ClassInspector):
+    """Imports a worker's module inside the worker's venv, on behalf of a driver that does not have its packages.
+
+    It says what the class looks like, and evaluates `configure_worker`. It takes no CPU, and is killed as soon as it
+    has answered: a job that fits must never wait for its own idle initializers.
+    """
+
+
+@dataclass(frozen=True)
+class WorkerPython:
+    """The Python that a group's workers run with.
+
+    Attributes:
+        python: path of the interpreter, the same on every node; None where Ray makes it (conda, containers).
+        digest: of the venv; None for an interpreter that is not in a venv of the engine.
+        activation: variables that activate the venv, for a `runtime_env` (`${PATH}` is the node's own).
+    """
+
+    python: str | None
+    digest: str | None
+    activation: dict[str, str]
+
+    @property
+    def expected(self) -> dict[str, str | None]:
+        """What each worker's attestation must say; None for what cannot be known beforehand."""
+        return {"venv_digest": self.digest, "ray": ray.__version__}
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What the workers of one group share.
+
+    Attributes:
+        fqn: the worker class.
+        python: see `WorkerPython`.
+        fields: the `runtime_env` as merged from the class, the builder and the call.
+        runtime_env: for Ray.
+        host_env_vars: set by the worker's host, before the worker's module is imported: secrets, and values that Ray
+            would change on the way.
+        description: of the class.
+        actor_class: of that description.
+    """
+
+    fqn: str
+    python: WorkerPython
+    fields: dict[str, Any] = field(repr=False)
+    runtime_env: dict[str, Any] = field(repr=False)
+    host_env_vars: dict[str, str] = field(repr=False)
+    description: ClassDescription
+    actor_class: Any = field(repr=False)
+
+    def redescribed(self, description: ClassDescription) -> LaunchPlan:
+        """The plan for a class that turned out to differ from its kept description."""
+        save_description(_description_path(self.fqn, self.python, self.runtime_env), description)
+        return replace(self, description=description, actor_class=description.actor_class())
+
+    def with_fields(self, fields: Mapping[str, Any]) -> LaunchPlan:
+        """The plan with other `runtime_env` fields: of a worker whose `configure_worker` overrides some."""
+        python = self.python
+        if _choice(fields) != _choice(self.fields):
+            python = worker_python(self.fqn, fields)
+        runtime_env, host_env_vars = _for_ray(python, fields)
+        return replace(self, python=python, fields=dict(fields), runtime_env=runtime_env, host_env_vars=host_env_vars)
+
+
+def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
+    """Decide what all workers of a group share. Blocks until the venv is ready and the class described.
+
+    Args:
+        fields: the `runtime_env` that builder, call and group give, merged and checked.
+
+    Raises:
+        UnregisteredActorError, InvalidPyExecutableError: there is no Python for `fqn`.
+        RuntimeEnvError: fields that clash.
+        NodeVenvError: the venv could not be made ready on some node.
+        WorkerStartError: the worker's module cannot be imported in its venv.
+    """
+    refuse_clashes(fields)
+    python = worker_python(fqn, fields)
+    runtime_env, host_env_vars = _for_ray(python, fields)
+    description = _description(fqn, python, runtime_env, host_env_vars)
+    plan = LaunchPlan(
+        fqn, python, dict(fields), runtime_env, host_env_vars, description, actor_class=description.actor_class()
+    )
+    of_class = description.ray_options.get("runtime_env")
+    if not of_class:
+        return plan
+    return plan.with_fields(merged_runtime_env(checked_runtime_env(of_class, f"runtime_env of {fqn}"), fields))
+
+
+def configure_workers(plan: LaunchPlan, calls: list[dict[str, Any]]) -> list[Configured]:
+    """What the class's `configure_worker` returns for each of `calls`, evaluated in the worker's venv.
+
+    Without such a method nothing is started, and the answer is four times None for each.
+    """
+    configure = plan.description.configure_worker
+    if configure is None:
+        return [(None, None, None, None)] * len(calls)
+    # A static method needs no more than the module of the class that defines it, which may be a light one.
+    fqn = configure.fqn if configure.is_static else plan.fqn
+    return _ask_initializer(plan.fqn, plan.runtime_env, plan.host_env_vars, "configure", fqn, calls)
+
+
+def worker_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
+    """Make the Python ready that `fields`, or else the registry, asks for, on every node."""
+    if any(name in fields for name in _RAY_CHOOSES_PYTHON):
+        return WorkerPython(None, None, {})
+    chosen = fields.get("py_executable")
+    spec = spec_from_runtime_env(fields, chosen or get_actor_python_env(fqn))
+    # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
+    is_default = not any(name in fields for name in _CARRIED_OUT_HERE)
+    name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
+    venv = ensure(spec, name)
+    # Not the name, which a later group may move, but the path that the same content has on every node.
+    python = venv.python if venv.manifest is None else str(venv.stable_path / "bin" / "python")
+    return WorkerPython(python, _digest(venv), activation(python))
+
+
+def _digest(venv: SealedVenv) -> str | None:
+    if venv.manifest is not None:
+        return venv.digest
+    try:  # the path of an interpreter, which may still be one of the engine's
+        return read_manifest(venv.path).digest
+    except BrokenManifestError:
+        return None
+
+
+def activation(python: str) -> dict[str, str]:
+    """Variables that activate the venv of `python` in a `runtime_env`: for workers, their children and nested actors.
+
+    `PATH` is the venv's part only; the rest is each node's own. With the driver's Python, `PYTHONPATH` stays: it is how
+    the driver found its own modules.
+    """
+    bin_dir = os.path.dirname(python)
+    root = os.path.dirname(bin_dir)
+    unset = [] if python == sys.executable else UNSET_IN_VENV
+    venv = {"VIRTUAL_ENV": root} if os.path.exists(os.path.join(root, "pyvenv.cfg")) else {}
+    return {**venv, "PATH": bin_dir, "PYTHONNOUSERSITE": "1", **dict.fromkeys(unset, "")}
+
+
+def _choice(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in CHOOSE_PYTHON if name in fields}
+
+
+def _for_ray(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The `runtime_env` that Ray gets, and the variables that the host sets."""
+    result = {name: value for name, value in fields.items() if name != "env_vars"}
+    if python.python is not None:
+        result = {name: value for name, value in result.items() if name not in _CARRIED_OUT_HERE}
+        result["py_executable"] = python.python
+    given = fields.get("env_vars") or {}
+    shared = {name: value for name, value in given.items() if not settings.is_secret(name)}
+    by_host = {name: value for name, value in given.items() if settings.is_secret(name)}
+    for name, value in settings.forwarded().items():
+        if name in given:
+            continue
+        # Ray writes every runtime_env into its logs, and replaces `$NAME` in the values.
+        target = by_host if settings.is_secret(name) or "$" in value else shared
+        target[name] = value
+    active = dict(python.activation)
+    if active:
+        active["PATH"] = f"{active['PATH']}:{shared.get('PATH', '${PATH}')}"
+        active.update({name: shared[name] for name in UNSET_IN_VENV if name in shared})
+    # Without this, Ray would start the worker's own children with `uv run` once more.
+    result["env_vars"] = {**shared, **active, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    return result, by_host
+
+
+def _description(
+    fqn: str, python: WorkerPython, runtime_env: Mapping[str, Any], host_env_vars: dict[str, str]
+) -> ClassDescription:
+    path = _description_path(fqn, python, runtime_env)
+    description = load_description(path)
+    if description is None:
+        plain = _ask_initializer(fqn, runtime_env, host_env_vars, "describe", fqn)
+        description = ClassDescription.from_plain(plain)
+        save_description(path, description)
+    return description
+
+
+def _description_path(fqn: str, python: WorkerPython, runtime_env: Mapping[str, Any]) -> Any:
+    search_path = runtime_env["env_vars"].get("PYTHONPATH", "")
+    return cache_path(fqn, python.digest or python.python or "", search_path)
+
+
+def _ask_initializer(
+    fqn: str, runtime_env: Mapping[str, Any], host_env_vars: dict[str, str], method: str, *args: Any
+) -> Any:
+    actor_class: Any = IsolatedWorkerInitializer
+    initializer = actor_class.options(runtime_env=dict(runtime_env)).remote(host_env_vars)
+    try:
+        return ray.get(getattr(initializer, method).remote(*args), timeout=settings.WORKER_START_TIMEOUT_S.get())
+    except RayError as error:
+        raise WorkerStartError(
+            f"{fqn} cannot be loaded in its venv ({runtime_env.get('py_executable', 'made by Ray')}): {error}"
+        ) from error
+    finally:
+        ray.kill(initializer)

@@ -1,0 +1,125 @@
+"""Waiting for workers to start, and ending them.
+
+::
+
+    all handles created ──▶ one attestation call each ──▶ first failure, or all answers, or the time-out
+                                                              │
+                     kill every worker of the group  ◀── failure, time-out or Ctrl-C; then raise
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from nemo_rl import settings
+from nemo_rl.distributed import worker_host
+from nemo_rl.distributed.worker_description import ClassDescription
+from nemo_rl.errors import AttestationError, WorkerStartError
+
+_KILL_TIMEOUT_S = 10.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class StartingWorker:
+    """A worker whose actor has been created and may not be running yet.
+
+    Attributes:
+        label: for messages, such as "rank 3 (policy-0-3)".
+    """
+
+    handle: ActorHandle
+    fqn: str
+    label: str
+
+
+class StaleDescription(Exception):
+    """The class is not the one that was described; holds its description."""
+
+    def __init__(self, description: ClassDescription) -> None:
+        super().__init__(description.fqn)
+        self.description = description
+
+
+def await_started(workers: Sequence[StartingWorker], timeout_s: float | None = None) -> list[dict[str, Any]]:
+    """Wait until every worker's constructor has returned and its attestation is right.
+
+    Returns:
+        The attestations, in the order of `workers`.
+
+    Raises:
+        WorkerStartError: a worker died (with its own traceback), or not all have answered in `timeout_s`.
+        AttestationError: a worker runs in another venv or ray than it should.
+        StaleDescription: see there.
+        In every case, and for Ctrl-C, all of `workers` are dead by then.
+    """
+    timeout_s = settings.WORKER_START_TIMEOUT_S.get() if timeout_s is None else timeout_s
+    deadline = time.monotonic() + timeout_s
+    pending = {getattr(worker.handle, worker_host.ATTEST_METHOD).remote(): i for i, worker in enumerate(workers)}
+    answers: dict[int, dict[str, Any]] = {}
+    try:
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise WorkerStartError(
+                    _timeout_message([workers[i] for i in pending.values()], len(workers), timeout_s)
+                )
+            index = pending.pop(ready[0])
+            answers[index] = _checked_answer(workers[index], ready[0])
+    except BaseException:
+        kill_and_wait([worker.handle for worker in workers])
+        raise
+    return [answers[index] for index in range(len(workers))]
+
+
+def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[str, Any]:
+    try:
+        answer = ray.get(reference)
+    except RayError as error:
+        raise WorkerStartError(f"worker {worker.label} of {worker.fqn} died while starting: {error}") from error
+    if "description" in answer:
+        raise StaleDescription(ClassDescription.from_plain(answer["description"]))
+    if answer["verdict"] != "ok":
+        raise AttestationError(
+            f"worker {worker.label} of {worker.fqn} on node {answer['node_ip']} runs {answer['executable']}: "
+            f"{answer['verdict']}. Its venv was changed or replaced while the job started; start the job again."
+        )
+    return answer
+
+
+def _timeout_message(missing: Sequence[StartingWorker], total: int, timeout_s: float) -> str:
+    labels = ", ".join(worker.label for worker in missing[:8]) + (", ..." if len(missing) > 8 else "")
+    return (
+        f"{len(missing)} of {total} workers of {missing[0].fqn} did not start within {timeout_s:.0f} s: {labels}. "
+        "Either their constructors wait for something, or their share of the bundles is taken (see `ray status`). "
+        f"{settings.WORKER_START_TIMEOUT_S.name} sets the limit."
+    )
+
+
+def kill_and_wait(handles: Sequence[ActorHandle], timeout_s: float = _KILL_TIMEOUT_S) -> bool:
+    """Kill actors at once, and wait until Ray knows that they are dead. Returns whether all are."""
+    for handle in handles:
+        ray.kill(handle, no_restart=True)
+    return all_dead(handles, timeout_s)
+
+
+def all_dead(handles: Sequence[ActorHandle], timeout_s: float) -> bool:
+    """Wait until every actor has ended. Returns whether all have within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    for handle in handles:
+        while True:
+            try:
+                ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
+            except RayActorError:
+                break
+            except GetTimeoutError:
+                return False
+            time.sleep(_POLL_S)
+    return True
