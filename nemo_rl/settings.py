@@ -73,6 +73,16 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _non_negative_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError("expected an integer of at least 0")
+    return value
+
+
 def _positive_seconds(text: str) -> float:
     try:
         value = float(text)
@@ -129,6 +139,9 @@ WORKER_START_TIMEOUT_S = Variable(
     1800.0,
     "How long a worker group may take from its creation to its last worker being ready, in seconds.",
 )
+TRACEBACK = Variable(
+    "NEMO_RL_TRACEBACK", _flag, False, "Let the command line end with a full traceback instead of one sentence."
+)
 RAY_ADDRESS = Variable[str | None](
     "RAY_ADDRESS",
     str,
@@ -140,6 +153,13 @@ RAY_DASHBOARD = Variable(
 )
 CUDA_VISIBLE_DEVICES = Variable[str | None](
     "CUDA_VISIBLE_DEVICES", str, None, "Which GPUs a local Ray cluster may use."
+)
+RANK = Variable("RANK", _non_negative_int, 0, "This worker's index among its group's; set for every worker.")
+LOCAL_RANK = Variable("LOCAL_RANK", _non_negative_int, 0, "This worker's index on its node; set for every worker.")
+WORLD_SIZE = Variable("WORLD_SIZE", _positive_int, 1, "Number of workers in the group; set for every worker.")
+MASTER_ADDR = Variable[str | None]("MASTER_ADDR", str, None, "Where rank 0 of the group listens; set for every worker.")
+MASTER_PORT = Variable[int | None](
+    "MASTER_PORT", _positive_int, None, "Port at which rank 0 of the group listens; set for every worker."
 )
 
 # Variables of the driver that reach its workers. Nothing else of the driver's environment does.
@@ -163,7 +183,11 @@ FORWARDED_PREFIXES: tuple[str, ...] = (
 FORWARDED_NAMES: frozenset[str] = frozenset(
     {"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TZ", "LANG"}
 )
-_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "CREDENTIAL", "PRIVATE")
+# Whole words between underscores: HF_TOKEN is a secret, TOKENIZERS_PARALLELISM and MAX_TOKENS are not.
+_SECRET_WORDS = frozenset(
+    "TOKEN SECRET SECRETS PASSWORD PASSWD PASSPHRASE APIKEY CREDENTIAL CREDENTIALS PRIVATE".split()
+)
+_SECRET_KEYS = frozenset("API ACCESS AUTH SIGNING ENCRYPTION SSH".split())  # before the word KEY
 MASK = "********"
 
 
@@ -178,8 +202,10 @@ def forwarded() -> dict[str, str]:
 
 def is_secret(name: str) -> bool:
     """Whether a variable's name says that its value must not be shown."""
-    upper = name.upper()
-    return any(word in upper for word in _SECRET_WORDS)
+    words = name.upper().split("_")
+    return not _SECRET_WORDS.isdisjoint(words) or any(
+        first in _SECRET_KEYS and second in ("KEY", "KEYS") for first, second in zip(words, words[1:])
+    )
 
 
 def masked(variables: Mapping[str, str]) -> dict[str, str]:

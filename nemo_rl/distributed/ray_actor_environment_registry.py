@@ -60,6 +60,12 @@ def get_actor_python_env(fqn: str) -> str:
     return PY_EXECUTABLES.SYSTEM if settings.PY_EXECUTABLES_SYSTEM.get() else py_executable
 
 
+def registered_actors() -> list[str]:
+    """Every FQN that the dict or an installed distribution's entry points register, sorted."""
+    registered, _ = _entry_points()
+    return sorted({*ACTOR_ENVIRONMENT_REGISTRY, *registered})
+
+
 def register_actor_environment(fqn: str, py_executable: str) -> None:
     """Let `fqn` run with `py_executable`; what was registered for it before is replaced.
 
