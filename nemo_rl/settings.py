@@ -11,6 +11,7 @@ The documentation's table of environment variables is generated from `ALL`.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -185,9 +186,9 @@ FORWARDED_NAMES: frozenset[str] = frozenset(
 )
 # Whole words between underscores: HF_TOKEN is a secret, TOKENIZERS_PARALLELISM and MAX_TOKENS are not.
 _SECRET_WORDS = frozenset(
-    "TOKEN SECRET SECRETS PASSWORD PASSWD PASSPHRASE APIKEY CREDENTIAL CREDENTIALS PRIVATE".split()
+    {"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "APIKEY", "CREDENTIAL", "CREDENTIALS", "PRIVATE"}
 )
-_SECRET_KEYS = frozenset("API ACCESS AUTH SIGNING ENCRYPTION SSH".split())  # before the word KEY
+_SECRET_KEYS = frozenset({"API", "ACCESS", "AUTH", "SIGNING", "ENCRYPTION", "SSH"})  # before the word KEY
 MASK = "********"
 
 
@@ -204,7 +205,7 @@ def is_secret(name: str) -> bool:
     """Whether a variable's name says that its value must not be shown."""
     words = name.upper().split("_")
     return not _SECRET_WORDS.isdisjoint(words) or any(
-        first in _SECRET_KEYS and second in ("KEY", "KEYS") for first, second in zip(words, words[1:])
+        first in _SECRET_KEYS and second in ("KEY", "KEYS") for first, second in itertools.pairwise(words)
     )
 
 

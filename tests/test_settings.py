@@ -1,0 +1,41 @@
+"""Which variables count as secrets, and which of the driver's reach its workers."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_rl import settings
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "hf_token",
+        "MY_PASSWORD",
+        "OPENAI_APIKEY",
+        "SSH_PRIVATE_KEY",
+    ],
+)
+def test_names_of_secrets(name: str) -> None:
+    assert settings.is_secret(name)
+    assert settings.masked({name: "value"}) == {name: settings.MASK}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS", "HF_HOME", "NCCL_DEBUG", "MONKEY", "KEYBOARD", "HF_DATASETS_CACHE"],
+)
+def test_names_that_only_look_like_secrets(name: str) -> None:
+    assert not settings.is_secret(name)
+    assert settings.masked({name: "value"}) == {name: "value"}
+
+
+def test_only_documented_variables_are_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "NCCL_DEBUG", "LD_LIBRARY_PATH", "MY_VARIABLE", "PYTHONPATH", "VIRTUAL_ENV", "RANK"):
+        monkeypatch.setenv(name, "x")
+    forwarded = settings.forwarded()
+    assert {"HF_HOME", "NCCL_DEBUG", "LD_LIBRARY_PATH"} <= forwarded.keys()
+    assert forwarded.keys().isdisjoint({"MY_VARIABLE", "PYTHONPATH", "VIRTUAL_ENV", "RANK"})
