@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nemo_rl.utils.config import ConfigModel
 
@@ -22,7 +23,23 @@ class DatasetConfig(ConfigModel):
     name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")
     prompt_key: str = Field("problem", description="Column with the prompt: text, or a list of chat messages.")
     answer_key: str = Field("answer", description="Column with the expected answer.")
+    answer_pattern: str | None = Field(
+        None, description="Regular expression whose first group is the answer within that column. Null: all of it."
+    )
     max_num_problems: int | None = Field(None, ge=1, description="Use only the first N problems.")
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            groups = re.compile(pattern).groups
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        if not groups:
+            raise ValueError(f"{pattern!r} has no group; put parentheses around the answer, as in '#### (.+)'")
+        return pattern
 
 
 class ArithmeticConfig(ConfigModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
     """Turn one record into a problem; keys other than prompt and answer become metadata.
 
     Raises:
-        DataError: a key is missing (names the nearest one), or its value is no prompt or answer.
+        DataError: a key is missing (names the nearest one), its value is no prompt or answer, or `answer_pattern` does
+            not find the answer in it.
     """
     rest = dict(record)
     for option, key in (("data.*.prompt_key", config.prompt_key), ("data.*.answer_key", config.answer_key)):
@@ -87,7 +89,11 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
             raise DataError(f"{where}: no key {key!r} ({option}){did_you_mean(key, record)}")
         rest.pop(key, None)
     prompt = _checked_prompt(record[config.prompt_key], f"{where}: {config.prompt_key!r}")
-    return Problem(prompt, _answer_text(record[config.answer_key], f"{where}: {config.answer_key!r}"), index, rest)
+    where_answer = f"{where}: {config.answer_key!r}"
+    answer = _answer_text(record[config.answer_key], where_answer)
+    if config.answer_pattern is not None:
+        answer = _found_answer(config.answer_pattern, answer, where_answer)
+    return Problem(prompt, answer, index, rest)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -119,6 +125,15 @@ def _answer_text(value: Any, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise DataError(f"{where} must be text or a number, got {_shown(value)}")
+
+
+def _found_answer(pattern: str, text: str, where: str) -> str:
+    match = re.search(pattern, text)
+    answer = (match[1] or "").strip() if match else ""
+    if not answer:
+        found = "matches an empty answer in" if match else "is not found in"
+        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {found} {_shown(text)}")
+    return answer
 
 
 def _shown(value: Any) -> str:

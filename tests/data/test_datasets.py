@@ -95,6 +95,13 @@ def test_jsonl_reads_no_further_than_it_must(tmp_path):
     assert len(opened(path, max_num_problems=1)) == 1
 
 
+def test_the_answer_within_a_solution(tmp_path):
+    solutions = ["4+4 is 8.\n#### 8", "6*12=<<6*12=72>>72\n#### 72 ", "#### -1,000"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"problem": "?", "answer": text} for text in solutions])
+    assert [p.answer for p in opened(path, answer_pattern="#### (.+)")] == ["8", "72", "-1,000"]
+    assert [p.answer for p in opened(path)] == solutions
+
+
 # ---- broken data
 
 
@@ -122,6 +129,26 @@ def test_a_broken_line_is_named(tmp_path, line, match, suffix):
     with pytest.raises(DataError, match=match) as caught:
         opened(path)
     assert str(caught.value).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize(
+    ("solution", "match"),
+    [("It is 72.", "is not found in"), ("####  ", "matches an empty answer in"), (72, "is not found in str '72'")],
+)
+def test_an_answer_that_the_pattern_does_not_find(tmp_path, solution, match):
+    records = [{"problem": "?", "answer": "#### 1"}, {"problem": "?", "answer": solution}]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    with pytest.raises(DataError, match=match) as caught:
+        opened(path, answer_pattern="#### ?(.*)")
+    assert str(caught.value).startswith(f"{path}:2: 'answer': the pattern '#### ?(.*)' (data.*.answer_pattern) ")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "match"), [("#### (", "is no regular expression: missing \\)"), ("#### .+", "has no group")]
+)
+def test_a_pattern_that_cannot_find_an_answer(pattern, match):
+    with pytest.raises(ConfigError, match=rf"data\.train\.answer_pattern.*{match}"):
+        load_config(MasterConfig, None, [f"data.train.answer_pattern='{pattern}'"])
 
 
 def test_a_line_that_is_not_utf8(tmp_path):
