@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -90,25 +91,42 @@ class TimelineEvent:
         return self.end - self.start
 
 
+class PhaseListener(Protocol):
+    """Is told about phases while they run; may be called from several threads."""
+
+    def phase_started(self, name: str, process: str) -> None:
+        """The phase begins."""
+
+    def phase_ended(self, name: str, process: str, duration_s: float) -> None:
+        """The phase is over, well or not."""
+
+
 class Timeline:
-    """The time line in `directory/timeline.jsonl`, as the driver writes it.
+    """The time line in `directory/timeline.jsonl`, as the driver writes it. Thread-safe.
 
     Workers measure their own phases as `TimelineEvent`s, hand them to the driver with their other results, and the
-    driver adds them with `extend`. Stamps of other hosts are as good as their clocks agree.
+    driver adds them with `extend`. Stamps of other hosts are as good as their clocks agree. Driver threads that work
+    side by side take different process names ("driver", "driver: inputs").
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, listener: PhaseListener | None = None) -> None:
         self._path = directory / TIMELINE_FILE
+        self._listener = listener
         self.life = max((event.life for event in read_timeline(directory)), default=0) + 1
 
     @contextlib.contextmanager
     def phase(self, name: str, process: str = DRIVER) -> Iterator[None]:
         """Record the block as one event, also when it raises."""
         start = time.time()
+        if self._listener is not None:
+            self._listener.phase_started(name, process)
         try:
             yield
         finally:
-            self.record(name, start, time.time(), process)
+            end = time.time()
+            self.record(name, start, end, process)
+            if self._listener is not None:
+                self._listener.phase_ended(name, process, end - start)
 
     def record(self, name: str, start: float, end: float, process: str = DRIVER, node: str | None = None) -> None:
         """Add one event of this life."""
