@@ -113,6 +113,13 @@ class MasterConfig(ConfigModel):
                 f"data.max_prompt_length ({prompt}) + policy.generation.max_new_tokens ({new}) exceeds "
                 f"policy.max_sequence_length ({self.policy.max_sequence_length})"
             )
+        batching = self.policy.batching
+        longest = -(-self.policy.max_sequence_length // batching.length_multiple) * batching.length_multiple
+        if batching.mode != "fixed" and batching.max_tokens < longest:
+            raise ValueError(
+                f"policy.batching.max_tokens ({batching.max_tokens}) is less than one sequence of "
+                f"policy.max_sequence_length ({longest} tokens, rounded up to policy.batching.length_multiple)"
+            )
         samples = self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
         per_update = self.policy.train_global_batch_size or samples
         if samples % per_update:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.environments.config import EnvironmentConfig
@@ -49,10 +50,8 @@ class RemoteEnvironment(EnvironmentInterface):
         if self._starting.cancel() or self._starting.exception() is not None:
             return
         actor = self._starting.result()
-        try:
+        with contextlib.suppress(RayError, EnvironmentFailure):  # it is killed now in any case
             ray.get(actor.shutdown.remote(), timeout=10)
-        except (ray.exceptions.RayError, EnvironmentFailure):
-            pass  # it is killed now in any case
         ray.kill(actor)
 
     def _call(self, method: str, *arguments: Any) -> Any:

@@ -42,7 +42,7 @@ def run_command(
 ) -> int:
     """Parse the command line, run the job, and turn what goes wrong into one sentence and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    arguments = _parser(schema, default_config).parse_args(argv)
+    arguments = _parser(schema, default_config).parse_intermixed_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_config(schema, arguments.config, arguments.overrides)

@@ -49,6 +49,7 @@ def test_interpolation_is_resolved(tmp_path):
         ("policy.train_global_batch_size=7", "not a multiple of policy.train_global_batch_size"),
         ("cluster.cpu_workers_per_node=3", "cannot be split evenly over 3 policy workers"),
         ("grpo.num_generations_per_prompt=1", "needs num_generations_per_prompt of at least 2"),
+        ("policy.batching={mode: packed, max_tokens: 64}", "max_tokens .64. is less than one sequence"),
         ("nonsense", "is not of the form section.key=value"),
         ("=1", "is not of the form section.key=value"),
         ("logger.log_dir=${nowhere}", "nowhere"),

@@ -1,0 +1,92 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.errors import ConfigError, DataError, EnvironmentFailure
+from nemo_rl.jobs.command_line import run_command
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text("grpo: {seed: 5}")
+    return path
+
+
+def test_a_job_gets_the_checked_configuration_its_name_and_the_mode(config_file):
+    seen = []
+    assert run_command(MasterConfig, config_file, seen.append, ["--dry-run", "grpo.max_num_steps=3"]) == 0
+    (arguments,) = seen
+    assert (arguments.config.grpo.seed, arguments.config.grpo.max_num_steps) == (5, 3)
+    assert (arguments.name, arguments.dry_run) == ("job", True)
+
+
+def test_options_and_overrides_may_be_mixed(config_file, tmp_path):
+    seen = []
+    argv = ["grpo.seed=1", "--config", str(config_file), "grpo.max_num_steps=3", "--dry-run", "grpo.seed=2"]
+    assert run_command(MasterConfig, tmp_path / "unused.yaml", seen.append, argv) == 0
+    assert (seen[0].config.grpo.seed, seen[0].config.grpo.max_num_steps) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("c"), 2), (DataError("d"), 2), (EnvironmentFailure("e"), 1)], ids=repr
+)
+def test_errors_are_one_sentence_and_an_exit_code(config_file, capsys, error, code):
+    def job(arguments):
+        raise error
+
+    assert run_command(MasterConfig, config_file, job, []) == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_our_own_bugs_keep_their_traceback(config_file):
+    def job(arguments):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_command(MasterConfig, config_file, job, [])
+
+
+def test_a_wrong_key_never_reaches_the_job(config_file, capsys):
+    seen = []
+    assert run_command(MasterConfig, config_file, seen.append, ["grpo.sede=1"]) == 2
+    assert "did you mean grpo.seed?" in capsys.readouterr().err
+    assert not seen
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_job_cleanly(config_file, signal_number):
+    code = f"""
+import sys, time
+from pathlib import Path
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.jobs.command_line import run_command
+def job(arguments):
+    try:
+        print("started", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+sys.exit(run_command(MasterConfig, Path({str(config_file)!r}), job, []))
+"""
+    job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "started\n"
+    os.kill(job.pid, signal_number)
+    output, errors = job.communicate(timeout=30)
+    assert (job.returncode, output) == (130, "cleaned up\n")
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+
+
+def test_help_lists_every_key_without_starting_anything(config_file, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(MasterConfig, config_file, lambda arguments: None, ["--help"])
+    assert exit_.value.code == 0
+    output = capsys.readouterr().out
+    assert "policy.generation.max_new_tokens  (int = 32)" in output
+    assert "Longest completion in tokens." in output
