@@ -115,7 +115,7 @@ def difference(one: Explanation, other: Explanation) -> str | None:
     """One sentence or more about why two workers differ in a package; None when they have the same version."""
     if one.version == other.version:
         return None
-    facts = [_why_absent(side) for side in (one, other) if side.version is None]
+    facts = [_why_absent(side, rival) for side, rival in ((one, other), (other, one)) if side.version is None]
     for side in (one, other):
         if side.source == ADDED:
             covered = f", which covers {side.replaced} of the venv below" if side.replaced else ""
@@ -129,11 +129,12 @@ def difference(one: Explanation, other: Explanation) -> str | None:
     return "; ".join(facts) + "."
 
 
-def _why_absent(side: Explanation) -> str:
-    chosen = f"the project's dependencies with {', '.join(side.selection)}" if side.selection else "its dependencies"
-    if side.spec.startswith("uv run"):
-        return f"nothing in {side.worker}'s venv ({chosen}) depends on {side.package}"
-    return f"{side.worker} does not have {side.package}"
+def _why_absent(side: Explanation, rival: Explanation) -> str:
+    through = f", {rival.worker} gets {rival.version} through {rival.routes[-1]}" if rival.routes else ""
+    if not side.spec.startswith("uv run"):
+        return f"{side.spec}, which {side.worker} runs in as it is, does not have {side.package}{through}"
+    chosen = " and ".join(["the project's dependencies", *side.selection])
+    return f"nothing that {side.worker} asks for ({chosen}) depends on {side.package}{through}"
 
 
 def _why_locked_apart(one: Explanation, other: Explanation) -> list[str]:
@@ -207,7 +208,7 @@ def _in_lock(worker: str, plan: VenvPlan, spec: VenvSpec, name: str, sealed: Sea
         version=_version(held) if held else None,
         source=LOCK if held else None,
         routes=tuple(Route(str(o), tuple(map(str, p))) for o, p in walk.paths[node].items()) if node and held else (),
-        demands=tuple(demands) if held else (),
+        demands=tuple(sorted(demands, key=_limits_least)) if held else (),
         selection=tuple(chosen),
         conflicts=tuple(tuple(items) for items in graph.conflicts_of(selection)),
         locked_versions=tuple(graph.versions(name)),
@@ -232,8 +233,14 @@ def _in_interpreter(worker: str, spec: InterpreterSpec, name: str) -> Explanatio
         package=name,
         version=held.version if held else None,
         source=INTERPRETER if held else None,
-        demands=tuple(sorted(demands, key=str)) if held else (),
+        demands=tuple(sorted(sorted(demands, key=str), key=_limits_least)) if held else (),
     )
+
+
+def _limits_least(demand: Demand) -> int:
+    """Sorts demands: pins first, then upper bounds, then the rest."""
+    requirement = demand.requirement or ""
+    return 0 if "==" in requirement else 1 if "<" in requirement or "~=" in requirement else 2
 
 
 def _default_groups(spec: VenvSpec) -> frozenset[str]:

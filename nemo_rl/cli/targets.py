@@ -1,0 +1,78 @@
+"""What the user may name on the command line: a worker class by its FQN, or an extra of the project."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+
+from nemo_rl import settings
+from nemo_rl.errors import ConfigError, InvalidPyExecutableError, LockMismatchError
+from nemo_rl.venvs.requirements import normalized_name
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One venv that was asked for.
+
+    Attributes:
+        name: what it is called in the venv directory: the FQN, the extra, or `base` for the project without extras.
+        py_executable: what runs it.
+    """
+
+    name: str
+    py_executable: str
+
+
+def registered_targets() -> list[Target]:
+    """Every registered worker class."""
+    from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env, registered_actors
+
+    return [Target(fqn, get_actor_python_env(fqn)) for fqn in registered_actors()]
+
+
+def find_target(name: str) -> Target:
+    """The target of a name. Raises `UnregisteredActorError` or `ConfigError` that says what there is."""
+    from nemo_rl.distributed.py_executables import PY_EXECUTABLES, uv_run
+    from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env, registered_actors
+
+    if "." in name:
+        return Target(name, get_actor_python_env(name))
+    if name == BASE:
+        return Target(BASE, PY_EXECUTABLES.BASE)
+    extras = project_extras()
+    if normalized_name(name) in extras:
+        extra = normalized_name(name)
+        return Target(extra, uv_run("--extra", extra))
+    known = [BASE, *extras]
+    by_class = {fqn.rpartition(".")[2]: fqn for fqn in registered_actors()}
+    if name in by_class:
+        raise ConfigError(f"{name!r} is a class name; give it in full: {by_class[name]}")
+    near = difflib.get_close_matches(name, [*known, *by_class], n=1, cutoff=0.6)
+    hint = f" Did you mean {by_class.get(near[0], near[0])}?" if near else ""
+    raise ConfigError(
+        f"{name!r} is neither a registered worker class nor an extra of the project.{hint} "
+        f"Extras: {', '.join(known)}. Worker classes: see `nemo-rl venvs list`."
+    )
+
+
+def project_extras() -> list[str]:
+    """The extras that the project declares. Raises `LockMismatchError` when its pyproject.toml cannot be read."""
+    path = settings.project_root() / "pyproject.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LockMismatchError(f"{path} cannot be read: {error}. Set {settings.PROJECT_ROOT.name}.") from None
+    return sorted(normalized_name(name) for name in content.get("project", {}).get("optional-dependencies", {}))
+
+
+def is_interpreter(py_executable: str) -> bool:
+    """Whether a py_executable is an interpreter's path, for which there is nothing to build."""
+    from nemo_rl.venvs import InterpreterSpec, parse_py_executable
+
+    try:
+        return isinstance(parse_py_executable(py_executable), InterpreterSpec)
+    except InvalidPyExecutableError:
+        return False

@@ -1,0 +1,246 @@
+"""`nemo-rl venvs ...`: build, look at and look after the venvs of workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from nemo_rl.errors import ConfigError, NemoRLError
+
+app = typer.Typer(
+    help="Build, inspect and look after the venvs that workers run in.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+
+@app.command("list")
+def list_command(json: Json = False) -> None:
+    """Show the venvs on disk, and for every registered worker whether its venv is ready."""
+    from nemo_rl.cli import display
+    from nemo_rl.cli.targets import registered_targets
+    from nemo_rl.venvs import list_venvs
+
+    infos = list_venvs()
+    workers = [_worker_state(target.name, target.py_executable) for target in registered_targets()]
+    if json:
+        display.print_json({"venvs": [_plain(info) for info in infos], "workers": workers})
+        return
+    rows = []
+    for info in infos:
+        manifest = info.manifest
+        rows.append(
+            [
+                info.digest,
+                "in use" if info.in_use else "sealed" if info.sealed else "not sealed",
+                str(len(manifest.packages)) if manifest else "",
+                display.size(manifest.num_bytes) if manifest else "",
+                manifest.python if manifest else "",
+                (manifest.ray or "") if manifest else "",
+                display.ago(info.last_used) if info.last_used else "",
+                " ".join(info.names),
+            ]
+        )
+    columns = ["digest", "state", "packages", "size", "python", "ray", "used", "names"]
+    display.print_table(columns, rows, title="Venvs on disk" if rows else "No venvs on disk yet")
+    display.print_line()
+    rows = [[worker["worker"], worker["state"], worker["digest"], worker["py_executable"]] for worker in workers]
+    display.print_table(["worker", "state", "digest", "py_executable"], rows, title="Registered workers")
+
+
+def _worker_state(fqn: str, py_executable: str) -> dict[str, str]:
+    """`ready`, `not built`, `interpreter` (nothing to build), or `cannot be resolved: why`."""
+    from nemo_rl.venvs import find_sealed, plan
+
+    digest = ""
+    try:
+        the_plan = plan(py_executable)
+        digest = the_plan.digest[:16]
+        if the_plan.is_interpreter:
+            state = "interpreter"
+        else:
+            state = "ready" if find_sealed(the_plan.digest) is not None else "not built"
+    except NemoRLError as error:
+        state = f"cannot be resolved: {str(error).partition(chr(10))[0]}"
+    return {"worker": fqn, "state": state, "digest": digest, "py_executable": py_executable}
+
+
+@app.command()
+def build(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[FQN|EXTRA]...", help="Worker classes, extras, or `base`.")
+    ] = None,
+    all_workers: Annotated[bool, typer.Option("--all", help="Every registered worker.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is ready.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Venvs that are built at the same time.")] = 4,
+    json: Json = False,
+) -> None:
+    """Make venvs ready, in parallel, and show what each phase takes. Ctrl-C leaves nothing half-built."""
+    from nemo_rl.cli import display
+    from nemo_rl.cli.parallel_build import build_all
+    from nemo_rl.cli.targets import find_target, registered_targets
+
+    if bool(targets) == all_workers:
+        raise ConfigError("say what to build: worker classes or extras, or --all (and not both)")
+    chosen = registered_targets() if all_workers else [find_target(name) for name in dict.fromkeys(targets or ())]
+    try:
+        with display.BuildView(len(chosen)) as view:
+            outcomes = build_all(chosen, force=force, jobs=jobs, on_event=view.update)
+    except KeyboardInterrupt:
+        display.note("nemo-rl: interrupted; what was being built has been removed")
+        raise typer.Exit(130) from None
+    records = [_outcome_record(outcome) for outcome in outcomes]
+    if json:
+        display.print_json(records)
+    else:
+        rows = [[r["name"], r["state"], r["digest"][:16], f"{r['seconds']:.2f}", r["python"]] for r in records]
+        display.print_table(["venv", "state", "digest", "seconds", "python"], rows)
+    failures = [outcome for outcome in outcomes if outcome.error is not None]
+    for message in dict.fromkeys(str(outcome.error) for outcome in failures):
+        display.note(f"nemo-rl: {message}")
+    if failures:
+        raise typer.Exit(2 if all(isinstance(outcome.error, ValueError) for outcome in failures) else 1)
+
+
+def _outcome_record(outcome: Any) -> dict[str, Any]:
+    venv, error = outcome.venv, outcome.error
+    if venv is None:
+        state = "failed"
+    elif venv.manifest is None:
+        state = "interpreter"
+    else:
+        state = "built" if venv.built else "ready"
+    return {
+        "name": outcome.target.name,
+        "py_executable": outcome.target.py_executable,
+        "state": state,
+        "python": venv.python if venv else "",
+        "digest": venv.digest if venv else "",
+        "seconds": round(outcome.seconds, 3),
+        "phases": venv.manifest.seconds if venv and venv.built else {},
+        "error": str(error) if error else None,
+    }
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|DIGEST]...", help="Default: all.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare every installed file with what was installed. Exit code 1 when something is damaged."""
+    from nemo_rl.cli import display
+    from nemo_rl.venvs import verify as verify_venv
+
+    findings = [finding for name in names or [None] for finding in verify_venv(name)]  # type: ignore[list-item]
+    if json:
+        display.print_json([dataclasses.asdict(finding) for finding in findings])
+    elif findings:
+        rows = [[finding.venv, finding.path, finding.problem] for finding in findings]
+        display.print_table(["venv", "file", "problem"], rows)
+        damaged = " ".join(dict.fromkeys(finding.venv for finding in findings))
+        display.note(f"nemo-rl: {len(findings)} findings. Repair with: nemo-rl venvs build --force {damaged}")
+    else:
+        display.print_line("All files are as they were installed.")
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    everything: Annotated[bool, typer.Option("--all", help="Also venvs that have a name.")] = False,
+    older_than: Annotated[
+        float, typer.Option("--older-than", min=0, metavar="DAYS", help="Keep what was used within these days.")
+    ] = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove venvs that no name points to and nobody uses, and what dead builders left."""
+    from nemo_rl.cli import display
+    from nemo_rl.venvs import prune as prune_venvs
+
+    report = prune_venvs(keep_names=() if everything else None, older_than_s=older_than * 86400, dry_run=dry_run)
+    record = {
+        "removed": report.removed,
+        "skipped": report.skipped,
+        "freed_bytes": report.freed_bytes,
+        "dry_run": report.dry_run,
+    }
+    if json:
+        display.print_json(record)
+        return
+    verb = "Would remove" if dry_run else "Removed"
+    display.print_line(f"{verb} {len(report.removed)} venvs, {display.size(report.freed_bytes)} of disk.")
+    if report.skipped:
+        display.print_line(f"In use or being built, so left alone: {', '.join(dict.fromkeys(report.skipped))}.")
+
+
+@app.command()
+def path(target: Annotated[str, typer.Argument(metavar="FQN|EXTRA")], json: Json = False) -> None:
+    """Print the interpreter that a worker runs with. Exit code 1 when its venv has not been built."""
+    from nemo_rl.cli import display
+    from nemo_rl.cli.targets import find_target
+    from nemo_rl.venvs import InterpreterSpec, Store, find_sealed, plan
+
+    found = find_target(target)
+    the_plan = plan(found.py_executable)
+    if the_plan.is_interpreter:
+        assert isinstance(the_plan.spec, InterpreterSpec)
+        python, built = the_plan.spec.path, True
+    else:
+        store, sealed = Store.default(), find_sealed(the_plan.digest)
+        is_named = store.names().get(found.name) == the_plan.digest[:16]
+        python = str((store.name_path(found.name) if is_named else store.link(the_plan.digest)) / "bin" / "python")
+        built = sealed is not None
+    if json:
+        display.print_json({"name": found.name, "python": python, "built": built, "digest": the_plan.digest})
+    elif built:
+        display.print_line(python)
+    if not built:
+        display.note(f"nemo-rl: the venv of {target} has not been built. Run: nemo-rl venvs build {target}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def why(
+    target: Annotated[str, typer.Argument(metavar="FQN|EXTRA")],
+    package: Annotated[str, typer.Argument(metavar="PACKAGE")],
+    other: Annotated[
+        str | None, typer.Option("--and", metavar="FQN|EXTRA", help="Compare with this one. Default: all workers.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say which version of a package a worker gets, why, and why other workers get another one.
+
+    Exit code 1 when the worker does not have the package, or when the one given by --and differs.
+    """
+    from nemo_rl.cli import display, why_view
+    from nemo_rl.cli.targets import find_target, registered_targets
+
+    mine = find_target(target)
+    others = [find_target(other)] if other else [t for t in registered_targets() if t.name != mine.name]
+    answer = why_view.answer(mine, others, package)
+    if json:
+        display.print_json(why_view.to_json(answer))
+    else:
+        why_view.show(answer)
+    if answer.mine.version is None or (other is not None and answer.others[0].difference is not None):
+        raise typer.Exit(1)
+
+
+def _plain(info: Any) -> dict[str, Any]:
+    manifest = dataclasses.asdict(info.manifest) if info.manifest else None
+    if manifest is not None:
+        manifest["num_records"] = len(manifest.pop("records"))  # thousands of lines that `verify` is for
+    return {
+        "digest": info.digest,
+        "names": list(info.names),
+        "path": str(info.path) if info.path else None,
+        "sealed": info.sealed,
+        "in_use": info.in_use,
+        "last_used": info.last_used,
+        "manifest": manifest,
+    }
