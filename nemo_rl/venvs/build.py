@@ -14,17 +14,19 @@ from pathlib import Path
 from nemo_rl import settings
 from nemo_rl.errors import LockMismatchError, VenvBuildError, VenvError
 from nemo_rl.venvs.bytecode import add_bytecode
-from nemo_rl.venvs.installer import BuildLog, is_no_space, mask_secrets, no_space_error, run_uv
+from nemo_rl.venvs.installer import BuildLog, is_no_space, no_space_error, run_uv
 from nemo_rl.venvs.interpreter import start_python
 from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.locks import LEASE_FILE
 from nemo_rl.venvs.manifest import Manifest, write_manifest
+from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.overlay import install_lines, installed_distributions
 from nemo_rl.venvs.plans import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock
 from nemo_rl.venvs.resolve import lock_root, plan, project_inputs
+from nemo_rl.venvs.scripts import add_base_scripts
 from nemo_rl.venvs.site_hook import MODULE, PTH_FILE, write_site_hook
-from nemo_rl.venvs.spec import VenvSpec
+from nemo_rl.venvs.spec import InterpreterSpec, VenvSpec
 
 _DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
 
@@ -43,13 +45,15 @@ def build(
     log = BuildLog(store.logs / f"{the_plan.digest[:DIGEST_PREFIX]}-{stamp}-{root.name[-8:]}.log")
     with _cleaned_up(root, venv_name, log, clock):
         _check_inputs(the_plan, store)
-        what = f"Building the venv {venv_name!r} (`{mask_secrets(str(the_plan.spec))}`)"
+        what = mask_secrets(f"Building the venv {venv_name!r} (`{the_plan.spec}`)")
         if the_plan.base is None:
             _sync_project(the_plan, root, clock, log, what)
         else:
             _install_overlay(the_plan, root, clock, log, what)
         site_packages = site_packages_of(root)
         _write_hook(the_plan, site_packages)
+        if the_plan.base is not None:
+            add_base_scripts(root / "bin", _scripts_of(the_plan.base, store))
         (root / LEASE_FILE).touch()
         clock.start("compile")
         if settings.COMPILE_BYTECODE.get():
@@ -95,10 +99,11 @@ def _check_inputs(the_plan: VenvPlan, store: Store) -> None:
         return
     here = plan(spec, store=store, expected=the_plan.expected)
     if here.digest != the_plan.digest:
+        found, planned = here.digest[:DIGEST_PREFIX], the_plan.digest[:DIGEST_PREFIX]
         raise LockMismatchError(
-            f"The project {spec.project} on {socket.gethostname()} is not the one that `{spec}` was planned with: "
-            f"its packages have digest {here.digest[:DIGEST_PREFIX]}, planned were {the_plan.digest[:DIGEST_PREFIX]}. "
-            "Bring the same pyproject.toml and uv.lock to every node, and start the job again if they changed meanwhile."
+            f"The project {spec.project} on {socket.gethostname()} is not the one that was planned: the packages of "
+            f"`{spec}` have digest {found}, planned were {planned}. Bring the same pyproject.toml and uv.lock to every "
+            "node, and start the job again if they changed meanwhile."
         )
 
 
@@ -131,7 +136,7 @@ def _install_overlay(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bui
         return  # the base has everything that the list asks for
     listing = root / ".nemo_rl_requirements"
     listing.write_text("\n".join(install_lines(the_plan)) + "\n")
-    hashed = all(package.hashes for package in the_plan.packages)
+    hashed = all(any(value.startswith("sha") for value in package.hashes) for package in the_plan.packages)
     arguments = [
         "pip",
         "install",
@@ -175,6 +180,12 @@ def _write_hook(the_plan: VenvPlan, site_packages: Path) -> None:
         write_site_hook(site_packages, base_paths=base.base_paths)
     else:
         write_site_hook(site_packages, base=f"../{base.digest[:DIGEST_PREFIX]}")
+
+
+def _scripts_of(base: VenvPlan, store: Store) -> Path:
+    if isinstance(base.spec, InterpreterSpec):
+        return Path(base.spec.path).parent
+    return store.link(base.digest) / "bin"
 
 
 def _check(the_plan: VenvPlan, root: Path, site_packages: Path, store: Store, what: str) -> str | None:

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -19,13 +18,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from nemo_rl import settings
 from nemo_rl.errors import LockMismatchError, NoSpaceError, UvNotFoundError, VenvBuildError, VenvError
+from nemo_rl.venvs.masking import mask_secrets
 
 _TAIL_LINES = 25
 _PASSED = """
@@ -43,7 +43,6 @@ _PASSED_PREFIXES = ("UV_INDEX_",)  # UV_INDEX_URL, UV_INDEX_STRATEGY and per-ind
 # A registry that does not answer fails after about (1 + retries) x timeout, rather than whenever a proxy gives up.
 _DEFAULTS = {"UV_HTTP_TIMEOUT": "30", "UV_HTTP_RETRIES": "3"}
 _FIXED = {"UV_NO_PROGRESS": "1", "NO_COLOR": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"`]+@")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -87,15 +86,6 @@ def uv_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         if name in _PASSED_NAMES or name.startswith(_PASSED_PREFIXES)
     }
     return {**_DEFAULTS, **passed, **_FIXED, **(extra or {})}
-
-
-def mask_secrets(text: str) -> str:
-    """`text` without credentials in URLs and without the values of secret-looking variables that uv receives."""
-    text = _CREDENTIALS.sub(f"{settings.MASK}@", text)
-    for name, value in settings.snapshot().items():
-        if len(value) > 3 and name.startswith(_PASSED_PREFIXES) and settings.is_secret(name):
-            text = text.replace(value, settings.MASK)
-    return text
 
 
 @dataclass
@@ -156,7 +146,7 @@ def run_command(
 ) -> str:
     """`run_uv` for any command of a build."""
     timeout_s = settings.VENV_BUILD_TIMEOUT_S.get() if timeout_s is None else timeout_s
-    shown = mask_secrets(shlex.join(command))
+    what, shown = mask_secrets(what), mask_secrets(shlex.join(command))
     tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
 
     def take(line: str) -> None:
@@ -179,7 +169,9 @@ def run_command(
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], *, what: str, cwd: str | Path | None, env: Mapping[str, str]):  # type: ignore[no-untyped-def]
+def _started(
+    command: Sequence[str], *, what: str, cwd: str | Path | None, env: Mapping[str, str]
+) -> Iterator[subprocess.Popen[str]]:
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -207,13 +199,17 @@ def _started(command: Sequence[str], *, what: str, cwd: str | Path | None, env: 
     try:
         yield process
     finally:
-        # Also on Ctrl-C: nothing of this command goes on, build back ends and compilers included.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:  # such as on Ctrl-C: build back ends and compilers end too
+            _kill_group(process)
         process.wait()
         for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _communicate(process: subprocess.Popen[str], take: Callable[[str], None], timeout_s: float) -> tuple[str, bool]:
@@ -228,8 +224,7 @@ def _communicate(process: subprocess.Popen[str], take: Callable[[str], None], ti
 
     def strike() -> None:
         struck.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_group(process)
 
     reader = threading.Thread(target=read_output, daemon=True)
     timer = threading.Timer(timeout_s, strike)

@@ -184,11 +184,20 @@ def prune(
             kept.add(base[:DIGEST_PREFIX])
             base = bases.get(base[:DIGEST_PREFIX])
     report = PruneReport(dry_run)
+    try:
+        _prune_all(store, infos, kept, bases, report)
+    except OSError as error:
+        raise VenvError(f"{store.root} cannot be pruned: {error}") from error
+    return report
+
+
+def _prune_all(
+    store: Store, infos: list[VenvInfo], kept: set[str], bases: dict[str, str | None], report: PruneReport
+) -> None:
     # An additive venv goes before its base, so that a process that starts in it never misses the base.
     for info in sorted(infos, key=lambda info: bases.get(info.digest) is None):
         _prune_digest(store, info, info.digest in kept, report)
     _prune_files(store, report)
-    return report
 
 
 @dataclass
@@ -217,7 +226,7 @@ def _prune_digest(store: Store, info: VenvInfo, keep: bool, report: PruneReport)
     try:
         with build_lock(store.lock(info.digest), "prune", timeout_s=0.0):
             _remove_unused(store, info, keep, report)
-    except VenvLockTimeoutError:
+    except VenvLockTimeoutError:  # someone builds it
         report.skipped.append(info.digest)
 
 
@@ -255,10 +264,17 @@ def _disk_use(root: Path) -> int:
 
 
 def _prune_files(store: Store, report: PruneReport) -> None:
-    for directory in (store.resolved, store.logs):
-        for path in directory.glob("*") if directory.is_dir() else ():
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _KEPT_RESOLUTIONS_S:
-                    report.freed_bytes += path.stat().st_size
-                    if not report.dry_run:
-                        path.unlink()
+    """Old logs and resolutions, and temporary files of processes that were killed."""
+    old = [
+        *store.resolved.glob("*"),
+        *store.logs.glob("*"),
+        *store.root.glob(".*.tmp"),
+        *store.directory.glob(".*.tmp"),
+    ]
+    for path in old:
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if time.time() - status.st_mtime > (_DAY_S if path.suffix == ".tmp" else _KEPT_RESOLUTIONS_S):
+                report.freed_bytes += status.st_size
+                if not report.dry_run:
+                    path.unlink()

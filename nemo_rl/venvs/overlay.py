@@ -19,8 +19,8 @@ from nemo_rl.errors import RuntimeEnvError
 from nemo_rl.venvs.installer import run_uv
 from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.manifest import FORMAT
-from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, metadata_files, package_from_lock, save_resolution
-from nemo_rl.venvs.requirements import normalized_name
+from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
+from nemo_rl.venvs.requirements import is_option, normalized_name
 from nemo_rl.venvs.spec import Spec, VenvSpec
 
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
@@ -37,14 +37,14 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
     packages = load_resolution(store, key)
     if packages is None:
         packages = _resolve(spec, base, pins)
-        save_resolution(store, key, packages, metadata_files(packages))
+        save_resolution(store, key, packages)
     return VenvPlan(
         spec=spec,
         python=base.python,
         packages=tuple(packages),
         expected=base.expected,
         base=base,
-        index_options=tuple(line for line in spec.requirements if _is_option(line)),
+        index_options=tuple(line for line in spec.requirements if is_option(line)),
     )
 
 
@@ -58,12 +58,8 @@ def installed_distributions(site_packages: Path) -> dict[str, str]:
     return {normalized_name(match[1]): match[2] for match in matches if match}
 
 
-def _is_option(line: str) -> bool:
-    return line.startswith("--") and not line.startswith("--editable")
-
-
 def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str]) -> list[Package]:
-    listed = [line for line in spec.requirements if not _is_option(line)]
+    listed = [line for line in spec.requirements if not is_option(line)]
     if not listed:
         raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} names no package.")
     with tempfile.TemporaryDirectory(prefix="nemo_rl_resolve_") as directory:
@@ -100,10 +96,11 @@ def install_lines(plan: VenvPlan) -> list[str]:
 def _install_line(package: Package, spec: Spec) -> str:
     if package.local is not None:
         return f"{'-e ' if package.local.editable else ''}{package.local.path}"
+    hashes = [f"--hash={value}" for value in package.hashes if not value.startswith("url:")]
     if package.location is None:
-        return " ".join([f"{package.name}=={package.version}", *(f"--hash={value}" for value in package.hashes)])
+        return " ".join([f"{package.name}=={package.version}", *hashes])
     if settings.MASK in package.location:  # the credentials are only in what the user wrote
         for line in spec.requirements:
             if normalized_name(line.partition("@")[0].strip()) == package.name:
                 return line
-    return " ".join([f"{package.name} @ {package.location}", *(f"--hash={value}" for value in package.hashes)])
+    return " ".join([f"{package.name} @ {package.location}", *hashes])

@@ -6,17 +6,18 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import urllib.parse
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.venvs.installer import mask_secrets
 from nemo_rl.venvs.interpreter import DriverVersions, PythonInfo
 from nemo_rl.venvs.layout import DIGEST_PREFIX, Store
 from nemo_rl.venvs.local_packages import LocalPackage, file_digest
 from nemo_rl.venvs.manifest import FORMAT, write_atomically
+from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.requirements import normalized_name
 from nemo_rl.venvs.spec import InterpreterSpec, Spec
 
@@ -28,7 +29,8 @@ class Package:
     Attributes:
         name: normalised. version: None for a local directory whose build decides it.
         location: where it comes from if not from an index (URL, path); credentials are masked.
-        hashes: `sha256:...` of every file that the lock allows.
+        hashes: `sha256:...` of every file that the lock allows (`url:...` of one without a hash).
+        artifacts: paths of wheels and archives on this machine that it may be installed from.
         local: set when it is built or linked from a directory.
     """
 
@@ -36,6 +38,7 @@ class Package:
     version: str | None = None
     location: str | None = None
     hashes: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
     local: LocalPackage | None = None
 
     def __str__(self) -> str:
@@ -140,20 +143,32 @@ def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
     if "archive" in entry:
         files.append(entry["archive"])
         location = mask_secrets(str(entry["archive"].get("url") or root / entry["archive"]["path"]))
-    hashes = sorted({f"{kind}:{value}" for file in files for kind, value in file.get("hashes", {}).items()})
-    return Package(name, version, location, tuple(hashes))
+    hashes = {f"{kind}:{value}" for file in files for kind, value in file.get("hashes", {}).items()}
+    # An index that gives no hashes: then a file's address must do.
+    hashes |= {
+        f"url:{mask_secrets(str(file.get('url')))}" for file in files if not file.get("hashes") and "url" in file
+    }
+    artifacts = [path for file in files if (path := _local_path(file, root)) is not None]
+    return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts))
 
 
-def metadata_files(packages: Iterable[Package]) -> list[Path]:
-    """The files of local packages that decide what a lock says about them."""
-    return [path for package in packages if package.local is not None for path in package.local.metadata_files()]
+def _local_path(file: Mapping[str, Any], root: Path) -> str | None:
+    if "path" in file:
+        return os.path.normpath(root / file["path"])
+    url = urllib.parse.urlsplit(file.get("url", ""))
+    return urllib.parse.unquote(url.path) if url.scheme == "file" else None
 
 
-def save_resolution(store: Store, key: str, packages: list[Package], inputs: list[Path]) -> None:
-    """Keep a resolution; `inputs` are further files that it depends on. A store that cannot be written is no error."""
+def save_resolution(store: Store, key: str, packages: list[Package]) -> None:
+    """Keep a resolution, with the state of the local files that it depends on.
+
+    A store that cannot be written is no error.
+    """
+    metadata = [path for package in packages if package.local is not None for path in package.local.metadata_files()]
     data = {
         "packages": [asdict(package) for package in packages],
-        "inputs": [[str(path), file_digest(path)] for path in inputs],
+        "metadata": [[str(path), file_digest(path)] for path in metadata],
+        "artifacts": [[path, _stamp(path)] for package in packages for path in package.artifacts],
     }
     with contextlib.suppress(OSError):
         store.resolved.mkdir(parents=True, exist_ok=True)
@@ -168,18 +183,29 @@ def load_resolution(store: Store, key: str) -> list[Package] | None:
     """A kept resolution; None when there is none, or a file that it depends on has changed."""
     try:
         data = json.loads(_resolution_path(store, key).read_bytes())
-        if any(file_digest(Path(path)) != digest for path, digest in data["inputs"]):
+        if any(file_digest(Path(path)) != digest for path, digest in data["metadata"]):
+            return None
+        # A file that is gone changes nothing about a venv that was built from it.
+        if any(_stamp(path) not in (stamp, None) for path, stamp in data["artifacts"]):
             return None
         return [_package(raw) for raw in data["packages"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _stamp(path: str) -> str | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return f"{status.st_mtime_ns}:{status.st_size}"
+
+
 def _package(raw: dict[str, Any]) -> Package:
     local = raw.pop("local")
-    package = Package(**{**raw, "hashes": tuple(raw["hashes"])})
+    package = Package(**{**raw, "hashes": tuple(raw["hashes"]), "artifacts": tuple(raw["artifacts"])})
     if local is None:
         return package
     # Read again: its files may have changed since.
     fresh = LocalPackage.read(local["path"], editable=local["editable"])
-    return Package(package.name, package.version, package.location, package.hashes, fresh)
+    return replace(package, local=fresh)

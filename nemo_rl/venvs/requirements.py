@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from nemo_rl.errors import RuntimeEnvError
+from nemo_rl.venvs.masking import mask_secrets
 
 _INDEX_OPTIONS = (
     "--index-url",
@@ -57,7 +58,8 @@ def read_requirements_file(path: str | os.PathLike[str]) -> list[str]:
 def requirements_of_field(name: str, value: object) -> list[str]:
     """The requirements of a `runtime_env`'s `pip` or `uv` field.
 
-    `value` is a list of requirements, a mapping with `packages`, or the path of a requirements file.
+    `value` is a list of requirements, a mapping with `packages`, or the path of a requirements file. An empty list asks
+    for nothing, as with Ray.
     Raises `RuntimeEnvError` that names the field and what is wrong with it.
     """
     if isinstance(value, str | os.PathLike):
@@ -79,9 +81,7 @@ def requirements_of_field(name: str, value: object) -> list[str]:
             continue  # which installer Ray would use; here it is always this project's uv
         elif not (key in _CHECK_FIELDS and item is False):
             _refuse(name, key)
-    if not any(not line.startswith("--") or line.startswith("--editable") for line in lines):
-        raise RuntimeEnvError(f"runtime_env field {name!r} names no packages.")
-    return lines
+    return lines if any(not is_option(line) for line in lines) else []
 
 
 def _refuse(name: str, key: object) -> list[str]:
@@ -145,7 +145,8 @@ def _checked_line(line: str, base_dir: str) -> str:
     try:
         Requirement(requirement)
     except InvalidRequirement as error:
-        raise RuntimeEnvError(f"{line!r} is not a requirement: {str(error).splitlines()[0]}.") from None
+        reason = str(error).splitlines()[0]
+        raise RuntimeEnvError(mask_secrets(f"{line!r} is not a requirement: {reason}.")) from None
     return line
 
 
@@ -162,6 +163,11 @@ def _checked_option(line: str, base_dir: str) -> str:
     if "://" not in value:
         value = _absolute(value, base_dir)
     return f"{option} {value}"
+
+
+def is_option(line: str) -> bool:
+    """Whether a line chooses an index rather than a package."""
+    return line.startswith("--") and not line.startswith("--editable")
 
 
 def is_path(line: str) -> bool:

@@ -11,12 +11,12 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from packaging.markers import Marker
 
-from nemo_rl.errors import LockMismatchError, UnknownExtraError, VenvError
+from nemo_rl.errors import LockMismatchError, UnknownExtraError, VenvBuildError, VenvError
 from nemo_rl.venvs.installer import run_uv
 from nemo_rl.venvs.interpreter import (
     DriverVersions,
@@ -29,7 +29,7 @@ from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.local_packages import file_digest
 from nemo_rl.venvs.manifest import FORMAT
 from nemo_rl.venvs.overlay import installed_distributions, plan_overlay
-from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, metadata_files, package_from_lock, save_resolution
+from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.requirements import normalized_name
 from nemo_rl.venvs.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
 
@@ -77,7 +77,7 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions) -> Ven
     if packages is None:
         _check_selection(spec)
         packages = _export(spec, root, python, markers)
-        save_resolution(store, key, packages, metadata_files(packages))
+        save_resolution(store, key, packages)
     return VenvPlan(spec, python, tuple(packages), expected, inputs=inputs)
 
 
@@ -140,10 +140,31 @@ def _check_selection(spec: VenvSpec) -> None:
             )
 
 
-def _export(spec: VenvSpec, root: Path, python: PythonInfo, markers: Mapping[str, str]) -> list[Package]:
+def _run_export(spec: VenvSpec, root: Path, python: PythonInfo) -> str:
     mode = "--frozen" if spec.frozen else "--locked"
     arguments = ["export", mode, "--project", spec.project, "--python", python.executable, "--format", "pylock.toml"]
-    text = run_uv([*arguments, "--no-header", "--quiet", *spec.selection()], what=f"Resolving `{spec}`", cwd=root)
+    return run_uv([*arguments, "--no-header", "--quiet", *spec.selection()], what=f"Resolving `{spec}`", cwd=root)
+
+
+def _exports_frozen(spec: VenvSpec, root: Path, python: PythonInfo) -> bool:
+    try:
+        _run_export(replace(spec, frozen=True), root, python)
+    except VenvBuildError:
+        return False
+    return True
+
+
+def _export(spec: VenvSpec, root: Path, python: PythonInfo, markers: Mapping[str, str]) -> list[Package]:
+    try:
+        text = _run_export(spec, root, python)
+    except VenvBuildError as error:
+        if spec.frozen or not _exports_frozen(spec, root, python):
+            raise
+        # The lock itself can be read: so uv had to resolve again, which it does only for a lock that does not match.
+        raise LockMismatchError(
+            f"uv.lock in {root} does not match pyproject.toml, and resolving it again did not work either. Put the "
+            f"requirements right and run `uv lock`.\n{error}"
+        ) from error
     return [
         package_from_lock(entry, root)
         for entry in tomllib.loads(text).get("packages", [])

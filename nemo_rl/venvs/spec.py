@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from nemo_rl import settings
 from nemo_rl.errors import InvalidPyExecutableError, RuntimeEnvError
+from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.requirements import normalized_name, packages_of, read_requirements_file, requirements_of_field
 
 _FLAGS = ("--locked", "--frozen", "--all-extras", "--no-default-groups")
@@ -111,6 +112,13 @@ def parse_py_executable(text: str) -> Spec:
     """
     if not isinstance(text, str):
         raise InvalidPyExecutableError(f"py_executable must be a string, not {type(text).__name__}: {text!r}.")
+    try:
+        return _parse(text)
+    except InvalidPyExecutableError as error:
+        raise InvalidPyExecutableError(mask_secrets(str(error))) from None
+
+
+def _parse(text: str) -> Spec:
     if not text.isprintable():
         raise InvalidPyExecutableError(f"py_executable {text!r} holds control characters.")
     if os.path.isabs(text.strip()) and os.access(text.strip(), os.X_OK):

@@ -32,6 +32,7 @@ from nemo_rl.venvs.interpreter import DriverVersions
 from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.locks import build_lock, hold_lease, unused
 from nemo_rl.venvs.manifest import BrokenManifestError, Manifest, read_manifest
+from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.plans import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
 from nemo_rl.venvs.resolve import plan, python_of
@@ -166,8 +167,10 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
         manifest = read_manifest(path)
     except BrokenManifestError:
         return None
-    # The second test follows links: it fails when the Python that the venv was made from is gone.
+    # `access` follows links: it fails when the Python that the venv was made from is gone.
     if not manifest.digest.startswith(digest) or not os.access(path / "bin" / "python", os.X_OK):
+        return None
+    if not (path / "lib").is_dir() or not (path / "pyvenv.cfg").is_file():
         return None
     if manifest.base_digest is not None and find_sealed(manifest.base_digest, store) is None:
         return None
@@ -209,26 +212,24 @@ def _locked(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock)
     def on_wait(holder: str) -> None:
         clock.start("wait", holder)
 
-    try:
-        store.directory.mkdir(parents=True, exist_ok=True)
-        lock = build_lock(store.lock(the_plan.digest), venv_name, on_wait=on_wait)
-        lock.__enter__()
-    except OSError as error:
-        if isinstance(error, VenvError):
-            raise
-        if is_no_space(error):
-            raise no_space_error(f"Building the venv {venv_name!r} in {store.root}") from error
-        raise VenvError(
-            f"The venv {venv_name!r} (`{the_plan.spec}`) is not ready and {store.root} cannot be written on "
-            f"{socket.gethostname()}: {error.strerror}. Build it where the directory can be written, or set "
-            f"{settings.VENV_DIR.name} to one that can."
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            store.directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(build_lock(store.lock(the_plan.digest), venv_name, on_wait=on_wait))
+        except OSError as error:
+            clock.end("failed", str(error))
+            if isinstance(error, VenvError):  # the lock's time-out
+                raise
+            if is_no_space(error):
+                raise no_space_error(f"Building the venv {venv_name!r} in {store.root}") from error
+            raise VenvError(
+                f"The venv {venv_name!r} is not ready and {store.root} cannot be written on {socket.gethostname()}: "
+                f"{error.strerror}. Build it where the directory can be written, or set "
+                f"{settings.VENV_DIR.name} to one that can. It was asked for as `{mask_secrets(str(the_plan.spec))}`."
+            ) from error
         if clock.phase == "wait":
             clock.end()
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _remove_leftovers(store: Store, digest: str) -> None:

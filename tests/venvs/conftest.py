@@ -1,91 +1,11 @@
-"""Small real uv projects: local packages, and wheels in a folder that stands in for an index. No network."""
-
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sample_projects import Project, make_wheel
 
 from nemo_rl.venvs import Store
-from nemo_rl.venvs.installer import find_uv
-
-BUILD_SYSTEM = '[build-system]\nrequires = ["uv_build>=0.9,<0.15"]\nbuild-backend = "uv_build"\n'
-
-
-def make_wheel(folder: Path, name: str, version: str, *, requires: tuple[str, ...] = (), num_modules: int = 1) -> Path:
-    """A wheel of one package whose `VERSION` is its version."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    info = f"{name}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
-    files = {
-        f"{name}/__init__.py": f"VERSION = {version!r}\n",
-        f"{info}/METADATA": metadata,
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    files |= {f"{name}/module_{i}.py": f"def value():\n    return {i}\n" * 20 for i in range(num_modules)}
-    record = []
-    with zipfile.ZipFile(path, "w") as archive:
-        for file, text in files.items():
-            archive.writestr(file, text)
-            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-            record.append(f"{file},sha256={digest},{len(text.encode())}")
-        record.append(f"{info}/RECORD,,")
-        archive.writestr(f"{info}/RECORD", "\n".join(record) + "\n")
-    return path
-
-
-def uv(*arguments: str, cwd: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "VIRTUAL_ENV"))}
-    command = [find_uv(), *arguments, "--python", sys.executable, "--quiet"]
-    subprocess.run(command, cwd=cwd, check=True, env=environment)
-
-
-@dataclass
-class Project:
-    """A locked project: `alpha` always, `beta` (which needs `gamma`) with the extra `one`, `delta` with `two`."""
-
-    root: Path
-    wheels: Path
-
-    def write(self, *, alpha: str = "1.0", beta: str = "1.0", delta: str = "1.0", extra_text: str = "") -> None:
-        (self.root / "pyproject.toml").write_text(
-            textwrap.dedent(f"""
-                [project]
-                name = "sample"
-                version = "0.1"
-                requires-python = ">=3.11"
-                dependencies = ["alpha=={alpha}"]
-                [project.optional-dependencies]
-                one = ["beta=={beta}"]
-                two = ["delta=={delta}"]
-                [dependency-groups]
-                checks = ["epsilon"]
-                [tool.uv]
-                default-groups = []
-                no-index = true
-                find-links = ["{self.wheels}"]
-            """)
-            + BUILD_SYSTEM
-            + extra_text
-        )
-
-    def lock(self, **versions: str) -> None:
-        self.write(**versions)
-        uv("lock", "--offline", cwd=self.root)
-
-    def command(self, *options: str) -> str:
-        return " ".join(["uv run --locked --project", str(self.root), *options])
 
 
 @pytest.fixture(scope="session")
@@ -119,17 +39,3 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     for name in ("NRL_FORCE_REBUILD_VENVS", "NEMO_RL_COMPILE_BYTECODE", "VIRTUAL_ENV", "UV_PYTHON"):
         monkeypatch.delenv(name, raising=False)
     return Store(root)
-
-
-def run_in(python: str, code: str, **environment: str) -> str:
-    """What `code` prints when `python` runs it."""
-    done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def copy_project(project: Project, target: Path) -> Project:
-    shutil.copytree(project.root, target)
-    return Project(target, project.wheels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from conftest import Project, run_in
+from sample_projects import Project, run_in
 
 from nemo_rl import venvs
 from nemo_rl.venvs import Store
