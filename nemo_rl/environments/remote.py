@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
+from nemo_rl.distributed.worker_host import ATTEST_METHOD
 from nemo_rl.environments.config import EnvironmentConfig
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 from nemo_rl.environments.registry import environment_fqn
@@ -33,6 +34,10 @@ class RemoteEnvironment(EnvironmentInterface):
     def wait_ready(self) -> None:
         """Wait for the actor. Raises `WorkerStartError` when it cannot be started."""
         self._starting.result()
+
+    def attestation(self) -> list[dict[str, Any]]:
+        """Which process of which venv the environment runs in: one record."""
+        return [self._call(ATTEST_METHOD)]
 
     def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
         """See `EnvironmentInterface.step`; an actor that has died is an `EnvironmentFailure` too."""

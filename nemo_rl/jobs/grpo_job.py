@@ -1,0 +1,214 @@
+"""A GRPO job from configuration to report: the parts are made here, the loop is `nemo_rl.algorithms.grpo`.
+
+::
+
+    main thread     Ray ─► venvs on every node ─┐   ┌─ policy ──────┐
+                                                ├───┼─ generation ──┼─► GRPO.run ─► report
+    second thread   model, tokenizer, data ─────┘   └─ environment ─┘
+
+Whatever was started is stopped in reverse order, however the job ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.jobs.command_line import JobArguments
+from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
+from nemo_rl.jobs.roles import Role, job_roles
+from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
+from nemo_rl.utils.checkpoint import CheckpointStore
+from nemo_rl.utils.console import ConsoleView
+from nemo_rl.utils.logger import Logger
+from nemo_rl.utils.timer import Timeline
+
+if TYPE_CHECKING:
+    from nemo_rl.data.loader import PromptLoader
+    from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+    from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+    from nemo_rl.environments.remote import RemoteEnvironment
+    from nemo_rl.models.generation.generation import Generation
+    from nemo_rl.models.policy.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+INPUTS_THREAD = "driver: inputs"
+
+
+def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
+    """Run a GRPO job; with `--dry-run`, print what it would do."""
+    config = arguments.config
+    check_model_name(config.policy)
+    roles = job_roles(config)
+    if arguments.dry_run:
+        from nemo_rl.jobs.plan import make_plan, print_plan
+
+        print_plan(make_plan(config), Console())
+        return
+    run = open_run_directory(config, arguments.name)
+    finished = run.finished()
+    if finished is not None and finished["step"] >= config.grpo.max_num_steps:
+        logger.info("%s is finished: %s. A higher grpo.max_num_steps goes on with it", run.path, finished["reason"])
+        return
+    run.reopen()
+    with ExitStack() as stack:
+        view = stack.enter_context(ConsoleView(arguments.name, config.grpo.max_num_steps))
+        timeline = Timeline(run.path, view)
+        timeline.record_process_start()
+        reason, step = _train(config, roles, run, view, timeline, stack)
+    run.finish(step, reason)
+    logger.info("finished after step %d: %s", step, reason)
+    if config.logger.report:
+        from nemo_rl.utils.report import write_report
+
+        logger.info("report: %s", write_report(run.path))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the second thread prepares."""
+
+    model: ModelFiles
+    loader: PromptLoader
+    validation: BatchedDataDict | None
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """The worker groups of the job, ready."""
+
+    policy: Policy
+    generation: Generation
+    environment: RemoteEnvironment
+
+
+def _train(
+    config: MasterConfig, roles: list[Role], run: RunDirectory, view: ConsoleView, timeline: Timeline, stack: ExitStack
+) -> tuple[str, int]:
+    """Everything between an opened run directory and its mark; returns why the run ended, and its last step."""
+    checkpoints = CheckpointStore(run.checkpoint_dir, config.checkpointing)
+    checkpoint = checkpoints.latest()
+    # Opened first: a logging backend that is not installed is refused before anything is started.
+    recorder = stack.enter_context(
+        Logger(run.path, config.logger, resume_step=checkpoint.step if checkpoint else None, listeners=[view])
+    )
+    inputs, workers = _start(config, roles, timeline, stack)
+    recorder.log_hyperparameters(config.model_dump(mode="json"))
+    _write_attestation(run.path, workers)
+    from nemo_rl.algorithms.grpo import GRPO
+
+    loop = GRPO(
+        config=config,
+        policy=workers.policy,
+        generation=workers.generation,
+        environment=workers.environment,
+        loader=inputs.loader,
+        validation=inputs.validation,
+        recorder=recorder,
+        checkpoints=checkpoints if config.checkpointing.enabled else None,
+        pad_token_id=inputs.model.pad_token_id,
+        on_first_step=timeline.mark_first_step,
+    )
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint.path)
+        with timeline.phase("load checkpoint"):
+            loop.resume(checkpoint)
+    return loop.run(), loop.step
+
+
+def _start(config: MasterConfig, roles: list[Role], timeline: Timeline, stack: ExitStack) -> tuple[_Inputs, _Workers]:
+    """Prepare the inputs and start Ray side by side, then all worker groups at once."""
+    threads = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="start"))
+    preparing = threads.submit(_prepare_inputs, config, timeline)
+    cluster = _start_cluster(config, roles, timeline, stack)
+    inputs = preparing.result()
+    with timeline.phase("start workers"):
+        workers = _start_workers(config, inputs.model, cluster, timeline, stack)
+    return inputs, workers
+
+
+def _prepare_inputs(config: MasterConfig, timeline: Timeline) -> _Inputs:
+    with timeline.phase("model and tokenizer", INPUTS_THREAD):
+        model = prepare_model(config.policy)
+    with timeline.phase("data", INPUTS_THREAD):
+        from nemo_rl.data.datasets import load_datasets
+        from nemo_rl.data.loader import PromptLoader, validation_batch
+        from nemo_rl.data.processing import TokenizedProblems
+
+        train, validation = load_datasets(config.data)
+        loader = PromptLoader(
+            TokenizedProblems(train, model.tokenizer, config.data),
+            model.pad_token_id,
+            seed=config.grpo.seed,
+            shuffle=config.data.shuffle,
+            num_epochs=config.grpo.max_num_epochs,
+        )
+        batch = None
+        if validation is not None:
+            problems = TokenizedProblems(validation, model.tokenizer, config.data)
+            batch = validation_batch(problems, model.pad_token_id, config.grpo.validation.max_num_problems)
+    return _Inputs(model, loader, batch)
+
+
+def _start_cluster(config: MasterConfig, roles: list[Role], timeline: Timeline, stack: ExitStack) -> RayVirtualCluster:
+    with timeline.phase("Ray"):
+        import ray
+
+        from nemo_rl.distributed.virtual_cluster import RayVirtualCluster, init_ray
+
+        stack.callback(ray.shutdown)
+        init_ray()
+        gpus = config.cluster.gpus_per_node
+        cluster = RayVirtualCluster(
+            [config.cluster.workers_per_node] * config.cluster.num_nodes,
+            use_gpus=gpus > 0,
+            num_gpus_per_node=max(gpus, 1),
+            max_colocated_worker_groups=2,
+            name="grpo",
+        )
+        stack.callback(cluster.shutdown)
+    with timeline.phase("venvs"):
+        from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+
+        ensure_venvs_on_each_node({role.fqn: role.py_executable for role in roles})
+    return cluster
+
+
+def _start_workers(
+    config: MasterConfig, model: ModelFiles, cluster: RayVirtualCluster, timeline: Timeline, stack: ExitStack
+) -> _Workers:
+    """Start all groups, then wait for all: the first that fails ends the job, with its own error."""
+    from nemo_rl.environments.remote import RemoteEnvironment
+    from nemo_rl.models.generation.generation import Generation
+    from nemo_rl.models.policy.policy import Policy
+
+    environment = RemoteEnvironment(config.env)
+    stack.callback(environment.shutdown)
+    policy = Policy(cluster, config, model.name)
+    stack.callback(policy.shutdown)
+    generation = Generation(cluster, config.policy, model.name)
+    stack.callback(generation.shutdown)
+    for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
+        with timeline.phase(f"{name} ready"):
+            group.wait_ready()
+    return _Workers(policy, generation, environment)
+
+
+def _write_attestation(directory: Path, workers: _Workers) -> None:
+    """Which worker ran where, in which venv: the whole map of the job."""
+    groups = {
+        "policy": workers.policy.attestation(),
+        "generation": workers.generation.attestation(),
+        "environment": workers.environment.attestation(),
+    }
+    records = [{"group": group, **record} for group, members in groups.items() for record in members]
+    (directory / "attestation.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
