@@ -41,8 +41,7 @@ def build(
     """
     started_at = time.time()
     root = store.new_directory(the_plan.digest)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    log = BuildLog(store.logs / f"{the_plan.digest[:DIGEST_PREFIX]}-{stamp}-{root.name[-8:]}.log")
+    log = BuildLog(store.new_log(the_plan.digest[:DIGEST_PREFIX]))
     with _cleaned_up(root, venv_name, log, clock):
         _check_inputs(the_plan, store)
         what = mask_secrets(f"Building the venv {venv_name!r} (`{the_plan.spec}`)")

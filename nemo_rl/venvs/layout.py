@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,10 @@ class Store:
     @property
     def resolved(self) -> Path:
         return self.directory / ".resolved"
+
+    def new_log(self, what: str) -> Path:
+        """A path for the output of one build (`what` is its digest) or resolution."""
+        return self.logs / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}.log"
 
     def link(self, digest: str) -> Path:
         """The stable path of a digest: a link to the venv directory that holds it now."""

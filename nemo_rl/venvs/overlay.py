@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nemo_rl import settings
 from nemo_rl.errors import RuntimeEnvError
-from nemo_rl.venvs.installer import run_uv
+from nemo_rl.venvs.installer import BuildLog, run_uv
 from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.manifest import FORMAT
 from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
@@ -36,7 +36,7 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
     key = hashlib.sha256(json.dumps([FORMAT, base.digest, spec.requirements]).encode()).hexdigest()
     packages = load_resolution(store, key)
     if packages is None:
-        packages = _resolve(spec, base, pins)
+        packages = _resolve(spec, base, pins, store)
         save_resolution(store, key, packages)
     return VenvPlan(
         spec=spec,
@@ -58,7 +58,7 @@ def installed_distributions(site_packages: Path) -> dict[str, str]:
     return {normalized_name(match[1]): match[2] for match in matches if match}
 
 
-def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str]) -> list[Package]:
+def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> list[Package]:
     listed = [line for line in spec.requirements if not is_option(line)]
     if not listed:
         raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} names no package.")
@@ -70,10 +70,22 @@ def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str]) -> list[Package]:
         arguments = ["pip", "compile", str(requirements), "-o", str(lock), "--python", base.python.executable]
         project = ["--project", spec.project] if isinstance(spec, VenvSpec) else []
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
-        run_uv([*arguments, *project, "--generate-hashes", "--no-header", "--quiet"], what=what, cwd=directory)
+        arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
+        run_uv_to_resolve(arguments, what=what, cwd=directory, store=store)
         entries = tomllib.loads(lock.read_text()).get("packages", [])
         packages = [package_from_lock(entry, Path(directory)) for entry in entries]
     return [package for package in packages if _differs(package, pins)]
+
+
+def run_uv_to_resolve(arguments: list[str], *, what: str, cwd: str | Path, store: Store) -> str:
+    """`run_uv`, keeping the log only when it fails."""
+    log = BuildLog(store.new_log("resolve"))
+    try:
+        output = run_uv(arguments, what=what, cwd=cwd, log=log)
+    finally:
+        log.close()
+    log.discard()
+    return output
 
 
 def _lock_of(pins: dict[str, str]) -> str:

@@ -28,7 +28,7 @@ from nemo_rl.venvs.interpreter import (
 from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.local_packages import file_digest
 from nemo_rl.venvs.manifest import FORMAT
-from nemo_rl.venvs.overlay import installed_distributions, plan_overlay
+from nemo_rl.venvs.overlay import installed_distributions, plan_overlay, run_uv_to_resolve
 from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.requirements import normalized_name
 from nemo_rl.venvs.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
@@ -76,7 +76,7 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions) -> Ven
     packages = load_resolution(store, key)
     if packages is None:
         _check_selection(spec)
-        packages = _export(spec, root, python, markers)
+        packages = _export(spec, root, python, markers, store)
         save_resolution(store, key, packages)
     return VenvPlan(spec, python, tuple(packages), expected, inputs=inputs)
 
@@ -140,25 +140,26 @@ def _check_selection(spec: VenvSpec) -> None:
             )
 
 
-def _run_export(spec: VenvSpec, root: Path, python: PythonInfo) -> str:
+def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) -> str:
     mode = "--frozen" if spec.frozen else "--locked"
     arguments = ["export", mode, "--project", spec.project, "--python", python.executable, "--format", "pylock.toml"]
-    return run_uv([*arguments, "--no-header", "--quiet", *spec.selection()], what=f"Resolving `{spec}`", cwd=root)
+    arguments += ["--no-header", "--quiet", *spec.selection()]
+    return run_uv_to_resolve(arguments, what=f"Resolving `{spec}`", cwd=root, store=store)
 
 
-def _exports_frozen(spec: VenvSpec, root: Path, python: PythonInfo) -> bool:
+def _exports_frozen(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) -> bool:
     try:
-        _run_export(replace(spec, frozen=True), root, python)
+        _run_export(replace(spec, frozen=True), root, python, store)
     except VenvBuildError:
         return False
     return True
 
 
-def _export(spec: VenvSpec, root: Path, python: PythonInfo, markers: Mapping[str, str]) -> list[Package]:
+def _export(spec: VenvSpec, root: Path, python: PythonInfo, markers: Mapping[str, str], store: Store) -> list[Package]:
     try:
-        text = _run_export(spec, root, python)
+        text = _run_export(spec, root, python, store)
     except VenvBuildError as error:
-        if spec.frozen or not _exports_frozen(spec, root, python):
+        if spec.frozen or not _exports_frozen(spec, root, python, store):
             raise
         # The lock itself can be read: so uv had to resolve again, which it does only for a lock that does not match.
         raise LockMismatchError(
