@@ -147,7 +147,7 @@ def start_python(path: str) -> tuple[str, str]:
 
 def _answer(path: str, script: str) -> str:
     environment = {"PATH": os.defpath, "PYTHONNOUSERSITE": "1", "LC_ALL": "C.UTF-8"}
-    command = [path, "-I", "-c", script]
+    command = [path, "-I", "-B", "-c", script]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, env=environment, check=False

@@ -178,7 +178,7 @@ def prune(
     infos = list_venvs(store)
     kept = {info.digest for info in infos if _is_kept(info, keep_names, older_than_s)}
     bases = {info.digest: info.manifest.base_digest for info in infos if info.manifest is not None}
-    for digest in list(kept):
+    for digest in kept | {info.digest for info in infos if info.in_use}:
         base = bases.get(digest)
         while base is not None:
             kept.add(base[:DIGEST_PREFIX])
@@ -219,7 +219,7 @@ class PruneReport:
 
 def _is_kept(info: VenvInfo, keep_names: Collection[str] | None, older_than_s: float) -> bool:
     named = bool(info.names) if keep_names is None else any(name in keep_names for name in info.names)
-    return info.sealed and (named or info.in_use or time.time() - info.last_used < older_than_s)
+    return info.sealed and (named or time.time() - info.last_used < older_than_s)
 
 
 def _prune_digest(store: Store, info: VenvInfo, keep: bool, report: PruneReport) -> None:
