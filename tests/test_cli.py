@@ -262,6 +262,20 @@ def test_an_interrupted_build_leaves_nothing(cli: Cli, tmp_path: Path, how: sign
     assert not (cli.venvs / "slow").exists()
 
 
+def test_a_builder_that_is_killed_is_an_error_that_says_so(cli: Cli, tmp_path: Path) -> None:
+    marker = tmp_path / "slow_build_pid"
+    process = cli.start("venvs", "build", "slow")
+    wait_for(lambda: marker.exists() and marker.read_text(), "the build begins")
+    (builder,) = psutil.Process(process.pid).children()
+    builder.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the venv 'slow' was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    (again,) = cli.json("venvs", "build", "new")  # what it left is no obstacle
+    assert again["state"] == "built"
+
+
 def test_why_names_version_path_and_the_reason_for_the_difference(cli: Cli) -> None:
     cli("venvs", "build", OLD)
     done = cli("venvs", "why", OLD, "Alpha", "--and", NEW)
@@ -301,6 +315,7 @@ def test_why_not_there(cli: Cli) -> None:
         (["path", "demo.workers.OldWorkr"], f"Nearest registered names: {OLD}"),
         (["why", "nothing.Here", "alpha"], "no py_executable is registered"),
         (["build", "old", "--jobs", "0"], "--jobs"),
+        (["verify", "old"], "there is no venv 'old' on disk"),
         (["fly"], "No such command"),
     ],
 )

@@ -110,14 +110,16 @@ class _Builder:
             self.process.join()
             self.ended = True
             for target in self.targets[self.reported :]:
-                error = VenvBuildError(
-                    f"The process that built the venv {target.name!r} died (exit code {self.process.exitcode}); "
-                    "the system may have run out of memory. Try again, with --jobs 1."
-                )
-                yield Outcome(target, error=error)
+                yield Outcome(target, error=self._died(target))
             return
         self.reported += isinstance(event, Outcome)
         yield event
+
+    def _died(self, target: Target) -> VenvBuildError:
+        code = self.process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = ". The system may have run out of memory: try again with --jobs 1" if code == -signal.SIGKILL else ""
+        return VenvBuildError(f"The process that built the venv {target.name!r} {how}{hint}.")
 
 
 def _stop(builders: Iterable[_Builder]) -> None:

@@ -133,9 +133,16 @@ def verify(
 ) -> None:
     """Compare every installed file with what was installed. Exit code 1 when something is damaged."""
     from nemo_rl.cli import display
+    from nemo_rl.venvs import list_venvs
     from nemo_rl.venvs import verify as verify_venv
 
-    findings = [finding for name in names or [None] for finding in verify_venv(name)]  # type: ignore[list-item]
+    infos = list_venvs()
+    known = {name for info in infos for name in info.names} | {info.digest for info in infos}
+    unknown = [name for name in names or () if name not in known and name[:16] not in known]
+    if unknown:
+        there = ", ".join(sorted(name for info in infos for name in info.names)) or "none"
+        raise ConfigError(f"there is no venv {', '.join(map(repr, unknown))} on disk. There are: {there}")
+    findings = [finding for name in names or sorted(info.digest for info in infos) for finding in verify_venv(name)]
     if json:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
     elif findings:
