@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
+_REFRESH_S = 0.1
+
 
 def print_json(value: Any) -> None:
     """JSON on standard output."""
@@ -86,10 +88,10 @@ class BuildView:
     A context manager; pass its `update` to `build_all`.
     """
 
-    def __init__(self, num_targets: int) -> None:
+    def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
-        self._num_targets = num_targets
         self._live: Live | None = None
+        self._refreshed = 0.0
 
     def __enter__(self) -> BuildView:
         if sys.stderr.isatty():
@@ -112,7 +114,9 @@ class BuildView:
             self._progress(name, event)
         elif isinstance(event, Outcome):
             self._outcome(name, event)
-        if self._live is not None:
+        # uv may print hundreds of lines a second.
+        if self._live is not None and time.monotonic() - self._refreshed > _REFRESH_S:
+            self._refreshed = time.monotonic()
             self._live.update(self._table(), refresh=True)
 
     def _progress(self, name: str, event: Progress) -> None:

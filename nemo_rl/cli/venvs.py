@@ -88,7 +88,7 @@ def build(
         raise ConfigError("say what to build: worker classes or extras, or --all (and not both)")
     chosen = registered_targets() if all_workers else [find_target(name) for name in dict.fromkeys(targets or ())]
     try:
-        with display.BuildView(len(chosen)) as view:
+        with display.BuildView() as view:
             outcomes = build_all(chosen, force=force, jobs=jobs, on_event=view.update)
     except KeyboardInterrupt:
         display.note("nemo-rl: interrupted; what was being built has been removed")
