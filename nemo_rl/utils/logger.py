@@ -15,18 +15,17 @@ import json
 import logging
 import math
 import queue
-import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from nemo_rl import settings
 from nemo_rl.errors import ConfigError
 from nemo_rl.utils.jsonl import append_text, keep_lines
 from nemo_rl.utils.logger_backends import BACKENDS, Backend, RunInfo, check_packages
 from nemo_rl.utils.logger_config import LoggerConfig
+from nemo_rl.utils.masking import flatten, mask_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +34,6 @@ SAMPLES_FILE = "samples.jsonl"
 
 _MAX_QUEUED = 1000
 _CLOSE_TIMEOUT_S = 30.0
-# Of a key's last part; `max_new_tokens` and `tokenizer_name` are no secrets.
-_SECRET_KEY = re.compile(r"(?:^|_)(?:token|secret|password|passwd|api_?key|access_key|private_key|credentials?)$", re.I)
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 class Listener(Protocol):
@@ -121,7 +117,7 @@ class Logger:
 
     def log_hyperparameters(self, config: Mapping[str, Any]) -> None:
         """Tell the backends the configuration (nested plain data); what looks secret is masked."""
-        values = masked_parameters(config)
+        values = dict(flatten(mask_secrets(config)))
         for backend in self._backends:
             backend.put(lambda b: b.log_hyperparameters(values))
 
@@ -138,23 +134,6 @@ class Logger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def masked_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain data as dotted names, with `settings.MASK` for texts of keys that look secret, and for passwords in
-    addresses."""
-    return dict(_flatten(config, ""))
-
-
-def _flatten(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{name}.")
-        elif isinstance(value, str):
-            yield name, settings.MASK if _SECRET_KEY.search(str(key)) else _URL_PASSWORD.sub(settings.MASK, value)
-        else:
-            yield name, value
 
 
 def _is_before(record: Mapping[str, Any], resume_step: int | None) -> bool:

@@ -76,6 +76,7 @@ class TimelineEvent:
         start: seconds since the epoch.
         end: the same; equal to `start` for an instant.
         life: which life of the run, counted from 1: a resumed run starts up again.
+        waits: the process did nothing itself, but waited for what other processes did meanwhile.
     """
 
     name: str
@@ -84,6 +85,7 @@ class TimelineEvent:
     start: float
     end: float
     life: int = 1
+    waits: bool = False
 
     @property
     def duration_s(self) -> float:
@@ -115,8 +117,8 @@ class Timeline:
         self.life = max((event.life for event in read_timeline(directory)), default=0) + 1
 
     @contextlib.contextmanager
-    def phase(self, name: str, process: str = DRIVER) -> Iterator[None]:
-        """Record the block as one event, also when it raises."""
+    def phase(self, name: str, process: str = DRIVER, waits: bool = False) -> Iterator[None]:
+        """Record the block as one event, also when it raises. `waits`: see `TimelineEvent`."""
         start = time.time()
         if self._listener is not None:
             self._listener.phase_started(name, process)
@@ -124,7 +126,7 @@ class Timeline:
             yield
         finally:
             end = time.time()
-            self.record(name, start, end, process)
+            self.extend([TimelineEvent(name, process, socket.gethostname(), start, end, waits=waits)])
             if self._listener is not None:
                 self._listener.phase_ended(name, process, end - start)
 

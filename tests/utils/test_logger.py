@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rl import settings
 from nemo_rl.errors import ConfigError
 from nemo_rl.utils import logger as logger_module
 from nemo_rl.utils import logger_backends
 from nemo_rl.utils.jsonl import read_jsonl
-from nemo_rl.utils.logger import METRICS_FILE, SAMPLES_FILE, Logger, masked_parameters
+from nemo_rl.utils.logger import METRICS_FILE, SAMPLES_FILE, Logger
 from nemo_rl.utils.logger_backends import BACKENDS, BackendEntry, RunInfo
 from nemo_rl.utils.logger_config import LoggerConfig, MlflowConfig, WandbConfig
 
@@ -253,32 +252,6 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     ]
     (text,) = events.Tensors("config/text_summary")
     assert b"grpo.seed: 7" in text.tensor_proto.string_val[0]
-
-
-def test_secrets_are_masked_and_look_alikes_are_not() -> None:
-    config = {
-        "wandb": {"api_key": "abc", "project": "p"},
-        "hub_token": "abc",
-        "token": "abc",
-        "tracking_uri": "https://user:abc@host/path",
-        "max_new_tokens": 32,
-        "tokenizer_name": "llama",
-        "pad_token_id": 0,
-        "empty": {},
-    }
-    masked = masked_parameters(config)
-    assert "abc" not in json.dumps(masked)
-    assert masked == {
-        "wandb.api_key": settings.MASK,
-        "wandb.project": "p",
-        "hub_token": settings.MASK,
-        "token": settings.MASK,
-        "tracking_uri": f"https://{settings.MASK}@host/path",
-        "max_new_tokens": 32,
-        "tokenizer_name": "llama",
-        "pad_token_id": 0,
-        "empty": {},
-    }
 
 
 def test_importing_the_logger_imports_no_backend() -> None:
