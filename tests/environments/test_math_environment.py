@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -373,3 +376,23 @@ def test_as_a_ray_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         if owned:
             ray.shutdown()
+
+
+@pytest.mark.parametrize("answer", [r"\sqrt{4}", "9^{9^{9^{9}}}"])
+def test_no_process_outlives_its_owner(answer: str) -> None:
+    code = f"""
+import os, signal, threading, time, psutil
+from nemo_rl.environments.math_environment import MathEnvironment
+env = MathEnvironment({{"timeout_s": 1.0, "answer_format": "whole"}})
+ask = threading.Thread(target=env.step, args=([{answer!r}], [{{"ground_truth": "x^2"}}]))
+ask.start()
+while not (children := psutil.Process().children()) or children[0].cpu_times().user < 0.3:
+    time.sleep(0.01)
+print(children[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # Its input has ended; if it computes, the kernel ends it after 4 s of CPU time.
+        psutil.Process(int(done.stdout)).wait(timeout=60)
