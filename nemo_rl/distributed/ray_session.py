@@ -16,6 +16,7 @@ Everything that reaches into Ray's private modules to do this is in this file (c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -27,6 +28,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +53,11 @@ LOCAL_RAY_VARIABLES = {
     # Almost all of our workers run in another Python, and would find the cores busy.
     "RAY_prestart_worker_first_driver": "0",
 }
+
+# A socket's path has at most 107 bytes; Ray adds `/ray/session_<time>_<pid>/sockets/plasma_store`.
+_MAX_TEMP_DIR_BYTES = 107 - 72
+
+_KNOCK_TIMEOUT_S = 5.0
 
 _process_lock = threading.Lock()
 
@@ -111,9 +118,11 @@ _joined_local_cluster: _LocalCluster | None = None
 def _join(address: str) -> None:
     global _joined_local_cluster
     _disable_uv_run_hook()
+    _keep_loopback_addresses()
     try:
+        _knock(address)
         ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Check that it runs and can be reached. "
             "If it was started with token authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to its token "
@@ -123,11 +132,27 @@ def _join(address: str) -> None:
     logger.info("joined the Ray cluster at %s", address)
 
 
+def _knock(address: str) -> None:
+    """Raise `OSError` if nobody listens at `host:port`. Ray itself would end this process, without an exception."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "://" in address:
+        return  # `auto`, or a client's address
+    deadline = time.monotonic() + _KNOCK_TIMEOUT_S  # a head node may be about to start
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def _join_local(cluster: _LocalCluster) -> bool:
     """Join another driver's local cluster; false if it ended in the meantime."""
     global _joined_local_cluster
     _disable_uv_run_hook()
-    _stay_on_loopback()
+    _keep_loopback_addresses()
     if cluster.auth_mode is not None:
         # Ray looks for a token by itself only where it looks for the cluster by itself.
         settings.export({"RAY_AUTH_MODE": cluster.auth_mode})
@@ -141,7 +166,7 @@ def _join_local(cluster: _LocalCluster) -> bool:
     logger.warning(
         "joined the local Ray cluster of process %d, which sees the same GPUs; it ends when that process ends. "
         "RAY_ADDRESS=local starts a cluster of your own.",
-        cluster.owner_pid,
+        cluster.owner.pid,
     )
     return True
 
@@ -152,10 +177,13 @@ def _join_local(cluster: _LocalCluster) -> bool:
 def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> str:
     global _joined_local_cluster
     _disable_uv_run_hook()
-    _stay_on_loopback()
+    _keep_loopback_addresses()
+    settings.export({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})  # for Ray's own processes
     environment = settings.snapshot()
     settings.export({name: value for name, value in LOCAL_RAY_VARIABLES.items() if name not in environment})
     _ensure_auth_token(environment)
+    # Ray's own script costs every worker the CPU time of one more `import ray`; see setup_worker.py.
+    ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).with_name("setup_worker.py"))
     # Ray warns at every start that token authentication is on, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(
@@ -164,6 +192,7 @@ def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> st
         num_gpus=num_gpus,
         include_dashboard=settings.RAY_DASHBOARD.get(),
         logging_level=logging.WARNING,
+        _temp_dir=_short_temp_dir(environment),
     )
     _joined_local_cluster = None
     node = _node()
@@ -191,23 +220,49 @@ def _ensure_auth_token(environment: Mapping[str, str]) -> None:
         settings.export({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
 
 
+def _short_temp_dir(environment: Mapping[str, str]) -> str | None:
+    """A directory for Ray's session where `TMPDIR` is too deep for the paths of its sockets; else None, its default."""
+    default = environment.get("RAY_TMPDIR") or environment.get("TMPDIR", "/tmp")
+    return "/tmp/ray" if len(os.fsencode(default)) > _MAX_TEMP_DIR_BYTES else None
+
+
 def _disable_uv_run_hook() -> None:
     """Keep Ray from shipping the directory of a driver started by `uv run` and running every worker with `uv run`."""
     settings.export({"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})  # for child processes
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # Ray has read the variable when it was imported
 
 
-def _stay_on_loopback() -> None:
-    """Let Ray use 127.0.0.1 as this node's address, as it does on a laptop's other operating systems.
+def _keep_loopback_addresses() -> None:
+    """Let Ray take 127.0.0.1 for what it is, as it does on a laptop's other operating systems.
 
-    Then no port of the cluster can be reached from outside, and it survives a change of network. Ray offers this
-    through a variable that it reads when it is imported, and replaces an explicit loopback address.
+    Otherwise it replaces the address, given or found, by one that other machines can reach. A local cluster has no use
+    for that: on loopback no port of it can be reached from outside, and it survives a change of network. Clusters with
+    other addresses are joined as before. Ray offers this through a variable, `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER`, that
+    it reads when it is imported.
     """
-    settings.export({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})  # for Ray's own processes
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 # --- the record of a local cluster --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Process:
+    """A process, told apart from a later one with the same id."""
+
+    pid: int
+    created: float
+
+    @staticmethod
+    def of(pid: int) -> _Process:
+        return _Process(pid, psutil.Process(pid).create_time())
+
+    def is_running(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
 
 
 @dataclass(frozen=True)
@@ -216,24 +271,27 @@ class _LocalCluster:
 
     Attributes:
         address: host and port of the GCS.
-        owner_pid: the driver that started it.
-        gcs_pid, gcs_created: the GCS process, which ends with the cluster; a process id alone may be reused.
+        owner: the driver that started it; the cluster ends with it.
+        gcs: the cluster's central process.
         auth_mode: Ray's authentication mode, None for Ray's default.
         ray_version: of the owner; Ray refuses to mix versions.
     """
 
     address: str
-    owner_pid: int
-    gcs_pid: int
-    gcs_created: float
+    owner: _Process
+    gcs: _Process
     auth_mode: str | None
     ray_version: str
 
-    def is_alive(self) -> bool:
-        try:
-            return psutil.Process(self.gcs_pid).create_time() == self.gcs_created
-        except psutil.Error:
-            return False
+    @staticmethod
+    def from_json(text: str) -> _LocalCluster:
+        fields = json.loads(text)
+        return _LocalCluster(**{**fields, "owner": _Process(**fields["owner"]), "gcs": _Process(**fields["gcs"])})
+
+    def can_be_joined(self) -> bool:
+        # Both: a dead owner's GCS lives a moment longer, and a driver may go on after it shut its cluster down.
+        # Ray ends a driver that connects to a dying GCS, without an exception.
+        return self.ray_version == ray.__version__ and self.owner.is_running() and self.gcs.is_running()
 
 
 @contextlib.contextmanager
@@ -258,10 +316,10 @@ def _local_cluster_lock() -> Iterator[Path]:
 
 def _read_record(path: Path) -> _LocalCluster | None:
     try:
-        cluster = _LocalCluster(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        cluster = _LocalCluster.from_json(path.read_text())
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None  # none yet, or written by another version of this project
-    return cluster if cluster.ray_version == ray.__version__ and cluster.is_alive() else None
+    return cluster if cluster.can_be_joined() else None
 
 
 def _write_record(path: Path) -> None:
@@ -269,15 +327,21 @@ def _write_record(path: Path) -> None:
     gcs_pid = node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER][0].process.pid
     record = _LocalCluster(
         address=node.gcs_address,
-        owner_pid=os.getpid(),
-        gcs_pid=gcs_pid,
-        gcs_created=psutil.Process(gcs_pid).create_time(),
+        owner=_Process.of(os.getpid()),
+        gcs=_Process.of(gcs_pid),
         auth_mode=settings.snapshot().get("RAY_AUTH_MODE"),
         ray_version=ray.__version__,
     )
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(asdict(record)))
     temporary.replace(path)
+    # Runs before Ray's own exit handler, which was registered when Ray was imported.
+    atexit.register(_withdraw_record, path, record)
+
+
+def _withdraw_record(path: Path, record: _LocalCluster) -> None:
+    if os.getpid() == record.owner.pid and _read_record(path) == record:
+        path.unlink(missing_ok=True)
 
 
 def _link_session(log_dir: Path) -> None:
