@@ -50,7 +50,7 @@ _MAX_CRASHES = 2
 _MAX_FAILURES = 3
 _SIGNALS_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # A child that waits this many times its CPU budget without computing is starved by the machine, not by the answer.
-_STARVATION_FACTOR = 10.0
+_STARVATION_FACTOR = 30.0
 # sympy caches what it sees; a child is retired before the caches reach its memory limit.
 _MAX_REQUESTS_PER_CHILD = 2000
 # What a verify process sees of this process's variables: enough to start Python, no secret.
