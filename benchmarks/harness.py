@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -136,6 +137,8 @@ def prepare_environment() -> None:
         if os.environ.pop(name, None) is not None:
             _unset.append(name)
     sys.dont_write_bytecode = False
+    # So that scratch directories and clusters are cleaned up also when a time limit ends a benchmark.
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))
 
 
 _unset: list[str] = []
