@@ -95,7 +95,8 @@ class RayWorkerBuilder:
             options = {"num_gpus": num_gpus, **_fractional_cpu(num_gpus), **extra_options}
             handle = self.submit(plan, placement_group, placement_group_bundle_index, options, configured)
             try:
-                await_started([StartingWorker(handle, plan.fqn, extra_options.get("name") or "without a name")])
+                label = extra_options.get("name") or "without a name"
+                await_started([StartingWorker(handle, plan.fqn, label, plan.secrets)])
             except StaleDescription as stale:
                 plan = plan.redescribed(stale.description)
             else:

@@ -220,7 +220,7 @@ class RayWorkerGroup:
             try:
                 self._create(plan, rank_env_vars)
                 starting = [
-                    StartingWorker(handle, plan.fqn, self.describe_worker(rank))
+                    StartingWorker(handle, plan.fqn, self.describe_worker(rank), plan.secrets)
                     for rank, handle in enumerate(self._workers)
                 ]
                 answers = await_started(starting)

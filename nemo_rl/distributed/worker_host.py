@@ -221,7 +221,9 @@ def _forwarder(name: str, method: dict[str, Any]) -> Callable[..., Any]:
             yield item
 
     def forward_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        yield from getattr(self._nrl_worker, name)(*args, **kwargs)
+        # Not `yield from`: Ray sends values into the generator, which plain iterators do not take.
+        for item in getattr(self._nrl_worker, name)(*args, **kwargs):  # noqa: UP028
+            yield item
 
     def forward_plain(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._nrl_worker, name)(*args, **kwargs)

@@ -93,6 +93,11 @@ class LaunchPlan:
     description: ClassDescription
     actor_class: Any = field(repr=False)
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Texts that no message may show."""
+        return tuple(value for name, value in self.host_env_vars.items() if settings.is_secret(name) and value)
+
     def redescribed(self, description: ClassDescription) -> LaunchPlan:
         """The plan for a class that turned out to differ from its kept description."""
         save_description(_description_path(self.fqn, self.python, self.runtime_env), description)

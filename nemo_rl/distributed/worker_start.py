@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +27,7 @@ from nemo_rl.errors import AttestationError, WorkerStartError
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
+_LAST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class StartingWorker:
 
     Attributes:
         label: for messages, such as "rank 3 (policy-0-3)".
+        secrets: texts that no message may show.
     """
 
     handle: ActorHandle
     fqn: str
     label: str
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 class StaleDescription(Exception):
@@ -83,7 +88,12 @@ def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[st
     try:
         answer = ray.get(reference)
     except RayError as error:
-        raise WorkerStartError(f"worker {worker.label} of {worker.fqn} died while starting: {error}") from error
+        shown = f"worker {worker.label} of {worker.fqn} died while starting: {error}{_last_words(error)}"
+        masked = shown
+        for secret in worker.secrets:
+            masked = masked.replace(secret, settings.MASK)
+        # Ray's own error says it all over again, so it is chained only if it may be shown.
+        raise WorkerStartError(masked) from (error if masked == shown else None)
     if "description" in answer:
         raise StaleDescription(ClassDescription.from_plain(answer["description"]))
     if answer["verdict"] != "ok":
@@ -92,6 +102,20 @@ def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[st
             f"{answer['verdict']}. Its venv was changed or replaced while the job started; start the job again."
         )
     return answer
+
+
+def _last_words(error: RayError) -> str:
+    """The last lines that a process without a Python traceback wrote, if it ran on this machine."""
+    pid = re.search(r"\bpid: (\d+)", str(error))
+    node = ray._private.worker._global_node
+    if pid is None or node is None:
+        return ""
+    logs = sorted(Path(node.get_session_dir_path(), "logs").glob(f"worker-*-{pid[1]}.err"))
+    try:
+        lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
+    except OSError:
+        return ""
+    return "\nThe last lines that it wrote:\n" + "\n".join(lines[-_LAST_LINES:]) if lines else ""
 
 
 def _timeout_message(missing: Sequence[StartingWorker], total: int, timeout_s: float) -> str:
