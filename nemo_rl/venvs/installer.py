@@ -36,7 +36,7 @@ _PASSED = """
     UV_CACHE_DIR UV_CONFIG_FILE UV_NO_CONFIG UV_OFFLINE UV_LINK_MODE UV_DEFAULT_INDEX UV_INDEX UV_EXTRA_INDEX_URL
     UV_FIND_LINKS UV_NO_INDEX UV_KEYRING_PROVIDER UV_INSECURE_HOST UV_NATIVE_TLS UV_SYSTEM_CERTS UV_HTTP_TIMEOUT
     UV_HTTP_CONNECT_TIMEOUT UV_HTTP_RETRIES UV_CONCURRENT_DOWNLOADS UV_CONCURRENT_BUILDS UV_CONCURRENT_INSTALLS
-    UV_PYTHON_INSTALL_DIR
+    UV_PYTHON_INSTALL_DIR UV_EXCLUDE_NEWER UV_RESOLUTION UV_PRERELEASE UV_FORK_STRATEGY
 """
 _PASSED_NAMES = frozenset(_PASSED.split())
 _PASSED_PREFIXES = ("UV_INDEX_",)  # UV_INDEX_URL, UV_INDEX_STRATEGY and per-index user names and passwords
@@ -178,10 +178,10 @@ def run_command(
 def _started(
     command: Sequence[str], *, what: str, cwd: str | Path | None, env: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[str]]:
-    parent = os.getpid()
+    parent, kill = os.getpid(), int(signal.SIGKILL)
 
     def die_with_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, kill)
         if os.getppid() != parent:  # it died before the call above
             os._exit(1)
 

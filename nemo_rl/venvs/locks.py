@@ -121,6 +121,9 @@ def hold_lease(path: str | os.PathLike[str]) -> Lease:
     with contextlib.suppress(OSError):
         os.utime(root / LEASE_FILE)  # when it was last used, for prune
     fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if os.fstat(descriptor).st_nlink == 0:  # it was removed while this process waited
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "the venv has been removed", str(root))
     return Lease(root, descriptor)
 
 

@@ -103,6 +103,8 @@ def ensure(
         return SealedVenv(str(path), path.parent.parent, path.parent.parent, the_plan.digest, None)
     force = _force(force_rebuild, job_id)
     venv = _ready(the_plan, venv_name, store, clock, force)
+    if venv.manifest is not None:  # a sealed venv may have been checked against another driver's versions
+        the_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
     named = _named(store, name_path, the_plan.digest)
     return SealedVenv(
         str(named / "bin" / "python"), venv.path, venv.stable_path, venv.digest, venv.manifest, venv.built
@@ -185,11 +187,11 @@ def _ready(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, 
         return sealed
     with contextlib.ExitStack() as stack:
         if the_plan.base is not None and not the_plan.base.is_interpreter:
+            resolving = dict(clock.seconds)
             clock.digest = the_plan.base.digest
             base = _ready(the_plan.base, venv_name, store, clock, force)
             stack.enter_context(hold_lease(base.path))
-            clock.digest = the_plan.digest
-            clock.seconds.clear()
+            clock.digest, clock.seconds = the_plan.digest, resolving
         stack.enter_context(_locked(the_plan, venv_name, store, clock))
         sealed = find_sealed(the_plan.digest, store)
         if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):

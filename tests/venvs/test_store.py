@@ -230,7 +230,10 @@ def test_a_ray_that_only_the_built_venv_shows_is_checked_too(project: Project, s
     with pytest.raises(IncompatibleVenvError, match=r"ray 1\.2\.3.*ray 2\.0\.0"):
         venvs.ensure(project.command(), "A", expected=driver)
     assert all(not store.builds(digest) for digest in store.digests())
-    assert venvs.ensure(project.command(), "A", expected=DriverVersions(driver.python, "1.2.3")).manifest.ray == "1.2.3"
+    ready = venvs.ensure(project.command(), "A", expected=DriverVersions(driver.python, "1.2.3"))
+    assert ready.manifest.ray == "1.2.3"
+    with pytest.raises(IncompatibleVenvError, match=r"ray 1\.2\.3.*ray 2\.0\.0"):
+        venvs.ensure(project.command(), "A", expected=driver)  # sealed for another driver
 
 
 def test_a_node_with_another_python_than_the_driver_says_both(project: Project) -> None:
