@@ -100,6 +100,7 @@ class RayWorkerGroup:
         started = time.monotonic()
         plan = remote_worker_builder.plan(env_vars=env_vars)
         self._metadata, rank_env_vars = self._take_seats()
+        plan.serve_nodes(self._bundles[seat.bundle].node_id for seat in self._seats)
         self._methods = self._start(plan, rank_env_vars)
         logger.info("started %d workers %s in %.2f s", len(self._workers), self.label, time.monotonic() - started)
 

@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from ray.exceptions import RayError
 
 from nemo_rl import settings
 from nemo_rl.distributed import worker_host
+from nemo_rl.distributed.node_venvs import ensure_venv_on_node, ensure_venvs_on_each_node
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.distributed.worker_description import ClassDescription, cache_path, load_description, save_description
 from nemo_rl.distributed.worker_options import (
@@ -30,7 +32,7 @@ from nemo_rl.distributed.worker_options import (
     refuse_clashes,
 )
 from nemo_rl.errors import WorkerStartError
-from nemo_rl.venvs import UNSET_IN_VENV, SealedVenv, ensure, spec_from_runtime_env
+from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, spec_from_runtime_env
 from nemo_rl.venvs.manifest import BrokenManifestError, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -55,14 +57,19 @@ class WorkerPython:
     """The Python that a group's workers run with.
 
     Attributes:
+        name, spec: what the venv engine knows it by; None where Ray makes it (conda, containers).
         python: path of the interpreter, the same on every node; None where Ray makes it (conda, containers).
         digest: of the venv; None for an interpreter that is not in a venv of the engine.
-        activation: variables that activate the venv, for a `runtime_env` (`${PATH}` is the node's own).
+        activation: variables that activate the venv, see `activation`.
+        node_ids: where it is known to be ready.
     """
 
-    python: str | None
-    digest: str | None
-    activation: dict[str, str]
+    name: str = ""
+    spec: Spec | None = None
+    python: str | None = None
+    digest: str | None = None
+    activation: dict[str, str] = field(default_factory=dict)
+    node_ids: frozenset[str] = frozenset()
 
     @property
     def expected(self) -> dict[str, str | None]:
@@ -92,6 +99,12 @@ class LaunchPlan:
     host_env_vars: dict[str, str] = field(repr=False)
     description: ClassDescription
     actor_class: Any = field(repr=False)
+
+    def serve_nodes(self, node_ids: Iterable[str]) -> None:
+        """Make the venv ready on nodes that joined after it was made ready everywhere. Raises `NodeVenvError`."""
+        if self.python.spec is not None:
+            for node_id in sorted(set(node_ids) - self.python.node_ids):
+                ensure_venv_on_node(node_id, self.python.spec, self.python.name)
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -153,23 +166,26 @@ def configure_workers(plan: LaunchPlan, calls: list[dict[str, Any]]) -> list[Con
 def worker_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     """Make the Python ready that `fields`, or else the registry, asks for, on every node."""
     if any(name in fields for name in _RAY_CHOOSES_PYTHON):
-        return WorkerPython(None, None, {})
+        return WorkerPython()
     chosen = fields.get("py_executable")
     spec = spec_from_runtime_env(fields, chosen or get_actor_python_env(fqn))
     # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
     is_default = not any(name in fields for name in _CARRIED_OUT_HERE)
     name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
-    venv = ensure(spec, name)
-    # Not the name, which a later group may move, but the path that the same content has on every node.
-    python = venv.python if venv.manifest is None else str(venv.stable_path / "bin" / "python")
-    return WorkerPython(python, _digest(venv), activation(python))
+    report = ensure_venvs_on_each_node({name: spec})
+    python = report.python(name)
+    if isinstance(spec, InterpreterSpec) and not spec.requirements:
+        digest = _digest_of_interpreter(python)
+    else:
+        digest = report.digest(name) if report.agrees(name) else None  # nodes of several platforms: one digest each
+    nodes = frozenset(entry.node_id for entry in report.of(name))
+    return WorkerPython(name, spec, python, digest, activation(python), nodes)
 
 
-def _digest(venv: SealedVenv) -> str | None:
-    if venv.manifest is not None:
-        return venv.digest
-    try:  # the path of an interpreter, which may still be one of the engine's
-        return read_manifest(venv.path).digest
+def _digest_of_interpreter(python: str) -> str | None:
+    """A path may still lead into one of the engine's venvs."""
+    try:
+        return read_manifest(Path(python).parent.parent).digest
     except BrokenManifestError:
         return None
 
