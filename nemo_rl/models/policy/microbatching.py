@@ -1,0 +1,162 @@
+"""From a worker's shard of a batch to micro-batches, and from a micro-batch to the model's inputs.
+
+Two layouts of the model's input::
+
+    padded   row = sequence, padded on the right to the longest of the micro-batch. Needs no attention mask:
+             under causal attention no token sees the padding behind it.
+    packed   all sequences end to end in one row; positions start again at 0 with each sequence, from which
+             transformers makes a block-diagonal causal mask (or the sequence bounds of flash attention).
+
+In both, logits are computed only where a log-probability is wanted, as far as the model lets us choose (columns of the
+input): large vocabularies make logits the largest tensor of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.errors import DataError
+from nemo_rl.models.policy.config import BatchingConfig
+
+
+def sharding_args(batching: BatchingConfig) -> dict[str, Any]:
+    """What `BatchedDataDict.shard_by_batch_size` needs to plan micro-batches for this mode."""
+    if batching.mode == "dynamic":
+        args = {"max_tokens_per_microbatch": batching.max_tokens, "sequence_length_round": batching.length_multiple}
+        return {"dynamic_batching_args": args}
+    if batching.mode == "packed":
+        args = {
+            "max_tokens_per_microbatch": batching.max_tokens,
+            "sequence_length_pad_multiple": batching.length_multiple,
+        }
+        return {"sequence_packing_args": args}
+    return {}
+
+
+def microbatches(shard: BatchedDataDict, size: int, length_multiple: int = 1) -> Iterator[BatchedDataDict]:
+    """The micro-batches of a shard: those of its plan, else `size` rows at a time (the last may hold fewer).
+
+    Every tensor that is as wide as `input_ids` is cut to the longest sequence of the micro-batch (rounded up to
+    `length_multiple`).
+    """
+    plan = shard.microbatch_plan
+    if plan is not None and not plan.packed:
+        yield from shard.make_microbatch_iterator_with_dynamic_shapes()
+        return
+    if plan is not None:
+        parts: Iterator[BatchedDataDict] = shard.make_microbatch_iterator_for_packable_sequences()
+    else:
+        rows = shard.size
+        parts = (shard.slice(start, min(start + size, rows)) for start in range(0, rows, size))
+    for part in parts:
+        width = part["input_ids"].shape[1]
+        longest = max(int(part["input_lengths"].max()), 1)
+        length = min(-(-longest // length_multiple) * length_multiple, width)
+        for key, value in part.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == width:
+                part[key] = value.narrow(1, 0, length)
+        yield part
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One forward pass over [R, C] tokens that yields K logits per row, and where they belong.
+
+    Attributes:
+        input_ids: [R, C] int64.
+        position_ids: [R, C] int64 when packed, else None (0, 1, 2, ...).
+        logits_to_keep: as transformers takes it: K, the number of last columns, or int64 [K], the columns.
+        tokens: [R * K] int64, the token whose log-probability is wanted, per logit.
+        rows, positions: packed only: int64 [K], where it belongs in the [b, T] result.
+        first: padded only: the position in the result that the first kept column belongs to.
+        valid: [b, T] bool, False where the result is 0 (position 0, padding).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    logits_to_keep: int | torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor | None
+    positions: torch.Tensor | None
+    first: int
+    valid: torch.Tensor
+
+    def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """[R * K] log-probabilities to [b, T], 0 where there is none. Differentiable."""
+        batch_size, width = self.valid.shape
+        if self.rows is not None and self.positions is not None:
+            result = logprobs.new_zeros(batch_size, width).index_put((self.rows, self.positions), logprobs)
+        else:
+            columns = logprobs.view(batch_size, -1)
+            result = F.pad(columns, (self.first, width - self.first - columns.shape[1]))
+        return result.masked_fill(~self.valid, 0.0)
+
+
+def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool) -> ModelInputs:
+    """Inputs for the log-probabilities of a micro-batch.
+
+    Args:
+        batch: `input_ids` [b, T], `input_lengths` [b], and with `only_loss_tokens` `token_mask` [b, T].
+        packed: lay the sequences end to end in one row.
+        only_loss_tokens: compute no logits where no sample's `token_mask` counts the next token (packed: where that
+            sample's does not); the result is 0 there.
+
+    Raises:
+        DataError: lengths that do not fit `input_ids`.
+    """
+    input_ids, lengths = batch["input_ids"], batch["input_lengths"]
+    batch_size, width = input_ids.shape
+    if not 0 < int(lengths.min()) <= int(lengths.max()) <= width:
+        raise DataError(
+            f"input_lengths from {int(lengths.min())} to {int(lengths.max())} do not fit input_ids of shape "
+            f"{[batch_size, width]}: every sample holds at least one token"
+        )
+    position = torch.arange(width, device=input_ids.device)
+    valid = (position < lengths[:, None]) & (position > 0)
+    wanted = valid & (batch["token_mask"] > 0) if only_loss_tokens else valid
+    return _packed(input_ids, lengths, wanted) if packed else _padded(input_ids, valid, wanted)
+
+
+def _padded(input_ids: torch.Tensor, valid: torch.Tensor, wanted: torch.Tensor) -> ModelInputs:
+    counted = wanted.any(dim=0).nonzero().view(-1)
+    # Where nothing is wanted one column is computed and masked: under FSDP other ranks wait in the forward pass.
+    first = int(counted[0]) if len(counted) else min(1, input_ids.shape[1] - 1)
+    last = int(counted[-1]) if len(counted) else first
+    return ModelInputs(
+        # The logits for token t are those of column t - 1: the last token is never an input.
+        input_ids=input_ids[:, : max(last, 1)],
+        position_ids=None,
+        logits_to_keep=last - first + 1,
+        tokens=input_ids[:, first : last + 1].reshape(-1),
+        rows=None,
+        positions=None,
+        first=first,
+        valid=valid,
+    )
+
+
+def _packed(input_ids: torch.Tensor, lengths: torch.Tensor, wanted: torch.Tensor) -> ModelInputs:
+    batch_size, width = input_ids.shape
+    used = (lengths - 1).clamp(min=1)
+    starts = used.cumsum(0) - used
+    position = torch.arange(width, device=input_ids.device).expand(batch_size, width)
+    inside = position < used[:, None]
+    rows, positions = wanted.nonzero(as_tuple=True)
+    if not len(rows):
+        rows, positions = rows.new_zeros(1), positions.new_zeros(1)
+    return ModelInputs(
+        input_ids=input_ids[inside][None],
+        position_ids=position[inside][None],
+        logits_to_keep=(starts[rows] + positions - 1).clamp(min=0),
+        tokens=input_ids[rows, positions],
+        rows=rows,
+        positions=positions,
+        first=0,
+        valid=wanted,
+    )

@@ -1,0 +1,163 @@
+"""The driver's side of a policy: shards batches over the workers and puts their answers together.
+
+::
+
+    batch ──shard──► one object per data-parallel rank ──► workers (collectives among themselves)
+      ▲                                                      │
+      └──────── results in the batch's own order ◄───────────┘
+
+This module imports no worker: the backend's class is named by `registry` and imported in its own venv.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_rl import settings
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
+from nemo_rl.distributed.named_sharding import NamedSharding
+from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
+from nemo_rl.errors import ModelError
+from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
+from nemo_rl.models.policy.microbatching import sharding_args
+from nemo_rl.models.policy.registry import policy_worker_fqn
+from nemo_rl.models.weights.interfaces import WeightUpdate
+
+DATA_PARALLEL = "data_parallel"
+
+
+class Policy(PolicyInterface):
+    """A policy on all bundles of a cluster, one data-parallel worker each.
+
+    The constructor returns at once, while the workers start; `wait_ready`, or the first call, waits for them.
+
+    Args:
+        cluster: where the workers run.
+        config: of the policy.
+        model_name: Hugging Face directory or hub name; None takes `config.model_name`. The embedded model must have
+            been made: pass its directory.
+        total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
+        seed: of the run.
+
+    Raises:
+        ConfigError: an unknown backend.
+        ModelError: `embedded` is still to be resolved.
+    """
+
+    def __init__(
+        self,
+        cluster: RayVirtualCluster,
+        config: PolicyConfig,
+        model_name: str | None = None,
+        *,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        if model_name is not None:
+            tokenizer_name = config.tokenizer_name or model_name
+            config = config.model_copy(update={"model_name": model_name, "tokenizer_name": tokenizer_name})
+        if config.model_name == EMBEDDED_MODEL:
+            raise ModelError("the embedded model must be made first: pass model_name=ensure_embedded_model(...)")
+        self._config = config
+        self._world_size = cluster.world_size()
+        builder = RayWorkerBuilder(
+            policy_worker_fqn(config.backend),
+            config,
+            total_steps=total_steps,
+            seed=seed,
+            num_local_workers=max(cluster.bundle_counts),
+        )
+        cluster.bundles()  # reserved before the threads of several groups ask for them
+        threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
+        self._starting: Future[RayWorkerGroup] = threads.submit(
+            RayWorkerGroup,
+            cluster,
+            builder,
+            name_prefix="policy",
+            sharding_annotations=NamedSharding(list(range(self._world_size)), [DATA_PARALLEL]),
+            env_vars={} if cluster.use_gpus else _cpu_env_vars(),
+        )
+        threads.shutdown(wait=False)
+
+    def wait_ready(self) -> None:
+        """Wait until every worker holds the model. Raises whatever made the start fail."""
+        self._starting.result()
+
+    @property
+    def _workers(self) -> RayWorkerGroup:
+        return self._starting.result()
+
+    def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
+        return self._logprobs("get_logprobs", batch)
+
+    def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
+        return self._logprobs("get_reference_policy_logprobs", batch)
+
+    def _logprobs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+        needed = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
+        shards, order = self._shard(needed, batch_size=None)
+        results = self._on_shards(method, shards)
+        logprobs = torch.cat(results)
+        if order is None:
+            return logprobs
+        in_order = torch.empty_like(logprobs)
+        in_order[torch.tensor(order)] = logprobs
+        return in_order
+
+    def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
+        batch_size = self._config.train_global_batch_size or batch.size
+        shards, _ = self._shard(batch, batch_size)
+        local_batch_size = batch_size // self._world_size
+        results = self._on_shards("train", shards, loss_fn=loss_fn, local_batch_size=local_batch_size)
+        result: TrainResult = results[0]
+        return result
+
+    def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
+        results = self._on_all("publish_weights", version=version, dtype=dtype)
+        update: WeightUpdate = next(result for result in results if result is not None)
+        return update
+
+    def save_checkpoint(self, directory: Path) -> None:
+        self._on_all("save_checkpoint", directory=str(directory.absolute()))
+
+    def load_checkpoint(self, directory: Path) -> None:
+        self._on_all("load_checkpoint", directory=str(directory.absolute()))
+
+    def attestation(self) -> list[dict[str, Any]]:
+        own = self._on_all("attestation")
+        return [launched | reported for launched, reported in zip(self._workers.attestation, own)]
+
+    def shutdown(self) -> None:
+        if self._starting.exception() is None:  # waits for a start that is still under way
+            self._workers.shutdown(cleanup_method="shutdown")
+
+    def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:
+        """Shards, one per worker, and the order that brings their rows back (None: they are in order)."""
+        result = batch.shard_by_batch_size(self._world_size, batch_size, **sharding_args(self._config.batching))
+        return result if isinstance(result, tuple) else (result, None)
+
+    def _on_shards(self, method: str, shards: list[SlicedDataDict], **common: Any) -> list[Any]:
+        workers = self._workers
+        future = workers.run_all_workers_sharded_data(
+            method, in_sharded_axes=[DATA_PARALLEL], common_kwargs=common, shard=shards
+        )
+        return workers.get_all_worker_results(future)
+
+    def _on_all(self, method: str, **kwargs: Any) -> list[Any]:
+        workers = self._workers
+        return workers.get_all_worker_results(workers.run_all_workers_single_data(method, **kwargs))
+
+
+def _cpu_env_vars() -> dict[str, str]:
+    """Threads of torch that wait for each other sleep instead of spinning, unless the user says otherwise.
+
+    The CPUs are shared with generation, environment and Ray: a spinning thread keeps the very thread that it waits for
+    from running, and a step takes up to thirty times as long.
+    """
+    return {} if "OMP_WAIT_POLICY" in settings.forwarded() else {"OMP_WAIT_POLICY": "PASSIVE"}

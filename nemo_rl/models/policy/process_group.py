@@ -1,0 +1,90 @@
+"""The processes that train one model together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nemo_rl import settings
+from nemo_rl.errors import WorkerError
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process's place among them.
+
+    Attributes:
+        rank: 0 <= rank < world_size.
+        world_size: number of processes, one data-parallel shard each.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64. A collective."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over all ranks; NaN wins nowhere. A collective."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: list[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1 or not values:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        reduced: list[float] = tensor.tolist()
+        return reduced
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.sum([0.0])
+
+
+def join_process_group(*, needs_collectives: bool) -> ProcessGroup:
+    """Join the group that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe; NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        needs_collectives: initialise `torch.distributed` even for a single process (FSDP asks for it).
+
+    Raises:
+        WorkerError: there are several processes and no address to meet at, or they do not meet.
+    """
+    rank, world_size = settings.RANK.get(), settings.WORLD_SIZE.get()
+    device = _device()
+    if world_size > 1 or needs_collectives:
+        _initialize(rank, world_size, device)
+    return ProcessGroup(rank, world_size, device)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Ray shows each worker its own GPU only; a launcher that shows all of them numbers the processes.
+    index = settings.LOCAL_RANK.get() % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _initialize(rank: int, world_size: int, device: torch.device) -> None:
+    address, port = settings.MASTER_ADDR.get(), settings.MASTER_PORT.get()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        if address is None or port is None:
+            if world_size > 1:
+                raise WorkerError(
+                    f"rank {rank} of {world_size}: MASTER_ADDR and MASTER_PORT must say where rank 0 listens"
+                )
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        else:
+            method = f"tcp://{address}:{port}"
+            dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size)
+    except (RuntimeError, dist.DistError) as error:
+        raise WorkerError(
+            f"rank {rank} of {world_size} cannot join its process group at {address}:{port}: {error}"
+        ) from error

@@ -1,0 +1,213 @@
+"""One worker of a policy: a shard of the data, the model (or a shard of it), its optimizer.
+
+Per optimizer step, on every rank::
+
+    shard of a global batch ─► micro-batches ─► forward, loss, backward ─► sum of gradients over ranks ─► clip, AdamW
+                                    └── gradients and metrics add up ──┘
+
+Works without Ray as well: a process with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set is a worker, one
+with none of them is the only one. All methods but `attestation` and `shutdown` are collectives: every rank calls them
+in the same order.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.errors import DataError
+from nemo_rl.models.policy import torch_checkpoint
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
+from nemo_rl.models.policy.logprob_forward import LogprobForward
+from nemo_rl.models.policy.metric_sums import MetricSums
+from nemo_rl.models.policy.microbatching import microbatches
+from nemo_rl.models.policy.optimizer import PolicyOptimizer
+from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
+from nemo_rl.models.policy.process_group import join_process_group
+from nemo_rl.models.policy.random_state import seed_everything
+from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.sender import publish
+
+
+class TorchPolicyWorker:
+    """Trains a Hugging Face causal language model.
+
+    Args:
+        config: `model_name` must be a directory or hub name (`embedded` is the driver's to resolve).
+        total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
+        seed: of the run.
+        num_local_workers: workers on this node, which share its CPUs; None takes `WORLD_SIZE`.
+        weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+
+    Raises:
+        ModelError: the model cannot be loaded, or does not fit the configuration.
+        WorkerError: the ranks do not meet.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        *,
+        total_steps: int,
+        seed: int,
+        num_local_workers: int | None = None,
+        weight_transport: str = "ray",
+    ) -> None:
+        self._config = config
+        self._weight_transport = weight_transport
+        self._group = join_process_group(needs_collectives=config.sharding == "fsdp")
+        if self._group.device.type == "cpu":
+            share = len(os.sched_getaffinity(0)) // (num_local_workers or self._group.world_size)
+            torch.set_num_threads(config.num_threads or max(1, share))
+        seed_everything(seed, self._group.rank)
+        # Workers write to a log that everybody reads.
+        transformers.utils.logging.disable_progress_bar()
+        self._model = load_parallel_model(config, self._group, trained=True)
+        self._forward = LogprobForward(self._model, packed=config.batching.mode == "packed")
+        self._reference: tuple[ParallelModel, LogprobForward] | None = None
+        self._optimizer = PolicyOptimizer(
+            self._model.parameters(),
+            config.optimizer,
+            config.scheduler,
+            total_steps=total_steps,
+            max_grad_norm=config.max_grad_norm,
+        )
+        # Modules live as long as the process: without this each full collection of garbage walks through all of them.
+        gc.collect()
+        gc.freeze()
+
+    def train(self, shard: BatchedDataDict, loss_fn: LossFunction, local_batch_size: int | None = None) -> TrainResult:
+        """One optimizer step per `local_batch_size` rows of this rank's shard (None: one step for all of them).
+
+        A shard with a plan of micro-batches knows its global batches; then `local_batch_size` is not used.
+
+        Raises:
+            NonFiniteError: on every rank; the weights are as before that optimizer step.
+            DataError: rows that do not divide.
+        """
+        batches = _global_batches(shard, local_batch_size)
+        totals: dict[str, float] = {}
+        num_tokens = 0
+        for batch in batches:
+            metrics, tokens = self._train_step(batch, loss_fn)
+            num_tokens += tokens
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return TrainResult({name: value / len(batches) for name, value in totals.items()}, len(batches), num_tokens)
+
+    def _train_step(self, batch: BatchedDataDict, loss_fn: LossFunction) -> tuple[dict[str, float], int]:
+        counted = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
+        num_tokens, num_samples, forward_tokens = self._group.sum(
+            [float(counted.sum()), float(batch["sample_mask"].sum()), float(batch["input_lengths"].sum())]
+        )
+        device = self._group.device
+        global_num_tokens = torch.tensor(num_tokens, device=device)
+        global_num_samples = torch.tensor(num_samples, device=device)
+        sums = MetricSums()
+        self._optimizer.zero_grad()  # what a loss function that raised may have left
+        config = self._config
+        for part in microbatches(batch, config.train_micro_batch_size, config.batching.length_multiple):
+            part = part.to(device)
+            logprobs = self._forward(part, only_loss_tokens=True)
+            loss, metrics = loss_fn(logprobs, part, global_num_tokens, global_num_samples)
+            loss.backward()
+            sums.add({"loss": loss.detach(), **metrics})
+        self._model.reduce_gradients()
+        reduced = sums.reduced(self._group)
+        reduced["lr"] = self._optimizer.lr
+        reduced["grad_norm"] = self._optimizer.step(reduced["loss"])
+        return reduced, int(forward_tokens)
+
+    def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
+        """Log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
+        return self._logprobs(self._forward, shard)
+
+    def get_reference_policy_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
+        """The same under the initial weights, which the first call loads from where they came from."""
+        if self._reference is None:
+            # Built exactly as the policy was, so that both agree to the last bit until the first step. A checkpoint
+            # replaces the policy's weights only; these are never saved, as `model_name` keeps them.
+            model = load_parallel_model(self._config, self._group, trained=False)
+            self._reference = model, LogprobForward(model, packed=self._config.batching.mode == "packed")
+            gc.freeze()
+        return self._logprobs(self._reference[1], shard)
+
+    def _logprobs(self, forward: LogprobForward, shard: BatchedDataDict) -> torch.Tensor:
+        config, device = self._config, self._group.device
+        needed = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
+        needed.microbatch_plan = shard.microbatch_plan
+        result = torch.zeros(needed["input_ids"].shape, dtype=torch.float32)
+        row = 0
+        with torch.no_grad():
+            for part in microbatches(needed, config.logprob_batch_size, config.batching.length_multiple):
+                logprobs = forward(part.to(device), only_loss_tokens=False)
+                rows, width = logprobs.shape
+                result[row : row + rows, :width] = logprobs.to("cpu")
+                row += rows
+        return result
+
+    def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
+        """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
+        tensors = self._model.full_tensors()
+        if self._group.rank == 0:
+            return publish(tensors, version=version, dtype=dtype, transport=self._weight_transport)
+        for _ in tensors:  # takes part in the gathering of every tensor
+            pass
+        return None
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write the checkpoint into `directory` (rank 0 writes all of it). See `torch_checkpoint`."""
+        torch_checkpoint.save(Path(directory), self._model, self._optimizer, self._group, self._tokenizer_name)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Restore what `save_checkpoint` wrote. Raises `CheckpointError` when it does not fit."""
+        torch_checkpoint.load(Path(directory), self._model, self._optimizer, self._group)
+
+    @property
+    def _tokenizer_name(self) -> str:
+        return self._config.tokenizer_name or self._config.model_name
+
+    def attestation(self) -> dict[str, Any]:
+        """What this worker runs on and with."""
+        device = self._group.device
+        return {
+            "rank": self._group.rank,
+            "world_size": self._group.world_size,
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+            "executable": sys.executable,
+            "prefix": sys.prefix,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "num_threads": torch.get_num_threads(),
+            "model": type(self._model.module).__name__,
+            "num_parameters": sum(parameter.numel() for parameter in self._model.parameters().values()),
+        }
+
+    def shutdown(self) -> None:
+        """Leave the process group. Idempotent."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _global_batches(shard: BatchedDataDict, local_batch_size: int | None) -> list[BatchedDataDict]:
+    plan = shard.microbatch_plan
+    if plan is not None:
+        return [shard.get_batch(index) for index in range(len(plan.batches))]
+    size = local_batch_size or shard.size
+    if not size or shard.size % size:
+        raise DataError(f"{shard.size} samples of a worker cannot be divided into optimizer batches of {size}")
+    return [shard.get_batch(index, size) for index in range(shard.size // size)]

@@ -1,0 +1,105 @@
+"""A tiny model, a batch and a loss for the tests of this room; importable in other processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
+
+VOCABULARY = 29
+# With a smaller one AdamW's first steps are the signs of gradients, also of those that are nothing but rounding.
+EPS = 1e-4
+
+
+def make_llama(directory: Path, *, tied: bool = False, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_dropout=0.3,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict:
+    """Samples of different lengths whose prompts differ in length, and one that the loss leaves out."""
+    draws = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, width + 1, (size,), generator=draws)
+    prompts = torch.randint(2, 5, (size,), generator=draws)
+    position = torch.arange(width)
+    inside = position < lengths[:, None]
+    sample_mask = torch.ones(size)
+    sample_mask[1] = 0.0
+    return BatchedDataDict(
+        input_ids=torch.randint(1, VOCABULARY, (size, width), generator=draws) * inside,
+        input_lengths=lengths,
+        token_mask=(inside & (position >= prompts[:, None])).float(),
+        sample_mask=sample_mask,
+        advantages=torch.randn(size, generator=draws),
+    )
+
+
+def advantage_loss(
+    logprobs: torch.Tensor, batch: Any, global_num_tokens: torch.Tensor, global_num_samples: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Policy gradient over tokens, with a sample-level term, and metrics of every kind."""
+    mask = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
+    values = logprobs[:, 1:] * mask
+    loss = -(values * batch["advantages"][:, None]).sum() / global_num_tokens
+    per_sample = values.sum(1) / mask.sum(1).clamp(min=1)
+    loss = loss - 0.1 * per_sample.sum() / global_num_samples
+    worst = (logprobs[:, 1:] * mask).min().detach()
+    best = batch["advantages"].max()
+    return loss, {
+        "mean_logprob": values.detach().sum() / global_num_tokens,
+        "logprob_min": worst,
+        "advantage_max": best,
+    }
+
+
+def nan_loss(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss, metrics = advantage_loss(*args)
+    return loss * float("nan"), metrics
+
+
+def make_worker(model: Path | str, **config: Any) -> TorchPolicyWorker:
+    defaults: dict[str, Any] = {
+        "num_threads": 1,
+        "max_sequence_length": 64,
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "eps": EPS},
+        "scheduler": {"kind": "cosine", "warmup_steps": 2},
+        "max_grad_norm": 0.5,
+    }
+    policy = PolicyConfig(model_name=str(model), **(defaults | config))
+    return TorchPolicyWorker(policy, total_steps=20, seed=3, weight_transport="local")
+
+
+def weights(worker: TorchPolicyWorker) -> dict[str, torch.Tensor]:
+    """Full copies of the parameters, and of the optimizer's state. A collective."""
+    model, optimizer = worker._model, worker._optimizer
+    state = {name: tensor.cpu().clone() for name, tensor in model.full_tensors()}
+    for name in optimizer.names:
+        for key, tensor in optimizer.state(name).items():
+            state[f"{name}/{key}"] = model.full(tensor).cpu().clone()
+    return state
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different
