@@ -8,7 +8,7 @@
     ├── VenvError                       a Python environment cannot be described, built or used
     │   ├── InvalidPyExecutableError (ValueError)   a py_executable string that we do not accept
     │   ├── RuntimeEnvError (ValueError)            a runtime_env field is unknown, malformed or clashes with another
-    │   ├── LockMismatchError           uv.lock does not match pyproject.toml
+    │   ├── LockMismatchError (ValueError)          uv.lock does not match pyproject.toml
     │   ├── UnknownExtraError (ValueError)          an extra or group that the project does not have
     │   ├── UvNotFoundError             uv is not installed
     │   ├── VenvBuildError              uv failed; carries command, node, output tail and log path
@@ -16,7 +16,7 @@
     │   ├── VenvLockTimeoutError        another builder holds the lock for too long
     │   └── IncompatibleVenvError       the venv's Python or ray is not the driver's
     ├── ClusterError                    the Ray cluster cannot do what was asked
-    │   ├── ResourceInsufficientError   more CPUs, GPUs or nodes asked for than there are
+    │   ├── ResourceInsufficientError (ValueError)  more CPUs, GPUs or nodes asked for than there are
     │   └── NodeVenvError               making venvs ready failed on at least one node
     ├── WorkerError                     a worker or worker group failed
     │   ├── UnregisteredActorError (ValueError)     an FQN that the registry does not know
@@ -61,7 +61,7 @@ class RuntimeEnvError(VenvError, ValueError):
     """A `runtime_env` field is unknown, malformed, or cannot hold together with another."""
 
 
-class LockMismatchError(VenvError):
+class LockMismatchError(VenvError, ValueError):
     """`uv.lock` is not what `pyproject.toml` asks for."""
 
 
@@ -119,7 +119,7 @@ class ClusterError(NemoRLError):
     """The Ray cluster cannot do what was asked."""
 
 
-class ResourceInsufficientError(ClusterError):
+class ResourceInsufficientError(ClusterError, ValueError):
     """The cluster holds fewer CPUs, GPUs or nodes than the job asks for."""
 
 
@@ -169,3 +169,8 @@ class NonFiniteError(TrainingError):
 
 class CheckpointError(NemoRLError):
     """A checkpoint cannot be written, read or trusted."""
+
+
+def exit_code(error: NemoRLError) -> int:
+    """What a command ends with: 2 for a user's mistake, 1 for an operation that failed."""
+    return 2 if isinstance(error, ValueError) else 1

@@ -332,13 +332,13 @@ def test_wrong_input_is_one_message_and_exit_code_2(cli: Cli, arguments: list[st
     assert not cli.venvs.exists()
 
 
-def test_a_failed_operation_is_exit_code_1(cli: Cli) -> None:
+def test_a_lock_that_does_not_match_is_wrong_input(cli: Cli) -> None:
     text = (cli.root / "pyproject.toml").read_text()
     (cli.root / "pyproject.toml").write_text(
         text.replace('dependencies = ["alpha"]', 'dependencies = ["alpha", "tool"]')
     )
     done = cli("venvs", "path", "base")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "uv lock" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -105,6 +105,17 @@ class MasterConfig(ConfigModel):
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig)
 
+    @property
+    def num_samples_per_step(self) -> int:
+        """Completions of one training step."""
+        return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run, as far as the configuration decides it."""
+        per_update = self.policy.train_global_batch_size or self.num_samples_per_step
+        return self.grpo.max_num_steps * self.grpo.num_updates_per_step * (self.num_samples_per_step // per_update)
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> MasterConfig:
         prompt, new = self.data.max_prompt_length, self.policy.generation.max_new_tokens
@@ -120,7 +131,7 @@ class MasterConfig(ConfigModel):
                 f"policy.batching.max_tokens ({batching.max_tokens}) is less than one sequence of "
                 f"policy.max_sequence_length ({longest} tokens, rounded up to policy.batching.length_multiple)"
             )
-        samples = self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+        samples = self.num_samples_per_step
         per_update = self.policy.train_global_batch_size or samples
         if samples % per_update:
             raise ValueError(

@@ -107,9 +107,11 @@ class GRPO:
                 self._validate()
             if self.step % self.config.checkpointing.save_period == 0:
                 self._save()
+        unsaved = self.step % self.config.checkpointing.save_period != 0
         if config.validation.at_end and self._last_validation.get("step") != self.step:
             self._validate()
-        if self.step % self.config.checkpointing.save_period != 0:
+            unsaved = True  # or a life that ends before its mark would validate, and record it, once more
+        if unsaved:
             self._save()
         return reason
 

@@ -85,7 +85,7 @@ def collect(
         judged, metrics = environment.global_post_process_and_metrics(judged)
     batch = training_batch(result)
     batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
-    batch["rewards"] = torch.as_tensor(judged.rewards, dtype=torch.float32)
+    batch["rewards"] = torch.tensor(judged.rewards, dtype=torch.float32)
     return Rollout(batch, result.truncated, prompts, result.texts, metrics)
 
 

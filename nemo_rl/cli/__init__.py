@@ -14,7 +14,7 @@ import typer
 
 from nemo_rl import __version__, settings
 from nemo_rl.cli import venvs
-from nemo_rl.errors import NemoRLError
+from nemo_rl.errors import NemoRLError, exit_code
 
 app = typer.Typer(
     name="nemo-rl",
@@ -42,8 +42,3 @@ def main() -> None:
             raise
         typer.echo(f"nemo-rl: {error}", err=True)
         sys.exit(exit_code(error))
-
-
-def exit_code(error: NemoRLError) -> int:
-    """2 for a user's mistake, 1 for an operation that failed."""
-    return 2 if isinstance(error, ValueError) else 1

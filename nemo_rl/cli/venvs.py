@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nemo_rl.errors import ConfigError, NemoRLError
+from nemo_rl.errors import ConfigError, NemoRLError, exit_code
 
 app = typer.Typer(
     help="Build, inspect and look after the venvs that workers run in.",
@@ -103,7 +103,7 @@ def build(
     for message in dict.fromkeys(str(outcome.error) for outcome in failures):
         display.note(f"nemo-rl: {message}")
     if failures:
-        raise typer.Exit(2 if all(isinstance(outcome.error, ValueError) for outcome in failures) else 1)
+        raise typer.Exit(min(exit_code(outcome.error) for outcome in failures if outcome.error))
 
 
 def _outcome_record(outcome: Any) -> dict[str, Any]:

@@ -37,7 +37,6 @@ ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = {
     "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker": PY_EXECUTABLES.BASE,
     "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": PY_EXECUTABLES.VLLM,
     "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
-    "nemo_rl.environments.math_environment.MathVerifyWorker": PY_EXECUTABLES.SYSTEM,
 }
 
 _FQN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")

@@ -131,7 +131,7 @@ def _start(config: MasterConfig, roles: list[Role], timeline: Timeline, stack: E
     preparing = threads.submit(_prepare_inputs, config, timeline)
     cluster = _start_cluster(config, roles, timeline, stack)
     inputs = preparing.result()
-    with timeline.phase("start workers"):
+    with timeline.phase("start workers", waits=True):
         workers = _start_workers(config, inputs.model, cluster, timeline, stack)
     return inputs, workers
 
@@ -193,12 +193,14 @@ def _start_workers(
 
     environment = RemoteEnvironment(config.env)
     stack.callback(environment.shutdown)
-    policy = Policy(cluster, config, model.name)
+    policy = Policy(
+        cluster, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed
+    )
     stack.callback(policy.shutdown)
     generation = Generation(cluster, config.policy, model.name)
     stack.callback(generation.shutdown)
     for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
-        with timeline.phase(f"{name} ready"):
+        with timeline.phase(f"{name} ready", waits=True):
             group.wait_ready()
     return _Workers(policy, generation, environment)
 

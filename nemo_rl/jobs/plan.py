@@ -81,7 +81,7 @@ def make_plan(config: MasterConfig) -> JobPlan:
         placements=_placements(config, roles),
         venvs=_venv_states(roles),
         memory=_estimate_memory(config),
-        samples_per_step=config.grpo.num_prompts_per_step * config.grpo.num_generations_per_prompt,
+        samples_per_step=config.num_samples_per_step,
     )
 
 
@@ -150,7 +150,7 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
         return None
     shards = config.cluster.num_workers if policy.sharding == "fsdp" else 1
     generation_bytes = _BYTES[policy.generation.precision or policy.precision]
-    samples = config.grpo.num_prompts_per_step * config.grpo.num_generations_per_prompt
+    samples = config.num_samples_per_step
     workers = policy.generation.num_workers or config.cluster.num_workers
     rows = min(policy.generation.max_batch_size, -(-samples // workers))
     cache = (
@@ -161,9 +161,9 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
 
 def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | None, str]:
     if policy.model_name == EMBEDDED_MODEL:
-        from nemo_rl.models.embedded import embedded_llama_config
+        from nemo_rl.models.embedded import make_model, make_tokenizer
 
-        model = embedded_llama_config(policy.embedded)
+        model = make_model(policy.embedded, make_tokenizer()).config
         return model, count_parameters(model), "counted"
     try:
         model = load_model_config(policy.model_name)

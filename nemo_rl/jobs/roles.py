@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.environments.registry import environment_fqn
-from nemo_rl.models.generation.registry import generation_worker_fqn
+from nemo_rl.models.generation.registry import generation_fqn
 from nemo_rl.models.policy.registry import policy_worker_fqn
 
 
@@ -35,7 +35,7 @@ def job_roles(config: MasterConfig) -> list[Role]:
     generation_workers = config.policy.generation.num_workers or config.cluster.num_workers
     specs = [
         ("policy", policy_worker_fqn(config.policy.backend), config.cluster.num_workers, 0.5),
-        ("generation", generation_worker_fqn(config.policy.generation.backend), generation_workers, 0.5),
+        ("generation", generation_fqn(config.policy.generation.backend), generation_workers, 0.5),
         ("environment", environment_fqn(config.env.name), 1, 0.0),
     ]
     return [Role(name, fqn, get_actor_python_env(fqn), count, share) for name, fqn, count, share in specs]

@@ -49,7 +49,6 @@ def _install(site: Path, distribution: str, entry_points: str, module: str = "")
         ("nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker", PY_EXECUTABLES.BASE),
         ("nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker", PY_EXECUTABLES.BASE),
         ("nemo_rl.environments.math_environment.MathEnvironment", PY_EXECUTABLES.SYSTEM),
-        ("nemo_rl.environments.math_environment.MathVerifyWorker", PY_EXECUTABLES.SYSTEM),
     ],
 )
 def test_the_projects_own_workers(fqn: str, py_executable: str) -> None:
