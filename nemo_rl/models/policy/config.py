@@ -19,7 +19,10 @@ class EmbeddedModelConfig(ConfigModel):
     num_layers: int = Field(3, ge=1, description="Transformer layers.")
     num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
     seed: int = Field(0, description="Seed of the initial weights and of the warm-up.")
-    warmup_steps: int = Field(200, ge=0, description="Supervised steps that teach the answer format and some skill.")
+    warmup_accuracy: float = Field(
+        0.35, gt=0, le=1, description="The supervised warm-up ends when this share of train problems is right."
+    )
+    warmup_steps: int = Field(1000, ge=0, description="Most steps of that warm-up.")
 
 
 class OptimizerConfig(ConfigModel):

@@ -38,7 +38,7 @@ class WeightDigest:
     def add(self, name: str, dtype: str, shape: Iterable[int], data: npt.NDArray[np.uint8]) -> None:
         """Take in one tensor, whose bytes in row-major order are `data`."""
         self._hash.update(f"{name}\0{dtype}\0{tuple(shape)}\0".encode())
-        self._hash.update(memoryview(data))
+        self._hash.update(data.data)
 
     def hexdigest(self) -> str:
         """The digest of all tensors so far, 32 hexadecimal digits."""

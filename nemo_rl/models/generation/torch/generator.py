@@ -1,0 +1,205 @@
+"""The sampling loop, in one plain process: prompts and published weights in, a `GenerationResult` out.
+
+update_weights ──► Decoder (weights as views onto shared memory)
+generate ──► rows in batches ──► prefill each distinct prompt once
+                                 ┌─► draw a token per row ──► any row ended? note it, drop ended rows ─┐
+                                 └───────────────────────── decoder step ◄─────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_rl.errors import ModelError, WeightSyncError
+from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
+from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.generation.prompts import check_prompt_lengths
+from nemo_rl.models.generation.torch.decoder import Decoder, PromptBatch, make_decoder
+from nemo_rl.models.generation.torch.progress import Completions, Progress
+from nemo_rl.models.generation.torch.sampling import Sampler, row_uniforms
+from nemo_rl.models.generation.torch.stop import StopRules
+from nemo_rl.models.weights.digest import check_digest, digest_tensors
+from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.receiver import receive
+
+# Looking for ended rows waits for the device: free on a CPU, but it would drain a GPU's queue of kernels.
+_STEPS_BETWEEN_CHECKS = {"cpu": 1}
+_DEFAULT_STEPS_BETWEEN_CHECKS = 8
+# Any token will do: no real token looks at padding.
+_PADDING = 0
+
+
+class TorchGenerator:
+    """Completes prompts with one model in this process."""
+
+    def __init__(
+        self,
+        model_name: str,
+        config: GenerationConfig,
+        *,
+        max_sequence_length: int,
+        tokenizer_name: str | None = None,
+        precision: str = "float32",
+        device: str | torch.device = "cpu",
+        name: str = "the generator",
+    ) -> None:
+        """Read configuration and tokenizer; weights come with `update_weights`.
+
+        Args:
+            model_name: Hugging Face directory or hub name.
+            config: how to sample and when to stop.
+            max_sequence_length: longest prompt plus completion, in tokens.
+            tokenizer_name: where the tokenizer comes from; None: the model's own.
+            precision: "float32" or "bfloat16"; `config.precision` wins.
+            device: where to compute.
+            name: of this generator, for messages.
+
+        Raises:
+            ModelError: configuration or tokenizer cannot be read.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            model_config = AutoConfig.from_pretrained(model_name)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_name or model_name)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read the model {model_name!r}: {error}") from error
+        self.name = name
+        self.config = config
+        self.device = torch.device(device)
+        self.precision = config.precision or precision
+        self.max_sequence_length = max_sequence_length
+        self.decoder: Decoder = make_decoder(
+            model_config, self.device, getattr(torch, self.precision), max_sequence_length
+        )
+        stop_ids = set(config.stop_token_ids) | _end_of_sequence_ids(model_config, self.tokenizer)
+        self._stop = StopRules(self.tokenizer, stop_ids, config.stop_strings)
+        self.version: int | None = None
+
+    def update_weights(self, update: WeightUpdate) -> str:
+        """Switch to published weights; the previous ones are let go. Returns the digest over this process's memory.
+
+        Raises:
+            WeightSyncError: they arrived damaged or are another model's; nothing can be generated until the next
+                update succeeds.
+        """
+        self.version = None
+        self.decoder.load(receive(update, device=self.device, verify=False))
+        digest = digest_tensors(self.decoder.named_tensors())
+        check_digest(version=update.version, expected=update.digest, found=digest, where=self.name)
+        self.version = update.version
+        return digest
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        input_lengths: torch.Tensor,
+        *,
+        seed: int,
+        num_generations: int = 1,
+        greedy: bool = False,
+        sampling: SamplingConfig | None = None,
+        first_prompt: int = 0,
+    ) -> GenerationResult:
+        """Complete prompts; the arguments are those of `GenerationInterface.generate`.
+
+        Args:
+            input_ids: [N, P] int64, padded on the right.
+            input_lengths: [N] int64.
+            seed: of the draws.
+            num_generations: completions per prompt; results come prompt by prompt.
+            greedy: take the likeliest token.
+            sampling: replaces the configured temperature, top-p and top-k.
+            first_prompt: position of the first of these prompts in the whole call, of which they are a part.
+        """
+        if self.version is None:
+            raise WeightSyncError(f"{self.name} has no weights: call update_weights before generate")
+        lengths: list[int] = input_lengths.tolist()
+        check_prompt_lengths(lengths, self.max_sequence_length, first_prompt)
+        prompts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        sampler = Sampler(sampling or self.config, greedy=greedy)
+        first_row = first_prompt * num_generations
+        prompt_of_row = [index for index in range(len(prompts)) for _ in range(num_generations)]
+        parts: list[Completions] = []
+        with torch.inference_mode():
+            for start in range(0, len(prompt_of_row), self.config.max_batch_size):
+                batch = prompt_of_row[start : start + self.config.max_batch_size]
+                rows = np.arange(start, start + len(batch)) + first_row
+                uniforms = row_uniforms(seed, rows, self.config.max_new_tokens)
+                parts.append(self._complete([prompts[index] for index in batch], uniforms, sampler))
+        return self._result([prompts[index] for index in prompt_of_row], parts)
+
+    def attestation(self) -> dict[str, Any]:
+        """What this generator computes with."""
+        return {"decoder": type(self.decoder).__name__, "precision": self.precision, "device": str(self.device)}
+
+    def _complete(self, prompts: list[list[int]], uniforms: torch.Tensor, sampler: Sampler) -> Completions:
+        """One batch of B rows; uniforms [B, max_new_tokens]."""
+        limits = [min(self.config.max_new_tokens, self.max_sequence_length - len(prompt)) for prompt in prompts]
+        progress = Progress(self._stop, limits, self.device)
+        decoding = self.decoder.prefill(*self._prompt_batch(prompts), max(limits))
+        uniforms = uniforms.to(self.device)
+        interval = _STEPS_BETWEEN_CHECKS.get(self.device.type, _DEFAULT_STEPS_BETWEEN_CHECKS)
+        for index in range(max(limits)):
+            drawn = sampler.draw(decoding.logits, uniforms[:, index])
+            progress.append(drawn)
+            tokens = drawn.tokens
+            last = index + 1 == max(limits)
+            if last or (index + 1) % interval == 0:
+                keep = progress.check()
+                if last or not progress.num_live:
+                    break
+                if keep is not None:
+                    decoding.keep(keep)
+                    uniforms, tokens = uniforms[keep], tokens[keep]
+            decoding.step(tokens)
+        return progress.completions()
+
+    def _prompt_batch(self, prompts: Sequence[list[int]]) -> tuple[PromptBatch, torch.Tensor]:
+        """Distinct prompts, padded on the left, and which of them each row continues."""
+        positions: dict[tuple[int, ...], int] = {}
+        copies = [positions.setdefault(tuple(prompt), len(positions)) for prompt in prompts]
+        width = max(map(len, positions))
+        padded = [[_PADDING] * (width - len(prompt)) + list(prompt) for prompt in positions]
+        padding = [width - len(prompt) for prompt in positions]
+        batch = PromptBatch(
+            torch.tensor(padded, device=self.device),
+            torch.tensor(padding, device=self.device) if any(padding) else None,
+        )
+        return batch, torch.tensor(copies, device=self.device)
+
+    def _result(self, prompts: list[list[int]], parts: list[Completions]) -> GenerationResult:
+        tokens = [row for part in parts for row in part.rows()]
+        ends = [len(prompt) + len(row.tokens) for prompt, row in zip(prompts, tokens, strict=True)]
+        width = max(ends, default=0)
+        output_ids = torch.full((len(prompts), width), _PADDING)
+        logprobs, sampling_logprobs = torch.zeros(2, len(prompts), width)
+        for index, (prompt, row, end) in enumerate(zip(prompts, tokens, ends, strict=True)):
+            start = len(prompt)
+            output_ids[index, :start] = torch.tensor(prompt)
+            output_ids[index, start:end] = row.tokens
+            logprobs[index, start:end] = row.logprobs
+            sampling_logprobs[index, start:end] = row.sampling_logprobs
+        if not torch.isfinite(logprobs).all():
+            raise ModelError(f"{self.name}: the model with weights of version {self.version} gives no finite logits")
+        assert self.version is not None
+        return GenerationResult(
+            output_ids=output_ids,
+            output_lengths=torch.tensor(ends, dtype=torch.int64),
+            prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+            logprobs=logprobs,
+            sampling_logprobs=sampling_logprobs,
+            truncated=torch.tensor([row.truncated for row in tokens], dtype=torch.bool),
+            texts=[self.tokenizer.decode(row.tokens.tolist(), skip_special_tokens=True) for row in tokens],
+            weights_version=self.version,
+        )
+
+
+def _end_of_sequence_ids(model_config: Any, tokenizer: Any) -> set[int]:
+    configured = getattr(model_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -1,0 +1,61 @@
+"""Keys and values of all layers, allocated once for the longest completion."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """A static cache.
+
+    Keys and values of a layer are [B * kv_heads, T, head_dim]: batch and heads are one dimension of a batched matrix
+    product, and its first t columns are a view. All rows share the column that is written next.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_kv_heads: int,
+        num_columns: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kv_heads = num_kv_heads
+        shape = (num_layers, 2, num_rows, num_kv_heads, num_columns, head_dim)
+        self._allocate(torch.empty(shape, device=device, dtype=dtype))
+
+    def _allocate(self, data: torch.Tensor) -> None:
+        self._data = data
+        layers, _, _, _, columns, head_dim = data.shape
+        self.num_columns = columns
+        flat = data.view(layers, 2, -1, columns, head_dim)
+        # Views cost a microsecond each, so those that do not depend on the column are made here.
+        self._by_row = [(data[layer, 0], data[layer, 1]) for layer in range(layers)]
+        self._by_head = [(flat[layer, 0], flat[layer, 1]) for layer in range(layers)]
+
+    def write_prompts(self, layer: int, keys: torch.Tensor, values: torch.Tensor, copies: torch.Tensor) -> None:
+        """Columns 0..P-1 of every row from [U, kv_heads, P, head_dim], row b from prompt copies[b]."""
+        num_prompt_columns = keys.shape[2]
+        for target, source in zip(self._by_row[layer], (keys, values), strict=True):
+            target[:, :, :num_prompt_columns].copy_(source.index_select(0, copies))
+
+    def append(self, layer: int, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One column of every row, from [B, kv_heads, head_dim]."""
+        target_keys, target_values = self._by_row[layer]
+        target_keys[:, :, column].copy_(keys)
+        target_values[:, :, column].copy_(values)
+
+    def read(self, layer: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values so far, [B * kv_heads, num_columns, head_dim] each; views."""
+        keys, values = self._by_head[layer]
+        return keys[:, :num_columns], values[:, :num_columns]
+
+    def keep(self, rows: torch.Tensor, num_columns: int) -> None:
+        """Keep these rows only; columns from `num_columns` on hold nothing yet."""
+        layers, two, _, heads, columns, head_dim = self._data.shape
+        kept = self._data.new_empty(layers, two, len(rows), heads, columns, head_dim)
+        kept[..., :num_columns, :] = self._data[..., :num_columns, :].index_select(2, rows)
+        self._allocate(kept)

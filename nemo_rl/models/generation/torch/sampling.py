@@ -1,0 +1,124 @@
+"""Drawing the next token: reproducible uniforms per row, and the inverse of the cumulative distribution.
+
+A draw depends on (seed, row, token index) only. Row r of a call reads its uniforms from its own stream of a
+counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose
+key is the seed and whose counter is (token index / 4, row). Splitting a batch over workers, or reordering it, cannot
+change what a row draws. (The *probabilities* may still differ in the last bit between batch sizes, because matrix
+products round differently; with the same number of workers every bit repeats.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nemo_rl.models.generation.config import SamplingConfig
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+_ROUNDS = 10
+
+Words = npt.NDArray[np.uint64]
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+    """Ten rounds of Philox4x32 on arrays of 32-bit words (kept in uint64, broadcast against each other)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (
+            (product1 >> _32) ^ c1 ^ np.uint64(k0),
+            product1 & _LOW,
+            (product0 >> _32) ^ c3 ^ np.uint64(k1),
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + _KEY_STEPS[1]) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def row_uniforms(seed: int, rows: npt.NDArray[np.int64], num_tokens: int) -> torch.Tensor:
+    """Uniform draws in (0, 1).
+
+    Args:
+        seed: any non-negative integer below 2**64.
+        rows: [B], the rows' positions in the whole call.
+        num_tokens: T; the first tokens of a longer request are the same.
+
+    Returns:
+        [B, T] float64.
+    """
+    blocks = np.arange((num_tokens + 3) // 4, dtype=np.uint64)[None, :]
+    positions = rows.astype(np.uint64)[:, None]
+    zero = np.zeros(1, np.uint64)
+    words = philox4x32((blocks, zero, positions & _LOW, positions >> _32), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    stacked = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(rows), -1)[:, :num_tokens]
+    return torch.from_numpy((stacked.astype(np.float64) + 0.5) * 2.0**-32)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token per row. [B] each: int64, float32, float32; see `GenerationResult` for the two log-probabilities."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    sampling_logprobs: torch.Tensor
+
+
+class Sampler:
+    """Draws tokens as a `SamplingConfig` says."""
+
+    def __init__(self, config: SamplingConfig, *, greedy: bool) -> None:
+        self._greedy = greedy
+        self._temperature = config.temperature
+        self._top_p = config.top_p
+        self._top_k = config.top_k
+
+    def draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> Drawn:
+        """Draw from logits [B, V] float32 with uniforms [B] float64 in (0, 1)."""
+        logprobs = logits.log_softmax(-1)
+        if self._greedy:
+            tokens = logits.argmax(-1, keepdim=True)
+            picked = logprobs.gather(1, tokens)[:, 0]
+            return Drawn(tokens[:, 0], picked, torch.zeros_like(picked))
+        shaped = logprobs if self._temperature == 1.0 else (logits / self._temperature).log_softmax(-1)
+        if self._top_p < 1.0 or (self._top_k is not None and self._top_k < logits.shape[-1]):
+            tokens, sampling = self._draw_truncated(shaped, uniforms)
+        else:
+            tokens = _invert(shaped.exp(), uniforms)
+            sampling = shaped.gather(1, tokens)
+        picked = logprobs.gather(1, tokens)[:, 0]
+        return Drawn(tokens[:, 0], picked, sampling[:, 0])
+
+    def _draw_truncated(self, shaped: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Top-k, then top-p within it, both on the distribution after temperature; tokens and log-probabilities [B, 1].
+
+        top-p keeps the smallest set of likeliest tokens whose probability reaches p (Holtzman et al., 2020, "The
+        curious case of neural text degeneration"): a token stays while those before it have less than p.
+        """
+        k = min(self._top_k or shaped.shape[-1], shaped.shape[-1])
+        if k < shaped.shape[-1]:
+            kept, order = shaped.topk(k, dim=-1)
+        else:
+            # Stable, so that equally likely tokens are kept in the same order everywhere.
+            kept, order = shaped.sort(dim=-1, descending=True, stable=True)
+        probabilities = kept.softmax(-1)
+        if self._top_p < 1.0:
+            before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities
+            probabilities = probabilities.masked_fill(before >= self._top_p, 0.0)
+        rank = _invert(probabilities, uniforms)
+        chosen = probabilities.gather(1, rank) / probabilities.sum(-1, keepdim=True)
+        return order.gather(1, rank), chosen.log()
+
+
+def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """[B, 1]: the first index whose cumulative probability exceeds u times the total; never one of probability 0."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    targets = (uniforms * cumulative[:, -1])[:, None]
+    # Only probabilities that are not numbers can lead beyond the last token; the caller reports them.
+    return torch.searchsorted(cumulative, targets, right=True).clamp_(max=probabilities.shape[-1] - 1)

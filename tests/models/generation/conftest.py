@@ -1,0 +1,34 @@
+"""Tiny models of several families, with a character tokenizer, saved as Hugging Face directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_generation import CONFIGS, TinyModel
+from transformers import AutoModelForCausalLM
+
+from nemo_rl.models.embedded import make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A function: name in CONFIGS -> TinyModel (made once)."""
+    made: dict[str, TinyModel] = {}
+
+    def get(name: str) -> TinyModel:
+        if name not in made:
+            directory: Path = tmp_path_factory.mktemp(name)
+            tokenizer = make_tokenizer()
+            tokenizer.save_pretrained(directory)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(CONFIGS[name](len(tokenizer))).eval()
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # biases and norms start at 0 and 1, which would hide their absence
+                    torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+            model.config.save_pretrained(directory)
+            made[name] = TinyModel(directory, model, tokenizer)
+        return made[name]
+
+    return get

@@ -1,0 +1,113 @@
+"""The driver's side of generation: how prompts are spread, and two real workers on real Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import ray
+import torch
+from tiny_generation import TinyModel
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+from nemo_rl.errors import ConfigError, ModelError, WeightSyncError
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generation import Generation, _even_parts, _workers_per_node, join
+from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.generation.registry import BACKENDS, generation_fqn
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.weights.sender import publish
+
+TEXTS = ("What is 1+1? ", "a", "37+48=", "ten chars!", "xyz")
+
+
+def test_parts_are_consecutive_and_even() -> None:
+    assert _even_parts(5, 2) == [(0, 3), (3, 5)]
+    assert _even_parts(4, 2) == [(0, 2), (2, 4)]
+    assert _even_parts(1, 3) == [(0, 1), (1, 1), (1, 1)]
+
+
+def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
+    assert _workers_per_node([2, 2], None) == [2, 2]
+    assert _workers_per_node([2, 2], 2) == [1, 1]
+    assert _workers_per_node([1, 4], 4) == [1, 3]
+    with pytest.raises(ConfigError, match="num_workers=5, but the cluster has only 4 places"):
+        _workers_per_node([2, 2], 5)
+
+
+def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
+    assert generation_fqn("torch") == BACKENDS["torch"]
+    with pytest.raises(ConfigError, match="'torhc' is unknown. Did you mean 'torch'"):
+        generation_fqn("torhc")
+
+
+def test_joined_results_are_padded_to_the_longest(tiny) -> None:
+    model: TinyModel = tiny("llama")
+    generator = model.generator(max_new_tokens=9)
+    ids, lengths = model.prompts(*TEXTS)
+    whole = generator.generate(ids, lengths, seed=0)
+    parts = [
+        generator.generate(ids[start:end], lengths[start:end], seed=0, first_prompt=start)
+        for start, end in ((0, 1), (1, 3), (3, 5), (5, 5))
+    ]
+    _assert_same(join(parts), whole)
+
+
+def _assert_same(result: GenerationResult, expected: GenerationResult) -> None:
+    """Equal but for the last bits of log-probabilities: matrix products round differently for other batch sizes."""
+    assert result.texts == expected.texts
+    for field in ("output_ids", "output_lengths", "prompt_lengths", "truncated"):
+        assert torch.equal(getattr(result, field), getattr(expected, field)), field
+    for field in ("logprobs", "sampling_logprobs"):
+        assert torch.allclose(getattr(result, field), getattr(expected, field), atol=1e-5), field
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
+        start_local_ray(num_cpus=2)
+        try:
+            cluster = RayVirtualCluster([2], use_gpus=False, max_colocated_worker_groups=2, name="generation")
+            yield cluster
+            cluster.shutdown()
+        finally:
+            ray.shutdown()
+
+
+def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
+    model: TinyModel = tiny("llama")
+    sampling = GenerationConfig(max_new_tokens=9, num_threads=1)
+    config = PolicyConfig(model_name=str(model.directory), generation=sampling, max_sequence_length=64)
+    generation = Generation(cluster, config)
+    try:
+        generation.wait_ready()
+        ids, lengths = model.prompts(*TEXTS)
+        prompts = BatchedDataDict(input_ids=ids, input_lengths=lengths)
+        with pytest.raises(WeightSyncError, match="no weights"):
+            generation.generate(prompts, seed=3)
+        update = publish(model.model.named_parameters(), version=6, dtype="float32")
+        assert generation.update_weights(update) == update.digest
+        result = generation.generate(prompts, seed=3, num_generations=2)
+        expected = model.generator(max_new_tokens=9).generate(ids, lengths, seed=3, num_generations=2)
+        _assert_same(result, expected)
+        assert result.weights_version == 6
+        with pytest.raises(WeightSyncError, match="version 6 arrived damaged at generation worker"):
+            generation.update_weights(dataclasses.replace(update, digest="0" * 32))
+        long = BatchedDataDict(input_ids=torch.ones(2, 64, dtype=torch.int64), input_lengths=torch.tensor([1, 64]))
+        with pytest.raises(ModelError, match="prompt 1 has 64 tokens"):
+            generation.generate(long, seed=0)
+        records = generation.attestation()
+        assert [record["decoder"] for record in records] == ["LlamaDecoder"] * 2
+        assert len({record["pid"] for record in records}) == 2
+        assert all(record["num_threads"] == 1 for record in records)
+    finally:
+        generation.shutdown()
+        generation.shutdown()
+
+
+def test_the_embedded_model_has_to_be_made_first(cluster) -> None:
+    with pytest.raises(ModelError, match="must be made first"):
+        Generation(cluster, PolicyConfig())

@@ -1,0 +1,75 @@
+"""What the tests of this room share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.torch.generator import TorchGenerator
+from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.sender import publish
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda size: LlamaConfig(vocab_size=size, tie_word_embeddings=False, **_SHAPE),
+    "llama-tied-bias": lambda size: LlamaConfig(
+        vocab_size=size, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **_SHAPE
+    ),
+    "llama3-rope": lambda size: LlamaConfig(vocab_size=size, rope_parameters=_LLAMA3_ROPE, **_SHAPE),
+    "qwen2": lambda size: Qwen2Config(vocab_size=size, tie_word_embeddings=True, **_SHAPE),
+    "qwen3": lambda size: Qwen3Config(vocab_size=size, head_dim=16, **_SHAPE),
+    "gpt2": lambda size: GPT2Config(
+        vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model with random weights, and where its configuration and tokenizer are."""
+
+    directory: Path
+    model: PreTrainedModel
+    tokenizer: Any
+
+    def publish(self, version: int = 1, dtype: str = "float32", **options: Any) -> WeightUpdate:
+        return publish(self.model.named_parameters(), version=version, dtype=dtype, transport="local", **options)
+
+    def generator(self, *, loaded: bool = True, max_sequence_length: int = 64, **config: Any) -> TorchGenerator:
+        generator = TorchGenerator(
+            str(self.directory), GenerationConfig(**config), max_sequence_length=max_sequence_length
+        )
+        if loaded:
+            generator.update_weights(self.publish(dtype=generator.precision))
+        return generator
+
+    def prompts(self, *texts: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = [self.tokenizer(text)["input_ids"] for text in texts]
+        padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
+        for row, tokens in zip(padded, ids, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return padded, torch.tensor([len(tokens) for tokens in ids])
