@@ -52,7 +52,8 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
     if arguments.dry_run:
         from nemo_rl.jobs.plan import make_plan, print_plan
 
-        print_plan(make_plan(config), Console())
+        console = Console()
+        print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
@@ -193,9 +194,7 @@ def _start_workers(
 
     environment = RemoteEnvironment(config.env)
     stack.callback(environment.shutdown)
-    policy = Policy(
-        cluster, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed
-    )
+    policy = Policy(cluster, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed)
     stack.callback(policy.shutdown)
     generation = Generation(cluster, config.policy, model.name)
     stack.callback(generation.shutdown)

@@ -73,12 +73,12 @@ def prepare_model(config: PolicyConfig) -> ModelFiles:
     return ModelFiles(name, tokenizer, int(pad))
 
 
-def load_model_config(name: str) -> PretrainedConfig:
-    """The model's `config.json`. Raises `ConfigError` when it cannot be read."""
+def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
+    """The model's `config.json`; `local_only` asks no hub. Raises `ConfigError` when it cannot be read."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, local_files_only=local_only)
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_load("model", name, error)) from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -87,14 +88,14 @@ def make_plan(config: MasterConfig) -> JobPlan:
 
 def print_plan(plan: JobPlan, console: Console) -> None:
     """Show a plan as tables."""
-    workers = Table("role", "worker class", "workers", "share of its bundle", title="workers", title_justify="left")
+    workers = _table("workers", "role", "workers", "share of its bundle", "worker class")
     for role in plan.roles:
-        workers.add_row(role.name, role.fqn, str(role.num_workers), f"{role.share:g}" if role.share else "none")
-    pythons = Table("roles", "py_executable", "digest", "packages", "state", title="venvs", title_justify="left")
+        workers.add_row(role.name, str(role.num_workers), f"{role.share:g}" if role.share else "none", role.fqn)
+    pythons = _table("venvs", "roles", "state", "packages", "digest", "py_executable")
     for venv in plan.venvs:
         packages = "" if venv.num_packages is None else str(venv.num_packages)
-        pythons.add_row(", ".join(venv.roles), venv.py_executable, (venv.digest or "")[:16], packages, venv.state)
-    places = Table("bundle", "workers", title="placements", title_justify="left")
+        pythons.add_row(", ".join(venv.roles), venv.state, packages, (venv.digest or "")[:16], venv.py_executable)
+    places = _table("placements", "bundle", "workers")
     for bundle, names in plan.placements:
         places.add_row(bundle, names)
     console.print(
@@ -102,10 +103,17 @@ def print_plan(plan: JobPlan, console: Console) -> None:
     )
 
 
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def _memory_lines(plan: JobPlan) -> list[Text]:
     memory = plan.memory
     if memory is None:
-        return [Text("memory: unknown, the model's config.json cannot be read from here and its name states no size")]
+        return [Text("memory: unknown, the model's config.json is not on this machine and its name states no size")]
     cache = "unknown" if memory.kv_cache is None else f"{memory.kv_cache / _GIB:.2f} GiB"
     training, weights = memory.training / _GIB, memory.generation_weights / _GIB
     return [
@@ -166,9 +174,10 @@ def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | No
         model = make_model(policy.embedded, make_tokenizer()).config
         return model, count_parameters(model), "counted"
     try:
-        model = load_model_config(policy.model_name)
+        # A plan downloads nothing.
+        model = load_model_config(policy.model_name, local_only=True)
     except ConfigError:
-        return None, parameters_in_name(policy.model_name), "from its name: config.json cannot be read from here"
+        return None, parameters_in_name(policy.model_name), "from its name: config.json is not on this machine"
     return model, count_parameters(model), "counted"
 
 
