@@ -24,10 +24,9 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +76,7 @@ class Workshop:
             "NEMO_RL_VENV_DIR": str(store),
             "NEMO_RL_COMPILE_BYTECODE": "1" if compiled else "0",
         }
-        done = _run([str(self.caller), str(CALLER), json.dumps(asked)], environment | _cache(cache))
+        done = harness.run([str(self.caller), str(CALLER), json.dumps(asked)], env=environment | _cache(cache))
         answer = json.loads(done.splitlines()[-1])
         phases = {f"  {name}": value for name, value in answer["phases"].items()}
         return {"seconds": answer["seconds"], "builds": answer["builds"]} | phases
@@ -92,7 +91,7 @@ class Workshop:
         seconds = 0.0
         for target in targets:
             own = environment | {"UV_PROJECT_ENVIRONMENT": str(target)}
-            seconds += harness.timed(functools.partial(_run, command, own))
+            seconds += harness.timed(functools.partial(harness.run, command, env=own))
         return {"seconds": seconds, "builds": len(targets)}
 
 
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("--cold", type=int, default=1, metavar="N", help="rounds with an empty cache (default: 1)")
     parser.add_argument("--only", nargs="*", metavar="CASE", help="such as `warm no-op`; default: all cases")
     arguments = parser.parse_args()
-    cache = Path(_run([harness.uv(), "cache", "dir"], os.environ).strip())
+    cache = Path(harness.run([harness.uv(), "cache", "dir"]).strip())
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="nemo_rl_bench_", dir=cache.parent) as directory:
         shop = _open_workshop(Path(directory), arguments.set)
@@ -110,7 +109,7 @@ def main() -> None:
         if arguments.cold:
             results.merge(harness.measure(_chosen(_cold_cases(shop), arguments.only), arguments.cold))
         results.merge(harness.measure(_chosen(_warm_cases(shop), arguments.only), arguments.repeats))
-        packages = _run([harness.uv(), "export", "--frozen", "--project", str(shop.project), "--no-hashes"], os.environ)
+        packages = harness.run([harness.uv(), "export", "--frozen", "--project", str(shop.project), "--no-hashes"])
     count = sum("==" in line and not line.lstrip().startswith("#") for line in packages.splitlines())
     goals = {"warm": 1.1}
     pairs = [name.removesuffix(": ours") for name in results.rounds if name.endswith(": ours")]
@@ -199,9 +198,9 @@ def _open_workshop(scratch: Path, which: str) -> Workshop:
         project = _project(scratch / "project", "bench-build", MEDIUM)
         sibling = _project(scratch / "sibling", "bench-build-sibling", (*MEDIUM, ONE_MORE))
     caller = scratch / "caller"
-    _run([harness.uv(), "venv", "--quiet", "--no-project", "--python", sys.executable, str(caller)], os.environ)
+    harness.run([harness.uv(), "venv", "--quiet", "--no-project", "--python", sys.executable, str(caller)])
     python = caller / "bin" / "python"
-    _run([harness.uv(), "pip", "install", "--quiet", "--python", str(python), "packaging"], os.environ)
+    harness.run([harness.uv(), "pip", "install", "--quiet", "--python", str(python), "packaging"])
     shop = Workshop(scratch, project, sibling, python)
     with _removed(shop.fresh("venv")) as target:
         shop.rival(project, [target], compiled=False)
@@ -216,7 +215,7 @@ def _project(directory: Path, name: str, dependencies: Sequence[str]) -> Path:
         f"dependencies = {json.dumps(list(dependencies))}",
     ]
     (directory / "pyproject.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _run([harness.uv(), "lock", "--project", str(directory), "--python", sys.executable], os.environ)
+    harness.run([harness.uv(), "lock", "--project", str(directory), "--python", sys.executable])
     return directory
 
 
@@ -231,7 +230,7 @@ def _sibling_of_base(directory: Path) -> Path:
     (directory / "pyproject.toml").write_text(
         text.replace("\ndependencies = [", f'\ndependencies = [\n    "{ONE_MORE}",', 1), encoding="utf-8"
     )
-    _run([harness.uv(), "lock", "--project", str(directory), "--python", sys.executable], os.environ)
+    harness.run([harness.uv(), "lock", "--project", str(directory), "--python", sys.executable])
     return directory
 
 
@@ -250,13 +249,6 @@ class _removed:
 
 def _cache(cache: Path | None) -> dict[str, str]:
     return {} if cache is None else {"UV_CACHE_DIR": str(cache)}
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    done = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ A benchmark is a script in this directory::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -29,11 +30,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -138,7 +140,35 @@ def prepare_environment() -> None:
             _unset.append(name)
     sys.dont_write_bytecode = False
     # So that scratch directories and clusters are cleaned up also when a time limit ends a benchmark.
-    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(signal_number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice; the second must not end the cleaning up
+    sys.exit(128 + signal_number)
+
+
+def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Run a child to its end and return its standard output.
+
+    The child is asked to end, and waited for, when the benchmark is ended: a killed job would leave its workers behind.
+    When it fails, the benchmark ends with the last lines that it wrote.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        child = subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            written, _ = child.communicate()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=30)
+            child.kill()
+            raise
+        if child.returncode:
+            errors.seek(0)
+            told = (written + errors.read())[-4000:]
+            raise SystemExit(f"{' '.join(command)[:300]} ended with {child.returncode}:\n{told}")
+    return written
 
 
 _unset: list[str] = []

@@ -1,0 +1,225 @@
+"""One GRPO step on a tiny model: the job of examples/run_grpo_math.py against TRL's GRPOTrainer.
+
+    uv run benchmarks/bench_grpo_step.py                  # 3 rounds, 2 threads
+    uv run benchmarks/bench_grpo_step.py --only trl       # one side
+
+Both train the same Llama of 624 k parameters (tiny_llama.py), from the same directory, on the same prompts: 8 prompts x
+8 completions of exactly 32 tokens, float32, one AdamW step over all 64 samples, no reference model. What each really
+did (parameters, steps, lengths of prompts and completions) is compared, and unequal work is no result.
+
+Ours runs as users run it, its workers in their venvs behind Ray; TRL runs in one process, in an environment that
+`uv run --with` makes. Times are taken after the warm-up steps. `samples_per_s` is samples over wall-clock time from the
+end of one step to the end of the last, so that nothing between the steps is left out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import tiny_llama
+from harness import Case, Metrics, Ratio
+from transformers import AutoTokenizer
+
+TRL = "trl==1.16.0"
+RIVAL = Path(__file__).parent / "rivals" / "trl_grpo.py"
+JOB = harness.REPOSITORY / "examples" / "run_grpo_math.py"
+NUM_PROBLEMS = 64
+# What has to be equal for a comparison.
+FACTS = ("num_parameters", "prompt_length", "completion_length_mean", "steps")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides are told; the rival reads it as JSON."""
+
+    model: str
+    problems: str
+    num_threads: int
+    num_steps: int
+    num_warmup_steps: int
+    num_prompts: int = 8
+    num_generations: int = 8
+    max_new_tokens: int = 32
+    learning_rate: float = 1e-5
+    seed: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one step."""
+        return self.num_prompts * self.num_generations
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="threads that compute at a time (default: 2)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of one run (default: 40)")
+    parser.add_argument("--warmup-steps", type=int, default=10, help="of these, not counted (default: 10)")
+    parser.add_argument("--only", choices=("ours", "trl"), help="run one side")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration of ours")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    facts: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="nemo_rl_bench_") as directory:
+        model, problems = Path(directory, "model"), Path(directory, "problems.jsonl")
+        num_parameters = tiny_llama.make_model(model)
+        tiny_llama.write_problems(problems, NUM_PROBLEMS)
+        settings = Settings(str(model), str(problems), arguments.threads, arguments.steps, arguments.warmup_steps)
+
+        def ours() -> Metrics:
+            metrics, facts["ours"] = run_ours(settings, Path(directory), arguments.overrides)
+            facts["ours"]["num_parameters"] = num_parameters
+            return metrics
+
+        def trl() -> Metrics:
+            metrics, facts["trl"] = run_trl(settings)
+            return metrics
+
+        cases = [Case("ours", ours), Case("trl", trl)]
+        results = harness.measure([case for case in cases if arguments.only in (None, case.name)], arguments.repeats)
+    compared = arguments.only is None
+    if compared:
+        check_equal_work(facts)
+    harness.report(
+        "grpo_step",
+        results,
+        [
+            Ratio("samples_per_s", "ours", "trl", at_least=3.0),
+            Ratio("step_s", "ours", "trl"),
+            Ratio("phase generation_s", "ours", "trl"),
+        ]
+        if compared
+        else [],
+        arguments.json,
+        title=f"A GRPO step of {settings.num_prompts} prompts x {settings.num_generations} completions",
+        notes=[f"{side} did: {json.dumps(known)}" for side, known in facts.items()],
+        details={"settings": asdict(settings), "overrides": arguments.overrides, "facts": facts},
+    )
+
+
+def check_equal_work(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """End the benchmark when the two sides did not do the same."""
+    unequal = [name for name in FACTS if facts["ours"][name] != facts["trl"][name]]
+    if unequal:
+        raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps(facts)}")
+
+
+def run_trl(settings: Settings) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the rival; returns its metrics and the facts about its work."""
+    command = [harness.uv(), "run", "--quiet", "--no-project", "--python", sys.executable, "--with", TRL]
+    for package in ("torch", "transformers"):
+        command += ["--with", f"{package}=={importlib.metadata.version(package)}"]
+    command += ["python", str(RIVAL), json.dumps(asdict(settings))]
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    answer = json.loads(harness.run(command, env=environment).splitlines()[-1])
+    metrics = {name: answer[name] for name in ("samples_per_s", "step_s", "startup_s")}
+    metrics |= {f"phase {name}": answer[name] for name in ("generation_s", "reward_s", "rest_s")}
+    facts = {name: value for name, value in answer.items() if not name.endswith("_s")}
+    return metrics, facts
+
+
+def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the job; returns its metrics and the facts about its work."""
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="run_") as directory:
+        config = scratch / "bench_grpo_step.yaml"
+        config.write_text(json.dumps(job_config(settings, directory)), encoding="utf-8")  # JSON is YAML
+        command = [sys.executable, str(JOB), "--config", str(config), *overrides]
+        started = time.perf_counter()
+        with watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
+            harness.run(command, cwd=scratch)
+        lines = Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    problems = [json.loads(line)["problem"] for line in Path(settings.problems).read_text("utf-8").splitlines()]
+    counted = steps[settings.num_warmup_steps :]
+    wall = arrivals[-1] - arrivals[settings.num_warmup_steps - 1]
+    timings = [name for name in counted[0] if name.startswith("timing/")]
+    phases = {name: statistics.median(step[name] for step in counted) for name in timings}
+    step_s = phases.pop("timing/step_s")
+    metrics = {
+        "samples_per_s": settings.num_samples * len(counted) / wall,
+        "step_s": step_s,
+        "startup_s": arrivals[0] - started,
+        **{f"phase {name.removeprefix('timing/')}": seconds for name, seconds in phases.items()},
+    }
+    # Both what is between the phases of a step and what is between the steps.
+    metrics["phase rest_s"] = wall / len(counted) - sum(phases.values())
+    facts = {
+        "steps": len(steps),
+        "prompt_length": statistics.fmean(map(len, tokenizer(problems)["input_ids"])),
+        "completion_length_mean": statistics.fmean(step["train/completion_length"] for step in steps),
+        "reward_mean": statistics.fmean(step["train/reward"] for step in steps),
+        "grad_norm_mean": statistics.fmean(step["train/grad_norm"] for step in steps),
+    }
+    return metrics, facts
+
+
+def job_config(settings: Settings, log_dir: str) -> dict[str, Any]:
+    """The configuration of ours: defaults, apart from what has to be as with the rival."""
+    return {
+        "grpo": {
+            "seed": settings.seed,
+            "max_num_steps": settings.num_steps,
+            "num_prompts_per_step": settings.num_prompts,
+            "num_generations_per_prompt": settings.num_generations,
+            "advantage": {"baseline": "mean", "normalize_std": True},
+        },
+        "policy": {
+            "model_name": settings.model,
+            "num_threads": settings.num_threads,
+            "max_sequence_length": 64,
+            "train_micro_batch_size": settings.num_samples,
+            "optimizer": {"lr": settings.learning_rate},
+            "generation": {"max_new_tokens": settings.max_new_tokens, "num_threads": settings.num_threads},
+        },
+        "data": {"train": {"path": settings.problems}, "max_prompt_length": 32},
+        "env": {"math": {"answer_format": "last_number"}},
+        "cluster": {"cpu_workers_per_node": 1},
+        "checkpointing": {"enabled": False},
+        "logger": {"log_dir": log_dir, "tensorboard": False, "report": False},
+    }
+
+
+@contextmanager
+def watched_lines(path: Path) -> Iterator[list[float]]:
+    """Yield a list of the times at which the lines of a file, which may not exist yet, were seen (within 10 ms)."""
+    arrivals: list[float] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        position = 0
+        while True:
+            last = ended.is_set()
+            if path.exists() and path.stat().st_size > position:
+                with path.open("rb") as file:
+                    file.seek(position)
+                    new = file.read()
+                position += len(new)
+                arrivals.extend([time.perf_counter()] * new.count(b"\n"))
+            if last:
+                return
+            ended.wait(0.01)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield arrivals
+    finally:
+        ended.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
