@@ -11,9 +11,10 @@ The documentation's table of environment variables is generated from `ALL`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -222,6 +223,21 @@ def snapshot() -> dict[str, str]:
 def export(variables: Mapping[str, str]) -> None:
     """Set variables of this very process: for entry points, and for a worker before it imports its stack."""
     os.environ.update(variables)
+
+
+@contextlib.contextmanager
+def exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have these variables in this process while the block runs: for a process that serves others afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def project_root() -> Path:

@@ -96,6 +96,11 @@ def can_grow() -> bool:
     return not _node().ray_init_cluster and _joined_local_cluster is None
 
 
+def job_name() -> str:
+    """This driver's job, by a name that no job of another cluster has."""
+    return f"{_node().session_name}/{ray.get_runtime_context().get_job_id()}"
+
+
 def _connect() -> None:
     address = settings.RAY_ADDRESS.get()
     if address == "local":
