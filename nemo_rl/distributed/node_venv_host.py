@@ -21,6 +21,7 @@ from nemo_rl.venvs import InterpreterSpec, Progress, SealedVenv, Store, VenvPlan
 
 # For how long another node's new files may stay unseen: NFS keeps what it knows about a directory for a while.
 _VISIBILITY_TIMEOUT_S = 60.0
+_WATCH_INTERVAL_S = 0.5
 _STORE_ID_FILE = ".id"
 _OWN_PREFIXES = ("NEMO_RL_", "NRL_")
 
@@ -114,6 +115,23 @@ def serve(request: Request) -> Iterator[NodeProgress | NodeVenv]:
             item = told.get()
             left -= isinstance(item, NodeVenv)
             yield item
+
+
+def serve_as_task(request: Request) -> Iterator[NodeProgress | NodeVenv]:
+    """`serve` in a Ray process: one whose raylet is gone must not go on building, and so hold up the other nodes."""
+    done = threading.Event()
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while not done.wait(_WATCH_INTERVAL_S):
+            if os.getppid() != raylet:
+                os._exit(1)
+
+    threading.Thread(target=watch, name="raylet watch", daemon=True).start()
+    try:
+        yield from serve(request)
+    finally:
+        done.set()
 
 
 def _is_ready(plan: VenvPlan, store: Store, request: Request) -> bool:

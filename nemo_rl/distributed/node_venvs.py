@@ -56,6 +56,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+# Ray neither answers Ctrl-C while it waits without a time-out, nor promises to notice every lost node.
+_REMOTE_POLL_S = 0.5
+_LIVENESS_INTERVAL_S = 5.0
 _NODE_IS_GONE = (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError)
 
 # What is known to be ready in this job: (job and the driver's venv directory, node id, venv name, digest) -> entry.
@@ -198,6 +201,7 @@ class _Campaign:
         self._streams: dict[ray.ObjectRefGenerator, Request] = {}
         self._own: queue.SimpleQueue[NodeProgress | NodeVenv | None] = queue.SimpleQueue()
         self._own_threads = 0
+        self._next_liveness_check = time.monotonic() + _LIVENESS_INTERVAL_S
 
     def run(self) -> dict[tuple[str, str], NodeVenv]:
         """(node id, venv name) -> entry; nothing for nodes that left the cluster."""
@@ -225,13 +229,15 @@ class _Campaign:
         remote = [*self._surveys, *self._streams]
         own_wait = _POLL_S
         if remote:
-            ready, _ = ray.wait(remote, num_returns=1, timeout=_POLL_S if self._own_threads else None)
+            ready, _ = ray.wait(remote, num_returns=1, timeout=_POLL_S if self._own_threads else _REMOTE_POLL_S)
             own_wait = 0.0
             for reference in ready:
                 if reference in self._surveys:
                     self._finish_survey(reference)
                 else:
                     self._read_stream(reference)
+            if not ready:
+                self._drop_lost_nodes()
         while self._own_threads:
             try:
                 item = self._own.get(timeout=own_wait) if own_wait else self._own.get_nowait()
@@ -256,6 +262,17 @@ class _Campaign:
             del self._streams[stream]
         except ray.exceptions.RayError as error:
             self._fail(self._streams.pop(stream), error)
+
+    def _drop_lost_nodes(self) -> None:
+        if time.monotonic() < self._next_liveness_check:
+            return
+        self._next_liveness_check = time.monotonic() + _LIVENESS_INTERVAL_S
+        alive = {node.node_id for node in alive_nodes()}
+        self._surveys = {reference: node_id for reference, node_id in self._surveys.items() if node_id in alive}
+        for stream, request in list(self._streams.items()):
+            if request.node_id not in alive:
+                del self._streams[stream]
+                self._replace_builder(request.node_id)
 
     # --- who builds, who waits ---------------------------------------------------------------------------------------
 
@@ -319,7 +336,7 @@ class _Campaign:
 
     def _serve(self, request: Request) -> None:
         if request.node_id != self._here:
-            self._streams[self._submit(node_venv_host.serve, request, "streaming")] = request
+            self._streams[self._submit(node_venv_host.serve_as_task, request, "streaming")] = request
             return
 
         def pump() -> None:
