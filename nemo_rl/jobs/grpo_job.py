@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, job_roles
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
+from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.utils.checkpoint import CheckpointStore
 from nemo_rl.utils.console import ConsoleView
 from nemo_rl.utils.logger import Logger
@@ -102,7 +105,7 @@ def _train(
     recorder = stack.enter_context(
         Logger(run.path, config.logger, resume_step=checkpoint.step if checkpoint else None, listeners=[view])
     )
-    inputs, workers = _start(config, roles, timeline, stack)
+    inputs, workers = _start(config, roles, view, timeline, stack)
     recorder.log_hyperparameters(config.model_dump(mode="json"))
     _write_attestation(run.path, workers)
     from nemo_rl.algorithms.grpo import GRPO
@@ -126,11 +129,16 @@ def _train(
     return loop.run(), loop.step
 
 
-def _start(config: MasterConfig, roles: list[Role], timeline: Timeline, stack: ExitStack) -> tuple[_Inputs, _Workers]:
+def _start(
+    config: MasterConfig, roles: list[Role], view: ConsoleView, timeline: Timeline, stack: ExitStack
+) -> tuple[_Inputs, _Workers]:
     """Prepare the inputs and start Ray side by side, then all worker groups at once."""
-    threads = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="start"))
-    preparing = threads.submit(_prepare_inputs, config, timeline)
-    cluster = _start_cluster(config, roles, timeline, stack)
+    preparing = _in_background(lambda: _prepare_inputs(config, timeline))
+    cluster = _start_cluster(config, timeline, stack)
+    if preparing.done():
+        preparing.result()  # wrong inputs are told before a venv is built
+    with timeline.phase("venvs"):
+        _make_venvs_ready(roles, view, timeline)
     inputs = preparing.result()
     with timeline.phase("start workers", waits=True):
         workers = _start_workers(config, inputs.model, cluster, timeline, stack)
@@ -160,7 +168,21 @@ def _prepare_inputs(config: MasterConfig, timeline: Timeline) -> _Inputs:
     return _Inputs(model, loader, batch)
 
 
-def _start_cluster(config: MasterConfig, roles: list[Role], timeline: Timeline, stack: ExitStack) -> RayVirtualCluster:
+def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
+    """Run in a thread that does not keep the process alive: Ctrl-C must not wait for a model that is being made."""
+    future: Future[_Inputs] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # whatever it is, it belongs to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="inputs", daemon=True).start()
+    return future
+
+
+def _start_cluster(config: MasterConfig, timeline: Timeline, stack: ExitStack) -> RayVirtualCluster:
     with timeline.phase("Ray"):
         import ray
 
@@ -177,11 +199,17 @@ def _start_cluster(config: MasterConfig, roles: list[Role], timeline: Timeline, 
             name="grpo",
         )
         stack.callback(cluster.shutdown)
-    with timeline.phase("venvs"):
-        from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
-
-        ensure_venvs_on_each_node({role.fqn: role.py_executable for role in roles})
     return cluster
+
+
+def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) -> None:
+    from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+
+    phases = VenvPhases(view, timeline)
+    try:
+        ensure_venvs_on_each_node({role.fqn: role.py_executable for role in roles}, progress=phases)
+    finally:
+        phases.close()
 
 
 def _start_workers(

@@ -171,8 +171,8 @@ def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | No
     if policy.model_name == EMBEDDED_MODEL:
         from nemo_rl.models.embedded import make_model, make_tokenizer
 
-        model = make_model(policy.embedded, make_tokenizer()).config
-        return model, count_parameters(model), "counted"
+        embedded = make_model(policy.embedded, make_tokenizer()).config
+        return embedded, count_parameters(embedded), "counted"
     try:
         # A plan downloads nothing.
         model = load_model_config(policy.model_name, local_only=True)
