@@ -99,7 +99,7 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--set", choices=("medium", "base"), default="medium", help="which packages")
     parser.add_argument("--cold", type=int, default=1, metavar="N", help="rounds with an empty cache (default: 1)")
-    parser.add_argument("--only", nargs="*", metavar="CASE", help="such as `warm no-op`; default: all cases")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="such as `warm no-op`; default: all of them")
     arguments = parser.parse_args()
     cache = Path(harness.run([harness.uv(), "cache", "dir"]).strip())
     cache.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def main() -> None:
         shop = _open_workshop(Path(directory), arguments.set)
         results = harness.Measurements()
         if arguments.cold:
-            results.merge(harness.measure(_chosen(_cold_cases(shop), arguments.only), arguments.cold))
-        results.merge(harness.measure(_chosen(_warm_cases(shop), arguments.only), arguments.repeats))
+            results.merge(harness.measure(_chosen(_cold_cases(shop), arguments.cases), arguments.cold))
+        results.merge(harness.measure(_chosen(_warm_cases(shop), arguments.cases), arguments.repeats))
         packages = harness.run([harness.uv(), "export", "--frozen", "--project", str(shop.project), "--no-hashes"])
     count = sum("==" in line and not line.lstrip().startswith("#") for line in packages.splitlines())
     goals = {"warm": 1.1}
@@ -181,8 +181,8 @@ def _warm_cases(shop: Workshop) -> list[Case]:
     ]
 
 
-def _chosen(cases: list[Case], only: Sequence[str] | None) -> list[Case]:
-    return [case for case in cases if only is None or case.name.partition(":")[0] in only]
+def _chosen(cases: list[Case], names: Sequence[str] | None) -> list[Case]:
+    return [case for case in cases if names is None or case.name.partition(":")[0] in names]
 
 
 def _pair(name: str, ours: Callable[[], Metrics], rival: Callable[[], Metrics]) -> list[Case]:
