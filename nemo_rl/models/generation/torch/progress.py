@@ -64,14 +64,16 @@ class Progress:
         self._live_rows = list(range(len(limits)))
         self._ends: list[int | None] = [None] * len(limits)
         self._truncated = [False] * len(limits)
-        self._pending: list[Drawn] = []
-        self._num_columns = 0
+        # Drawn for the rows that are live now: [live] each. The first of them belongs to column `_first_column`.
+        self._drawn: list[Drawn] = []
+        self._first_column = 0
+        self._num_checked = 0
         self._texts: list[list[int]] | None = [[] for _ in limits] if stop.strings else None
         self.num_live = len(limits)
 
     def append(self, drawn: Drawn) -> None:
         """One more token for each live row."""
-        self._pending.append(drawn)
+        self._drawn.append(drawn)
 
     def check(self) -> torch.Tensor | None:
         """Look at the tokens since the last check; updates `num_live`, the number of rows that go on.
@@ -80,14 +82,16 @@ class Progress:
             The positions, among the rows drawn for so far, of those to go on with (the others are dropped), or None to
             go on with all, ended ones included.
         """
-        start, tokens = self._num_columns, self._store()
-        for position, end in self._found_ends(tokens, start):
+        start = self._num_checked
+        new = [drawn.tokens for drawn in self._drawn[start - self._first_column :]]
+        self._num_checked += len(new)
+        for position, end in self._found_ends(torch.stack(new, dim=1) if len(new) > 1 else new[0][:, None], start):
             row = self._live_rows[position]
             if self._ends[row] is None and end <= self._limits[row]:
                 self._ends[row] = end
-        if self._num_columns >= self._shortest:
+        if self._num_checked >= self._shortest:
             for row in self._live_rows:
-                if self._ends[row] is None and self._limits[row] <= self._num_columns:
+                if self._ends[row] is None and self._limits[row] <= self._num_checked:
                     self._ends[row] = self._limits[row]
                     self._truncated[row] = True
         going_on = [position for position, row in enumerate(self._live_rows) if self._ends[row] is None]
@@ -95,6 +99,7 @@ class Progress:
         num_dropped = len(self._live_rows) - len(going_on)
         if num_dropped < max(1, _DROPPED_SHARE * len(self._live_rows)):
             return None
+        self._store()
         keep = torch.tensor(going_on, dtype=torch.int64, device=self._live.device)
         self._live = self._live[keep]
         self._live_rows = [self._live_rows[position] for position in going_on]
@@ -102,23 +107,22 @@ class Progress:
 
     def completions(self) -> Completions:
         """What was drawn; every row has ended by now."""
+        self._store()
         lengths = [end for end in self._ends if end is not None]
         assert len(lengths) == len(self._limits), "a row has not ended"
         logprobs = self._logprobs.cpu()
         return Completions(self._tokens.cpu(), logprobs[0], logprobs[1], lengths, self._truncated)
 
-    def _store(self) -> torch.Tensor:
-        """Move what is pending into the results; returns its tokens, [live, new]."""
-        tokens = torch.stack([drawn.tokens for drawn in self._pending], dim=1)
-        columns = slice(self._num_columns, self._num_columns + len(self._pending))
-        self._tokens[self._live, columns] = tokens
-        self._logprobs[0, self._live, columns] = torch.stack([drawn.logprobs for drawn in self._pending], dim=1)
-        self._logprobs[1, self._live, columns] = torch.stack(
-            [drawn.sampling_logprobs for drawn in self._pending], dim=1
-        )
-        self._num_columns = columns.stop
-        self._pending.clear()
-        return tokens
+    def _store(self) -> None:
+        """Move what was drawn since rows were last dropped into the results."""
+        if not self._drawn:
+            return
+        columns = slice(self._first_column, self._first_column + len(self._drawn))
+        self._tokens[self._live, columns] = torch.stack([drawn.tokens for drawn in self._drawn], dim=1)
+        self._logprobs[0, self._live, columns] = torch.stack([drawn.logprobs for drawn in self._drawn], dim=1)
+        self._logprobs[1, self._live, columns] = torch.stack([drawn.sampling_logprobs for drawn in self._drawn], dim=1)
+        self._first_column = columns.stop
+        self._drawn.clear()
 
     def _found_ends(self, tokens: torch.Tensor, start: int) -> Iterator[tuple[int, int]]:
         """Positions of live rows that stop in `tokens`, and the length of the completion up to there."""
