@@ -23,7 +23,7 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("tied_llama"), tied=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def two_ranks() -> Iterator[RankProcesses]:
     with RankProcesses(2) as ranks:
         yield ranks

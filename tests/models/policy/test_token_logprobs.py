@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_rl.models.policy import token_logprobs as module
+from nemo_rl.models.policy.token_logprobs import token_logprobs
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 50, 2**24])
+def test_values_and_gradients_are_those_of_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    torch.manual_seed(0)
+    logits = (torch.randn(13, 17) * 5).requires_grad_()
+    tokens, weights = torch.randint(0, 17, (13,)), torch.randn(13)
+    result = token_logprobs(logits, tokens)
+    expected = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(result, expected)
+    (of_result,) = torch.autograd.grad((result * weights).sum(), logits)
+    (of_expected,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(of_result, of_expected)
+
+
+def test_bfloat16_logits_are_normalised_in_float32() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 1000).bfloat16().requires_grad_()
+    tokens = torch.randint(0, 1000, (6,))
+    result = token_logprobs(logits, tokens)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None])[:, 0])
+    result.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_no_rows() -> None:
+    assert token_logprobs(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)).shape == (0,)
