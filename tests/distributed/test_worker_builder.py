@@ -209,6 +209,11 @@ def test_an_edited_class_is_described_again(tmp_path: Path) -> None:
     assert not hasattr(second, "old")
     ray.kill(second)
     assert edited.plan().description.methods == ("new",)
+    source.write_text("class Edited:\n    def newest(self):\n        return 3\n")
+    with RayVirtualCluster([2], use_gpus=False) as cluster:
+        group = RayWorkerGroup(cluster, edited)
+        assert ray.get(group.run_all_workers_single_data("newest")) == [3, 3]
+        assert group.shutdown()
 
 
 def test_descriptions_are_kept_between_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
