@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nemo_rl import settings
 from nemo_rl.distributed.node_venv_report import NodeProgress, NodeVenv
@@ -117,7 +117,12 @@ def serve(request: Request) -> Iterator[NodeProgress | NodeVenv]:
             yield item
 
 
-def serve_as_task(request: Request) -> Iterator[NodeProgress | NodeVenv]:
+def survey_as_task(request: Request, plans: dict[str, VenvPlan]) -> Survey:
+    """`survey` in a Ray process. `plans` belong into the request; they travel apart, once for all nodes."""
+    return survey(replace(request, plans=plans))
+
+
+def serve_as_task(request: Request, plans: dict[str, VenvPlan]) -> Iterator[NodeProgress | NodeVenv]:
     """`serve` in a Ray process: one whose raylet is gone must not go on building, and so hold up the other nodes."""
     done = threading.Event()
     raylet = os.getppid()
@@ -129,7 +134,7 @@ def serve_as_task(request: Request) -> Iterator[NodeProgress | NodeVenv]:
 
     threading.Thread(target=watch, name="raylet watch", daemon=True).start()
     try:
-        yield from serve(request)
+        yield from serve(replace(request, plans=plans))
     finally:
         done.set()
 

@@ -19,7 +19,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -201,6 +201,12 @@ class _Campaign:
         self._streams: dict[ray.ObjectRefGenerator, Request] = {}
         self._own: queue.SimpleQueue[NodeProgress | NodeVenv | None] = queue.SimpleQueue()
         self._own_threads = 0
+        self._plans: dict[tuple[str, ...], ray.ObjectRef] = {}
+        # Without a runtime_env, so that a node's idle processes can serve it.
+        self._survey_task: Any = ray.remote(num_cpus=0, max_retries=0)(node_venv_host.survey_as_task)
+        self._serve_task: Any = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")(
+            node_venv_host.serve_as_task
+        )
         self._next_liveness_check = time.monotonic() + _LIVENESS_INTERVAL_S
 
     def run(self) -> dict[tuple[str, str], NodeVenv]:
@@ -208,7 +214,7 @@ class _Campaign:
         try:
             for node_id, request in self._requests.items():
                 if node_id != self._here:
-                    self._surveys[self._submit(node_venv_host.survey, request, 1)] = node_id
+                    self._surveys[self._submit(self._survey_task, request)] = node_id
             if self._here in self._requests:
                 self._take_survey(self._here, node_venv_host.survey(self._requests[self._here]))
             while self._surveys or self._streams or self._own_threads:
@@ -219,11 +225,13 @@ class _Campaign:
             raise
         return self._found
 
-    def _submit(self, function: Callable[[Request], Any], request: Request, num_returns: Any) -> Any:
-        # Without a runtime_env, the node's idle processes can serve it.
-        remote = ray.remote(num_cpus=0, max_retries=0, num_returns=num_returns)(function)
+    def _submit(self, task: Any, request: Request) -> Any:
+        names = tuple(request.plans)
+        if names not in self._plans:
+            self._plans[names] = ray.put(request.plans)
         strategy = NodeAffinitySchedulingStrategy(request.node_id, soft=False)
-        return remote.options(scheduling_strategy=strategy, name=f"venvs on {request.node}").remote(request)
+        options = task.options(scheduling_strategy=strategy, name=f"venvs on {request.node}")
+        return options.remote(replace(request, plans={}), self._plans[names])
 
     def _step(self) -> None:
         remote = [*self._surveys, *self._streams]
@@ -336,7 +344,7 @@ class _Campaign:
 
     def _serve(self, request: Request) -> None:
         if request.node_id != self._here:
-            self._streams[self._submit(node_venv_host.serve_as_task, request, "streaming")] = request
+            self._streams[self._submit(self._serve_task, request)] = request
             return
 
         def pump() -> None:

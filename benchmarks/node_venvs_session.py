@@ -1,0 +1,94 @@
+"""One Ray session of bench_node_venvs: so many simulated nodes, one venv directory; prints seconds, as JSON.
+
+python node_venvs_session.py NUM_NODES PROJECT [--check-64]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from nemo_rl.distributed import node_venvs
+from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+from nemo_rl.distributed.ray_session import init_ray
+
+SETTLE_S = 3.0  # processes that Ray starts in the background must not compete with what is measured
+NUM_PRETENDED = 64
+NUM_VENVS = 4
+
+
+def main(num_nodes: int, project: str, check_64: bool) -> None:
+    base = f"uv run --locked --project {project}"
+    cluster = _cluster(num_nodes)
+    measured = {
+        "first": _timed(lambda: ensure_venvs_on_each_node({"bench.First": base}), builds=1),
+        "second": _timed(lambda: ensure_venvs_on_each_node({"bench.Second": f"{base} --extra second"}), builds=1),
+        "warm": _timed(lambda: ensure_venvs_on_each_node({"bench.First": base}), builds=0),
+    }
+    ray.shutdown()  # the next driver of the same cluster: Ray starts new processes for its tasks
+    init_ray()
+    time.sleep(SETTLE_S)
+    measured["warm, next job"] = _timed(lambda: ensure_venvs_on_each_node({"bench.First": base}), builds=0)
+    if check_64:
+        wanted = {f"bench.Worker{i}": f"{base} --extra second" if i % 2 else base for i in range(NUM_VENVS)}
+        measured |= _check_pretended(wanted)
+    print(json.dumps(measured))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def _cluster(num_nodes: int) -> Cluster:
+    os.environ.update({"RAY_enable_metrics_collection": "0"})  # else 8 simulated nodes keep these cores busy
+    cluster = Cluster()
+    for _ in range(num_nodes):
+        cluster.add_node(num_cpus=1, include_dashboard=False)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    init_ray()
+    time.sleep(SETTLE_S)
+    return cluster
+
+
+def _timed(call: Callable[[], node_venvs.NodeVenvReport], builds: int) -> float:
+    began = time.perf_counter()
+    report = call()
+    seconds = time.perf_counter() - began
+    found = sum(entry.built for entry in report.entries)
+    if found != builds:
+        raise SystemExit(f"{found} builds instead of {builds}")
+    return seconds
+
+
+def _check_pretended(wanted: dict[str, str]) -> dict[str, float]:
+    """The driver believes in 64 nodes; every question for one of them is asked of one of the real ones."""
+    real = node_venvs.alive_nodes()
+    pretended = [real[0], *(replace(real[i % len(real)], node_id=f"pretended-{i}") for i in range(1, NUM_PRETENDED))]
+    where = {node.node_id: real[i % len(real)].node_id for i, node in enumerate(pretended)}
+    submit = node_venvs._Campaign._submit
+
+    def submit_to_a_real_node(self: Any, task: Any, request: Any) -> Any:
+        return submit(self, task, replace(request, node_id=where[request.node_id]))
+
+    node_venvs.alive_nodes = lambda: pretended  # type: ignore[assignment]
+    node_venvs._Campaign._submit = submit_to_a_real_node  # type: ignore[method-assign]
+    ensure_venvs_on_each_node(wanted)  # Ray starts a process for each of the 63 questions, on these few cores
+    time.sleep(SETTLE_S)
+    measured = {}
+    for name, forget in (("64 x 4 asked", True), ("64 x 4 known", False)):
+        if forget:
+            node_venvs._proven.clear()
+        cpu = time.process_time()
+        measured[name] = _timed(lambda: ensure_venvs_on_each_node(wanted), builds=0)
+        measured[f"{name}, driver's CPU"] = time.process_time() - cpu
+    return measured
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], "--check-64" in sys.argv)
