@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import ray
 from ray.exceptions import RayActorError
 
 from nemo_rl.errors import WorkerError
 
-if TYPE_CHECKING:
-    from nemo_rl.distributed.worker_groups import RayWorkerGroup
-
 # What a remote call returns: one reference, or a generator of references for a streaming method.
 Reference: TypeAlias = "ray.ObjectRef | ray.ObjectRefGenerator"
+
+
+class TiedWorkers(Protocol):
+    """What a future asks of the worker group that was called."""
+
+    label: str
+
+    def tied_group_of(self, rank: int) -> int:
+        """The index of the tied group that a rank belongs to."""
+        ...
+
+    def rank_of_actor(self, actor_id: str | None) -> int | None:
+        """The rank of the actor with this id (hex); None for one that is not of this group."""
+        ...
+
+    def describe_worker(self, rank: int) -> str:
+        """A worker's rank, name and node, for messages."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,14 +54,14 @@ class MultiWorkerFuture:
         if unknown:
             raise ValueError(f"results are wanted from ranks {sorted(unknown)}, which were not called")
 
-    def get_results(self, worker_group: RayWorkerGroup, return_generators_as_proxies: bool = False) -> list[Any]:
+    def get_results(self, worker_group: TiedWorkers, return_generators_as_proxies: bool = False) -> list[Any]:
         """The results, one per tied group, in rank order. See `RayWorkerGroup.get_all_worker_results`."""
         kept = self._kept(worker_group)
         # Also wait for the workers whose result is dropped: their failure is a failure of the call.
         values = get_values(worker_group, self.futures, self.called_workers, return_generators_as_proxies)
         return [value for rank, value in zip(self.called_workers, values) if rank in kept]
 
-    def _kept(self, worker_group: RayWorkerGroup) -> set[int]:
+    def _kept(self, worker_group: TiedWorkers) -> set[int]:
         wanted = self.called_workers if self.return_from_workers is None else self.return_from_workers
         first_of_tied_group: dict[int, int] = {}
         for rank in sorted(wanted):
@@ -55,7 +70,7 @@ class MultiWorkerFuture:
 
 
 def get_values(
-    worker_group: RayWorkerGroup, futures: Sequence[Reference], ranks: Sequence[int], generators_as_proxies: bool
+    worker_group: TiedWorkers, futures: Sequence[Reference], ranks: Sequence[int], generators_as_proxies: bool
 ) -> list[Any]:
     """Wait for all `futures`; fail as soon as one fails.
 
@@ -82,7 +97,7 @@ def get_values(
 
 
 def worker_error(
-    worker_group: RayWorkerGroup, error: RayActorError, futures: Sequence[Reference], ranks: Sequence[int]
+    worker_group: TiedWorkers, error: RayActorError, futures: Sequence[Reference], ranks: Sequence[int]
 ) -> WorkerError:
     """The `WorkerError` for the death of one of the called workers."""
     rank = worker_group.rank_of_actor(error.actor_id)
