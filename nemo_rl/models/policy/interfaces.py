@@ -51,8 +51,8 @@ class LossFunction(Protocol):
         Args:
             logprobs: [b, T] float32 with gradient, of the policy being trained.
             batch: the micro-batch, laid out as above.
-            global_num_tokens: scalar; `(token_mask[:, 1:] * sample_mask[:, None]).sum()` over the whole optimizer batch.
-            global_num_samples: scalar; `sample_mask.sum()` over the whole optimizer batch.
+            global_num_tokens: scalar; `(token_mask[:, 1:] * sample_mask[:, None]).sum()` over the optimizer batch.
+            global_num_samples: scalar; `sample_mask.sum()` over the optimizer batch.
 
         Returns:
             The scalar loss, and detached scalar metrics that add up over micro-batches and ranks
