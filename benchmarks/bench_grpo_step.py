@@ -145,7 +145,8 @@ def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tup
         command = [sys.executable, str(JOB), "--config", str(config), *overrides]
         started = time.perf_counter()
         with watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
-            harness.run(command, cwd=scratch)
+            # A cluster of its own: joining one that is there would measure what else runs in it.
+            harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
         lines = Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     tokenizer = AutoTokenizer.from_pretrained(settings.model)

@@ -3,8 +3,10 @@
 ::
 
     round 1:  A  B  C      A ratio is taken within a round (A1/B1, A2/B2, ...) and its median is quoted: what slows the
-    round 2:  A  B  C      machine for a while slows both sides of a ratio. Absolute times hold for one machine on one
-    round 3:  A  B  C      day; ratios are what to compare.
+    round 2:  C  B  A      machine for a while slows both sides of a ratio. Every other round runs backwards, so that
+    round 3:  A  B  C      nobody always comes after the same case and pays for what it left behind.
+
+Absolute times hold for one machine on one day; ratios are what to compare.
 
 A benchmark is a script in this directory::
 
@@ -175,10 +177,10 @@ _unset: list[str] = []
 
 
 def measure(cases: Sequence[Case], repeats: int, warmups: int = 0) -> Measurements:
-    """Run all cases in turn, `repeats` times over, after `warmups` rounds that are not counted."""
-    results = Measurements()
+    """Run all cases in turn, `repeats` times over, every other time backwards, after `warmups` uncounted rounds."""
+    results = Measurements({case.name: [] for case in cases})
     for index in range(-warmups, repeats):
-        for case in cases:
+        for case in cases if index % 2 == 0 else reversed(cases):
             where = f"round {index + 1}/{repeats}" if index >= 0 else "warm-up"
             started = time.perf_counter()
             metrics = case.run()
