@@ -44,8 +44,8 @@ from nemo_rl.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
-# What a local cluster is started with, unless the user has set the variable. `ray.init` takes 4.2 s with Ray's
-# defaults and 2.6 s with these (2 cores, median of five).
+# What a local cluster is started with, unless the user has set the variable. On two idle cores `ray.init` takes about
+# 4.2 s with Ray's defaults and 2.3 s with these (it looks for its own node once a second, hence the step).
 LOCAL_RAY_VARIABLES = {
     # Nothing scrapes a local cluster's metrics; collecting them costs CPU time in every Ray process.
     "RAY_enable_metrics_collection": "0",

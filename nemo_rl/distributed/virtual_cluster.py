@@ -160,26 +160,29 @@ class RayVirtualCluster:
             ClusterError: a node has no free port in the range.
         """
         by_place = {bundle.bundle_idx: bundle for bundle in self.bundles()}
+        # By address, not by node: simulated nodes on one machine share its ports.
         wanted: dict[str, list[int]] = {}
+        node_at: dict[str, str] = {}
         for position, (pg_idx, bundle_idx) in enumerate(pairs):
             if pg_idx != 0 or bundle_idx not in by_place:
                 raise ConfigError(
                     f"there is no bundle {bundle_idx} in placement group {pg_idx}: this cluster has one placement "
                     f"group, 0, with bundles 0 to {self.world_size() - 1}."
                 )
-            wanted.setdefault(by_place[bundle_idx].node_id, []).append(position)
-        address_of = {bundle.node_id: bundle.address for bundle in by_place.values()}
+            bundle = by_place[bundle_idx]
+            wanted.setdefault(bundle.address, []).append(position)
+            node_at.setdefault(bundle.address, bundle.node_id)
         found = free_ports_on_nodes(
             {
-                node_id: (len(positions), *self._port_range, self._promised_ports.get(address_of[node_id], set()))
-                for node_id, positions in wanted.items()
+                node_at[address]: (len(positions), *self._port_range, self._promised_ports.get(address, set()))
+                for address, positions in wanted.items()
             }
         )
         result: list[tuple[str, int]] = [("", 0)] * len(pairs)
-        for node_id, positions in wanted.items():
-            address = address_of[node_id]
-            self._promised_ports.setdefault(address, set()).update(found[node_id])
-            for position, port in zip(positions, found[node_id], strict=True):
+        for address, positions in wanted.items():
+            ports = found[node_at[address]]
+            self._promised_ports.setdefault(address, set()).update(ports)
+            for position, port in zip(positions, ports, strict=True):
                 result[position] = (address, port)
         return result
 
