@@ -112,7 +112,11 @@ def main() -> None:
         arguments.json,
         title=f"A GRPO step of {settings.num_prompts} prompts x {settings.num_generations} completions",
         notes=[f"{side} did: {json.dumps(known)}" for side, known in facts.items()],
-        details={"settings": asdict(settings), "overrides": arguments.overrides, "facts": facts},
+        details={
+            "settings": {**asdict(settings), "model": "tiny_llama.py", "problems": NUM_PROBLEMS},
+            "overrides": arguments.overrides,
+            "facts": facts,
+        },
     )
 
 
