@@ -72,6 +72,7 @@ class Policy(PolicyInterface):
             total_steps=total_steps,
             seed=seed,
             num_local_workers=max(cluster.bundle_counts),
+            device_type="cuda" if cluster.use_gpus else "cpu",
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
         threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")

@@ -46,25 +46,32 @@ class ProcessGroup:
         self.sum([0.0])
 
 
-def join_process_group(*, needs_collectives: bool) -> ProcessGroup:
+def join_process_group(*, device_type: str | None, needs_collectives: bool) -> ProcessGroup:
     """Join the group that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe; NCCL on GPUs, gloo on CPUs.
 
     Args:
+        device_type: "cuda", "cpu", or None for a GPU where there is one.
         needs_collectives: initialise `torch.distributed` even for a single process (FSDP asks for it).
 
     Raises:
-        WorkerError: there are several processes and no address to meet at, or they do not meet.
+        WorkerError: there are several processes and no address to meet at, or they do not meet; or "cuda" finds no GPU.
     """
     rank, world_size = settings.RANK.get(), settings.WORLD_SIZE.get()
-    device = _device()
+    device = _device(device_type)
     if world_size > 1 or needs_collectives:
         _initialize(rank, world_size, device)
     return ProcessGroup(rank, world_size, device)
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
+def _device(device_type: str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    if device_type == "cpu" or (device_type is None and not available):
         return torch.device("cpu")
+    if not available:
+        raise WorkerError(
+            f"this worker is to use a GPU, but torch {torch.__version__} finds none: check the driver, "
+            "CUDA_VISIBLE_DEVICES, and that the venv holds a CUDA build of torch"
+        )
     # Ray shows each worker its own GPU only; a launcher that shows all of them numbers the processes.
     index = settings.LOCAL_RANK.get() % torch.cuda.device_count()
     torch.cuda.set_device(index)

@@ -27,6 +27,7 @@ import transformers
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import DataError
 from nemo_rl.models.policy import torch_checkpoint
+from nemo_rl.models.policy.allocator import keep_freed_memory
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.logprob_forward import LogprobForward
@@ -48,6 +49,7 @@ class TorchPolicyWorker:
         total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
         seed: of the run.
         num_local_workers: workers on this node, which share its CPUs; None takes `WORLD_SIZE`.
+        device_type: "cuda", "cpu", or None for a GPU where there is one.
         weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
 
     Raises:
@@ -62,14 +64,16 @@ class TorchPolicyWorker:
         total_steps: int,
         seed: int,
         num_local_workers: int | None = None,
+        device_type: str | None = None,
         weight_transport: str = "ray",
     ) -> None:
         self._config = config
         self._weight_transport = weight_transport
-        self._group = join_process_group(needs_collectives=config.sharding == "fsdp")
+        self._group = join_process_group(device_type=device_type, needs_collectives=config.sharding == "fsdp")
         if self._group.device.type == "cpu":
             share = len(os.sched_getaffinity(0)) // (num_local_workers or self._group.world_size)
             torch.set_num_threads(config.num_threads or max(1, share))
+            keep_freed_memory()
         seed_everything(seed, self._group.rank)
         # Workers write to a log that everybody reads.
         transformers.utils.logging.disable_progress_bar()

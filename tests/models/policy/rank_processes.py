@@ -58,7 +58,7 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     while True:
         scenario, args, port = pipe.recv()
         os.environ["MASTER_PORT"] = str(port)

@@ -76,7 +76,7 @@ def nan_loss(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss * float("nan"), metrics
 
 
-def make_worker(model: Path | str, **config: Any) -> TorchPolicyWorker:
+def make_worker(model: Path | str, device_type: str = "cpu", **config: Any) -> TorchPolicyWorker:
     defaults: dict[str, Any] = {
         "num_threads": 1,
         "max_sequence_length": 64,
@@ -85,7 +85,7 @@ def make_worker(model: Path | str, **config: Any) -> TorchPolicyWorker:
         "max_grad_norm": 0.5,
     }
     policy = PolicyConfig(model_name=str(model), **(defaults | config))
-    return TorchPolicyWorker(policy, total_steps=20, seed=3, weight_transport="local")
+    return TorchPolicyWorker(policy, total_steps=20, seed=3, device_type=device_type, weight_transport="local")
 
 
 def weights(worker: TorchPolicyWorker) -> dict[str, torch.Tensor]:
