@@ -22,7 +22,7 @@ from nemo_rl.distributed.worker_options import (
     with_configured,
 )
 from nemo_rl.distributed.worker_start import StaleDescription, StartingWorker, await_started
-from nemo_rl.errors import RuntimeEnvError, WorkerError
+from nemo_rl.errors import RuntimeEnvError, WorkerError, WorkerStartError
 
 # A class that differs from its description more often than this changes while it is being started.
 MAX_DESCRIPTIONS = 3
@@ -66,7 +66,15 @@ class RayWorkerBuilder:
         """Make the venv ready and describe the class; see `worker_launch.plan_launch` for the errors."""
         of_group = {"env_vars": checked_env_vars(env_vars)} if env_vars else {}
         fields = merged_runtime_env(self._fields, _fields(py_executable, runtime_env), of_group)
-        return plan_launch(self.ray_actor_class_fqn, fields)
+        plan = plan_launch(self.ray_actor_class_fqn, fields)
+        try:
+            # `configure_worker` may add arguments later.
+            is_partial = plan.description.configure_worker is not None
+            plan.description.check_init_arguments(self.args, self.kwargs, is_partial)
+        except WorkerStartError:
+            # A kept description may be older than the class: whether the arguments are wrong, only the class can tell.
+            return plan.described_anew()
+        return plan
 
     def __call__(
         self,

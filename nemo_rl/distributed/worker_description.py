@@ -85,16 +85,20 @@ class ClassDescription:
         options: dict[str, Any] = {"concurrency_groups": groups}
         return ray.remote(**options)(host) if groups else ray.remote(host)
 
-    def check_init_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_init_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_partial: bool = False) -> None:
         """Check constructor arguments before anything starts.
+
+        Args:
+            is_partial: further arguments may follow.
 
         Raises:
             WorkerStartError: they do not fit the class's `__init__`.
         """
         if self.plain["init"] is None:
             return
+        signature = worker_host.signature_of(self.plain["init"])
         try:
-            worker_host.signature_of(self.plain["init"]).bind(*args, **kwargs)
+            (signature.bind_partial if is_partial else signature.bind)(*args, **kwargs)
         except TypeError as error:
             raise WorkerStartError(f"{self.fqn}(...): {error}") from None
 

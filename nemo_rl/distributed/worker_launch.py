@@ -116,6 +116,11 @@ class LaunchPlan:
         save_description(_description_path(self.fqn, self.python, self.runtime_env), description)
         return replace(self, description=description, actor_class=description.actor_class())
 
+    def described_anew(self) -> LaunchPlan:
+        """The plan with the class as it is now. Raises `WorkerStartError` when it cannot be imported in its venv."""
+        plain = _ask_initializer(self.fqn, self.runtime_env, self.host_env_vars, "describe", self.fqn)
+        return self.redescribed(ClassDescription.from_plain(plain))
+
     def with_fields(self, fields: Mapping[str, Any]) -> LaunchPlan:
         """The plan with other `runtime_env` fields: of a worker whose `configure_worker` overrides some."""
         python = self.python

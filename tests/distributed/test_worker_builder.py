@@ -216,6 +216,21 @@ def test_an_edited_class_is_described_again(tmp_path: Path) -> None:
         assert group.shutdown()
 
 
+def test_a_kept_description_does_not_refuse_arguments_that_the_edited_class_takes(tmp_path: Path) -> None:
+    source = tmp_path / "grown_workers.py"
+    source.write_text("class Grown:\n    def __init__(self): pass\n")
+    builder("grown_workers.Grown", path=tmp_path).plan()
+    source.write_text(
+        "class Grown:\n    def __init__(self, size): self.size = size\n    def get(self): return self.size\n"
+    )
+    grown = builder("grown_workers.Grown", 3, path=tmp_path)
+    worker = grown(None, 0, 0, num_cpus=0)
+    assert ray.get(worker.get.remote()) == 3
+    ray.kill(worker)
+    with pytest.raises(WorkerStartError, match="too many positional arguments"):
+        builder("grown_workers.Grown", 3, 4, path=tmp_path)(None, 0, 0, num_cpus=0)
+
+
 def test_descriptions_are_kept_between_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = builder("sample_workers.Probe")
     kept = probe.plan().description
