@@ -186,6 +186,11 @@ FORWARDED_NAMES: frozenset[str] = frozenset(
     {"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TZ", "LANG"}
 )
 # Whole words between underscores: HF_TOKEN is a secret, TOKENIZERS_PARALLELISM and MAX_TOKENS are not.
+# What the processes of a local Ray cluster inherit besides.
+INHERITED_PREFIXES: tuple[str, ...] = ("RAY_", "CUDA_", "NVIDIA_", "LC_", "PYTHON", "LD_", "SSL_CERT_", "XDG_")
+INHERITED_NAMES: frozenset[str] = frozenset(
+    {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TERM", "VIRTUAL_ENV", "GLIBC_TUNABLES"}
+)
 _SECRET_WORDS = frozenset(
     {"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "APIKEY", "CREDENTIAL", "CREDENTIALS", "PRIVATE"}
 )
@@ -213,6 +218,26 @@ def is_secret(name: str) -> bool:
 def masked(variables: Mapping[str, str]) -> dict[str, str]:
     """A copy of `variables` that may be logged: values of names that look secret are replaced by `MASK`."""
     return {name: MASK if is_secret(name) else value for name, value in variables.items()}
+
+
+@contextlib.contextmanager
+def only_inheritable() -> Iterator[None]:
+    """Within the block, this process has only variables that the processes of a local Ray cluster may inherit.
+
+    Those are the forwarded ones and what programs need to run at all: a worker inherits its raylet's environment, so
+    anything else that the driver has would reach every worker.
+    """
+    hidden = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in INHERITED_NAMES and not name.startswith(INHERITED_PREFIXES) and name not in forwarded()
+    }
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def snapshot() -> dict[str, str]:

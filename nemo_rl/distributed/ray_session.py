@@ -191,14 +191,21 @@ def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> st
     ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).with_name("setup_worker.py"))
     # Ray warns at every start that token authentication is on, which is what we want.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        include_dashboard=settings.RAY_DASHBOARD.get(),
-        logging_level=logging.WARNING,
-        _temp_dir=_short_temp_dir(environment),
-    )
+    try:
+        with settings.only_inheritable():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=settings.RAY_DASHBOARD.get(),
+                logging_level=logging.WARNING,
+                _temp_dir=_short_temp_dir(environment),
+            )
+    except Exception as error:  # Ray raises plain `Exception` for a node that does not come up
+        raise ClusterError(
+            f"a local Ray cluster cannot be started: {error} Ray's own logs are in its session directory "
+            "(`logs/raylet.out`, `logs/gcs_server.out`); a machine that is very busy is a common cause."
+        ) from error
     _joined_local_cluster = None
     node = _node()
     logger.info("started a local Ray cluster at %s; dashboard: %s", node.gcs_address, node.webui_url or "off")

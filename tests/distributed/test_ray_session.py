@@ -164,6 +164,28 @@ def test_a_local_cluster_listens_on_loopback_has_no_dashboard_and_ships_nothing(
     assert (link / "logs" / "raylet.out").exists()
 
 
+def test_workers_inherit_documented_variables_only(start) -> None:
+    driver = start(
+        """
+        init_ray()
+        @ray.remote
+        def seen():
+            return {name: os.environ.get(name) for name in ("DB_PASSWORD", "MY_SETTING", "HF_HOME", "PATH")}
+        tell(workers=ray.get(seen.remote()), own=dict(os.environ))
+        """,
+        DB_PASSWORD="hunter2",
+        MY_SETTING="1",
+        HF_HOME="/models",
+    )
+    heard = driver.hear()
+    assert heard["workers"]["DB_PASSWORD"] is None
+    assert heard["workers"]["MY_SETTING"] is None
+    assert heard["workers"]["HF_HOME"] == "/models"
+    assert heard["workers"]["PATH"]
+    # The driver's own environment is as it was.
+    assert (heard["own"]["DB_PASSWORD"], heard["own"]["MY_SETTING"]) == ("hunter2", "1")
+
+
 def test_a_driver_that_uv_run_started_does_not_ship_its_directory(start, environment) -> None:
     """Ray's hook looks for `uv run` among the driver's parents; with the hook on, workers would be started by uv."""
     script = textwrap.dedent(
