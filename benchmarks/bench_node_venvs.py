@@ -5,10 +5,11 @@
 
 | column | is |
 | --- | --- |
+| Ray's processes | Ray starts its first process on every node but the driver's; not part of the following |
 | first | the first venv of a job, 60 packages with bytecode, all in uv's cache, none in the store |
 | second | another venv of the same job: the same packages and one more |
 | warm | the same call again |
-| warm, next job | a new driver on the same cluster: every node is asked once |
+| warm, next job | a new driver on the same cluster: every node is asked once, and Ray starts a process for it |
 | 64 x 4 asked | 64 nodes, 4 venvs each, all ready: what the first check of a job costs |
 | 64 x 4 known | the same again in the same job: what every further worker group costs |
 

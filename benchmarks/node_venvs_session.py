@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed import node_venvs
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
@@ -29,6 +30,7 @@ def main(num_nodes: int, project: str, check_64: bool) -> None:
     base = f"uv run --locked --project {project}"
     cluster = _cluster(num_nodes)
     measured = {
+        "Ray's processes": _start_processes(),
         "first": _timed(lambda: ensure_venvs_on_each_node({"bench.First": base}), builds=1),
         "second": _timed(lambda: ensure_venvs_on_each_node({"bench.Second": f"{base} --extra second"}), builds=1),
         "warm": _timed(lambda: ensure_venvs_on_each_node({"bench.First": base}), builds=0),
@@ -54,6 +56,24 @@ def _cluster(num_nodes: int) -> Cluster:
     init_ray()
     time.sleep(SETTLE_S)
     return cluster
+
+
+def _start_processes() -> float:
+    """Ray's first process on each node: 0.6 s of CPU each, on these cores at the same time. Returns the seconds."""
+
+    @ray.remote(num_cpus=0)
+    def nothing() -> None:
+        pass
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node["NodeID"] for node in ray.nodes() if node["NodeID"] != here]
+    began = time.perf_counter()
+    ray.get(
+        [nothing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(id_, False)).remote() for id_ in others]
+    )
+    seconds = time.perf_counter() - began
+    time.sleep(SETTLE_S)
+    return seconds
 
 
 def _timed(call: Callable[[], node_venvs.NodeVenvReport], builds: int) -> float:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.data.datasets import load_datasets
+from nemo_rl.data.problem import ProblemDataset
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, job_roles
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INPUTS_THREAD = "driver: inputs"
+Problems = tuple[ProblemDataset, ProblemDataset | None]  # to train on, to validate with
 
 
 def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
@@ -58,6 +61,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         console = Console()
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
+    problems = load_datasets(config.data)  # read before anything is started: most mistakes are in the data
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:
@@ -68,7 +72,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         view = stack.enter_context(ConsoleView(arguments.name, config.grpo.max_num_steps))
         timeline = Timeline(run.path, view)
         timeline.record_process_start()
-        reason, step = _train(config, roles, run, view, timeline, stack)
+        reason, step = _train(config, roles, problems, run, view, timeline, stack)
     run.finish(step, reason)
     logger.info("finished after step %d: %s", step, reason)
     if config.logger.report:
@@ -96,7 +100,13 @@ class _Workers:
 
 
 def _train(
-    config: MasterConfig, roles: list[Role], run: RunDirectory, view: ConsoleView, timeline: Timeline, stack: ExitStack
+    config: MasterConfig,
+    roles: list[Role],
+    problems: Problems,
+    run: RunDirectory,
+    view: ConsoleView,
+    timeline: Timeline,
+    stack: ExitStack,
 ) -> tuple[str, int]:
     """Everything between an opened run directory and its mark; returns why the run ended, and its last step."""
     checkpoints = CheckpointStore(run.checkpoint_dir, config.checkpointing)
@@ -105,7 +115,7 @@ def _train(
     recorder = stack.enter_context(
         Logger(run.path, config.logger, resume_step=checkpoint.step if checkpoint else None, listeners=[view])
     )
-    inputs, workers = _start(config, roles, view, timeline, stack)
+    inputs, workers = _start(config, roles, problems, view, timeline, stack)
     recorder.log_hyperparameters(config.model_dump(mode="json"))
     _write_attestation(run.path, workers)
     from nemo_rl.algorithms.grpo import GRPO
@@ -130,10 +140,15 @@ def _train(
 
 
 def _start(
-    config: MasterConfig, roles: list[Role], view: ConsoleView, timeline: Timeline, stack: ExitStack
+    config: MasterConfig,
+    roles: list[Role],
+    problems: Problems,
+    view: ConsoleView,
+    timeline: Timeline,
+    stack: ExitStack,
 ) -> tuple[_Inputs, _Workers]:
     """Prepare the inputs and start Ray side by side, then all worker groups at once."""
-    preparing = _in_background(lambda: _prepare_inputs(config, timeline))
+    preparing = _in_background(lambda: _prepare_inputs(config, problems, timeline))
     cluster = _start_cluster(config, timeline, stack)
     if preparing.done():
         preparing.result()  # wrong inputs are told before a venv is built
@@ -145,15 +160,14 @@ def _start(
     return inputs, workers
 
 
-def _prepare_inputs(config: MasterConfig, timeline: Timeline) -> _Inputs:
+def _prepare_inputs(config: MasterConfig, problems: Problems, timeline: Timeline) -> _Inputs:
     with timeline.phase("model and tokenizer", INPUTS_THREAD):
         model = prepare_model(config.policy)
     with timeline.phase("data", INPUTS_THREAD):
-        from nemo_rl.data.datasets import load_datasets
         from nemo_rl.data.loader import PromptLoader, validation_batch
         from nemo_rl.data.processing import TokenizedProblems
 
-        train, validation = load_datasets(config.data)
+        train, validation = problems
         loader = PromptLoader(
             TokenizedProblems(train, model.tokenizer, config.data),
             model.pad_token_id,
@@ -163,8 +177,8 @@ def _prepare_inputs(config: MasterConfig, timeline: Timeline) -> _Inputs:
         )
         batch = None
         if validation is not None:
-            problems = TokenizedProblems(validation, model.tokenizer, config.data)
-            batch = validation_batch(problems, model.pad_token_id, config.grpo.validation.max_num_problems)
+            tokenized = TokenizedProblems(validation, model.tokenizer, config.data)
+            batch = validation_batch(tokenized, model.pad_token_id, config.grpo.validation.max_num_problems)
     return _Inputs(model, loader, batch)
 
 

@@ -158,7 +158,8 @@ def load_parallel_model(policy: PolicyConfig, group: ProcessGroup, *, trained: b
         trained: with gradients (and activation checkpointing where configured); else frozen.
 
     Raises:
-        ModelError: on every rank, when the model cannot be loaded or does not fit the configuration.
+        ModelError: the model cannot be loaded or does not fit the configuration. Weights that cannot be read fail
+            rank 0 alone when sharded; the others wait for it and end with the group.
     """
     config = load_config(policy.model_name, policy.attn_implementation)
     _check_length(policy, config)
