@@ -24,45 +24,46 @@ def draws() -> list[float]:
     return [random.random(), random.gauss(0, 1), float(np.random.normal()), float(torch.rand(()))]
 
 
-def undisturbed_and_resumed(
-    rank: int, world_size: int, model: Path, directory: Path, config: dict[str, Any]
-) -> tuple[State, State, list[float], list[float]]:
-    """Three steps, a checkpoint, three more; then a new worker that loads it and takes the last three."""
+def undisturbed(rank: int, world_size: int, model: Path, directory: Path, config: dict[str, Any]) -> tuple[State, Any]:
+    """Three steps, a checkpoint, three more."""
     shard = make_batch().chunk(rank, world_size)
     worker = make_worker(model, **config)
     for _ in range(3):
         worker.train(shard, advantage_loss)
     draws()  # leaves a spare normal deviate behind, which is state too
     worker.save_checkpoint(directory)
-    undisturbed_draws = draws()
+    drawn = draws()
     for _ in range(3):
         worker.train(shard, advantage_loss)
-    undisturbed = weights(worker)
-    worker.shutdown()
+    return weights(worker), drawn
 
-    resumed_worker = make_worker(model, **config)
-    resumed_worker.load_checkpoint(directory)
-    resumed_draws = draws()
-    results = [resumed_worker.train(shard, advantage_loss) for _ in range(3)]
+
+def resumed(rank: int, world_size: int, model: Path, directory: Path, config: dict[str, Any]) -> tuple[State, Any]:
+    """A new worker that loads the checkpoint and takes the last three steps."""
+    shard = make_batch().chunk(rank, world_size)
+    worker = make_worker(model, **config)
+    worker.load_checkpoint(directory)
+    drawn = draws()
+    results = [worker.train(shard, advantage_loss) for _ in range(3)]
     assert results[0].metrics["lr"] < 1e-2, "the schedule went on, past its warm-up"
-    resumed = weights(resumed_worker)
-    resumed_worker.shutdown()
-    return undisturbed, resumed, undisturbed_draws, resumed_draws
+    return weights(worker), drawn
 
 
 def test_one_worker_resumes_bit_for_bit(llama: Path, tmp_path: Path) -> None:
-    undisturbed, resumed, expected_draws, resumed_draws = undisturbed_and_resumed(0, 1, llama, tmp_path / "c", {})
-    assert_equal(undisturbed, resumed)
-    assert expected_draws == resumed_draws
+    expected, drawn = undisturbed(0, 1, llama, tmp_path / "c", {})
+    found, drawn_again = resumed(0, 1, llama, tmp_path / "c", {})
+    assert_equal(expected, found)
+    assert drawn == drawn_again
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_workers_resume_bit_for_bit(llama: Path, tmp_path: Path, two_ranks: RankProcesses, sharding: str) -> None:
-    answers = two_ranks.run(undisturbed_and_resumed, 2, llama, tmp_path / "c", {"sharding": sharding})
-    for undisturbed, resumed, expected_draws, resumed_draws in answers:
-        assert_equal(undisturbed, resumed)
-        assert expected_draws == resumed_draws
-    assert answers[0][2] != answers[1][2], "ranks draw differently"
+    arguments = (2, llama, tmp_path / "c", {"sharding": sharding})
+    first, second = two_ranks.run(undisturbed, *arguments), two_ranks.run(resumed, *arguments)
+    for (expected, drawn), (found, drawn_again) in zip(first, second, strict=True):
+        assert_equal(expected, found)
+        assert drawn == drawn_again
+    assert first[0][1] != first[1][1], "ranks draw differently"
 
 
 def train_and_save(rank: int, model: Path, directory: Path, config: dict[str, Any]) -> State:
