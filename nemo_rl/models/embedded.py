@@ -3,7 +3,7 @@ and improve something real with no download and no GPU.
 
 It starts from random weights. A short supervised warm-up on train problems of the embedded data set teaches it the
 answer format (the bare answer, then end-of-sequence) and some of the skill; the rest is left to reinforcement learning.
-Skill comes suddenly: within 50 steps such a model goes from a quarter of the answers right to nearly all. Where that
+Skill comes suddenly: within 50 steps such a model goes from a tenth of the answers right to most of them. Where that
 happens differs from machine to machine (sums are rounded differently), so the warm-up ends by what the model can do.
 
 A finished model is a directory that appears at once (a rename), so whoever finds it may use it. Who wants to make it
@@ -56,7 +56,7 @@ _WARMUP_THREADS = 1
 def ensure_embedded_model(config: EmbeddedModelConfig) -> Path:
     """The directory of the embedded model, a Hugging Face model with tokenizer; made now if it is not there yet.
 
-    Making it takes about half a minute. It is kept in `settings.cache_dir()`, one directory per configuration, version
+    Making it takes about a quarter of a minute. It is kept in `settings.cache_dir()`, one directory per configuration, version
     of this recipe and versions of the libraries; any number of processes may ask at the same time.
     """
     directory = settings.cache_dir() / "embedded" / _digest(config)

@@ -15,12 +15,12 @@ EMBEDDED_MODEL = "embedded"
 class EmbeddedModelConfig(ConfigModel):
     """The tiny Llama that the project makes itself: `policy.model_name: embedded`."""
 
-    hidden_size: int = Field(96, ge=8, description="Width of the model.")
-    num_layers: int = Field(3, ge=1, description="Transformer layers.")
+    hidden_size: int = Field(128, ge=8, description="Width of the model.")
+    num_layers: int = Field(2, ge=1, description="Transformer layers.")
     num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
     seed: int = Field(0, description="Seed of the initial weights and of the warm-up.")
     warmup_accuracy: float = Field(
-        0.35, gt=0, le=1, description="The supervised warm-up ends when this share of train problems is right."
+        0.2, gt=0, le=1, description="The supervised warm-up ends when this share of train problems is right."
     )
     warmup_steps: int = Field(1000, ge=0, description="Most steps of that warm-up.")
 
