@@ -72,7 +72,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         view = stack.enter_context(ConsoleView(arguments.name, config.grpo.max_num_steps))
         timeline = Timeline(run.path, view)
         timeline.record_process_start()
-        reason, step = _train(config, roles, problems, run, view, timeline, stack)
+        reason, step = _Life(config, roles, problems, run, view, timeline, stack).train()
     run.finish(step, reason)
     logger.info("finished after step %d: %s", step, reason)
     if config.logger.report:
@@ -99,87 +99,128 @@ class _Workers:
     environment: RemoteEnvironment
 
 
-def _train(
-    config: MasterConfig,
-    roles: list[Role],
-    problems: Problems,
-    run: RunDirectory,
-    view: ConsoleView,
-    timeline: Timeline,
-    stack: ExitStack,
-) -> tuple[str, int]:
-    """Everything between an opened run directory and its mark; returns why the run ended, and its last step."""
-    checkpoints = CheckpointStore(run.checkpoint_dir, config.checkpointing)
-    checkpoint = checkpoints.latest()
-    # Opened first: a logging backend that is not installed is refused before anything is started.
-    recorder = stack.enter_context(
-        Logger(run.path, config.logger, resume_step=checkpoint.step if checkpoint else None, listeners=[view])
-    )
-    inputs, workers = _start(config, roles, problems, view, timeline, stack)
-    recorder.log_hyperparameters(config.model_dump(mode="json"))
-    _write_attestation(run.path, workers)
-    from nemo_rl.algorithms.grpo import GRPO
+@dataclass(frozen=True)
+class _Life:
+    """One life of a run: from an opened run directory to the end of the loop. What it starts is put on `stack`."""
 
-    loop = GRPO(
-        config=config,
-        policy=workers.policy,
-        generation=workers.generation,
-        environment=workers.environment,
-        loader=inputs.loader,
-        validation=inputs.validation,
-        recorder=recorder,
-        checkpoints=checkpoints if config.checkpointing.enabled else None,
-        pad_token_id=inputs.model.pad_token_id,
-        on_first_step=timeline.mark_first_step,
-    )
-    if checkpoint is not None:
-        logger.info("going on from %s", checkpoint.path)
-        with timeline.phase("load checkpoint"):
-            loop.resume(checkpoint)
-    return loop.run(), loop.step
+    config: MasterConfig
+    roles: list[Role]
+    problems: Problems
+    run: RunDirectory
+    view: ConsoleView
+    timeline: Timeline
+    stack: ExitStack
 
-
-def _start(
-    config: MasterConfig,
-    roles: list[Role],
-    problems: Problems,
-    view: ConsoleView,
-    timeline: Timeline,
-    stack: ExitStack,
-) -> tuple[_Inputs, _Workers]:
-    """Prepare the inputs and start Ray side by side, then all worker groups at once."""
-    preparing = _in_background(lambda: _prepare_inputs(config, problems, timeline))
-    cluster = _start_cluster(config, timeline, stack)
-    if preparing.done():
-        preparing.result()  # wrong inputs are told before a venv is built
-    with timeline.phase("venvs"):
-        _make_venvs_ready(roles, view, timeline)
-    inputs = preparing.result()
-    with timeline.phase("start workers", waits=True):
-        workers = _start_workers(config, inputs.model, cluster, timeline, stack)
-    return inputs, workers
-
-
-def _prepare_inputs(config: MasterConfig, problems: Problems, timeline: Timeline) -> _Inputs:
-    with timeline.phase("model and tokenizer", INPUTS_THREAD):
-        model = prepare_model(config.policy)
-    with timeline.phase("data", INPUTS_THREAD):
-        from nemo_rl.data.loader import PromptLoader, validation_batch
-        from nemo_rl.data.processing import TokenizedProblems
-
-        train, validation = problems
-        loader = PromptLoader(
-            TokenizedProblems(train, model.tokenizer, config.data),
-            model.pad_token_id,
-            seed=config.grpo.seed,
-            shuffle=config.data.shuffle,
-            num_epochs=config.grpo.max_num_epochs,
+    def train(self) -> tuple[str, int]:
+        """Train; returns why the run ended, and its last step."""
+        config = self.config
+        checkpoints = CheckpointStore(self.run.checkpoint_dir, config.checkpointing)
+        checkpoint = checkpoints.latest()
+        # Opened first: a logging backend that is not installed is refused before anything is started.
+        recorder = self.stack.enter_context(
+            Logger(
+                self.run.path,
+                config.logger,
+                resume_step=checkpoint.step if checkpoint else None,
+                listeners=[self.view],
+            )
         )
-        batch = None
-        if validation is not None:
-            tokenized = TokenizedProblems(validation, model.tokenizer, config.data)
-            batch = validation_batch(tokenized, model.pad_token_id, config.grpo.validation.max_num_problems)
-    return _Inputs(model, loader, batch)
+        inputs, workers = self._start()
+        recorder.log_hyperparameters(config.model_dump(mode="json"))
+        _write_attestation(self.run.path, workers)
+        from nemo_rl.algorithms.grpo import GRPO
+
+        loop = GRPO(
+            config=config,
+            policy=workers.policy,
+            generation=workers.generation,
+            environment=workers.environment,
+            loader=inputs.loader,
+            validation=inputs.validation,
+            recorder=recorder,
+            checkpoints=checkpoints if config.checkpointing.enabled else None,
+            pad_token_id=inputs.model.pad_token_id,
+            on_first_step=self.timeline.mark_first_step,
+        )
+        if checkpoint is not None:
+            logger.info("going on from %s", checkpoint.path)
+            with self.timeline.phase("load checkpoint"):
+                loop.resume(checkpoint)
+        return loop.run(), loop.step
+
+    def _start(self) -> tuple[_Inputs, _Workers]:
+        """Prepare the inputs and start Ray side by side, then all worker groups at once."""
+        preparing = _in_background(self._prepare_inputs)
+        cluster = self._start_cluster()
+        if preparing.done():
+            preparing.result()  # wrong inputs are told before a venv is built
+        with self.timeline.phase("venvs"):
+            _make_venvs_ready(self.roles, self.view, self.timeline)
+        inputs = preparing.result()
+        with self.timeline.phase("start workers", waits=True):
+            workers = self._start_workers(inputs.model, cluster)
+        return inputs, workers
+
+    def _prepare_inputs(self) -> _Inputs:
+        config = self.config
+        with self.timeline.phase("model and tokenizer", INPUTS_THREAD):
+            model = prepare_model(config.policy)
+        with self.timeline.phase("data", INPUTS_THREAD):
+            from nemo_rl.data.loader import PromptLoader, validation_batch
+            from nemo_rl.data.processing import TokenizedProblems
+
+            train, validation = self.problems
+            loader = PromptLoader(
+                TokenizedProblems(train, model.tokenizer, config.data),
+                model.pad_token_id,
+                seed=config.grpo.seed,
+                shuffle=config.data.shuffle,
+                num_epochs=config.grpo.max_num_epochs,
+            )
+            batch = None
+            if validation is not None:
+                tokenized = TokenizedProblems(validation, model.tokenizer, config.data)
+                batch = validation_batch(tokenized, model.pad_token_id, config.grpo.validation.max_num_problems)
+        return _Inputs(model, loader, batch)
+
+    def _start_cluster(self) -> RayVirtualCluster:
+        config = self.config.cluster
+        with self.timeline.phase("Ray"):
+            import ray
+
+            from nemo_rl.distributed.virtual_cluster import RayVirtualCluster, init_ray
+
+            self.stack.callback(ray.shutdown)
+            init_ray(log_dir=str(self.run.path))
+            cluster = RayVirtualCluster(
+                [config.workers_per_node] * config.num_nodes,
+                use_gpus=config.gpus_per_node > 0,
+                num_gpus_per_node=max(config.gpus_per_node, 1),
+                max_colocated_worker_groups=2,
+                name="grpo",
+            )
+            self.stack.callback(cluster.shutdown)
+        return cluster
+
+    def _start_workers(self, model: ModelFiles, cluster: RayVirtualCluster) -> _Workers:
+        """Start all groups, then wait for all: the first that fails ends the job, with its own error."""
+        from nemo_rl.environments.remote import RemoteEnvironment
+        from nemo_rl.models.generation.generation import Generation
+        from nemo_rl.models.policy.policy import Policy
+
+        config = self.config
+        environment = RemoteEnvironment(config.env)
+        self.stack.callback(environment.shutdown)
+        policy = Policy(
+            cluster, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed
+        )
+        self.stack.callback(policy.shutdown)
+        generation = Generation(cluster, config.policy, model.name)
+        self.stack.callback(generation.shutdown)
+        for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
+            with self.timeline.phase(f"{name} ready", waits=True):
+                group.wait_ready()
+        return _Workers(policy, generation, environment)
 
 
 def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
@@ -196,26 +237,6 @@ def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
     return future
 
 
-def _start_cluster(config: MasterConfig, timeline: Timeline, stack: ExitStack) -> RayVirtualCluster:
-    with timeline.phase("Ray"):
-        import ray
-
-        from nemo_rl.distributed.virtual_cluster import RayVirtualCluster, init_ray
-
-        stack.callback(ray.shutdown)
-        init_ray()
-        gpus = config.cluster.gpus_per_node
-        cluster = RayVirtualCluster(
-            [config.cluster.workers_per_node] * config.cluster.num_nodes,
-            use_gpus=gpus > 0,
-            num_gpus_per_node=max(gpus, 1),
-            max_colocated_worker_groups=2,
-            name="grpo",
-        )
-        stack.callback(cluster.shutdown)
-    return cluster
-
-
 def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) -> None:
     from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 
@@ -224,26 +245,6 @@ def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) 
         ensure_venvs_on_each_node({role.fqn: role.py_executable for role in roles}, progress=phases)
     finally:
         phases.close()
-
-
-def _start_workers(
-    config: MasterConfig, model: ModelFiles, cluster: RayVirtualCluster, timeline: Timeline, stack: ExitStack
-) -> _Workers:
-    """Start all groups, then wait for all: the first that fails ends the job, with its own error."""
-    from nemo_rl.environments.remote import RemoteEnvironment
-    from nemo_rl.models.generation.generation import Generation
-    from nemo_rl.models.policy.policy import Policy
-
-    environment = RemoteEnvironment(config.env)
-    stack.callback(environment.shutdown)
-    policy = Policy(cluster, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed)
-    stack.callback(policy.shutdown)
-    generation = Generation(cluster, config.policy, model.name)
-    stack.callback(generation.shutdown)
-    for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
-        with timeline.phase(f"{name} ready", waits=True):
-            group.wait_ready()
-    return _Workers(policy, generation, environment)
 
 
 def _write_attestation(directory: Path, workers: _Workers) -> None:
