@@ -56,8 +56,8 @@ _WARMUP_THREADS = 1
 def ensure_embedded_model(config: EmbeddedModelConfig) -> Path:
     """The directory of the embedded model, a Hugging Face model with tokenizer; made now if it is not there yet.
 
-    Making it takes about a quarter of a minute. It is kept in `settings.cache_dir()`, one directory per configuration, version
-    of this recipe and versions of the libraries; any number of processes may ask at the same time.
+    Making it takes about a quarter of a minute. It is kept in `settings.cache_dir()`, one directory per configuration,
+    version of this recipe and versions of the libraries; any number of processes may ask at the same time.
     """
     directory = settings.cache_dir() / "embedded" / _digest(config)
     if directory.is_dir():
