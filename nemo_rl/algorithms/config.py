@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
 from nemo_rl.environments.config import EnvironmentConfig
-from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyConfig
 from nemo_rl.utils.config import ConfigModel
 from nemo_rl.utils.logger_config import CheckpointingConfig, LoggerConfig
 
@@ -138,9 +138,9 @@ class MasterConfig(ConfigModel):
                 f"grpo.num_prompts_per_step x grpo.num_generations_per_prompt ({samples}) is not a multiple of "
                 f"policy.train_global_batch_size ({per_update})"
             )
-        workers = self.cluster.num_workers
-        if per_update % workers:
+        shards = self.policy.options.layout(self.cluster.num_workers).get_axis_size(DATA_PARALLEL)
+        if per_update % shards:
             raise ValueError(
-                f"{per_update} samples per optimizer step cannot be split evenly over {workers} policy workers"
+                f"{per_update} samples per optimizer step cannot be split evenly over {shards} data-parallel workers"
             )
         return self

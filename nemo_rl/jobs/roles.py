@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.environments.registry import environment_fqn
-from nemo_rl.models.generation.registry import generation_fqn
-from nemo_rl.models.policy.registry import policy_worker_fqn
+from nemo_rl.models.generation.registry import generation_backend
+from nemo_rl.models.policy.registry import policy_backend
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,14 @@ class Role:
 
 def job_roles(config: MasterConfig) -> list[Role]:
     """The roles of a job. Raises `ConfigError` or `UnregisteredActorError` for a name that nobody knows."""
-    generation_workers = config.policy.generation.num_workers or config.cluster.num_workers
-    specs = [
-        ("policy", policy_worker_fqn(config.policy.backend), config.cluster.num_workers, 0.5),
-        ("generation", generation_fqn(config.policy.generation.backend), generation_workers, 0.5),
-        ("environment", environment_fqn(config.env.name), 1, 0.0),
+    policy, generation, use_gpus = config.policy, config.policy.generation, config.cluster.gpus_per_node > 0
+    trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
+    policy_python = trainer.py_executable(policy.py_executable, use_gpus=use_gpus)
+    generation_python = generator.py_executable(generation.py_executable, use_gpus=use_gpus)
+    num_generators = generation.num_workers or config.cluster.num_workers
+    environment = environment_fqn(config.env.name)
+    return [
+        Role("policy", trainer.fqn, policy_python, config.cluster.num_workers, 0.5),
+        Role("generation", generator.fqn, generation_python, num_generators, 0.5),
+        Role("environment", environment, get_actor_python_env(environment), 1, 0.0),
     ]
-    return [Role(name, fqn, get_actor_python_env(fqn), count, share) for name, fqn, count, share in specs]

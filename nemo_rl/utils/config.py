@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,18 @@ class ConfigModel(BaseModel):
     """Base class of every section: unknown keys are refused, defaults are checked like given values."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, frozen=True)
+
+
+class OpenSection(ConfigModel):
+    """A section whose keys depend on another key, which chooses one of its subclasses.
+
+    The section that holds it turns what was given into the subclass when it is validated.
+    """
+
+    @classmethod
+    def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
+        """The subclasses and what chooses them ("policy.backend=megatron"), for `--help`."""
+        return ()
 
 
 ConfigT = TypeVar("ConfigT", bound=ConfigModel)
@@ -81,7 +93,7 @@ def check_key(schema: type[ConfigModel], key: str, where: str) -> None:
     current: type[ConfigModel] | None = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if current is None:  # a free-form value below a leaf, such as a dict of options
+        if current is None or issubclass(current, OpenSection):  # its owner checks what is below it
             return
         if part not in current.model_fields:
             raise ConfigError(f"{where}: {_unknown(current, '.'.join(parts[:depth]), part)}")
@@ -108,13 +120,21 @@ def iter_keys(schema: type[ConfigModel], prefix: str = "") -> Iterator[KeyInfo]:
         section = _section(field.annotation)
         optional = type(None) in typing.get_args(field.annotation)
         if section is not None and not optional:
-            yield from iter_keys(section, prefix=f"{dotted}.")
+            yield from _section_keys(section, prefix=f"{dotted}.")
             continue
         default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
         text = "required" if default is PydanticUndefined else _show(default)
         yield KeyInfo(dotted, _type_name(field.annotation), text, field.description or "")
         if section is not None:
-            yield from iter_keys(section, prefix=f"{dotted}.")
+            yield from _section_keys(section, prefix=f"{dotted}.")
+
+
+def _section_keys(section: type[ConfigModel], prefix: str) -> Iterator[KeyInfo]:
+    yield from iter_keys(section, prefix)
+    if issubclass(section, OpenSection):
+        for choice, variant in section.variants():
+            for key in iter_keys(variant, prefix):
+                yield replace(key, help=f"{key.help} Only with {choice}.")
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Any:

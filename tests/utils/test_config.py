@@ -47,7 +47,7 @@ def test_interpolation_is_resolved(tmp_path):
         ("policy.precision=float16", "policy.precision.*'float32' or 'bfloat16'"),
         ("data.max_prompt_length=500", "exceeds policy.max_sequence_length"),
         ("policy.train_global_batch_size=7", "not a multiple of policy.train_global_batch_size"),
-        ("cluster.cpu_workers_per_node=3", "cannot be split evenly over 3 policy workers"),
+        ("cluster.cpu_workers_per_node=3", "cannot be split evenly over 3 data-parallel workers"),
         ("grpo.num_generations_per_prompt=1", "needs num_generations_per_prompt of at least 2"),
         ("policy.batching={mode: packed, max_tokens: 64}", "max_tokens .64. is less than one sequence"),
         ("nonsense", "is not of the form section.key=value"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
 
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+
+from nemo_rl.models.backends import GenerationOptions, check_options
+from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.utils.config import ConfigModel
 
 
@@ -19,6 +23,10 @@ class GenerationConfig(SamplingConfig):
     """Who generates completions, and how."""
 
     backend: str = Field("torch", description="A name in nemo_rl.models.generation.registry.BACKENDS.")
+    options: SerializeAsAny[GenerationOptions] = Field(
+        default_factory=GenerationOptions, description="What only this backend knows."
+    )
+    py_executable: str | None = Field(None, description="Python of the workers. Null: what the registry says.")
     max_new_tokens: int = Field(32, ge=1, description="Longest completion in tokens.")
     stop_strings: list[str] = Field(default=[], description="Texts that end a completion; they are kept in it.")
     stop_token_ids: list[int] = Field(default=[], description="Tokens that end a completion, besides end-of-sequence.")
@@ -29,3 +37,10 @@ class GenerationConfig(SamplingConfig):
     )
     max_batch_size: int = Field(1024, ge=1, description="Sequences decoded at a time by one worker.")
     validation: SamplingConfig | None = Field(None, description="Sampling for validation. Null: greedy.")
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options_of_backend(cls, value: Any, info: ValidationInfo) -> GenerationOptions:
+        if "backend" not in info.data:  # refused already
+            return GenerationOptions()
+        return check_options(generation_backend(info.data["backend"]), value, key="policy.generation.options")

@@ -21,7 +21,7 @@ from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
-from nemo_rl.models.generation.registry import generation_fqn
+from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -54,8 +54,9 @@ class Generation(GenerationInterface):
             raise ModelError("the embedded model must be made first: pass model_name=ensure_embedded_model(...)")
         workers_per_node = _workers_per_node(cluster.bundle_counts, config.generation.num_workers)
         self._max_sequence_length = config.max_sequence_length
+        backend = generation_backend(config.generation.backend)
         builder = RayWorkerBuilder(
-            generation_fqn(config.generation.backend),
+            backend.fqn,
             model_name,
             config.generation,
             max_sequence_length=config.max_sequence_length,
@@ -63,6 +64,7 @@ class Generation(GenerationInterface):
             precision=config.precision,
             use_gpu=cluster.use_gpus,
             num_local_workers=max(workers_per_node),
+            py_executable=backend.py_executable_override(config.generation.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
         threads = ThreadPoolExecutor(1, thread_name_prefix="start generation")

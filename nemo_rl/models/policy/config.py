@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions, check_options
 from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.utils.config import ConfigModel
+
+__all__ = ["DATA_PARALLEL", "EMBEDDED_MODEL", "PolicyConfig"]  # what algorithms see of a policy's configuration
 
 EMBEDDED_MODEL = "embedded"
 
@@ -63,6 +67,10 @@ class PolicyConfig(ConfigModel):
     tokenizer_name: str | None = Field(None, description="Hugging Face directory or hub name. Null: the model's.")
     embedded: EmbeddedModelConfig = Field(default_factory=EmbeddedModelConfig)
     backend: str = Field("torch", description="A name in nemo_rl.models.policy.registry.BACKENDS.")
+    options: SerializeAsAny[PolicyOptions] = Field(
+        default_factory=PolicyOptions, description="What only this backend knows."
+    )
+    py_executable: str | None = Field(None, description="Python of the workers. Null: what the registry says.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Compute dtype; master weights are float32."
     )
@@ -89,3 +97,10 @@ class PolicyConfig(ConfigModel):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options_of_backend(cls, value: Any, info: ValidationInfo) -> PolicyOptions:
+        if "backend" not in info.data:  # refused already
+            return PolicyOptions()
+        return check_options(policy_backend(info.data["backend"]), value, key="policy.options")

@@ -19,17 +19,15 @@ import torch
 
 from nemo_rl import settings
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
-from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
+from nemo_rl.models.backends import DATA_PARALLEL
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
-from nemo_rl.models.policy.registry import policy_worker_fqn
+from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.weights.interfaces import WeightUpdate
-
-DATA_PARALLEL = "data_parallel"
 
 
 class Policy(PolicyInterface):
@@ -65,14 +63,18 @@ class Policy(PolicyInterface):
         if config.model_name == EMBEDDED_MODEL:
             raise ModelError("the embedded model must be made first: pass model_name=ensure_embedded_model(...)")
         self._config = config
-        self._world_size = cluster.world_size()
+        self._layout = config.options.layout(cluster.world_size())
+        self._dp_size = self._layout.get_axis_size(DATA_PARALLEL)
+        self._replicated = [axis for axis in self._layout.names if axis != DATA_PARALLEL]
+        backend = policy_backend(config.backend)
         builder = RayWorkerBuilder(
-            policy_worker_fqn(config.backend),
+            backend.fqn,
             config,
             total_steps=total_steps,
             seed=seed,
             num_local_workers=max(cluster.bundle_counts),
             device_type="cuda" if cluster.use_gpus else "cpu",
+            py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
         threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
@@ -81,7 +83,7 @@ class Policy(PolicyInterface):
             cluster,
             builder,
             name_prefix="policy",
-            sharding_annotations=NamedSharding(list(range(self._world_size)), [DATA_PARALLEL]),
+            sharding_annotations=self._layout,
             env_vars={} if cluster.use_gpus else _cpu_env_vars(),
         )
         threads.shutdown(wait=False)
@@ -114,7 +116,7 @@ class Policy(PolicyInterface):
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
         batch_size = self._config.train_global_batch_size or batch.size
         shards, _ = self._shard(batch, batch_size)
-        local_batch_size = batch_size // self._world_size
+        local_batch_size = batch_size // self._dp_size
         results = self._on_shards("train", shards, loss_fn=loss_fn, local_batch_size=local_batch_size)
         result: TrainResult = results[0]
         return result
@@ -139,14 +141,19 @@ class Policy(PolicyInterface):
             self._workers.shutdown(cleanup_method="shutdown")
 
     def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:
-        """Shards, one per worker, and the order that brings their rows back (None: they are in order)."""
-        result = batch.shard_by_batch_size(self._world_size, batch_size, **sharding_args(self._config.batching))
+        """Shards, one per data-parallel rank, and the order that brings their rows back (None: they are in order)."""
+        result = batch.shard_by_batch_size(self._dp_size, batch_size, **sharding_args(self._config.batching))
         return result if isinstance(result, tuple) else (result, None)
 
     def _on_shards(self, method: str, shards: list[SlicedDataDict], **common: Any) -> list[Any]:
         workers = self._workers
         future = workers.run_all_workers_sharded_data(
-            method, in_sharded_axes=[DATA_PARALLEL], common_kwargs=common, shard=shards
+            method,
+            in_sharded_axes=[DATA_PARALLEL],
+            replicate_on_axes=self._replicated,
+            output_is_replicated=self._replicated,
+            common_kwargs=common,
+            shard=shards,
         )
         return workers.get_all_worker_results(future)
 

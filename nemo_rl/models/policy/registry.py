@@ -1,28 +1,14 @@
-"""Which policy backends there are: name in the configuration -> fully qualified name of the worker class.
-
-A new backend is one class and one line here; which Python it runs in is said in
-`nemo_rl.distributed.ray_actor_environment_registry`.
-"""
+"""Which policy backends there are. A new one is a worker class and one line here; see docs/adding-a-backend.md."""
 
 from __future__ import annotations
 
-import difflib
+from nemo_rl.models.backends import Backend, PolicyOptions, find_backend
 
-from nemo_rl.errors import ConfigError
-
-BACKENDS: dict[str, str] = {
-    "torch": "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker",
+BACKENDS: dict[str, Backend[PolicyOptions]] = {
+    "torch": Backend("nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker", PolicyOptions),
 }
 
 
-def policy_worker_fqn(backend: str) -> str:
-    """The worker class of `backend`. Raises `ConfigError` that names the nearest known one."""
-    try:
-        return BACKENDS[backend]
-    except KeyError:
-        near = difflib.get_close_matches(backend, BACKENDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"policy.backend={backend!r} is unknown.{hint} Known: {', '.join(sorted(BACKENDS))}. "
-            "Add yours to nemo_rl.models.policy.registry.BACKENDS."
-        ) from None
+def policy_backend(name: str) -> Backend[PolicyOptions]:
+    """The backend called `name`. Raises `ConfigError` that names the nearest known one."""
+    return find_backend(BACKENDS, name, key="policy.backend", registry="nemo_rl.models.policy.registry.BACKENDS")

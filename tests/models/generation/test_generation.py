@@ -16,7 +16,7 @@ from nemo_rl.errors import ConfigError, ModelError, WeightSyncError
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation, _even_parts, _workers_per_node, join
 from nemo_rl.models.generation.interfaces import GenerationResult
-from nemo_rl.models.generation.registry import BACKENDS, generation_fqn
+from nemo_rl.models.generation.registry import BACKENDS, generation_backend
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.sender import publish
 
@@ -38,9 +38,9 @@ def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
-    assert generation_fqn("torch") == BACKENDS["torch"]
+    assert generation_backend("torch") == BACKENDS["torch"]
     with pytest.raises(ConfigError, match="'torhc' is unknown. Did you mean 'torch'"):
-        generation_fqn("torhc")
+        generation_backend("torhc")
 
 
 def test_joined_results_are_padded_to_the_longest(tiny) -> None:

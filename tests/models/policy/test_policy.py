@@ -17,7 +17,7 @@ from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, NonFiniteError, WorkerStartError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
-from nemo_rl.models.policy.registry import policy_worker_fqn
+from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.weights.receiver import receive
 
 WORKERS = 2
@@ -138,4 +138,4 @@ def test_the_embedded_model_is_made_before(cluster: RayVirtualCluster) -> None:
 
 def test_an_unknown_backend_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'torsh' is unknown\. Did you mean 'torch'\?"):
-        policy_worker_fqn("torsh")
+        policy_backend("torsh")

@@ -1,0 +1,107 @@
+"""Who trains and who generates: a backend's name in the configuration -> its worker class and its own options.
+
+A backend is one worker class, one section of options (if it has any) and one line in a registry
+(`models.policy.registry`, `models.generation.registry`). The driver reads everything else that it must know from here,
+so no other file names a backend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
+from nemo_rl.errors import ConfigError
+from nemo_rl.utils.config import ConfigModel, OpenSection, validate
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.named_sharding import NamedSharding
+
+DATA_PARALLEL = "data_parallel"
+
+
+class PolicyOptions(OpenSection):
+    """What only one policy backend knows; a subclass adds keys. Without any, every worker holds the whole model."""
+
+    def layout(self, num_workers: int) -> NamedSharding:
+        """Which rank has which place. One axis must be `DATA_PARALLEL`; batches are replicated along all others.
+
+        Raises:
+            ConfigError: `num_workers` cannot be laid out so.
+        """
+        from nemo_rl.distributed.named_sharding import NamedSharding
+
+        return NamedSharding(list(range(num_workers)), [DATA_PARALLEL])
+
+    @classmethod
+    def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
+        from nemo_rl.models.policy.registry import BACKENDS  # which imports this module
+
+        return [(f"policy.backend={name}", backend.options) for name, backend in BACKENDS.items()]
+
+
+class GenerationOptions(OpenSection):
+    """What only one generation backend knows; a subclass adds keys."""
+
+    @property
+    def workers_per_replica(self) -> int:
+        """Workers (bundles) that hold one copy of the model together."""
+        return 1
+
+    @classmethod
+    def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
+        from nemo_rl.models.generation.registry import BACKENDS  # which imports this module
+
+        return [(f"policy.generation.backend={name}", backend.options) for name, backend in BACKENDS.items()]
+
+
+OptionsT = TypeVar("OptionsT", bound=OpenSection)
+
+
+@dataclass(frozen=True)
+class Backend(Generic[OptionsT]):
+    """One kind of workers.
+
+    Attributes:
+        fqn: fully qualified name of the worker class. Which Python it runs in is said in
+            `nemo_rl.distributed.ray_actor_environment_registry`.
+        options: the section that its options are checked against.
+        cpu_py_executable: a Python for nodes without GPUs, instead of the registered one, which it `replaces`.
+        replaces: what must be registered for it; a user who registered another Python gets that one everywhere.
+    """
+
+    fqn: str
+    options: type[OptionsT]
+    cpu_py_executable: str | None = None
+    replaces: str | None = None
+
+    def py_executable_override(self, chosen: str | None, *, use_gpus: bool) -> str | None:
+        """What to give `RayWorkerBuilder`: the configuration's choice, that for nodes without GPUs, or None."""
+        if chosen is not None or use_gpus or self.cpu_py_executable is None:
+            return chosen
+        return self.cpu_py_executable if get_actor_python_env(self.fqn) == self.replaces else None
+
+    def py_executable(self, chosen: str | None, *, use_gpus: bool) -> str:
+        """The Python that its workers run in."""
+        return self.py_executable_override(chosen, use_gpus=use_gpus) or get_actor_python_env(self.fqn)
+
+
+def find_backend(backends: Mapping[str, Backend[OptionsT]], name: str, *, key: str, registry: str) -> Backend[OptionsT]:
+    """A backend by name. Raises `ConfigError` that names the nearest known one; `key` is the configuration's."""
+    try:
+        return backends[name]
+    except KeyError:
+        near = difflib.get_close_matches(name, backends, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"{key}={name!r} is unknown.{hint} Known: {', '.join(sorted(backends))}. Add yours to {registry}."
+        ) from None
+
+
+def check_options(backend: Backend[OptionsT], options: Any, *, key: str) -> OptionsT:
+    """Options as given in a configuration (a mapping, or the section itself) as the backend's own section."""
+    if isinstance(options, OpenSection):
+        options = options.model_dump()
+    return validate(backend.options, options, where=key)
