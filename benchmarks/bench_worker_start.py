@@ -13,12 +13,13 @@ ports, and the attestation of every worker.
 | plain | a Ray actor in the driver's own Python: Ray has started processes for it beforehand |
 | ready venv | a Ray actor whose `py_executable` is a finished venv's python, bytecode compiled |
 | ready venv, our session | the same in the session that `init_ray` starts |
-| ray uv | Ray's `runtime_env={"uv": ["packaging==23.2"]}` |
+| ray uv | Ray's `runtime_env={"uv": ["packaging==23.2"]}`, from a driver's venv with pip, which Ray asks for |
 | uv run | `py_executable="uv run --locked --project P"`, `P/.venv` being there |
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -55,6 +56,7 @@ def main() -> None:
 
 class _Bench:
     def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
         self._project = scratch / "project"
         self._sources = scratch / "sources"
         self._environment = {
@@ -81,11 +83,25 @@ class _Bench:
 
     def run(self, name: str) -> Metrics:
         python = self._project / ".venv" / "bin" / "python"
-        command = [sys.executable, str(SESSION), name, str(python), str(self._project), str(self._sources)]
+        driver = self._driver_with_pip() if name == "ray uv" else sys.executable
+        command = [driver, str(SESSION), name, str(python), str(self._project), str(self._sources)]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
         return json.loads(done.stdout.splitlines()[-1])
+
+    def _driver_with_pip(self) -> str:
+        """Ray clones the driver's venv and installs uv into the clone with pip, which uv's own venvs do not have."""
+        venv = self._scratch / "with-pip"
+        if not venv.exists():
+            python = str(venv / "bin" / "python")
+            packages = [f"ray[default]=={importlib.metadata.version('ray')}"]
+            for command in (
+                ["venv", "--quiet", "--seed", "--python", sys.executable, str(venv)],
+                ["pip", "install", "--quiet", "--compile-bytecode", "--python", python, *packages],
+            ):
+                subprocess.run([harness.uv(), *command], check=True)
+        return str(venv / "bin" / "python")
 
 
 if __name__ == "__main__":

@@ -178,6 +178,8 @@ FORWARDED_PREFIXES: tuple[str, ...] = (
     "UCX_",
     "VLLM_",
     "OMP_",
+    "GOMP_",
+    "KMP_",
     "MKL_",
     "WANDB_",
     "MLFLOW_",

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -91,6 +93,9 @@ class RayVirtualCluster:
         self._bundle: dict[str, float] = {"GPU": 1.0, "CPU": 1.0} if use_gpus else {"CPU": 1.0}
         self._placement_group: PlacementGroup | None = None
         self._bundles: list[Bundle] | None = None
+        # Who works on which bundles; a group that nobody holds any more is gone, and so are its workers.
+        self._tenants: weakref.WeakKeyDictionary[object, tuple[str, list[int]]] = weakref.WeakKeyDictionary()
+        self._moving = threading.Lock()  # groups start in threads of their own
         self._promised_ports: dict[str, set[int]] = {}  # by address
         self._is_shut_down = False
         if ray.is_initialized():
@@ -123,6 +128,32 @@ class RayVirtualCluster:
         """
         share = int(10_000 / self.max_colocated_worker_groups) / 10_000
         return {"num_cpus": share, "num_gpus": share if self.use_gpus else 0.0}
+
+    def move_in(self, tenant: object, label: str, bundles: list[int]) -> None:
+        """A worker group is about to start one worker on each of `bundles` (indices in rank order).
+
+        Raises:
+            ResourceInsufficientError: all shares of one of them are taken, so that its worker would wait without end.
+        """
+        with self._moving:
+            self._refuse_full_bundles(label, bundles)
+            self._tenants[tenant] = (label, bundles)
+
+    def _refuse_full_bundles(self, label: str, bundles: list[int]) -> None:
+        for index in bundles:
+            others = [name for name, taken in self._tenants.values() for bundle in taken if bundle == index]
+            wanted = bundles.count(index)
+            if len(others) + wanted > self.max_colocated_worker_groups:
+                taken = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else "nobody has"
+                raise ResourceInsufficientError(
+                    f"{self!r} has max_colocated_worker_groups={self.max_colocated_worker_groups}: {label} asks for "
+                    f"{wanted} of bundle {index}'s shares, and {taken} a worker there. Raise it, or shut a group down."
+                )
+
+    def move_out(self, tenant: object) -> None:
+        """The group's workers have ended. May be called again."""
+        with self._moving:
+            self._tenants.pop(tenant, None)
 
     def world_size(self) -> int:
         """How many bundles (ranks) there are."""

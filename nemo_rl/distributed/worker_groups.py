@@ -92,7 +92,12 @@ class RayWorkerGroup(WorkerCalls):
         plan = remote_worker_builder.plan(env_vars=env_vars)
         self._metadata, rank_env_vars = self._take_seats()
         plan.serve_nodes(self._bundles[seat.bundle].node_id for seat in self._seats)
-        self._methods = self._start(plan, rank_env_vars)
+        cluster.move_in(self, self.label, [seat.bundle for seat in self._seats])
+        try:
+            self._methods = self._start(plan, rank_env_vars)
+        except BaseException:
+            cluster.move_out(self)
+            raise
         logger.info("started %d workers %s in %.2f s", len(self._workers), self.label, time.monotonic() - started)
 
     # --- what there is -----------------------------------------------------------------------------------------------
@@ -281,6 +286,7 @@ class RayWorkerGroup(WorkerCalls):
             return False
         finally:
             self._workers = []
+            self.cluster.move_out(self)
 
     def _clean_up(self, method: str, timeout: float) -> bool:
         references = [getattr(handle, method).remote() for handle in self._workers]

@@ -29,6 +29,7 @@ import os
 import platform
 import socket
 import sys
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -267,7 +268,10 @@ class WorkerHost:
 
     def __init__(self, nrl_launch__: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         os.environ.update(nrl_launch__["env_vars"])
+        phases = _Phases()
         attestation = attest(nrl_launch__)
+        attestation["phases"] = phases.ended
+        phases.end("Ray worker starts")
         # Through __dict__, because attribute access is forwarded to the worker.
         self.__dict__.update(_nrl_attestation=attestation, _nrl_worker=None)
         if attestation["verdict"] != "ok":
@@ -277,8 +281,10 @@ class WorkerHost:
         if found["digest"] != nrl_launch__["description_digest"]:
             attestation.update(verdict="stale description", description=found)
             return
+        phases.end("import")
         attestation["module_file"] = getattr(sys.modules.get(cls.__module__), "__file__", None)
         self.__dict__["_nrl_worker"] = cls(*args, **kwargs)
+        phases.end("construct")
 
     def nrl_attest__(self) -> dict[str, Any]:
         """What this process is. Answers only after the worker's constructor has returned."""
@@ -296,6 +302,27 @@ class WorkerHost:
             object.__setattr__(self, name, value)
         else:
             setattr(target, name, value)
+
+
+class _Phases:
+    """What this process has done since it was created: `ended` holds [name, start, end], seconds since the epoch."""
+
+    def __init__(self) -> None:
+        self.ended: list[list[Any]] = []
+        self._start = _process_start()
+
+    def end(self, name: str) -> None:
+        """The phase `name` ends now, and the next one starts."""
+        now = time.time()
+        self.ended.append([name, self._start, now])
+        self._start = now
+
+
+def _process_start() -> float:
+    """When the kernel started this process, to a hundredth of a second."""
+    with open("/proc/self/stat", encoding="utf-8") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), `starttime`
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def attest(launch: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -34,7 +33,7 @@ from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.utils.checkpoint import CheckpointStore
 from nemo_rl.utils.console import ConsoleView
 from nemo_rl.utils.logger import Logger
-from nemo_rl.utils.timer import Timeline
+from nemo_rl.utils.timer import Timeline, TimelineEvent
 
 if TYPE_CHECKING:
     from nemo_rl.data.loader import PromptLoader
@@ -127,7 +126,9 @@ class _Life:
         )
         inputs, workers = self._start()
         recorder.log_hyperparameters(config.model_dump(mode="json"))
-        _write_attestation(self.run.path, workers)
+        records = _attest(workers)
+        self.timeline.extend(_worker_events(records))
+        (self.run.path / "attestation.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         from nemo_rl.algorithms.grpo import GRPO
 
         loop = GRPO(
@@ -247,12 +248,19 @@ def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) 
         phases.close()
 
 
-def _write_attestation(directory: Path, workers: _Workers) -> None:
-    """Which worker ran where, in which venv: the whole map of the job."""
+def _attest(workers: _Workers) -> list[dict[str, Any]]:
+    """Which worker runs where, in which venv, and what its start was spent on: the whole map of the job."""
     groups = {
         "policy": workers.policy.attestation(),
         "generation": workers.generation.attestation(),
         "environment": workers.environment.attestation(),
     }
-    records = [{"group": group, **record} for group, members in groups.items() for record in members]
-    (directory / "attestation.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return [{"group": group, **record} for group, members in groups.items() for record in members]
+
+
+def _worker_events(records: list[dict[str, Any]]) -> list[TimelineEvent]:
+    return [
+        TimelineEvent(name, record.get("name", record["group"]), record["hostname"], start, end)
+        for record in records
+        for name, start, end in record["phases"]
+    ]

@@ -21,7 +21,7 @@ from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
-from nemo_rl.errors import ConfigError, UnregisteredActorError, WorkerError, WorkerStartError
+from nemo_rl.errors import ConfigError, ResourceInsufficientError, UnregisteredActorError, WorkerError, WorkerStartError
 
 SOURCES = Path(__file__).with_name("worker_sources")
 PROBE = "sample_workers.Probe"
@@ -255,7 +255,11 @@ def test_groups_share_gpus(ray_local: str) -> None:
         assert len(set(visible[0])) == 2
         placed = {call(group, "placement_group_id")[0] for group in groups}
         assert placed == {gpus.get_placement_groups()[0].id.hex()}
+        with pytest.raises(ResourceInsufficientError, match="max_colocated_worker_groups=2.*half, half have a worker"):
+            RayWorkerGroup(gpus, builder(PROBE), name_prefix="third")
         assert all(group.shutdown() for group in groups)
+        third = RayWorkerGroup(gpus, builder(PROBE), workers_per_node=1, name_prefix="third")
+        assert third.shutdown()
 
 
 # --- calls ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.cpu_kernels import use_cpu_kernels
 from nemo_rl.models.policy.cpu_linear import use_onednn_linears
 from nemo_rl.models.policy.hf_loading import empty_model, load_config, load_model
 from nemo_rl.models.policy.process_group import ProcessGroup
@@ -168,7 +169,7 @@ def load_parallel_model(policy: PolicyConfig, group: ProcessGroup, *, trained: b
     module = load_model(policy.model_name, config)
     _prepare(module, policy, trained=trained)
     module.to(group.device)  # type: ignore[arg-type]
-    use_onednn_linears(module)
+    _use_cpu_kernels(module, policy, group)
     return ReplicatedModel(module, group, bfloat16=policy.precision == "bfloat16")
 
 
@@ -184,14 +185,19 @@ def _load_sharded(
     model = ShardedModel(module, group, bfloat16=policy.precision == "bfloat16")
     module.to_empty(device=group.device)
     module.tie_weights()  # tied parameters were made one by one
-    if group.device.type == "cpu":
-        use_onednn_linears(module)
+    _use_cpu_kernels(module, policy, group)
     parameters = {} if loaded is None else {name: value.detach() for name, value in loaded.named_parameters()}
     model.load_full_tensors(None if loaded is None else parameters.__getitem__)
     buffers = {} if loaded is None else dict(loaded.named_buffers())
     for name, buffer in module.named_buffers():
         model.copy_from_rank_0(buffer, buffers.get(name))
     return model
+
+
+def _use_cpu_kernels(module: PreTrainedModel, policy: PolicyConfig, group: ProcessGroup) -> None:
+    if group.device.type == "cpu" and policy.precision == "float32":
+        use_onednn_linears(module)
+        use_cpu_kernels(module)
 
 
 def _prepare(module: PreTrainedModel, policy: PolicyConfig, *, trained: bool) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from nemo_rl import settings
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import DATA_PARALLEL
+from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
@@ -84,7 +84,7 @@ class Policy(PolicyInterface):
             builder,
             name_prefix="policy",
             sharding_annotations=self._layout,
-            env_vars={} if cluster.use_gpus else _cpu_env_vars(),
+            env_vars={} if cluster.use_gpus else cpu_env_vars(),
         )
         threads.shutdown(wait=False)
 
@@ -160,12 +160,3 @@ class Policy(PolicyInterface):
     def _on_all(self, method: str, **kwargs: Any) -> list[Any]:
         workers = self._workers
         return workers.get_all_worker_results(workers.run_all_workers_single_data(method, **kwargs))
-
-
-def _cpu_env_vars() -> dict[str, str]:
-    """Threads of torch that wait for each other sleep instead of spinning, unless the user says otherwise.
-
-    The CPUs are shared with generation, environment and Ray: a spinning thread keeps the very thread that it waits for
-    from running, and a step takes up to thirty times as long.
-    """
-    return {} if "OMP_WAIT_POLICY" in settings.forwarded() else {"OMP_WAIT_POLICY": "PASSIVE"}

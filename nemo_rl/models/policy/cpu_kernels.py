@@ -1,0 +1,108 @@
+"""Attention and norms of Hugging Face models for training in float32 on a CPU.
+
+Short sequences of small models spend most of a layer outside its matrix products: torch's attention kernel for CPUs is
+made for long sequences, and transformers writes a norm as six operations, each with a gradient of its own. Here
+attention over a short sequence is two batched matrix products and a softmax, and a norm one operation with its gradient
+written out. Both compute what transformers computes, up to the order of additions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# Beyond this many scores of a row of heads, torch's kernel, which never holds all of them, is faster.
+MAX_SHORT_LENGTH = 128
+ATTENTION = "nemo_rl_cpu"
+_HIDDEN = torch.finfo(torch.float32).min
+_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def use_cpu_kernels(model: PreTrainedModel) -> None:
+    """Let a float32 model on the CPU use the kernels of this file, in place; parameters and names stay."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, short_attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        if type(module).__name__ in _NORMS:
+            module.__class__ = CpuRMSNorm
+
+
+def short_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention with grouped heads, as transformers calls it.
+
+    Args:
+        query: [B, heads, T, head_dim].
+        key, value: [B, kv_heads, T, head_dim].
+        attention_mask: None for plain causal attention, else [B or 1, 1, T, T] bool.
+
+    Returns:
+        [B, T, heads, head_dim], and None for the weights.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1], key.shape[2]
+    if length > MAX_SHORT_LENGTH or key_length != length or torch.is_autocast_enabled("cpu"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    group = heads // kv_heads
+    if attention_mask is None:
+        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    # Not minus infinity: padding that may attend to nothing would become NaN, also in the gradients of all others.
+    bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, _HIDDEN)
+    # The heads of a group share keys: they are further rows of one product.
+    bias = bias.expand(batch, kv_heads, length, length)[:, :, None].expand(-1, -1, group, -1, -1)
+    scores = torch.baddbmm(
+        bias.reshape(batch * kv_heads, group * length, length),
+        query.reshape(batch * kv_heads, group * length, head_dim),
+        key.reshape(batch * kv_heads, length, head_dim).transpose(1, 2),
+        alpha=head_dim**-0.5 if scaling is None else scaling,
+    )
+    attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, length, head_dim))
+    return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous(), None
+
+
+class CpuRMSNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., n] -> [..., n]"""
+        result: torch.Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        num = x.shape[-1]
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (length.square_().div_(num).add_(eps)).rsqrt_()
+        normal = x * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        normal, inverse, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        product = gradient * normal
+        of_weight = product.view(-1, product.shape[-1]).sum(0)
+        # d/dx: (g w - n mean(g w n)) / rms
+        along = (product @ weight).div_(product.shape[-1]).unsqueeze(-1)
+        of_x = torch.mul(gradient, weight).addcmul_(normal, along, value=-1).mul_(inverse)
+        return of_x, of_weight, None
