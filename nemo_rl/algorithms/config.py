@@ -79,6 +79,11 @@ class GRPOConfig(ConfigModel):
     num_prompts_per_step: int = Field(32, ge=1, description="Problems per step.")
     num_generations_per_prompt: int = Field(8, ge=1, description="Completions per problem.")
     num_updates_per_step: int = Field(1, ge=1, description="Passes over a step's samples.")
+    max_trajectory_age: int = Field(
+        0,
+        ge=0,
+        description="Rollouts made ahead while the policy trains, with weights that lag so many steps. 0: synchronous.",
+    )
     overlong_filtering: bool = Field(False, description="Leave completions that hit the length limit out of the loss.")
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)
@@ -115,6 +120,15 @@ class MasterConfig(ConfigModel):
         """Optimizer steps of the whole run, as far as the configuration decides it."""
         per_update = self.policy.train_global_batch_size or self.num_samples_per_step
         return self.grpo.max_num_steps * self.grpo.num_updates_per_step * (self.num_samples_per_step // per_update)
+
+    @model_validator(mode="after")
+    def _lag_is_corrected(self) -> MasterConfig:
+        if self.grpo.max_trajectory_age and self.loss.importance_correction == "none":
+            raise ValueError(
+                f"grpo.max_trajectory_age={self.grpo.max_trajectory_age} trains on completions of older weights, which "
+                "needs loss.importance_correction=token or sequence"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> MasterConfig:

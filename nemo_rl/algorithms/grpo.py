@@ -8,7 +8,8 @@
 
 One step: draw problems, bring generation up to the policy's weights, complete each problem several times, judge the
 completions, compare each reward with its group's, and take the optimizer steps. Everything random in a step follows
-from (seed, step), so a resumed run repeats what an undisturbed one would have done.
+from (seed, step), so a resumed run repeats what an undisturbed one would have done. The upper row is
+`rollout_pipeline`; with `grpo.max_trajectory_age` it runs ahead while the policy trains.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,8 +27,9 @@ from nemo_rl.algorithms import rollouts
 from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss
-from nemo_rl.algorithms.rollouts import Rollout, draw_seed
-from nemo_rl.errors import LogprobMismatchError, WeightSyncError
+from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
+from nemo_rl.algorithms.rollouts import Rollout
+from nemo_rl.errors import LogprobMismatchError
 from nemo_rl.utils.timer import Timer
 
 if TYPE_CHECKING:
@@ -34,18 +37,8 @@ if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.interfaces import GenerationInterface
     from nemo_rl.models.policy.interfaces import PolicyInterface
+    from nemo_rl.models.weights.interfaces import WeightUpdate
     from nemo_rl.utils.checkpoint import Checkpoint, CheckpointStore
-
-
-class PromptLoader(Protocol):
-    """Where problems come from, in an order that depends on nothing but seed and position."""
-
-    def next_batch(self, num_problems: int) -> BatchedDataDict | None:
-        """The next problems, or None when the allowed number of epochs is used up."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Recorder(Protocol):
@@ -79,30 +72,38 @@ class GRPO:
     step: int = 0
     on_first_step: Callable[[], None] = lambda: None
     timer: Timer = field(default_factory=Timer)
-    _served_version: int | None = None
     _logprobs_checked: bool = False
     _last_validation: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._pipeline = RolloutPipeline(
+            self.config.grpo, self.generation, self.environment, self.loader, self.pad_token_id
+        )
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint instead of from the start."""
         state = checkpoint.state()
         self.policy.load_checkpoint(checkpoint.path / "policy")
-        self.loader.load_state_dict(state["loader"])
+        self._pipeline.load(checkpoint.path, state["rollouts"])
         self._last_validation = state["validation"]
         self.step = state["step"]
 
     def run(self) -> str:
         """Train until a limit is reached; returns why the run ended, as a short phrase."""
+        try:
+            return self._run()
+        finally:
+            self._pipeline.close()
+
+    def _run(self) -> str:
         config, started = self.config.grpo, time.monotonic()
         if self.step == 0 and config.validation.at_start:
             self._validate()
         self.on_first_step()
         while (reason := self._reason_to_stop(started)) is None:
-            problems = self.loader.next_batch(config.num_prompts_per_step)
-            if problems is None:
+            if not self._train_step():
                 reason = f"all {config.max_num_epochs} epochs are done"
                 break
-            self._train_step(problems)
             if config.validation.period and self.step % config.validation.period == 0:
                 self._validate()
             if self.step % self.config.checkpointing.save_period == 0:
@@ -115,68 +116,57 @@ class GRPO:
             self._save()
         return reason
 
-    def _train_step(self, problems: BatchedDataDict) -> None:
+    def _train_step(self) -> bool:
+        """One step; False if there are no problems left for it."""
         step = self.step + 1
         self.timer.reset()
         with self.timer.phase("step"):
-            self._sync_weights()
-            rollout, num_rollouts = self._collect(problems, step)
-            batch = rollout.batch
+            self._pipeline.request(step, self.step, self._publish_weights)
+            with self.timer.phase("rollout"):
+                made = self._pipeline.take()
+            if made.rollout is None:
+                return False
+            rollout, batch = made.rollout, made.rollout.batch
             batch["advantages"] = compute_advantages(
                 batch["rewards"], batch["group"], self.config.grpo.advantage, batch["sample_mask"]
             )
-            error = self._add_logprobs(batch, step)
+            age = self.step - made.version
+            error = self._add_logprobs(batch, step, age)
             with self.timer.phase("train"):
                 result = self._train(batch)
         self.step = step
         metrics = {f"train/{name}": value for name, value in (result | error | _describe(rollout)).items()}
-        metrics["train/num_rollouts"] = num_rollouts
-        timing = self.timer.seconds()
+        metrics |= {"train/num_rollouts": made.num_rollouts, "train/trajectory_age": age}
+        timing = self._timing(made.seconds)
         metrics["perf/tokens_per_s"] = float(rollout.num_completion_tokens.sum()) / timing["step"]
         metrics["perf/samples_per_s"] = len(rollout.completions) / timing["step"]
         self.recorder.log_metrics(step, metrics | {f"timing/{name}_s": seconds for name, seconds in timing.items()})
+        return True
 
-    def _collect(self, problems: BatchedDataDict, step: int) -> tuple[Rollout, int]:
-        """Roll out `problems`. With dynamic sampling, groups without signal are replaced by those of further problems
-        (Yu et al. 2025, "DAPO", section 3.2); returns the rollout and how many it took."""
-        config = self.config.grpo
-        wanted = problems.size * config.num_generations_per_prompt
-        limit = config.dynamic_sampling.max_generation_batches if config.dynamic_sampling.enabled else 1
-        useful: list[Rollout] = []
-        useless: list[Rollout] = []
-        for attempt in range(limit):
-            rollout = rollouts.collect(
-                problems,
-                self.generation,
-                self.environment,
-                num_generations=config.num_generations_per_prompt,
-                seed=draw_seed(config.seed, "train", step, attempt),
-                timer=self.timer,
-            )
-            if config.overlong_filtering:
-                rollout.batch["sample_mask"] = (~rollout.truncated).float()
-            if limit == 1:
-                return rollout, 1
-            signal = group_has_signal(rollout.batch["rewards"], rollout.batch["group"], rollout.batch["sample_mask"])
-            useful.append(rollouts.select(rollout, signal))
-            useless.append(rollouts.select(rollout, ~signal))
-            if sum(len(r.completions) for r in useful) >= wanted:
-                break
-            following = self.loader.next_batch(problems.size)
-            if following is None:
-                break
-            problems = following
-        whole = rollouts.concatenate([r for r in (*useful, *useless) if r.completions], self.pad_token_id)
-        return rollouts.select(whole, torch.arange(wanted)), attempt + 1
+    def _timing(self, of_rollout: dict[str, float]) -> dict[str, float]:
+        """Seconds per phase. A rollout that was made meanwhile is no part of the step, only waiting for it is."""
+        seconds = self.timer.seconds()
+        waited = seconds.pop("rollout")
+        if self.config.grpo.max_trajectory_age == 0:
+            for name, value in of_rollout.items():
+                seconds[name] = seconds.get(name, 0.0) + value
+            return seconds
+        return {**seconds, "wait_for_rollout": waited, **{f"rollout/{name}": s for name, s in of_rollout.items()}}
 
-    def _add_logprobs(self, batch: BatchedDataDict, step: int) -> dict[str, float]:
+    def _publish_weights(self, version: int) -> WeightUpdate:
+        with self.timer.phase("weight_sync"):
+            precision = self.config.policy.generation.precision or self.config.policy.precision
+            return self.policy.publish_weights(version, precision)
+
+    def _add_logprobs(self, batch: BatchedDataDict, step: int, age: int) -> dict[str, float]:
         """Add the policy's log-probabilities where the loss needs them, and check the generator's against them.
 
         With a single optimizer step per rollout the policy before the step is the policy that is being trained: the
         loss then takes its own log-probabilities for the old ones, which saves a forward pass.
         """
         config = self.config
-        check = not self._logprobs_checked or step % config.grpo.logprob_check.period == 0
+        # Only the weights that generated can tell whether both sides compute the same model.
+        check = age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
         several = (
             config.grpo.num_updates_per_step > 1 or (config.policy.train_global_batch_size or batch.size) < batch.size
         )
@@ -212,53 +202,37 @@ class GRPO:
         results = [self.policy.train(batch, loss_fn).metrics for _ in range(updates)]
         return {name: sum(result[name] for result in results) / updates for name in results[0]}
 
-    def _sync_weights(self) -> None:
-        """Bring generation to the weights after `self.step` steps; both sides must report the same digest."""
-        if self._served_version == self.step:
-            return
-        with self.timer.phase("weight_sync"):
-            precision = self.config.policy.generation.precision or self.config.policy.precision
-            update = self.policy.publish_weights(self.step, precision)
-            digest = self.generation.update_weights(update)
-        if digest != update.digest:
-            raise WeightSyncError(
-                f"version {self.step}: generation reports weight digest {digest}, the policy published {update.digest}"
-            )
-        self._served_version = self.step
-
     def _validate(self) -> None:
         if self.validation is None:
             return
-        config = self.config
-        count, sampling = config.grpo.validation.num_generations, config.policy.generation.validation
+        count = self.config.grpo.validation.num_generations
         self.timer.reset()
         with self.timer.phase("validation"):
-            self._sync_weights()
-            rollout = rollouts.collect(
+            rollout, seconds = self._pipeline.validate(
                 self.validation,
-                self.generation,
-                self.environment,
+                self.step,
+                self._publish_weights,
                 num_generations=count,
-                seed=draw_seed(config.grpo.seed, "validation"),
-                timer=self.timer,
-                greedy=count == 1 and sampling is None,
-                sampling=sampling,
+                sampling=self.config.policy.generation.validation,
             )
         metrics = {f"val/{name}": value for name, value in _describe_validation(rollout, count).items()}
         self._last_validation = {"step": self.step, **metrics}
-        timing = {f"timing/{name}_s": seconds for name, seconds in self.timer.seconds().items()}
+        timing = {f"timing/{name}_s": value for name, value in (self.timer.seconds() | seconds).items()}
         self.recorder.log_metrics(self.step, metrics | timing)
         self.recorder.log_samples(self.step, _samples(rollout, self.config.logger.num_samples))
 
     def _save(self) -> None:
         if self.checkpoints is None:
             return
-        state = {"step": self.step, "loader": self.loader.state_dict(), "validation": self._last_validation}
+        state = {"step": self.step, "validation": self._last_validation}
         # A metric ranks the weights it was measured on, not those of a later step.
         measured = self._last_validation if self._last_validation.get("step") == self.step else {}
-        self.checkpoints.save(
-            self.step, state, measured, lambda directory: self.policy.save_checkpoint(directory / "policy")
-        )
+
+        def write(directory: Path) -> None:
+            state["rollouts"] = self._pipeline.save(directory)
+            self.policy.save_checkpoint(directory / "policy")
+
+        self.checkpoints.save(self.step, state, measured, write)
 
     def _reason_to_stop(self, started: float) -> str | None:
         config, early = self.config.grpo, self.config.grpo.early_stop

@@ -13,7 +13,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.grpo import GRPO
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.environments.interfaces import EnvironmentReturn
-from nemo_rl.errors import EnvironmentFailure, LogprobMismatchError, WeightSyncError
+from nemo_rl.errors import ConfigError, EnvironmentFailure, LogprobMismatchError, WeightSyncError
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.policy.interfaces import TrainResult
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -280,3 +280,75 @@ def test_reference_logprobs_are_asked_for_only_with_a_kl_term():
         job = build("grpo.max_num_steps=1", f"loss.kl_coef={coefficient}")
         job.run()
         assert ("reference_policy_logprobs" in job.policy.batches[0]) is expected
+
+
+# --- rollouts ahead --------------------------------------------------------------------------------------------------
+
+AHEAD = ("grpo.max_trajectory_age=1", "grpo.logprob_check.period=100")
+
+
+def test_rollouts_ahead_are_made_with_weights_of_the_step_before():
+    job = build(*AHEAD, "grpo.validation.at_start=false", "grpo.validation.period=0")
+    job.run()
+    records = [r for r in job.recorder.metrics if "train/loss" in r]
+    assert [r["train/trajectory_age"] for r in records] == [0, 1, 1, 1, 1, 1]
+    # Steps 1 and 2 share the first weights; none is made for a step beyond the last.
+    assert job.generation.num_calls == 6 + 1
+    assert job.generation.syncs == [0, 1, 2, 3, 4, 6]
+
+
+def test_rollouts_lag_by_no_more_than_allowed():
+    job = build("grpo.max_trajectory_age=3", "grpo.logprob_check.period=100", "grpo.validation.period=2")
+    job.run()
+    ages = [r["train/trajectory_age"] for r in job.recorder.metrics if "train/loss" in r]
+    assert max(ages) == 3
+
+
+def test_steps_that_compare_logprobs_are_not_made_ahead():
+    job = build("grpo.max_trajectory_age=2", "grpo.logprob_check.period=3")
+    job.run()
+    records = [r for r in job.recorder.metrics if "train/loss" in r]
+    compared = [r["step"] for r in records if "train/logprob_error" in r]
+    assert compared == [1, 3, 6]
+    assert all(r["train/trajectory_age"] == 0 for r in records if r["step"] in compared)
+
+
+def test_a_rollout_ahead_that_fails_ends_the_run_before_its_gradient():
+    job = build(*AHEAD, "grpo.validation.at_start=false", environment=FakeEnvironment(fails=True))
+    with pytest.raises(EnvironmentFailure):
+        job.run()
+    assert job.policy.batches == []
+
+
+@pytest.mark.parametrize("killed_after", [1, 3, 4])
+def test_a_resumed_run_goes_on_with_the_rollouts_that_were_ahead(tmp_path, killed_after):
+    options = (*AHEAD, "checkpointing.save_period=1", "grpo.validation.period=2", "grpo.dynamic_sampling.enabled=true")
+    whole = build(*options, directory=tmp_path / "whole")
+    whole.run()
+    first = build(*options, directory=tmp_path / "x")
+    original = first._save
+
+    def save_and_die():
+        original()
+        if first.step == killed_after:
+            raise KeyboardInterrupt
+
+    first._save = save_and_die
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = build(*options, directory=tmp_path / "x")
+    second.resume(second.checkpoints.latest())
+    second.run()
+    records = first.recorder.metrics + second.recorder.metrics
+    assert without_times(records) == without_times(whole.recorder.metrics)
+
+
+def test_rollouts_ahead_end_with_the_problems():
+    job = build(*AHEAD, "grpo.max_num_epochs=1", loader=FakeLoader(length=8))
+    assert job.run() == "all 1 epochs are done"
+    assert job.step == 2
+
+
+def test_older_weights_need_a_correction():
+    with pytest.raises(ConfigError, match="needs loss.importance_correction"):
+        build(*AHEAD, "loss.importance_correction=none")
