@@ -28,7 +28,14 @@
     ├── TrainingError                   the loop must stop
     │   ├── LogprobMismatchError        generation and policy log-probabilities are too far apart
     │   └── NonFiniteError              loss or gradient is NaN or infinite
-    └── CheckpointError                 a checkpoint cannot be written, read or trusted
+    ├── CheckpointError                 a checkpoint cannot be written, read or trusted
+    └── PipelineError                   a data pipeline cannot run, or one of its stages failed
+        ├── PipelineDefinitionError (ValueError)    stages, names, needs or options that do not go together
+        ├── ResumeError (ValueError)    a run directory belongs to another pipeline, or is in use
+        └── StageError                  a stage failed; carries stage, task and traceback
+            ├── StageStartError         a stage's worker could not start or set up
+            ├── StageInputError (ValueError)        a task lacks what the stage needs
+            └── StageOutputError (ValueError)       a stage returned something that is no task
 
 A message says what failed, the value seen, and how to fix it. Users' mistakes also derive from `ValueError`,
 so that code which knows nothing of this package can catch them.
@@ -169,6 +176,55 @@ class NonFiniteError(TrainingError):
 
 class CheckpointError(NemoRLError):
     """A checkpoint cannot be written, read or trusted."""
+
+
+class PipelineError(NemoRLError):
+    """A data pipeline cannot run, or one of its stages failed."""
+
+
+class PipelineDefinitionError(PipelineError, ValueError):
+    """Stages, names, needs or options of a pipeline that do not go together. Nothing has been started."""
+
+
+class ResumeError(PipelineError, ValueError):
+    """A run directory that belongs to another pipeline or other inputs, or that a living run uses."""
+
+
+class StageError(PipelineError):
+    """A stage of a pipeline failed.
+
+    Attributes:
+        stage: its name.
+        task_id: of the task that it failed on; empty when it is not about one task.
+        traceback_text: the traceback in the stage's own process; empty where there is none.
+    """
+
+    def __init__(self, message: str, *, stage: str = "", task_id: str = "", traceback_text: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.task_id = task_id
+        self.traceback_text = traceback_text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_stage_error, (type(self), self.args[0], self.__dict__.copy()))
+
+
+def _rebuild_stage_error(cls: type[StageError], message: str, fields: dict[str, str]) -> StageError:
+    error = cls(message)
+    error.__dict__.update(fields)
+    return error
+
+
+class StageStartError(StageError):
+    """A stage's worker could not be started, or its setup failed."""
+
+
+class StageInputError(StageError, ValueError):
+    """A task lacks an attribute or a column that the stage needs."""
+
+
+class StageOutputError(StageError, ValueError):
+    """A stage returned something that is neither a task, nor a list of tasks, nor None."""
 
 
 def exit_code(error: NemoRLError) -> int:

@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "environments": {"data", "distributed", "utils"},
     "models": {"data", "distributed", "utils"},
     "algorithms": {"models", "environments", "data", "distributed", "utils"},
-    "pipelines": {"distributed", "venvs", "utils"},
-    "jobs": {"algorithms", "models", "environments", "data", "distributed", "venvs", "utils"},
+    "pipelines": {"environments", "distributed", "venvs", "utils"},
+    "jobs": {"pipelines", "algorithms", "models", "environments", "data", "distributed", "venvs", "utils"},
     "cli": {"jobs", "pipelines", "algorithms", "models", "environments", "data", "distributed", "venvs", "utils"},
 }
 # Of some rooms others see only the modules with these names.

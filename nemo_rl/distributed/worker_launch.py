@@ -21,8 +21,9 @@ from ray.exceptions import RayError
 
 from nemo_rl import settings
 from nemo_rl.distributed import worker_host
-from nemo_rl.distributed.node_venvs import ensure_venv_on_node, ensure_venvs_on_each_node
+from nemo_rl.distributed.node_venvs import NodeProgressCallback, ensure_venv_on_node, ensure_venvs_on_each_node
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
+from nemo_rl.distributed.runtime_env_fields import ray_chooses_python, require_tools_on_each_node, uploaded
 from nemo_rl.distributed.worker_description import ClassDescription, cache_path, load_description, save_description
 from nemo_rl.distributed.worker_options import (
     CHOOSE_PYTHON,
@@ -32,13 +33,11 @@ from nemo_rl.distributed.worker_options import (
     refuse_clashes,
 )
 from nemo_rl.errors import WorkerStartError
-from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, spec_from_runtime_env
+from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
 from nemo_rl.venvs.manifest import BrokenManifestError, read_manifest
 
 logger = logging.getLogger(__name__)
 
-# Fields of a runtime_env with which Ray itself decides which Python runs.
-_RAY_CHOOSES_PYTHON = ("conda", "container", "image_uri")
 # Fields that are carried out by the venv engine, not by Ray.
 _CARRIED_OUT_HERE = ("pip", "uv", "py_executable")
 
@@ -126,7 +125,7 @@ class LaunchPlan:
         python = self.python
         if _choice(fields) != _choice(self.fields):
             python = worker_python(self.fqn, fields)
-        runtime_env, host_env_vars = _for_ray(python, fields)
+        runtime_env, host_env_vars = ray_runtime_env(python, fields)
         return replace(self, python=python, fields=dict(fields), runtime_env=runtime_env, host_env_vars=host_env_vars)
 
 
@@ -144,7 +143,7 @@ def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
     """
     refuse_clashes(fields)
     python = worker_python(fqn, fields)
-    runtime_env, host_env_vars = _for_ray(python, fields)
+    runtime_env, host_env_vars = ray_runtime_env(python, fields)
     description = _description(fqn, python, runtime_env, host_env_vars)
     plan = LaunchPlan(
         fqn, python, dict(fields), runtime_env, host_env_vars, description, actor_class=description.actor_class()
@@ -170,21 +169,33 @@ def configure_workers(plan: LaunchPlan, calls: list[dict[str, Any]]) -> list[Con
 
 def worker_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     """Make the Python ready that `fields`, or else the registry, asks for, on every node."""
-    if any(name in fields for name in _RAY_CHOOSES_PYTHON):
+    if ray_chooses_python(fields):
+        require_tools_on_each_node(fields)
         return WorkerPython()
     chosen = fields.get("py_executable")
     spec = spec_from_runtime_env(fields, chosen or get_actor_python_env(fqn))
     # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
     is_default = not any(name in fields for name in _CARRIED_OUT_HERE)
     name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
-    report = ensure_venvs_on_each_node({name: spec})
-    python = report.python(name)
-    if isinstance(spec, InterpreterSpec) and not spec.requirements:
-        digest = _digest_of_interpreter(python)
-    else:
-        digest = report.digest(name) if report.agrees(name) else None  # nodes of several platforms: one digest each
-    nodes = frozenset(entry.node_id for entry in report.of(name))
-    return WorkerPython(name, spec, python, digest, activation(python), nodes)
+    return ready_pythons({name: spec})[name]
+
+
+def ready_pythons(
+    venvs: Mapping[str, Spec | VenvPlan], progress: NodeProgressCallback | None = None
+) -> dict[str, WorkerPython]:
+    """Make several Pythons ready on every node, all at once. Raises what `ensure_venvs_on_each_node` does."""
+    report = ensure_venvs_on_each_node(venvs, progress=progress)
+    result = {}
+    for name, venv in venvs.items():
+        spec = venv.spec if isinstance(venv, VenvPlan) else venv
+        python = report.python(name)
+        if isinstance(spec, InterpreterSpec) and not spec.requirements:
+            digest = _digest_of_interpreter(python)
+        else:
+            digest = report.digest(name) if report.agrees(name) else None  # nodes of several platforms: one digest each
+        nodes = frozenset(entry.node_id for entry in report.of(name))
+        result[name] = WorkerPython(name, spec, python, digest, activation(python), nodes)
+    return result
 
 
 def _digest_of_interpreter(python: str) -> str | None:
@@ -212,8 +223,9 @@ def _choice(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in CHOOSE_PYTHON if name in fields}
 
 
-def _for_ray(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The `runtime_env` that Ray gets, and the variables that the host sets."""
+def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The `runtime_env` that Ray gets, and the variables that the worker sets by itself."""
+    fields = uploaded(fields)
     result = {name: value for name, value in fields.items() if name != "env_vars"}
     if python.python is not None:
         result = {name: value for name, value in result.items() if name not in _CARRIED_OUT_HERE}

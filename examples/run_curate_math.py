@@ -1,0 +1,17 @@
+"""Make training data of messy math problems: repaired, without duplicates, verified, graded.
+
+uv run examples/run_curate_math.py                                     # a sample that is made here, no GPU needed
+uv run examples/run_curate_math.py input.paths=[raw/] output_dir=results/mine
+uv run examples/run_grpo_math.py data.train.path=results/curate_math/problems.parquet
+"""
+
+import sys
+from pathlib import Path
+
+from nemo_rl.jobs.command_line import run_command
+from nemo_rl.jobs.curate_math import CurateConfig, run_curate
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "curate_math.yaml"
+
+if __name__ == "__main__":
+    sys.exit(run_command(CurateConfig, DEFAULT_CONFIG, run_curate))

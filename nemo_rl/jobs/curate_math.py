@@ -1,0 +1,149 @@
+"""From a messy collection of mathematical problems to one file that GRPO trains on.
+
+::
+
+    JSONL ─▶ repair text ─▶ filter ─▶ exact duplicates ─▶ near duplicates ─▶ answers, by two versions of sympy
+          ─▶ difficulty ─▶ problems.parquet, report.html
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.command_line import JobArguments
+from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.pipelines.io.readers import JsonlReader
+from nemo_rl.pipelines.io.writers import SingleParquetWriter
+from nemo_rl.pipelines.messy_math import write_messy_math
+from nemo_rl.pipelines.report import write_report
+from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
+from nemo_rl.pipelines.stages.grading import SolutionEffortGrade
+from nemo_rl.pipelines.stages.math_answers import MathAnswerCheck
+from nemo_rl.pipelines.stages.text import TextFilter, TextRepair
+from nemo_rl.utils.config import ConfigModel
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = {"problem": "string", "answer": "string", "solution": "string"}
+OUTPUT_FILE = "problems.parquet"
+
+
+class SampleConfig(ConfigModel):
+    """The sample that is made where no input is given."""
+
+    num_lines: int = Field(2000, ge=1, description="Lines of the sample, good and bad ones.")
+    seed: int = Field(0, description="Decides every line of it.")
+
+
+class InputConfig(ConfigModel):
+    """Where the problems come from: JSON lines with the keys problem, answer and solution."""
+
+    paths: list[str] = Field(default=[], description="Files, directories, patterns or fsspec URLs. Empty: a sample.")
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    fallback_encoding: str | None = Field("cp1252", description="Of lines that are not UTF-8. Null: they are broken.")
+    task_size: str = Field("1MiB", description="How much a task reads.")
+
+
+class DedupConfig(ConfigModel):
+    """When two problems count as one."""
+
+    threshold: float = Field(0.7, gt=0, lt=1, description="Jaccard similarity of their shingles.")
+    shingle_words: int = Field(3, ge=1, description="Words per shingle.")
+    protect_numbers: bool = Field(True, description="Problems with different numbers are never duplicates.")
+
+
+class VerifyConfig(ConfigModel):
+    """How answers are checked."""
+
+    sympy_versions: list[str] = Field(
+        default=["1.13.3", "1.12.1"], min_length=1, description="One stage each, in a venv with that version."
+    )
+    timeout_s: float = Field(5.0, gt=0, description="CPU seconds that one answer may take.")
+
+
+class CurateConfig(ConfigModel):
+    """The whole job."""
+
+    input: InputConfig = Field(default_factory=InputConfig)
+    output_dir: str = Field("results/curate_math", description="For the result, the report and the run directory.")
+    executor: Literal["actor_pool", "ray_data"] = Field("actor_pool", description="What moves the tasks.")
+    min_problem_chars: int = Field(20, ge=0, description="Shorter problems are dropped.")
+    max_problem_chars: int = Field(4000, ge=1, description="Longer problems are dropped.")
+    dedup: DedupConfig = Field(default_factory=DedupConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    max_retries: int = Field(1, ge=0, description="How often a task that raised is tried again.")
+
+
+def run_curate(arguments: JobArguments[CurateConfig]) -> None:
+    """Run the job; see the top of this module. The same command goes on where a run that was killed stopped."""
+    config = arguments.config
+    output = Path(config.output_dir)
+    if arguments.dry_run:
+        logger.info("%s", curation_pipeline(config, config.input.paths or ["(a sample)"]).describe())
+        return
+    paths = config.input.paths or [str(_sample(config.input.sample, output))]
+    pipeline = curation_pipeline(config, paths)
+    try:
+        tasks = pipeline.run(_executor(config), run_dir=output / "run", max_retries=config.max_retries)
+    finally:
+        if (output / "run" / "stages.json").exists():
+            report = write_report(output / "run", output / "report.html", title="Curation of math problems")
+            logger.info("report: %s", report)
+    num_rows = sum(task._metadata["num_rows"] for task in tasks if isinstance(task, FileGroupTask))
+    if not num_rows:
+        raise ConfigError(f"no problem was left of {', '.join(paths)}; {output / 'report.html'} says why")
+    logger.info("%d problems in %s; train on them with", num_rows, output / OUTPUT_FILE)
+    logger.info("uv run examples/run_grpo_math.py data.train.path=%s", output / OUTPUT_FILE)
+
+
+def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
+    """The stages of the job."""
+    checks = [
+        MathAnswerCheck(
+            solution="solution" if index == 0 else None, timeout_s=config.verify.timeout_s, output=f"checked_by_{index}"
+        ).with_(name=f"CheckAnswers (sympy {version})", runtime_env={"uv": [f"sympy=={version}"]})
+        for index, version in enumerate(config.verify.sympy_versions)
+    ]
+    return Pipeline(
+        "curate math",
+        "Raw problems to problems that a model can be trained on.",
+        stages=[
+            JsonlReader(
+                paths,
+                columns=COLUMNS,
+                task_size=config.input.task_size,
+                fallback_encoding=config.input.fallback_encoding,
+                broken_lines="set_aside",
+                dataset_name="math",
+            ),
+            TextRepair(list(COLUMNS)),
+            TextFilter("problem", min_chars=config.min_problem_chars, max_chars=config.max_problem_chars),
+            ExactDuplicateFilter(["problem"], ignore_case_and_spaces=True),
+            NearDuplicates(
+                "problem",
+                threshold=config.dedup.threshold,
+                shingle_words=config.dedup.shingle_words,
+                protect_numbers=config.dedup.protect_numbers,
+            ),
+            *checks,
+            SolutionEffortGrade(),
+            SingleParquetWriter(Path(config.output_dir) / OUTPUT_FILE),
+        ],
+    )
+
+
+def _executor(config: CurateConfig) -> Executor:
+    return RayActorPoolExecutor() if config.executor == "actor_pool" else RayDataExecutor()
+
+
+def _sample(config: SampleConfig, output: Path) -> Path:
+    path = output / f"sample-{config.num_lines}-{config.seed}.jsonl"
+    if not path.exists():
+        sample = write_messy_math(path, config.num_lines, config.seed)
+        logger.info("no input.paths: made a sample of %s", dict(sample.counts))
+    return path

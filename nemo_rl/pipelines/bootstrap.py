@@ -1,0 +1,83 @@
+"""The process of a stage's worker, before this package can be imported there. Always pickled by value.
+
+The driver's own modules are found through the driver's search path, which comes last here: it cannot hide a package of
+the stage's venv. (Ray passes on the script's directory only.) Imports nothing but the standard library at the top.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def extend_search_path(entries: list[str]) -> None:
+    """Append what is not there yet."""
+    sys.path += [entry for entry in entries if entry not in sys.path]
+
+
+class StageWorker:
+    """Runs one stage: a Ray actor of the actor pool, and what the other executors wrap."""
+
+    def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
+        extend_search_path(search_path)
+        from nemo_rl import settings
+
+        settings.export(env_vars)
+        from ray import cloudpickle
+
+        from nemo_rl.pipelines.runner import StageRunner
+
+        self._runner = StageRunner(cloudpickle.loads(payload))
+
+    def start(self) -> str:
+        """Set the stage up; returns the interpreter's path."""
+        self._runner.start()
+        return sys.executable
+
+    def run(self, *groups: list[Any]) -> Iterator[Any]:
+        """Yield the groups that `groups` become, and at the end how many tasks each holds."""
+        sizes = []
+        for output in self._runner.run([item for group in groups for item in group]):
+            sizes.append(len(output))
+            yield output
+        yield sizes
+
+    def gather(self) -> int:
+        """See `StageRunner.gather`."""
+        return self._runner.gather()
+
+    def close(self) -> None:
+        """Tear the stage down and end this process."""
+        import ray
+
+        self._runner.close()
+        ray.actor.exit_actor()
+
+
+class DataStage:
+    """A stage as a callable class of Ray Data: a batch holds rows, and a row a pickled group of tasks."""
+
+    def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
+        self._worker = StageWorker(payload, search_path, env_vars)
+        self._failed_start: Exception | None = None
+        try:
+            self._worker.start()
+        except Exception as error:
+            # Ray would turn it into text, and the worker's death into the news.
+            self._failed_start = error
+
+    def __call__(self, batch: Any) -> Iterator[Any]:
+        import pyarrow
+        from ray import cloudpickle
+
+        if self._failed_start is not None:
+            raise self._failed_start
+        groups = [cloudpickle.loads(value.as_buffer()) for value in batch.column("group")]
+        for output in self._worker._runner.run([item for group in groups for item in group]):
+            row = pyarrow.array([cloudpickle.dumps(output)], pyarrow.large_binary())
+            yield pyarrow.table({"group": row})
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_failed_start", True) is None:
+            self._worker._runner.close()

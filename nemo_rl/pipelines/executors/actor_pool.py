@@ -1,0 +1,320 @@
+"""One stage after another, each with a pool of actors.
+
+::
+
+    groups of the stage before ──▶ pending ──▶ the worker with the fewest calls (at most two) ──▶ groups for the next
+                                      ▲                      │ died
+                                      └──── run again ◀──────┘  a replacement starts
+    pending is empty ──▶ idle workers end, the next stage's workers start while the last calls run
+
+A pool starts with one worker and grows while the work that is left would take longer than starting another one does: a
+process costs about a second of CPU time, which a thousand small tasks are not worth.
+
+The driver holds references only; Ray keeps what they mean in shared memory, and moves it to disk when that is full.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError, RayError
+
+from nemo_rl import settings
+from nemo_rl.errors import PipelineError, StageError, StageStartError
+from nemo_rl.pipelines.bootstrap import StageWorker
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, blame, stage_error
+from nemo_rl.pipelines.items import Item, chunks, group_size
+
+logger = logging.getLogger(__name__)
+
+_CALLS_PER_WORKER = 2  # the next call's input is there when the first ends
+_POLL_S = 0.2
+_CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass
+class _Group:
+    """Tasks in the object store.
+
+    Attributes:
+        references: to lists of items.
+        num_deaths: workers that died while they ran it.
+    """
+
+    references: list[ray.ObjectRef]
+    num_tasks: int
+    num_deaths: int = 0
+
+
+@dataclass(eq=False)
+class _Worker:
+    """An actor. `calls`: completion -> (its group, the generator of its results), oldest first."""
+
+    handle: ActorHandle
+    started: ray.ObjectRef
+    began: float
+    is_ready: bool = False
+    busy_since: float = 0.0
+    calls: dict[ray.ObjectRef, tuple[_Group, Any]] = field(default_factory=dict)
+
+
+class RayActorPoolExecutor:
+    """Runs one stage after another, each on a pool of actors that share its tasks.
+
+    Args:
+        max_workers_per_stage: None: as many as the cluster has room for. A stage's own `num_workers` comes first.
+        max_worker_deaths: how many workers a task may bring down before it is set aside.
+    """
+
+    def __init__(self, *, max_workers_per_stage: int | None = None, max_worker_deaths: int = 2) -> None:
+        self._max_workers = max_workers_per_stage
+        self._max_deaths = max_worker_deaths
+
+    def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
+        """See `Executor.run`."""
+        size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
+        groups = [_Group([ray.put(chunk)], len(chunk)) for chunk in chunks(items, size)]
+        pools = [_Pool(stage, cluster, self._max_workers, self._max_deaths) for stage in stages]
+        try:
+            _open_early(pools, len(groups), cluster)
+            for pool, following in zip(pools, [*pools[1:], None]):
+                groups = pool.run(groups, following.open if following else _nothing)
+        finally:
+            for pool in pools:
+                pool.kill()
+        references = [reference for group in groups for reference in group.references]
+        return [item for reference in references for item in ray.get(reference)]
+
+
+def _nothing(num_groups: int) -> None:
+    pass
+
+
+def _open_early(pools: Sequence[_Pool], num_groups: int, cluster: Cluster) -> None:
+    """What the first stage leaves free starts a worker of each further one, so that nobody waits for it later."""
+    pools[0].open(num_groups)
+    free_cpus = cluster.num_cpus - pools[0].num_workers * pools[0].stage.num_cpus
+    for pool in pools[1:]:
+        free_cpus -= pool.stage.num_cpus
+        if free_cpus >= 0 and not pool.stage.num_gpus:
+            pool.open(1)
+
+
+class _Pool:
+    """The workers of one stage."""
+
+    def __init__(self, stage: PlannedStage, cluster: Cluster, limit: int | None, max_deaths: int) -> None:
+        self.stage = stage
+        self._max_workers = stage.max_num_workers(cluster, limit)
+        self._num_cpus = cluster.num_cpus
+        self._max_deaths = max_deaths
+        self._arguments = stage.constructor_arguments
+        options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus, "max_restarts": 0}
+        if stage.runtime_env:
+            options["runtime_env"] = stage.runtime_env
+        self._actor_class: Any = ray.remote(StageWorker).options(**options)
+        self._workers: list[_Worker] = []
+        self._start_s: float | None = None
+        self._call_s: list[float] = []
+        self._closing: list[ray.ObjectRef] = []
+        self._num_lost = 0
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
+    def open(self, num_groups: int) -> None:
+        """Start the first workers for so many groups; they need not be there yet when this returns."""
+        self._start(min(num_groups, self._max_workers if self.stage.job.stage.num_workers is not None else 1))
+
+    def _start(self, num_workers: int) -> None:
+        while len(self._workers) < num_workers:
+            handle = self._actor_class.remote(*self._arguments)
+            self._workers.append(_Worker(handle, handle.start.remote(), time.monotonic()))
+
+    def run(self, groups: list[_Group], open_next: Callable[[int], None]) -> list[_Group]:
+        """Run the stage over all groups. `open_next(n)` is called when nothing is left to hand out."""
+        pending = deque(self._sized(groups))
+        done: list[_Group] = []
+        opened = False
+        while pending or any(worker.calls for worker in self._workers):
+            num_left = len(pending) + sum(len(worker.calls) for worker in self._workers)
+            self._start(min(num_left, self._max_workers, self._worth(num_left)))
+            self._hand_out(pending)
+            if not pending:
+                if not opened:
+                    open_next(len(done) + sum(len(worker.calls) for worker in self._workers))
+                    opened = True
+                self._end_idle()
+            self._wait(pending, done)
+        if not opened:
+            open_next(len(done))
+        self._end_idle()
+        self._await_closed()
+        return done
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        for worker in self._workers:
+            ray.kill(worker.handle)
+        self._workers = []
+
+    def _sized(self, groups: list[_Group]) -> list[_Group]:
+        """Groups that hold whole batches where the stage wants several tasks, and few enough calls."""
+        total = sum(group.num_tasks for group in groups)
+        target = max(self.stage.batch_size, group_size(total, self._num_cpus, self.stage.batch_size) // 2)
+        result: list[_Group] = []
+        for group in groups:
+            if result and result[-1].num_tasks + group.num_tasks <= target:
+                result[-1].references += group.references
+                result[-1].num_tasks += group.num_tasks
+            elif group.num_tasks:
+                result.append(_Group(list(group.references), group.num_tasks))
+        return result
+
+    def _worth(self, num_groups: int) -> int:
+        """How many workers so many groups are worth."""
+        if self.stage.job.stage.num_workers is not None:
+            return self.stage.job.stage.num_workers
+        if self._start_s is None:
+            return 1
+        now = time.monotonic()
+        running = [now - worker.busy_since for worker in self._workers if worker.calls]
+        known = self._call_s[-20:] or [max(running, default=0.0)]
+        return max(1, math.ceil(num_groups * sum(known) / len(known) / self._start_s))
+
+    def _hand_out(self, pending: deque[_Group]) -> None:
+        ready = [worker for worker in self._workers if worker.is_ready]
+        while pending and ready:
+            worker = min(ready, key=lambda w: len(w.calls))
+            if len(worker.calls) >= _CALLS_PER_WORKER:
+                return
+            group = pending.popleft()
+            if not worker.calls:
+                worker.busy_since = time.monotonic()
+            generator: Any = worker.handle.run.options(num_returns="streaming").remote(*group.references)
+            worker.calls[generator.completed()] = (group, generator)
+
+    def _end_idle(self) -> None:
+        for worker in [w for w in self._workers if not w.calls]:
+            self._workers.remove(worker)
+            if worker.is_ready:
+                self._closing.append(worker.handle.close.remote())
+            else:
+                ray.kill(worker.handle)
+
+    def _await_closed(self) -> None:
+        finished, late = (
+            ray.wait(self._closing, num_returns=len(self._closing), timeout=_CLOSE_TIMEOUT_S)
+            if (self._closing)
+            else ([], [])
+        )
+        for reference in finished:
+            try:
+                ray.get(reference)
+            except RayActorError:
+                pass  # it ended itself
+            except RayError as error:
+                logger.warning("teardown of stage %r failed: %s", self.stage.name, error)
+        if late:
+            logger.warning("%d workers of stage %r did not end in time", len(late), self.stage.name)
+        self._closing = []
+
+    def _wait(self, pending: deque[_Group], done: list[_Group]) -> None:
+        by_reference: dict[ray.ObjectRef, _Worker] = {}
+        for worker in self._workers:
+            for reference in worker.calls if worker.is_ready else [worker.started]:
+                by_reference[reference] = worker
+        ready, _ = ray.wait(list(by_reference), num_returns=1, timeout=_POLL_S, fetch_local=False)
+        if not ready:
+            self._check_late()
+        for reference in ready:
+            worker = by_reference[reference]
+            if worker.is_ready:
+                self._finish_call(worker, reference, pending, done)
+            else:
+                self._finish_start(worker)
+
+    def _check_late(self) -> None:
+        limit = settings.WORKER_START_TIMEOUT_S.get()
+        if any(worker.is_ready for worker in self._workers):
+            return  # the others share what there is to do
+        late = [worker for worker in self._workers if time.monotonic() - worker.began > limit]
+        if late:
+            raise StageStartError(
+                f"stage {self.stage.name!r}: no worker started within {limit:.0f} s. Somebody else may hold the CPUs "
+                f"or GPUs that it asks for (see `ray status`). {settings.WORKER_START_TIMEOUT_S.name} sets the limit.",
+                stage=self.stage.name,
+            )
+
+    def _finish_start(self, worker: _Worker) -> None:
+        try:
+            ray.get(worker.started)
+            worker.is_ready = True
+            if self._start_s is None:
+                self._start_s = max(0.1, time.monotonic() - worker.began)
+        except RayError as error:
+            if isinstance(error, RayActorError) and stage_error(error) is None and self._num_lost < 3:
+                self._num_lost += 1
+                self._workers.remove(worker)  # its node may have gone; the next one is started elsewhere
+                return
+            raise stage_error(error) or StageStartError(
+                f"stage {self.stage.name!r}: a worker did not start: {error}", stage=self.stage.name
+            ) from error
+
+    def _finish_call(
+        self, worker: _Worker, completed: ray.ObjectRef, pending: deque[_Group], done: list[_Group]
+    ) -> None:
+        references: list[ray.ObjectRef] = list(worker.calls[completed][1])
+        try:
+            sizes = ray.get(references[-1])
+        except RayActorError as error:
+            self._replace(worker, error, pending)
+            return
+        except ObjectLostError as error:
+            raise self._lost(error) from error
+        except RayError as error:
+            if isinstance(getattr(error, "cause", None), ObjectLostError):
+                raise self._lost(error) from error
+            raise stage_error(error) or StageError(
+                f"stage {self.stage.name!r} failed: {error}", stage=self.stage.name
+            ) from error
+        del worker.calls[completed]
+        now = time.monotonic()
+        self._call_s.append(now - worker.busy_since)
+        worker.busy_since = now
+        done += [_Group([reference], size) for reference, size in zip(references[:-1], sizes)]
+
+    def _lost(self, error: Exception) -> PipelineError:
+        return PipelineError(
+            f"tasks for stage {self.stage.name!r} were lost with the node that kept them: {error}. Run the pipeline "
+            "again with the same run_dir: it goes on with the inputs that are not done."
+        )
+
+    def _replace(self, worker: _Worker, error: RayActorError, pending: deque[_Group]) -> None:
+        """Run a dead worker's groups again; the oldest call is the one that it died in."""
+        self._workers.remove(worker)
+        groups = [group for group, _ in worker.calls.values()]
+        pending.extendleft(reversed(groups[1:]))
+        first = groups[0]
+        first.num_deaths += 1
+        reason = " ".join(str(error).split())
+        logger.warning("a worker of stage %r died, its tasks run again: %s", self.stage.name, reason)
+        if first.num_deaths <= self._max_deaths // 2:
+            pending.appendleft(first)
+            return
+        items: list[Item] = [item for reference in first.references for item in ray.get(reference)]
+        if len(items) > 1:  # which of them is it?
+            pending.extendleft(_Group([ray.put([item])], 1, first.num_deaths) for item in reversed(items))
+        elif first.num_deaths <= self._max_deaths:
+            pending.appendleft(first)
+        else:
+            blame(self.stage, items[0], f"its worker died {first.num_deaths} times: {reason}", first.num_deaths)

@@ -1,0 +1,164 @@
+"""What an executor is, and what all of them share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+from ray import cloudpickle
+
+from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
+from nemo_rl.pipelines import bootstrap
+from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
+from nemo_rl.pipelines.items import Item, key_text
+from nemo_rl.pipelines.runner import StageJob
+from nemo_rl.pipelines.spool import Entry, SpoolWriter
+
+T = TypeVar("T")
+
+# Whatever runs a stage must not have to find our modules first.
+cloudpickle.register_pickle_by_value(bootstrap)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage whose Python is ready.
+
+    Attributes:
+        job: for its workers.
+        num_cpus, num_gpus: of one worker.
+        runtime_env: for Ray; empty: the driver's Python.
+        env_vars: that the worker sets by itself: secrets, for Ray logs every runtime_env.
+        search_path: see `bootstrap`.
+    """
+
+    job: StageJob
+    num_cpus: float
+    num_gpus: float
+    runtime_env: dict[str, Any] = field(repr=False)
+    env_vars: dict[str, str] = field(repr=False)
+    search_path: list[str] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.job.stage.name
+
+    @property
+    def batch_size(self) -> int:
+        return self.job.stage.batch_size
+
+    @property
+    def constructor_arguments(self) -> tuple[bytes, list[str], dict[str, str]]:
+        """Of `bootstrap.StageWorker`. Raises `PipelineDefinitionError` when the stage cannot be pickled."""
+        try:
+            payload = cloudpickle.dumps(self.job)
+        except Exception as error:
+            raise PipelineDefinitionError(
+                f"stage {self.name!r} cannot be sent to its workers: {type(error).__name__}: {error}. Create what "
+                "cannot be pickled in setup()."
+            ) from error
+        return payload, self.search_path, self.env_vars
+
+    def max_num_workers(self, cluster: Cluster, limit: int | None = None) -> int:
+        """How many workers the stage may have: what it asks for, else what the whole cluster has room for."""
+        if self.job.stage.num_workers is not None:
+            return self.job.stage.num_workers
+        room = [cluster.num_cpus / self.num_cpus] if self.num_cpus else []
+        room += [cluster.num_gpus / self.num_gpus] if self.num_gpus else []
+        number = max(1, int(min(room, default=cluster.num_cpus)))
+        return number if limit is None else min(number, limit)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the Ray cluster has in total."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+class Executor(Protocol):
+    """Runs the stages of one segment over its tasks.
+
+    All executors give the same result: keys decide the order, and what a task becomes is decided by the stage alone.
+    """
+
+    def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
+        """Run all stages over all items and return what they became, in any order; nothing where the last one spools.
+
+        Raises:
+            StageError: a stage could not start, or a task failed and the run is to stop.
+            PipelineError: anything else that ends the run.
+        """
+        ...
+
+
+def driver_search_path() -> list[str]:
+    """Directories of the driver's `sys.path` that are not its Python's or its venv's."""
+    own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
+    found = []
+    for entry in sys.path:
+        path = Path(entry or ".").resolve()
+        if path.is_dir() and not any(path.is_relative_to(prefix) for prefix in own):
+            found.append(str(path))
+    return found
+
+
+def stage_error(error: BaseException | None) -> PipelineError | None:
+    """The error of ours that caused what Ray or a library on top of it raised; None when there is none."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, PipelineError) and type(current).__module__ == PipelineError.__module__:
+            return current
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+    return None
+
+
+def blame(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:
+    """Set a task aside that brings its workers down.
+
+    Raises:
+        StageError: the run is to stop.
+    """
+    job = stage.job
+    record = {
+        "stage": stage.name,
+        "task_id": item.task.task_id,
+        "lineage": key_text(item.key),
+        "error": reason,
+        "traceback": "",
+        "attempts": attempts,
+    }
+    write_failure(Path(job.directory, FAILED_DIR), record, item.task)
+    if job.on_failure == "stop":
+        raise StageError(
+            f"stage {stage.name!r} failed on task {item.task.task_id!r}: {reason}",
+            stage=stage.name,
+            task_id=item.task.task_id,
+        )
+    if job.spools:
+        writer = SpoolWriter(job.spool_directory, job.attempt)
+        writer.write([Entry("gone", item.key)])
+        writer.close()
+
+
+def loaded(name: str, extra: str) -> ModuleType:
+    """Import an optional library. Raises `PipelineDefinitionError` that says how to get it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PipelineDefinitionError(
+            f"{name} is needed here and cannot be imported ({error}). Install it with the extra {extra!r}: "
+            f"`uv sync --extra {extra}`."
+        ) from error

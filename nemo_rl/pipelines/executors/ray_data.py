@@ -1,0 +1,108 @@
+"""All stages at once, streaming, on Ray Data: each stage is a pool of actors behind `map_batches`.
+
+A row of the data set is a group of tasks, and every row is a block of its own: Ray Data then schedules, holds back and
+spills by group.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import cloudpickle
+
+from nemo_rl.errors import PipelineError, ResourceInsufficientError, StageError
+from nemo_rl.pipelines.bootstrap import DataStage
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, stage_error
+from nemo_rl.pipelines.items import Item, chunks, group_size
+
+logger = logging.getLogger(__name__)
+
+
+class RayDataExecutor:
+    """Runs all stages at once: tasks stream from stage to stage, and a slow stage holds the ones before it back.
+
+    Args:
+        max_workers_per_stage: None: as many as the cluster has room for. A stage's own `num_workers` comes first.
+        max_worker_deaths: how often a group of tasks may run again because its worker died.
+    """
+
+    def __init__(self, *, max_workers_per_stage: int | None = None, max_worker_deaths: int = 2) -> None:
+        self._max_workers = max_workers_per_stage
+        self._max_deaths = max_worker_deaths
+
+    def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
+        """See `Executor.run`.
+
+        Raises:
+            ResourceInsufficientError: not every stage can have a GPU worker at the same time.
+        """
+        if not items:
+            return []
+        shrink = _cpu_share(stages, cluster)
+        size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
+        rows = [{"group": cloudpickle.dumps(chunk)} for chunk in chunks(items, size)]
+        with _row_per_block():
+            dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+            for stage in stages:
+                dataset = self._with_stage(dataset, stage, cluster, shrink)
+            try:
+                return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
+            except Exception as error:  # Ray Data wraps whatever a stage raises in classes of its own
+                ours = stage_error(error)
+                if ours is not None:
+                    raise ours from error
+                if isinstance(error, ray.exceptions.RayError):
+                    names = ", ".join(stage.name for stage in stages)
+                    raise StageError(f"one of the stages {names} failed: {error}") from error
+                raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
+
+    def _deaths(self) -> dict[str, int]:
+        return {"max_restarts": self._max_deaths, "max_task_retries": self._max_deaths}
+
+    def _with_stage(self, dataset: Any, stage: PlannedStage, cluster: Cluster, shrink: float) -> Any:
+        most = stage.max_num_workers(cluster, self._max_workers)
+        least = most if stage.job.stage.num_workers is not None else 1
+        return dataset.map_batches(
+            DataStage,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+            fn_constructor_args=stage.constructor_arguments,
+            num_cpus=stage.num_cpus * shrink,
+            num_gpus=stage.num_gpus or None,
+            runtime_env=stage.runtime_env or None,
+            ray_remote_args_fn=self._deaths,
+        )
+
+
+def _cpu_share(stages: Sequence[PlannedStage], cluster: Cluster) -> float:
+    """What part of its CPUs each stage asks for, so that one worker of every stage can run at the same time."""
+    gpus = sum(stage.num_gpus * (stage.job.stage.num_workers or 1) for stage in stages)
+    if gpus > cluster.num_gpus:
+        raise ResourceInsufficientError(
+            f"all stages run at the same time on Ray Data and need {gpus:g} GPUs; the cluster has "
+            f"{cluster.num_gpus:g}. RayActorPoolExecutor runs one stage after another."
+        )
+    cpus = sum(stage.num_cpus * (stage.job.stage.num_workers or 1) for stage in stages)
+    if cpus <= cluster.num_cpus:
+        return 1.0
+    logger.info("the stages need %g CPUs at the same time and share the cluster's %g", cpus, cluster.num_cpus)
+    return cluster.num_cpus / cpus * 0.99
+
+
+@contextmanager
+def _row_per_block() -> Iterator[None]:
+    """Data sets that are made in this block keep every row in a block of its own."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size, context.enable_progress_bars
+    context.target_max_block_size, context.enable_progress_bars = 1, False
+    try:
+        yield
+    finally:
+        context.target_max_block_size, context.enable_progress_bars = before

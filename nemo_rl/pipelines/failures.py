@@ -1,0 +1,88 @@
+"""Tasks that failed, kept with their input and traceback: nothing is lost, nothing is silently dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines.spool import dumps
+from nemo_rl.pipelines.tasks import Task
+
+FAILED_DIR = "failed"
+
+
+@dataclass(frozen=True)
+class FailedTask:
+    """One task that was set aside.
+
+    Attributes:
+        stage, task_id, error, traceback: as they were.
+        lineage: the task's key in the run.
+        attempts: how often it was tried.
+        path: of the file with all this as JSON; the task itself lies beside it.
+    """
+
+    stage: str
+    task_id: str
+    lineage: str
+    error: str
+    traceback: str
+    attempts: int
+    path: Path
+
+    def load(self) -> Task[Any]:
+        """The stage's input, for another try with `Pipeline.run(initial_tasks=...)`."""
+        return pickle.loads(self.path.with_suffix(".task").read_bytes())
+
+
+def write_failure(directory: Path, record: Mapping[str, Any], task: Task[Any]) -> Path:
+    """Keep a failure below `directory/<stage>`; the record appears last, and only whole."""
+    path = stage_directory(directory, record["stage"]) / f"{record['lineage']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path.with_suffix(".task"), dumps(task))
+    _write(path, json.dumps(dict(record), ensure_ascii=False, indent=1).encode("utf-8", errors="replace"))
+    return path
+
+
+def write_records(directory: Path, stage: str, lineage: str, records: Sequence[Mapping[str, Any]]) -> Path:
+    """Keep records of a task that itself goes on, such as broken lines of a file."""
+    path = stage_directory(directory, stage) / f"{lineage}.records.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records]
+    _write(path, "".join(lines).encode("utf-8", errors="replace"))
+    return path
+
+
+def failed_tasks(run_dir: str | os.PathLike[str]) -> list[FailedTask]:
+    """The tasks that a run set aside.
+
+    Raises:
+        ResumeError: there is no such run directory.
+    """
+    root = Path(run_dir)
+    if not root.is_dir():
+        raise ResumeError(f"{root} is no run directory")
+    return list(_read(root / FAILED_DIR))
+
+
+def stage_directory(directory: Path, stage: str) -> Path:
+    """Where a stage's failures are kept."""
+    return directory / re.sub(r"[^\w.-]+", "_", stage)
+
+
+def _read(directory: Path) -> Iterator[FailedTask]:
+    for path in sorted(directory.glob("*/*.json")):
+        yield FailedTask(**json.loads(path.read_text(encoding="utf-8")), path=path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

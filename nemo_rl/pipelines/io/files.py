@@ -1,0 +1,195 @@
+"""Files by path or fsspec URL: listing, opening, and writing so that a file is whole or not there."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from nemo_rl.errors import DataError
+
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+TEMPORARY_PREFIX = "_writing-"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file: path or URL, bytes, and what changes when it is written again."""
+
+    url: str
+    size: int
+    version: str
+
+
+def num_bytes(size: int | str) -> int:
+    """`67108864` or "64MiB". Raises `DataError`."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    text = str(size).strip().lower()
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
+    number = text.removesuffix(unit or "").strip()
+    if unit is None or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise DataError(f"{size!r} is no size: expected a number of bytes or text such as '64MiB'")
+    return int(float(number) * _UNITS[unit])
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, and the path in it. Raises `DataError` for an unknown protocol."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(os.path.expanduser(url))
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: {error}") from error
+
+
+def list_files(urls: Sequence[str], suffixes: Sequence[str]) -> list[FileInfo]:
+    """The files that paths, directories and patterns name, in a fixed order, each once.
+
+    Below a directory only files with one of `suffixes` count (also compressed). Hidden files never do, nor those whose
+    name starts with an underscore.
+
+    Raises:
+        DataError: a path that does not exist or cannot be read, or no files at all.
+    """
+    found: dict[str, FileInfo] = {}
+    for url in urls:
+        files, path = file_system(url)
+        try:
+            listed = _listed(files, path, url, suffixes)
+        except OSError as error:
+            raise DataError(f"{url} cannot be listed: {error}") from error
+        found.update((info.url, info) for info in listed)
+    if not found:
+        raise DataError(f"there are no files ({', '.join(suffixes)}) in {', '.join(urls)}")
+    return list(found.values())
+
+
+def _listed(files: Any, path: str, url: str, suffixes: Sequence[str]) -> list[FileInfo]:
+    if any(character in path for character in "*?["):
+        infos = files.glob(path, detail=True)
+    elif not files.exists(path):
+        raise DataError(f"{url} does not exist")
+    elif files.isdir(path):
+        infos = {p: i for p, i in files.find(path, detail=True).items() if _is_data(p, path, suffixes)}
+    else:
+        infos = {path: files.info(path)}
+    return [_info(files, infos[name]) for name in sorted(infos) if infos[name].get("type", "file") == "file"]
+
+
+def _is_data(path: str, root: str, suffixes: Sequence[str]) -> bool:
+    parts = PurePosixPath(path[len(root) :].lstrip("/")).parts
+    return plain_name(path).endswith(tuple(suffixes)) and not any(part.startswith((".", "_")) for part in parts)
+
+
+def _info(files: Any, info: dict[str, Any]) -> FileInfo:
+    version = next((str(info[key]) for key in ("ETag", "etag", "mtime", "created", "LastModified") if key in info), "")
+    url = info["name"] if _is_local(files) else files.unstrip_protocol(info["name"])
+    return FileInfo(url, int(info.get("size") or 0), version)
+
+
+def _is_local(files: Any) -> bool:
+    return "file" in ((files.protocol,) if isinstance(files.protocol, str) else files.protocol)
+
+
+def plain_name(path: str) -> str:
+    """The path in lower case without the suffix of a compression."""
+    lowered = path.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        lowered = lowered.removesuffix(suffix)
+    return lowered
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the name says so."""
+    return path.lower().endswith(COMPRESSED_SUFFIXES)
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[IO[bytes]]:
+    """A file's bytes, decompressed by its name. Raises `DataError`, also for what goes wrong while it is read."""
+    files, path = file_system(url)
+    try:
+        with files.open(path, "rb") as raw, _decompressed(raw, url) as stream:
+            yield stream
+    except _READ_ERRORS as error:
+        raise DataError(f"{url} cannot be read: {str(error) or type(error).__name__}") from error
+
+
+def _decompressed(raw: Any, url: str) -> Any:
+    suffix = PurePosixPath(url.lower()).suffix
+    if suffix == ".gz":
+        return gzip.open(raw)
+    if suffix == ".bz2":
+        return bz2.open(raw)
+    if suffix == ".xz":
+        return lzma.open(raw)
+    if suffix == ".zst":
+        import pyarrow
+
+        # It reads no lines by itself.
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
+    return contextlib.nullcontext(raw)
+
+
+def write_whole(url: str, content: Any) -> None:
+    """Write a file that is whole or not there, replacing what has its name.
+
+    On a local disk by renaming; elsewhere in one upload, which object stores make visible at its end.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    files, path = file_system(url)
+    try:
+        if not _is_local(files):
+            files.pipe_file(path, bytes(content))
+            return
+        temporary = os.path.join(os.path.dirname(path), f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise DataError(f"{url} cannot be written: {error}") from error
+
+
+def prepare_directory(url: str, resumes: bool, overwrite: bool) -> None:
+    """Make sure that a directory exists, can be written, and is empty unless a run resumes or `overwrite` is given.
+
+    Raises:
+        DataError: otherwise.
+    """
+    files, path = file_system(url)
+    try:
+        files.makedirs(path, exist_ok=True)
+        there = [name for name in files.ls(path, detail=False) if not PurePosixPath(name).name.startswith(".")]
+        for name in [n for n in there if resumes and PurePosixPath(n).name.startswith(TEMPORARY_PREFIX)]:
+            files.rm(name)  # of a writer that was killed
+        if overwrite and not resumes:
+            for name in there:
+                files.rm(name, recursive=True)
+        elif there and not resumes:
+            raise DataError(f"the output directory {url} is not empty; choose another, or give overwrite=True")
+        probe = f"{path.rstrip('/')}/{TEMPORARY_PREFIX}probe"
+        files.pipe_file(probe, b"")
+        files.rm(probe)
+    except OSError as error:
+        raise DataError(f"the output directory {url} cannot be written: {error}") from error

@@ -1,0 +1,223 @@
+"""Reading JSONL and Parquet."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from nemo_rl.errors import DataError
+from nemo_rl.pipelines.io.files import opened
+from nemo_rl.pipelines.io.partition import DEFAULT_TASK_SIZE, FilePartitioningStage, line_number
+from nemo_rl.pipelines.stage import ANY_COLUMN, CompositeStage, ProcessingStage
+from nemo_rl.pipelines.tasks import DocumentBatch, EmptyTask, FileGroupTask
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# Column names, or names with Arrow types as text: {"answer": "string"}.
+Columns = Sequence[str] | Mapping[str, str] | None
+BrokenLines = Literal["error", "set_aside"]
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_MAX_SHOWN = 160
+
+
+class JsonlReader(CompositeStage[EmptyTask, DocumentBatch]):
+    """Reads files with one JSON object per line, plain or compressed (.gz, .bz2, .xz, .zst).
+
+    Args:
+        paths: files, directories, patterns, or fsspec URLs.
+        columns: that are read, all others are left out; None: all. With types, a value of another type is converted:
+            numbers for a "string" column become text.
+        task_size: how much a task reads; larger files are split at line ends. A compressed file is one task.
+        fallback_encoding: for lines that are not UTF-8; None: such a line is broken.
+        broken_lines: "error", or "set_aside" to keep them in the run's `failed/` and go on.
+        dataset_name: default: the name of the first path.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        columns: Columns = None,
+        task_size: int | str = DEFAULT_TASK_SIZE,
+        fallback_encoding: str | None = None,
+        broken_lines: BrokenLines = "error",
+        dataset_name: str = "",
+    ) -> None:
+        self._parts = [
+            FilePartitioningStage(
+                paths, suffixes=JSONL_SUFFIXES, split="lines", task_size=task_size, dataset_name=dataset_name
+            ).with_(name="JsonlFiles"),
+            JsonlReadStage(columns, fallback_encoding, broken_lines),
+        ]
+
+    def decompose(self) -> list[Any]:
+        return list(self._parts)
+
+
+class ParquetReader(CompositeStage[EmptyTask, DocumentBatch]):
+    """Reads Parquet files. `columns` and `task_size` (files are split at row groups): see `JsonlReader`."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        columns: Sequence[str] | None = None,
+        task_size: int | str = DEFAULT_TASK_SIZE,
+        dataset_name: str = "",
+    ) -> None:
+        self._parts = [
+            FilePartitioningStage(
+                paths, suffixes=(".parquet",), split="row_groups", task_size=task_size, dataset_name=dataset_name
+            ).with_(name="ParquetFiles"),
+            ParquetReadStage(columns),
+        ]
+
+    def decompose(self) -> list[Any]:
+        return list(self._parts)
+
+
+class _ReadStage(ProcessingStage[FileGroupTask, DocumentBatch]):
+    def __init__(self, columns: Columns) -> None:
+        self.columns = None if columns is None else list(columns)
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        return ["data"], []
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        return ["data"], [ANY_COLUMN] if self.columns is None else self.columns
+
+    def _batch(self, task: FileGroupTask, table: Any) -> DocumentBatch:
+        return DocumentBatch(task.task_id, task.dataset_name, table, _metadata={"source_files": list(task.data)})
+
+
+class JsonlReadStage(_ReadStage):
+    """Reads the lines of a group of files into one batch; see `JsonlReader`."""
+
+    def __init__(self, columns: Columns, fallback_encoding: str | None, broken_lines: BrokenLines) -> None:
+        super().__init__(columns)
+        self.types = dict(columns) if isinstance(columns, Mapping) else {}
+        self.fallback_encoding = fallback_encoding
+        self.broken_lines = broken_lines
+
+    def process(self, task: FileGroupTask) -> DocumentBatch | None:
+        records: list[dict[str, Any]] = []
+        broken: list[dict[str, Any]] = []
+        places: list[tuple[str, int]] = []
+        for url, part in zip(task.data, task.parts or [None] * len(task.data)):
+            for offset, number, line in _lines(url, part):
+                try:
+                    records.append(self._parsed(line))
+                    places.append((url, number))
+                except DataError as error:
+                    where = f"{url}:{number if part is None else line_number(url, offset)}"
+                    if self.broken_lines == "error":
+                        raise DataError(f"{where}: {error}") from None
+                    broken.append({"where": where, "error": str(error), "line": line.decode("utf-8", "replace")})
+        self.set_aside(broken)
+        self.dropped("broken line", len(broken), broken)
+        if not records:
+            return None
+        return self._batch(task, self._table(records, places))
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.fallback_encoding is None:
+                raise DataError(f"not UTF-8 text: {error}") from None
+            text = line.decode(self.fallback_encoding, errors="replace")
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not a JSON object on one line: {error}") from None
+        if not isinstance(record, dict):
+            raise DataError(f"expected a JSON object such as {{...}}, got a {type(record).__name__}")
+        for name in self.columns or ():
+            if name not in record:
+                raise DataError(f"no key {name!r}; there are: {', '.join(record)}")
+        return record
+
+    def _table(self, records: list[dict[str, Any]], places: list[tuple[str, int]]) -> Any:
+        import pyarrow
+
+        names = self.columns or list(dict.fromkeys(name for record in records for name in record))
+        columns = {}
+        for name in names:
+            values = [record.get(name) for record in records]
+            kind = self.types.get(name)
+            if kind == "string":
+                values = [_as_text(value) for value in values]
+            try:
+                columns[name] = pyarrow.array(values, None if kind is None else pyarrow.type_for_alias(kind))
+            except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+                url, number = places[_first_other(values)]
+                raise DataError(
+                    f"{url}:{number}: the values of {name!r} have no common type ({error}). Give one: "
+                    f"columns={{{name!r}: 'string', ...}}"
+                ) from None
+        return pyarrow.table(columns)
+
+
+class ParquetReadStage(_ReadStage):
+    """Reads a group of files, or row groups of one, into one batch; see `ParquetReader`."""
+
+    def process(self, task: FileGroupTask) -> DocumentBatch:
+        import pyarrow
+
+        tables = [self._read(url, part) for url, part in zip(task.data, task.parts or [None] * len(task.data))]
+        try:
+            return self._batch(task, pyarrow.concat_tables(tables, promote_options="permissive"))
+        except pyarrow.ArrowException as error:
+            raise DataError(f"the columns of {', '.join(task.data)} do not go together: {error}") from error
+
+    def _read(self, url: str, part: tuple[int, int] | None) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with opened(url) as stream:
+                file = pyarrow.parquet.ParquetFile(stream)
+                there = file.schema_arrow.names
+                missing = [name for name in self.columns or () if name not in there]
+                if missing:
+                    raise DataError(f"{url}: no column {missing[0]!r}; there are: {', '.join(there)}")
+                groups = range(file.num_row_groups) if part is None else range(*part)
+                return file.read_row_groups(list(groups), columns=self.columns)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{url} cannot be read as Parquet: {error}") from error
+
+
+def _lines(url: str, part: tuple[int, int] | None) -> Iterator[tuple[int, int, bytes]]:
+    """(byte offset, number within what is read, line) of every line that is not empty and starts in `part`."""
+    with opened(url) as stream:
+        start, stop = part or (0, None)
+        offset = start
+        if start:
+            stream.seek(start - 1)
+            offset += len(stream.readline()) - 1  # the line before belongs to the part before
+        for number, line in enumerate(_until(stream), start=1):
+            if stop is not None and offset >= stop:
+                return
+            content = line[3:] if offset == 0 and line.startswith(b"\xef\xbb\xbf") else line
+            if content.strip():
+                yield offset, number, content
+            offset += len(line)
+
+
+def _until(stream: Any) -> Iterable[bytes]:
+    return iter(stream.readline, b"")
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _first_other(values: Sequence[Any]) -> int:
+    """The position of the first value whose type differs from the first one's."""
+    kinds = [type(value) for value in values]
+    first = next((kind for kind in kinds if kind is not type(None)), type(None))
+    return next((i for i, kind in enumerate(kinds) if kind not in (first, type(None))), 0)

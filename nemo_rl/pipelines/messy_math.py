@@ -1,0 +1,193 @@
+"""A sample of mathematical problems as messy as what one finds: for trying a curation, at any size.
+
+Everything is decided by the seed. The sample holds what real collections hold: exact copies, copies that were slightly
+reworded, wrong answers, answers that are no mathematics, text that was decoded wrongly, lines in another encoding, and
+lines that are cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Record = dict[str, str | None]
+
+_NAMES = ("Zoë", "Jürgen", "Amélie", "Søren", "Lucía", "Anna", "Tom", "Mireille", "Paweł", "Ben")
+_THINGS = ("apples", "crêpes", "marbles", "tickets", "stamps", "books", "seeds", "pencils")
+_OPENINGS = (
+    "On a rainy Tuesday in the small town of {town}, {name} is thinking about numbers.",
+    "{name}, who lives near the market in {town}, keeps careful records of everything.",
+    "While the café in {town} is still closed, {name} does some arithmetic by hand.",
+    "At the school fair in {town}, {name} runs the stall next to the entrance.",
+)
+_TOWNS = ("Zürich", "Málaga", "Aarhus", "Łódź", "Bremen", "Tours", "Gdańsk", "Ghent")
+
+
+@dataclass
+class Sample:
+    """What was written.
+
+    Attributes:
+        path: JSON lines with the keys `problem`, `answer` and `solution`.
+        counts: kind of line -> how many, such as "good", "exact duplicate", "wrong answer".
+    """
+
+    path: Path
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def write_messy_math(path: Path, num_lines: int, seed: int = 0) -> Sample:
+    """Write a sample of `num_lines` lines, whole or not at all."""
+    random_source = random.Random(seed)
+    sample = Sample(path)
+    good: list[Record] = []
+    seen: set[str] = set()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        for _ in range(num_lines):
+            kind = random_source.choices([k for k, _ in _KINDS], [w for _, w in _KINDS])[0] if good else "good"
+            file.write(_line(kind, random_source, good, seen) + b"\n")
+            sample.counts[kind] += 1
+    temporary.replace(path)
+    return sample
+
+
+_KINDS = (
+    ("good", 62),
+    ("exact duplicate", 9),
+    ("near duplicate", 8),
+    ("wrong answer", 5),
+    ("unreadable answer", 3),
+    ("no answer", 2),
+    ("wrongly decoded", 6),
+    ("other encoding", 3),
+    ("cut off", 2),
+)
+
+
+def _line(kind: str, source: random.Random, good: list[Record], seen: set[str]) -> bytes:
+    if kind == "exact duplicate":
+        return _encoded(source.choice(good))
+    if kind == "near duplicate":
+        return _encoded(_reworded(source.choice(good), source))
+    record = _new(source, seen)
+    if kind in ("good", "wrongly decoded", "other encoding"):
+        good.append(record)
+    if kind == "wrongly decoded":
+        return _encoded({key: _mojibake(value or "") for key, value in record.items()})
+    if kind == "other encoding":
+        return json.dumps(record, ensure_ascii=False).encode("cp1252", errors="xmlcharrefreplace")
+    if kind == "cut off":
+        whole = _encoded(record)
+        return whole[: len(whole) * 2 // 3]
+    if kind == "wrong answer":
+        record["answer"] = f"{record['answer']}7"
+    elif kind == "unreadable answer":
+        record["answer"] = source.choice(["see the appendix }", "\\frac{{", "left as an exercise {{", "\\left( 3 +"])
+    elif kind == "no answer":
+        record["answer"] = source.choice([None, "", "   "])
+    return _encoded(record)
+
+
+def _encoded(record: Record) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+def _mojibake(text: str) -> str:
+    """UTF-8 that somebody read as Latin-1."""
+    return text.encode().decode("latin-1")
+
+
+def _reworded(record: Record, source: random.Random) -> Record:
+    problem = record["problem"] or ""
+    change: Callable[[str], str] = source.choice(
+        [
+            lambda text: text.replace(",", " ,").upper(),
+            lambda text: f"Please read carefully. {text}",
+            lambda text: text.replace(". ", ".  ") + " Show your work.",
+        ]
+    )
+    return {**record, "problem": change(problem)}
+
+
+def _new(source: random.Random, seen: set[str]) -> Record:
+    while True:
+        record = source.choice(_MAKERS)(source)
+        if record["problem"] not in seen:
+            seen.add(record["problem"] or "")
+            return record
+
+
+def _opening(source: random.Random) -> tuple[str, str]:
+    name = source.choice(_NAMES)
+    return name, source.choice(_OPENINGS).format(name=name, town=source.choice(_TOWNS))
+
+
+def _shopping(source: random.Random) -> Record:
+    name, opening = _opening(source)
+    count, price, paid = source.randint(3, 60), source.randint(2, 40), source.randint(1, 50)
+    thing = source.choice(_THINGS)
+    total, given = count * price, count * price + paid
+    return {
+        "problem": f"{opening} {name} buys {count} {thing} at {price} euros each and pays with {given} euros. "
+        f"How many euros of change does {name} get back?",
+        "answer": str(paid),
+        "solution": f"The {thing} cost {count} \\times {price} = {total} euros. The change is {given} - {total} = "
+        f"{paid}. \\boxed{{{paid}}}",
+    }
+
+
+def _fractions(source: random.Random) -> Record:
+    name, opening = _opening(source)
+    a, b, c, d = (source.randint(1, 9), source.randint(2, 12), source.randint(1, 9), source.randint(2, 12))
+    numerator, denominator = a * d + c * b, b * d
+    return {
+        "problem": f"{opening} {name} adds $\\frac{{{a}}}{{{b}}}$ and $\\frac{{{c}}}{{{d}}}$. What is the sum?",
+        "answer": f"\\frac{{{numerator}}}{{{denominator}}}",
+        "solution": f"A common denominator is {b} \\times {d} = {denominator}. The sum is \\frac{{{a * d}}}"
+        f"{{{denominator}}} + \\frac{{{c * b}}}{{{denominator}}}. \\boxed{{\\frac{{{numerator}}}{{{denominator}}}}}",
+    }
+
+
+def _quadratic(source: random.Random) -> Record:
+    name, opening = _opening(source)
+    p, q = source.sample(range(-15, 16), 2)
+    b, c = -(p + q), p * q
+    low, high = min(p, q), max(p, q)
+    return {
+        "problem": f"{opening} {name} writes $x^2 {b:+d}x {c:+d} = 0$ on a napkin. Find both solutions as a set.",
+        "answer": f"\\{{{low}, {high}\\}}",
+        "solution": f"The numbers {p} and {q} have the sum {p + q} and the product {c}. So the equation is "
+        f"(x - ({p}))(x - ({q})) = 0. Hence x = {low} or x = {high}. \\boxed{{\\{{{low}, {high}\\}}}}",
+    }
+
+
+def _roots(source: random.Random) -> Record:
+    name, opening = _opening(source)
+    k, n = source.randint(2, 30), source.choice([2, 3, 5, 6, 7, 10, 11, 13])
+    return {
+        "problem": f"{opening} {name} simplifies $\\sqrt{{{k * k * n}}}$ completely. What is the result?",
+        "answer": f"{k}\\sqrt{{{n}}}",
+        "solution": f"Since {k * k * n} = {k}^2 \\times {n}, the root is {k}\\sqrt{{{n}}}. \\boxed{{{k}\\sqrt{{{n}}}}}",
+    }
+
+
+def _journey(source: random.Random) -> Record:
+    name, opening = _opening(source)
+    speed, hours, rest = source.randint(4, 95), source.randint(2, 14), source.randint(3, 120)
+    distance = speed * hours
+    return {
+        "problem": f"{opening} {name} travels for {hours} hours at {speed} kilometres per hour, rests for {rest} "
+        f"minutes, and then travels the same way back. How many kilometres does {name} travel in all?",
+        "answer": str(2 * distance),
+        "solution": f"One way is {speed} \\times {hours} = {distance} kilometres. The rest of {rest} minutes adds no "
+        f"distance. Both ways are 2 \\times {distance} = {2 * distance}. \\boxed{{{2 * distance}}}",
+    }
+
+
+_MAKERS: tuple[Callable[[random.Random], Record], ...] = (_shopping, _fractions, _quadratic, _roots, _journey)

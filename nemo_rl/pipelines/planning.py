@@ -1,0 +1,255 @@
+"""From a list of stages to stages that can run: checked, and every Python ready.
+
+Three steps, each before the next costs anything: `checked_stages` looks at nothing but the stages, `checked_cluster`
+at what the nodes have, and `planned_stages` makes all venvs ready, in parallel, before the first task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from nemo_rl import settings
+from nemo_rl.distributed.node_venvs import NodeProgressCallback
+from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.runtime_env_fields import check_values, ray_chooses_python, require_tools_on_each_node
+from nemo_rl.distributed.worker_launch import WorkerPython, activation, ray_runtime_env, ready_pythons
+from nemo_rl.distributed.worker_options import checked_runtime_env, merged_runtime_env
+from nemo_rl.errors import PipelineDefinitionError, ResourceInsufficientError, VenvError
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, driver_search_path
+from nemo_rl.pipelines.runner import StageJob
+from nemo_rl.pipelines.stage import ANY_COLUMN, AnyStage, GatherStage, ProcessingStage, Resources
+from nemo_rl.pipelines.tasks import DocumentBatch, Task
+from nemo_rl.venvs import VenvPlan, plan, spec_from_runtime_env
+
+logger = logging.getLogger(__name__)
+
+_CHOOSES_VENV = ("pip", "uv", "py_executable")
+_GPU_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+
+
+# --- what needs nothing but the stages ----------------------------------------------------------------------------
+
+
+def checked_stages(
+    stages: Sequence[AnyStage], initial_tasks: Sequence[Task[Any]], runtime_env: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Check what can be checked without a cluster.
+
+    Returns:
+        Each stage's `runtime_env` fields, with the pipeline's below them.
+
+    Raises:
+        PipelineDefinitionError: no stages, equal names, wrong attributes, or a need that nothing before a stage meets.
+        RuntimeEnvError: an unknown, malformed or clashing field.
+    """
+    if not stages:
+        raise PipelineDefinitionError("the pipeline has no stages: add_stage(...)")
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        _check_attributes(stage)
+        if names.count(stage.name) > 1:
+            raise PipelineDefinitionError(
+                f"{names.count(stage.name)} stages are named {stage.name!r}; give them names with with_(name=...)"
+            )
+    leading = 0
+    while leading < len(stages) and stages[leading].runs_in_driver:
+        leading += 1
+    for stage in stages[leading:]:
+        if stage.runs_in_driver:
+            raise PipelineDefinitionError(f"stage {stage.name!r} runs in the driver and must come first")
+    _check_needs(stages, initial_tasks)
+    whole = checked_runtime_env(runtime_env, "runtime_env of the pipeline")
+    result = []
+    for stage in stages:
+        where = f"runtime_env of stage {stage.name!r}"
+        fields = merged_runtime_env(whole, checked_runtime_env(stage.runtime_env, where))
+        check_values(fields, where)
+        result.append(fields)
+    return result
+
+
+def _check_attributes(stage: AnyStage) -> None:
+    if not isinstance(stage.name, str) or not stage.name.strip():
+        raise PipelineDefinitionError(f"{type(stage).__name__} has the name {stage.name!r}: expected a text")
+    what = f"stage {stage.name!r}"
+    if not isinstance(stage.resources, Resources):
+        raise PipelineDefinitionError(f"{what}: resources must be Resources(...), not {stage.resources!r}")
+    for name, least in (("batch_size", 1), ("num_workers", 1), ("max_retries", 0)):
+        value = getattr(stage, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not is_whole and (value is not None or name == "batch_size"):
+            raise PipelineDefinitionError(f"{what}: {name} must be a whole number of at least {least}, not {value!r}")
+    base = GatherStage if isinstance(stage, GatherStage) else ProcessingStage
+    methods = ("process_all",) if base is GatherStage else ("process", "process_batch")
+    if all(getattr(type(stage), method) is getattr(base, method) for method in methods):
+        raise PipelineDefinitionError(f"{what} ({type(stage).__name__}) must define {' or '.join(methods)}")
+
+
+def _check_needs(stages: Sequence[AnyStage], initial_tasks: Sequence[Task[Any]]) -> None:
+    attributes = {name for name in dir(initial_tasks[0]) if all(hasattr(task, name) for task in initial_tasks)}
+    if all(task.data is None for task in initial_tasks):
+        attributes.discard("data")
+    tables = [set(task.columns) for task in initial_tasks if isinstance(task, DocumentBatch)]
+    columns = set.intersection(*tables) if len(tables) == len(initial_tasks) else set()
+    for stage in stages:
+        needed_attributes, needed_columns = _declared(stage, "inputs")
+        lacking = [f"attribute {name!r}" for name in needed_attributes if name not in attributes]
+        if ANY_COLUMN not in columns:
+            lacking += [f"column {name!r}" for name in needed_columns if name not in columns]
+        if lacking:
+            there = ", ".join(sorted(columns)) or "no columns"
+            raise PipelineDefinitionError(
+                f"stage {stage.name!r} needs the {lacking[0]}, which nothing before it produces (there: {there})"
+            )
+        made_attributes, made_columns = _declared(stage, "outputs")
+        attributes |= set(made_attributes)
+        columns |= set(made_columns)
+
+
+def _declared(stage: AnyStage, which: str) -> tuple[list[str], list[str]]:
+    value = getattr(stage, which)()
+    right = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, list) for part in value)
+    if not right:
+        raise PipelineDefinitionError(
+            f"stage {stage.name!r}: {which}() must return (list of task attributes, list of columns), not {value!r}"
+        )
+    return value
+
+
+# --- what the nodes have -----------------------------------------------------------------------------------------
+
+
+def cluster_totals() -> Cluster:
+    """CPUs and GPUs of all alive nodes."""
+    nodes = alive_nodes()
+    return Cluster(*(sum(node.total.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")))
+
+
+def checked_cluster(stages: Sequence[AnyStage]) -> list[tuple[float, float]]:
+    """The CPUs and GPUs of one worker of each stage.
+
+    Raises:
+        ResourceInsufficientError: no node has room for a stage's worker.
+    """
+    gpu_gb = _gpu_memory_gb() if any(stage.resources.gpu_memory_gb for stage in stages) else None
+    nodes = alive_nodes()
+    result = []
+    for stage in stages:
+        wanted = stage.resources
+        gpus = wanted.gpus
+        if wanted.gpu_memory_gb:
+            if gpu_gb is None or wanted.gpu_memory_gb > gpu_gb:
+                there = "there is no GPU" if gpu_gb is None else f"the smallest GPU has {gpu_gb:.0f} GB"
+                raise ResourceInsufficientError(
+                    f"stage {stage.name!r} asks for {wanted.gpu_memory_gb:g} GB of a GPU's memory; {there}"
+                )
+            gpus = round(wanted.gpu_memory_gb / gpu_gb, 4)
+        if not any(n.total.get("CPU", 0) >= wanted.cpus and n.total.get("GPU", 0) >= gpus for n in nodes):
+            most = {name: max(n.total.get(name, 0) for n in nodes) for name in ("CPU", "GPU")}
+            raise ResourceInsufficientError(
+                f"stage {stage.name!r} asks for {wanted.cpus:g} CPUs and {gpus:g} GPUs on one node; the largest nodes "
+                f"have {most['CPU']:g} CPUs and {most['GPU']:g} GPUs"
+            )
+        result.append((wanted.cpus, gpus))
+    return result
+
+
+def _gpu_memory_gb() -> float | None:
+    """The memory of the cluster's smallest GPU; None when there is no GPU."""
+    ask: Any = ray.remote(num_cpus=0)(_gpu_memory_here)
+    sizes: list[float] = []
+    for node in alive_nodes():
+        if node.total.get("GPU", 0) > 0:
+            affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            try:
+                sizes += ray.get(ask.options(scheduling_strategy=affinity).remote(), timeout=60)
+            except RayError as error:
+                raise ResourceInsufficientError(f"cannot ask node {node.address} about its GPUs: {error}") from error
+    return min(sizes, default=None)
+
+
+def _gpu_memory_here() -> list[float]:
+    output = subprocess.run(_GPU_QUERY, capture_output=True, text=True, check=True).stdout
+    return [float(line) * 2**20 / 1e9 for line in output.split("\n") if line.strip()]
+
+
+# --- Pythons -----------------------------------------------------------------------------------------------------
+
+
+def planned_stages(
+    jobs: Sequence[StageJob],
+    fields: Sequence[Mapping[str, Any]],
+    resources: Sequence[tuple[float, float]],
+    progress: NodeProgressCallback | None = None,
+) -> list[PlannedStage]:
+    """Make every stage's Python ready on every node, all at once, and say how Ray starts it.
+
+    Raises:
+        VenvError: a stage's venv cannot be planned, for instance because uv finds no versions that go together; names
+            the stage. No venv has been built then.
+        NodeVenvError: a venv could not be made ready on some node.
+        ClusterError: conda or podman is asked for and missing on a node.
+    """
+    for stage_fields in fields:
+        require_tools_on_each_node(stage_fields)
+    names = [job.stage.name for job in jobs]
+    plans = _plans(dict(zip(names, fields)))
+    pythons = ready_pythons({_venv_name(the_plan): the_plan for the_plan in plans.values()}, progress)
+    search_path = driver_search_path()
+    result = []
+    for job, own, (cpus, gpus) in zip(jobs, fields, resources):
+        name = job.stage.name
+        runtime_env: dict[str, Any] = {}
+        if not own:
+            env_vars = settings.forwarded()
+        elif ray_chooses_python(own):
+            runtime_env, env_vars = ray_runtime_env(WorkerPython(), own)
+        elif name in plans:
+            runtime_env, env_vars = ray_runtime_env(pythons[_venv_name(plans[name])], own)
+        else:
+            drivers = WorkerPython(python=sys.executable, activation=activation(sys.executable))
+            runtime_env, env_vars = ray_runtime_env(drivers, own)
+        result.append(PlannedStage(job, cpus, gpus, runtime_env, env_vars, search_path))
+    return result
+
+
+def _plans(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, VenvPlan]:
+    """Stage -> plan of its venv; equal requests are planned once, different ones at the same time."""
+    specs = {
+        name: spec_from_runtime_env(own, own.get("py_executable") or sys.executable)
+        for name, own in fields.items()
+        if any(field in own for field in _CHOOSES_VENV)
+    }
+    first_of = {spec: name for name, spec in reversed(specs.items())}
+
+    def planned(name: str) -> VenvPlan:
+        try:
+            result = plan(specs[name])
+            result.check_compatible()
+        except VenvError as error:
+            error.args = (f"stage {name!r}: {error}", *error.args[1:])
+            raise
+        return result
+
+    with ThreadPoolExecutor(max_workers=max(1, len(first_of))) as pool:
+        by_spec = dict(zip(first_of, pool.map(planned, first_of.values())))
+    return {name: by_spec[spec] for name, spec in specs.items()}
+
+
+def _venv_name(the_plan: VenvPlan) -> str:
+    """One name for one request, whichever stage makes it."""
+    requirements = getattr(the_plan.spec, "requirements", ())
+    readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", line) for line in requirements if not line.startswith("-"))
+    digest = hashlib.sha256(str(the_plan.spec).encode()).hexdigest()[:8]
+    return f"stage-{readable[:60] or Path(getattr(the_plan.spec, 'project', 'python')).name}-{digest}"

@@ -1,0 +1,191 @@
+"""How far a run is: every worker keeps a small file of counts, which anybody may add up at any time.
+
+One way for all executors, and one that survives the death of a worker and of the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+logger = logging.getLogger(__name__)
+
+MAX_EXAMPLES = 5
+_MAX_EXAMPLE_CHARS = 2000
+_RECENT_S = 5.0
+
+
+@dataclass
+class Dropped:
+    """Documents left out for one reason."""
+
+    count: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, count: int, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Count them, and keep a few."""
+        self.count += count
+        for example in examples[: MAX_EXAMPLES - len(self.examples)]:
+            self.examples.append({str(k): _shown(v) for k, v in example.items()})
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, int | float | None):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_EXAMPLE_CHARS else text[:_MAX_EXAMPLE_CHARS] + "…"
+
+
+@dataclass
+class Counts:
+    """What a worker, or all workers of a stage together, have done.
+
+    Attributes:
+        tasks_in, tasks_out, items_in, items_out: taken and made.
+        failed: tasks set aside.
+        busy_s, setup_s: seconds in the stage's own code.
+        first, last: Unix time of the first and the last group of tasks; 0 before there was one.
+        num_workers: that have reported.
+    """
+
+    tasks_in: int = 0
+    tasks_out: int = 0
+    items_in: int = 0
+    items_out: int = 0
+    failed: int = 0
+    busy_s: float = 0.0
+    setup_s: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    num_workers: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        """Add another worker's counts."""
+        for name in ("tasks_in", "tasks_out", "items_in", "items_out", "failed", "busy_s", "setup_s", "num_workers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first = min(filter(None, (self.first, other.first)), default=0.0)
+        self.last = max(self.last, other.last)
+        for reason, dropped in other.dropped.items():
+            self.dropped.setdefault(reason, Dropped()).add(dropped.count, dropped.examples)
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any]) -> Counts:
+        """From what `asdict` gives."""
+        dropped = {reason: Dropped(**value) for reason, value in plain.pop("dropped").items()}
+        return Counts(**plain, dropped=dropped)
+
+
+class WorkerCounts:
+    """The counts of this process for one stage, kept in a file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.counts = Counts(num_workers=1)
+        self._path = directory / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
+
+    def save(self) -> None:
+        """Write them."""
+        now = time.time()
+        self.counts.first = self.counts.first or now
+        self.counts.last = now
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self.counts)), encoding="utf-8", errors="replace")
+        temporary.replace(self._path)
+
+
+def read_counts(directory: Path) -> Counts:
+    """The counts of all workers of a stage."""
+    total = Counts()
+    for path in sorted(directory.glob("*.json")):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            total.add(Counts.from_plain(json.loads(path.read_text(encoding="utf-8"))))
+    return total
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """One stage at one moment.
+
+    Attributes:
+        queued: tasks that the stage before has made and this one has not taken; None for a first stage.
+        tasks_per_s: over the last seconds.
+    """
+
+    stage: str
+    counts: Counts
+    queued: int | None
+    tasks_per_s: float
+
+    def __str__(self) -> str:
+        c = self.counts
+        queued = "" if self.queued is None else f", {self.queued} queued"
+        return (
+            f"{self.stage}: {c.tasks_in} tasks done, {self.tasks_per_s:.1f}/s{queued}, {c.failed} failed, "
+            f"{c.num_workers} workers"
+        )
+
+
+ProgressListener = Callable[[list[StageProgress]], None]
+
+
+class ProgressMonitor:
+    """Reads the counts now and then while its block runs, and passes them on. `stages` are (name, directory)."""
+
+    def __init__(
+        self, stages: Sequence[tuple[str, Path]], listener: ProgressListener | None, interval_s: float = 2.0
+    ) -> None:
+        self._stages = stages
+        self._listener = listener
+        self._interval_s = interval_s
+        self._history: list[tuple[float, list[int]]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="pipeline progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._tell()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self._tell()
+
+    def _tell(self) -> None:
+        progress = self.now()
+        for line in progress:
+            logger.info("%s", line)
+        if self._listener is not None:
+            self._listener(progress)
+
+    def now(self) -> list[StageProgress]:
+        """All stages as they are now."""
+        counts = [read_counts(directory) for _, directory in self._stages]
+        now = time.monotonic()
+        self._history.append((now, [c.tasks_in for c in counts]))
+        while len(self._history) > 2 and self._history[1][0] < now - _RECENT_S:
+            self._history.pop(0)
+        then, before = self._history[0]
+        result = []
+        for index, (name, _) in enumerate(self._stages):
+            queued = None if index == 0 else max(0, counts[index - 1].tasks_out - counts[index].tasks_in)
+            rate = (counts[index].tasks_in - before[index]) / (now - then) if now > then else 0.0
+            result.append(StageProgress(name, counts[index], queued, rate))
+        return result

@@ -1,0 +1,107 @@
+"""`report.html`: what a pipeline's run did, on one page, from the files of its run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo_rl
+from nemo_rl.errors import ConfigError
+from nemo_rl.pipelines.failures import FailedTask, failed_tasks
+from nemo_rl.pipelines.progress import Counts
+from nemo_rl.pipelines.run_directory import STAGES_FILE
+from nemo_rl.utils.console import format_duration
+
+REPORT_FILE = "report.html"
+_MAX_FAILURES = 20
+_MAX_CHARS = 1200
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A stage in the report. `share`: of the busiest stage's seconds, in percent."""
+
+    name: str
+    counts: Counts
+    share: float
+
+    @property
+    def items_per_s(self) -> float:
+        return self.counts.items_in / self.counts.busy_s if self.counts.busy_s else 0.0
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(dropped.count for dropped in self.counts.dropped.values())
+
+
+def write_report(run_dir: Path, target: Path | None = None, *, title: str = "", summary: str = "") -> Path:
+    """Write the report of a run that has ended; atomically. Returns its path (default: `run_dir/report.html`).
+
+    Raises:
+        ConfigError: the directory holds no run that has ended.
+    """
+    if not (run_dir / STAGES_FILE).exists():
+        raise ConfigError(f"{run_dir} holds no run of a pipeline that has ended: it has no {STAGES_FILE}")
+    path = target or run_dir / REPORT_FILE
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(render(run_dir, title=title, summary=summary), encoding="utf-8", errors="replace")
+    temporary.replace(path)
+    return path
+
+
+def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
+    """The page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    rows = _rows(json.loads((run_dir / STAGES_FILE).read_text(encoding="utf-8")))
+    failed = failed_tasks(run_dir)
+    ended = record.get("ended") or time.time()
+    first = next((row for row in rows if row.counts.items_in), None)
+    last = next((row for row in reversed(rows) if row.counts.items_in), None)
+    tiles = [
+        (f"{first.counts.items_out:,}" if first else "0", "read" if first else "items"),
+        (f"{last.counts.items_in:,}" if last else "0", "left"),
+        (f"{sum(row.num_dropped for row in rows):,}", "dropped"),
+        (f"{sum(row.counts.failed for row in rows):,}", "tasks failed"),
+        (
+            format_duration(ended - record["started"]),
+            "wall time" + (", all attempts" if record["attempts"] > 1 else ""),
+        ),
+    ]
+    environment = Environment(
+        loader=PackageLoader("nemo_rl.pipelines", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template("report_template.html").render(
+        title=title or record["name"],
+        summary=summary,
+        record=record,
+        tiles=tiles,
+        rows=rows,
+        failed=[_shown(one) for one in failed[:_MAX_FAILURES]],
+        num_failed=len(failed),
+        version=nemo_rl.__version__,
+        shorten=_shorten,
+    )
+
+
+def _rows(stages: list[dict[str, Any]]) -> list[StageRow]:
+    named = [(stage.pop("stage"), Counts.from_plain(stage)) for stage in stages]
+    longest = max((counts.busy_s for _, counts in named), default=0.0) or 1.0
+    return [StageRow(name, counts, 100 * counts.busy_s / longest) for name, counts in named]
+
+
+def _shown(failed: FailedTask) -> dict[str, str]:
+    return {"stage": failed.stage, "task": failed.task_id, "error": _shorten(failed.error), "path": str(failed.path)}
+
+
+def _shorten(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + "…"

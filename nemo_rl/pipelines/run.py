@@ -1,0 +1,233 @@
+"""One run of a pipeline, from its checks to its results; see the picture at the top of `pipeline`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+
+from nemo_rl.distributed.ray_session import init_ray
+from nemo_rl.errors import PipelineError, StageError
+from nemo_rl.pipelines.bootstrap import StageWorker
+from nemo_rl.pipelines.executors.base import Executor, PlannedStage, stage_error
+from nemo_rl.pipelines.items import Item
+from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_totals, planned_stages
+from nemo_rl.pipelines.progress import ProgressListener, ProgressMonitor
+from nemo_rl.pipelines.run_directory import RunDirectory
+from nemo_rl.pipelines.runner import OnFailure, StageJob, StageRunner, counts_directory, spool_directory
+from nemo_rl.pipelines.spool import Spool, SpooledTask, SpoolWriter
+from nemo_rl.pipelines.stage import AnyStage, GatherStage
+from nemo_rl.pipelines.tasks import Task
+
+if TYPE_CHECKING:
+    from nemo_rl.pipelines.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """See `Pipeline.run`."""
+
+    run_dir: str | os.PathLike[str] | None
+    on_failure: OnFailure
+    max_retries: int
+    progress: ProgressListener | None
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    stages: list[AnyStage],
+    executor: Executor | None,
+    tasks: list[Task[Any]],
+    options: RunOptions,
+) -> list[Task[Any]]:
+    """See `Pipeline.run`."""
+    if not tasks:
+        return []
+    fields = checked_stages(stages, tasks, pipeline.runtime_env)
+    with RunDirectory.opened(options.run_dir, pipeline.name, stages) as directory:
+        for stage in stages:
+            stage.prepare(directory.is_resumed)
+        directory.begin()
+        run = _Run(stages, fields, _default_executor() if executor is None else executor, directory, options)
+        return run.results(tasks)
+
+
+def _default_executor() -> Executor:
+    from nemo_rl.pipelines.executors.actor_pool import RayActorPoolExecutor
+
+    return RayActorPoolExecutor()
+
+
+class _Run:
+    """The state of a run: where it is, and what goes into the next segment."""
+
+    def __init__(
+        self,
+        stages: list[AnyStage],
+        fields: list[dict[str, Any]],
+        executor: Executor,
+        directory: RunDirectory,
+        options: RunOptions,
+    ) -> None:
+        self._stages = stages
+        self._fields = fields
+        self._executor = executor
+        self._directory = directory
+        self._options = options
+
+    def results(self, tasks: list[Task[Any]]) -> list[Task[Any]]:
+        """Run everything that is not done yet."""
+        num_in_driver = sum(stage.runs_in_driver for stage in self._stages)
+        for index in range(num_in_driver):
+            tasks = self._run_in_driver(index, tasks)
+        items = _numbered(self._directory.sources([task.frozen() for task in tasks]))
+        segments = self._segments(num_in_driver)
+        num_done = 0
+        for number, segment in enumerate(segments, start=1):
+            finished = self._finished(number, segment, items)
+            if finished is None:
+                break
+            items, num_done = finished, number
+        if items and num_done < len(segments):
+            items = self._run_segments(segments, num_done + 1, items)
+        return [item.task.load() if isinstance(item.task, SpooledTask) else item.task for item in items]
+
+    def _segments(self, start: int) -> list[list[int]]:
+        """Consecutive stages that an executor runs together; a gathering stage is a segment of its own."""
+        indices = range(start, len(self._stages))
+        marked = [(i if isinstance(self._stages[i], GatherStage) else -1, i) for i in indices]
+        return [[index for _, index in group] for _, group in groupby(marked, key=lambda pair: pair[0])]
+
+    def _run_in_driver(self, index: int, tasks: list[Task[Any]]) -> list[Task[Any]]:
+        runner = StageRunner(self._job(index, 0, spools=False, is_last=False, num_cpus=1.0, on_failure="stop"))
+        runner.start()
+        groups = list(runner.run(_numbered([task.frozen() for task in tasks])))
+        runner.close()
+        return [item.task for group in groups for item in group]
+
+    def _job(
+        self, index: int, segment: int, *, spools: bool, is_last: bool, num_cpus: float, on_failure: OnFailure
+    ) -> StageJob:
+        return StageJob(
+            stage=self._stages[index],
+            directory=str(self._directory.path),
+            segment=segment,
+            index=index,
+            attempt=self._directory.attempt,
+            max_retries=self._options.max_retries,
+            on_failure=on_failure,
+            spools=spools,
+            is_last=is_last,
+            num_cpus=num_cpus,
+        )
+
+    # --- segments -----------------------------------------------------------------------------------------------------
+
+    def _spools(self, number: int, segments: list[list[int]]) -> bool:
+        """Whether a segment's results go to disk: to resume the run, or for a gathering stage before or after."""
+        following = segments[number] if number < len(segments) else []
+        return self._directory.resumable or self._gathers(segments[number - 1]) or self._gathers(following)
+
+    def _gathers(self, segment: list[int]) -> bool:
+        return bool(segment) and isinstance(self._stages[segment[0]], GatherStage)
+
+    def _finished(self, number: int, segment: list[int], items: list[Item]) -> list[Item] | None:
+        """The results of a segment that an earlier attempt finished; else None."""
+        if not self._directory.is_resumed:
+            return None
+        place = spool_directory(self._directory.path, number)
+        num_sources = len(items)
+        if self._gathers(segment):
+            count = place / "complete"
+            if not count.exists():
+                return None
+            num_sources = int(count.read_text())
+        entries, missing = Spool.read(place).results(num_sources)
+        return None if missing else _numbered([SpooledTask.of(entry) for entry in entries])
+
+    def _run_segments(self, segments: list[list[int]], first: int, items: list[Item]) -> list[Item]:
+        init_ray()
+        cluster = cluster_totals()
+        indices = [index for segment in segments[first - 1 :] for index in segment]
+        resources = checked_cluster([self._stages[index] for index in indices])
+        jobs = []
+        for number, segment in enumerate(segments[first - 1 :], start=first):
+            jobs += [
+                self._job(
+                    index,
+                    number,
+                    spools=self._spools(number, segments),
+                    is_last=index == segment[-1],
+                    num_cpus=cluster.num_cpus,
+                    on_failure=self._options.on_failure,
+                )
+                for index in segment
+            ]
+        planned = dict(zip(indices, planned_stages(jobs, [self._fields[index] for index in indices], resources)))
+        places = [(self._stages[index].name, counts_directory(self._directory.path, index)) for index in indices]
+        with ProgressMonitor(places, self._options.progress):
+            for number, segment in enumerate(segments[first - 1 :], start=first):
+                if not items:
+                    break
+                stages = [planned[index] for index in segment]
+                if self._gathers(segment):
+                    items = self._gather(number, stages[0], items)
+                elif self._spools(number, segments):
+                    items = self._run_spooled(number, stages, items, cluster)
+                else:
+                    found = {item.key: item for item in self._executor.run(stages, items, cluster)}
+                    items = _numbered([found[key].task for key in sorted(found)])
+        return items
+
+    def _run_spooled(self, number: int, stages: list[PlannedStage], items: list[Item], cluster: Any) -> list[Item]:
+        place = spool_directory(self._directory.path, number)
+        _, missing = Spool.read(place).results(len(items))
+        if len(missing) < len(items):
+            logger.info("%d of %d inputs were done before", len(items) - len(missing), len(items))
+        self._executor.run(stages, [items[index] for index in missing], cluster)
+        entries, missing = Spool.read(place).results(len(items))
+        if missing:
+            raise PipelineError(
+                f"{len(missing)} of {len(items)} inputs of the stages {', '.join(s.name for s in stages)} are not "
+                f"accounted for. If the workers run on other nodes, {self._directory.path} must be on a file system "
+                "that all of them share (Pipeline.run(run_dir=...)); else run the pipeline again to go on."
+            )
+        return _numbered([SpooledTask.of(entry) for entry in entries])
+
+    def _gather(self, number: int, stage: PlannedStage, items: list[Item]) -> list[Item]:
+        path = self._directory.path
+        before, place = spool_directory(path, number - 1), spool_directory(path, number)
+        if not before.is_dir():  # the first segment: its input is still here
+            writer = SpoolWriter(before, self._directory.attempt)
+            writer.write([], items)
+            writer.close()
+        self._directory.clear_segment(place)
+        options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
+        if stage.runtime_env:
+            options["runtime_env"] = stage.runtime_env
+        worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
+        try:
+            ray.get(worker.start.remote())
+            num_results = ray.get(worker.gather.remote())
+        except RayError as error:
+            raise stage_error(error) or StageError(f"stage {stage.name!r} failed: {error}", stage=stage.name) from error
+        finally:
+            ray.kill(worker)
+        place.mkdir(parents=True, exist_ok=True)
+        entries, missing = Spool.read(place).results(num_results)
+        if missing:
+            raise PipelineError(f"stage {stage.name!r} wrote to a disk that the driver cannot see: {place}")
+        (place / "complete").write_text(str(num_results))
+        return _numbered([SpooledTask.of(entry) for entry in entries])
+
+
+def _numbered(tasks: Sequence[Task[Any]]) -> list[Item]:
+    return [Item(task, (index,)) for index, task in enumerate(tasks)]

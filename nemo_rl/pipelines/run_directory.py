@@ -1,0 +1,190 @@
+"""Where a run keeps what it must not lose, or a scratch directory that ends with the run.
+
+::
+
+    <run_dir>/
+      run.json         name, fingerprint, attempts, state
+      sources.pickle   the tasks that the run started from
+      spool/NN/        what became of every task, see `spool`; NN is the segment
+      failed/<stage>/  tasks that were set aside, see `failures`
+      progress/NNN/    counts of every worker, see `progress`
+      stages.json      counts per stage, when the run ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines.progress import read_counts
+from nemo_rl.pipelines.runner import counts_directory
+from nemo_rl.pipelines.spool import dumps
+from nemo_rl.pipelines.stage import AnyStage
+from nemo_rl.pipelines.tasks import DocumentBatch, Task
+
+_RECORD = "run.json"
+_SOURCES = "sources.pickle"
+STAGES_FILE = "stages.json"
+_NOT_CONTENT = ("name", "resources", "batch_size", "num_workers", "max_retries", "runtime_env")
+
+
+class RunDirectory:
+    """The directory of one run, held by one process at a time. Use `opened`."""
+
+    def __init__(self, path: Path, resumable: bool, attempt: int, record: dict[str, Any]) -> None:
+        self.path = path
+        self.resumable = resumable
+        self.attempt = attempt
+        self._record = record
+        self._begun = False
+
+    @staticmethod
+    @contextlib.contextmanager
+    def opened(path: str | os.PathLike[str] | None, name: str, stages: Sequence[AnyStage]) -> Iterator[RunDirectory]:
+        """Take a directory for a run; with None a scratch directory that is removed afterwards.
+
+        Raises:
+            ResumeError: another run holds it, or it belongs to a pipeline with other stages.
+        """
+        if path is None:
+            with tempfile.TemporaryDirectory(prefix="nemo_rl_pipeline_", ignore_cleanup_errors=True) as scratch:
+                yield RunDirectory(Path(scratch), False, 1, {})
+            return
+        root = Path(path).absolute()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = (root / ".lock").open("w")
+        except OSError as error:
+            raise ResumeError(f"the run directory {root} cannot be written: {error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ResumeError(f"the run directory {root} is in use by another run") from None
+            record = _record(root, name, fingerprint(name, stages))
+            directory = RunDirectory(root, True, record["attempts"] + 1, record)
+            try:
+                yield directory
+            except BaseException:
+                directory._close("failed", stages)
+                raise
+            directory._close("finished", stages)
+
+    def begin(self) -> None:
+        """From here on another run in this directory resumes this one."""
+        if self.resumable:
+            self._record = {**self._record, "attempts": self.attempt, "state": "running"}
+            _write_json(self.path / _RECORD, self._record)
+            self._begun = True
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether an earlier attempt of the run left something here."""
+        return self.attempt > 1
+
+    def sources(self, tasks: list[Task[Any]]) -> list[Task[Any]]:
+        """The tasks that the first attempt started from; kept by it.
+
+        Raises:
+            ResumeError: `tasks`, what this attempt would start from, are others.
+        """
+        if not self.resumable:
+            return tasks
+        path = self.path / _SOURCES
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(dumps(tasks))
+            temporary.replace(path)
+            return tasks
+        kept: list[Task[Any]] = pickle.loads(path.read_bytes())
+        before, now = [_identity(task) for task in kept], [_identity(task) for task in tasks]
+        if before != now:
+            changed = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+            raise ResumeError(
+                f"the inputs of the run in {self.path} have changed since it was started (first difference: input "
+                f"{changed} of {len(before)}, now {len(now)}). Start a new run in another run_dir."
+            )
+        return kept
+
+    def clear_segment(self, directory: Path) -> None:
+        """Forget what an attempt that did not finish wrote for a segment that is done as a whole."""
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def _close(self, state: str, stages: Sequence[AnyStage]) -> None:
+        """Write the counts of all stages, and how the run ended."""
+        if not self._begun:
+            return
+        counts = [
+            {"stage": stage.name, **asdict(read_counts(counts_directory(self.path, index)))}
+            for index, stage in enumerate(stages)
+        ]
+        _write_json(self.path / STAGES_FILE, counts)
+        _write_json(self.path / _RECORD, {**self._record, "state": state, "ended": time.time()})
+
+
+def fingerprint(name: str, stages: Sequence[AnyStage]) -> str:
+    """What decides a run's result, as far as it can be seen: stages, their packages, and their public plain attributes."""
+    content = [
+        [
+            stage.name,
+            f"{type(stage).__module__}.{type(stage).__qualname__}",
+            {key: value for key, value in sorted(vars(stage).items()) if _is_content(key) and _is_plain(value)},
+            {key: repr(value) for key, value in sorted((stage.runtime_env or {}).items()) if key != "env_vars"},
+        ]
+        for stage in stages
+    ]
+    return hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
+
+
+def _is_content(name: str) -> bool:
+    return name not in _NOT_CONTENT and not name.startswith("_")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _record(root: Path, name: str, digest: str) -> dict[str, Any]:
+    path = root / _RECORD
+    record: dict[str, Any] = {"name": name, "fingerprint": digest, "attempts": 0, "started": time.time()}
+    if path.exists():
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ResumeError(f"{path} cannot be read: {error}") from error
+        if record.get("fingerprint") != digest:
+            raise ResumeError(
+                f"the run directory {root} holds a run of the pipeline {record.get('name')!r} with other stages or "
+                "other options of a stage. Give another run_dir, or remove it."
+            )
+    return record
+
+
+def _identity(task: Task[Any]) -> str:
+    content: Mapping[str, Any] = {
+        key: value for key, value in vars(task).items() if key not in ("_stage_perf", "_lineage")
+    }
+    if isinstance(task, DocumentBatch):
+        content = {"id": task.task_id, "rows": task.to_pyarrow().to_pylist()}
+    text = json.dumps(content, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8", errors="replace")
+    temporary.replace(path)

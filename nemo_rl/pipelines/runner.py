@@ -1,0 +1,342 @@
+"""A stage at work in its own process: the same for every executor.
+
+::
+
+    group of tasks ──▶ per batch: check needs ─▶ process_batch ─▶ children, with keys ──▶ groups of tasks
+                                     │ raised: each task alone, up to its retries
+                                     └─▶ failed/ (input, traceback), then go on or stop
+    last stage of a segment with a spool: results are appended to the spool instead of being passed on
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_rl.errors import DataError, StageError, StageInputError, StageOutputError, StageStartError
+from nemo_rl.pipelines.failures import FAILED_DIR, write_failure, write_records
+from nemo_rl.pipelines.items import Item, chunks, grouped, key_text
+from nemo_rl.pipelines.progress import Dropped, WorkerCounts
+from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter
+from nemo_rl.pipelines.stage import AnyStage, GatherStage, ProcessingStage
+from nemo_rl.pipelines.tasks import DocumentBatch, StagePerf, Task
+
+OnFailure = Literal["stop", "set_aside"]
+# Another try gives the same for these.
+_HOPELESS = (StageInputError, StageOutputError)
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """Everything that a worker must know about its stage. Pickled by value, so it holds plain data and the stage.
+
+    Attributes:
+        stage: the object.
+        directory: of the run; shared by all nodes where it must outlive the run.
+        segment, index: which stage of the pipeline it is.
+        attempt: number of this run in its directory.
+        spools: whether tasks that are dropped, or leave the last stage, are recorded on disk.
+        is_last: of its segment.
+        num_cpus: of the cluster; decides how large groups of tasks are.
+    """
+
+    stage: AnyStage
+    directory: str
+    segment: int
+    index: int
+    attempt: int
+    max_retries: int
+    on_failure: OnFailure
+    spools: bool
+    is_last: bool
+    num_cpus: float
+
+    @property
+    def spool_directory(self) -> Path:
+        return spool_directory(Path(self.directory), self.segment)
+
+    @property
+    def counts_directory(self) -> Path:
+        return counts_directory(Path(self.directory), self.index)
+
+
+def spool_directory(run_dir: Path, segment: int) -> Path:
+    """Where a segment's spool is."""
+    return run_dir / "spool" / f"{segment:02d}"
+
+
+def counts_directory(run_dir: Path, index: int) -> Path:
+    """Where the workers of a stage keep their counts."""
+    return run_dir / "progress" / f"{index:03d}"
+
+
+class StageRunner:
+    """Runs one stage. Not thread-safe."""
+
+    def __init__(self, job: StageJob) -> None:
+        self._job = job
+        self._stage = job.stage
+        self._stage._reporter = self
+        self._counts = WorkerCounts(job.counts_directory)
+        self._spool = SpoolWriter(job.spool_directory, job.attempt)
+        self._records: list[Mapping[str, Any]] = []
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+
+    def start(self) -> None:
+        """Set the stage up. Raises `StageStartError`."""
+        began = time.perf_counter()
+        try:
+            self._setup_on_node()
+            self._stage.setup()
+        except Exception as error:
+            raise StageStartError(
+                f"stage {self._stage.name!r} could not be set up: {type(error).__name__}: {error}",
+                stage=self._stage.name,
+                traceback_text=traceback.format_exc(),
+            ) from None  # the cause may be of a class that only this Python has
+        self._counts.counts.setup_s = time.perf_counter() - began
+        self._counts.save()
+
+    def run(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Process a group of tasks; yields groups of what they became, none for what was spooled.
+
+        Raises:
+            StageError: a task failed and the run is to stop.
+        """
+        yield from grouped(self._batches(items), len(items), self._job.num_cpus)
+        self._counts.save()
+
+    def gather(self) -> int:
+        """Run a `GatherStage` over the spool of the segment before; its results go to this segment's spool.
+
+        Returns:
+            How many results there are.
+        """
+        assert isinstance(self._stage, GatherStage)
+        before = Spool.read(spool_directory(Path(self._job.directory), self._job.segment - 1))
+        entries, missing = before.results(1 + max((key[0] for key in _keys(before)), default=-1))
+        if missing:
+            raise StageInputError(f"stage {self._stage.name!r}: not all tasks are there", stage=self._stage.name)
+        began = time.perf_counter()
+        counts = self._counts.counts
+        counts.tasks_in = len(entries)
+        number = 0
+        try:
+            for number, task in enumerate(self._stage.process_all(SpooledTasks(entries)), start=1):
+                frozen = self._checked_output(task, None)
+                counts.tasks_out, counts.items_out = number, counts.items_out + frozen.num_items
+                self._spool.write([], [Item(frozen, (number - 1,))])
+        except StageError:
+            raise
+        except Exception as error:
+            raise self._stage_error(error, "", traceback.format_exc()) from None
+        counts.busy_s = time.perf_counter() - began
+        self._counts.save()
+        self._spool.close()
+        return number
+
+    def close(self) -> None:
+        """Tear the stage down."""
+        self._stage.teardown()
+        self._spool.close()
+        self._counts.save()
+
+    # --- what a stage tells -------------------------------------------------------------------------------------------
+
+    def dropped(self, reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> None:
+        self._counts.counts.dropped.setdefault(reason, Dropped()).add(count, examples)
+
+    def set_aside(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._records += records
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        for batch in chunks(items, self._stage.batch_size):
+            loaded = [Item(i.task.load(), i.key) if isinstance(i.task, SpooledTask) else i for i in batch]
+            outputs = self._outputs(loaded)
+            if self._job.is_last and self._job.spools:
+                self._spool.write([], outputs)
+            else:
+                yield outputs
+
+    def _outputs(self, batch: list[Item]) -> list[Item]:
+        counts = self._counts.counts
+        counts.tasks_in += len(batch)
+        counts.items_in += sum(item.task.num_items for item in batch)
+        began = time.perf_counter()
+        accepted = [item for item in batch if self._accepts(item)]
+        outputs: list[Item] = []
+        if len(accepted) == 1:
+            outputs = self._alone(accepted[0])
+        elif accepted:
+            try:
+                outputs = self._call(accepted)
+            except Exception:
+                self._records = []
+                # Which of them is to blame shows when each is alone.
+                outputs = [output for item in accepted for output in self._alone(item)]
+        counts.busy_s += time.perf_counter() - began
+        counts.tasks_out += len(outputs)
+        counts.items_out += sum(output.task.num_items for output in outputs)
+        return outputs
+
+    def _alone(self, item: Item) -> list[Item]:
+        retries = self._job.max_retries if self._stage.max_retries is None else self._stage.max_retries
+        for attempt in range(1, retries + 2):
+            try:
+                return self._call([item])
+            except Exception as error:
+                self._records = []
+                if attempt > retries or isinstance(error, _HOPELESS):
+                    self._fail(item, error, attempt)
+                    break
+        return []
+
+    def _call(self, batch: list[Item]) -> list[Item]:
+        tasks = []
+        for item in batch:
+            task = item.task.fresh()
+            task._lineage = key_text(item.key)
+            tasks.append(task)
+        began = time.perf_counter()
+        returned = self._stage.process_batch(tasks)
+        perf = StagePerf(self._stage.name, time.perf_counter() - began, len(batch), self._worker)
+        results = self._matched(batch, returned)
+        outputs, entries = _children(results)
+        for (inputs, made), children in zip(results, outputs):
+            for task, child in zip(made, children):
+                frozen = self._checked_output(task, child)
+                frozen._stage_perf = [*inputs[0].task._stage_perf, perf]
+                frozen._lineage = key_text(child.key)
+                child.task = frozen
+        if self._records:
+            run_dir = Path(self._job.directory, FAILED_DIR)
+            write_records(run_dir, self._stage.name, key_text(batch[0].key), self._records)
+            self._records = []
+        if self._job.spools:
+            self._spool.write(entries)
+        return [child for children in outputs for child in children]
+
+    def _matched(self, batch: list[Item], returned: Any) -> list[tuple[list[Item], list[Any]]]:
+        """Which inputs gave which outputs."""
+        if not isinstance(returned, list):
+            raise self._output_error(f"process_batch returned {_shown(returned)}, not a list")
+        if len(returned) == len(batch):
+            return [([item], self._as_list(value)) for item, value in zip(batch, returned)]
+        flat = [task for value in returned for task in self._as_list(value)]
+        if self._job.spools and len({item.key[0] for item in batch}) > 1 and flat:
+            raise self._output_error(
+                f"process_batch returned {len(returned)} entries for {len(batch)} tasks of different inputs. A run "
+                "that can be resumed needs one entry per task (a task, a list or None); a GatherStage sees all tasks"
+            )
+        return [(batch, flat)]
+
+    def _as_list(self, value: Any) -> list[Any]:
+        if value is None:
+            return []
+        return value if isinstance(value, list) else [value]
+
+    def _checked_output(self, task: Any, child: Item | None) -> Task[Any]:
+        if not isinstance(task, Task):
+            raise self._output_error(f"returned {_shown(task)}, not a task")
+        try:
+            # Another object: the stage may have returned one task twice.
+            return task.fresh().frozen()
+        except DataError as error:
+            raise self._output_error(str(error)) from error
+
+    def _output_error(self, what: str) -> StageOutputError:
+        return StageOutputError(f"stage {self._stage.name!r}: {what}", stage=self._stage.name)
+
+    def _accepts(self, item: Item) -> bool:
+        attributes, columns = self._stage.inputs()
+        task = item.task
+        missing = [name for name in attributes if not hasattr(task, name)]
+        error = ""
+        if missing:
+            error = f"the task ({type(task).__name__} {task.task_id!r}) has no attribute {missing[0]!r}"
+        elif columns and isinstance(task, DocumentBatch):
+            lacking = [name for name in columns if name not in task.columns]
+            if lacking:
+                error = f"batch {task.task_id!r} has no column {lacking[0]!r}; there are {task.columns}"
+        if error:
+            self._fail(item, StageInputError(f"stage {self._stage.name!r}: {error}"), 1)
+        return not error
+
+    def _fail(self, item: Item, error: Exception, attempts: int) -> None:
+        text = "".join(traceback.format_exception(error))
+        record = {
+            "stage": self._stage.name,
+            "task_id": item.task.task_id,
+            "lineage": key_text(item.key),
+            "error": f"{type(error).__name__}: {error}",
+            "traceback": text,
+            "attempts": attempts,
+        }
+        write_failure(Path(self._job.directory, FAILED_DIR), record, item.task)
+        self._counts.counts.failed += 1
+        if self._job.on_failure == "stop":
+            self._counts.save()
+            raise self._stage_error(error, item.task.task_id, text)
+        if self._job.spools:
+            self._spool.write([Entry("gone", item.key)])
+
+    def _stage_error(self, error: Exception, task_id: str, text: str) -> StageError:
+        if isinstance(error, StageError):
+            error.stage, error.task_id, error.traceback_text = self._stage.name, task_id, text
+            return error
+        about = f" on task {task_id!r}" if task_id else ""
+        return StageError(
+            f"stage {self._stage.name!r} failed{about}: {type(error).__name__}: {error}\n{text}",
+            stage=self._stage.name,
+            task_id=task_id,
+            traceback_text=text,
+        )
+
+    def _setup_on_node(self) -> None:
+        if type(self._stage).setup_on_node is ProcessingStage.setup_on_node:
+            return
+        run = f"{Path(self._job.directory).resolve()}#{self._job.attempt}#{self._job.index}"
+        folder = Path(tempfile.gettempdir(), f"nemo_rl-{os.getuid()}", "stages")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker = folder / (run.replace("/", "_")[-200:] + ".done")
+        with marker.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not marker.exists():
+                self._stage.setup_on_node()
+                marker.touch()
+
+
+def _children(results: list[tuple[list[Item], list[Any]]]) -> tuple[list[list[Item]], list[Entry]]:
+    """Keys for what tasks became, and the entries that say so."""
+    outputs: list[list[Item]] = []
+    entries: list[Entry] = []
+    for inputs, made in results:
+        first, others = inputs[0], inputs[1:]
+        entries += [Entry("merged", item.key, first.key) for item in others]
+        if not made:
+            entries.append(Entry("gone", first.key))
+        elif len(made) > 1:
+            entries.append(Entry("fan", first.key, len(made)))
+        keys = [first.key] if len(made) == 1 else [(*first.key, index) for index in range(len(made))]
+        outputs.append([Item(task, key) for task, key in zip(made, keys)])
+    return outputs, entries
+
+
+def _keys(spool: Spool) -> Iterator[tuple[int, ...]]:
+    for entries in spool.attempts.values():
+        yield from entries
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__} ({text if len(text) <= 80 else text[:77] + '...'})"

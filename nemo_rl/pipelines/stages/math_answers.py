@@ -1,0 +1,111 @@
+"""Stages for mathematical problems with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_rl.environments.answers import AnswerFormat, compare_cheaply, extract_answer, normalise, to_latex
+from nemo_rl.environments.verify_pool import Question, VerifyPool
+from nemo_rl.pipelines.stage import ProcessingStage
+from nemo_rl.pipelines.stages.text import kept
+from nemo_rl.pipelines.tasks import DocumentBatch
+
+_MAX_ANSWER_CHARS = 500
+
+
+class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Drops problems whose answer cannot be read as mathematics, or is not what their solution ends with.
+
+    Answers are compared as the RL environment compares them, by math-verify and sympy in processes that hostile text
+    may hang or crash without harm. `runtime_env={"uv": ["sympy==1.13.3"]}` checks with another sympy.
+
+    Args:
+        answer: column with the answer.
+        solution: column with a worked solution; None: only whether the answer can be read is checked.
+        solution_format: where a solution has its answer, see `environments.answers.extract_answer`.
+        output: column that gets the version of sympy that accepted the row; None: no such column.
+        num_processes: verify processes per worker.
+        timeout_s: CPU seconds that one answer may take.
+    """
+
+    def __init__(
+        self,
+        answer: str = "answer",
+        solution: str | None = None,
+        *,
+        solution_format: AnswerFormat = "boxed",
+        output: str | None = None,
+        num_processes: int = 1,
+        timeout_s: float = 5.0,
+        memory_limit_mb: int = 2048,
+    ) -> None:
+        self.answer = answer
+        self.solution = solution
+        self.solution_format: AnswerFormat = solution_format
+        self.output = output
+        self.num_processes = num_processes
+        self.timeout_s = timeout_s
+        self.memory_limit_mb = memory_limit_mb
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        return ["data"], [self.answer, *([self.solution] if self.solution else [])]
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        return [], [self.output] if self.output else []
+
+    def setup(self) -> None:
+        import sympy
+
+        self._version = f"sympy {sympy.__version__}"
+        self._pool = VerifyPool(self.num_processes, self.timeout_s, self.memory_limit_mb)
+
+    def process(self, task: DocumentBatch) -> DocumentBatch | None:
+        frame = task.to_pandas()
+        if self.output:
+            frame = frame.assign(**{self.output: self._version})
+        faults = self._unreadable(list(frame[self.answer]))
+        if self.solution:
+            self._compare(list(frame[self.answer]), list(frame[self.solution]), faults)
+        return kept(self, task.with_data(frame), faults)
+
+    def teardown(self) -> None:
+        self._pool.close()
+
+    def _unreadable(self, answers: Sequence[Any]) -> list[str | None]:
+        faults: list[str | None] = [None] * len(answers)
+        questions: dict[int, Question] = {}
+        for index, answer in enumerate(answers):
+            if not isinstance(answer, str) or not answer.strip():
+                faults[index] = "no answer"
+            elif len(answer) > _MAX_ANSWER_CHARS:
+                faults[index] = f"answer longer than {_MAX_ANSWER_CHARS} characters"
+            elif compare_cheaply(normalise(answer), "0") is None:  # not simply a number
+                questions[index] = Question(to_latex(normalise(answer)))
+        for index, outcome in self._asked(questions).items():
+            if outcome != "parsed":
+                faults[index] = f"answer that {self._version} cannot read ({outcome})"
+        return faults
+
+    def _compare(self, answers: Sequence[Any], solutions: Sequence[Any], faults: list[str | None]) -> None:
+        questions: dict[int, Question] = {}
+        for index, (answer, solution) in enumerate(zip(answers, solutions)):
+            if faults[index] is not None:
+                continue
+            found = extract_answer(solution, self.solution_format) if isinstance(solution, str) else None
+            if found is None:
+                faults[index] = "solution without an answer"
+                continue
+            truth, other = normalise(answer), normalise(found)
+            same = compare_cheaply(other, truth)
+            if same is None:
+                questions[index] = Question(to_latex(truth), to_latex(other))
+            elif not same:
+                faults[index] = "answer is not the solution's"
+        for index, outcome in self._asked(questions).items():
+            if outcome != "equal":
+                faults[index] = f"answer is not the solution's ({outcome})"
+
+    def _asked(self, questions: Mapping[int, Question]) -> dict[int, str]:
+        verdicts = self._pool.ask(list(questions.values()))
+        return {index: verdict.outcome for index, verdict in zip(questions, verdicts)}

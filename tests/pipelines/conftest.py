@@ -1,0 +1,36 @@
+"""Ray for the tests of this room, and a venv directory that its tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.pipelines import Executor, RayActorPoolExecutor, RayDataExecutor
+
+
+@pytest.fixture(scope="session")
+def shared_venvs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the venvs of all tests of this room are kept."""
+    return tmp_path_factory.mktemp("venvs")
+
+
+@pytest.fixture(autouse=True)
+def _venv_dir(shared_venvs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMO_RL_VENV_DIR", str(shared_venvs))
+
+
+@pytest.fixture(scope="module")
+def ray_local() -> Iterator[str]:
+    """A local cluster with 4 CPUs that no other process joins; the value is its address."""
+    assert not ray.is_initialized(), "another test left Ray running"
+    yield start_local_ray(num_cpus=4, num_gpus=0)
+    ray.shutdown()
+
+
+@pytest.fixture(params=["actor_pool", "ray_data"])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    return {"actor_pool": RayActorPoolExecutor, "ray_data": RayDataExecutor}[request.param]()

@@ -1,0 +1,30 @@
+"""A pipeline that is killed and started again by test_resume: `resume_script.py FOLDER EXECUTOR SECONDS`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sample_stages import AddOne, KeepFirstOfEach, Slow, SplitRows
+
+from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.pipelines.io.readers import JsonlReader
+from nemo_rl.pipelines.io.writers import JsonlWriter
+
+
+def main(folder: Path, executor: str, seconds: float, gathers: bool) -> None:
+    stages = [
+        JsonlReader(folder / "in", task_size=20),
+        SplitRows().with_(name="split"),
+        Slow(str(folder / "taken"), seconds).with_(num_workers=2),
+        *([KeepFirstOfEach(10**6)] if gathers else []),
+        AddOne(),
+        JsonlWriter(folder / "out"),
+    ]
+    chosen = {"actor_pool": RayActorPoolExecutor, "ray_data": RayDataExecutor}[executor]()
+    tasks = Pipeline("resumed", stages=stages).run(chosen, run_dir=folder / "run")
+    sys.stdout.write(f"{len(tasks)} shards\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4:] == ["gathers"])

@@ -1,0 +1,213 @@
+"""Pipelines on real Ray, on every executor: the same result, whatever fails or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from sample_stages import (
+    TINY,
+    AddOne,
+    Failing,
+    KeepFirstOfEach,
+    KillsWorker,
+    SplitRows,
+    batches,
+    numbers,
+)
+
+from nemo_rl.errors import ResourceInsufficientError, StageError, StageInputError, StageOutputError, StageStartError
+from nemo_rl.pipelines import (
+    DocumentBatch,
+    EmptyTask,
+    Executor,
+    Pipeline,
+    ProcessingStage,
+    RayActorPoolExecutor,
+    Resources,
+    Task,
+    failed_tasks,
+    processing_stage,
+)
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def test_tasks_multiply_and_vanish_and_keep_the_order_of_the_input(executor: Executor) -> None:
+    pipeline = Pipeline("p", stages=[AddOne(), SplitRows(), AddOne().with_(name="again", batch_size=3)])
+    tasks = pipeline.run(executor, batches(40))
+    assert numbers(tasks) == list(range(2, 82))
+    assert [len(task.to_pandas()) for task in tasks] == [1] * 80
+    assert [perf.stage for perf in tasks[7]._stage_perf] == ["AddOne", "SplitRows", "again"]
+    assert len({task._lineage for task in tasks}) == 80
+
+    class DropEven(SplitRows):
+        drop_divisor = 4
+
+    assert numbers(Pipeline("p", stages=[DropEven()]).run(executor, batches(6))) == [2, 3, 6, 7, 10, 11]
+
+
+def test_without_initial_tasks_the_first_stage_makes_them(executor: Executor) -> None:
+    @processing_stage(name="count", resources=TINY)
+    def count(task: EmptyTask) -> list[DocumentBatch]:
+        assert isinstance(task, EmptyTask)
+        return batches(5)
+
+    assert numbers(Pipeline("p", stages=[count, AddOne()]).run(executor)) == list(range(1, 11))
+
+
+def test_tasks_of_any_kind_and_functions_of_the_script(executor: Executor) -> None:
+    def double(task: Task[int]) -> Task[int]:
+        return Task(task.task_id, task.dataset_name, 2 * task.data)
+
+    def keep_large(task: Task[int]) -> Task[int] | None:
+        return task if task.data > 10 else None
+
+    tasks = [Task(str(i), "ints", i) for i in range(20)]
+    result = Pipeline("p", stages=[double, keep_large]).run(executor, tasks)
+    assert [(task.task_id, task.data) for task in result] == [(str(i), 2 * i) for i in range(6, 20)]
+
+
+def test_a_gathering_stage_sees_the_whole_data_set(executor: Executor, tmp_path: Path) -> None:
+    stages = [AddOne(), KeepFirstOfEach(7), AddOne().with_(name="last")]
+    result = Pipeline("p", stages=stages).run(executor, batches(10))
+    assert numbers(result) == [n + 1 for n in range(1, 8)]
+    first = Pipeline("p", stages=[KeepFirstOfEach(3)]).run(executor, batches(10), run_dir=tmp_path)
+    assert numbers(first) == [0, 1, 2]
+
+
+def test_a_failing_task_stops_the_run_and_says_which_and_why(executor: Executor) -> None:
+    with pytest.raises(StageError, match=r"'Failing'.*'b3'.*ValueError: cannot take 7") as caught:
+        Pipeline("p", stages=[AddOne(), Failing([7])]).run(executor, batches(8))
+    assert (caught.value.stage, caught.value.task_id) == ("Failing", "b3")
+    assert "in process" in caught.value.traceback_text
+
+
+def test_a_failing_task_is_set_aside_with_its_input_and_the_others_go_on(executor: Executor, tmp_path: Path) -> None:
+    pipeline = Pipeline("p", stages=[AddOne(), Failing([3, 12]).with_(batch_size=4)])
+    result = pipeline.run(executor, batches(8), run_dir=tmp_path, max_retries=1)
+    assert numbers(result) == [n for n in range(1, 17) if n not in (3, 4, 11, 12)]
+    failed = failed_tasks(tmp_path)
+    assert [(one.stage, one.task_id, one.attempts) for one in failed] == [("Failing", "b1", 2), ("Failing", "b5", 2)]
+    assert "cannot take 3" in failed[0].error
+    assert "Traceback" in failed[0].traceback
+    assert numbers([failed[0].load()]) == [3, 4]  # as the stage was given it
+    again = Pipeline("p", stages=[AddOne()]).run(executor, [one.load() for one in failed])
+    assert numbers(again) == [4, 5, 12, 13]
+
+
+def test_retries_see_the_task_as_it_was(executor: Executor) -> None:
+    stage = Failing([5], num_times=2).with_(max_retries=2, num_workers=1)
+    assert numbers(Pipeline("p", stages=[stage, AddOne()]).run(executor, batches(4))) == [1, 2, 3, 4, 0, 0, 7, 8]
+
+
+def test_a_worker_that_dies_loses_nothing(executor: Executor, tmp_path: Path) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    stage = KillsWorker(9, str(deaths), num_times=1).with_(batch_size=2)
+    result = Pipeline("p", stages=[AddOne(), stage, AddOne().with_(name="last")]).run(executor, batches(16))
+    assert numbers(result) == list(range(2, 34))
+    assert len(list(deaths.iterdir())) == 1
+
+
+def test_a_task_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+    stage = KillsWorker(9, str(deaths), num_times=99)
+    executor = RayActorPoolExecutor(max_worker_deaths=2)
+    result = Pipeline("p", stages=[stage]).run(executor, batches(32), run_dir=tmp_path / "run")
+    assert numbers(result) == [n for n in range(64) if n not in (8, 9)]
+    (failed,) = failed_tasks(tmp_path / "run")
+    assert (failed.task_id, failed.attempts) == ("b4", 3)
+    assert "its worker died 3 times" in failed.error
+
+
+class NoTask(ProcessingStage[DocumentBatch, DocumentBatch]):
+    resources = TINY
+
+    def process(self, task: DocumentBatch) -> str:  # type: ignore[override]
+        return "text"
+
+
+class BadSetup(ProcessingStage[DocumentBatch, DocumentBatch]):
+    resources = TINY
+
+    def setup(self) -> None:
+        raise OSError("no model here")
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        return task
+
+
+class MixedColumn(ProcessingStage[DocumentBatch, DocumentBatch]):
+    resources = TINY
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        return task.with_data(task.to_pandas().assign(mixed=[1, "one"]))
+
+
+def test_stages_that_break_the_rules_are_named(executor: Executor) -> None:
+    with pytest.raises(StageOutputError, match=r"'NoTask'.*returned a str \('text'\), not a task"):
+        Pipeline("p", stages=[NoTask()]).run(executor, batches(1))
+    with pytest.raises(StageStartError, match=r"'BadSetup' could not be set up: OSError: no model here"):
+        Pipeline("p", stages=[BadSetup()]).run(executor, batches(1))
+    with pytest.raises(StageOutputError, match=r"'MixedColumn'.*cannot be turned into an Arrow table.*mixed"):
+        Pipeline("p", stages=[MixedColumn()]).run(executor, batches(1))
+
+    def rename(task: DocumentBatch) -> DocumentBatch:
+        return task.with_data(task.to_pandas().rename(columns={"number": "n"}))
+
+    with pytest.raises(StageInputError, match=r"'AddOne': batch 'b0' has no column 'number'; there are \['n'\]"):
+        Pipeline("p", stages=[rename, AddOne()]).run(executor, batches(1))
+
+
+class OncePerNode(ProcessingStage[DocumentBatch, DocumentBatch]):
+    resources = TINY
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def setup_on_node(self) -> None:
+        Path(self.folder, f"node-{os.getpid()}").touch()
+
+    def setup(self) -> None:
+        assert list(Path(self.folder).glob("node-*"))
+        Path(self.folder, f"worker-{os.getpid()}").touch()
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        return task
+
+    def teardown(self) -> None:
+        Path(self.folder, f"end-{os.getpid()}").touch()
+
+
+def test_setup_and_teardown(tmp_path: Path) -> None:
+    stage = OncePerNode(str(tmp_path)).with_(num_workers=2)
+    Pipeline("p", stages=[stage]).run(RayActorPoolExecutor(), batches(16))
+    assert len(list(tmp_path.glob("node-*"))) == 1
+    workers = {path.name.partition("-")[2] for path in tmp_path.glob("worker-*")}
+    assert {path.name.partition("-")[2] for path in tmp_path.glob("end-*")} == workers
+    assert 1 <= len(workers) <= 2
+
+
+def test_resources_that_no_node_has(executor: Executor) -> None:
+    with pytest.raises(ResourceInsufficientError, match=r"'AddOne' asks for 64 CPUs and 0 GPUs.* have 4 CPUs"):
+        Pipeline("p", stages=[AddOne().with_(resources=Resources(cpus=64))]).run(executor, batches(1))
+    with pytest.raises(ResourceInsufficientError, match=r"8 GB of a GPU's memory; there is no GPU"):
+        Pipeline("p", stages=[AddOne().with_(resources=Resources(gpu_memory_gb=8))]).run(executor, batches(1))
+
+
+def test_progress_and_the_record_of_a_run(executor: Executor, tmp_path: Path) -> None:
+    seen: list[str] = []
+    pipeline = Pipeline("p", stages=[AddOne(), SplitRows(), Failing([5])])
+    pipeline.run(executor, batches(6), run_dir=tmp_path, progress=lambda stages: seen.append(str(stages[-1])))
+    assert "Failing: 12 tasks done" in seen[-1]
+    assert "0 queued, 1 failed" in seen[-1]
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert [(s["stage"], s["tasks_in"], s["tasks_out"], s["failed"]) for s in stages] == [
+        ("AddOne", 6, 6, 0),
+        ("SplitRows", 6, 12, 0),
+        ("Failing", 12, 11, 1),
+    ]

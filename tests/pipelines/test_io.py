@@ -1,0 +1,205 @@
+"""Readers and writers, in pipelines on real Ray and, where no process is needed, directly."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nemo_rl.errors import DataError, StageError
+from nemo_rl.pipelines import DocumentBatch, EmptyTask, FileGroupTask, Pipeline, RayActorPoolExecutor
+from nemo_rl.pipelines.io.files import list_files, num_bytes
+from nemo_rl.pipelines.io.partition import FilePartitioningStage
+from nemo_rl.pipelines.io.readers import JsonlReader, JsonlReadStage, ParquetReader
+from nemo_rl.pipelines.io.writers import JsonlWriter, ParquetWriter, SingleParquetWriter, read_back
+from nemo_rl.pipelines.stage import expanded
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def read_all(reader: Any) -> list[dict[str, Any]]:
+    """What a reader reads, without Ray."""
+    listing, reading = expanded([reader])
+    batches = [reading.process(task) for task in listing.process(EmptyTask())]
+    return [record for batch in batches if batch is not None for record in batch.to_pyarrow().to_pylist()]
+
+
+@pytest.mark.parametrize("task_size", [1, 7, 23, 64, 1000, "1MiB"])
+def test_every_line_is_read_once_wherever_files_are_split(tmp_path: Path, task_size: int | str) -> None:
+    records = [{"n": n, "text": "ä" * (n % 9)} for n in range(50)]
+    write_lines(tmp_path / "a.jsonl", records[:30])
+    write_lines(tmp_path / "sub" / "b.jsonl.gz", records[30:45])
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(r) for r in records[45:]))  # no newline at the end
+    (tmp_path / "_hidden.jsonl").write_text("not read")
+    (tmp_path / "other.txt").write_text("not read")
+    found = read_all(JsonlReader(tmp_path, task_size=task_size))
+    assert sorted(record["n"] for record in found) == list(range(50))
+    assert {record["n"]: record["text"] for record in found} == {r["n"]: r["text"] for r in records}
+
+
+def test_tasks_are_of_about_equal_size(tmp_path: Path) -> None:
+    for i in range(20):
+        write_lines(tmp_path / f"{i:02}.jsonl", [{"text": "x" * 1000}])
+    write_lines(tmp_path / "large.jsonl", [{"text": "x" * 1000}] * 20)
+    stage = FilePartitioningStage(tmp_path, suffixes=(".jsonl",), split="lines", task_size=5000)
+    tasks = stage.process(EmptyTask())
+    assert 9 <= len(tasks) <= 12
+    assert tasks[0].data == [str(tmp_path / f"{i:02}.jsonl") for i in range(4)]
+    assert tasks[-1].parts[-1] is not None
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    writer = JsonlWriter(tmp_path, compression=suffix[1:])  # type: ignore[arg-type]
+    table = pa.table({"text": ["eins", "zwei", "drü"]})
+    (written,) = [writer.process(DocumentBatch("t", "d", table, _lineage="00007"))]
+    assert written is not None
+    assert written.data == [str(tmp_path / f"part-00007.jsonl{suffix}")]
+    assert [record["text"] for record in read_all(JsonlReader(tmp_path))] == ["eins", "zwei", "drü"]
+
+
+def test_parquet_files_are_split_at_row_groups(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": range(100), "m": [1.5] * 100}), tmp_path / "a.parquet", row_group_size=10)
+    listing = expanded([ParquetReader(tmp_path, task_size=300)])[0]
+    assert len(listing.process(EmptyTask())) > 3
+    found = read_all(ParquetReader(tmp_path, task_size=300, columns=["n"]))
+    assert [record["n"] for record in found] == list(range(100))
+    assert set(found[0]) == {"n"}
+
+
+def test_fsspec_urls() -> None:
+    writer = JsonlWriter("memory://out/folder")
+    writer.prepare(resumes=False)
+    for i in range(3):
+        writer.process(DocumentBatch("t", "d", pa.table({"n": [i]}), _lineage=f"{i}"))
+    assert [r["n"] for r in read_all(JsonlReader("memory://out/folder/part-[02]*"))] == [0, 2]
+    assert [r["n"] for r in read_all(JsonlReader("memory://out/folder"))] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"nosuch://x"):
+        list_files(["nosuch://x"], [".jsonl"])
+
+
+def broken(tmp_path: Path, content: bytes, **options: Any) -> list[dict[str, Any]]:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    return read_all(JsonlReader(path, **options))
+
+
+def test_broken_lines_are_errors_that_name_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: not a JSON object on one line"):
+        broken(tmp_path, b'{"a": 1}\n\n{"a": \n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: expected a JSON object.*got a list"):
+        broken(tmp_path, b'{"a": 1}\n[1]\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8 text"):
+        broken(tmp_path, b'{"a": "x"}\n{"a": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: no key 'b'; there are: a"):
+        broken(tmp_path, b'{"b": 1}\n{"a": 1}\n', columns=["b"])
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: the values of 'a' have no common type"):
+        broken(tmp_path, b'{"a": 1}\n{"a": "x"}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:41: not a JSON"):  # also where the file is split
+        broken(tmp_path, b'{"a": 1}\n' * 40 + b"nonsense\n", task_size=50)
+
+
+def test_what_can_be_done_about_broken_lines(tmp_path: Path) -> None:
+    assert broken(tmp_path, b'{"a": "caf\xe9"}\n', fallback_encoding="cp1252") == [{"a": "café"}]
+    mixed = b'{"a": 1}\n{"a": "x"}\n{"a": null}\n{"a": [2]}\n'
+    assert [r["a"] for r in broken(tmp_path, mixed, columns={"a": "string"})] == ["1", "x", None, "[2]"]
+    stage = JsonlReadStage(None, None, "set_aside")
+    aside: list[Any] = []
+
+    class Reporter:
+        def dropped(self, reason: str, count: int, examples: Any) -> None:
+            aside.append((reason, count))
+
+        def set_aside(self, records: Any) -> None:
+            aside.extend(record["where"].rpartition(":")[2] for record in records)
+
+    stage._reporter = Reporter()
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"a": 1}\nx\n{"a": 3}\n{"a"')
+    batch = stage.process(FileGroupTask("t", "d", [str(path)]))
+    assert batch is not None
+    assert batch.to_pyarrow().to_pylist() == [{"a": 1}, {"a": 3}]
+    assert aside == ["2", "4", ("broken line", 2)]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_all(JsonlReader(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="there are no files"):
+        read_all(JsonlReader(tmp_path))
+    (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 9999)[:-20])
+    with pytest.raises(DataError, match=r"half\.jsonl\.gz cannot be read"):
+        read_all(JsonlReader(tmp_path))
+    (tmp_path / "half.parquet").write_bytes(b"PAR1 half")
+    with pytest.raises(DataError, match=r"half\.parquet cannot be read as Parquet"):
+        read_all(ParquetReader(tmp_path))
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "half.parquet")
+    with pytest.raises(DataError, match=r"half\.parquet: no column 'm'; there are: n"):
+        read_all(ParquetReader(tmp_path, columns=["m"]))
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        JsonlWriter(tmp_path / "file" / "below").prepare(resumes=False)
+    with pytest.raises(DataError, match="not empty; choose another, or give overwrite=True"):
+        JsonlWriter(tmp_path).prepare(resumes=False)
+    JsonlWriter(tmp_path).prepare(resumes=True)
+    JsonlWriter(tmp_path, overwrite=True).prepare(resumes=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match="cannot be written"):
+        ParquetWriter(tmp_path / "out").prepare(resumes=False)
+
+
+def test_sizes() -> None:
+    assert [num_bytes(size) for size in (7, "7B", "2 kib", "1.5MiB", "1GB")] == [7, 7, 2048, 1572864, 10**9]
+    for wrong in (0, "", "MiB", "7 miles", -1, True):
+        with pytest.raises(DataError, match="is no size"):
+            num_bytes(wrong)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_from_many_files_to_shards_and_to_one_file(tmp_path: Path) -> None:
+    for i in range(6):
+        write_lines(tmp_path / "in" / f"{i}.jsonl", [{"n": 10 * i + j, "text": f"t{j}"} for j in range(10)])
+    out = tmp_path / "out"
+    stages = [JsonlReader(tmp_path / "in", task_size=300), ParquetWriter(out, columns=["n"])]
+    tasks = Pipeline("p", stages=stages).run(RayActorPoolExecutor())
+    assert sorted(path for task in tasks for path in task.data) == sorted(map(str, out.iterdir()))
+    assert [n for task in tasks for n in read_back(task)["n"].to_pylist()] == list(range(60))
+
+    single = tmp_path / "single" / "all.parquet"
+    (task,) = Pipeline("p", stages=[ParquetReader(out, task_size=1), SingleParquetWriter(single)]).run()
+    assert pq.read_table(single)["n"].to_pylist() == list(range(60))
+    assert task._metadata == {"num_rows": 60}
+    assert [path.name for path in single.parent.iterdir()] == ["all.parquet"]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_broken_line_in_a_run_names_stage_file_and_line(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [{"n": 1}])
+    (tmp_path / "in" / "b.jsonl").write_text('{"n": 2}\nbroken\n')
+    pipeline = Pipeline("p", stages=[JsonlReader(tmp_path / "in", task_size=1)])
+    with pytest.raises(StageError, match=r"'JsonlReadStage'.*b\.jsonl:2: not a JSON object"):
+        pipeline.run()
+    kept = Pipeline("p", stages=[JsonlReader(tmp_path / "in", task_size=1, broken_lines="set_aside")])
+    tasks = kept.run(run_dir=tmp_path / "run")
+    assert [n for task in tasks for n in task.to_pandas()["n"]] == [1, 2]
+    (records,) = (tmp_path / "run" / "failed").rglob("*.records.jsonl")
+    assert json.loads(records.read_text())["line"] == "broken\n"

@@ -1,0 +1,121 @@
+"""A run that is killed goes on where it stopped, with every input in the output exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sample_stages import AddOne, KeepFirstOfEach, Slow, batches, numbers
+
+from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor
+
+SCRIPT = Path(__file__).with_name("resume_script.py")
+NUM_RECORDS = 40
+
+
+def start(folder: Path, executor: str, seconds: float, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, str(SCRIPT), str(folder), executor, str(seconds), *options]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def kill_when(process: subprocess.Popen[str], folder: Path, num_taken: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(folder.iterdir())) < num_taken:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("executor", "options"), [("actor_pool", []), ("ray_data", []), ("actor_pool", ["gathers"])], ids=str
+)
+def test_every_input_is_in_the_output_once_after_two_kills(tmp_path: Path, executor: str, options: list[str]) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (tmp_path / "in").mkdir()
+    for i in range(NUM_RECORDS // 2):
+        lines = [json.dumps({"number": n}) for n in (2 * i, 2 * i + 1)]
+        (tmp_path / "in" / f"{i:02}.jsonl").write_text("\n".join(lines))
+    for num_taken in (8, 20):
+        kill_when(start(tmp_path, executor, 0.3, *options), taken, num_taken)
+        time.sleep(1)  # its workers end
+    before = len(list(taken.iterdir()))
+    process = start(tmp_path, executor, 0.0, *options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"{NUM_RECORDS} shards" in output
+    found = [json.loads(p.read_text())["number"] for p in sorted((tmp_path / "out").iterdir())]
+    assert found == list(range(1, NUM_RECORDS + 1))
+    redone = len(list(taken.iterdir())) - before
+    assert 0 < redone < NUM_RECORDS  # it went on, it did not start anew
+    again = start(tmp_path, executor, 0.0, *options).communicate(timeout=120)[0]
+    assert f"{NUM_RECORDS} shards" in again
+    assert len(list(taken.iterdir())) - before == redone  # a finished run has nothing to do
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_that_stopped_goes_on_with_the_inputs_that_are_not_done(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+
+    def pipeline(stop: bool) -> Pipeline:
+        def maybe_stop(task):  # type: ignore[no-untyped-def]
+            if stop and task.task_id == "b9":
+                raise RuntimeError("stop here")
+            return task
+
+        return Pipeline("p", stages=[Slow(str(taken), 0).with_(num_workers=1), maybe_stop, AddOne()])
+
+    with pytest.raises(Exception, match="stop here"):
+        pipeline(True).run(RayActorPoolExecutor(), batches(32), run_dir=tmp_path / "run", on_failure="stop")
+    tasks = pipeline(False).run(RayActorPoolExecutor(), batches(32), run_dir=tmp_path / "run")
+    assert numbers(tasks) == list(range(1, 65))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    stages = [Slow(str(taken), 0), KeepFirstOfEach(5), AddOne()]
+    results = [
+        numbers(Pipeline("p", stages=stages).run(RayActorPoolExecutor(), batches(6), run_dir=tmp_path / "run"))
+        for _ in range(2)
+    ]
+    assert results == [[1, 2, 3, 4, 5]] * 2
+    assert len(list(taken.iterdir())) == 6
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
+    with pytest.raises(ResumeError, match="other stages or other options of a stage"):
+        Pipeline("p", stages=[KeepFirstOfEach(3)]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
+    with pytest.raises(ResumeError, match=r"inputs of the run.*have changed.*input 2 of 2, now 3"):
+        Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(3), run_dir=tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ResumeError, match="cannot be read"):
+        Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    from nemo_rl.pipelines.run_directory import RunDirectory
+
+    with (
+        RunDirectory.opened(tmp_path, "p", [AddOne()]),
+        pytest.raises(ResumeError, match="in use by another run"),
+        RunDirectory.opened(tmp_path, "p", [AddOne()]),
+    ):
+        pass

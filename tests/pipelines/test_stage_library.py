@@ -1,0 +1,154 @@
+"""The stages of the library, in pipelines with the venvs that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from nemo_rl.errors import PipelineDefinitionError
+from nemo_rl.pipelines import DocumentBatch, Pipeline
+from nemo_rl.pipelines.messy_math import write_messy_math
+from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
+from nemo_rl.pipelines.stages.grading import SolutionEffortGrade
+from nemo_rl.pipelines.stages.math_answers import MathAnswerCheck
+from nemo_rl.pipelines.stages.text import TextFilter, TextRepair, TokenCounter
+
+
+def batch(*rows: Mapping[str, Any], name: str = "b") -> DocumentBatch:
+    return DocumentBatch(name, "d", pd.DataFrame(list(rows)))
+
+
+def texts(tasks: Sequence[Any], column: str = "text") -> list[Any]:
+    return [value for task in tasks for value in task.to_pandas()[column]]
+
+
+class Drops:
+    """Collects what a stage reports."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def dropped(self, reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+
+    def set_aside(self, records: Sequence[Mapping[str, Any]]) -> None:
+        raise AssertionError("nothing to set aside here")
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_text_is_repaired_in_a_venv_of_its_own() -> None:
+    rows = [
+        {"text": "schÃ¶n &amp; gut  "},
+        {"text": "e\u0301te\u0301\x00"},
+        {"text": "“5′”\r\n  two   words"},
+        {"text": None},
+    ]
+    repaired = Pipeline("p", stages=[TextRepair(["text"])]).run(initial_tasks=[batch(*rows)])
+    assert texts(repaired)[:3] == ["schön & gut", "été", "“5′”\ntwo words"]
+    assert pd.isna(texts(repaired)[3])
+    assert repaired[0]._metadata["num_repaired"] == 3
+
+
+def test_filters_say_what_they_drop() -> None:
+    stage = TextFilter("text", min_chars=3, max_chars=20, min_alphanumeric=0.5, max_repeated_lines=0.3)
+    stage._reporter = drops = Drops()
+    rows = ["ab", "fine text", "x" * 21, "--- ... +++", "a1\na1\nb1", None, "also fine"]
+    left = stage.process(batch(*({"text": text} for text in rows)))
+    assert left is not None
+    assert texts([left]) == ["fine text", "also fine"]
+    assert drops.counts == {
+        "shorter than 3 characters": 1,
+        "longer than 20 characters": 1,
+        "less than 50% letters and digits": 1,
+        "more than 30% repeated lines": 1,
+        "no text": 1,
+    }
+    assert stage.process(batch({"text": ""})) is None
+    with pytest.raises(PipelineDefinitionError, match="leave nothing"):
+        TextFilter("text", min_chars=5, max_chars=4)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_exact_duplicates_go_across_batches_and_the_first_stays() -> None:
+    given = [
+        batch({"text": "One  two", "n": 1}, {"text": "three", "n": 2}, name="a"),
+        batch({"text": "one two", "n": 3}, {"text": "One  two", "n": 4}, {"text": "four", "n": 5}, name="b"),
+        batch({"text": "three", "n": 6}, name="c"),
+    ]
+    exact = Pipeline("p", stages=[ExactDuplicateFilter(["text"])]).run(initial_tasks=given)
+    assert texts(exact, "n") == [1, 2, 3, 5]
+    loose = Pipeline("p", stages=[ExactDuplicateFilter(["text"], ignore_case_and_spaces=True)])
+    assert texts(loose.run(initial_tasks=given), "n") == [1, 2, 5]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_near_duplicates_go_across_batches_unless_their_numbers_differ() -> None:
+    words = "a train leaves the station at noon and travels north for {} hours while another one waits in the shed"
+    given = [
+        batch({"text": words.format(3), "n": 1}, {"text": "something else entirely, with other words", "n": 2}),
+        batch({"text": "Please: " + words.format(3).upper(), "n": 3}, {"text": words.format(4), "n": 4}),
+        batch({"text": "a b", "n": 5}, {"text": None, "n": 6}),
+    ]
+    stage = NearDuplicates("text", threshold=0.6)
+    near = Pipeline("p", stages=[stage]).run(initial_tasks=given)
+    assert texts(near, "n") == [1, 2, 5, 6]
+    assert "_minhash" not in near[0].columns
+    careful = NearDuplicates("text", threshold=0.6, protect_numbers=True)
+    assert texts(Pipeline("p", stages=[careful]).run(initial_tasks=given), "n") == [1, 2, 4, 5, 6]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_answers_are_checked_by_two_versions_of_sympy() -> None:
+    rows = [
+        {"answer": "4", "solution": r"so \boxed{4}"},
+        {"answer": r"\frac{1}{2}", "solution": r"so \boxed{0.5}"},
+        {"answer": r"2\sqrt{3}", "solution": r"so \boxed{\sqrt{12}}"},
+        {"answer": "5", "solution": r"so \boxed{6}"},
+        {"answer": r"x+1", "solution": r"so \boxed{x+2}"},
+        {"answer": r"\frac{{", "solution": r"so \boxed{1}"},
+        {"answer": " ", "solution": r"so \boxed{1}"},
+        {"answer": "7", "solution": "no box"},
+    ]
+    stages = [
+        MathAnswerCheck(solution="solution", output=f"by_{i}").with_(
+            name=f"check {version}", runtime_env={"uv": [f"sympy=={version}"]}
+        )
+        for i, version in enumerate(("1.13.3", "1.12.1"))
+    ]
+    (task,) = Pipeline("p", stages=stages).run(initial_tasks=[batch(*rows)])
+    assert texts([task], "answer") == ["4", r"\frac{1}{2}", r"2\sqrt{3}"]
+    assert set(texts([task], "by_0")) == {"sympy 1.13.3"}
+    assert set(texts([task], "by_1")) == {"sympy 1.12.1"}
+
+
+def test_difficulty_grows_with_the_work_that_a_solution_shows() -> None:
+    stage = SolutionEffortGrade(levels=(3, 6))
+    rows = ["It is 4.", "2 + 2 = 4. So it is 4.", "First 2 * 3 = 6. Then 6 / 2 = 3. At last 3 + 1 = 4.", None]
+    graded = stage.process(batch(*({"solution": text} for text in rows)))
+    assert texts([graded], "difficulty") == [1, 2, 3, 1]
+    with pytest.raises(PipelineDefinitionError, match="must ascend"):
+        SolutionEffortGrade(levels=(3, 3))
+
+
+def test_tokens_are_counted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    stage = TokenCounter(str(tmp_path))
+    stage.setup()
+    assert texts([stage.process(batch({"text": "a b a"}, {"text": None}))], "num_tokens") == [3, 0]
+
+
+def test_the_messy_sample_is_decided_by_its_seed(tmp_path: Path) -> None:
+    seeds = (("a", 1), ("b", 1), ("c", 2))
+    first, again, other = (write_messy_math(tmp_path / name, 300, seed) for name, seed in seeds)
+    assert first.path.read_bytes() == again.path.read_bytes() != other.path.read_bytes()
+    assert first.counts.total() == 300
+    assert len(first.counts) == 9

@@ -1,0 +1,182 @@
+"""Stages that see different versions of the same library, in one pipeline."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import packaging
+import pytest
+import ray
+from sample_stages import AddOne, PackagingVersion, batches
+
+from nemo_rl.errors import ClusterError, RuntimeEnvError, VenvBuildError
+from nemo_rl.pipelines import DocumentBatch, Executor, Pipeline, ProcessingStage, RayActorPoolExecutor
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+THREE_VERSIONS = [
+    PackagingVersion().with_(name="base"),
+    PackagingVersion().with_(name="by pip", runtime_env={"pip": ["packaging==23.2"]}),
+    PackagingVersion().with_(name="by uv", runtime_env={"uv": ["packaging==24.0"]}),
+]
+
+
+def test_three_stages_see_three_versions(executor: Executor, shared_venvs: Path) -> None:
+    tasks = Pipeline("versions", stages=[*THREE_VERSIONS, AddOne()]).run(executor, batches(6))
+    for task in tasks:
+        frame = task.to_pandas()
+        assert set(frame["base"]) == {packaging.__version__}
+        assert set(frame["by pip"]) == {"23.2"}
+        assert set(frame["by uv"]) == {"24.0"}
+        assert len(set(frame["base python"]) | set(frame["by pip python"]) | set(frame["by uv python"])) == 3
+        assert Path(frame["by uv python"][0]).is_relative_to(shared_venvs)
+
+
+def test_only_the_difference_is_on_disk_and_equal_lists_share_it(shared_venvs: Path) -> None:
+    same = [PackagingVersion().with_(name=name, runtime_env={"uv": ["packaging==24.0"]}) for name in ("one", "two")]
+    frame = Pipeline("p", stages=same).run(RayActorPoolExecutor(), batches(1))[0].to_pandas()
+    (prefix,) = set(frame["one python"]) | set(frame["two python"])
+    size = sum(path.lstat().st_size for path in Path(prefix).rglob("*") if path.is_file() and not path.is_symlink())
+    assert size < 5 * 2**20
+    installed = {path.name for path in Path(prefix).glob("lib/*/site-packages/*.dist-info")}
+    assert installed == {"packaging-24.0.dist-info"}
+
+
+class Never(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Leaves a trace if it ever runs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        Path(self.path).touch()
+        return task
+
+
+def test_a_list_that_cannot_be_resolved_gives_uvs_reason_before_any_task(executor: Executor, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    impossible = PackagingVersion().with_(name="impossible", runtime_env={"uv": ["packaging==23.2", "packaging==24.0"]})
+    with pytest.raises(VenvBuildError, match=r"(?s)stage 'impossible'.*packaging==23\.2.*packaging==24\.0"):
+        Pipeline("p", stages=[Never(str(trace)), impossible]).run(executor, batches(1))
+    assert not trace.exists()
+
+
+def test_what_a_runtime_env_says_is_checked_before_anything_starts() -> None:
+    def pipeline(**fields: object) -> Pipeline:
+        return Pipeline("p", stages=[AddOne().with_(runtime_env=fields)])
+
+    with pytest.raises(RuntimeEnvError, match=r"stage 'AddOne' has an unknown field 'pips'. Did you mean 'pip'"):
+        pipeline(pips=["a"]).run(initial_tasks=batches(1))
+    with pytest.raises(RuntimeEnvError, match=r"stage 'AddOne': 'conda' and 'pip' cannot both be given"):
+        pipeline(conda="x", pip=["a"]).run(initial_tasks=batches(1))
+    with pytest.raises(RuntimeEnvError, match=r"stage 'AddOne'.*'a b' is not a requirement"):
+        pipeline(uv=["a b"]).run(initial_tasks=batches(1))
+    with pytest.raises(RuntimeEnvError, match=r"stage 'AddOne'\['working_dir'\]"):
+        pipeline(working_dir=3).run(initial_tasks=batches(1))
+    with pytest.raises(RuntimeEnvError, match="runtime_env of the pipeline"):
+        Pipeline("p", stages=[AddOne()], runtime_env={"nope": 1}).run(initial_tasks=batches(1))
+
+
+def test_tools_that_a_field_needs_are_looked_for_on_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match=r"runtime_env\['image_uri'\] needs podman, which is not on the PATH of"):
+        Pipeline("p", stages=[AddOne().with_(runtime_env={"image_uri": "registry/image:1"})]).run(
+            initial_tasks=batches(1)
+        )
+
+
+class Shows(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Shows what a runtime_env brought."""
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        import os
+
+        try:
+            import shipped_module
+
+            module = shipped_module.VALUE
+        except ImportError:
+            module = "none"
+        shown = {
+            "variable": os.environ.get("STAGE_VARIABLE", "none"),
+            "file": Path("note.txt").read_text() if Path("note.txt").exists() else "none",
+            "module": module,
+            "hook": os.environ.get("SET_BY_HOOK", "none"),
+        }
+        return task.with_data(task.to_pandas()[:1].assign(**shown))
+
+
+def set_by_hook() -> None:
+    import os
+
+    os.environ["SET_BY_HOOK"] = "yes"
+
+
+def test_the_fields_that_ray_carries_out(executor: Executor, tmp_path: Path) -> None:
+    work, modules = tmp_path / "work", tmp_path / "modules" / "shipped_module"
+    work.mkdir()
+    modules.mkdir(parents=True)
+    (work / "note.txt").write_text("shipped")
+    (modules / "__init__.py").write_text("VALUE = 'imported'\n")
+    own = {
+        "working_dir": str(work),
+        "py_modules": [str(modules)],
+        "env_vars": {"STAGE_VARIABLE": "own"},
+        "worker_process_setup_hook": set_by_hook,
+    }
+    stages = [
+        Shows().with_(runtime_env=own),
+        Shows().with_(name="with packages", runtime_env={**own, "uv": ["packaging==24.0"]}),
+        Shows().with_(name="plain"),
+    ]
+    whole = {"env_vars": {"STAGE_VARIABLE": "whole", "OTHER": "1"}}
+    expected = {"variable": "own", "file": "shipped", "module": "imported", "hook": "yes"}
+    nothing = {"variable": "whole", "file": "none", "module": "none", "hook": "none"}
+    for stage, shown in zip(stages, (expected, expected, nothing)):
+        (task,) = Pipeline("p", stages=[stage], runtime_env=whole).run(executor, batches(1))
+        found = task.to_pandas().iloc[0].to_dict()
+        assert {key: found[key] for key in shown} == shown
+
+
+def test_venvs_are_found_again_after_ray_has_restarted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pipeline("versions", stages=THREE_VERSIONS).run(RayActorPoolExecutor(), batches(2))
+    ray.shutdown()
+    monkeypatch.setenv("NEMO_RL_UV", "/nowhere/uv")  # nobody may ask for it
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with caplog.at_level(logging.INFO):
+        tasks = Pipeline("versions", stages=THREE_VERSIONS).run(RayActorPoolExecutor(), batches(2))
+    assert set(tasks[0].to_pandas()["by pip"]) == {"23.2"}
+
+
+class TokenizerVersion(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Loads a tokenizer that it writes itself, and counts the tokens of a text."""
+
+    def setup(self) -> None:
+        import tempfile
+
+        import transformers
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        vocabulary = {"[UNK]": 0, "one": 1, "two": 2}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        folder = tempfile.mkdtemp()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.version = transformers.__version__
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        ids = self.tokenizer("one two three")["input_ids"]
+        return task.with_data(task.to_pandas().assign(**{self.name: self.version, f"{self.name} ids": str(ids)}))
+
+
+@pytest.mark.slow
+def test_two_stages_with_transformers_versions_that_exclude_each_other(executor: Executor) -> None:
+    old = {"uv": ["transformers==4.46.3"]}  # needs tokenizers<0.21, the base's needs a newer one
+    stages = [TokenizerVersion().with_(name="new"), TokenizerVersion().with_(name="old", runtime_env=old)]
+    frame = Pipeline("p", stages=stages).run(executor, batches(2))[0].to_pandas()
+    assert set(frame["old"]) == {"4.46.3"}
+    assert set(frame["new"]) != {"4.46.3"}
+    assert set(frame["old ids"]) == set(frame["new ids"]) == {"[1, 2, 0]"}
