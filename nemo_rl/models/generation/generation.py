@@ -2,26 +2,33 @@
 
 ::
 
-    prompts ──contiguous parts──► one worker each ──► results joined in the order of the prompts
+    prompts ──contiguous parts──► one replica each ──► results joined in the order of the prompts,
+                                                       or handed over piece by piece as they come (`stream`)
     WeightUpdate ──to all────────► digests of the workers' own memory, compared with the sender's
 
+A replica is one worker, or a tied group of workers that hold one copy of the model together and all get its prompts.
 This module imports no worker: the backend's class is named by `registry` and imported in its own venv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+import ray
+from ray.exceptions import RayActorError
 
+from nemo_rl.distributed.futures import MultiWorkerFuture, worker_error
+from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
 from nemo_rl.models.generation.registry import generation_backend
+from nemo_rl.models.generation.results import join
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -30,6 +37,9 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.models.generation.config import SamplingConfig
+
+
+_REPLICA, _PART = "data_parallel", "part_of_replica"
 
 
 class Generation(GenerationInterface):
@@ -52,7 +62,8 @@ class Generation(GenerationInterface):
         model_name = model_name or config.model_name
         if model_name == EMBEDDED_MODEL:
             raise ModelError("the embedded model must be made first: pass model_name=ensure_embedded_model(...)")
-        workers_per_node = _workers_per_node(cluster.bundle_counts, config.generation.num_workers)
+        size = config.generation.options.workers_per_replica
+        replicas = _replicas(cluster.bundle_counts, config.generation.num_workers, size)
         self._max_sequence_length = config.max_sequence_length
         backend = generation_backend(config.generation.backend)
         builder = RayWorkerBuilder(
@@ -63,7 +74,10 @@ class Generation(GenerationInterface):
             tokenizer_name=config.tokenizer_name,
             precision=config.precision,
             use_gpu=cluster.use_gpus,
-            num_local_workers=max(workers_per_node),
+            num_local_workers=max(
+                sum(len(bundles) for node, bundles in replicas if node == index)
+                for index in range(len(cluster.bundle_counts))
+            ),
             py_executable=backend.py_executable_override(config.generation.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
@@ -72,8 +86,9 @@ class Generation(GenerationInterface):
             RayWorkerGroup,
             cluster,
             builder,
-            workers_per_node=workers_per_node,
             name_prefix="generation",
+            bundle_indices_list=replicas,
+            sharding_annotations=NamedSharding(np.arange(len(replicas) * size).reshape(-1, size), [_REPLICA, _PART]),
             env_vars={} if cluster.use_gpus else cpu_env_vars(),
         )
         threads.shutdown(wait=False)
@@ -95,35 +110,71 @@ class Generation(GenerationInterface):
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
     ) -> GenerationResult:
+        called = self._call(
+            "generate", prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling
+        )
+        return join(self._workers.get_all_worker_results(called))
+
+    def stream(
+        self,
+        prompts: BatchedDataDict,
+        *,
+        seed: int,
+        num_generations: int = 1,
+        greedy: bool = False,
+        sampling: SamplingConfig | None = None,
+    ) -> Iterator[tuple[list[int], GenerationResult]]:
+        """See `GenerationInterface.stream`. Workers finish what they began also when the caller stops iterating."""
+        called = self._call(
+            "stream", prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling
+        )
+        return _pieces(self._workers, called)
+
+    def _call(self, method: str, prompts: BatchedDataDict, **how: Any) -> MultiWorkerFuture:
+        """Give each replica its part of the prompts."""
         lengths = prompts["input_lengths"]
         check_prompt_lengths(lengths.tolist(), self._max_sequence_length)
         workers = self._workers
-        bounds = _even_parts(len(lengths), workers.world_size)
+        bounds = _even_parts(len(lengths), workers.dp_size)
         parts = [{key: prompts[key][start:end] for key in ("input_ids", "input_lengths")} for start, end in bounds]
-        references = workers.run_all_workers_multiple_data(
-            "generate",
+        return workers.run_all_workers_sharded_data(
+            method,
+            in_sharded_axes=[_REPLICA],
+            replicate_on_axes=[_PART],
+            output_is_replicated=[_PART],
+            common_kwargs=how,
             prompts=parts,
             first_prompt=[start for start, _ in bounds],
-            common_kwargs={
-                "seed": seed,
-                "num_generations": num_generations,
-                "greedy": greedy,
-                "sampling": sampling,
-            },
         )
-        return join(workers.get_all_worker_results(references))
 
-    def update_weights(self, update: WeightUpdate) -> str:
+    def update_weights(self, update: WeightUpdate, *, in_flight: bool = False) -> str:
         workers = self._workers
-        references = workers.run_all_workers_single_data("update_weights", update=update)
-        for rank, digest in enumerate(workers.get_all_worker_results(references)):
+        # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
+        alone = workers.dp_size == workers.world_size
+        method = "update_weights_in_flight" if in_flight and alone else "update_weights"
+        for rank, digest in enumerate(self._on_all(method, update=update)):
             where = workers.describe_worker(rank)
             check_digest(version=update.version, expected=update.digest, found=digest, where=where)
         return update.digest
 
+    def sleep(self, level: int = 1) -> None:
+        """Let the workers give their GPUs' memory back until `wake`; level 1 keeps the weights in host memory.
+
+        After level 2 the weights have to be published anew. On CPUs, and for backends that hold none, nothing happens.
+        """
+        self._on_all("sleep", level=level)
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        """Take the memory again: "weights", "kv_cache", or None for both."""
+        self._on_all("wake", tags=tags)
+
+    def _on_all(self, method: str, **kwargs: Any) -> list[Any]:
+        workers = self._workers
+        return workers.get_all_worker_results(workers.run_all_workers_single_data(method, **kwargs))
+
     def attestation(self) -> list[dict[str, Any]]:
         workers = self._workers
-        own = workers.get_all_worker_results(workers.run_all_workers_single_data("attestation"))
+        own = self._on_all("attestation")
         return [launched | reported for launched, reported in zip(workers.attestation, own, strict=True)]
 
     def shutdown(self) -> None:
@@ -131,44 +182,58 @@ class Generation(GenerationInterface):
             self._workers.shutdown(cleanup_method="shutdown")
 
 
-def join(results: Sequence[GenerationResult]) -> GenerationResult:
-    """Results of consecutive prompts as one, padded to the longest completion."""
-    first = results[0]
-    if len(results) == 1:
-        return first
-    width = max(result.output_ids.shape[1] for result in results)
-
-    def rows(name: str) -> torch.Tensor:
-        tensors = [getattr(result, name) for result in results]
-        return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-
-    def column(name: str) -> torch.Tensor:
-        return torch.cat([getattr(result, name) for result in results])
-
-    return GenerationResult(
-        output_ids=rows("output_ids"),
-        output_lengths=column("output_lengths"),
-        prompt_lengths=column("prompt_lengths"),
-        logprobs=rows("logprobs"),
-        sampling_logprobs=rows("sampling_logprobs"),
-        truncated=column("truncated"),
-        texts=[text for result in results for text in result.texts],
-        weights_version=first.weights_version,
-    )
+def _pieces(workers: RayWorkerGroup, called: MultiWorkerFuture) -> Iterator[tuple[list[int], GenerationResult]]:
+    """What the called workers yield, as it comes. Raises as `RayWorkerGroup.get_all_worker_results` does."""
+    running = list(called.futures)
+    kept = called.return_from_workers or called.called_workers
+    ranks = dict(zip(map(id, running), called.called_workers, strict=True))
+    try:
+        while running:
+            [stream], _ = ray.wait(running, num_returns=1, fetch_local=False)
+            assert isinstance(stream, ray.ObjectRefGenerator)
+            reference = next(stream, None)
+            if reference is None:
+                running = [other for other in running if other is not stream]
+                continue
+            piece = ray.get(reference)
+            if ranks[id(stream)] in kept:
+                yield piece
+    except RayActorError as error:
+        raise worker_error(workers, error, [], called.called_workers) from error
 
 
-def _workers_per_node(bundle_counts: Sequence[int], num_workers: int | None) -> list[int]:
-    """How many workers each node gets: one per bundle, or `num_workers` spread as evenly as the bundles allow."""
+def _replicas(bundle_counts: Sequence[int], num_workers: int | None, size: int) -> list[tuple[int, list[int]]]:
+    """Node and local bundles of every replica, for `RayWorkerGroup`; a replica of `size` workers stays on its node.
+
+    Raises:
+        ConfigError: the workers do not make whole replicas, or there are more than the bundles allow.
+    """
+    counts = _replicas_per_node(bundle_counts, num_workers, size)
+    return [
+        (node, list(range(index * size, (index + 1) * size)))
+        for node, count in enumerate(counts)
+        for index in range(count)
+    ]
+
+
+def _replicas_per_node(bundle_counts: Sequence[int], num_workers: int | None, size: int) -> list[int]:
+    """How many replicas each node gets: all it has room for, or those of `num_workers` spread as evenly as it goes."""
+    limits = [count // size for count in bundle_counts]
+    uneven = num_workers % size if num_workers is not None else any(count % size for count in bundle_counts)
+    if uneven:
+        what = f"policy.generation.num_workers={num_workers}" if num_workers else f"places per node, {bundle_counts},"
+        raise ConfigError(f"{what} cannot be divided into replicas of {size} workers (policy.generation.options)")
     if num_workers is None:
-        return list(bundle_counts)
-    if num_workers > sum(bundle_counts):
+        return limits
+    if num_workers > sum(limits) * size:
         raise ConfigError(
-            f"policy.generation.num_workers={num_workers}, but the cluster has only {sum(bundle_counts)} places "
-            f"({list(bundle_counts)} per node); lower it, or raise cluster.cpu_workers_per_node or cluster.num_nodes"
+            f"policy.generation.num_workers={num_workers}, but the cluster has only {sum(limits) * size} places "
+            f"({[limit * size for limit in limits]} per node); lower it, or raise cluster.cpu_workers_per_node or "
+            "cluster.num_nodes"
         )
     counts = [0] * len(bundle_counts)
-    for _ in range(num_workers):
-        free = [node for node, limit in enumerate(bundle_counts) if counts[node] < limit]
+    for _ in range(num_workers // size):
+        free = [node for node, limit in enumerate(limits) if counts[node] < limit]
         counts[min(free, key=lambda node: counts[node])] += 1
     return counts
 

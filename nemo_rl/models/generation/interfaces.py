@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -30,7 +32,7 @@ class GenerationResult:
             temperature, top-k and top-p); 0 where greedy. Equal to `logprobs` at temperature 1 without top-k and top-p.
         truncated: [N] bool, True where the completion ended at the length limit.
         texts: the completions as text, special tokens left out.
-        weights_version: version of the weights that generated them.
+        weights_version: version of the weights that generated them; the oldest one where they changed on the way.
     """
 
     output_ids: torch.Tensor
@@ -71,9 +73,34 @@ class GenerationInterface(ABC):
             WeightSyncError: called before the first `update_weights`.
         """
 
+    def stream(
+        self,
+        prompts: BatchedDataDict,
+        *,
+        seed: int,
+        num_generations: int = 1,
+        greedy: bool = False,
+        sampling: SamplingConfig | None = None,
+    ) -> Iterator[tuple[list[int], GenerationResult]]:
+        """`generate`, in pieces: each prompt as soon as all its completions have ended, in whatever order they do.
+
+        A generator that has no way to do that gives everything at the end.
+
+        Yields:
+            Positions in `prompts`, and the completions of these prompts in that order. All pieces together are what
+            `generate` returns.
+        """
+        result = self.generate(prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling)
+        yield list(range(len(prompts["input_lengths"]))), result
+
     @abstractmethod
-    def update_weights(self, update: WeightUpdate) -> str:
+    def update_weights(self, update: WeightUpdate, *, in_flight: bool = False) -> str:
         """Load published weights on every worker; returns the digest computed over the workers' own memory.
+
+        Args:
+            update: what the policy published.
+            in_flight: do not wait for the end of calls that are under way, where the generator can: completions then go
+                on with the new weights, and each token's log-probability is that of the weights that drew it.
 
         Raises:
             WeightSyncError: a worker's digest is not the sender's.

@@ -5,11 +5,19 @@ A worker class takes what `Generation` passes it (see there) and has the methods
 
 from __future__ import annotations
 
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
 from nemo_rl.models.backends import Backend, GenerationOptions, find_backend
+from nemo_rl.models.generation.vllm.config import VllmOptions
 
 BACKENDS: dict[str, Backend[GenerationOptions]] = {
     "torch": Backend(
         "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker", GenerationOptions
+    ),
+    "vllm": Backend(
+        "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker",
+        VllmOptions,
+        cpu_py_executable=PY_EXECUTABLES.VLLM_CPU,
+        replaces=PY_EXECUTABLES.VLLM,
     ),
 }
 

@@ -14,21 +14,25 @@ from nemo_rl.models.embedded import make_tokenizer
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A function: name in CONFIGS -> TinyModel (made once)."""
-    made: dict[str, TinyModel] = {}
+    """A function: name in CONFIGS, and what is to be different -> TinyModel (made once)."""
+    made: dict[tuple, TinyModel] = {}
 
-    def get(name: str) -> TinyModel:
-        if name not in made:
+    def get(name: str, **changes) -> TinyModel:
+        key = (name, *changes.items())
+        if key not in made:
             directory: Path = tmp_path_factory.mktemp(name)
             tokenizer = make_tokenizer()
             tokenizer.save_pretrained(directory)
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(CONFIGS[name](len(tokenizer))).eval()
+            config = CONFIGS[name](len(tokenizer))
+            config.update(changes)
+            model = AutoModelForCausalLM.from_config(config).eval()
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # biases and norms start at 0 and 1, which would hide their absence
                     torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+            model.config.architectures = [type(model).__name__]  # as `model.save_pretrained` writes it
             model.config.save_pretrained(directory)
-            made[name] = TinyModel(directory, model, tokenizer)
-        return made[name]
+            made[key] = TinyModel(directory, model, tokenizer)
+        return made[key]
 
     return get

@@ -7,16 +7,16 @@ import dataclasses
 import pytest
 import ray
 import torch
-from tiny_generation import TinyModel
+from tiny_generation import TinyModel, assert_same
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, WeightSyncError
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.generation.generation import Generation, _even_parts, _workers_per_node, join
-from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.generation.generation import Generation, _even_parts, _replicas
 from nemo_rl.models.generation.registry import BACKENDS, generation_backend
+from nemo_rl.models.generation.results import join
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.sender import publish
 
@@ -30,11 +30,26 @@ def test_parts_are_consecutive_and_even() -> None:
 
 
 def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
-    assert _workers_per_node([2, 2], None) == [2, 2]
-    assert _workers_per_node([2, 2], 2) == [1, 1]
-    assert _workers_per_node([1, 4], 4) == [1, 3]
+    def per_node(*arguments: object) -> list[int]:
+        places = [node for node, _ in _replicas(*arguments, size=1)]
+        return [places.count(node) for node in (0, 1)]
+
+    assert per_node([2, 2], None) == [2, 2]
+    assert per_node([2, 2], 2) == [1, 1]
+    assert per_node([1, 4], 4) == [1, 3]
     with pytest.raises(ConfigError, match="num_workers=5, but the cluster has only 4 places"):
-        _workers_per_node([2, 2], 5)
+        _replicas([2, 2], 5, 1)
+
+
+def test_workers_of_one_replica_are_neighbours_on_one_node() -> None:
+    assert _replicas([4, 2], None, 2) == [(0, [0, 1]), (0, [2, 3]), (1, [0, 1])]
+    assert _replicas([3, 3], 4, 2) == [(0, [0, 1]), (1, [0, 1])]
+    with pytest.raises(ConfigError, match=r"places per node, \[3, 3\], cannot be divided into replicas of 2"):
+        _replicas([3, 3], None, 2)
+    with pytest.raises(ConfigError, match="num_workers=3 cannot be divided into replicas of 2"):
+        _replicas([4], 3, 2)
+    with pytest.raises(ConfigError, match="num_workers=8, but the cluster has only 4 places"):
+        _replicas([3, 3], 8, 2)
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
@@ -52,16 +67,7 @@ def test_joined_results_are_padded_to_the_longest(tiny) -> None:
         generator.generate(ids[start:end], lengths[start:end], seed=0, first_prompt=start)
         for start, end in ((0, 1), (1, 3), (3, 5), (5, 5))
     ]
-    _assert_same(join(parts), whole)
-
-
-def _assert_same(result: GenerationResult, expected: GenerationResult) -> None:
-    """Equal but for the last bits of log-probabilities: matrix products round differently for other batch sizes."""
-    assert result.texts == expected.texts
-    for field in ("output_ids", "output_lengths", "prompt_lengths", "truncated"):
-        assert torch.equal(getattr(result, field), getattr(expected, field)), field
-    for field in ("logprobs", "sampling_logprobs"):
-        assert torch.allclose(getattr(result, field), getattr(expected, field), atol=1e-5), field
+    assert_same(join(parts), whole)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +98,11 @@ def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
         assert generation.update_weights(update) == update.digest
         result = generation.generate(prompts, seed=3, num_generations=2)
         expected = model.generator(max_new_tokens=9).generate(ids, lengths, seed=3, num_generations=2)
-        _assert_same(result, expected)
+        assert_same(result, expected)
         assert result.weights_version == 6
+        pieces = sorted(generation.stream(prompts, seed=3, num_generations=2), key=lambda piece: piece[0])
+        assert [position for positions, _ in pieces for position in positions] == list(range(len(TEXTS)))
+        assert_same(join([piece for _, piece in pieces]), result)
         with pytest.raises(WeightSyncError, match="version 6 arrived damaged at generation worker"):
             generation.update_weights(dataclasses.replace(update, digest="0" * 32))
         long = BatchedDataDict(input_ids=torch.ones(2, 64, dtype=torch.int64), input_lengths=torch.tensor([1, 64]))

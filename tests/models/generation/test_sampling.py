@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from nemo_rl.models.generation.config import SamplingConfig
-from nemo_rl.models.generation.torch.sampling import Sampler, philox4x32, row_uniforms
+from nemo_rl.models.generation.sampling import Sampler, philox4x32, row_uniforms
 
 # Known answers of Random123, the authors' own implementation (kat_vectors, philox4x32 10).
 VECTORS = [

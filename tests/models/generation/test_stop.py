@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_rl.errors import ModelError
-from nemo_rl.models.generation.torch.stop import StopRules
+from nemo_rl.models.generation.stop import StopRules
 
 
 @pytest.fixture(scope="module")

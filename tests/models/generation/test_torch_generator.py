@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_generation import CONFIGS, TinyModel
+from tiny_generation import CONFIGS, reference_logprobs
 
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import SamplingConfig
@@ -18,18 +18,6 @@ from nemo_rl.models.weights.digest import digest_tensors
 TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ", "ten chars!")
 
 
-def _reference_logprobs(tiny: TinyModel, result: GenerationResult) -> torch.Tensor:
-    """Log-probabilities of all completion tokens by the transformers model, row by row without padding."""
-    logprobs = torch.zeros_like(result.logprobs)
-    for row, (start, end) in enumerate(zip(result.prompt_lengths.tolist(), result.output_lengths.tolist())):
-        ids = result.output_ids[row : row + 1, :end]
-        with torch.no_grad():
-            all_logprobs = tiny.model(input_ids=ids).logits[0].log_softmax(-1)
-        for position in range(start, end):
-            logprobs[row, position] = all_logprobs[position - 1, ids[0, position]]
-    return logprobs
-
-
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_logprobs_are_those_of_transformers(tiny, name: str) -> None:
     model = tiny(name)
@@ -37,7 +25,7 @@ def test_logprobs_are_those_of_transformers(tiny, name: str) -> None:
     assert isinstance(generator.decoder, HFDecoder if name == "gpt2" else LlamaDecoder)
     result = generator.generate(*model.prompts(*TEXTS), seed=1, num_generations=3)
     assert len(result.texts) == 3 * len(TEXTS)
-    assert (result.logprobs - _reference_logprobs(model, result)).abs().max() < 1e-4
+    assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
     assert torch.equal(result.logprobs, result.sampling_logprobs)
     completed = result.logprobs != 0
     positions = torch.arange(result.output_ids.shape[1])
@@ -65,7 +53,7 @@ def test_bfloat16_is_close_to_transformers_in_bfloat16(tiny, name: str) -> None:
     assert all(tensor.dtype == torch.bfloat16 for _, tensor in generator.decoder.named_tensors())
     result = generator.generate(*model.prompts(*TEXTS), seed=1, num_generations=2)
     half = dataclasses.replace(model, model=copy.deepcopy(model.model).to(torch.bfloat16))
-    difference = (result.logprobs - _reference_logprobs(half, result).float())[result.logprobs != 0].abs()
+    difference = (result.logprobs - reference_logprobs(half, result).float())[result.logprobs != 0].abs()
     assert difference.mean() < 0.1
 
 
@@ -136,7 +124,7 @@ def test_the_context_bounds_each_row_on_its_own(tiny) -> None:
     assert result.output_lengths.max() == 16
     assert result.truncated.view(3, 8)[2].sum() == (result.output_ids[16:, 15] != 2).sum()
     assert (result.output_lengths[result.truncated] == 16).all()
-    assert (result.logprobs - _reference_logprobs(model, result)).abs().max() < 1e-4
+    assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
 
 
 def test_sampling_can_be_overridden_for_a_call(tiny) -> None:

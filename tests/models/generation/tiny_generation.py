@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
@@ -73,3 +74,24 @@ class TinyModel:
         for row, tokens in zip(padded, ids, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
         return padded, torch.tensor([len(tokens) for tokens in ids])
+
+
+def reference_logprobs(tiny: TinyModel, result: GenerationResult) -> torch.Tensor:
+    """Log-probabilities of all completion tokens by the transformers model, row by row without padding."""
+    logprobs = torch.zeros_like(result.logprobs)
+    for row, (start, end) in enumerate(zip(result.prompt_lengths.tolist(), result.output_lengths.tolist())):
+        ids = result.output_ids[row : row + 1, :end]
+        with torch.no_grad():
+            all_logprobs = tiny.model(input_ids=ids).logits[0].log_softmax(-1)
+        for position in range(start, end):
+            logprobs[row, position] = all_logprobs[position - 1, ids[0, position]]
+    return logprobs
+
+
+def assert_same(result: GenerationResult, expected: GenerationResult) -> None:
+    """Equal but for the last bits of log-probabilities: matrix products round differently for other batch sizes."""
+    assert result.texts == expected.texts
+    for field in ("output_ids", "output_lengths", "prompt_lengths", "truncated"):
+        assert torch.equal(getattr(result, field), getattr(expected, field)), field
+    for field in ("logprobs", "sampling_logprobs"):
+        assert torch.allclose(getattr(result, field), getattr(expected, field), atol=1e-5), field

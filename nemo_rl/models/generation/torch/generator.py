@@ -18,10 +18,11 @@ from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
+from nemo_rl.models.generation.results import PADDING, make_result
+from nemo_rl.models.generation.sampling import Sampler, row_uniforms
+from nemo_rl.models.generation.stop import StopRules, end_of_sequence_ids
 from nemo_rl.models.generation.torch.decoder import Decoder, PromptBatch, make_decoder
 from nemo_rl.models.generation.torch.progress import Completions, Progress
-from nemo_rl.models.generation.torch.sampling import Sampler, row_uniforms
-from nemo_rl.models.generation.torch.stop import StopRules
 from nemo_rl.models.weights.digest import check_digest, digest_tensors
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.receiver import receive
@@ -29,8 +30,6 @@ from nemo_rl.models.weights.receiver import receive
 # Looking for ended rows waits for the device: free on a CPU, but it would drain a GPU's queue of kernels.
 _STEPS_BETWEEN_CHECKS = {"cpu": 1}
 _DEFAULT_STEPS_BETWEEN_CHECKS = 8
-# Any token will do: no real token looks at padding.
-_PADDING = 0
 
 
 class TorchGenerator:
@@ -76,7 +75,7 @@ class TorchGenerator:
         self.decoder: Decoder = make_decoder(
             model_config, self.device, getattr(torch, self.precision), max_sequence_length
         )
-        stop_ids = set(config.stop_token_ids) | _end_of_sequence_ids(model_config, self.tokenizer)
+        stop_ids = set(config.stop_token_ids) | end_of_sequence_ids(model_config, self.tokenizer)
         self._stop = StopRules(self.tokenizer, stop_ids, config.stop_strings)
         self.version: int | None = None
 
@@ -164,7 +163,7 @@ class TorchGenerator:
         positions: dict[tuple[int, ...], int] = {}
         copies = [positions.setdefault(tuple(prompt), len(positions)) for prompt in prompts]
         width = max(map(len, positions))
-        padded = [[_PADDING] * (width - len(prompt)) + list(prompt) for prompt in positions]
+        padded = [[PADDING] * (width - len(prompt)) + list(prompt) for prompt in positions]
         padding = [width - len(prompt) for prompt in positions]
         batch = PromptBatch(
             torch.tensor(padded, device=self.device),
@@ -173,33 +172,6 @@ class TorchGenerator:
         return batch, torch.tensor(copies, device=self.device)
 
     def _result(self, prompts: list[list[int]], parts: list[Completions]) -> GenerationResult:
-        tokens = [row for part in parts for row in part.rows()]
-        ends = [len(prompt) + len(row.tokens) for prompt, row in zip(prompts, tokens, strict=True)]
-        width = max(ends, default=0)
-        output_ids = torch.full((len(prompts), width), _PADDING)
-        logprobs, sampling_logprobs = torch.zeros(2, len(prompts), width)
-        for index, (prompt, row, end) in enumerate(zip(prompts, tokens, ends, strict=True)):
-            start = len(prompt)
-            output_ids[index, :start] = torch.tensor(prompt)
-            output_ids[index, start:end] = row.tokens
-            logprobs[index, start:end] = row.logprobs
-            sampling_logprobs[index, start:end] = row.sampling_logprobs
-        if not torch.isfinite(logprobs).all():
-            raise ModelError(f"{self.name}: the model with weights of version {self.version} gives no finite logits")
         assert self.version is not None
-        return GenerationResult(
-            output_ids=output_ids,
-            output_lengths=torch.tensor(ends, dtype=torch.int64),
-            prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
-            logprobs=logprobs,
-            sampling_logprobs=sampling_logprobs,
-            truncated=torch.tensor([row.truncated for row in tokens], dtype=torch.bool),
-            texts=[self.tokenizer.decode(row.tokens.tolist(), skip_special_tokens=True) for row in tokens],
-            weights_version=self.version,
-        )
-
-
-def _end_of_sequence_ids(model_config: Any, tokenizer: Any) -> set[int]:
-    configured = getattr(model_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}
+        rows = [row for part in parts for row in part.rows()]
+        return make_result(prompts, rows, tokenizer=self.tokenizer, weights_version=self.version, where=self.name)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
+from nemo_rl.models.generation.linear import linear, linear_add
 from nemo_rl.models.generation.torch.decoder import Decoder, Decoding, PromptBatch, parameter_shapes
 from nemo_rl.models.generation.torch.kv_cache import KVCache
-from nemo_rl.models.generation.torch.linear import linear, linear_add
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,21 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_rl.models.generation.torch.sampling import Drawn
-from nemo_rl.models.generation.torch.stop import StopRules
+from nemo_rl.models.generation.results import Completion
+from nemo_rl.models.generation.sampling import Drawn
+from nemo_rl.models.generation.stop import StopRules
 
 # Dropping rows copies the cache, about as expensive as one step; ended rows are computed along until it pays.
 _DROPPED_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One row's tokens [n] int64 with their log-probabilities [n] float32, and whether the length limit ended it."""
-
-    tokens: torch.Tensor
-    logprobs: torch.Tensor
-    sampling_logprobs: torch.Tensor
-    truncated: bool
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,10 @@ class TorchGenerationWorker:
         """Load published weights; the digest over this worker's memory. See `TorchGenerator.update_weights`."""
         return self._generator.update_weights(update)
 
+    def update_weights_in_flight(self, update: WeightUpdate) -> str:
+        """`update_weights`, after the call that is under way: this decoder cannot change weights on the way."""
+        return self.update_weights(update)
+
     def generate(
         self,
         prompts: dict[str, torch.Tensor],
@@ -82,6 +87,33 @@ class TorchGenerationWorker:
             sampling=sampling,
             first_prompt=first_prompt,
         )
+
+    def stream(
+        self,
+        prompts: dict[str, torch.Tensor],
+        *,
+        seed: int,
+        num_generations: int,
+        greedy: bool,
+        sampling: SamplingConfig | None,
+        first_prompt: int,
+    ) -> Iterator[tuple[list[int], GenerationResult]]:
+        """`generate` in a single piece: this decoder completes a batch as a whole."""
+        result = self.generate(
+            prompts,
+            seed=seed,
+            num_generations=num_generations,
+            greedy=greedy,
+            sampling=sampling,
+            first_prompt=first_prompt,
+        )
+        yield list(range(first_prompt, first_prompt + len(prompts["input_lengths"]))), result
+
+    def sleep(self, level: int = 1) -> None:
+        """Nothing to give back: caches are freed after every call."""
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        """Nothing to take again."""
 
     def attestation(self) -> dict[str, Any]:
         """What this worker runs on and with."""

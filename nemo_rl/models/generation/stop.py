@@ -68,3 +68,10 @@ class StopRules:
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
+
+
+def end_of_sequence_ids(model_config: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a text, by the model's configuration and by its tokenizer."""
+    configured = getattr(model_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -1,0 +1,49 @@
+"""The options of the vLLM backend: `policy.generation.options` with `policy.generation.backend: vllm`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from nemo_rl.models.backends import GenerationOptions
+
+
+class VllmOptions(GenerationOptions):
+    """What only vLLM knows. All of it is fixed when the engine starts."""
+
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="Workers, each with its own GPU or CPUs, that hold one copy of the model together."
+    )
+    max_num_seqs: int | None = Field(
+        None, ge=1, description="Sequences decoded at a time. Null: policy.generation.max_batch_size."
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Tokens of one forward pass, prompts included. Null: 8192, or max_num_seqs if larger."
+    )
+    enable_prefix_caching: bool = Field(True, description="Keep the keys and values of prompts that begin alike.")
+    enforce_eager: bool | None = Field(
+        None, description="Neither CUDA graphs nor compilation. Null: on CPUs, where they cost minutes at the start."
+    )
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Keys and values of one worker on CPUs, in GiB.")
+    gpu_memory_utilization: float = Field(
+        0.6, gt=0, le=1, description="Share of a GPU's memory for weights, keys and values, the policy's not counted."
+    )
+    enable_sleep_mode: bool = Field(
+        False, description="On GPUs: let `Generation.sleep` give back the memory of weights, keys and values."
+    )
+    http_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Serve vLLM's OpenAI-compatible API on loopback, one port per worker of a node, from this one on. "
+        "0: free ones (attestation.json tells which). Null: do not.",
+    )
+
+    @model_validator(mode="after")
+    def _server_has_the_whole_model(self) -> VllmOptions:
+        if self.http_port is not None and self.tensor_parallel_size > 1:
+            raise ValueError("http_port needs tensor_parallel_size=1: a request of its own would reach one rank only")
+        return self
+
+    @property
+    def workers_per_replica(self) -> int:
+        return self.tensor_parallel_size

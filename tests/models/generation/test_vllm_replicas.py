@@ -1,0 +1,67 @@
+"""Several real vLLM workers: replicas of a model side by side, and one model over a tied group."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+
+import pytest
+from tiny_generation import assert_same, reference_logprobs
+from vllm_groups import WIDE, batch, local_cluster, published, torch_results, vllm_generation
+
+from nemo_rl.errors import WeightSyncError, WorkerError
+
+pytestmark = pytest.mark.slow  # vLLM is imported by two processes at a time
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with local_cluster(2) as cluster:
+        yield cluster
+
+
+def test_the_number_of_workers_changes_nothing_and_a_dead_one_is_a_typed_error(cluster, tiny) -> None:
+    model = tiny("qwen2", **WIDE)
+    with vllm_generation(cluster, model) as generation:
+        generation.update_weights(published(model, version=1))
+        both = generation.generate(batch(model), seed=4, num_generations=3)
+        prompts = batch(model)
+        alone = generation._workers.run_single_worker_single_data(
+            "generate",
+            worker_idx=1,
+            prompts={key: prompts[key] for key in ("input_ids", "input_lengths")},
+            first_prompt=0,
+            seed=4,
+            num_generations=3,
+            greedy=False,
+            sampling=None,
+        )
+        [alone] = generation._workers.get_all_worker_results([alone])
+        assert_same(both, alone)
+        assert_same(both, torch_results(model, seed=4, num_generations=3))
+        assert (both.logprobs - reference_logprobs(model, both)).abs().max() < 1e-4
+        victim = generation.attestation()[1]["pid"]
+        pieces = generation.stream(batch(model, *"abcdefghijklmnopqrstuvwxyz"), seed=0, num_generations=64)
+        next(pieces)
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="worker rank 1 .* died during a call"):
+            list(pieces)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-bias", "qwen3"])
+def test_one_model_over_two_workers(cluster, tiny, name: str) -> None:
+    model = tiny(name, **WIDE)
+    with vllm_generation(cluster, model, options={"tensor_parallel_size": 2}) as generation:
+        update = published(model, version=1)
+        assert generation.update_weights(update) == update.digest
+        result = generation.generate(batch(model), seed=4, num_generations=3)
+        assert_same(result, torch_results(model, seed=4, num_generations=3))
+        assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
+        positions = [position for positions, _ in generation.stream(batch(model), seed=4) for position in positions]
+        assert sorted(positions) == list(range(5))
+        update = published(model, version=2, scale=1.1)
+        assert generation.update_weights(update, in_flight=True) == update.digest
+        assert_same(generation.generate(batch(model), seed=3), torch_results(model, seed=3, scale=1.1))
+        with pytest.raises(WeightSyncError, match="version 3 arrived damaged"):
+            generation.update_weights(dataclasses.replace(published(model, version=3), digest="0" * 32))
