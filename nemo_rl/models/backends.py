@@ -18,6 +18,7 @@ from nemo_rl.utils.config import ConfigModel, OpenSection, validate
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.named_sharding import NamedSharding
+    from nemo_rl.models.policy.config import PolicyConfig
 
 DATA_PARALLEL = "data_parallel"
 
@@ -34,6 +35,14 @@ class PolicyOptions(OpenSection):
         from nemo_rl.distributed.named_sharding import NamedSharding
 
         return NamedSharding(list(range(num_workers)), [DATA_PARALLEL])
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Refuse settings of the rest of the section that this backend cannot honour, as `ConfigError`."""
+
+    def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
+        """Estimate of what weights, gradients and AdamW take in one worker, without activations."""
+        # AdamW keeps two float32 moments besides the float32 master weight and its gradient.
+        return num_parameters * 16 // (num_workers if policy.sharding == "fsdp" else 1)
 
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:

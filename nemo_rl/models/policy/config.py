@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions, check_options
 from nemo_rl.models.generation.config import GenerationConfig
@@ -104,3 +104,8 @@ class PolicyConfig(ConfigModel):
         if "backend" not in info.data:  # refused already
             return PolicyOptions()
         return check_options(policy_backend(info.data["backend"]), value, key="policy.options")
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> PolicyConfig:
+        self.options.check(self)
+        return self

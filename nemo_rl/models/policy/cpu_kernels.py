@@ -101,7 +101,7 @@ class _RMSNorm(torch.autograd.Function):
         normal, inverse, weight = ctx.saved_tensors
         (gradient,) = gradients
         product = gradient * normal
-        of_weight = product.view(-1, product.shape[-1]).sum(0)
+        of_weight = product.reshape(-1, product.shape[-1]).sum(0)
         # d/dx: (g w - n mean(g w n)) / rms
         along = (product @ weight).div_(product.shape[-1]).unsqueeze(-1)
         of_x = torch.mul(gradient, weight).addcmul_(normal, along, value=-1).mul_(inverse)

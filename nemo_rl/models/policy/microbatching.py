@@ -39,6 +39,21 @@ def sharding_args(batching: BatchingConfig) -> dict[str, Any]:
     return {}
 
 
+def global_batches(shard: BatchedDataDict, local_batch_size: int | None) -> list[BatchedDataDict]:
+    """A worker's rows of each optimizer step: as its plan says, else `local_batch_size` at a time (None: all at once).
+
+    Raises:
+        DataError: rows that do not divide.
+    """
+    plan = shard.microbatch_plan
+    if plan is not None:
+        return [shard.get_batch(index) for index in range(len(plan.batches))]
+    size = local_batch_size or shard.size
+    if not size or shard.size % size:
+        raise DataError(f"{shard.size} samples of a worker cannot be divided into optimizer batches of {size}")
+    return [shard.get_batch(index, size) for index in range(shard.size // size)]
+
+
 def microbatches(shard: BatchedDataDict, size: int, length_multiple: int = 1) -> Iterator[BatchedDataDict]:
     """The micro-batches of a shard: those of its plan, else `size` rows at a time (the last may hold fewer).
 

@@ -27,6 +27,16 @@ def learning_rate_factor(config: SchedulerConfig, total_steps: int, step: int) -
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
 
 
+def check_finite(step: int, loss: float, norm: float, lr: float) -> None:
+    """Raise `NonFiniteError` unless loss and gradient norm of an optimizer step are finite."""
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise NonFiniteError(
+            f"optimizer step {step}: loss {loss}, gradient norm {norm}, learning rate {lr:.3g}. "
+            "The weights are unchanged. Lower policy.optimizer.lr or policy.max_grad_norm, or look for samples "
+            "with extreme advantages or log-probabilities"
+        )
+
+
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -88,13 +98,11 @@ class PolicyOptimizer:
         total = nn.utils.get_total_norm(gradients)
         total = total.full_tensor() if isinstance(total, DTensor) else total
         norm, lr = float(total), self.lr
-        if not (math.isfinite(norm) and math.isfinite(loss)):
+        try:
+            check_finite(self.num_steps + 1, loss, norm, lr)
+        except NonFiniteError:
             self.zero_grad()
-            raise NonFiniteError(
-                f"optimizer step {self.num_steps + 1}: loss {loss}, gradient norm {norm}, learning rate {lr:.3g}. "
-                "The weights are unchanged. Lower policy.optimizer.lr or policy.max_grad_norm, or look for samples "
-                "with extreme advantages or log-probabilities"
-            )
+            raise
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
             torch._foreach_mul_(gradients, self._max_grad_norm / (norm + 1e-6))
         for group in self._adamw.param_groups:

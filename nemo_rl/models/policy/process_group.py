@@ -17,13 +17,15 @@ class ProcessGroup:
 
     Attributes:
         rank: 0 <= rank < world_size.
-        world_size: number of processes, one data-parallel shard each.
+        world_size: number of processes.
         device: where this process computes.
+        handle: torch's group of these processes; None stands for all processes.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    handle: dist.ProcessGroup | None = None
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all ranks, in float64. A collective."""
@@ -37,7 +39,7 @@ class ProcessGroup:
         if self.world_size == 1 or not values:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor, operation, group=self.handle)
         reduced: list[float] = tensor.tolist()
         return reduced
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from nemo_rl.models.backends import Backend, PolicyOptions, find_backend
+from nemo_rl.models.policy.megatron.config import MegatronOptions
 
 BACKENDS: dict[str, Backend[PolicyOptions]] = {
     "torch": Backend("nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker", PolicyOptions),
+    "megatron": Backend("nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker", MegatronOptions),
 }
 
 

@@ -32,7 +32,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
         normalizers = torch.empty_like(logprobs)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             chunk = logits[rows].float()
             normalizers[rows] = torch.logsumexp(chunk, dim=-1)
             logprobs[rows] = chunk.gather(-1, tokens[rows, None]).squeeze(-1)
@@ -45,7 +45,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, tokens, normalizers = ctx.saved_tensors
         (gradient,) = gradients
         of_logits = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        for rows in row_chunks(logits):
             # d logprob / d logits = onehot(token) - softmax(logits)
             weight = gradient[rows, None]
             chunk = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-weight)
@@ -53,7 +53,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return of_logits, None
 
 
-def _chunks(logits: torch.Tensor) -> list[slice]:
+def row_chunks(logits: torch.Tensor) -> list[slice]:
+    """Slices of rows of [N, V] logits, of at most `CHUNK_ELEMENTS` elements each."""
     num_rows, vocabulary = logits.shape
     size = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
     return [slice(start, start + size) for start in range(0, num_rows, size)]

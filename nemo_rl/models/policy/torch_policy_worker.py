@@ -13,30 +13,23 @@ in the same order.
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.errors import DataError
-from nemo_rl.models.policy import torch_checkpoint
-from nemo_rl.models.policy.allocator import keep_freed_memory
+from nemo_rl.models.policy import policy_checkpoint
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.logprob_forward import LogprobForward
 from nemo_rl.models.policy.metric_sums import MetricSums
-from nemo_rl.models.policy.microbatching import microbatches
+from nemo_rl.models.policy.microbatching import global_batches, microbatches
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.process_group import join_process_group
-from nemo_rl.models.policy.random_state import seed_everything
+from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
 
@@ -70,13 +63,7 @@ class TorchPolicyWorker:
         self._config = config
         self._weight_transport = weight_transport
         self._group = join_process_group(device_type=device_type, needs_collectives=config.sharding == "fsdp")
-        if self._group.device.type == "cpu":
-            share = len(os.sched_getaffinity(0)) // (num_local_workers or self._group.world_size)
-            torch.set_num_threads(config.num_threads or max(1, share))
-            keep_freed_memory()
-        seed_everything(seed, self._group.rank)
-        # Workers write to a log that everybody reads.
-        transformers.utils.logging.disable_progress_bar()
+        prepare_process(self._group, config.num_threads, num_local_workers, seed)
         self._model = load_parallel_model(config, self._group, trained=True)
         self._forward = LogprobForward(self._model, packed=config.batching.mode == "packed")
         self._reference: tuple[ParallelModel, LogprobForward] | None = None
@@ -87,6 +74,7 @@ class TorchPolicyWorker:
             total_steps=total_steps,
             max_grad_norm=config.max_grad_norm,
         )
+        self._state = policy_checkpoint.TorchState(self._model, self._optimizer)
         # Modules live as long as the process: without this each full collection of garbage walks through all of them.
         gc.collect()
         gc.freeze()
@@ -100,7 +88,7 @@ class TorchPolicyWorker:
             NonFiniteError: on every rank; the weights are as before that optimizer step.
             DataError: rows that do not divide.
         """
-        batches = _global_batches(shard, local_batch_size)
+        batches = global_batches(shard, local_batch_size)
         totals: dict[str, float] = {}
         num_tokens = 0
         for batch in batches:
@@ -171,12 +159,12 @@ class TorchPolicyWorker:
         return None
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write the checkpoint into `directory` (rank 0 writes all of it). See `torch_checkpoint`."""
-        torch_checkpoint.save(Path(directory), self._model, self._optimizer, self._group, self._tokenizer_name)
+        """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""
+        policy_checkpoint.save(Path(directory), self._state, self._group, self._tokenizer_name)
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Restore what `save_checkpoint` wrote. Raises `CheckpointError` when it does not fit."""
-        torch_checkpoint.load(Path(directory), self._model, self._optimizer, self._group)
+        policy_checkpoint.load(Path(directory), self._state, self._group)
 
     @property
     def _tokenizer_name(self) -> str:
@@ -184,19 +172,8 @@ class TorchPolicyWorker:
 
     def attestation(self) -> dict[str, Any]:
         """What this worker runs on and with."""
-        device = self._group.device
         return {
-            "rank": self._group.rank,
-            "world_size": self._group.world_size,
-            "hostname": socket.gethostname(),
-            "pid": os.getpid(),
-            "executable": sys.executable,
-            "prefix": sys.prefix,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "num_threads": torch.get_num_threads(),
+            **stack(self._group),
             "model": type(self._model.module).__name__,
             "num_parameters": sum(parameter.numel() for parameter in self._model.parameters().values()),
         }
@@ -205,13 +182,3 @@ class TorchPolicyWorker:
         """Leave the process group. Idempotent."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _global_batches(shard: BatchedDataDict, local_batch_size: int | None) -> list[BatchedDataDict]:
-    plan = shard.microbatch_plan
-    if plan is not None:
-        return [shard.get_batch(index) for index in range(len(plan.batches))]
-    size = local_batch_size or shard.size
-    if not size or shard.size % size:
-        raise DataError(f"{shard.size} samples of a worker cannot be divided into optimizer batches of {size}")
-    return [shard.get_batch(index, size) for index in range(shard.size // size)]

@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rank_processes import RankProcesses
 from tiny_policy import make_llama
 
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.venvs import create_local_venv
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,6 +24,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("tied_llama"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def megatron_python() -> str:
+    """The Python of the MCORE venv, built if need be."""
+    return create_local_venv(PY_EXECUTABLES.MCORE, "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker")
+
+
+@pytest.fixture(scope="module")
+def megatron_ranks(megatron_python: str) -> Iterator[RankProcesses]:
+    with RankProcesses(2, megatron_python) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="package")

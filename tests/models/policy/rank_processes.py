@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib
+import inspect
 import os
+import pickle
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+HERE = Path(__file__).resolve().parent
 
 
 class RankProcesses:
     """`run(scenario, ...)` calls `scenario(rank, ...)` in all ranks at once and returns their results in rank order.
 
-    Each run is a process group of its own. A failure in any rank is raised here with that rank's traceback.
+    Each run is a process group of its own. A failure in any rank is raised here with that rank's traceback. The
+    scenario must be a function of a module that the ranks' Python can import.
     """
 
-    def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
+    def __init__(self, world_size: int, python: str = sys.executable) -> None:
+        key = os.urandom(16)
+        path = f"{HERE}{os.pathsep}{HERE.parents[2]}"
         self._processes = []
-        for rank in range(world_size):
-            own, other = context.Pipe()
-            process = context.Process(target=_serve, args=(other, rank, world_size), daemon=True)
-            process.start()
-            self._pipes.append(own)
-            self._processes.append(process)
+        self._pipes: list[Connection] = []
+        with Listener(authkey=key) as listener:
+            for rank in range(world_size):
+                process = subprocess.Popen(
+                    [python, __file__, str(listener.address), str(rank), str(world_size)],
+                    stdin=subprocess.PIPE,
+                    env={**os.environ, "PYTHONPATH": path},
+                )
+                assert process.stdin is not None
+                process.stdin.write(key)
+                process.stdin.close()
+                self._processes.append(process)
+                self._pipes.append(listener.accept())
 
     def __enter__(self) -> RankProcesses:
         return self
@@ -37,21 +52,32 @@ class RankProcesses:
     ) -> None:
         for process in self._processes:
             process.kill()
-            process.join()
+            process.wait()
 
-    def run(self, scenario: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, scenario: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`scenario` is a function, or "module.function" of this directory where this Python cannot import it."""
+        if isinstance(scenario, str):
+            module, _, name = scenario.partition(".")
+            file = str(HERE / f"{module}.py")
+        else:
+            file, name = inspect.getfile(scenario), scenario.__name__
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for pipe in self._pipes:
-            pipe.send((scenario, args, port))
+            _send(pipe, (file, name, args, kwargs, port))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(120), f"rank {rank} did not answer"
-            answers.append(pipe.recv())
-        for rank, (succeeded, value) in enumerate(answers):
-            assert succeeded, f"rank {rank}:\n{value}"
+            assert pipe.poll(200), f"rank {rank} did not answer"
+            answers.append(pickle.loads(pipe.recv_bytes()))
+        failures = [f"rank {rank}:\n{value}" for rank, (succeeded, value) in enumerate(answers) if not succeeded]
+        assert not failures, "\n".join(failures)
         return [value for _, value in answers]
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    # Plain pickle copies tensors; `Connection.send` would share their memory, which needs both processes alive.
+    pipe.send_bytes(pickle.dumps(value))
 
 
 def _serve(pipe: Connection, rank: int, world_size: int) -> None:
@@ -60,12 +86,21 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     while True:
-        scenario, args, port = pipe.recv()
-        os.environ["MASTER_PORT"] = str(port)
         try:
-            pipe.send((True, scenario(rank, *args)))
+            file, name, args, kwargs, port = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        if str(Path(file).parent) not in sys.path:
+            sys.path.append(str(Path(file).parent))
+        try:
+            _send(pipe, (True, getattr(importlib.import_module(Path(file).stem), name)(rank, *args, **kwargs)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            _send(pipe, (False, traceback.format_exc()))
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _serve(Client(sys.argv[1], authkey=sys.stdin.buffer.read()), int(sys.argv[2]), int(sys.argv[3]))

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.config import BatchingConfig, PolicyConfig
+from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
 
 VOCABULARY = 29
@@ -35,6 +36,33 @@ def make_llama(directory: Path, *, tied: bool = False, seed: int = 0) -> Path:
     return directory
 
 
+FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 0, **config: Any) -> Path:
+    """A random model of a family, with two key-value heads and biases and norms that are not trivial."""
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**(defaults | config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
 def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict:
     """Samples of different lengths whose prompts differ in length, and one that the loss leaves out."""
     draws = torch.Generator().manual_seed(seed)
@@ -51,6 +79,12 @@ def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict
         sample_mask=sample_mask,
         advantages=torch.randn(size, generator=draws),
     )
+
+
+def shard_of(batch: BatchedDataDict, rank: int, num_ranks: int, **config: Any) -> BatchedDataDict:
+    """A data-parallel rank's rows, with a plan of micro-batches where the mode of `config` needs one."""
+    result = batch.shard_by_batch_size(num_ranks, None, **sharding_args(BatchingConfig(**config.get("batching", {}))))
+    return (result[0] if isinstance(result, tuple) else result)[rank]
 
 
 def advantage_loss(

@@ -115,7 +115,7 @@ def test_transformers_loads_model_and_tokenizer(tmp_path: Path) -> None:
 
 
 def test_optimizer_state_is_cut_into_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_rl.models.policy.torch_checkpoint.MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr("nemo_rl.models.policy.policy_checkpoint.MAX_FILE_BYTES", 10_000)
     worker = make_worker(llama)
     worker.train(make_batch(), advantage_loss)
     worker.save_checkpoint(tmp_path)

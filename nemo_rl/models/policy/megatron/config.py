@@ -1,0 +1,90 @@
+"""The `policy.options` of the Megatron backend. Needs neither torch nor megatron-core: the driver reads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from nemo_rl.errors import ConfigError
+from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.named_sharding import NamedSharding
+    from nemo_rl.models.policy.config import PolicyConfig
+
+TENSOR_PARALLEL = "tensor_parallel"
+CONTEXT_PARALLEL = "context_parallel"
+PIPELINE_PARALLEL = "pipeline_parallel"
+
+
+class MegatronOptions(PolicyOptions):
+    """How the model, its optimizer and its sequences are spread over the workers."""
+
+    tensor_parallel_size: int = Field(1, ge=1, description="Workers that share every layer's matrices.")
+    pipeline_parallel_size: int = Field(1, ge=1, description="Stages; each worker holds the layers of one.")
+    context_parallel_size: int = Field(1, ge=1, description="Workers that share every sequence.")
+    sequence_parallel: bool = Field(
+        False, description="Split activations between the matrices over the tensor-parallel workers as well."
+    )
+    distributed_optimizer: bool = Field(
+        True, description="Split master weights and moments over the data-parallel workers."
+    )
+    grad_reduce_in_fp32: bool = Field(
+        True, description="Add up and reduce gradients in float32, whatever the precision of the weights."
+    )
+    recompute_num_layers: int = Field(
+        1, ge=1, description="Layers recomputed together where policy.activation_checkpointing is on."
+    )
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tensor_parallel(self) -> MegatronOptions:
+        if self.sequence_parallel and self.tensor_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel_size of at least 2")
+        return self
+
+    @property
+    def workers_per_replica(self) -> int:
+        """Workers that hold one copy of the model together."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
+
+    def layout(self, num_workers: int) -> NamedSharding:
+        """Ranks in megatron-core's own order ("tp-cp-ep-dp-pp"): tensor parallel fastest, pipeline stages slowest."""
+        import numpy as np
+
+        from nemo_rl.distributed.named_sharding import NamedSharding
+
+        replicas, left = divmod(num_workers, self.workers_per_replica)
+        if left or not replicas:
+            raise ConfigError(
+                f"{num_workers} workers cannot be divided into groups of {self.workers_per_replica}, which is "
+                f"policy.options.tensor_parallel_size ({self.tensor_parallel_size}) x context_parallel_size "
+                f"({self.context_parallel_size}) x pipeline_parallel_size ({self.pipeline_parallel_size}): "
+                "change one of them, or the number of workers (cluster.num_nodes x cluster.gpus_per_node, or "
+                "cluster.cpu_workers_per_node)"
+            )
+        ranks = np.arange(num_workers).reshape(
+            self.pipeline_parallel_size, replicas, self.context_parallel_size, self.tensor_parallel_size
+        )
+        return NamedSharding(ranks, [PIPELINE_PARALLEL, DATA_PARALLEL, CONTEXT_PARALLEL, TENSOR_PARALLEL])
+
+    def check(self, policy: PolicyConfig) -> None:
+        if policy.sharding != "ddp":
+            raise ConfigError(
+                f"policy.sharding={policy.sharding} is of the torch backend; policy.backend=megatron shards by "
+                "policy.options (tensor_parallel_size, pipeline_parallel_size, distributed_optimizer)"
+            )
+        if policy.batching.mode == "packed" and self.context_parallel_size > 1:
+            raise ConfigError(
+                "policy.batching.mode=packed and policy.options.context_parallel_size do not go together: "
+                "set the mode to dynamic or fixed"
+            )
+
+    def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
+        """Weights and gradients are split over stages and tensor-parallel workers, the optimizer as configured."""
+        model_shards = self.tensor_parallel_size * self.pipeline_parallel_size
+        optimizer_shards = model_shards * (num_workers // model_shards if self.distributed_optimizer else 1)
+        low = policy.precision == "bfloat16"
+        gradient = 4 if self.grad_reduce_in_fp32 or not low else 2
+        model, optimizer = (2 + gradient, 12) if low else (4 + gradient, 8)
+        return num_parameters * model // model_shards + num_parameters * optimizer // optimizer_shards

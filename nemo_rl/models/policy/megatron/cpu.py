@@ -1,0 +1,61 @@
+"""megatron-core 0.16 on a CPU. It is written for CUDA; this module holds everything that must be different without it.
+
+All of it happens in the worker's process only, and only where the worker computes on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core import utils
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.optimizer import clip_grads, optimizer
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import random as megatron_random
+
+_CPU = torch.device("cpu")
+
+
+class _TorchWithoutCuda:
+    """The module `torch` for code that asks for `device="cuda"` by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device=_CPU, **options)
+
+    @staticmethod
+    def tensor(data: Any, *, device: Any = None, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return torch.tensor(data, device=_CPU, **options)
+
+
+@functools.cache
+def adapt_to_cpu() -> None:
+    """Let megatron-core find a CPU wherever it looks for a GPU. Lasts as long as the process."""
+    # Buffers and parameters are made on the "current device".
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    # It waits for the GPU after point-to-point messages; gloo's have arrived when they are waited for.
+    torch.cuda.synchronize = lambda device=None: None
+    # Tied embeddings and index tensors are moved to the GPU.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    # Optimizers tell precisions apart by type names such as "torch.cuda.FloatTensor".
+    torch.Tensor.type = _type_as_if_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
+    # These modules make small tensors with device="cuda", or in pinned memory.
+    for module in (schedules, clip_grads, optimizer, rope_utils, utils):
+        module.torch = _TorchWithoutCuda()
+    # Recomputation saves and restores the GPU's random state; the model draws no random numbers.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+def _type_as_if_on_cuda(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = plain(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    return type_name

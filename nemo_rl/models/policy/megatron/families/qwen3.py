@@ -1,0 +1,18 @@
+"""Qwen 3, dense: queries and keys are normalised per head."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from nemo_rl.models.policy.megatron.families.family import ATTENTION_NORMS, DENSE_LAYER, DENSE_MODEL, Family
+
+
+def _problem(config: PreTrainedConfig) -> str | None:
+    if config.attention_bias:
+        return "its projections have biases (attention_bias)"
+    return "it attends within a sliding window (use_sliding_window)" if config.use_sliding_window else None
+
+
+FAMILY = Family(
+    layer={**DENSE_LAYER, **ATTENTION_NORMS}, model=DENSE_MODEL, transformer={"qk_layernorm": True}, problem=_problem
+)

@@ -1,0 +1,169 @@
+"""From a micro-batch to the model's inputs, through the pipeline's stages, to log-probabilities.
+
+::
+
+    micro-batch ─► tokens [R, C], padded to what the ranks divide ─► stages ─► logits of this rank's vocabulary
+                                                                                   │ (last stage)
+    [b, T] log-probabilities ◄── scattered ◄── of the wanted columns ◄─────────────┘
+
+megatron-core's own schedule moves micro-batches through the stages (one forward, one backward, in turn).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models.policy.megatron.attention import PackedSequences, context_order
+from nemo_rl.models.policy.megatron.config import MegatronOptions
+from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
+from nemo_rl.models.policy.megatron.parallel import Grid
+from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
+
+# What a micro-batch and its [b, T] log-probabilities become: a scalar loss, and anything to keep.
+Judge = Callable[[torch.Tensor, BatchedDataDict], tuple[torch.Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Inputs of one forward pass.
+
+    Attributes:
+        inputs: as for any model.
+        input_ids: [R, C] int64: those of `inputs`, padded; under context parallelism, this rank's part of them.
+        width: C over all context-parallel ranks.
+        columns: K positions whose logits are wanted.
+        packed: bounds of the sequences when they lie end to end.
+    """
+
+    inputs: ModelInputs
+    input_ids: torch.Tensor
+    width: int
+    columns: slice | torch.Tensor
+    packed: PackedSequences | None
+
+
+class PipelineForward:
+    """Runs micro-batches through a model and its pipeline.
+
+    Args:
+        model: this rank's part, wrapped or not.
+        vocabulary: tokens of the model, without padding.
+        packed: lay the sequences of a micro-batch end to end.
+    """
+
+    def __init__(self, model: Any, grid: Grid, options: MegatronOptions, vocabulary: int, *, packed: bool) -> None:
+        self._model = model
+        self._grid = grid
+        self._vocabulary = vocabulary
+        self._packed = packed
+        self._split_sequence = options.sequence_parallel or options.context_parallel_size > 1
+        self._multiple = (options.tensor_parallel_size if options.sequence_parallel else 1) * (
+            2 * options.context_parallel_size if options.context_parallel_size > 1 else 1
+        )
+
+    def train(self, parts: Sequence[BatchedDataDict], judge: Judge) -> None:
+        """Forward and backward passes; gradients add up and are reduced at the end. A collective.
+
+        `judge` is called on the last stage, once per micro-batch, in order.
+        """
+
+        def loss(prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+            value, kept = judge(self._logprobs(prepared, logits), part)
+            return value, torch.zeros((), dtype=torch.int, device=logits.device), kept
+
+        self._run(parts, loss, only_loss_tokens=True, forward_only=False)
+
+    def logprobs(self, parts: Sequence[BatchedDataDict]) -> list[torch.Tensor]:
+        """The [b, T] float32 log-probabilities of each micro-batch on the last stage, else nothing. A collective."""
+
+        def collect(
+            prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor, non_loss_data: bool
+        ) -> torch.Tensor:
+            return self._logprobs(prepared, logits).cpu()
+
+        with torch.no_grad():
+            return self._run(parts, collect, only_loss_tokens=False, forward_only=True)
+
+    def _run(
+        self,
+        parts: Sequence[BatchedDataDict],
+        finish: Callable[..., Any],
+        *,
+        only_loss_tokens: bool,
+        forward_only: bool,
+    ) -> list[Any]:
+        def step(iterator: Iterator[BatchedDataDict], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+            part = next(iterator)
+            prepared = self._prepare(part, only_loss_tokens)
+            columns = None if self._split_sequence else prepared.columns
+            output = model(prepared.input_ids, packed=prepared.packed, columns=columns)
+            return output, partial(finish, prepared, part)
+
+        device = self._grid.world.device
+        run = get_forward_backward_func()
+        # Shapes are told from stage to stage, so the two sizes below only have to be there.
+        results: list[Any] = run(
+            forward_step_func=step,
+            data_iterator=(part.to(device) for part in parts),
+            model=[self._model],
+            num_microbatches=len(parts),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return results
+
+    def _prepare(self, part: BatchedDataDict, only_loss_tokens: bool) -> _Prepared:
+        inputs = model_inputs(part, packed=self._packed, only_loss_tokens=only_loss_tokens)
+        ids, kept = inputs.input_ids, inputs.logits_to_keep
+        columns = slice(ids.shape[1] - kept, ids.shape[1]) if isinstance(kept, int) else kept
+        padding = -ids.shape[1] % self._multiple
+        packed = None
+        if inputs.position_ids is not None:
+            starts = (inputs.position_ids[0] == 0).nonzero().view(-1).tolist()
+            ends = [*starts[1:], ids.shape[1]]
+            lengths = [end - start for start, end in zip(starts, ends)] + [padding] * bool(padding)
+            packed = PackedSequences.of(lengths, ids.device)
+        ids = F.pad(ids, (0, padding))
+        width, context = ids.shape[1], self._grid.context
+        if context.size() > 1:
+            order = context_order(width, context.size()).chunk(context.size())[context.rank()]
+            ids = ids[:, order.to(ids.device)]
+        return _Prepared(inputs, ids, width, columns, packed)
+
+    def _logprobs(self, prepared: _Prepared, logits: torch.Tensor) -> torch.Tensor:
+        """[b, T] from what the last stage's model gave, [R, K or C, V / ranks]."""
+        inputs = prepared.inputs
+        if self._grid.context.size() > 1:
+            return inputs.scatter(self._context_parallel_logprobs(prepared, logits))
+        if self._split_sequence:
+            logits = logits[:, prepared.columns]
+        return inputs.scatter(self._of_tokens(logits.flatten(0, 1), inputs.tokens))
+
+    def _of_tokens(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return vocabulary_parallel_logprobs(logits, tokens, self._vocabulary, self._grid.tensor)
+
+    def _context_parallel_logprobs(self, prepared: _Prepared, logits: torch.Tensor) -> torch.Tensor:
+        """[R * K]: each rank computes those of its own positions, all get all of them."""
+        context, (rows, own) = self._grid.context, prepared.input_ids.shape
+        order = context_order(prepared.width, context.size()).to(logits.device)
+        tokens = prepared.input_ids.new_zeros(rows, prepared.width)
+        tokens[:, prepared.columns] = prepared.inputs.tokens.view(rows, -1)
+        own_tokens = tokens[:, order.chunk(context.size())[context.rank()]]
+        logprobs = self._of_tokens(logits.flatten(0, 1), own_tokens.flatten()).view(rows, own)
+        # Every rank computes the same loss from all of them, so each takes the gradient of its own part.
+        gathered = gather_from_sequence_parallel_region(
+            logprobs.t().contiguous(), tensor_parallel_output_grad=False, group=context
+        )
+        in_order = torch.empty_like(gathered).index_copy(0, order, gathered).t()
+        return in_order[:, prepared.columns].flatten()

@@ -1,0 +1,226 @@
+"""megatron-core's GPT model for a Hugging Face configuration: this rank's layers, its share of every matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from transformers import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from nemo_rl.errors import ModelError
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.megatron.attention import CausalAttention, PackedSequences, RmsNorm
+from nemo_rl.models.policy.megatron.config import MegatronOptions
+from nemo_rl.models.policy.megatron.families.family import Family
+from nemo_rl.models.policy.megatron.parallel import Grid
+from nemo_rl.models.policy.megatron.sharding_rules import padded_vocabulary
+
+# Their frequencies follow from the configuration alone, without a factor on the result.
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class PolicyModel(GPTModel):
+    """A GPT model that computes logits only for the positions it is asked for."""
+
+    _columns: slice | torch.Tensor | None = None
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        *,
+        packed: PackedSequences | None = None,
+        columns: slice | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[R, C] tokens to [R, K, V / tensor-parallel size] logits (last stage), else to what the next stage takes.
+
+        `columns` are the K positions whose logits are wanted; None: all C.
+        """
+        self._columns = columns
+        output: torch.Tensor = super().forward(
+            input_ids, position_ids=None, attention_mask=None, packed_seq_params=packed
+        )
+        return output
+
+    def _postprocess(self, hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        if self.post_process and self._columns is not None:
+            hidden_states = hidden_states[self._columns]
+        output: torch.Tensor = super()._postprocess(hidden_states=hidden_states, **rest)
+        return output
+
+
+def build_model(
+    hf: PreTrainedConfig, family: Family, policy: PolicyConfig, options: MegatronOptions, grid: Grid, *, trained: bool
+) -> PolicyModel:
+    """This rank's part of a model that `check_model` has let pass, with memory for its weights but no values in it."""
+    config = _transformer_config(hf, family, policy, options, grid.world.device, trained=trained)
+    model = PolicyModel(
+        config,
+        _layers(config),
+        vocab_size=padded_vocabulary(hf.vocab_size, options.tensor_parallel_size),
+        max_sequence_length=policy.max_sequence_length,
+        pre_process=grid.stage == 0,
+        post_process=grid.is_last_stage,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+    )
+    rotary = LlamaRotaryEmbedding(hf)  # type: ignore[arg-type]  # reads what all families have
+    model.rotary_pos_emb.inv_freq = rotary.inv_freq.detach().to(grid.world.device)
+    model.to(device=grid.world.device, dtype=config.params_dtype)
+    model.requires_grad_(trained)
+    model.train(trained)
+    for parameter in model.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return model
+
+
+def wrap_for_training(model: PolicyModel, options: MegatronOptions) -> DistributedDataParallel:
+    """megatron-core's data parallelism around a model. Gradients are summed over ranks, never averaged."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=options.grad_reduce_in_fp32,
+        use_distributed_optimizer=options.distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    wrapped = DistributedDataParallel(model.config, config, model)
+    model.config.finalize_model_grads_func = _finalize
+    return wrapped
+
+
+def _finalize(model: list[Any], num_tokens: Any, **options: Any) -> None:
+    """Reduce gradients over ranks; they are not divided by the number of tokens, because the loss has done so."""
+    finalize_model_grads(model, None, **options)
+
+
+def _transformer_config(
+    hf: PreTrainedConfig,
+    family: Family,
+    policy: PolicyConfig,
+    options: MegatronOptions,
+    device: torch.device,
+    *,
+    trained: bool,
+) -> TransformerConfig:
+    dtype = torch.bfloat16 if policy.precision == "bfloat16" else torch.float32
+    recompute: dict[str, Any] = {}
+    if trained and policy.activation_checkpointing:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": options.recompute_num_layers,
+        }
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        # Dropout is off: the policy that is trained must be the policy that sampled.
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=options.tensor_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_parallel_size,
+        context_parallel_size=options.context_parallel_size,
+        sequence_parallel=options.sequence_parallel,
+        # Micro-batches differ in shape, which stages tell each other.
+        variable_seq_lengths=options.pipeline_parallel_size > 1,
+        # The default would refuse variable lengths, also for a model without experts.
+        moe_token_dispatcher_type="alltoall",
+        # Losses divide by global counts: the schedule must neither divide by micro-batches nor by ranks.
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=device.type == "cpu",
+        # Fused kernels need Transformer Engine, Apex or a compiler on the node.
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        **family.transformer,
+        **recompute,
+    )
+
+
+def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """megatron-core's own layers, with the norm and the attention of `attention`."""
+    head_norm = RmsNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RmsNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RmsNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RmsNorm)
+
+
+def check_model(hf: PreTrainedConfig, family: Family, policy: PolicyConfig, options: MegatronOptions) -> None:
+    """Raise `ModelError` when this backend computes another model, or cannot divide it as the options say."""
+    name, tensor, stages = policy.model_name, options.tensor_parallel_size, options.pipeline_parallel_size
+    problem = family.problem(hf)
+    if problem is None and hf.hidden_act != "silu":
+        problem = f"its activation is {hf.hidden_act!r} instead of 'silu'"
+    rope = (hf.rope_parameters or {}).get("rope_type", "default")
+    if problem is None and rope not in _ROPE_TYPES:
+        problem = f"its rotary embedding is of type {rope!r}; known: {', '.join(_ROPE_TYPES)}"
+    if problem is not None:
+        raise ModelError(f"policy.backend=megatron cannot train {name!r}: {problem}. Set policy.backend=torch")
+    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+    if heads % tensor or hf.intermediate_size % tensor or (groups % tensor and tensor % groups):
+        raise ModelError(
+            f"policy.options.tensor_parallel_size={tensor} must divide the {heads} attention heads and the MLP's width "
+            f"{hf.intermediate_size} of {name!r}, and divide its {groups} key-value heads or be a multiple of them"
+        )
+    if hf.num_hidden_layers % stages:
+        raise ModelError(
+            f"policy.options.pipeline_parallel_size={stages} must divide the {hf.num_hidden_layers} layers of {name!r}"
+        )
+    if policy.max_sequence_length > hf.max_position_embeddings:
+        raise ModelError(
+            f"policy.max_sequence_length={policy.max_sequence_length} exceeds the {hf.max_position_embeddings} "
+            f"positions of the model {name!r}"
+        )

@@ -1,0 +1,152 @@
+"""megatron-core's (distributed) optimizer behind the project's schedule, clipping and guard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import nn
+
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.megatron.config import MegatronOptions
+from nemo_rl.models.policy.optimizer import check_finite, learning_rate_factor
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MegatronOptimizer:
+    """AdamW steps over this rank's parameters, with float32 master weights.
+
+    Weight decay is for matrices only. The distributed optimizer holds a share of master weights and moments on every
+    data-parallel rank.
+
+    Attributes:
+        num_steps: optimizer steps taken so far, those of earlier processes included.
+    """
+
+    def __init__(
+        self, model: DistributedDataParallel, policy: PolicyConfig, options: MegatronOptions, *, total_steps: int
+    ) -> None:
+        self._policy = policy
+        self._total_steps = policy.scheduler.total_steps or total_steps
+        self._num_steps = 0
+        bfloat16 = policy.precision == "bfloat16"
+        config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=policy.optimizer.lr,
+            weight_decay=policy.optimizer.weight_decay,
+            adam_beta1=policy.optimizer.betas[0],
+            adam_beta2=policy.optimizer.betas[1],
+            adam_eps=policy.optimizer.eps,
+            bf16=bfloat16,
+            params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+            use_distributed_optimizer=options.distributed_optimizer,
+            clip_grad=policy.max_grad_norm or 0.0,
+        )
+        # All parameters are dense, so the chain has one link.
+        (self._optimizer,) = get_megatron_optimizer(config, [model], use_gloo_process_groups=False).chained_optimizers
+        self._model = model
+        self._start_states()
+
+    def _start_states(self) -> None:
+        adamw = self._optimizer.optimizer
+        for group in adamw.param_groups:
+            group.update(fused=True, foreach=False)
+            for parameter in group["params"]:
+                adamw.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    **{key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS},
+                }
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        self._num_steps = value
+        for state in self._optimizer.optimizer.state.values():
+            state["step"].fill_(value)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        factor = learning_rate_factor(self._policy.scheduler, self._total_steps, self._num_steps)
+        return self._policy.optimizer.lr * factor
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def step(self, loss: float) -> float:
+        """Clip and step; returns the L2 norm over all ranks before clipping. A collective.
+
+        Raises:
+            NonFiniteError: `loss` (over all ranks) or the norm is not finite. The weights are untouched.
+        """
+        self._optimizer.prepare_grads()
+        norm, lr = float(self._optimizer.get_grad_norm()), self.lr
+        check_finite(self._num_steps + 1, loss, norm, lr)
+        if self._policy.max_grad_norm is not None:
+            clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), self._policy.max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            group["weight_decay"] = self._policy.optimizer.weight_decay * group["wd_mult"]
+        self._optimizer.step_with_ready_grads()
+        self._num_steps += 1
+        return norm
+
+    def read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        """The master weight or a moment of one of this rank's parameters, float32, in its shape.
+
+        With the distributed optimizer a collective of the ranks that hold the same parameter.
+        """
+        if not isinstance(self._optimizer, DistributedOptimizer):
+            return self._of(_main(parameter), key).detach().view(parameter.shape)
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for part, tensor in self._own_part(parameter, key):
+            whole[part] = tensor.detach()
+        dist.all_reduce(whole, group=self._optimizer.data_parallel_group)
+        return whole.view(parameter.shape)
+
+    def write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        """The inverse of `read`; a master weight goes to the parameter itself as well. Not a collective."""
+        with torch.no_grad():
+            if key == WEIGHT:
+                parameter.copy_(value)
+            if not isinstance(self._optimizer, DistributedOptimizer):
+                self._of(_main(parameter), key).copy_(value)
+                return
+            for part, tensor in self._own_part(parameter, key):
+                tensor.copy_(value.reshape(-1)[part])
+
+    def _own_part(self, parameter: nn.Parameter, key: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Where in the flat parameter this rank's share lies, and the share; nothing where it has none."""
+        places = self._optimizer.model_param_group_index_map
+        if parameter in places:
+            bounds = self._optimizer._get_model_param_range_map(parameter)["param"]
+            group, index = places[parameter]
+            main = self._optimizer.optimizer.param_groups[group]["params"][index]
+            yield slice(bounds.start, bounds.end), self._of(main, key).view(-1)
+
+    def _of(self, main: torch.Tensor, key: str) -> torch.Tensor:
+        if key == WEIGHT:
+            return main
+        state: dict[str, Any] = self._optimizer.optimizer.state[main]
+        tensor: torch.Tensor = state[key]
+        return tensor
+
+
+def _main(parameter: nn.Parameter) -> torch.Tensor:
+    """The float32 parameter that AdamW steps: a copy of a bfloat16 one, else the parameter itself."""
+    main: torch.Tensor = getattr(parameter, "main_param", parameter)
+    return main

@@ -1,0 +1,197 @@
+"""Weights (and the optimizer's moments) between the ranks' shards and whole Hugging Face tensors.
+
+::
+
+    gather   stage's shards ──all-gather over tensor-parallel ranks──► whole parameter ──send──► rank 0 ──► tensors
+    scatter  rank 0: tensors ──► all shards of one parameter ──broadcast──► every rank keeps its own
+
+One Megatron parameter at a time, so that no rank holds more than one parameter whole. Both work for any tensor- and
+pipeline-parallel sizes, so what was gathered under one pair can be scattered under another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedConfig
+
+from nemo_rl.errors import ModelError
+from nemo_rl.models.policy.megatron.families.family import Family
+from nemo_rl.models.policy.megatron.parallel import Grid
+from nemo_rl.models.policy.megatron.sharding_rules import ModelShape, Rule
+
+Read = Callable[[nn.Parameter], torch.Tensor]
+Write = Callable[[nn.Parameter, torch.Tensor], object]
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One Megatron parameter of the whole model.
+
+    Attributes:
+        rule: how it is made of Hugging Face tensors.
+        names, shapes: of those tensors.
+        stage: the pipeline stage it is gathered from.
+    """
+
+    rule: Rule
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    stage: int
+
+
+class WeightExchange:
+    """Moves tensors between a model's shards and Hugging Face names.
+
+    Args:
+        model: this rank's part. Its parameters are marked as split over tensor-parallel ranks or not, which
+            megatron-core's gradient norm relies on.
+        hf: configuration of the model.
+        shapes: names and shapes of the Hugging Face parameters, in their model's order, tied ones once.
+
+    Raises:
+        ModelError: the family's tables and the model do not have the same parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, hf: PreTrainedConfig, family: Family, shapes: dict[str, torch.Size], grid: Grid
+    ) -> None:
+        self._grid = grid
+        self._shape = ModelShape(hf.num_key_value_heads, grid.tensor.size())
+        self._shapes = shapes
+        layers_per_stage = hf.num_hidden_layers // grid.pipeline.size()
+        self._units = _units(hf, family, shapes, layers_per_stage, grid.pipeline.size())
+        self._unit_of = {name: unit for unit, content in self._units.items() for name in content.names}
+        if self._unit_of.keys() != shapes.keys():
+            different = sorted(self._unit_of.keys() ^ shapes.keys())
+            raise ModelError(
+                f"the tables of the family {hf.model_type!r} do not fit this model: {len(different)} parameters are in "
+                f"one of the two only, such as {different[0]}"
+            )
+        self._own = _own_parameters(model, layers_per_stage * grid.stage)
+        unknown = sorted(self._own.keys() - self._units.keys())
+        if unknown:
+            raise ModelError(f"the tables of the family {hf.model_type!r} lack Megatron's {unknown[0]}")
+        for name, parameter in self._own.items():
+            parameter.tensor_model_parallel = self._units[name].rule.split  # type: ignore[attr-defined]
+
+    def gather(self, read: Read, *, dtype: torch.dtype, from_all_replicas: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face names and whole tensors on rank 0, in the model's order; nothing on other ranks. Exhaust it.
+
+        Args:
+            read: gives a parameter's weight or moment on a rank that holds the parameter.
+            dtype: of what it gives, on any rank.
+            from_all_replicas: `read` is a collective of data-parallel ranks. Otherwise only the first of them takes
+                part.
+        """
+        takes_part = self._grid.is_first_replica
+        if not takes_part and not from_all_replicas:
+            return
+        ready: dict[str, torch.Tensor] = {}
+        for name in self._shapes:
+            if name not in ready:
+                unit_name = self._unit_of[name]
+                unit = self._units[unit_name]
+                local = read(self._own[unit_name]) if self._holds(unit_name) else None
+                shards = self._collect(unit, local, dtype) if takes_part else None
+                if shards is None:
+                    tensors = [torch.empty(0)] * len(unit.names)
+                else:
+                    tensors = unit.rule.tensors(shards, unit.shapes, self._shape)
+                ready.update(zip(unit.names, tensors))
+            tensor = ready.pop(name)
+            if self._grid.world.rank == 0:
+                yield name, tensor
+
+    def scatter(self, read: Callable[[str], torch.Tensor] | None, write: Write) -> None:
+        """Give every rank its shards, float32. A collective.
+
+        Args:
+            read: gives a Hugging Face tensor by name; on rank 0, None elsewhere.
+            write: takes a parameter's shard.
+        """
+        device = self._grid.world.device
+        for name, unit in self._units.items():
+            if read is None:
+                buffer = torch.empty(self._shards_shape(unit), device=device)
+            else:
+                tensors = [read(part).to(device, torch.float32) for part in unit.names]
+                buffer = unit.rule.shards(tensors, self._shape).contiguous()
+            if self._grid.world.world_size > 1:
+                dist.broadcast(buffer, src=0)
+            if name in self._own:
+                write(self._own[name], buffer[self._grid.tensor.rank() if unit.rule.split else 0])
+
+    def _holds(self, unit_name: str) -> bool:
+        """Whether this rank's stage is the one that the parameter is gathered from."""
+        return unit_name in self._own and self._units[unit_name].stage == self._grid.stage
+
+    def _collect(self, unit: _Unit, local: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """All shards of a parameter on rank 0, None elsewhere. A collective of the first replica's ranks."""
+        shards = None
+        if local is not None:
+            shards = local[None] if not unit.rule.split else self._all_shards(local)
+        if unit.stage > 0 and self._grid.tensor.rank() == 0:
+            first = dist.get_global_rank(self._grid.pipeline, 0)
+            owner = dist.get_global_rank(self._grid.pipeline, unit.stage)
+            if shards is not None:
+                dist.send(shards.contiguous(), dst=first, group=self._grid.pipeline)
+            elif self._grid.stage == 0:
+                shards = torch.empty(self._shards_shape(unit), dtype=dtype, device=self._grid.world.device)
+                dist.recv(shards, src=owner, group=self._grid.pipeline)
+        return shards if self._grid.world.rank == 0 else None
+
+    def _all_shards(self, local: torch.Tensor) -> torch.Tensor:
+        if self._grid.tensor.size() == 1:
+            return local[None]
+        parts = [torch.empty_like(local, requires_grad=False) for _ in range(self._grid.tensor.size())]
+        dist.all_gather(parts, local.contiguous(), group=self._grid.tensor)
+        return torch.stack(parts)
+
+    def _shards_shape(self, unit: _Unit) -> torch.Size:
+        return unit.rule.shards([torch.empty(shape, device="meta") for shape in unit.shapes], self._shape).shape
+
+
+def _units(
+    hf: PreTrainedConfig, family: Family, shapes: dict[str, torch.Size], layers_per_stage: int, num_stages: int
+) -> dict[str, _Unit]:
+    """Every parameter of the whole model, by Megatron's name with the layer's number in the whole model."""
+
+    def unit(rule: Rule, prefix: str, stage: int) -> _Unit:
+        names = tuple(f"{prefix}{name}" for name in rule.names)
+        return _Unit(rule, names, tuple(shapes.get(name, torch.Size()) for name in names), stage)
+
+    units = {
+        name: unit(rule, "", 0 if name == _EMBEDDING else num_stages - 1)
+        for name, rule in family.model.items()
+        if not (name == _OUTPUT and hf.tie_word_embeddings)
+    }
+    for layer in range(hf.num_hidden_layers):
+        for name, rule in family.layer.items():
+            units[f"decoder.layers.{layer}.{name}"] = unit(rule, f"model.layers.{layer}.", layer // layers_per_stage)
+    return units
+
+
+def _own_parameters(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
+    """This rank's parameters by their names in `_units`.
+
+    The last stage's copy of a tied embedding goes by the embedding's name.
+    """
+    own = {}
+    for name, parameter in model.named_parameters():
+        layer = _LAYER.match(name)
+        if layer:
+            name = f"decoder.layers.{int(layer[1]) + first_layer}.{name[layer.end() :]}"
+        elif name == _OUTPUT and getattr(parameter, "shared_embedding", False):
+            name = _EMBEDDING
+        own[name] = parameter
+    return own

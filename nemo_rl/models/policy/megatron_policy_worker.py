@@ -1,0 +1,247 @@
+"""One rank of a policy that megatron-core trains: a stage of the model, a share of its matrices, a share of the data.
+
+Per optimizer step, on every rank::
+
+    shard of a global batch ─► micro-batches ─► megatron-core's pipeline schedule ─► finalize_model_grads ─► clip, AdamW
+                                                 (losses and metrics on the last stage)    (sums over ranks)
+
+The same methods as `TorchPolicyWorker`, and like it without Ray as well: processes with `RANK`, `WORLD_SIZE`,
+`MASTER_ADDR` and `MASTER_PORT` set. All methods but `attestation` and `shutdown` are collectives. Ranks that differ in
+anything but their data-parallel index must be given the same shard.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from transformers import PreTrainedModel
+
+from nemo_rl import settings
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.errors import ConfigError
+from nemo_rl.models.policy import policy_checkpoint
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.hf_loading import empty_model, load_config, load_model
+from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
+from nemo_rl.models.policy.megatron.config import MegatronOptions
+from nemo_rl.models.policy.megatron.cpu import adapt_to_cpu
+from nemo_rl.models.policy.megatron.families import find_family
+from nemo_rl.models.policy.megatron.forward import PipelineForward
+from nemo_rl.models.policy.megatron.model import PolicyModel, build_model, check_model, wrap_for_training
+from nemo_rl.models.policy.megatron.optimizer import MegatronOptimizer
+from nemo_rl.models.policy.megatron.parallel import leave_grid, make_grid
+from nemo_rl.models.policy.megatron.state import MegatronState
+from nemo_rl.models.policy.megatron.weights import WeightExchange
+from nemo_rl.models.policy.metric_sums import MetricSums
+from nemo_rl.models.policy.microbatching import global_batches, microbatches
+from nemo_rl.models.policy.process_group import join_process_group
+from nemo_rl.models.policy.worker_process import prepare_process, stack
+from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.sender import publish
+
+
+class MegatronPolicyWorker:
+    """Trains a Hugging Face causal language model of a known family with megatron-core.
+
+    Args:
+        config: `model_name` must be a directory or hub name, `options` a `MegatronOptions`.
+        total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
+        seed: of the run.
+        num_local_workers: workers on this node, which share its CPUs; None takes `WORLD_SIZE`.
+        device_type: "cuda", "cpu", or None for a GPU where there is one.
+        weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+
+    Raises:
+        ConfigError: the options are not this backend's, or do not fit the number of workers.
+        ModelError: the model cannot be loaded, is of an unknown family, or cannot be divided as the options say.
+        WorkerError: the ranks do not meet.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        *,
+        total_steps: int,
+        seed: int,
+        num_local_workers: int | None = None,
+        device_type: str | None = None,
+        weight_transport: str = "ray",
+    ) -> None:
+        options = config.options
+        if not isinstance(options, MegatronOptions):
+            raise ConfigError(f"policy.options is a {type(options).__name__}: set policy.backend=megatron")
+        options.layout(settings.WORLD_SIZE.get())  # refuses a number of workers that does not divide
+        self._hf = load_config(config.model_name, config.attn_implementation)
+        self._family = find_family(self._hf.model_type)
+        check_model(self._hf, self._family, config, options)
+        # Of kernels that wait for several streams, the one that was issued first must start first.
+        settings.export({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+        self._config = config
+        self._options = options
+        self._weight_transport = weight_transport
+        world = join_process_group(device_type=device_type, needs_collectives=True)
+        if world.device.type == "cpu":
+            adapt_to_cpu()
+        prepare_process(world, config.num_threads, num_local_workers, seed)
+        self._grid = make_grid(world, options)
+        self._skeleton = empty_model(self._hf)
+        self._reference: PipelineForward | None = None
+        self._build(total_steps)
+        # Modules live as long as the process: without this each full collection of garbage walks through all of them.
+        gc.collect()
+        gc.freeze()
+
+    def _build(self, total_steps: int) -> None:
+        config, options = self._config, self._options
+        model = build_model(self._hf, self._family, config, options, self._grid, trained=True)
+        exchange = self._exchange(model)
+        wrapped = wrap_for_training(model, options)
+        self._optimizer = MegatronOptimizer(wrapped, config, options, total_steps=total_steps)
+        self._state = MegatronState(
+            self._skeleton,
+            exchange,
+            self._optimizer,
+            dtype=model.config.params_dtype,
+            distributed_optimizer=options.distributed_optimizer,
+        )
+        loaded = self._load_on_rank_0()
+        self._state.load_weights(None if loaded is None else _reader(loaded))
+        if loaded is not None:
+            self._skeleton.generation_config = loaded.generation_config
+        self._forward = self._pipeline(wrapped)
+
+    def _exchange(self, model: PolicyModel) -> WeightExchange:
+        shapes = {name: parameter.shape for name, parameter in self._skeleton.named_parameters()}
+        return WeightExchange(model, self._hf, self._family, shapes, self._grid)
+
+    def _pipeline(self, model: Any) -> PipelineForward:
+        packed = self._config.batching.mode == "packed"
+        return PipelineForward(model, self._grid, self._options, self._hf.vocab_size, packed=packed)
+
+    def _load_on_rank_0(self) -> PreTrainedModel | None:
+        """Only rank 0 reads the weights, into its main memory."""
+        return load_model(self._config.model_name, self._hf) if self._grid.world.rank == 0 else None
+
+    def train(self, shard: BatchedDataDict, loss_fn: LossFunction, local_batch_size: int | None = None) -> TrainResult:
+        """One optimizer step per `local_batch_size` rows of this rank's shard (None: one step for all of them).
+
+        A shard with a plan of micro-batches knows its global batches; then `local_batch_size` is not used.
+
+        Raises:
+            NonFiniteError: on every rank; the weights are as before that optimizer step.
+            DataError: rows that do not divide.
+        """
+        batches = global_batches(shard, local_batch_size)
+        totals: dict[str, float] = {}
+        num_tokens = 0
+        for batch in batches:
+            metrics, tokens = self._train_step(batch, loss_fn)
+            num_tokens += tokens
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return TrainResult({name: value / len(batches) for name, value in totals.items()}, len(batches), num_tokens)
+
+    def _train_step(self, batch: BatchedDataDict, loss_fn: LossFunction) -> tuple[dict[str, float], int]:
+        counted = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
+        num_tokens, num_samples, forward_tokens = self._grid.data.sum(
+            [float(counted.sum()), float(batch["sample_mask"].sum()), float(batch["input_lengths"].sum())]
+        )
+        device = self._grid.world.device
+        global_num_tokens = torch.tensor(num_tokens, device=device)
+        global_num_samples = torch.tensor(num_samples, device=device)
+        sums = MetricSums()
+
+        def judge(logprobs: torch.Tensor, part: BatchedDataDict) -> tuple[torch.Tensor, None]:
+            loss, metrics = loss_fn(logprobs, part, global_num_tokens, global_num_samples)
+            sums.add({"loss": loss.detach(), **metrics})
+            return loss, None
+
+        config = self._config
+        self._optimizer.zero_grad()
+        parts = list(microbatches(batch, config.train_micro_batch_size, config.batching.length_multiple))
+        self._forward.train(parts, judge)
+        reduced: dict[str, float] = sums.reduced(self._grid.data) if self._grid.is_last_stage else {}
+        reduced = self._grid.from_last_stage(reduced)
+        reduced["lr"] = self._optimizer.lr
+        reduced["grad_norm"] = self._optimizer.step(reduced["loss"])
+        return reduced, int(forward_tokens)
+
+    def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
+        """Log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
+        return self._logprobs(self._forward, shard)
+
+    def get_reference_policy_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
+        """The same under the initial weights, which the first call loads from where they came from."""
+        if self._reference is None:
+            model = build_model(self._hf, self._family, self._config, self._options, self._grid, trained=False)
+            loaded = self._load_on_rank_0()
+            with torch.no_grad():
+                self._exchange(model).scatter(
+                    None if loaded is None else _reader(loaded), lambda parameter, value: parameter.copy_(value)
+                )
+            self._reference = self._pipeline(model)
+            gc.freeze()
+        return self._logprobs(self._reference, shard)
+
+    def _logprobs(self, forward: PipelineForward, shard: BatchedDataDict) -> torch.Tensor:
+        config = self._config
+        needed = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
+        needed.microbatch_plan = shard.microbatch_plan
+        parts = list(microbatches(needed, config.logprob_batch_size, config.batching.length_multiple))
+        result = torch.zeros(needed["input_ids"].shape, dtype=torch.float32)
+        row = 0
+        for logprobs in forward.logprobs(parts):
+            rows, width = logprobs.shape
+            result[row : row + rows, :width] = logprobs
+            row += rows
+        complete: torch.Tensor = self._grid.from_last_stage(result)
+        return complete
+
+    def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
+        """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
+        tensors = self._state.served_weights()
+        if self._grid.world.rank == 0:
+            return publish(tensors, version=version, dtype=dtype, transport=self._weight_transport)
+        for _ in tensors:  # takes part in the gathering of every tensor
+            pass
+        return None
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""
+        tokenizer_name = self._config.tokenizer_name or self._config.model_name
+        policy_checkpoint.save(Path(directory), self._state, self._grid.world, tokenizer_name)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Restore what `save_checkpoint` wrote, under whatever layout and backend.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        policy_checkpoint.load(Path(directory), self._state, self._grid.world)
+
+    def attestation(self) -> dict[str, Any]:
+        """What this worker runs on and with."""
+        grid = self._grid
+        return {
+            **stack(grid.world),
+            "megatron_core": megatron.core.__version__,
+            "model": type(self._skeleton).__name__,
+            "num_parameters": sum(parameter.numel() for parameter in self._skeleton.parameters()),
+            "tensor_rank": grid.tensor.rank(),
+            "context_rank": grid.context.rank(),
+            "data_rank": grid.data.rank,
+            "pipeline_stage": grid.stage,
+        }
+
+    def shutdown(self) -> None:
+        """Leave the process group. Idempotent."""
+        leave_grid()
+
+
+def _reader(model: PreTrainedModel) -> Any:
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return parameters.__getitem__

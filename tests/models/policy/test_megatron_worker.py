@@ -1,0 +1,267 @@
+"""Megatron workers in their own venv, two ranks on gloo, against the torch worker in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_processes import RankProcesses
+from tiny_policy import (
+    FAMILIES,
+    advantage_loss,
+    assert_equal,
+    make_batch,
+    make_model,
+    make_worker,
+    shard_of,
+    weights,
+)
+from transformers import AutoModelForCausalLM
+
+from nemo_rl.models.policy.interfaces import TrainResult
+
+State = dict[str, torch.Tensor]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor_parallel_size": 2},
+    "tp2_sequence": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+    "dp2": {},
+    "dp2_plain": {"distributed_optimizer": False},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "dynamic": {"batching": {"mode": "dynamic", "max_tokens": 30, "length_multiple": 4}},
+    "packed": {"batching": {"mode": "packed", "max_tokens": 30}},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    made = {family: make_model(root / family, family) for family in FAMILIES}
+    made["tied"] = make_model(root / "tied", "qwen2", tied=True)
+    made["one_group"] = make_model(root / "one_group", "llama", num_key_value_heads=1)
+    return made
+
+
+def torch_steps(model: Path, steps: int = 3, **config: Any) -> tuple[list[TrainResult], State]:
+    worker = make_worker(model, **config)
+    results = [worker.train(make_batch(), advantage_loss) for _ in range(steps)]
+    return results, weights(worker)
+
+
+def assert_close(found: State, expected: State, tolerance: float = 1e-4) -> None:
+    """Every tensor differs by at most `tolerance` of its norm."""
+    assert found.keys() == expected.keys()
+    errors = {
+        name: float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)) for name in expected
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] < tolerance, f"{worst} differs by {errors[worst]:.2g}"
+
+
+def assert_same_metrics(found: list[TrainResult], expected: list[TrainResult]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-4, abs=1e-6)
+        assert (one.num_optimizer_steps, one.num_tokens) == (other.num_optimizer_steps, other.num_tokens)
+
+
+@pytest.mark.parametrize("layout", ["alone", "tp2", "pp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_those_of_torch(
+    models: dict[str, Path], megatron_ranks: RankProcesses, family: str, layout: str
+) -> None:
+    config = {"options": LAYOUTS.get(layout, {})}
+    results = megatron_ranks.run("tiny_megatron.logprobs", models[family], config, layout == "alone")
+    expected = make_worker(models[family]).get_logprobs(make_batch())
+    for result in filter(None, results):
+        found, reference_agrees, record = result
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert reference_agrees
+        assert record["megatron_core"]
+    assert expected.abs().max() > 1, "the test is to see differences"
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "packed"])
+@pytest.mark.parametrize("layout", ["tp2_sequence", "pp2"])
+def test_logprobs_do_not_depend_on_how_a_batch_is_cut(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, mode: str
+) -> None:
+    config = {"options": LAYOUTS[layout], **MODES[mode]}
+    (found, _, _), _ = megatron_ranks.run("tiny_megatron.logprobs", models["qwen3"], config)
+    expected = make_worker(models["qwen3"], **MODES[mode]).get_logprobs(shard_of(make_batch(), 0, 1, **MODES[mode]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["cp2", "tp2_sequence", "tp2"])
+def test_one_key_value_head_and_split_sequences(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
+) -> None:
+    results = megatron_ranks.run("tiny_megatron.logprobs", models["one_group"], {"options": LAYOUTS[layout]})
+    expected = make_worker(models["one_group"]).get_logprobs(make_batch())
+    for found, _, _ in results:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_are_those_of_torch(
+    models: dict[str, Path], megatron_ranks: RankProcesses, family: str, layout: str
+) -> None:
+    results = megatron_ranks.run("tiny_megatron.train", models[family], {"options": LAYOUTS[layout]}, 10)
+    metrics, state = torch_steps(models[family], 10)
+    for found, _ in results:
+        losses = [result.metrics["loss"] for result in metrics]
+        assert [result.metrics["loss"] for result in found] == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    # The moments are of gradients, in which rounding is not averaged out.
+    for key, tolerance in (("", 1e-4), ("/exp_avg", 1e-3), ("/exp_avg_sq", 1e-3)):
+        chosen = {name for name in state if name.endswith(key) and ("/" in name) == bool(key)}
+        assert_close({n: results[0][1][n] for n in chosen}, {n: state[n] for n in chosen}, tolerance)
+
+
+@pytest.mark.parametrize("layout", ["tp2_sequence", "cp2", "dp2", "dp2_plain"])
+def test_every_layout_trains_like_torch(models: dict[str, Path], megatron_ranks: RankProcesses, layout: str) -> None:
+    (found, state), (again, _) = megatron_ranks.run(
+        "tiny_megatron.train", models["qwen3"], {"options": LAYOUTS[layout]}
+    )
+    expected, expected_state = torch_steps(models["qwen3"])
+    assert_same_metrics(found, expected)
+    assert found == again
+    assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_tied_embeddings_and_recomputed_activations(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
+) -> None:
+    config = {"options": LAYOUTS[layout], "activation_checkpointing": True, **MODES["packed"]}
+    (found, state), _ = megatron_ranks.run("tiny_megatron.train", models["tied"], config)
+    expected, expected_state = torch_steps(models["tied"])
+    assert "lm_head.weight" not in state
+    assert_same_metrics(found, expected)
+    assert_close(state, expected_state)
+
+
+def test_bfloat16_keeps_float32_master_weights(models: dict[str, Path], megatron_ranks: RankProcesses) -> None:
+    for layout in ("dp2", "tp2"):
+        config = {"options": LAYOUTS[layout], "precision": "bfloat16"}
+        (found, state), _ = megatron_ranks.run("tiny_megatron.train", models["llama"], config)
+        expected, expected_state = torch_steps(models["llama"])
+        assert found[0].metrics["loss"] == pytest.approx(expected[0].metrics["loss"], rel=0.05)
+        assert found[0].metrics["loss"] != expected[0].metrics["loss"]
+        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+        assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in state.values())
+        assert state.keys() == expected_state.keys()
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "tied"])
+def test_published_weights_are_the_models_bit_for_bit(
+    models: dict[str, Path], megatron_ranks: RankProcesses, name: str, layout: str
+) -> None:
+    published, nothing = megatron_ranks.run("tiny_megatron.publish", models[name], {"options": LAYOUTS[layout]})
+    assert nothing is None
+    digest, names, found = published
+    module = AutoModelForCausalLM.from_pretrained(models[name])
+    assert_equal(found, {key: tensor.detach() for key, tensor in module.named_parameters()})
+    assert names == [key for key, _ in module.named_parameters()]
+    update = make_worker(models[name]).publish_weights(7, "float32")
+    assert update is not None
+    assert digest == update.digest
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_what_is_not_finite_changes_nothing(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
+) -> None:
+    config = {"options": LAYOUTS[layout]}
+    assert megatron_ranks.run("tiny_megatron.not_finite_changes_nothing", models["llama"], config) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ("tp2", "tp2"),
+        ("tp2", "pp2"),
+        ("dp2", "tp2"),
+        pytest.param("pp2", "dp2", marks=pytest.mark.slow),
+        pytest.param("dp2_plain", "dp2", marks=pytest.mark.slow),
+        pytest.param("cp2", "tp2_sequence", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_goes_on_under_any_layout(
+    models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, saved: str, resumed: str
+) -> None:
+    train, model, directory = "tiny_megatron.train", models["tied"], tmp_path / "c"
+    undisturbed, _ = megatron_ranks.run(
+        train, model, {"options": LAYOUTS[saved]}, 3, save=directory, steps_after_save=2
+    )
+    found, _ = megatron_ranks.run(train, model, {"options": LAYOUTS[resumed]}, 2, load=directory)
+    assert_same_metrics(found[0], undisturbed[0][3:])
+    if saved == resumed:
+        assert_equal(found[1], undisturbed[1])
+    assert_close(found[1], undisturbed[1])
+
+
+def test_checkpoints_move_between_torch_and_megatron(
+    models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path
+) -> None:
+    worker = make_worker(models["qwen3"])
+    worker.train(make_batch(), advantage_loss)
+    worker.save_checkpoint(tmp_path / "torch")
+    before = weights(worker)
+    config = {"options": LAYOUTS["tp2"]}
+    (_, loaded), _ = megatron_ranks.run(
+        "tiny_megatron.train", models["qwen3"], config, 0, load=tmp_path / "torch", save=tmp_path / "megatron"
+    )
+    assert_equal(loaded, before)
+    back = make_worker(models["qwen3"])
+    back.load_checkpoint(tmp_path / "megatron")
+    assert_equal(weights(back), before)
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "megatron" / "model")
+    assert_equal(
+        {name: parameter.detach() for name, parameter in module.named_parameters()},
+        {name: tensor for name, tensor in before.items() if "/" not in name},
+    )
+
+
+def test_a_missing_checkpoint_is_an_error_on_every_rank(
+    models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path
+) -> None:
+    errors = megatron_ranks.run("tiny_megatron.load_fails", models["llama"], tmp_path / "nowhere")
+    assert all(error.startswith("CheckpointError: cannot load the checkpoint") for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("llama", {"options": {"tensor_parallel_size": 4}}, "2 workers cannot be divided into groups of 4"),
+        ("odd", {"options": {"pipeline_parallel_size": 2}}, "must divide the 3 layers"),
+        ("odd", {"options": {"tensor_parallel_size": 2}}, "must divide the 3 attention heads"),
+        ("biased", {}, "its projections have biases"),
+        ("gpt2", {}, "does not know the model family 'gpt2'; it knows llama, qwen2, qwen3"),
+        ("llama", {"max_sequence_length": 65}, "exceeds the 64 positions"),
+        ("llama", {"backend": "torch"}, "set policy.backend=megatron"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, name: str, config: Any, expected: str
+) -> None:
+    if name == "odd":
+        model = make_model(
+            tmp_path, "llama", num_hidden_layers=3, hidden_size=24, num_attention_heads=3, num_key_value_heads=3
+        )
+    elif name == "biased":
+        model = make_model(tmp_path, "llama", attention_bias=True)
+    elif name == "gpt2":
+        from transformers import GPT2Config
+
+        GPT2Config().save_pretrained(tmp_path)
+        model = tmp_path
+    else:
+        model = models[name]
+    for error in megatron_ranks.run("tiny_megatron.refused", model, config):
+        assert expected in error

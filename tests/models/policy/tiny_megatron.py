@@ -1,0 +1,141 @@
+"""What ranks of a Megatron policy do in the tests. Imported in the MCORE venv, which has no pytest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_policy import EPS, advantage_loss, make_batch, nan_loss, shard_of
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.errors import NonFiniteError
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
+
+State = dict[str, torch.Tensor]
+
+
+def make_config(model: Path | str, **config: Any) -> PolicyConfig:
+    defaults: dict[str, Any] = {
+        "backend": "megatron",
+        "num_threads": 1,
+        "max_sequence_length": 64,
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "eps": EPS},
+        "scheduler": {"kind": "cosine", "warmup_steps": 2},
+        "max_grad_norm": 0.5,
+        "train_micro_batch_size": 3,
+        "logprob_batch_size": 5,
+    }
+    return PolicyConfig(model_name=str(model), **(defaults | config))
+
+
+@contextmanager
+def megatron_worker(model: Path | str, device_type: str = "cpu", **config: Any) -> Iterator[MegatronPolicyWorker]:
+    worker = MegatronPolicyWorker(
+        make_config(model, **config), total_steps=20, seed=3, device_type=device_type, weight_transport="local"
+    )
+    try:
+        yield worker
+    finally:
+        worker.shutdown()
+
+
+def shard_for(worker: MegatronPolicyWorker) -> BatchedDataDict:
+    """This rank's rows of the batch that all tests take."""
+    data, batching = worker._grid.data, worker._config.batching
+    return shard_of(make_batch(), data.rank, data.world_size, batching=batching.model_dump())
+
+
+def state_of(worker: MegatronPolicyWorker) -> State:
+    """Master weights and moments by Hugging Face name, on rank 0. A collective."""
+    state = {name: tensor.cpu().clone() for name, tensor in worker._state.weights()}
+    state.update({key: tensor.cpu().clone() for key, tensor in worker._state.moments()})
+    return state if worker._grid.world.rank == 0 else {}
+
+
+def alone(rank: int) -> bool:
+    """Let rank 0 be a process group of its own; the others have nothing to do."""
+    os.environ.update(WORLD_SIZE="1")
+    return rank == 0
+
+
+def logprobs(rank: int, model: Path, config: dict[str, Any], single: bool = False) -> Any:
+    """Log-probabilities of this rank's shard, and whether the frozen reference gives the same bits."""
+    world_size = os.environ["WORLD_SIZE"]
+    try:
+        if single and not alone(rank):
+            return None
+        with megatron_worker(model, **config) as worker:
+            shard = shard_for(worker)
+            found = worker.get_logprobs(shard)
+            return found, torch.equal(found, worker.get_reference_policy_logprobs(shard)), worker.attestation()
+    finally:
+        os.environ["WORLD_SIZE"] = world_size
+
+
+def train(
+    rank: int,
+    model: Path,
+    config: dict[str, Any],
+    steps: int = 3,
+    *,
+    load: Path | None = None,
+    save: Path | None = None,
+    steps_after_save: int = 0,
+    device_type: str = "cpu",
+) -> Any:
+    """Metrics of each step, and the state after the last one on rank 0."""
+    with megatron_worker(model, device_type, **config) as worker:
+        if load is not None:
+            worker.load_checkpoint(load)
+        shard = shard_for(worker)
+        results = [worker.train(shard, advantage_loss) for _ in range(steps)]
+        if save is not None:
+            worker.save_checkpoint(save)
+        results += [worker.train(shard, advantage_loss) for _ in range(steps_after_save)]
+        return results, state_of(worker)
+
+
+def publish(rank: int, model: Path, config: dict[str, Any], device_type: str = "cpu") -> Any:
+    """Digest and names of the published weights, and all weights read back, on rank 0."""
+    with megatron_worker(model, device_type, **config) as worker:
+        update = worker.publish_weights(7, "float32")
+        weights = {name: tensor.clone() for name, tensor in worker._state.weights()}
+        if update is None:
+            return None
+        return update.digest, [spec.name for bucket in update.buckets for spec in bucket.tensors], weights
+
+
+def not_finite_changes_nothing(rank: int, model: Path, config: dict[str, Any]) -> bool:
+    with megatron_worker(model, **config) as worker:
+        shard = shard_for(worker)
+        worker.train(shard, advantage_loss)
+        before = state_of(worker)
+        try:
+            worker.train(shard, nan_loss)
+        except NonFiniteError:
+            after = state_of(worker)
+            return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        return False
+
+
+def refused(rank: int, model: Path, config: dict[str, Any]) -> str:
+    """The error that the worker's start ends with."""
+    try:
+        with megatron_worker(model, **config):
+            return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def load_fails(rank: int, model: Path, directory: Path) -> str:
+    with megatron_worker(model) as worker:
+        try:
+            worker.load_checkpoint(directory)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
