@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def test_the_embedded_job_runs_with_vllm(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "examples/run_grpo_math.py", *arguments],
         cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": "local"},
         capture_output=True,
         text=True,
         timeout=280,
