@@ -27,7 +27,7 @@ from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
-from nemo_rl.jobs.roles import Role, job_roles
+from nemo_rl.jobs.roles import Role, job_roles, num_colocated_groups
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.utils.checkpoint import CheckpointStore
@@ -38,6 +38,7 @@ from nemo_rl.utils.timer import Timeline, TimelineEvent
 if TYPE_CHECKING:
     from nemo_rl.data.loader import PromptLoader
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+    from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.environments.remote import RemoteEnvironment
     from nemo_rl.models.generation.generation import Generation
@@ -87,6 +88,14 @@ class _Inputs:
     model: ModelFiles
     loader: PromptLoader
     validation: BatchedDataDict | None
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """The bundles of each worker group; the same object where they are shared."""
+
+    policy: RayVirtualCluster
+    generation: RayVirtualCluster
 
 
 @dataclass(frozen=True)
@@ -152,14 +161,14 @@ class _Life:
     def _start(self) -> tuple[_Inputs, _Workers]:
         """Prepare the inputs and start Ray side by side, then all worker groups at once."""
         preparing = _in_background(self._prepare_inputs)
-        cluster = self._start_cluster()
+        clusters = self._start_clusters()
         if preparing.done():
             preparing.result()  # wrong inputs are told before a venv is built
         with self.timeline.phase("venvs"):
             _make_venvs_ready(self.roles, self.view, self.timeline)
         inputs = preparing.result()
         with self.timeline.phase("start workers", waits=True):
-            workers = self._start_workers(inputs.model, cluster)
+            workers = self._start_workers(inputs.model, clusters)
         return inputs, workers
 
     def _prepare_inputs(self) -> _Inputs:
@@ -184,7 +193,8 @@ class _Life:
                 batch = validation_batch(tokenized, model.pad_token_id, config.grpo.validation.max_num_problems)
         return _Inputs(model, loader, batch)
 
-    def _start_cluster(self) -> RayVirtualCluster:
+    def _start_clusters(self) -> _Clusters:
+        """Join or start Ray, and say what is needed of it; nothing is reserved yet."""
         config = self.config.cluster
         with self.timeline.phase("Ray"):
             import ray
@@ -193,17 +203,23 @@ class _Life:
 
             self.stack.callback(ray.shutdown)
             init_ray(log_dir=str(self.run.path))
-            cluster = RayVirtualCluster(
-                [config.workers_per_node] * config.num_nodes,
-                use_gpus=config.gpus_per_node > 0,
-                num_gpus_per_node=max(config.gpus_per_node, 1),
-                max_colocated_worker_groups=2,
-                name="grpo",
-            )
-            self.stack.callback(cluster.shutdown)
-        return cluster
 
-    def _start_workers(self, model: ModelFiles, cluster: RayVirtualCluster) -> _Workers:
+            def cluster_of(part: BundlesConfig, name: str) -> RayVirtualCluster:
+                cluster = RayVirtualCluster(
+                    [part.workers_per_node] * part.num_nodes,
+                    use_gpus=part.use_gpus,
+                    num_gpus_per_node=max(part.gpus_per_node, 1),
+                    max_colocated_worker_groups=num_colocated_groups(self.config),
+                    name=name,
+                )
+                self.stack.callback(cluster.shutdown)
+                return cluster
+
+            policy = cluster_of(config, "grpo")
+            generation = policy if config.generation is None else cluster_of(config.generation, "grpo generation")
+        return _Clusters(policy, generation)
+
+    def _start_workers(self, model: ModelFiles, clusters: _Clusters) -> _Workers:
         """Start all groups, then wait for all: the first that fails ends the job, with its own error."""
         from nemo_rl.environments.remote import RemoteEnvironment
         from nemo_rl.models.generation.generation import Generation
@@ -213,10 +229,10 @@ class _Life:
         environment = RemoteEnvironment(config.env)
         self.stack.callback(environment.shutdown)
         policy = Policy(
-            cluster, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed
+            clusters.policy, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed
         )
         self.stack.callback(policy.shutdown)
-        generation = Generation(cluster, config.policy, model.name)
+        generation = Generation(clusters.generation, config.policy, model.name)
         self.stack.callback(generation.shutdown)
         for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
             with self.timeline.phase(f"{name} ready", waits=True):

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nemo_rl.algorithms.config import MasterConfig
+    from nemo_rl.distributed.config import BundlesConfig
 
 _GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
-# AdamW keeps two float32 moments besides the float32 master weight and its gradient.
-_TRAINING_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -124,14 +123,22 @@ def _memory_lines(plan: JobPlan) -> list[Text]:
 
 
 def _placements(config: MasterConfig, roles: list[Role]) -> list[tuple[str, str]]:
-    kind = "GPU" if config.cluster.gpus_per_node else "CPU"
-    rows = []
-    for node in range(config.cluster.num_nodes):
-        for bundle in range(config.cluster.workers_per_node):
-            rank = node * config.cluster.workers_per_node + bundle
-            names = [f"{role.name}-{rank}" for role in roles if role.share and rank < role.num_workers]
-            rows.append((f"node {node}, {kind} {bundle}", ", ".join(names)))
+    cluster = config.cluster
+    policy, generation = (role for role in roles if role.share)
+    if cluster.generation is None:
+        rows = _bundles(cluster, "", [policy, generation])
+    else:
+        rows = _bundles(cluster, "", [policy]) + _bundles(cluster.generation, "generation ", [generation])
     rows.append(("any node, no bundle", ", ".join(role.name for role in roles if not role.share)))
+    return rows
+
+
+def _bundles(part: BundlesConfig, prefix: str, roles: list[Role]) -> list[tuple[str, str]]:
+    kind, per_node = "GPU" if part.use_gpus else "CPU", part.workers_per_node
+    rows = []
+    for rank in range(part.num_workers):
+        names = [f"{role.name}-{rank}" for role in roles if rank < role.num_workers]
+        rows.append((f"{prefix}node {rank // per_node}, {kind} {rank % per_node}", ", ".join(names)))
     return rows
 
 
@@ -156,15 +163,15 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
     model, count, source = _model_size(policy)
     if count is None:
         return None
-    shards = config.cluster.num_workers if policy.sharding == "fsdp" else 1
+    training = policy.options.training_bytes(policy, count, config.cluster.num_workers)
     generation_bytes = _BYTES[policy.generation.precision or policy.precision]
     samples = config.num_samples_per_step
-    workers = policy.generation.num_workers or config.cluster.num_workers
+    workers = policy.generation.num_workers or config.cluster.of_generation.num_workers
     rows = min(policy.generation.max_batch_size, -(-samples // workers))
     cache = (
         None if model is None else _kv_numbers_per_token(model) * generation_bytes * rows * policy.max_sequence_length
     )
-    return MemoryEstimate(count, source, count * _TRAINING_BYTES // shards, count * generation_bytes, cache)
+    return MemoryEstimate(count, source, training, count * generation_bytes, cache)
 
 
 def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | None, str]:

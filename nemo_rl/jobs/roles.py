@@ -30,16 +30,22 @@ class Role:
     share: float
 
 
+def num_colocated_groups(config: MasterConfig) -> int:
+    """Worker groups that share the policy's bundles."""
+    return 2 if config.cluster.generation is None else 1
+
+
 def job_roles(config: MasterConfig) -> list[Role]:
     """The roles of a job. Raises `ConfigError` or `UnregisteredActorError` for a name that nobody knows."""
-    policy, generation, use_gpus = config.policy, config.policy.generation, config.cluster.gpus_per_node > 0
+    policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
-    policy_python = trainer.py_executable(policy.py_executable, use_gpus=use_gpus)
-    generation_python = generator.py_executable(generation.py_executable, use_gpus=use_gpus)
-    num_generators = generation.num_workers or config.cluster.num_workers
+    policy_python = trainer.py_executable(policy.py_executable, use_gpus=cluster.use_gpus)
+    generation_python = generator.py_executable(generation.py_executable, use_gpus=cluster.of_generation.use_gpus)
+    num_generators = generation.num_workers or cluster.of_generation.num_workers
+    share = 1 / num_colocated_groups(config)
     environment = environment_fqn(config.env.name)
     return [
-        Role("policy", trainer.fqn, policy_python, config.cluster.num_workers, 0.5),
-        Role("generation", generator.fqn, generation_python, num_generators, 0.5),
+        Role("policy", trainer.fqn, policy_python, cluster.num_workers, share),
+        Role("generation", generator.fqn, generation_python, num_generators, share),
         Role("environment", environment, get_actor_python_env(environment), 1, 0.0),
     ]

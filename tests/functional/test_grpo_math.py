@@ -101,6 +101,26 @@ def test_a_killed_run_goes_on_and_records_what_an_undisturbed_one_does(tmp_path,
     assert comparable(metrics(directory)) == comparable(metrics(undisturbed))
 
 
+def test_an_asynchronous_run_that_is_killed_goes_on_with_the_rollouts_that_were_ahead(tmp_path):
+    recipe = ("--config", str(ROOT / "examples" / "configs" / "grpo_math_cpu_async.yaml"))
+    arguments = (*recipe, *SMALL, "grpo.max_num_steps=5")
+    whole = run(*arguments, f"logger.log_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    ages = [r["train/trajectory_age"] for r in metrics(tmp_path / "whole") if "train/loss" in r]
+    assert ages == [0, 1, 1, 1, 1]
+    directory = tmp_path / "run"
+    job = subprocess.Popen(
+        command(*arguments, f"logger.log_dir={directory}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    job.kill()
+    job.wait()
+    wait_for(lambda: not orphans(job.pid), None, seconds=60)
+    resumed = run(*arguments, f"logger.log_dir={directory}")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert comparable(metrics(directory)) == comparable(metrics(tmp_path / "whole"))
+
+
 def test_an_interrupted_run_leaves_no_process(tmp_path):
     directory = tmp_path / "run"
     job = subprocess.Popen(
