@@ -84,6 +84,10 @@ class GRPOConfig(ConfigModel):
         ge=0,
         description="Rollouts made ahead while the policy trains, with weights that lag so many steps. 0: synchronous.",
     )
+    stream_rollouts: bool = Field(
+        False,
+        description="Judge a problem's completions while others are generated, where the generation backend streams.",
+    )
     overlong_filtering: bool = Field(False, description="Leave completions that hit the length limit out of the loss.")
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)

@@ -217,6 +217,7 @@ class RolloutPipeline:
                 num_generations=config.num_generations_per_prompt,
                 seed=draw_seed(config.seed, "train", step, attempt),
                 timer=timer,
+                streaming=config.stream_rollouts,
             )
             if config.overlong_filtering:
                 rollout.batch["sample_mask"] = (~rollout.truncated).float()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.environments.interfaces import EnvironmentReturn
 
 if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface
@@ -56,37 +59,83 @@ def collect(
     timer: Timer,
     greedy: bool = False,
     sampling: SamplingConfig | None = None,
+    streaming: bool = False,
 ) -> Rollout:
     """Generate completions for problems and have them judged.
 
     Args:
         problems: N rows of `input_ids`, `input_lengths`, `prompt` (text), `answer` (text) and `metadata` (dict).
         seed: decides every draw (see `GenerationInterface.generate`).
+        streaming: have the completions of a problem judged while those of others are still being generated. The
+            rollout is the same.
 
     Raises:
         EnvironmentFailure: a completion could not be judged; nothing of the rollout is used then.
     """
-    with timer.phase("generation"):
-        result = generation.generate(
-            BatchedDataDict({key: problems[key] for key in ("input_ids", "input_lengths")}),
-            seed=seed,
-            num_generations=num_generations,
-            greedy=greedy,
-            sampling=sampling,
-        )
-    prompts = [text for text in problems["prompt"] for _ in range(num_generations)]
+    prompts = BatchedDataDict({key: problems[key] for key in ("input_ids", "input_lengths")})
+    how: dict[str, Any] = {
+        "seed": seed,
+        "num_generations": num_generations,
+        "greedy": greedy,
+        "sampling": sampling,
+    }
     known = [
         {**metadata, "ground_truth": answer}
         for metadata, answer in zip(problems["metadata"], problems["answer"], strict=True)
-        for _ in range(num_generations)
     ]
-    with timer.phase("reward"):
-        judged = environment.step(result.texts, known)
-        judged, metrics = environment.global_post_process_and_metrics(judged)
-    batch = training_batch(result)
+    parts: list[tuple[list[int], GenerationResult, Future[EnvironmentReturn]]] = []
+    with ThreadPoolExecutor(1, "judge") as judge:
+        with timer.phase("generation"):
+            whole = list(range(problems.size))
+            pieces = generation.stream(prompts, **how) if streaming else [(whole, generation.generate(prompts, **how))]
+            for chosen, piece in pieces:
+                of_completions = [known[position] for position in chosen for _ in range(num_generations)]
+                parts.append((chosen, piece, judge.submit(environment.step, piece.texts, of_completions)))
+        with timer.phase("reward"):
+            judged = [verdict.result() for _, _, verdict in parts]
+            positions = [position for chosen, _, _ in parts for position in chosen]
+            order = _row_order(positions, num_generations)
+            verdict, metrics = environment.global_post_process_and_metrics(_in_order(judged, order))
+    results = [piece for _, piece, _ in parts]
+    batch = _batch_in_order([training_batch(result) for result in results], order)
     batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
-    batch["rewards"] = torch.tensor(judged.rewards, dtype=torch.float32)
-    return Rollout(batch, result.truncated, prompts, result.texts, metrics)
+    batch["rewards"] = torch.tensor(verdict.rewards, dtype=torch.float32)
+    texts = [text for result in results for text in result.texts]
+    return Rollout(
+        batch=batch,
+        truncated=torch.cat([result.truncated for result in results])[torch.tensor(order)],
+        prompts=[text for text in problems["prompt"] for _ in range(num_generations)],
+        completions=[texts[row] for row in order],
+        metrics=metrics,
+    )
+
+
+def _row_order(positions: list[int], num_generations: int) -> list[int]:
+    """Where to find row 0, 1, ... of the rollout among the rows of the pieces, which hold `positions` one by one."""
+    place = {position: index for index, position in enumerate(positions)}
+    return [place[p] * num_generations + g for p in range(len(positions)) for g in range(num_generations)]
+
+
+def _batch_in_order(batches: list[BatchedDataDict], order: list[int]) -> BatchedDataDict:
+    whole = batches[0] if len(batches) == 1 else BatchedDataDict.from_batches(batches)
+    return whole if order == list(range(whole.size)) else whole.select_indices(torch.tensor(order))
+
+
+def _in_order(parts: list[EnvironmentReturn], order: list[int]) -> EnvironmentReturn:
+    """What was said of the pieces as one, in the order of the rollout."""
+
+    def rows(name: str) -> list[Any]:
+        values = [value for part in parts for value in getattr(part, name)]
+        return [values[row] for row in order]
+
+    return EnvironmentReturn(
+        rewards=np.array(rows("rewards"), dtype=np.float32),
+        terminated=np.array(rows("terminated"), dtype=bool),
+        answers=rows("answers"),
+        status=rows("status"),
+        latency_s=np.array(rows("latency_s"), dtype=np.float64),
+        observations=None if parts[0].observations is None else rows("observations"),
+    )
 
 
 def training_batch(result: GenerationResult) -> BatchedDataDict:

@@ -1,12 +1,15 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from nemo_rl.algorithms.rollouts import Rollout, concatenate, draw_seed, pass_at_k, select, training_batch
+from nemo_rl.algorithms.rollouts import Rollout, collect, concatenate, draw_seed, pass_at_k, select, training_batch
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.environments.interfaces import EnvironmentReturn
 from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.utils.timer import Timer
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (4, 1, 2), (5, 2, 3), (6, 6, 6), (6, 0, 6), (7, 3, 1)])
@@ -71,3 +74,64 @@ def test_selection_keeps_texts_and_tensors_together():
     chosen = select(rollout_of([1, 0, 1, 0], 2, 2), torch.tensor([False, False, True, True]))
     assert chosen.completions == ["2", "3"]
     assert chosen.batch["rewards"].tolist() == [1, 0]
+
+
+class Echo:
+    """Completes prompt p with p + 1 tokens, all equal to 10 p + (number of the completion), and streams by `pieces`."""
+
+    def __init__(self, pieces: list[list[int]]) -> None:
+        self.pieces = pieces
+
+    def generate(self, prompts, *, seed, num_generations, greedy, sampling, chosen=None) -> GenerationResult:
+        ids = prompts["input_ids"][:, 0].tolist() if chosen is None else chosen
+        rows = [(p, 10 * p + g) for p in ids for g in range(num_generations)]
+        width = 2 + max(p for p, _ in rows)
+        output = torch.tensor([[p] + [value] * (p + 1) + [0] * (width - p - 2) for p, value in rows])
+        return GenerationResult(
+            output_ids=output,
+            output_lengths=torch.tensor([p + 2 for p, _ in rows]),
+            prompt_lengths=torch.ones(len(rows), dtype=torch.long),
+            logprobs=-output.float(),
+            sampling_logprobs=-output.float(),
+            truncated=torch.tensor([value % 2 == 1 for _, value in rows]),
+            texts=[str(value) for _, value in rows],
+            weights_version=0,
+        )
+
+    def stream(self, prompts, **how):
+        for piece in self.pieces:
+            yield piece, self.generate(prompts, **how, chosen=piece)
+
+
+class Judge:
+    def step(self, completions, metadata) -> EnvironmentReturn:
+        values = [int(text) for text in completions]
+        assert [m["ground_truth"] for m in metadata] == [f"a{v // 10}" for v in values]
+        count = len(values)
+        return EnvironmentReturn(
+            np.array(values, np.float32), np.ones(count, bool), [*completions], ["ok"] * count, np.array(values, float)
+        )
+
+    def global_post_process_and_metrics(self, result):
+        return result, {"last": float(result.rewards[-1])}
+
+
+@pytest.mark.parametrize("pieces", [[[2], [0, 1]], [[1], [2], [0]], [[2, 1, 0]]])
+def test_a_streamed_rollout_is_the_one_that_comes_at_once(pieces):
+    problems = BatchedDataDict(
+        input_ids=torch.tensor([[0], [1], [2]]),
+        input_lengths=torch.ones(3, dtype=torch.long),
+        prompt=["p0", "p1", "p2"],
+        answer=["a0", "a1", "a2"],
+        metadata=[{}] * 3,
+    )
+    at_once, streamed = (
+        collect(problems, Echo(pieces), Judge(), num_generations=2, seed=0, timer=Timer(), streaming=streaming)
+        for streaming in (False, True)
+    )
+    assert streamed.completions == at_once.completions == ["0", "1", "10", "11", "20", "21"]
+    assert streamed.prompts == at_once.prompts
+    assert streamed.metrics == at_once.metrics == {"last": 21.0}
+    assert torch.equal(streamed.truncated, at_once.truncated)
+    for key, value in at_once.batch.items():
+        assert torch.equal(streamed.batch[key], value), key
