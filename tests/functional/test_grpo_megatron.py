@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,12 @@ PIPELINE = ("policy.options.tensor_parallel_size=1", "policy.options.pipeline_pa
 def run(directory: Path, *arguments: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / "run_grpo_math.py"), "--config", str(CONFIG), *SMALL]
     done = subprocess.run(
-        [*command, f"logger.log_dir={directory}", *arguments], capture_output=True, text=True, timeout=280, check=False
+        [*command, f"logger.log_dir={directory}", *arguments],
+        env={**os.environ, "RAY_ADDRESS": "local"},  # a cluster of its own, whatever else runs on the machine
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
