@@ -76,8 +76,14 @@ class GRPO:
     _last_validation: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        cluster, config = self.config.cluster, self.config.grpo
         self._pipeline = RolloutPipeline(
-            self.config.grpo, self.generation, self.environment, self.loader, self.pad_token_id
+            config,
+            self.generation,
+            self.environment,
+            self.loader,
+            self.pad_token_id,
+            sleeps=cluster.use_gpus and cluster.generation is None and config.max_trajectory_age == 0,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -14,8 +14,9 @@ can be repeated and resumed like a synchronous one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,9 @@ class RolloutPipeline:
 
     Everything that generation does, validation as well, goes through here, one after the other: nobody else changes its
     weights. With `max_trajectory_age` 0 all of it happens in the caller's thread.
+
+    Args:
+        sleeps: generation gives its memory back between two rollouts, because the policy trains on the same GPUs.
     """
 
     def __init__(
@@ -85,12 +89,16 @@ class RolloutPipeline:
         environment: EnvironmentInterface,
         loader: PromptLoader,
         pad_token_id: int,
+        *,
+        sleeps: bool = False,
     ) -> None:
         self._config = config
         self._generation = generation
         self._environment = environment
         self._loader = loader
         self._pad_token_id = pad_token_id
+        self._sleeps = sleeps
+        self._asleep = False
         self._handed_over: int | None = None  # version of the weights that generation has or will have next
         self._ahead: deque[Future[StepRollout]] = deque()
         self._last_requested: int | None = None
@@ -136,17 +144,18 @@ class RolloutPipeline:
 
         def job() -> tuple[Rollout, dict[str, float]]:
             timer = Timer()
-            self._serve(update, timer)
-            rollout = rollouts.collect(
-                problems,
-                self._generation,
-                self._environment,
-                num_generations=num_generations,
-                seed=draw_seed(self._config.seed, "validation"),
-                timer=timer,
-                greedy=num_generations == 1 and sampling is None,
-                sampling=sampling,
-            )
+            with self._awake(timer):
+                self._serve(update, timer)
+                rollout = rollouts.collect(
+                    problems,
+                    self._generation,
+                    self._environment,
+                    num_generations=num_generations,
+                    seed=draw_seed(self._config.seed, "validation"),
+                    timer=timer,
+                    greedy=num_generations == 1 and sampling is None,
+                    sampling=sampling,
+                )
             return rollout, timer.seconds()
 
         return self._run(job).result()
@@ -185,9 +194,22 @@ class RolloutPipeline:
         problems = self._loader.next_batch(self._config.num_prompts_per_step)
         if problems is None:
             return StepRollout(step, version, None, 0, {})
-        self._serve(update, timer)
-        rollout, num_rollouts = self._collect(problems, step, timer)
+        with self._awake(timer):
+            self._serve(update, timer)
+            rollout, num_rollouts = self._collect(problems, step, timer)
         return StepRollout(step, version, rollout, num_rollouts, timer.seconds())
+
+    @contextmanager
+    def _awake(self, timer: Timer) -> Iterator[None]:
+        if self._asleep:
+            with timer.phase("wake"):
+                self._generation.wake()
+            self._asleep = False
+        yield
+        if self._sleeps:
+            with timer.phase("sleep"):
+                self._generation.sleep()
+            self._asleep = True
 
     def _serve(self, update: WeightUpdate | None, timer: Timer) -> None:
         """Bring generation to the weights of `update`; both sides must report the same digest."""

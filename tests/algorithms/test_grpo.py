@@ -352,3 +352,31 @@ def test_rollouts_ahead_end_with_the_problems():
 def test_older_weights_need_a_correction():
     with pytest.raises(ConfigError, match="needs loss.importance_correction"):
         build(*AHEAD, "loss.importance_correction=none")
+
+
+def test_generation_on_the_policys_gpus_sleeps_while_the_policy_trains():
+    events = []
+
+    class Generation(FakeGeneration):
+        def wake(self):
+            events.append("wake")
+
+        def sleep(self):
+            events.append("sleep")
+
+        def generate(self, *args, **kwargs):
+            events.append("generate")
+            return super().generate(*args, **kwargs)
+
+    class Policy(FakePolicy):
+        def train(self, batch, loss_fn):
+            events.append("train")
+            return super().train(batch, loss_fn)
+
+    gpus = ("cluster.gpus_per_node=1", "grpo.max_num_steps=2", "grpo.validation.at_start=false")
+    build(*gpus, policy=Policy(), generation=Generation()).run()
+    step = ["generate", "sleep", "train", "wake"]
+    assert events == [*step, *step, "generate", "sleep"]
+    events.clear()
+    build(*gpus, "cluster.generation.gpus_per_node=1", policy=Policy(), generation=Generation()).run()
+    assert set(events) == {"generate", "train"}

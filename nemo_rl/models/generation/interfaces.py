@@ -106,6 +106,12 @@ class GenerationInterface(ABC):
             WeightSyncError: a worker's digest is not the sender's.
         """
 
+    def sleep(self) -> None:  # noqa: B027 - what holds no memory that others need does nothing
+        """Give the memory of the GPUs back until `wake`, weights being kept elsewhere. No call may come between."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Take the memory again; the weights are those before `sleep`."""
+
     @abstractmethod
     def attestation(self) -> list[dict[str, Any]]:
         """Which worker runs where, in which venv: one record per worker."""
