@@ -5,7 +5,8 @@ It runs with the interpreter of the VLLM_CPU venv and needs nothing of this repo
     <venv>/bin/python benchmarks/rivals/vllm_direct.py '{"model": ...}'
 
 Its settings are what makes it fast here: the engine in this process, weights packed for oneDNN as vLLM does by default,
-prompts as tokens, no detokenisation, output only when a completion has ended, no seed per request.
+prompts as tokens, no detokenisation, output only when a completion has ended, no seed per request, threads that sleep
+while they wait.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ SETTINGS = json.loads(sys.argv[1])
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS=str(SETTINGS["num_threads"]),
+    OMP_WAIT_POLICY="PASSIVE",  # as workers of ours have it
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",

@@ -21,6 +21,7 @@ def test_the_embedded_job_runs_with_vllm(tmp_path: Path) -> None:
         "--config=examples/configs/grpo_math_cpu_vllm.yaml",
         "grpo.max_num_steps=3",
         "grpo.num_prompts_per_step=8",
+        "grpo.stream_rollouts=true",
         "grpo.logprob_check.period=1",
         "grpo.logprob_check.max_mean_error=1e-4",
         "grpo.validation.period=3",

@@ -28,7 +28,7 @@ class VllmOptions(GenerationOptions):
         0.6, gt=0, le=1, description="Share of a GPU's memory for weights, keys and values, the policy's not counted."
     )
     enable_sleep_mode: bool = Field(
-        False, description="On GPUs: let `Generation.sleep` give back the memory of weights, keys and values."
+        True, description="On GPUs: give the memory back while the policy trains on them. False: keep it."
     )
     http_port: int | None = Field(
         None,

@@ -163,6 +163,8 @@ class VllmGenerator:
             distributed_executor_backend="uni" if tied_group is None else tied_executor(tied_group),
             # Ranks see one GPU each, and vLLM's own all-reduce needs to see all.
             disable_custom_all_reduce=tied_group is not None,
+            # One step after the other, so that weights can change between two of them.
+            async_scheduling=False,
             disable_log_stats=True,
         )
 
@@ -194,27 +196,26 @@ class VllmGenerator:
             raise WeightSyncError(f"{self.name} has no weights: call update_weights before generate")
 
     def sleep(self, level: int) -> None:
-        """On a GPU, give memory back: 1 keeps the weights in host memory, 2 drops them, keys and values go in any case.
+        """Give a GPU's memory back: 1 keeps the weights in host memory, 2 drops them, keys and values go in any case.
 
-        Raises:
-            ModelError: sleep mode is off.
+        On CPUs, and when sleep mode is off, nothing happens.
         """
-        if self.device.type == "cpu":
-            return
-        llm = self.engine.llm
-        if not llm.model_config.enable_sleep_mode:
-            raise ModelError(f"{self.name} cannot sleep: set policy.generation.options.enable_sleep_mode=true")
-        with self.engine.turn():
-            self.engine.forget_keys_and_values()
-            llm.sleep(level)
-            if level == 2:
-                self.version = None
+        if self._can_sleep:
+            with self.engine.turn():
+                self.engine.forget_keys_and_values()
+                self.engine.llm.sleep(level)
+                if level == 2:
+                    self.version = None
 
     def wake(self, tags: Sequence[str] | None = None) -> None:
         """Take memory again: "weights", "kv_cache", or None for both. After level 2 weights must be loaded anew."""
-        if self.device.type != "cpu":
+        if self._can_sleep:
             with self.engine.turn():
                 self.engine.llm.wake_up(None if tags is None else list(tags))
+
+    @property
+    def _can_sleep(self) -> bool:
+        return bool(self.engine.llm.model_config.enable_sleep_mode)
 
     # --- completions -------------------------------------------------------------------------------------------------
 
