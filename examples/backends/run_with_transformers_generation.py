@@ -1,0 +1,26 @@
+"""The GRPO job with the backend of transformers_generation_worker.py: registered here, then named in the configuration.
+
+uv run examples/backends/run_with_transformers_generation.py grpo.max_num_steps=3
+"""
+
+import sys
+from pathlib import Path
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.distributed.ray_actor_environment_registry import register_actor_environment
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+from nemo_rl.jobs.command_line import run_command
+from nemo_rl.jobs.grpo_job import run_grpo
+from nemo_rl.models.backends import Backend, GenerationOptions
+from nemo_rl.models.generation.registry import BACKENDS
+
+HERE = Path(__file__).resolve().parent
+WORKER = "transformers_generation_worker.TransformersGenerationWorker"
+
+BACKENDS["transformers"] = Backend(WORKER, GenerationOptions)
+register_actor_environment(WORKER, PY_EXECUTABLES.BASE)
+
+if __name__ == "__main__":
+    # Ray lets workers import what is beside the driver's script. A worker that its venv holds needs no such thing.
+    recipe = HERE.parent / "configs" / "grpo_math_embedded.yaml"
+    sys.exit(run_command(MasterConfig, recipe, run_grpo, ["policy.generation.backend=transformers", *sys.argv[1:]]))
