@@ -8,7 +8,8 @@ Both train the same Llama of 624 k parameters (tiny_llama.py), from the same dir
 did (parameters, steps, lengths of prompts and completions) is compared, and unequal work is no result.
 
 Ours is also run with two data-parallel workers of one thread each, and asynchronously: one thread trains while the
-other generates the next step's completions. `trl, passive` is TRL with OMP_WAIT_POLICY=PASSIVE, threads that wait sleep instead of spinning. Where others compute on the same cores that helps it many times over; on a quiet machine it should not.
+other generates the next step's completions. `trl, passive` is TRL with OMP_WAIT_POLICY=PASSIVE: threads that wait sleep
+instead of spinning. Where others compute on the same cores that helps it; on a quiet machine it should not.
 The better of the two is the rival.
 
 Ours runs as users run it, its workers in their venvs behind Ray; TRL runs in one process, in an environment that
