@@ -65,3 +65,13 @@ def test_one_model_over_two_workers(cluster, tiny, name: str) -> None:
         assert_same(generation.generate(batch(model), seed=3), torch_results(model, seed=3, scale=1.1))
         with pytest.raises(WeightSyncError, match="version 3 arrived damaged"):
             generation.update_weights(dataclasses.replace(published(model, version=3), digest="0" * 32))
+
+
+def test_a_dead_rank_of_a_tied_group_is_a_typed_error(cluster, tiny) -> None:
+    """The other rank waits for it for ever; nobody waits for that one."""
+    model = tiny("llama", **WIDE)
+    with vllm_generation(cluster, model, options={"tensor_parallel_size": 2}) as generation:
+        generation.update_weights(published(model, version=1))
+        os.kill(generation.attestation()[1]["pid"], signal.SIGKILL)
+        with pytest.raises(WorkerError, match="worker rank 1 .* died during a call"):
+            generation.generate(batch(model), seed=0)
