@@ -12,6 +12,9 @@ anything but their data-parallel index must be given the same shard.
 
 from __future__ import annotations
 
+from nemo_rl.models.policy.megatron import expected_warnings  # noqa: F401 - megatron-core warns while it is imported
+
+# isort: split
 import gc
 from pathlib import Path
 from typing import Any

@@ -38,6 +38,12 @@ def megatron_ranks(megatron_python: str) -> Iterator[RankProcesses]:
         yield ranks
 
 
+@pytest.fixture(scope="module")
+def four_ranks(megatron_python: str) -> Iterator[RankProcesses]:
+    with RankProcesses(4, megatron_python) as ranks:
+        yield ranks
+
+
 @pytest.fixture(scope="package")
 def two_ranks() -> Iterator[RankProcesses]:
     with RankProcesses(2) as ranks:

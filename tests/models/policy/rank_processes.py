@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import os
@@ -100,6 +101,9 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+            # Workers freeze what they hold; here it must go, with the threads of its process groups.
+            gc.unfreeze()
+            gc.collect()
 
 
 if __name__ == "__main__":

@@ -133,6 +133,34 @@ def test_every_layout_trains_like_torch(models: dict[str, Path], megatron_ranks:
     assert_close(state, expected_state)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_parallel_size": 2, "distributed_optimizer": False},
+        {"pipeline_parallel_size": 4},
+        {"tensor_parallel_size": 4},
+        {"tensor_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2},
+    ],
+    ids=["tp2_pp2", "tp2_sequence_dp2", "pp2_dp2", "pp4", "tp4", "tp2_sequence_cp2"],
+)
+def test_four_ranks_train_like_torch(
+    models: dict[str, Path], four_ranks: RankProcesses, options: dict[str, Any], mode: str
+) -> None:
+    if mode == "packed" and "context_parallel_size" in options:
+        return
+    for name in ("qwen3", "tied"):
+        config = {"options": options, **MODES[mode]}
+        (found, state), *others = four_ranks.run("tiny_megatron.train", models[name], config)
+        expected, expected_state = torch_steps(models[name])
+        assert_same_metrics(found, expected)
+        assert all(metrics == found for metrics, _ in others)
+        assert_close(state, expected_state, 3e-4)
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
 def test_tied_embeddings_and_recomputed_activations(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
