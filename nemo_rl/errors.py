@@ -14,8 +14,11 @@
     │   ├── VenvBuildError              uv failed; carries command, node, output tail and log path
     │   │   └── NoSpaceError            the build ran out of disk
     │   ├── VenvLockTimeoutError        another builder holds the lock for too long
-    │   └── IncompatibleVenvError       the venv's Python or ray is not the driver's
+    │   ├── IncompatibleVenvError       the venv's Python or ray is not the driver's
+    │   ├── VenvDriftError              the code asks for other packages than the venv that is there
+    │   └── BundleError (ValueError)    a bundle for offline builds is not safe, not whole, or for another machine
     ├── ClusterError                    the Ray cluster cannot do what was asked
+    │   ├── SubmissionError             the job server cannot be reached, or refuses
     │   ├── ResourceInsufficientError (ValueError)  more CPUs, GPUs or nodes asked for than there are
     │   └── NodeVenvError               making venvs ready failed on at least one node
     ├── WorkerError                     a worker or worker group failed
@@ -122,8 +125,20 @@ class IncompatibleVenvError(VenvError):
     """A venv's Python or ray version is not the driver's."""
 
 
+class VenvDriftError(VenvError):
+    """The code asks for other packages than the venv that is there holds, and the policy is to refuse."""
+
+
+class BundleError(VenvError, ValueError):
+    """A bundle for offline builds that is not safe to unpack, not whole, or made for another machine."""
+
+
 class ClusterError(NemoRLError):
     """The Ray cluster cannot do what was asked."""
+
+
+class SubmissionError(ClusterError):
+    """Ray's job server cannot be reached, or refuses what was asked of it."""
 
 
 class ResourceInsufficientError(ClusterError, ValueError):

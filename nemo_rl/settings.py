@@ -150,6 +150,12 @@ RAY_ADDRESS = Variable[str | None](
     None,
     "Address of a running Ray cluster to join; `local` always starts a new one that nobody else joins.",
 )
+RAY_API_SERVER_ADDRESS = Variable[str | None](
+    "RAY_API_SERVER_ADDRESS",
+    str,
+    None,
+    "Where `nemo-rl submit` and its kin find Ray's job server. Default: http://127.0.0.1:8265.",
+)
 RAY_DASHBOARD = Variable(
     "NEMO_RL_RAY_DASHBOARD", _flag, False, "Start Ray's dashboard with a local cluster; it adds seconds to the start."
 )

@@ -25,6 +25,11 @@ def mask_secrets(value: Any, key: str = "") -> Any:
     return value
 
 
+def is_secret_key(key: str) -> bool:
+    """Whether the name of a value says that it must not be shown."""
+    return _SECRET_KEY.search(key) is not None
+
+
 def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values; an empty section is a value."""
     for key, value in section.items():

@@ -1,0 +1,254 @@
+"""Jobs on a real local Ray head with its job server and token authentication, through the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nemo_rl.errors import ConfigError, SubmissionError
+from nemo_rl.jobs.submission import JobServer, JobState, Secret, Submission, parse_env
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECRET = "hf_a_value_that_nobody_may_see"
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_a_secret_in_plain_sight_is_refused_by_name_and_never_repeated() -> None:
+    for submission in (
+        Submission(["python", "x.py"], env={"HF_TOKEN": SECRET}),
+        Submission(["python", "x.py", f"--wandb.api-key={SECRET}"]),
+    ):
+        with pytest.raises(ConfigError, match="--secret NAME") as caught:
+            submission.check()
+        assert SECRET not in str(caught.value)
+    Submission(["python", "x.py", "policy.max_new_tokens=3"], env={"TOKENIZERS_PARALLELISM": "0"}).check()
+
+
+def test_a_secret_is_a_reference_in_the_command() -> None:
+    submission = Submission(["python", "a b.py"], secrets=[Secret.parse("T=/run/s"), Secret.parse("U")])
+    assert submission.entrypoint.startswith('T="$(cat /run/s)" && export T && : "${U:?')
+    assert submission.entrypoint.endswith("exec python 'a b.py'")
+
+
+@pytest.mark.parametrize("text", ["1X", "X=relative/path", "X=", "X;rm -rf=/x", "X$(id)"])
+def test_a_reference_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--secret"):
+        Secret.parse(text)
+
+
+def test_variables_are_assignments() -> None:
+    assert parse_env(["A=1", "B=x=y", "C="]) == {"A": "1", "B": "x=y", "C": ""}
+    with pytest.raises(ConfigError, match="--env A: expected"):
+        parse_env(["A"])
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
+)
+def test_the_code_of_a_job_is_that_of_its_command(status: str, exit_code: int | None, expected: int) -> None:
+    assert JobState("j", status, "", "", None, None, exit_code).code == expected
+
+
+def test_a_server_that_is_not_there_is_one_sentence_with_the_remedy() -> None:
+    with pytest.raises(SubmissionError, match="--address"):
+        JobServer("http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="http://host:port"):
+        JobServer("127.0.0.1:8265")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[dict[str, str]]:
+    """A head whose own environment holds a secret; the value is the environment of a user who may talk to it."""
+    gcs, server, agent = free_ports(3)
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "PYTHONPATH": str(REPOSITORY)}
+    env |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{server}", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    env.pop("RAY_ADDRESS", None)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
+        log = stack.enter_context(open(Path(folder) / "head.log", "w+"))
+        ports = [f"--port={gcs}", f"--dashboard-port={server}", f"--dashboard-agent-listen-port={agent}"]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *ports]
+        command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
+        command += ["--num-cpus=2", "--num-gpus=0", "--disable-usage-stats", f"--temp-dir={folder}"]
+        process = psutil.Popen(command, env={**env, "HF_TOKEN": SECRET}, stdout=log, stderr=log)
+        stack.callback(end_with_children, process)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(OSError):
+                for port in (server, agent):
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            time.sleep(0.2)
+        else:
+            log.seek(0)
+            pytest.fail(f"the head did not start: {log.read()}")
+        yield env
+
+
+def end_with_children(process: psutil.Popen) -> None:
+    everything = [*process.children(recursive=True), process] if process.is_running() else []
+    for each in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(everything, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def cli(head: dict[str, str]) -> Cli:
+    def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nemo_rl.cli", *arguments]
+        return subprocess.run(
+            command, cwd=cwd, env={**head, **env}, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    root = tmp_path / "sources"
+    root.mkdir()
+    (root / "job.py").write_text(
+        "import os, sys, json\n"
+        "print('argument', sys.argv[1:], 'variable', os.environ.get('GREETING'), flush=True)\n"
+        "print('files', sorted(name for _, _, names in os.walk('.') for name in names), flush=True)\n"
+        "print('token has', len(os.environ.get('HF_TOKEN', '')), 'characters', flush=True)\n"
+        "with open(os.environ.get('OUT', os.devnull), 'w') as f: f.write(os.environ.get('HF_TOKEN', ''))\n"
+        "sys.exit(int(os.environ.get('CODE', '0')))\n"
+    )
+    (root / "unwanted.log").write_text("x")
+    for command in (["init", "--quiet"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    (root / "untracked.txt").write_text("x")
+    return root
+
+
+def test_a_job_gets_its_tracked_files_its_variables_and_ends_with_its_own_code(cli: Cli, sources: Path) -> None:
+    done = cli(
+        *("submit", "--exclude", "*.log", "--env", "GREETING=hello world", "--env", "CODE=7"),
+        *("--", "python", "job.py", "--flag", "a b"),
+        cwd=sources,
+    )
+    assert done.returncode == 7, done.stderr
+    assert "argument ['--flag', 'a b'] variable hello world" in done.stdout
+    assert "files ['job.py']" in done.stdout
+    assert "untracked.txt (--untracked takes it along)" in done.stderr
+    assert "FAILED with exit code 7" in done.stderr
+
+
+def test_secrets_reach_the_job_and_nothing_that_can_be_read_later(cli: Cli, sources: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "key"
+    file.write_text("from a file")
+    submit = ("submit", "--env", f"OUT={out}", "--name", "with-secret")
+    done = cli(*submit, "--secret", "HF_TOKEN", "--", "python", "job.py", cwd=sources)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == SECRET
+    told = done.stdout + done.stderr + cli("status", "--json").stdout + cli("logs", "with-secret").stdout
+    assert "with-secret" in told
+    assert SECRET not in told
+    done = cli("submit", "--env", f"OUT={out}", "--secret", f"HF_TOKEN={file}", "--", "python", "job.py", cwd=sources)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == "from a file"
+
+
+def test_a_secret_that_the_head_lacks_fails_before_the_command_starts(cli: Cli, sources: Path) -> None:
+    done = cli("submit", "--secret", "MISSING_TOKEN", "--", "python", "job.py", cwd=sources)
+    assert done.returncode not in (0, 7)
+    assert "MISSING_TOKEN: not set where the Ray head runs" in done.stdout
+    assert "argument" not in done.stdout
+
+
+def test_a_job_can_be_left_looked_at_and_stopped(cli: Cli, head: dict[str, str], sources: Path) -> None:
+    (sources / "long.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
+    done = cli("submit", "--untracked", "--no-wait", "--name", "long-one", "--", "python", "long.py", cwd=sources)
+    assert (done.returncode, done.stdout) == (0, "long-one\n"), done.stderr
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "nemo_rl.cli", "logs", "-f", "long-one"],
+        env=head,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with contextlib.closing(follower.stdout), contextlib.closing(follower.stderr):  # type: ignore[type-var]
+        assert follower.stdout is not None
+        assert any(line == "begun\n" for line in follower.stdout)
+        assert "RUNNING" in cli("status", "long-one").stdout
+        assert cli("stop", "long-one").returncode == 0
+        assert follower.wait(timeout=60) == 130
+    assert cli("stop", "long-one").returncode == 1
+    assert cli("status", "long-one").returncode == 1
+    listed = json.loads(cli("status", "--json").stdout)
+    assert {"job_id": "long-one", "status": "STOPPED"}.items() <= next(
+        job for job in listed if job["job_id"] == "long-one"
+    ).items()
+
+
+def test_modules_come_as_directory_wheel_and_zip(cli: Cli, sources: Path, tmp_path: Path) -> None:
+    package = tmp_path / "as_directory"
+    package.mkdir()
+    (package / "__init__.py").write_text("NAME = 'directory'\n")
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.writestr("as_zip/__init__.py", "NAME = 'zip'\n")
+    wheel = tmp_path / "as_wheel-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("as_wheel/__init__.py", "NAME = 'wheel'\n")
+        archive.writestr("as_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: as-wheel\nVersion: 1.0\n")
+        archive.writestr(
+            "as_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("as_wheel-1.0.dist-info/RECORD", "")
+    code = "import as_directory, as_zip, as_wheel; print([m.NAME for m in (as_directory, as_zip, as_wheel)])"
+    modules = [word for path in (package, tmp_path / "some.zip", wheel) for word in ("--py-module", str(path))]
+    done = cli("submit", *modules, "--", "python", "-c", code, cwd=sources)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "['directory', 'zip', 'wheel']" in done.stdout
+
+
+def test_too_much_is_refused_before_anything_is_sent(cli: Cli, sources: Path) -> None:
+    (sources / "big.bin").write_bytes(b"x" * 300_000)
+    done = cli("submit", "--untracked", "--max-size", "100kB", "--", "python", "job.py", cwd=sources)
+    assert done.returncode == 2
+    assert "Largest: big.bin (0.3 MB)" in done.stderr
+    assert "submitted" not in done.stderr
+
+
+def test_a_dry_run_lists_the_files_as_json(cli: Cli, sources: Path) -> None:
+    done = cli(
+        "submit", "--dry-run", "--json", "--", "python", "job.py", cwd=sources, RAY_API_SERVER_ADDRESS="http://x:1"
+    )
+    assert json.loads(done.stdout)["files"] == {"working_dir": ["job.py", "unwanted.log"]}
+
+
+def test_without_the_token_the_server_refuses_and_the_message_says_what_to_set(cli: Cli) -> None:
+    done = cli("status", RAY_AUTH_TOKEN="b" * 64)
+    assert done.returncode == 1
+    assert "RAY_AUTH_TOKEN_PATH" in done.stderr
+
+
+def test_an_unknown_job_is_named(cli: Cli) -> None:
+    for command in (("status",), ("logs",), ("logs", "-f"), ("stop",)):
+        done = cli(*command, "nobody")
+        assert done.returncode == 2, done.stderr
+        assert "no job 'nobody'" in done.stderr
