@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nemo_rl.pipelines.executors.actor_pool import RayActorPoolExecutor
     from nemo_rl.pipelines.executors.base import Executor
     from nemo_rl.pipelines.executors.ray_data import RayDataExecutor
+    from nemo_rl.pipelines.executors.xenna import XennaExecutor
     from nemo_rl.pipelines.failures import FailedTask, failed_tasks
     from nemo_rl.pipelines.pipeline import Pipeline
     from nemo_rl.pipelines.progress import StageProgress
@@ -30,6 +31,7 @@ _PLACES = {
     "nemo_rl.pipelines.executors.actor_pool": ("RayActorPoolExecutor",),
     "nemo_rl.pipelines.executors.base": ("Executor",),
     "nemo_rl.pipelines.executors.ray_data": ("RayDataExecutor",),
+    "nemo_rl.pipelines.executors.xenna": ("XennaExecutor",),
     "nemo_rl.pipelines.failures": ("FailedTask", "failed_tasks"),
     "nemo_rl.pipelines.pipeline": ("Pipeline",),
     "nemo_rl.pipelines.progress": ("StageProgress",),
@@ -64,6 +66,7 @@ __all__ = [
     "StagePerf",
     "StageProgress",
     "Task",
+    "XennaExecutor",
     "failed_tasks",
     "processing_stage",
 ]

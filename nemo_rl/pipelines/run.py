@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from nemo_rl.pipelines.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
+
+# In the spool of a segment that is done: how many sources it had.
+_COMPLETE = "complete"
+_MAX_GATHER_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,14 @@ def run_pipeline(
     if not tasks:
         return []
     fields = checked_stages(stages, tasks, pipeline.runtime_env)
-    with RunDirectory.opened(options.run_dir, pipeline.name, stages) as directory:
+    executor = _default_executor() if executor is None else executor
+    # The steps in which a run's results are kept must be the same when it is resumed.
+    kind = "stage by stage" if getattr(executor, "stage_by_stage", False) else "streaming"
+    with RunDirectory.opened(options.run_dir, pipeline.name, stages, kind) as directory:
         for stage in stages:
             stage.prepare(directory.is_resumed)
         directory.begin()
-        run = _Run(stages, fields, _default_executor() if executor is None else executor, directory, options)
+        run = _Run(stages, fields, executor, directory, options)
         return run.results(tasks)
 
 
@@ -91,18 +98,24 @@ class _Run:
         items = _numbered(self._directory.sources([task.frozen() for task in tasks]))
         segments = self._segments(num_in_driver)
         num_done = 0
-        for number, segment in enumerate(segments, start=1):
-            finished = self._finished(number, segment, items)
-            if finished is None:
+        for number in range(len(segments), 0, -1):
+            finished = self._finished(number)
+            if finished is not None:
+                items, num_done = finished, number
                 break
-            items, num_done = finished, number
         if items and num_done < len(segments):
             items = self._run_segments(segments, num_done + 1, items)
         return [item.task.load() if isinstance(item.task, SpooledTask) else item.task for item in items]
 
     def _segments(self, start: int) -> list[list[int]]:
-        """Consecutive stages that an executor runs together; a gathering stage is a segment of its own."""
+        """Consecutive stages that an executor runs together; a gathering stage is a segment of its own.
+
+        An executor that runs one stage after another has no input through all stages before the last one runs. So that
+        a run that is killed need not start anew, each stage is then a segment, whose results are kept.
+        """
         indices = range(start, len(self._stages))
+        if self._directory.resumable and getattr(self._executor, "stage_by_stage", False):
+            return [[index] for index in indices]
         marked = [(i if isinstance(self._stages[i], GatherStage) else -1, i) for i in indices]
         return [[index for _, index in group] for _, group in groupby(marked, key=lambda pair: pair[0])]
 
@@ -139,19 +152,33 @@ class _Run:
     def _gathers(self, segment: list[int]) -> bool:
         return bool(segment) and isinstance(self._stages[segment[0]], GatherStage)
 
-    def _finished(self, number: int, segment: list[int], items: list[Item]) -> list[Item] | None:
+    def _finished(self, number: int) -> list[Item] | None:
         """The results of a segment that an earlier attempt finished; else None."""
-        if not self._directory.is_resumed:
-            return None
         place = spool_directory(self._directory.path, number)
-        num_sources = len(items)
-        if self._gathers(segment):
-            count = place / "complete"
-            if not count.exists():
-                return None
-            num_sources = int(count.read_text())
+        if not self._directory.is_resumed or not (place / _COMPLETE).exists():
+            return None
+        return self._results(number, int((place / _COMPLETE).read_text()))
+
+    def _finish(self, number: int, num_sources: int) -> list[Item]:
+        """Mark a segment as finished, and forget the one before it."""
+        items = self._results(number, num_sources)
+        place = spool_directory(self._directory.path, number)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / _COMPLETE).write_text(str(num_sources))
+        self._directory.clear_segment(spool_directory(self._directory.path, number - 1))
+        return items
+
+    def _results(self, number: int, num_sources: int) -> list[Item]:
+        """Raises `PipelineError` when a source is not accounted for."""
+        place = spool_directory(self._directory.path, number)
         entries, missing = Spool.read(place).results(num_sources)
-        return None if missing else _numbered([SpooledTask.of(entry) for entry in entries])
+        if missing:
+            raise PipelineError(
+                f"{len(missing)} of {num_sources} inputs are not accounted for in {place}. If workers run on other "
+                "nodes, Pipeline.run(run_dir=...) must be on a file system that all of them share; else run the "
+                "pipeline again to go on."
+            )
+        return _numbered([SpooledTask.of(entry) for entry in entries])
 
     def _run_segments(self, segments: list[list[int]], first: int, items: list[Item]) -> list[Item]:
         init_ray()
@@ -193,14 +220,7 @@ class _Run:
         if len(missing) < len(items):
             logger.info("%d of %d inputs were done before", len(items) - len(missing), len(items))
         self._executor.run(stages, [items[index] for index in missing], cluster)
-        entries, missing = Spool.read(place).results(len(items))
-        if missing:
-            raise PipelineError(
-                f"{len(missing)} of {len(items)} inputs of the stages {', '.join(s.name for s in stages)} are not "
-                f"accounted for. If the workers run on other nodes, {self._directory.path} must be on a file system "
-                "that all of them share (Pipeline.run(run_dir=...)); else run the pipeline again to go on."
-            )
-        return _numbered([SpooledTask.of(entry) for entry in entries])
+        return self._finish(number, len(items))
 
     def _gather(self, number: int, stage: PlannedStage, items: list[Item]) -> list[Item]:
         path = self._directory.path
@@ -209,24 +229,25 @@ class _Run:
             writer = SpoolWriter(before, self._directory.attempt)
             writer.write([], items)
             writer.close()
-        self._directory.clear_segment(place)
         options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
         if stage.runtime_env:
             options["runtime_env"] = stage.runtime_env
-        worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
-        try:
-            ray.get(worker.start.remote())
-            num_results = ray.get(worker.gather.remote())
-        except RayError as error:
-            raise stage_error(error) or StageError(f"stage {stage.name!r} failed: {error}", stage=stage.name) from error
-        finally:
-            ray.kill(worker)
-        place.mkdir(parents=True, exist_ok=True)
-        entries, missing = Spool.read(place).results(num_results)
-        if missing:
-            raise PipelineError(f"stage {stage.name!r} wrote to a disk that the driver cannot see: {place}")
-        (place / "complete").write_text(str(num_results))
-        return _numbered([SpooledTask.of(entry) for entry in entries])
+        for attempt in range(1, _MAX_GATHER_ATTEMPTS + 1):
+            self._directory.clear_segment(place)
+            worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
+            try:
+                ray.get(worker.start.remote())
+                return self._finish(number, ray.get(worker.gather.remote()))
+            except RayError as error:
+                ours = stage_error(error)
+                if ours is None and isinstance(error, RayActorError) and attempt < _MAX_GATHER_ATTEMPTS:
+                    logger.warning("the worker of stage %r died, it runs again: %s", stage.name, error)
+                    continue
+                text = f"stage {stage.name!r} failed: {error}"
+                raise ours or StageError(text, stage=stage.name) from error
+            finally:
+                ray.kill(worker)
+        raise AssertionError("unreachable")
 
 
 def _numbered(tasks: Sequence[Task[Any]]) -> list[Item]:

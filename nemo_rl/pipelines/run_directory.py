@@ -52,11 +52,13 @@ class RunDirectory:
 
     @staticmethod
     @contextlib.contextmanager
-    def opened(path: str | os.PathLike[str] | None, name: str, stages: Sequence[AnyStage]) -> Iterator[RunDirectory]:
+    def opened(
+        path: str | os.PathLike[str] | None, name: str, stages: Sequence[AnyStage], executor_kind: str = ""
+    ) -> Iterator[RunDirectory]:
         """Take a directory for a run; with None a scratch directory that is removed afterwards.
 
         Raises:
-            ResumeError: another run holds it, or it belongs to a pipeline with other stages.
+            ResumeError: another run holds it, or it belongs to other stages or to another kind of executor.
         """
         if path is None:
             with tempfile.TemporaryDirectory(prefix="nemo_rl_pipeline_", ignore_cleanup_errors=True) as scratch:
@@ -73,7 +75,7 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ResumeError(f"the run directory {root} is in use by another run") from None
-            record = _record(root, name, fingerprint(name, stages))
+            record = _record(root, name, fingerprint(name, stages), executor_kind)
             directory = RunDirectory(root, True, record["attempts"] + 1, record)
             try:
                 yield directory
@@ -135,7 +137,7 @@ class RunDirectory:
 
 
 def fingerprint(name: str, stages: Sequence[AnyStage]) -> str:
-    """What decides a run's result, as far as it can be seen: stages, their packages, and their public plain attributes."""
+    """What decides a run's result, as far as it can be seen: stages, packages, public attributes of plain types."""
     content = [
         [
             stage.name,
@@ -158,9 +160,15 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _record(root: Path, name: str, digest: str) -> dict[str, Any]:
+def _record(root: Path, name: str, digest: str, executor_kind: str) -> dict[str, Any]:
     path = root / _RECORD
-    record: dict[str, Any] = {"name": name, "fingerprint": digest, "attempts": 0, "started": time.time()}
+    record: dict[str, Any] = {
+        "name": name,
+        "fingerprint": digest,
+        "executor": executor_kind,
+        "attempts": 0,
+        "started": time.time(),
+    }
     if path.exists():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -170,6 +178,11 @@ def _record(root: Path, name: str, digest: str) -> dict[str, Any]:
             raise ResumeError(
                 f"the run directory {root} holds a run of the pipeline {record.get('name')!r} with other stages or "
                 "other options of a stage. Give another run_dir, or remove it."
+            )
+        if record["executor"] != executor_kind:
+            raise ResumeError(
+                f"the run in {root} was started on an executor that is {record['executor']}; this one is "
+                f"{executor_kind}. Go on with an executor of the same kind, or give another run_dir."
             )
     return record
 

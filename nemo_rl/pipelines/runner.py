@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pickle
 import socket
 import tempfile
 import time
@@ -68,6 +69,11 @@ class StageJob:
         return counts_directory(Path(self.directory), self.index)
 
 
+def stop_file(job: StageJob) -> Path:
+    """Holds the error with which a worker stopped the run."""
+    return Path(job.directory) / f"stopped-{job.attempt:04d}.pickle"
+
+
 def spool_directory(run_dir: Path, segment: int) -> Path:
     """Where a segment's spool is."""
     return run_dir / "spool" / f"{segment:02d}"
@@ -97,11 +103,12 @@ class StageRunner:
             self._setup_on_node()
             self._stage.setup()
         except Exception as error:
-            raise StageStartError(
+            failure = StageStartError(
                 f"stage {self._stage.name!r} could not be set up: {type(error).__name__}: {error}",
                 stage=self._stage.name,
                 traceback_text=traceback.format_exc(),
-            ) from None  # the cause may be of a class that only this Python has
+            )
+            raise self._stop(failure) from None  # the cause may be of a class that only this Python has
         self._counts.counts.setup_s = time.perf_counter() - began
         self._counts.save()
 
@@ -286,9 +293,17 @@ class StageRunner:
         self._counts.counts.failed += 1
         if self._job.on_failure == "stop":
             self._counts.save()
-            raise self._stage_error(error, item.task.task_id, text)
+            raise self._stop(self._stage_error(error, item.task.task_id, text))
         if self._job.spools:
             self._spool.write([Entry("gone", item.key)])
+
+    def _stop(self, error: StageError) -> StageError:
+        path = stop_file(self._job)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(pickle.dumps(error))
+        temporary.replace(path)
+        return error
 
     def _stage_error(self, error: Exception, task_id: str, text: str) -> StageError:
         if isinstance(error, StageError):

@@ -14,7 +14,7 @@ import pytest
 from sample_stages import AddOne, KeepFirstOfEach, Slow, batches, numbers
 
 from nemo_rl.errors import ResumeError
-from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor
+from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor, RayDataExecutor
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 NUM_RECORDS = 40
@@ -105,6 +105,8 @@ def test_a_run_directory_of_something_else_is_refused(tmp_path: Path) -> None:
         Pipeline("p", stages=[KeepFirstOfEach(3)]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
     with pytest.raises(ResumeError, match=r"inputs of the run.*have changed.*input 2 of 2, now 3"):
         Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(3), run_dir=tmp_path)
+    with pytest.raises(ResumeError, match="started on an executor that is stage by stage; this one is streaming"):
+        Pipeline("p", stages=[AddOne()]).run(RayDataExecutor(), batches(2), run_dir=tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ResumeError, match="cannot be read"):
         Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)

@@ -74,6 +74,8 @@ class RayActorPoolExecutor:
         max_worker_deaths: how many workers a task may bring down before it is set aside.
     """
 
+    stage_by_stage = True
+
     def __init__(self, *, max_workers_per_stage: int | None = None, max_worker_deaths: int = 2) -> None:
         self._max_workers = max_workers_per_stage
         self._max_deaths = max_worker_deaths

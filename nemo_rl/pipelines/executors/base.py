@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
 from nemo_rl.pipelines.items import Item, key_text
-from nemo_rl.pipelines.runner import StageJob
+from nemo_rl.pipelines.runner import StageJob, stop_file
 from nemo_rl.pipelines.spool import Entry, SpoolWriter
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ class Executor(Protocol):
     """Runs the stages of one segment over its tasks.
 
     All executors give the same result: keys decide the order, and what a task becomes is decided by the stage alone.
+    One that runs a stage over all tasks before it starts the next has an attribute `stage_by_stage = True`.
     """
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
@@ -121,6 +123,12 @@ def stage_error(error: BaseException | None) -> PipelineError | None:
             return current
         waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
     return None
+
+
+def recorded_error(job: StageJob) -> PipelineError | None:
+    """The error with which a worker stopped this run; for executors that hand on its text only."""
+    path = stop_file(job)
+    return pickle.loads(path.read_bytes()) if path.exists() else None
 
 
 def blame(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:

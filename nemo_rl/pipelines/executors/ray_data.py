@@ -7,16 +7,18 @@ spills by group.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.util.annotations import RayDeprecationWarning
 
 from nemo_rl.errors import PipelineError, ResourceInsufficientError, StageError
 from nemo_rl.pipelines.bootstrap import DataStage
-from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, stage_error
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, recorded_error, stage_error
 from nemo_rl.pipelines.items import Item, chunks, group_size
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class RayDataExecutor:
             try:
                 return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
             except Exception as error:  # Ray Data wraps whatever a stage raises in classes of its own
-                ours = stage_error(error)
+                ours = stage_error(error) or recorded_error(stages[0].job)
                 if ours is not None:
                     raise ours from error
                 if isinstance(error, ray.exceptions.RayError):
@@ -60,10 +62,9 @@ class RayDataExecutor:
                     raise StageError(f"one of the stages {names} failed: {error}") from error
                 raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
 
-    def _deaths(self) -> dict[str, int]:
-        return {"max_restarts": self._max_deaths, "max_task_retries": self._max_deaths}
-
     def _with_stage(self, dataset: Any, stage: PlannedStage, cluster: Cluster, shrink: float) -> Any:
+        # Ray Data has no other way to say how often a worker may die, and warns that this one will go with Ray 2.64.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=RayDeprecationWarning)
         most = stage.max_num_workers(cluster, self._max_workers)
         least = most if stage.job.stage.num_workers is not None else 1
         return dataset.map_batches(
@@ -75,7 +76,8 @@ class RayDataExecutor:
             num_cpus=stage.num_cpus * shrink,
             num_gpus=stage.num_gpus or None,
             runtime_env=stage.runtime_env or None,
-            ray_remote_args_fn=self._deaths,
+            max_restarts=self._max_deaths,
+            max_task_retries=self._max_deaths,
         )
 
 

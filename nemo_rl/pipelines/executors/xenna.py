@@ -1,0 +1,189 @@
+"""All stages at once, streaming, with auto-scaling by cosmos-xenna (the extra `xenna`).
+
+Xenna knows conda environments and variables for a stage, and takes everything else of its `RuntimeEnv` through one
+method, which is overridden here: its workers start in the Python that the venv engine made ready. A stage whose
+`py_executable` is another project needs cosmos-xenna in that project too, because Xenna's own actor runs there.
+
+Xenna keeps account of CPUs and GPUs itself, not through Ray: nothing else should run on the cluster meanwhile.
+Everything that reaches into its private modules is in this file (checked with cosmos-xenna 0.3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import ray
+from ray._private.state import actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nemo_rl.errors import PipelineError, StageError
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, loaded, recorded_error, stage_error
+from nemo_rl.pipelines.items import Item, chunks, group_size
+
+logger = logging.getLogger(__name__)
+
+_NEVER_S = 1e9
+_END_TIMEOUT_S = 30.0
+# Xenna looks at its queues so often; its default of three minutes is for jobs of hours.
+_AUTOSCALE_INTERVAL_S = 10.0
+
+
+class XennaExecutor:
+    """Runs all stages at once on Xenna, which moves workers to where they are needed.
+
+    Args:
+        autoscale_interval_s: how often it thinks about that.
+        cpu_share: of the cluster's CPUs; the rest is for Ray and the driver.
+
+    Raises:
+        PipelineDefinitionError: cosmos-xenna is not installed.
+    """
+
+    def __init__(self, *, autoscale_interval_s: float = _AUTOSCALE_INTERVAL_S, cpu_share: float = 1.0) -> None:
+        loaded("cosmos_xenna", "xenna")
+        self._interval_s = autoscale_interval_s
+        self._cpu_share = cpu_share
+
+    def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
+        """See `Executor.run`."""
+        from cosmos_xenna.pipelines import v1 as xenna
+
+        if not items:
+            return []
+        size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
+        quiet = xenna.VerbosityLevel.NONE
+        config = xenna.PipelineConfig(
+            execution_mode=xenna.ExecutionMode.STREAMING,
+            return_last_stage_outputs=True,
+            logging_interval_s=_NEVER_S,
+            enable_work_stealing=True,
+            cpu_allocation_percentage=self._cpu_share,
+            actor_pool_verbosity_level=quiet,
+            monitoring_verbosity_level=quiet,
+            mode_specific=xenna.StreamingSpecificSpec(
+                autoscale_interval_s=self._interval_s, executor_verbosity_level=quiet
+            ),
+        )
+        specification = xenna.PipelineSpec(
+            input_data=list(chunks(items, size)),
+            stages=[xenna.StageSpec(_stage(stage), num_workers=stage.job.stage.num_workers) for stage in stages],
+            config=config,
+        )
+        try:
+            with _without_display(), _own_actors_ended():
+                groups = xenna.run_pipeline(specification) or []
+        except Exception as error:  # it raises RuntimeErrors and whatever Ray raises
+            ours = stage_error(error) or recorded_error(stages[0].job)
+            if ours is not None:
+                raise ours from error
+            if "StageWorker" in str(error):
+                raise StageError(f"a worker of a stage failed: {error}") from error
+            raise PipelineError(f"Xenna failed: {type(error).__name__}: {error}") from error
+        return [item for group in groups for item in group]
+
+
+@contextmanager
+def _without_display() -> Iterator[None]:
+    """Keep Xenna's display from asking Ray's dashboard for all actors: our clusters have none."""
+    from cosmos_xenna.pipelines.private import monitoring
+
+    before = monitoring.get_ray_actors
+    monitoring.get_ray_actors = lambda *_: []
+    try:
+        yield
+    finally:
+        monitoring.get_ray_actors = before
+
+
+@contextmanager
+def _own_actors_ended() -> Iterator[None]:
+    """End the processes of Xenna's actors, each on its node.
+
+    Their threads keep an actor that Ray has ended alive for ever, also when the cluster is gone.
+    """
+    before = set(actors())
+    try:
+        yield
+    finally:
+        pids: dict[str, list[int]] = {}
+        for actor_id, info in actors().items():
+            if actor_id not in before and info["Pid"]:
+                pids.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
+        end: Any = ray.remote(num_cpus=0)(_end_processes)
+        tasks = [
+            end.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(of_node)
+            for node_id, of_node in pids.items()
+        ]
+        ray.wait(tasks, num_returns=len(tasks), timeout=_END_TIMEOUT_S) if tasks else None
+
+
+def _end_processes(pids: list[int]) -> None:
+    """Kill those of the processes that are still Xenna's."""
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.cmdline()[0].startswith(("ray::StageWorker", "ray::NodeResourceMonitor", "ray::Stage ")):
+                process.kill()
+
+
+def _stage(planned: PlannedStage) -> Any:
+    """The stage as Xenna wants it. Its classes are made here, so that they are pickled by value."""
+    import attrs
+    from cosmos_xenna.pipelines import v1 as xenna
+
+    arguments = planned.constructor_arguments
+    # The classes below take these along, but not `planned`, whose stage could not be found there yet.
+    runtime_env = dict(planned.runtime_env)
+    wanted = xenna.Resources(cpus=planned.num_cpus, gpus=planned.num_gpus)
+
+    @attrs.define
+    class ReadyPython(xenna.RuntimeEnv):
+        fields: dict = attrs.field(factory=dict)
+
+        def to_ray_runtime_env(self) -> Any:
+            from ray.runtime_env import RuntimeEnv
+
+            env_vars = {**self.fields.get("env_vars", {}), **self.extra_env_vars}
+            return RuntimeEnv(**{**self.fields, "env_vars": env_vars})
+
+    class XennaStage(xenna.Stage):
+        worker: Any = None
+        failed_start: Exception | None = None
+
+        @property
+        def required_resources(self) -> Any:
+            return wanted
+
+        @property
+        def env_info(self) -> Any:
+            return ReadyPython(fields=runtime_env)
+
+        def setup(self, worker_metadata: Any) -> None:
+            from ray import cloudpickle
+
+            worker_class, arguments = cloudpickle.loads(self.worker_bytes)
+            self.worker = worker_class(*arguments)
+            try:
+                self.worker.start()
+            except Exception as error:
+                self.failed_start = error
+
+        def process_data(self, in_data: list[Any]) -> list[Any] | None:
+            if self.failed_start is not None:
+                raise self.failed_start
+            *groups, _sizes = self.worker.run(*in_data)
+            return groups
+
+    from ray import cloudpickle
+
+    from nemo_rl.pipelines.bootstrap import StageWorker
+
+    stage = XennaStage()
+    # As bytes, so that nothing of it is looked for before the worker has the driver's search path.
+    stage.worker_bytes = cloudpickle.dumps((StageWorker, arguments))
+    return stage
