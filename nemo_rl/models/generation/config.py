@@ -36,6 +36,9 @@ class GenerationConfig(SamplingConfig):
         None, ge=1, description="Torch threads of one worker on CPU. Null: its share of the CPUs."
     )
     max_batch_size: int = Field(1024, ge=1, description="Sequences decoded at a time by one worker.")
+    max_restarts: int = Field(
+        2, ge=0, description="How often in a job the workers are started anew, after one died, and the call repeated."
+    )
     validation: SamplingConfig | None = Field(None, description="Sampling for validation. Null: greedy.")
 
     @field_validator("options", mode="before")

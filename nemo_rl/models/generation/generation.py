@@ -7,14 +7,18 @@
     WeightUpdate ──to all────────► digests of the workers' own memory, compared with the sender's
 
 A replica is one worker, or a tied group of workers that hold one copy of the model together and all get its prompts.
+When a worker dies, all are started anew with the last weights, and what is missing is generated again. It is the same
+as without the death, because a draw depends on seed and position only.
 This module imports no worker: the backend's class is named by `registry` and imported in its own venv.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ray
@@ -23,12 +27,12 @@ from ray.exceptions import RayActorError
 from nemo_rl.distributed.futures import MultiWorkerFuture, worker_error
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
-from nemo_rl.errors import ConfigError, ModelError
+from nemo_rl.errors import AttestationError, ConfigError, ModelError, WorkerError, WorkerStartError
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
 from nemo_rl.models.generation.registry import generation_backend
-from nemo_rl.models.generation.results import join
+from nemo_rl.models.generation.results import join, select
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.models.generation.config import SamplingConfig
 
+logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _REPLICA, _PART = "data_parallel", "part_of_replica"
 
 
@@ -81,8 +87,7 @@ class Generation(GenerationInterface):
             py_executable=backend.py_executable_override(config.generation.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
-        threads = ThreadPoolExecutor(1, thread_name_prefix="start generation")
-        self._starting: Future[RayWorkerGroup] = threads.submit(
+        self._start_group = functools.partial(
             RayWorkerGroup,
             cluster,
             builder,
@@ -91,7 +96,15 @@ class Generation(GenerationInterface):
             sharding_annotations=NamedSharding(np.arange(len(replicas) * size).reshape(-1, size), [_REPLICA, _PART]),
             env_vars={} if cluster.use_gpus else cpu_env_vars(),
         )
+        self._update: WeightUpdate | None = None
+        self._restarts_left = config.generation.max_restarts
+        self._starting = self._start()
+
+    def _start(self) -> Future[RayWorkerGroup]:
+        threads = ThreadPoolExecutor(1, thread_name_prefix="start generation")
+        starting = threads.submit(self._start_group)
         threads.shutdown(wait=False)
+        return starting
 
     def wait_ready(self) -> None:
         """Wait until every worker is up. Raises whatever made the start fail."""
@@ -110,10 +123,10 @@ class Generation(GenerationInterface):
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
     ) -> GenerationResult:
-        called = self._call(
-            "generate", prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling
+        how = {"seed": seed, "num_generations": num_generations, "greedy": greedy, "sampling": sampling}
+        return self._repeated(
+            lambda: join(self._workers.get_all_worker_results(self._call("generate", prompts, **how)))
         )
-        return join(self._workers.get_all_worker_results(called))
 
     def stream(
         self,
@@ -125,10 +138,49 @@ class Generation(GenerationInterface):
         sampling: SamplingConfig | None = None,
     ) -> Iterator[tuple[list[int], GenerationResult]]:
         """See `GenerationInterface.stream`. Workers finish what they began also when the caller stops iterating."""
-        called = self._call(
-            "stream", prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling
-        )
-        return _pieces(self._workers, called)
+        how = {"seed": seed, "num_generations": num_generations, "greedy": greedy, "sampling": sampling}
+        called = self._repeated(lambda: self._call("stream", prompts, **how))
+        return self._pieces(called, prompts, how)
+
+    def _pieces(
+        self, called: MultiWorkerFuture, prompts: BatchedDataDict, how: dict[str, Any]
+    ) -> Iterator[tuple[list[int], GenerationResult]]:
+        seen: set[int] = set()
+        while True:
+            try:
+                for positions, piece in _pieces(self._workers, called):
+                    new = [index for index, position in enumerate(positions) if position not in seen]
+                    seen.update(positions)
+                    if len(new) == len(positions):
+                        yield positions, piece
+                    elif new:
+                        rows = [
+                            index * how["num_generations"] + g for index in new for g in range(how["num_generations"])
+                        ]
+                        yield [positions[index] for index in new], select(piece, rows)
+                return
+            except WorkerError as error:
+                self._restart(error)
+            called = self._repeated(lambda: self._call("stream", prompts, **how))
+
+    def _repeated(self, call: Callable[[], T]) -> T:
+        """Make a call; once more when a worker dies."""
+        while True:
+            try:
+                return call()
+            except WorkerError as error:
+                self._restart(error)
+
+    def _restart(self, error: WorkerError) -> None:
+        """Start all workers anew with the last weights; raises `error` when that has been done often enough."""
+        if isinstance(error, WorkerStartError | AttestationError) or not self._restarts_left:
+            raise error
+        self._restarts_left -= 1
+        logger.warning("%s. Generation starts anew; it may do so %d more times.", error, self._restarts_left)
+        self._workers.shutdown(force=True)
+        self._starting = self._start()
+        if self._update is not None:
+            self._load(self._update, "update_weights")
 
     def _call(self, method: str, prompts: BatchedDataDict, **how: Any) -> MultiWorkerFuture:
         """Give each replica its part of the prompts."""
@@ -148,10 +200,18 @@ class Generation(GenerationInterface):
         )
 
     def update_weights(self, update: WeightUpdate, *, in_flight: bool = False) -> str:
+        def load() -> str:
+            workers = self._workers
+            # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
+            alone = workers.dp_size == workers.world_size
+            return self._load(update, "update_weights_in_flight" if in_flight and alone else "update_weights")
+
+        digest = self._repeated(load)
+        self._update = update
+        return digest
+
+    def _load(self, update: WeightUpdate, method: str) -> str:
         workers = self._workers
-        # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
-        alone = workers.dp_size == workers.world_size
-        method = "update_weights_in_flight" if in_flight and alone else "update_weights"
         for rank, digest in enumerate(self._on_all(method, update=update)):
             where = workers.describe_worker(rank)
             check_digest(version=update.version, expected=update.digest, found=digest, where=where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from nemo_rl.errors import ModelError
 from nemo_rl.models.generation.interfaces import GenerationResult
 
+_TENSORS = ("output_ids", "output_lengths", "prompt_lengths", "logprobs", "sampling_logprobs", "truncated")
 # Any token will do: no real token looks at padding.
 PADDING = 0
 
@@ -59,6 +60,16 @@ def make_result(
         truncated=torch.tensor([row.truncated for row in completions], dtype=torch.bool),
         texts=[tokenizer.decode(row.tokens.tolist(), skip_special_tokens=True) for row in completions],
         weights_version=weights_version,
+    )
+
+
+def select(result: GenerationResult, rows: Sequence[int]) -> GenerationResult:
+    """Some rows of a result, in the order given."""
+    chosen = list(rows)
+    return replace(
+        result,
+        **{name: getattr(result, name)[chosen] for name in _TENSORS},
+        texts=[result.texts[row] for row in chosen],
     )
 
 

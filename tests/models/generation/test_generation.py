@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import ray
@@ -12,11 +14,11 @@ from tiny_generation import TinyModel, assert_same
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.errors import ConfigError, ModelError, WeightSyncError
+from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation, _even_parts, _replicas
 from nemo_rl.models.generation.registry import BACKENDS, generation_backend
-from nemo_rl.models.generation.results import join
+from nemo_rl.models.generation.results import join, select
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.sender import publish
 
@@ -115,6 +117,38 @@ def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
     finally:
         generation.shutdown()
         generation.shutdown()
+
+
+def test_after_a_death_the_workers_start_anew_and_the_call_is_repeated(cluster, tiny) -> None:
+    model: TinyModel = tiny("llama")
+    sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=1)
+    generation = Generation(
+        cluster, PolicyConfig(model_name=str(model.directory), generation=sampling, max_sequence_length=64)
+    )
+    try:
+        ids, lengths = model.prompts(*TEXTS)
+        prompts = BatchedDataDict(input_ids=ids, input_lengths=lengths)
+        generation.update_weights(publish(model.model.named_parameters(), version=6, dtype="float32"))
+        undisturbed = generation.generate(prompts, seed=3)
+        before = [record["pid"] for record in generation.attestation()]
+        os.kill(before[1], signal.SIGKILL)
+        assert_same(generation.generate(prompts, seed=3), undisturbed)
+        after = generation.attestation()
+        assert {record["weights_version"] for record in after} == {6}
+        assert not set(before) & {record["pid"] for record in after}
+        os.kill(after[0]["pid"], signal.SIGKILL)
+        with pytest.raises(WorkerError, match="worker rank 0 .* died during a call"):
+            generation.generate(prompts, seed=3)
+    finally:
+        generation.shutdown()
+
+
+def test_rows_can_be_selected(tiny) -> None:
+    model: TinyModel = tiny("llama")
+    whole = model.generator(max_new_tokens=9).generate(*model.prompts(*TEXTS), seed=0)
+    chosen = select(whole, [4, 1])
+    assert chosen.texts == [whole.texts[4], whole.texts[1]]
+    assert torch.equal(chosen.logprobs, whole.logprobs[[4, 1]])
 
 
 def test_the_embedded_model_has_to_be_made_first(cluster) -> None:
