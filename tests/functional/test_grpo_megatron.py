@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,17 +26,23 @@ SMALL = (
 PIPELINE = ("policy.options.tensor_parallel_size=1", "policy.options.pipeline_parallel_size=2")
 
 
-def run(directory: Path, *arguments: str) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "run_grpo_math.py"), "--config", str(CONFIG), *SMALL]
-    done = subprocess.run(
-        [*command, f"logger.log_dir={directory}", *arguments],
+def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "examples" / "run_grpo_math.py"), "--config", str(CONFIG), *SMALL),
+            *(f"logger.log_dir={directory}", *arguments),
+        ],
         env={**os.environ, "RAY_ADDRESS": "local"},  # a cluster of its own, whatever else runs on the machine
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run(directory: Path, *arguments: str) -> None:
+    job = start(directory, *arguments)
+    _, errors = job.communicate(timeout=280)
+    assert job.returncode == 0, errors[-3000:]
 
 
 def steps(directory: Path) -> dict[int, dict[str, float]]:
@@ -69,14 +77,41 @@ def test_transformers_loads_the_checkpoint(undisturbed: Path) -> None:
     assert AutoTokenizer.from_pretrained(directory).vocab_size <= model.config.vocab_size
 
 
+def assert_same_run(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
+    assert sorted(found) == sorted(expected)
+    for step, record in expected.items():
+        assert found[step]["train/reward"] == record["train/reward"]
+        assert found[step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(), PIPELINE], ids=["tensor_parallel", "pipeline_parallel"])
-def test_a_run_goes_on_where_it_stopped(undisturbed: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
+def test_a_run_with_pipeline_stages_goes_on_where_it_stopped(undisturbed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    run(directory, "grpo.max_num_steps=2", *layout)
-    run(directory, "grpo.max_num_steps=3", *layout)
-    resumed, expected = steps(directory), steps(undisturbed)
-    assert sorted(resumed) == sorted(expected)
-    for step in expected:
-        assert resumed[step]["train/reward"] == expected[step]["train/reward"]
-        assert resumed[step]["train/loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-3, abs=1e-5)
+    run(directory, "grpo.max_num_steps=2", *PIPELINE)
+    run(directory, "grpo.max_num_steps=3", *PIPELINE)
+    assert_same_run(steps(directory), steps(undisturbed))
+
+
+@pytest.mark.slow
+def test_a_lost_rank_stops_the_job_and_the_same_command_resumes_it(undisturbed: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    job = start(directory, "grpo.max_num_steps=3")
+    deadline = time.monotonic() + 200
+    while not (directory / "checkpoints" / "step_000001").exists():
+        assert job.poll() is None, "the job ended early"
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.1)
+    ranks = [
+        process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if "MegatronPolicyWorker" in " ".join(process.cmdline())
+    ]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 1, "the job must end although the other rank waits for the lost one"
+    assert "policy" in errors
+    _, left = psutil.wait_procs(ranks, timeout=60)
+    assert not left, "the other rank must not stay behind"
+    run(directory, "grpo.max_num_steps=3")
+    assert_same_run(steps(directory), steps(undisturbed))

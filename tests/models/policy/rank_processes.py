@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import inspect
 import os
 import pickle
@@ -74,6 +75,16 @@ class RankProcesses:
         failures = [f"rank {rank}:\n{value}" for rank, (succeeded, value) in enumerate(answers) if not succeeded]
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]
+
+
+def megatron_python() -> str:
+    """A Python with megatron-core: this one where it has it, else that of the MCORE venv, which is built if need be."""
+    from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+    from nemo_rl.venvs import create_local_venv
+
+    if importlib.util.find_spec("megatron") is not None:
+        return sys.executable
+    return create_local_venv(PY_EXECUTABLES.MCORE, "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker")
 
 
 def _send(pipe: Connection, value: Any) -> None:

@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl.algorithms.config import LossConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
 from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
+from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.weights.receiver import receive
+from nemo_rl.venvs import create_local_venv
 
 # The workers' venv holds this project, not this directory.
 LOSS = ClippedPGLoss(LossConfig(importance_correction="none"))
@@ -41,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(model: Path, megatron_python: str) -> Iterator[Policy]:
+def policy(model: Path) -> Iterator[Policy]:
     assert not ray.is_initialized(), "another test left Ray running"
     start_local_ray(num_cpus=2, num_gpus=0)
     config = PolicyConfig(backend="megatron", options={"pipeline_parallel_size": 2}, **CONFIG)
@@ -77,7 +80,8 @@ def test_a_worker_error_reaches_the_driver_by_its_type(policy: Policy) -> None:
     assert torch.equal(policy.get_logprobs(batch), before)
 
 
-def test_attestation_names_venv_and_place_of_every_worker(policy: Policy, megatron_python: str) -> None:
+def test_attestation_names_venv_and_place_of_every_worker(policy: Policy) -> None:
     records = policy.attestation()
     assert [record["pipeline_stage"] for record in records] == [0, 1]
-    assert {Path(record["prefix"]).resolve() for record in records} == {Path(megatron_python).parents[1].resolve()}
+    python = Path(create_local_venv(PY_EXECUTABLES.MCORE, policy_backend("megatron").fqn))
+    assert {Path(record["prefix"]).resolve() for record in records} == {python.parents[1].resolve()}
