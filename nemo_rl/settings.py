@@ -75,6 +75,15 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.strip().lower() not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text.strip().lower()
+
+    return parse
+
+
 def _non_negative_int(text: str) -> int:
     try:
         value = int(text)
@@ -121,6 +130,16 @@ VENV_LOCK_TIMEOUT_S = Variable(
 )
 VENV_BUILD_TIMEOUT_S = Variable(
     "NEMO_RL_VENV_BUILD_TIMEOUT_S", _positive_seconds, 3600.0, "How long one call of uv may take, in seconds."
+)
+CONTAINER = Variable(
+    "NEMO_RL_CONTAINER", _flag, False, "This is an image with the venvs inside; set by docker/Dockerfile."
+)
+VENV_DRIFT = Variable[str | None](
+    "NEMO_RL_VENV_DRIFT",
+    _one_of("rebuild", "refuse", "ignore"),
+    None,
+    "When the code asks for other packages than a venv holds: rebuild it, refuse to start, or ignore the difference. "
+    "Default: refuse where NEMO_RL_CONTAINER is set, else rebuild.",
 )
 UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
 PY_EXECUTABLES_SYSTEM = Variable(
@@ -271,6 +290,11 @@ def exported(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def venv_drift() -> str:
+    """What to do about a venv whose packages are not what the code asks for: `rebuild`, `refuse` or `ignore`."""
+    return VENV_DRIFT.get() or ("refuse" if CONTAINER.get() else "rebuild")
 
 
 def project_root() -> Path:

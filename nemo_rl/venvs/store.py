@@ -5,6 +5,9 @@
     ensure ── plan ── sealed? ── yes ──────────────────────────────► name ► path      (no lock, nothing written)
                         │ no, or forced
                         ▼
+          drifted from an earlier venv? ── policy ignore ──────────► that one's path; refuse: VenvDriftError
+                        │ no, or policy rebuild, or forced
+                        ▼
                     build lock ── sealed meanwhile? ── yes ────────► name ► path
                         │ no
                         ▼
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import socket
 import sys
@@ -27,6 +31,7 @@ from pathlib import Path
 from nemo_rl import settings
 from nemo_rl.errors import VenvError
 from nemo_rl.venvs.build import build, site_packages_of
+from nemo_rl.venvs.drift import refusal
 from nemo_rl.venvs.installer import is_no_space, no_space_error
 from nemo_rl.venvs.interpreter import DriverVersions
 from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, point, remove_tree
@@ -37,6 +42,8 @@ from nemo_rl.venvs.plans import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
 from nemo_rl.venvs.resolve import plan, python_of
 from nemo_rl.venvs.spec import InterpreterSpec, Spec, VenvSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,9 @@ def ensure(
     venv = _ready(the_plan, venv_name, store, clock, force)
     if venv.manifest is not None:  # a sealed venv may have been checked against another driver's versions
         the_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
-    named = _named(store, name_path, the_plan.digest)
+    # A venv that has drifted, and is used all the same, gets no name: the name says what was asked for.
+    is_asked = venv.digest == the_plan.digest
+    named = _named(store, name_path, venv.digest) if is_asked else venv.stable_path
     return SealedVenv(
         str(named / "bin" / "python"), venv.path, venv.stable_path, venv.digest, venv.manifest, venv.built
     )
@@ -185,6 +194,9 @@ def _ready(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, 
         if the_plan.base is not None and force.wanted and not the_plan.base.is_interpreter:
             _ready(the_plan.base, venv_name, store, clock, force)
         return sealed
+    earlier = None if force.wanted or sealed is not None else _drifted_from(the_plan, venv_name, store)
+    if earlier is not None:
+        return earlier
     with contextlib.ExitStack() as stack:
         if the_plan.base is not None and not the_plan.base.is_interpreter:
             resolving = dict(clock.seconds)
@@ -207,6 +219,34 @@ def _ready(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, 
         read_manifest(path),
         built=True,
     )
+
+
+def _drifted_from(the_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
+    """The venv to use although it is not what was asked for; None to build. Raises `VenvDriftError` by policy."""
+    policy = settings.venv_drift()
+    earlier = _earlier(the_plan, venv_name, store) if policy != "rebuild" else None
+    if earlier is None or earlier.manifest is None:
+        return None
+    if policy == "ignore":
+        logger.warning("the venv %s is used although the code asks for other packages", venv_name)
+        return earlier
+    packages: list[str] = []
+    layer: SealedVenv | None = earlier
+    while layer is not None and layer.manifest is not None:  # an additive venv's own packages win
+        packages = [*layer.manifest.packages, *packages]
+        layer = find_sealed(layer.manifest.base_digest, store) if layer.manifest.base_digest else None
+    raise refusal(the_plan, venv_name, earlier.manifest, packages)
+
+
+def _earlier(the_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
+    """The sealed venv that this name, or else the newest that this very spec, used to mean."""
+    named = store.names().get(venv_name)
+    if named is not None and (sealed := find_sealed(named, store)) is not None:
+        return sealed
+    spec = mask_secrets(str(the_plan.spec))
+    found = [sealed for digest in store.digests() if (sealed := find_sealed(digest, store)) is not None]
+    same = [sealed for sealed in found if sealed.manifest is not None and sealed.manifest.spec == spec]
+    return max(same, key=lambda sealed: sealed.manifest.started_at if sealed.manifest else 0.0, default=None)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,114 @@
+"""What happens when the code has moved on from a venv that is there."""
+
+from __future__ import annotations
+
+import pytest
+from sample_projects import Project, make_wheel, run_in
+
+from nemo_rl import settings
+from nemo_rl.errors import ConfigError, VenvDriftError
+from nemo_rl.venvs import Store, ensure
+from nemo_rl.venvs.drift import differences
+
+REFUSE, IGNORE, REBUILD = "refuse", "ignore", "rebuild"
+
+
+def policy(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("NEMO_RL_VENV_DRIFT", value)
+
+
+def test_the_default_is_rebuild_and_in_an_image_with_venvs_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NEMO_RL_VENV_DRIFT", raising=False)
+    monkeypatch.delenv("NEMO_RL_CONTAINER", raising=False)
+    assert settings.venv_drift() == REBUILD
+    monkeypatch.setenv("NEMO_RL_CONTAINER", "1")
+    assert settings.venv_drift() == REFUSE
+    policy(monkeypatch, REBUILD)
+    assert settings.venv_drift() == REBUILD
+    policy(monkeypatch, "maybe")
+    with pytest.raises(ConfigError, match="expected one of rebuild, refuse, ignore"):
+        settings.venv_drift()
+
+
+def test_refuse_names_each_package_that_differs_and_the_commands(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = project.command("--extra", "one")
+    before = ensure(command, "worker")
+    project.lock(alpha="2.0", beta="2.0")
+    policy(monkeypatch, REFUSE)
+    with pytest.raises(VenvDriftError) as caught:
+        ensure(command, "worker")
+    text = str(caught.value)
+    assert "alpha 1.0 -> 2.0" in text
+    assert "beta 1.0 -> 2.0" in text
+    assert "gamma" not in text
+    assert "export NEMO_RL_VENV_DRIFT=rebuild" in text
+    assert "docker buildx build --target release" in text
+    policy(monkeypatch, REBUILD)
+    after = ensure(command, "worker")
+    assert after.built
+    assert after.digest != before.digest
+
+
+def test_a_worker_whose_name_is_new_but_whose_spec_was_built_is_refused_too(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure(project.command("--extra", "one"), "as-built-into-the-image")
+    project.lock(alpha="2.0")
+    policy(monkeypatch, REFUSE)
+    with pytest.raises(VenvDriftError, match="alpha 1.0 -> 2.0"):
+        ensure(project.command("--extra", "one"), "worker")
+
+
+def test_refuse_lets_start_what_is_the_same_and_builds_what_was_never_there(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure(project.command("--extra", "one"), "worker")
+    policy(monkeypatch, REFUSE)
+    (project.root / "src" / "sample" / "__init__.py").write_text("CODE = 2\n")
+    project.lock(delta="2.0")  # of another extra
+    assert not ensure(project.command("--extra", "one"), "worker").built
+    assert ensure(project.command("--extra", "two"), "other").built
+
+
+def test_ignore_goes_on_with_the_packages_that_are_there(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = project.command("--extra", "one")
+    before = ensure(command, "worker")
+    project.lock(alpha="2.0")
+    policy(monkeypatch, IGNORE)
+    used = ensure(command, "worker")
+    assert (used.digest, used.built) == (before.digest, False)
+    assert run_in(used.python, "import alpha; print(alpha.VERSION)") == "1.0"
+
+
+@pytest.mark.parametrize("value", [REFUSE, IGNORE])
+def test_force_rebuilds_whatever_the_policy(project: Project, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    command = project.command("--extra", "one")
+    ensure(command, "worker")
+    project.lock(alpha="2.0")
+    policy(monkeypatch, value)
+    monkeypatch.setenv("NRL_FORCE_REBUILD_VENVS", "true")
+    assert run_in(ensure(command, "worker").python, "import alpha; print(alpha.VERSION)") == "2.0"
+
+
+def test_an_additive_venv_is_compared_with_all_that_was_importable_in_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    wheel = make_wheel(project.root / "own", "omega", "1.0")
+    command = project.command("--with", f"'omega @ file://{wheel}'")
+    ensure(command, "worker", store=store)
+    project.lock(alpha="2.0")
+    policy(monkeypatch, REFUSE)
+    with pytest.raises(VenvDriftError) as caught:
+        ensure(command, "worker", store=store)
+    assert "alpha 1.0 -> 2.0" in str(caught.value)
+    assert "omega" not in str(caught.value).partition(":\n")[2].partition("Either")[0]
+
+
+def test_differences_name_added_removed_and_changed_packages() -> None:
+    assert differences(["a==1", "b==1", "C_d @ x"], ["b==2", "c-d @ x", "e"]) == [
+        "a 1 -> absent",
+        "b 1 -> 2",
+        "e absent -> (any version)",
+    ]

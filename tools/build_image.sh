@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Build docker/Dockerfile for real where no Docker engine runs: buildah, on a base image made by debootstrap.
+#
+#     tools/build_image.sh [--target release] [--backends "vllm-cpu"] [--tag nemo-rl:local] [--work DIR]
+#
+# Needs root, and Debian's packages `buildah` and `debootstrap`. Variables: DEBIAN_MIRROR (debootstrap's mirror),
+# BUILD_VOLUMES (more `--volume` arguments, such as certificates or a package index's configuration).
+# What it covers: every instruction of the Dockerfile, build arguments, all targets, a run without root. What it does
+# not: BuildKit itself, CUDA base images, GPUs inside a container.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=release backends="" tag=nemo-rl:local work=${TMPDIR:-/tmp}/nemo-rl-image
+while [ $# -gt 0 ]; do
+    case $1 in
+        --target) target=$2 ;;
+        --backends) backends=$2 ;;
+        --tag) tag=$2 ;;
+        --work) work=$2 ;;
+        *) echo "unknown option $1" >&2; exit 2 ;;
+    esac
+    shift 2
+done
+for program in buildah debootstrap; do
+    command -v "$program" >/dev/null || { echo "$program is missing: apt-get install $program" >&2; exit 2; }
+done
+[ "$(id -u)" = 0 ] || { echo "debootstrap needs root" >&2; exit 2; }
+
+mkdir -p "$work"
+export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} BUILDAH_ISOLATION=chroot
+buildah=(buildah --root "$work/storage" --runroot "$work/run")
+
+if [ ! -e "$work/base/.complete" ]; then
+    rm -rf "$work/base"
+    debootstrap --variant=minbase bookworm "$work/base" ${DEBIAN_MIRROR:-}
+    touch "$work/base/.complete"
+fi
+if ! "${buildah[@]}" inspect --type image localhost/debian:base >/dev/null 2>&1; then
+    container=$("${buildah[@]}" from scratch)
+    "${buildah[@]}" add --quiet "$container" "$work/base" /
+    "${buildah[@]}" commit --quiet --rm "$container" localhost/debian:base
+fi
+# shellcheck disable=SC2086
+"${buildah[@]}" bud --format docker --layers=false --target "$target" --file docker/Dockerfile \
+    --build-arg BASE_IMAGE=localhost/debian:base --build-arg "BACKENDS=$backends" \
+    ${BUILD_VOLUMES:-} --tag "$tag" .
+
+if [ "$target" = release ]; then
+    container=$("${buildah[@]}" from "$tag")
+    trap '"${buildah[@]}" rm "$container" >/dev/null' EXIT
+    "${buildah[@]}" run --user 1000:1000 "$container" -- nemo-rl venvs path base
+    "${buildah[@]}" run --user 1000:1000 "$container" -- python -c "import nemo_rl.distributed.worker_groups, ray, torch"
+fi
+echo "built $tag ($target) in $work/storage"
