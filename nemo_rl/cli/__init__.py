@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from nemo_rl import __version__, settings
-from nemo_rl.cli import submit, venvs
+from nemo_rl.cli import doctor, submit, venvs
 from nemo_rl.errors import NemoRLError, exit_code
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(venvs.app, name="venvs")
+doctor.add_commands(app)
 submit.add_commands(app)
 
 

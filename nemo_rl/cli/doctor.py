@@ -1,0 +1,79 @@
+"""`nemo-rl doctor` and `nemo-rl plan`: what would stop a run, and what a run would do, before it is started."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands of this module under `app`."""
+    app.command()(doctor)
+    app.command()(plan)
+
+
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of the cluster of RAY_ADDRESS.")] = False,
+    json: Json = False,
+) -> None:
+    """Check this machine, or every node of a cluster. Exit code 1 only for what would stop a run."""
+    from nemo_rl.cli import display
+    from nemo_rl.cli.checks import FATAL, OK, run_checks
+
+    if cluster:
+        from nemo_rl.cli.cluster_checks import check_nodes
+
+        with _quiet_standard_output():
+            nodes = check_nodes()
+    else:
+        nodes = {"": run_checks()}
+    found = [(node, check) for node, checks in nodes.items() for check in checks]
+    if json:
+        display.print_json([{**({"node": node} if cluster else {}), **dataclasses.asdict(c)} for node, c in found])
+    else:
+        rows = [[*([node] if cluster else []), check.name, check.state, check.found] for node, check in found]
+        display.print_table([*(["node"] if cluster else []), "check", "state", "found"], rows)
+        for node, check in found:
+            if check.state != OK:
+                where = f" on {node}" if node else ""
+                display.print_line(f"\n{check.state}: {check.name}{where}\n  fix: {check.fix}")
+    if any(check.state == FATAL for _, check in found):
+        raise typer.Exit(1)
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a GRPO job.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    json: Json = False,
+) -> None:
+    """Say what a job would do: workers, venvs and whether they are ready, placements, memory. Starts nothing."""
+    from rich.console import Console
+
+    from nemo_rl.algorithms.config import MasterConfig
+    from nemo_rl.cli import display
+    from nemo_rl.jobs.plan import make_plan, print_plan
+    from nemo_rl.utils.config import load_config
+
+    with _quiet_standard_output():
+        the_plan = make_plan(load_config(MasterConfig, config, overrides or []))
+    if json:
+        record = dataclasses.asdict(the_plan)
+        record["placements"] = [{"bundle": bundle, "workers": names} for bundle, names in the_plan.placements]
+        display.print_json(record)
+    else:
+        print_plan(the_plan, Console(width=None if sys.stdout.isatty() else 160))
+
+
+@contextlib.contextmanager
+def _quiet_standard_output() -> Iterator[None]:
+    """What libraries print goes to standard error: standard output is for the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

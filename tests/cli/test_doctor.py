@@ -1,0 +1,139 @@
+"""`nemo-rl doctor` and `nemo-rl plan` as processes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "examples" / "configs" / "grpo_math_embedded.yaml"
+
+
+def run(*arguments: str, program: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("NEMO_RL_", "NRL_")) and n != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", program] if program else [sys.executable, "-m", "nemo_rl.cli"]
+    environment = {**inherited, "PYTHONPATH": str(REPOSITORY), **env}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    return {check["name"]: check for check in json.loads(done.stdout)}
+
+
+def test_a_sound_machine_has_nothing_fatal_and_json_stands_alone(tmp_path: Path) -> None:
+    done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
+    found = checks(done)
+    assert done.returncode == 0, done.stdout
+    assert {"Python", "uv", "lock", "Ray", "GPU", "ports", "clock", "file system", "build locks"} <= found.keys()
+    assert all(check["fix"] for check in found.values() if check["state"] != "ok")
+    assert list(tmp_path.glob(".clock*")) == list(tmp_path.glob(".lock-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "name", "fix"),
+    [
+        ({"NEMO_RL_UV": "/nowhere/uv"}, "uv", "pip install uv"),
+        ({"RAY_ADDRESS": "127.0.0.1:9"}, "Ray", "ray start --head"),
+        ({"NEMO_RL_PROJECT_ROOT": "/nowhere"}, "lock", "NEMO_RL_PROJECT_ROOT"),
+    ],
+)
+def test_what_would_stop_a_run_is_fatal_and_says_the_fix(
+    tmp_path: Path, env: dict[str, str], name: str, fix: str
+) -> None:
+    done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path), **env)
+    assert done.returncode == 1
+    assert checks(done)[name]["state"] == "fatal"
+    assert fix in checks(done)[name]["fix"]
+
+
+def test_a_lock_that_does_not_match_says_to_lock_again(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\n')
+    done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path / "v"), NEMO_RL_PROJECT_ROOT=str(tmp_path))
+    assert done.returncode == 1
+    assert "uv lock" in checks(done)["lock"]["fix"]
+
+
+def test_a_port_in_use_and_a_held_build_lock_are_warnings_with_their_holder(tmp_path: Path) -> None:
+    store = tmp_path / ".store"
+    store.mkdir()
+    with socket.socket() as taken, (store / "0123456789abcdef.lock").open("w") as lock:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 10001))
+            taken.listen()
+        except OSError:
+            pass  # somebody else has it, which serves as well
+        lock.write(json.dumps({"pid": 42, "host": "h"}))
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
+    assert done.returncode == 0
+    found = checks(done)
+    assert "10001" in found["ports"]["found"]
+    assert found["build locks"]["state"] == "warning"
+    assert '"pid": 42' in found["build locks"]["found"]
+    assert checks(run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path)))["build locks"]["state"] == "ok"
+
+
+def test_a_clock_that_is_off_is_told(tmp_path: Path) -> None:
+    program = (
+        "import time, os, pathlib\n"
+        "touch = pathlib.Path.touch\n"
+        "def late(path, *a, **k):\n"
+        "    touch(path); os.utime(path, (time.time() - 60,) * 2)\n"  # as a file server that is a minute behind
+        "pathlib.Path.touch = late\n"
+        "from nemo_rl.cli import checks\n"
+        "print(checks.check_clock())\n"
+    )
+    done = run(program=program, NEMO_RL_VENV_DIR=str(tmp_path))
+    assert "state='warning'" in done.stdout
+    assert "60 s away" in done.stdout
+
+
+def test_every_node_of_a_running_cluster_is_checked(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from nemo_rl.distributed.ray_session import start_local_ray\n"
+        "os.environ['RAY_ADDRESS'] = start_local_ray(num_cpus=1, num_gpus=0)\n"
+        "sys.argv = ['nemo-rl', 'doctor', '--cluster', '--json']\n"
+        "from nemo_rl.cli import main\n"
+        "main()\n"
+    )
+    done = run(program=program, NEMO_RL_VENV_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert {check["node"] for check in found} == {"127.0.0.1"}
+    assert "uv" in {check["name"] for check in found}
+
+
+def test_a_cluster_must_be_named() -> None:
+    done = run("doctor", "--cluster")
+    assert done.returncode == 2
+    assert "set RAY_ADDRESS" in done.stderr
+
+
+def test_a_plan_starts_nothing_and_says_which_venvs_would_be_built(tmp_path: Path) -> None:
+    done = run("plan", str(CONFIG), "--json", NEMO_RL_VENV_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    the_plan = json.loads(done.stdout)
+    assert [role["name"] for role in the_plan["roles"]] == ["policy", "generation", "environment"]
+    assert "would be built" in {venv["state"] for venv in the_plan["venvs"]}
+    assert not [path for path in tmp_path.glob(".store/*") if path.is_dir() and path.name != ".resolved"]
+
+
+def test_a_plan_takes_overrides_and_refuses_wrong_ones() -> None:
+    overrides = ("grpo.num_prompts_per_step=3", "grpo.num_generations_per_prompt=5")
+    assert json.loads(run("plan", str(CONFIG), *overrides, "--json").stdout)["samples_per_step"] == 15
+    done = run("plan", str(CONFIG), "grpo.num_promts_per_step=2")
+    assert done.returncode == 2
+    assert "num_prompts_per_step" in done.stderr
