@@ -25,7 +25,7 @@ from typing import Any, Literal
 from nemo_rl.errors import DataError, StageError, StageInputError, StageOutputError, StageStartError
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure, write_records
 from nemo_rl.pipelines.items import Item, chunks, grouped, key_text
-from nemo_rl.pipelines.progress import Dropped, WorkerCounts
+from nemo_rl.pipelines.progress import Counts, Dropped, WorkerCounts
 from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter
 from nemo_rl.pipelines.stage import AnyStage, GatherStage, ProcessingStage
 from nemo_rl.pipelines.tasks import DocumentBatch, StagePerf, Task
@@ -137,7 +137,8 @@ class StageRunner:
         counts.tasks_in = len(entries)
         number = 0
         try:
-            for number, task in enumerate(self._stage.process_all(SpooledTasks(entries)), start=1):
+            given = _CountingTasks(entries, counts)
+            for number, task in enumerate(self._stage.process_all(given), start=1):
                 frozen = self._checked_output(task, None)
                 counts.tasks_out, counts.items_out = number, counts.items_out + frozen.num_items
                 self._spool.write([], [Item(frozen, (number - 1,))])
@@ -329,6 +330,22 @@ class StageRunner:
             if not marker.exists():
                 self._stage.setup_on_node()
                 marker.touch()
+
+
+class _CountingTasks(SpooledTasks):
+    """Counts the items of each task when it is read for the first time."""
+
+    def __init__(self, entries: Sequence[Entry], counts: Counts) -> None:
+        super().__init__(entries)
+        self._counts = counts
+        self._seen: set[int] = set()
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, int) and index not in self._seen:
+            self._seen.add(index)
+            self._counts.items_in += found.num_items
+        return found
 
 
 def _children(results: list[tuple[list[Item], list[Any]]]) -> tuple[list[list[Item]], list[Entry]]:
