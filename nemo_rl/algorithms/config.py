@@ -84,6 +84,10 @@ class GRPOConfig(ConfigModel):
         ge=0,
         description="Rollouts made ahead while the policy trains, with weights that lag so many steps. 0: synchronous.",
     )
+    in_flight_weight_updates: bool = Field(
+        False,
+        description="With rollouts ahead: new weights reach a rollout under way. Such runs do not repeat exactly.",
+    )
     stream_rollouts: bool = Field(
         False,
         description="Judge a problem's completions while others are generated, where the generation backend streams.",

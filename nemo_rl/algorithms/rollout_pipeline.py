@@ -118,7 +118,11 @@ class RolloutPipeline:
         following = step if self._last_requested is None else max(step, self._last_requested + 1)
         furthest = min(step + self._config.max_trajectory_age, self._config.max_num_steps)
         while following <= furthest and (following == step or not self.is_check_step(following)):
-            self._ahead.append(self._run(partial(self._make, following, version, self._hand_over(version, publish))))
+            update = self._hand_over(version, publish)
+            if update is not None and self._config.in_flight_weight_updates and self._is_rolling_out():
+                self._serve(update, Timer(), in_flight=True)
+                update = None
+            self._ahead.append(self._run(partial(self._make, following, version, update)))
             self._last_requested = following
             following += 1
 
@@ -211,12 +215,15 @@ class RolloutPipeline:
                 self._generation.sleep()
             self._asleep = True
 
-    def _serve(self, update: WeightUpdate | None, timer: Timer) -> None:
+    def _is_rolling_out(self) -> bool:
+        return any(not future.done() for future in self._ahead)
+
+    def _serve(self, update: WeightUpdate | None, timer: Timer, *, in_flight: bool = False) -> None:
         """Bring generation to the weights of `update`; both sides must report the same digest."""
         if update is None:
             return
         with timer.phase("weight_sync"):
-            digest = self._generation.update_weights(update)
+            digest = self._generation.update_weights(update, in_flight=in_flight)
         if digest != update.digest:
             raise WeightSyncError(
                 f"version {update.version}: generation reports weight digest {digest}, the policy published "

@@ -1,6 +1,7 @@
 """The loop, with fakes at its protocol seams: a policy that is one number, a generator that answers with it."""
 
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,11 @@ class FakeGeneration:
     weights: str | None = None
     corrupt: bool = False
     num_calls: int = 0
+    num_in_flight: int = 0
     syncs: list[int] = field(default_factory=list)
 
-    def update_weights(self, update: WeightUpdate) -> str:
+    def update_weights(self, update: WeightUpdate, *, in_flight: bool = False) -> str:
+        self.num_in_flight += in_flight
         self.syncs.append(update.version)
         self.weights = "garbage" if self.corrupt else update.digest
         return self.weights
@@ -380,3 +383,27 @@ def test_generation_on_the_policys_gpus_sleeps_while_the_policy_trains():
     events.clear()
     build(*gpus, "cluster.generation.gpus_per_node=1", policy=Policy(), generation=Generation()).run()
     assert set(events) == {"generate", "train"}
+
+
+class SlowGeneration(FakeGeneration):
+    """From the second on, a call lasts until weights change under it, or for a moment."""
+
+    changed = threading.Event()
+
+    def update_weights(self, update, *, in_flight=False):
+        if in_flight:
+            self.changed.set()
+        return super().update_weights(update, in_flight=in_flight)
+
+    def generate(self, *args, **kwargs):
+        if self.num_calls:
+            self.changed.wait(timeout=0.3)
+        return super().generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_weights_reach_a_rollout_that_is_under_way_only_where_asked_for(wanted):
+    generation = SlowGeneration()
+    quick = ("grpo.max_num_steps=3", "grpo.validation={at_start: false, at_end: false, period: 0}")
+    build(*AHEAD, *quick, f"grpo.in_flight_weight_updates={wanted}", generation=generation).run()
+    assert (generation.num_in_flight > 0) is wanted
