@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_rl import settings
 from nemo_rl.errors import ConfigError, NemoRLError, exit_code
+
+if TYPE_CHECKING:
+    from nemo_rl.cli.targets import Target
 
 app = typer.Typer(
     help="Build, inspect and look after the venvs that workers run in.",
@@ -77,18 +83,19 @@ def build(
     all_workers: Annotated[bool, typer.Option("--all", help="Every registered worker.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build again what is ready.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Venvs that are built at the same time.")] = 4,
+    offline: Annotated[bool, typer.Option("--offline", help="Ask no registry.")] = False,
+    from_bundle: Annotated[
+        Path | None, typer.Option("--from-bundle", metavar="FILE", help="Build from what `bundle` wrote; offline.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make venvs ready, in parallel, and show what each phase takes. Ctrl-C leaves nothing half-built."""
     from nemo_rl.cli import display
     from nemo_rl.cli.parallel_build import build_all
-    from nemo_rl.cli.targets import find_target, registered_targets
 
-    if bool(targets) == all_workers:
-        raise ConfigError("say what to build: worker classes or extras, or --all (and not both)")
-    chosen = registered_targets() if all_workers else [find_target(name) for name in dict.fromkeys(targets or ())]
+    chosen = _chosen(targets, all_workers, "build")
     try:
-        with display.BuildView() as view:
+        with _sources(from_bundle, offline, chosen), display.BuildView() as view:
             outcomes = build_all(chosen, force=force, jobs=jobs, on_event=view.update)
     except KeyboardInterrupt:
         display.note("nemo-rl: interrupted; what was being built has been removed")
@@ -104,6 +111,50 @@ def build(
         display.note(f"nemo-rl: {message}")
     if failures:
         raise typer.Exit(min(exit_code(outcome.error) for outcome in failures if outcome.error))
+
+
+def _chosen(names: list[str] | None, all_workers: bool, verb: str) -> list[Target]:
+    from nemo_rl.cli.targets import find_target, registered_targets
+
+    if bool(names) == all_workers:
+        raise ConfigError(f"say what to {verb}: worker classes or extras, or --all (and not both)")
+    return registered_targets() if all_workers else [find_target(name) for name in dict.fromkeys(names or ())]
+
+
+def _sources(bundle: Path | None, offline: bool, targets: list[Target]) -> AbstractContextManager[object]:
+    """Where packages come from while the block runs."""
+    from nemo_rl.cli.targets import is_interpreter
+    from nemo_rl.venvs.bundle import opened_bundle
+
+    if bundle is None:
+        return settings.exported({"UV_OFFLINE": "1"} if offline else {})
+    return opened_bundle(bundle, {t.name: t.py_executable for t in targets if not is_interpreter(t.py_executable)})
+
+
+@app.command()
+def bundle(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[FQN|EXTRA]...", help="Worker classes, extras, or `base`.")
+    ] = None,
+    all_workers: Annotated[bool, typer.Option("--all", help="Every registered worker.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("nemo-rl-bundle.tar.gz"),
+    json: Json = False,
+) -> None:
+    """Write one archive from which venvs can be built without a registry, and prove that they can."""
+    from nemo_rl.cli import display
+    from nemo_rl.cli.targets import is_interpreter
+    from nemo_rl.venvs.bundle import write_bundle
+
+    wanted = {t.name: t.py_executable for t in _chosen(targets, all_workers, "bundle")}
+    wanted = {name: text for name, text in wanted.items() if not is_interpreter(text)}
+    index = write_bundle(wanted, output)
+    packed = output.stat().st_size
+    if json:
+        display.print_json({"path": str(output), "packed_bytes": packed, **dataclasses.asdict(index)})
+        return
+    what = f"{len(index.venvs)} venvs for Python {index.python} on {index.platform}"
+    display.print_line(f"{output}: {what}, {display.size(packed)} ({display.size(index.num_bytes)} unpacked)")
+    display.print_line(f"Build from it: nemo-rl venvs build --from-bundle {output} {' '.join(wanted)}")
 
 
 def _outcome_record(outcome: Any) -> dict[str, Any]:
