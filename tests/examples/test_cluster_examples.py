@@ -1,0 +1,117 @@
+"""The examples for clusters and the Dockerfile: what can be said about them without a cluster or a Docker engine."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CLUSTERS = REPOSITORY / "examples" / "clusters"
+SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{8,}|(?:TOKEN|PASSWORD|SECRET)=[A-Za-z0-9]{8,}")
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    manifest = yaml.safe_load((CLUSTERS / name).read_text())
+    assert manifest["apiVersion"] == "ray.io/v1"
+    return manifest["spec"] if manifest["kind"] == "RayCluster" else manifest["spec"]["rayClusterSpec"]
+
+
+@pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
+def test_a_manifest_has_what_the_operator_requires_and_one_image(name: str) -> None:
+    spec = cluster_spec(name)
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    assert all("rayStartParams" in group for group in groups)
+    assert all({"groupName", "replicas", "minReplicas", "maxReplicas"} <= group.keys() for group in groups[1:])
+    assert len({container["image"] for container in containers}) == 1
+    for container in containers:
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert container["securityContext"]["runAsNonRoot"] is True
+    locked = tomllib.loads((REPOSITORY / "uv.lock").read_text())["package"]
+    assert spec["rayVersion"] == next(package["version"] for package in locked if package["name"] == "ray")
+
+
+@pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
+def test_secrets_of_a_manifest_are_references_and_authentication_is_on(name: str) -> None:
+    spec = cluster_spec(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        for container in group["template"]["spec"]["containers"]:
+            variables = {entry["name"]: entry for entry in container["env"]}
+            assert variables["RAY_AUTH_MODE"]["value"] == "token"
+            for secret in ("RAY_AUTH_TOKEN", "HF_TOKEN"):
+                assert "secretKeyRef" in variables[secret]["valueFrom"]
+                assert "value" not in variables[secret]
+
+
+def test_the_job_of_a_manifest_exists() -> None:
+    job = yaml.safe_load((CLUSTERS / "kuberay-rayjob.yaml").read_text())
+    words = job["spec"]["entrypoint"].split()
+    assert all((REPOSITORY / word).is_file() for word in words if word.endswith((".py", ".yaml")))
+
+
+def test_no_example_holds_a_value_of_a_secret() -> None:
+    for path in [*CLUSTERS.iterdir(), REPOSITORY / "docker" / "Dockerfile"]:
+        assert not SECRET_VALUE.search(path.read_text()), path
+
+
+@pytest.mark.parametrize("script", ["examples/clusters/slurm.sbatch", "tools/build_image.sh"])
+def test_a_shell_script_is_one(script: str) -> None:
+    subprocess.run(["bash", "-n", str(REPOSITORY / script)], check=True)
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def test_the_dockerfile_has_its_targets_and_ends_without_root() -> None:
+    stages = [words[2] for words in (rest.split() for name, rest in instructions() if name == "FROM")]
+    assert {"hermetic", "release"} <= set(stages)
+    assert stages[-1] == "release", "the default target"
+    assert [rest for name, rest in instructions() if name == "USER"][-1] != "root"
+    assert not [rest for name, rest in instructions() if "<<" in rest], "Debian's buildah knows no heredocs"
+
+
+def test_every_file_that_an_image_copies_is_there_and_not_ignored() -> None:
+    ignore = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    taken = {line[1:] for line in ignore if line.startswith("!")}
+    for name, rest in instructions():
+        if name == "COPY" and not rest.startswith("--from"):
+            for source in rest.split()[:-1]:
+                assert (REPOSITORY / source).exists(), source
+                assert source == "." or source.split("/")[0] in taken, source
+
+
+def test_the_stage_that_builds_venvs_has_all_the_code_that_building_needs(tmp_path: Path) -> None:
+    """So a change elsewhere builds nothing again, and no file that is needed is missing."""
+    for name, rest in instructions():
+        *sources, target = rest.split()
+        if name == "COPY" and all(source.startswith("nemo_rl") for source in sources):
+            for source in map(Path, sources):
+                to = tmp_path / target
+                if (REPOSITORY / source).is_dir():
+                    shutil.copytree(REPOSITORY / source, to)
+                else:
+                    to.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(REPOSITORY / source, to)
+    env = {"PYTHONPATH": str(tmp_path), "NEMO_RL_PROJECT_ROOT": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
+    env["NEMO_RL_VENV_DIR"] = str(tmp_path / "venvs")
+    command = [sys.executable, "-m", "nemo_rl.cli", "venvs", "build", "nobody"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "neither a registered worker class nor an extra" in done.stderr
+
+
+def test_images_of_backends_that_the_project_does_not_have_are_not_offered() -> None:
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    assert set(re.findall(r"--extra (\S+)", text)) <= set(extras)
