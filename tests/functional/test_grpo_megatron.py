@@ -41,7 +41,10 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def run(directory: Path, *arguments: str) -> None:
     job = start(directory, *arguments)
-    _, errors = job.communicate(timeout=280)
+    try:
+        _, errors = job.communicate(timeout=280)
+    finally:
+        job.kill()  # where the test gave up; does nothing to a job that has ended
     assert job.returncode == 0, errors[-3000:]
 
 
@@ -85,6 +88,7 @@ def assert_same_run(found: dict[int, dict[str, float]], expected: dict[int, dict
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three starts of a whole job
 def test_a_run_with_pipeline_stages_goes_on_where_it_stopped(undisturbed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run(directory, "grpo.max_num_steps=2", *PIPELINE)
@@ -93,12 +97,13 @@ def test_a_run_with_pipeline_stages_goes_on_where_it_stopped(undisturbed: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three starts of a whole job
 def test_a_lost_rank_stops_the_job_and_the_same_command_resumes_it(undisturbed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     job = start(directory, "grpo.max_num_steps=3")
     deadline = time.monotonic() + 200
     while not (directory / "checkpoints" / "step_000001").exists():
-        assert job.poll() is None, "the job ended early"
+        assert job.poll() is None, f"the job ended early: {job.communicate()[1][-3000:]}"
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.1)
     ranks = [
