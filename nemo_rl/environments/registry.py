@@ -1,14 +1,19 @@
 """Which environments there are: name in the configuration -> fully qualified name of the actor class.
 
-A new environment is one class and one line here; which Python it runs in is said in
+A new environment is one class and one line here, or in another distribution an entry point of the group
+`nemo_rl.environments` (`name = "package.module:Class"`, which is never loaded here); which Python it runs in is said in
 `nemo_rl.distributed.ray_actor_environment_registry`.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+from importlib import metadata
 
 from nemo_rl.errors import ConfigError
+
+ENTRY_POINT_GROUP = "nemo_rl.environments"
 
 ENVIRONMENTS: dict[str, str] = {
     "math": "nemo_rl.environments.math_environment.MathEnvironment",
@@ -17,12 +22,19 @@ ENVIRONMENTS: dict[str, str] = {
 
 def environment_fqn(name: str) -> str:
     """The actor class of the environment `name`. Raises `ConfigError` that names the nearest known one."""
+    known = {**_installed(), **ENVIRONMENTS}
     try:
-        return ENVIRONMENTS[name]
+        return known[name]
     except KeyError:
-        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"Unknown environment {name!r}.{hint} Known: {', '.join(sorted(ENVIRONMENTS))}. "
-            "Add yours to nemo_rl.environments.registry.ENVIRONMENTS."
+            f"Unknown environment {name!r}.{hint} Known: {', '.join(sorted(known))}. Add yours to "
+            f"nemo_rl.environments.registry.ENVIRONMENTS, or by an entry point of the group {ENTRY_POINT_GROUP!r}."
         ) from None
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    """What installed distributions name. Names are read; nothing is imported."""
+    return {point.name: f"{point.module}.{point.attr}" for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}
