@@ -96,6 +96,13 @@ class RayActorPoolExecutor:
         return [item for reference in references for item in ray.get(reference)]
 
 
+def _results(generator: Any) -> list[_Group]:
+    """What a call gave; raises what it raised. Waits for it."""
+    references: list[ray.ObjectRef] = list(generator)
+    sizes = ray.get(references[-1])
+    return [_Group([reference], size) for reference, size in zip(references[:-1], sizes)]
+
+
 def _nothing(num_groups: int) -> None:
     pass
 
@@ -275,11 +282,10 @@ class _Pool:
     def _finish_call(
         self, worker: _Worker, completed: ray.ObjectRef, pending: deque[_Group], done: list[_Group]
     ) -> None:
-        references: list[ray.ObjectRef] = list(worker.calls[completed][1])
         try:
-            sizes = ray.get(references[-1])
+            results = _results(worker.calls[completed][1])
         except RayActorError as error:
-            self._replace(worker, error, pending)
+            self._replace(worker, completed, error, pending, done)
             return
         except ObjectLostError as error:
             raise self._lost(error) from error
@@ -293,7 +299,7 @@ class _Pool:
         now = time.monotonic()
         self._call_s.append(now - worker.busy_since)
         worker.busy_since = now
-        done += [_Group([reference], size) for reference, size in zip(references[:-1], sizes)]
+        done += results
 
     def _lost(self, error: Exception) -> PipelineError:
         return PipelineError(
@@ -301,10 +307,24 @@ class _Pool:
             "again with the same run_dir: it goes on with the inputs that are not done."
         )
 
-    def _replace(self, worker: _Worker, error: RayActorError, pending: deque[_Group]) -> None:
-        """Run a dead worker's groups again; the oldest call is the one that it died in."""
+    def _replace(
+        self,
+        worker: _Worker,
+        failed: ray.ObjectRef,
+        error: RayActorError,
+        pending: deque[_Group],
+        done: list[_Group],
+    ) -> None:
+        """Run a dead worker's groups again; the oldest call that it did not finish is the one that it died in."""
         self._workers.remove(worker)
-        groups = [group for group, _ in worker.calls.values()]
+        groups: list[_Group] = []
+        for completed, (group, generator) in worker.calls.items():
+            try:
+                if completed == failed:
+                    raise error
+                done += _results(generator)
+            except RayError:
+                groups.append(group)
         pending.extendleft(reversed(groups[1:]))
         first = groups[0]
         first.num_deaths += 1
