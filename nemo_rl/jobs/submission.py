@@ -263,7 +263,8 @@ class JobServer:
 
         logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
         logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-        with self._explained():
+        # Ray lets the variable win over the address that it is given.
+        with self._explained(), settings.exported({settings.RAY_API_SERVER_ADDRESS.name: self.address}):
             self._client: JobSubmissionClient = JobSubmissionClient(self.address)
 
     def submit(self, submission: Submission, upload: Upload) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -252,3 +255,70 @@ def test_an_unknown_job_is_named(cli: Cli) -> None:
         done = cli(*command, "nobody")
         assert done.returncode == 2, done.stderr
         assert "no job 'nobody'" in done.stderr
+
+
+@contextlib.contextmanager
+def second_network() -> Iterator[tuple[str, str]]:
+    """A network namespace with one link to this one: (its name, this side's address)."""
+    name, subnet = f"nrl{os.getpid() % 100000}", f"10.{77 + os.getpid() % 100}.{os.getpid() % 250}"
+    commands = [
+        f"ip netns add {name}",
+        f"ip link add {name}a type veth peer name {name}b netns {name}",
+        f"ip addr add {subnet}.1/24 dev {name}a",
+        f"ip link set {name}a up",
+        f"ip -n {name} addr add {subnet}.2/24 dev {name}b",
+        f"ip -n {name} link set {name}b up",
+        f"ip -n {name} link set lo up",
+    ]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True, capture_output=True)
+        yield name, f"{subnet}.1"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)  # and with it the link
+
+
+class Forwarder(socketserver.BaseRequestHandler):
+    """What `ssh -L` does: passes bytes on to a port of loopback, both ways."""
+
+    port = 0
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port)) as there:
+            back = threading.Thread(target=self._pass, args=(there, self.request), daemon=True)
+            back.start()
+            self._pass(self.request, there)
+            back.join()
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
+def test_a_job_is_submitted_from_a_second_network_namespace(head: dict[str, str], sources: Path) -> None:
+    port = int(head["RAY_API_SERVER_ADDRESS"].rpartition(":")[2])
+    with second_network() as (name, address):
+        handler = type("Handler", (Forwarder,), {"port": port})
+        with socketserver.ThreadingTCPServer((address, 0), handler) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://{address}:{server.server_address[1]}"
+            cli = ["ip", "netns", "exec", name, sys.executable, "-m", "nemo_rl.cli", "submit"]
+            without = subprocess.run([*cli, "--", "true"], cwd=sources, env=head, capture_output=True, check=False)
+            done = subprocess.run(
+                [*cli, "--address", url, "--", "python", "job.py", "from afar"],
+                cwd=sources,
+                env=head,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            server.shutdown()
+    assert without.returncode == 1, "the namespace reaches the head without the forwarded port"
+    assert done.returncode == 0, done.stderr
+    assert "argument ['from afar']" in done.stdout
