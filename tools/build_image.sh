@@ -3,7 +3,8 @@
 #
 #     tools/build_image.sh [--target release] [--backends "vllm-cpu"] [--tag nemo-rl:local] [--work DIR]
 #
-# Needs root, and Debian's packages `buildah` and `debootstrap`. Variables: DEBIAN_MIRROR (debootstrap's mirror),
+# Needs root, Debian's packages `buildah` and `debootstrap`, and 100 GB of free disk (STORAGE_DRIVER=overlay, where the
+# kernel has it, needs least; the default, vfs, copies every layer). Variables: DEBIAN_MIRROR (debootstrap's mirror),
 # BUILD_VOLUMES (more `--volume` arguments, such as certificates or a package index's configuration).
 # What it covers: every instruction of the Dockerfile, build arguments, all targets, a run without root. What it does
 # not: BuildKit itself, CUDA base images, GPUs inside a container.
