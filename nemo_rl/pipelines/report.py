@@ -15,6 +15,7 @@ from nemo_rl.pipelines.failures import FailedTask, failed_tasks
 from nemo_rl.pipelines.progress import Counts
 from nemo_rl.pipelines.run_directory import STAGES_FILE
 from nemo_rl.utils.console import format_duration
+from nemo_rl.utils.report import report_template
 
 REPORT_FILE = "report.html"
 _MAX_FAILURES = 20
@@ -55,8 +56,6 @@ def write_report(run_dir: Path, target: Path | None = None, *, title: str = "", 
 
 def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     rows = _rows(json.loads((run_dir / STAGES_FILE).read_text(encoding="utf-8")))
     failed = failed_tasks(run_dir)
@@ -73,13 +72,7 @@ def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
             "wall time" + (", all attempts" if record["attempts"] > 1 else ""),
         ),
     ]
-    environment = Environment(
-        loader=PackageLoader("nemo_rl.pipelines", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    return environment.get_template("report_template.html").render(
+    return report_template("nemo_rl.pipelines").render(
         title=title or record["name"],
         summary=summary,
         record=record,

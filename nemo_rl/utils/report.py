@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nemo_rl
 from nemo_rl.errors import ConfigError
@@ -24,6 +24,9 @@ from nemo_rl.utils.jsonl import read_jsonl
 from nemo_rl.utils.logger import METRICS_FILE, SAMPLES_FILE
 from nemo_rl.utils.masking import mask_secrets
 from nemo_rl.utils.timer import read_timeline
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 REPORT_FILE = "report.html"
 ATTESTATION_FILE = "attestation.json"
@@ -67,8 +70,6 @@ def write_report(directory: Path) -> Path:
 
 def render(directory: Path) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     metrics = [record for record in read_jsonl(directory / METRICS_FILE) if isinstance(record.get("step"), int)]
     finished = _read_json(directory / "finished.json")
     context: dict[str, Any] = {
@@ -87,13 +88,20 @@ def render(directory: Path) -> str:
     }
     context["tiles"] = _tiles(metrics, context["startup_s"])
     context["contents"] = [(_ANCHORS.get(key, key), name) for key, name in _SECTIONS if context[key]]
+    return report_template("nemo_rl.utils").render(context)
+
+
+def report_template(package: str) -> Template:
+    """The file `report_template.html` of a package; it may extend `report_page.html`, the frame of every report."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
-        loader=PackageLoader("nemo_rl.utils", package_path=""),
+        loader=ChoiceLoader([PackageLoader(name, package_path="") for name in (package, "nemo_rl.utils")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template("report_template.html").render(context)
+    return environment.get_template("report_template.html")
 
 
 def main(arguments: Sequence[str]) -> int:
