@@ -174,7 +174,7 @@ def test_help_lists_the_keys():
     assert "grpo.num_prompts_per_step" in done.stdout
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("grpo_*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_has_a_plan(config, tmp_path):
     done = run("--config", str(config), "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
