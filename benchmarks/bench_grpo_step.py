@@ -170,8 +170,8 @@ def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tup
     problems = [json.loads(line)["problem"] for line in Path(settings.problems).read_text("utf-8").splitlines()]
     counted = steps[settings.num_warmup_steps :]
     wall = arrivals[-1] - arrivals[settings.num_warmup_steps - 1]
-    timings = [name for name in counted[0] if name.startswith("timing/")]
-    phases = {name: statistics.median(step[name] for step in counted) for name in timings}
+    timings = dict.fromkeys(name for step in counted for name in step if name.startswith("timing/"))
+    phases = {name: statistics.median(step.get(name, 0.0) for step in counted) for name in timings}
     step_s = phases.pop("timing/step_s")
     metrics = {
         "samples_per_s": settings.num_samples * len(counted) / wall,
