@@ -101,7 +101,7 @@ class RolloutPipeline:
         self._asleep = False
         self._handed_over: int | None = None  # version of the weights that generation has or will have next
         self._ahead: deque[Future[StepRollout]] = deque()
-        self._last_requested: int | None = None
+        self._last_requested = 0  # steps are counted from 1
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.max_trajectory_age else None
 
     def request(self, step: int, version: int, publish: Publish) -> None:
@@ -115,7 +115,7 @@ class RolloutPipeline:
         A step at which the log-probabilities are compared is not asked for ahead: only the weights that generated
         can tell whether both sides compute the same model.
         """
-        following = step if self._last_requested is None else max(step, self._last_requested + 1)
+        following = max(step, self._last_requested + 1)
         furthest = min(step + self._config.max_trajectory_age, self._config.max_num_steps)
         while following <= furthest and (following == step or not self.is_check_step(following)):
             update = self._hand_over(version, publish)

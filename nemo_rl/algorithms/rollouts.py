@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -95,46 +96,62 @@ def collect(
             judged = [verdict.result() for _, _, verdict in parts]
             positions = [position for chosen, _, _ in parts for position in chosen]
             order = _row_order(positions, num_generations)
-            verdict, metrics = environment.global_post_process_and_metrics(_in_order(judged, order))
+            verdict, metrics = environment.global_post_process_and_metrics(_judged_in_order(judged, order))
     results = [piece for _, piece, _ in parts]
     batch = _batch_in_order([training_batch(result) for result in results], order)
     batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
     batch["rewards"] = torch.tensor(verdict.rewards, dtype=torch.float32)
-    texts = [text for result in results for text in result.texts]
+    truncated = torch.cat([result.truncated for result in results])
     return Rollout(
         batch=batch,
-        truncated=torch.cat([result.truncated for result in results])[torch.tensor(order)],
+        truncated=truncated if order is None else truncated[torch.from_numpy(order)],
         prompts=[text for text in problems["prompt"] for _ in range(num_generations)],
-        completions=[texts[row] for row in order],
+        completions=_list_in_order([result.texts for result in results], order),
         metrics=metrics,
     )
 
 
-def _row_order(positions: list[int], num_generations: int) -> list[int]:
-    """Where to find row 0, 1, ... of the rollout among the rows of the pieces, which hold `positions` one by one."""
-    place = {position: index for index, position in enumerate(positions)}
-    return [place[p] * num_generations + g for p in range(len(positions)) for g in range(num_generations)]
+def _row_order(positions: list[int], num_generations: int) -> npt.NDArray[np.int64] | None:
+    """Where to find row 0, 1, ... of the rollout among the rows of the pieces, which hold `positions` one by one.
+
+    None where the pieces hold them in order.
+    """
+    place = np.argsort(positions)  # positions are 0, 1, ... in some order, so this is where each of them lies
+    if np.array_equal(place, np.arange(len(place))):
+        return None
+    return (place[:, None] * num_generations + np.arange(num_generations)).ravel()
 
 
-def _batch_in_order(batches: list[BatchedDataDict], order: list[int]) -> BatchedDataDict:
+def _batch_in_order(batches: list[BatchedDataDict], order: npt.NDArray[np.int64] | None) -> BatchedDataDict:
     whole = batches[0] if len(batches) == 1 else BatchedDataDict.from_batches(batches)
-    return whole if order == list(range(whole.size)) else whole.select_indices(torch.tensor(order))
+    return whole if order is None else whole.select_indices(torch.from_numpy(order))
 
 
-def _in_order(parts: list[EnvironmentReturn], order: list[int]) -> EnvironmentReturn:
+def _list_in_order(parts: list[list[Any]], order: npt.NDArray[np.int64] | None) -> list[Any]:
+    whole = parts[0] if len(parts) == 1 else [value for part in parts for value in part]
+    return whole if order is None else [whole[row] for row in order]
+
+
+def _judged_in_order(parts: list[EnvironmentReturn], order: npt.NDArray[np.int64] | None) -> EnvironmentReturn:
     """What was said of the pieces as one, in the order of the rollout."""
+    if len(parts) == 1 and order is None:
+        return parts[0]
+    rows = slice(None) if order is None else order
 
-    def rows(name: str) -> list[Any]:
-        values = [value for part in parts for value in getattr(part, name)]
-        return [values[row] for row in order]
+    def array(name: str) -> npt.NDArray[Any]:
+        joined: npt.NDArray[Any] = np.concatenate([getattr(part, name) for part in parts])[rows]
+        return joined
+
+    def values(name: str) -> list[Any]:
+        return _list_in_order([getattr(part, name) for part in parts], order)
 
     return EnvironmentReturn(
-        rewards=np.array(rows("rewards"), dtype=np.float32),
-        terminated=np.array(rows("terminated"), dtype=bool),
-        answers=rows("answers"),
-        status=rows("status"),
-        latency_s=np.array(rows("latency_s"), dtype=np.float64),
-        observations=None if parts[0].observations is None else rows("observations"),
+        rewards=array("rewards"),
+        terminated=array("terminated"),
+        answers=values("answers"),
+        status=values("status"),
+        latency_s=array("latency_s"),
+        observations=None if parts[0].observations is None else values("observations"),
     )
 
 

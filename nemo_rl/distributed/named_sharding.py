@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
 
 import numpy as np
+
+from nemo_rl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,8 +73,7 @@ class NamedSharding:
         try:
             return self._names.index(name)
         except ValueError:
-            near = difflib.get_close_matches(str(name), self._names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(name), self._names)
             raise ValueError(f"Unknown axis {name!r}; the axes are {list(self._names)}.{hint}") from None
 
     def get_axis_size(self, name: str) -> int:

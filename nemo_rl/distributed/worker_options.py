@@ -7,7 +7,6 @@ class's `configure_worker` returns; the placement that the builder sets. A `runt
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl import settings
 from nemo_rl.errors import RuntimeEnvError, WorkerStartError
+from nemo_rl.utils.names import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ def checked_runtime_env(runtime_env: Mapping[str, Any] | None, where: str = "run
         if name.startswith("_") or value is None:
             continue  # Ray's own bookkeeping
         if name not in RUNTIME_ENV_FIELDS:
-            near = difflib.get_close_matches(str(name), RUNTIME_ENV_FIELDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(name), RUNTIME_ENV_FIELDS)
             raise RuntimeEnvError(f"{where} has an unknown field {name!r}.{hint} Known: {sorted(RUNTIME_ENV_FIELDS)}")
         result[name] = value
     if "env_vars" in result:

@@ -7,11 +7,11 @@ A new environment is one class and one line here, or in another distribution an 
 
 from __future__ import annotations
 
-import difflib
 import functools
 from importlib import metadata
 
 from nemo_rl.errors import ConfigError
+from nemo_rl.utils.names import did_you_mean
 
 ENTRY_POINT_GROUP = "nemo_rl.environments"
 
@@ -26,8 +26,7 @@ def environment_fqn(name: str) -> str:
     try:
         return known[name]
     except KeyError:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ConfigError(
             f"Unknown environment {name!r}.{hint} Known: {', '.join(sorted(known))}. Add yours to "
             f"nemo_rl.environments.registry.ENVIRONMENTS, or by an entry point of the group {ENTRY_POINT_GROUP!r}."

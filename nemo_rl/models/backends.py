@@ -7,7 +7,6 @@ so no other file names a backend.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.errors import ConfigError
 from nemo_rl.utils.config import ConfigModel, OpenSection, validate
+from nemo_rl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.named_sharding import NamedSharding
@@ -102,8 +102,7 @@ def find_backend(backends: Mapping[str, Backend[OptionsT]], name: str, *, key: s
     try:
         return backends[name]
     except KeyError:
-        near = difflib.get_close_matches(name, backends, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, backends)
         raise ConfigError(
             f"{key}={name!r} is unknown.{hint} Known: {', '.join(sorted(backends))}. Add yours to {registry}."
         ) from None

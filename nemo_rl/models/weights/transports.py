@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from nemo_rl.errors import WeightSyncError
+from nemo_rl.utils.names import did_you_mean
 
 
 class WeightTransport(ABC):
@@ -82,8 +82,7 @@ def make_transport(name: str) -> WeightTransport:
     try:
         return TRANSPORTS[name]()
     except KeyError:
-        near = difflib.get_close_matches(name, TRANSPORTS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, TRANSPORTS)
         raise WeightSyncError(
             f"unknown weight transport {name!r}.{hint} Known: {', '.join(sorted(TRANSPORTS))}. "
             "Add yours to nemo_rl.models.weights.transports.TRANSPORTS."
