@@ -139,7 +139,7 @@ def check_gpu() -> Check:
         if devices:
             fix = "install the driver's tools, or start the container with --gpus all"
             return Check("GPU", WARNING, f"{len(devices)} devices but no nvidia-smi", fix)
-        return Check("GPU", OK, "none: jobs run on CPUs (cluster.use_gpus=false)")
+        return Check("GPU", OK, "none: jobs run on CPUs (cluster.gpus_per_node=0)")
     query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)

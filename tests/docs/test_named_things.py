@@ -1,0 +1,176 @@
+"""What a page or a message names exists: configuration keys and their values, commands, files, variables."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import typer.main
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from nemo_rl import settings
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.cli import app
+from nemo_rl.jobs.curate_math import CurateConfig
+from nemo_rl.utils.config import ConfigModel, OpenSection, _section
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SCHEMAS: tuple[type[ConfigModel], ...] = (MasterConfig, CurateConfig)
+_ROOTS = "|".join(sorted({name for schema in SCHEMAS for name in schema.model_fields}))
+# `section.key`, `section.*.key`, `section.key=value`; not a file, an address or an attribute of something.
+_KEY = re.compile(rf"(?<![\w./$-])((?:{_ROOTS})(?:\.(?:[a-z]\w*|\*))+)(?![\w(/:…]|\.\w)(?:=('[^'\n]*'|[^\s`;,)|]+))?")
+_FILE_SUFFIXES = (".md", ".py", ".yaml", ".jsonl", ".parquet", ".html", ".json", ".svg")
+_VARIABLE = re.compile(r"\b(?:NEMO_RL|NRL)_[A-Z_0-9]*[A-Z0-9]\b")
+_COMMAND = re.compile(r"(?:^|[`\"'(]|\$ |: |uv run )nemo-rl ([a-z][^`\n;]*)", re.MULTILINE)
+_FILE = re.compile(r"(?<![\w/.-])((?:examples|docker|tools|benchmarks|tests)/[\w./-]*\w)")
+
+
+def texts(*, code: bool = True) -> Iterator[tuple[str, str]]:
+    """(where, text) of every page, and of every string in the package's source; `…` stands for what is filled in."""
+    for page in PAGES:
+        yield page.relative_to(REPOSITORY).as_posix(), page.read_text(encoding="utf-8")
+    for path in sorted((REPOSITORY / "nemo_rl").rglob("*.py")) if code else ():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        for node in ast.walk(tree):
+            where = f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.JoinedStr):
+                yield where, "".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                yield where, node.value
+
+
+def fields_of(schema: type[ConfigModel], parts: list[str]) -> list[FieldInfo | None]:
+    """The fields that a dotted key may mean, `*` being any; None for a key of a section that a plugin decides."""
+    section_classes: list[type[ConfigModel]] = [schema]
+    if issubclass(schema, OpenSection):
+        section_classes += [variant for _, variant in schema.variants()]
+    found: list[FieldInfo | None] = []
+    for section in section_classes:
+        for name in fnmatch.filter(section.model_fields, parts[0]):
+            field = section.model_fields[name]
+            if len(parts) == 1:
+                found.append(field)
+            elif (below := _section(field.annotation)) is not None:
+                found += fields_of(below, parts[1:])
+            elif "dict" in str(field.annotation):
+                found.append(None)
+    return found
+
+
+def accepts(field: FieldInfo | None, value: str) -> bool:
+    if field is None:
+        return True
+    annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    try:
+        TypeAdapter(annotation).validate_python(yaml.safe_load(yaml.safe_load(value) if value[0] == "'" else value))
+    except (ValidationError, yaml.YAMLError):
+        return False
+    return True
+
+
+def problem_with(key: str, value: str | None) -> str | None:
+    """What is wrong with a key as it is written in a text, if anything."""
+    fields = [field for schema in SCHEMAS for field in fields_of(schema, key.split("."))]
+    if not fields:
+        return "there is no such key"
+    if value is None or "…" in value or "%" in value or value.strip("'\"").isupper():  # a placeholder
+        return None
+    return None if any(accepts(field, value) for field in fields) else f"does not take {value}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cluster.use_gpus", "false"),
+        ("cluster.gpus_per_node", "many"),
+        ("grpo.validation.perod", "3"),
+        ("data.*.nothing", None),
+        ("policy.options.tensor_size", "2"),
+    ],
+)
+def test_this_test_notices_a_key_or_value_that_is_wrong(key: str, value: str | None) -> None:
+    assert problem_with(key, value)
+
+
+def test_every_configuration_key_that_a_text_names_exists_and_takes_its_value() -> None:
+    seen, wrong = 0, []
+    for where, text in texts():
+        own = set(re.findall(r"^    (\w+): .* = Field\(", text, re.MULTILINE))  # an example's section, on its page
+        for match in _KEY.finditer(text):
+            key, value = match[1], match[2].rstrip(".") if match[2] else None
+            if key.endswith(_FILE_SUFFIXES) or key.rpartition(".")[2] in own:
+                continue
+            seen += 1
+            if problem := problem_with(key, value):
+                wrong.append(f"{where}: {key}: {problem}")
+    assert seen > 100
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_command_that_a_text_names_exists_with_its_options() -> None:
+    seen, wrong = 0, []
+    for where, text in texts():
+        for match in _COMMAND.finditer(text):
+            words = re.split(r"  |#| \(| ?\.\.|[.,:]\s|[.,:]$", match[1])[0]
+            seen += 1
+            if problem := unknown_in_command(words):
+                wrong.append(f"{where}: nemo-rl {words}: {problem}")
+    assert seen > 50
+    assert not wrong, "\n".join(wrong)
+
+
+def unknown_in_command(line: str) -> str | None:
+    """The first command or option of `nemo-rl <line>` that does not exist; alternatives are written `a | b`."""
+    group: Any = typer.main.get_command(app)
+    try:
+        words = shlex.split(line.replace("\\", ""))
+    except ValueError:
+        words = line.split()
+    while words and hasattr(group, "commands"):
+        name = words.pop(0)
+        if "…" in name:
+            return None
+        if name not in group.commands:
+            return name
+        if words[:1] == ["|"]:
+            del words[0]
+        else:
+            group = group.commands[name]
+    known = {option for parameter in group.params for option in parameter.opts}
+    options = [word.strip("[].,)").partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+    return next((option for option in options if option.startswith("-") and option not in known), None)
+
+
+@pytest.mark.parametrize("line", ["veins list", "venvs list --jason", "plan --adress X", "venvs list | bild | prune"])
+def test_this_test_notices_a_command_that_is_wrong(line: str) -> None:
+    assert unknown_in_command(line)
+
+
+def test_every_variable_that_a_text_names_is_one_of_the_settings() -> None:
+    wrong = [
+        f"{where}: {name}"
+        for where, text in texts()
+        for name in _VARIABLE.findall(text)
+        if name not in settings.ALL and not name.startswith("NEMO_RL_RESULT")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_file_that_a_text_names_is_there() -> None:
+    wrong = [
+        f"{where}: {name}"
+        for where, text in texts()
+        for name in _FILE.findall(text)
+        if not (REPOSITORY / name).exists() and not (REPOSITORY / where).parent.joinpath(name).exists()
+    ]
+    assert not wrong, "\n".join(wrong)
