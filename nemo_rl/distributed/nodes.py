@@ -1,12 +1,18 @@
-"""The nodes of the Ray cluster that this process is connected to."""
+"""The nodes of the Ray cluster that this process is connected to, and questions to them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed.placement import NodeResources
+
+T = TypeVar("T")
 
 
 def alive_nodes() -> list[NodeResources]:
@@ -24,3 +30,43 @@ def alive_nodes() -> list[NodeResources]:
 def natural_order(text: str) -> list[tuple[int, int | str]]:
     """A sort key under which `10.0.0.9` comes before `10.0.0.10`."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def start_on_nodes(function: Callable[..., T], arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, ray.ObjectRef[T]]:
+    """Call a function once on each of some nodes, at the same time.
+
+    The calls hold no CPU, so that a node that is full answers too, and are not repeated when their process dies.
+
+    Args:
+        arguments: of the call on each node, by node id.
+
+    Returns:
+        The results to come, by node id.
+    """
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    return {
+        node_id: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(*own)
+        for node_id, own in arguments.items()
+    }
+
+
+def ask_nodes(
+    function: Callable[..., T], nodes: Iterable[NodeResources], *arguments: Any, timeout_s: float
+) -> list[tuple[NodeResources, T | RayError]]:
+    """Call a function once on each of `nodes` and wait for all of them together, at most `timeout_s` seconds.
+
+    Returns:
+        Each node with its answer, or with why there is none: what the function raised, or `GetTimeoutError`.
+    """
+    asked = list(nodes)
+    pending: list[Any] = list(start_on_nodes(function, {node.node_id: arguments for node in asked}).values())
+    if pending:
+        ray.wait(pending, num_returns=len(pending), timeout=timeout_s)
+    return [(node, _answer(reference)) for node, reference in zip(asked, pending, strict=True)]
+
+
+def _answer(reference: Any) -> Any:
+    try:
+        return ray.get(reference, timeout=0)
+    except RayError as error:
+        return error

@@ -8,8 +8,8 @@ import socket
 from collections.abc import Collection, Iterable
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl.distributed.nodes import start_on_nodes
 from nemo_rl.errors import ClusterError
 
 
@@ -64,15 +64,8 @@ def free_ports_on_nodes(
 ) -> dict[str, list[int]]:
     """Run `free_ports` on each of the nodes (by id): in this process on the driver's own, in a task elsewhere."""
     here = ray.get_runtime_context().get_node_id()
-    remote_free_ports = ray.remote(num_cpus=0, max_retries=0)(free_ports)
-    pending = {
-        node_id: remote_free_ports.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-        ).remote(*arguments)  # type: ignore[call-arg]
-        for node_id, arguments in wanted.items()
-        if node_id != here
-    }
-    found = {node_id: free_ports(*arguments) for node_id, arguments in wanted.items() if node_id == here}
+    pending = start_on_nodes(free_ports, {node_id: own for node_id, own in wanted.items() if node_id != here})
+    found = {node_id: free_ports(*own) for node_id, own in wanted.items() if node_id == here}
     for node_id, reference in pending.items():
         try:
             found[node_id] = ray.get(reference)

@@ -18,9 +18,8 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.runtime_env import RuntimeEnv
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
 from nemo_rl.errors import ClusterError, RuntimeEnvError
 from nemo_rl.venvs import parse_py_executable, spec_from_runtime_env
 
@@ -118,16 +117,13 @@ def require_tools_on_each_node(fields: Mapping[str, Any]) -> None:
     if not needed:
         return
     programs = sorted({program for names in needed.values() for program in names})
-    look: Any = ray.remote(num_cpus=0)(_found)
-    nodes = alive_nodes()
-    answers = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(programs)
-        for node in nodes
-    ]
-    try:
-        found = dict(zip((node.address for node in nodes), ray.get(answers, timeout=_TOOL_TIMEOUT_S)))
-    except RayError as error:
-        raise ClusterError(f"cannot see whether all nodes have {', '.join(programs)}: {error}") from error
+    found: dict[str, list[str]] = {}
+    for node, answer in ask_nodes(_found, alive_nodes(), programs, timeout_s=_TOOL_TIMEOUT_S):
+        if isinstance(answer, RayError):
+            raise ClusterError(
+                f"cannot see whether node {node.address} has {', '.join(programs)}: {answer}"
+            ) from answer
+        found[node.address] = answer
     for name, any_of in needed.items():
         lacking = [address for address, there in found.items() if not set(any_of) & set(there)]
         if lacking:

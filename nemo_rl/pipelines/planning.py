@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from nemo_rl import settings
 from nemo_rl.distributed.node_venvs import NodeProgressCallback
-from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.runtime_env_fields import check_values, ray_chooses_python, require_tools_on_each_node
 from nemo_rl.distributed.worker_launch import WorkerPython, activation, ray_runtime_env, ready_pythons
 from nemo_rl.distributed.worker_options import checked_runtime_env, merged_runtime_env
@@ -36,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _CHOOSES_VENV = ("pip", "uv", "py_executable")
 _GPU_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+_GPU_QUERY_TIMEOUT_S = 60.0
 
 
 # --- what needs nothing but the stages ----------------------------------------------------------------------------
@@ -167,15 +167,12 @@ def checked_cluster(stages: Sequence[AnyStage]) -> list[tuple[float, float]]:
 
 def _gpu_memory_gb() -> float | None:
     """The memory of the cluster's smallest GPU; None when there is no GPU."""
-    ask: Any = ray.remote(num_cpus=0)(_gpu_memory_here)
+    with_gpus = [node for node in alive_nodes() if node.total.get("GPU", 0) > 0]
     sizes: list[float] = []
-    for node in alive_nodes():
-        if node.total.get("GPU", 0) > 0:
-            affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-            try:
-                sizes += ray.get(ask.options(scheduling_strategy=affinity).remote(), timeout=60)
-            except RayError as error:
-                raise ResourceInsufficientError(f"cannot ask node {node.address} about its GPUs: {error}") from error
+    for node, answer in ask_nodes(_gpu_memory_here, with_gpus, timeout_s=_GPU_QUERY_TIMEOUT_S):
+        if isinstance(answer, RayError):
+            raise ResourceInsufficientError(f"cannot ask node {node.address} about its GPUs: {answer}") from answer
+        sizes += answer
     return min(sizes, default=None)
 
 

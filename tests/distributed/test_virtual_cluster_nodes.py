@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.nodes import alive_nodes, ask_nodes, start_on_nodes
 from nemo_rl.distributed.ports import free_ports_on_nodes
 from nemo_rl.distributed.ray_session import can_grow
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
@@ -39,6 +39,32 @@ def test_the_drivers_own_node_comes_first(cluster: Cluster) -> None:
     nodes = alive_nodes()
     assert len(nodes) == 3
     assert nodes[0].node_id == ray.get_runtime_context().get_node_id()
+
+
+def test_a_full_node_answers_for_itself_and_a_bad_one_spoils_no_other_answer() -> None:
+    # Defined here, so that they are pickled with their code: workers do not find this module.
+    def node_id(seconds: float = 0.0) -> str:
+        time.sleep(seconds)
+        return ray.get_runtime_context().get_node_id()
+
+    def fails_on(bad: str) -> str:
+        if node_id() == bad:
+            raise LookupError("no such program")
+        return "found"
+
+    nodes = alive_nodes()
+    references = start_on_nodes(node_id, {node.node_id: (0.0,) for node in nodes})
+    assert {key: ray.get(reference) for key, reference in references.items()} == {key: key for key in references}
+    with RayVirtualCluster([2, 4, 2], use_gpus=False) as virtual:
+        virtual.bundles()  # every CPU is taken
+        answers = ask_nodes(fails_on, nodes, nodes[1].node_id, timeout_s=60)
+    assert [node for node, _ in answers] == nodes
+    assert [answers[0][1], answers[2][1]] == ["found", "found"]
+    assert isinstance(answers[1][1], LookupError)
+    assert isinstance(answers[1][1], ray.exceptions.RayError)
+    (silent,) = ask_nodes(node_id, nodes[:1], 60.0, timeout_s=0.1)
+    assert isinstance(silent[1], ray.exceptions.GetTimeoutError)
+    assert ask_nodes(node_id, [], timeout_s=1) == []
 
 
 def test_each_node_of_the_job_is_one_node_of_its_own() -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import ray
 from ray._private.state import actors
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl.distributed.nodes import start_on_nodes
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, loaded, recorded_error, stage_error
 from nemo_rl.pipelines.items import Item, chunks, group_size
@@ -110,15 +110,11 @@ def _own_actors_ended() -> Iterator[None]:
     try:
         yield
     finally:
-        pids: dict[str, list[int]] = {}
+        of_node: dict[str, list[int]] = {}
         for actor_id, info in actors().items():
             if actor_id not in before and info["Pid"]:
-                pids.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
-        end: Any = ray.remote(num_cpus=0)(_end_processes)
-        tasks = [
-            end.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(of_node)
-            for node_id, of_node in pids.items()
-        ]
+                of_node.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
+        tasks = list(start_on_nodes(_end_processes, {node_id: (pids,) for node_id, pids in of_node.items()}).values())
         ray.wait(tasks, num_returns=len(tasks), timeout=_END_TIMEOUT_S) if tasks else None
 
 
