@@ -41,6 +41,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 
 from nemo_rl import settings
 from nemo_rl.errors import ClusterError
+from nemo_rl.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -344,9 +345,7 @@ def _write_record(path: Path) -> None:
         auth_mode=settings.snapshot().get("RAY_AUTH_MODE"),
         ray_version=ray.__version__,
     )
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(record)))
-    temporary.replace(path)
+    write_atomically(path, json.dumps(asdict(record)))
     # Runs before Ray's own exit handler, which was registered when Ray was imported.
     atexit.register(_withdraw_record, path, record)
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import ray
 from nemo_rl import settings
 from nemo_rl.distributed import worker_host
 from nemo_rl.errors import WorkerStartError
+from nemo_rl.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +119,6 @@ def load_description(path: Path) -> ClassDescription | None:
 def save_description(path: Path, description: ClassDescription) -> None:
     """Keep a description. A cache that cannot be written only costs the next start some time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(description.plain, file)
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(description.plain))
     except OSError as error:
         logger.warning("Cannot keep the description of %s in %s: %s", description.fqn, path, error)

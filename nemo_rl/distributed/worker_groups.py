@@ -36,6 +36,7 @@ from nemo_rl.distributed.worker_launch import IsolatedWorkerInitializer, LaunchP
 from nemo_rl.distributed.worker_layout import WorkerMetadata, plan_seats
 from nemo_rl.distributed.worker_start import StaleDescription, StartingWorker, all_dead, await_started, kill_and_wait
 from nemo_rl.errors import ConfigError, WorkerError
+from nemo_rl.utils.files import write_atomically
 
 __all__ = ["IsolatedWorkerInitializer", "MultiWorkerFuture", "RayWorkerBuilder", "RayWorkerGroup", "WorkerMetadata"]
 
@@ -161,10 +162,7 @@ class RayWorkerGroup(WorkerCalls):
         target = Path(path)
         if target.is_dir() or not target.suffix:
             target = target / f"attestation-{self.label}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self._attestation, indent=1), encoding="utf-8")
-        os.replace(temporary, target)
+        write_atomically(target, json.dumps(self._attestation, indent=1))
         return target
 
     # --- starting ----------------------------------------------------------------------------------------------------

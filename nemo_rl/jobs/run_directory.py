@@ -23,6 +23,7 @@ from typing import IO, Any
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.utils.config import dump_yaml, load_config
+from nemo_rl.utils.files import write_atomically
 
 # What may differ between the lives of one run: when it stops, and what is told to whom. Everything else decides
 # what the numbers mean.
@@ -48,7 +49,7 @@ class RunDirectory:
 
     def finish(self, step: int, reason: str) -> None:
         """Mark the run as ended by itself."""
-        _write_atomically(self.path / _FINISHED, json.dumps({"step": step, "reason": reason}))
+        write_atomically(self.path / _FINISHED, json.dumps({"step": step, "reason": reason}))
 
     def finished(self) -> dict[str, Any] | None:
         """`step` and `reason` if the run has ended by itself, else None."""
@@ -92,7 +93,7 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
         is_new = not (path / _CONFIG).exists()
         if not is_new:
             _check_same_run(path, config)
-        _write_atomically(path / _CONFIG, dump_yaml(config))
+        write_atomically(path / _CONFIG, dump_yaml(config))
     except BaseException:
         lock.close()
         raise
@@ -166,12 +167,6 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     return False
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_rl.errors import ResumeError
 from nemo_rl.pipelines.spool import dumps
 from nemo_rl.pipelines.tasks import Task
+from nemo_rl.utils.files import write_atomically
 
 FAILED_DIR = "failed"
 
@@ -45,18 +46,16 @@ class FailedTask:
 def write_failure(directory: Path, record: Mapping[str, Any], task: Task[Any]) -> Path:
     """Keep a failure below `directory/<stage>`; the record appears last, and only whole."""
     path = stage_directory(directory, record["stage"]) / f"{record['lineage']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path.with_suffix(".task"), dumps(task))
-    _write(path, json.dumps(dict(record), ensure_ascii=False, indent=1).encode("utf-8", errors="replace"))
+    write_atomically(path.with_suffix(".task"), dumps(task))
+    write_atomically(path, json.dumps(dict(record), ensure_ascii=False, indent=1))
     return path
 
 
 def write_records(directory: Path, stage: str, lineage: str, records: Sequence[Mapping[str, Any]]) -> Path:
     """Keep records of a task that itself goes on, such as broken lines of a file."""
     path = stage_directory(directory, stage) / f"{lineage}.records.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records]
-    _write(path, "".join(lines).encode("utf-8", errors="replace"))
+    write_atomically(path, "".join(lines))
     return path
 
 
@@ -80,9 +79,3 @@ def stage_directory(directory: Path, stage: str) -> Path:
 def _read(directory: Path) -> Iterator[FailedTask]:
     for path in sorted(directory.glob("*/*.json")):
         yield FailedTask(**json.loads(path.read_text(encoding="utf-8")), path=path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from nemo_rl.utils.files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 MAX_EXAMPLES = 5
@@ -99,10 +101,7 @@ class WorkerCounts:
         now = time.time()
         self.counts.first = self.counts.first or now
         self.counts.last = now
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self.counts)), encoding="utf-8", errors="replace")
-        temporary.replace(self._path)
+        write_atomically(self._path, json.dumps(asdict(self.counts)))
 
 
 def read_counts(directory: Path) -> Counts:

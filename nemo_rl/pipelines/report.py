@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from nemo_rl.pipelines.failures import FailedTask, failed_tasks
 from nemo_rl.pipelines.progress import Counts
 from nemo_rl.pipelines.run_directory import STAGES_FILE
 from nemo_rl.utils.console import format_duration
+from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.report import report_template
 
 REPORT_FILE = "report.html"
@@ -48,9 +48,7 @@ def write_report(run_dir: Path, target: Path | None = None, *, title: str = "", 
     if not (run_dir / STAGES_FILE).exists():
         raise ConfigError(f"{run_dir} holds no run of a pipeline that has ended: it has no {STAGES_FILE}")
     path = target or run_dir / REPORT_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(render(run_dir, title=title, summary=summary), encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    write_atomically(path, render(run_dir, title=title, summary=summary))
     return path
 
 

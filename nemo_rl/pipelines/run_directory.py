@@ -33,6 +33,7 @@ from nemo_rl.pipelines.runner import counts_directory
 from nemo_rl.pipelines.spool import dumps
 from nemo_rl.pipelines.stage import AnyStage
 from nemo_rl.pipelines.tasks import DocumentBatch, Task
+from nemo_rl.utils.files import write_atomically
 
 _RECORD = "run.json"
 _SOURCES = "sources.pickle"
@@ -106,9 +107,7 @@ class RunDirectory:
             return tasks
         path = self.path / _SOURCES
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(dumps(tasks))
-            temporary.replace(path)
+            write_atomically(path, dumps(tasks))
             return tasks
         kept: list[Task[Any]] = pickle.loads(path.read_bytes())
         before, now = [_identity(task) for task in kept], [_identity(task) for task in tasks]
@@ -198,6 +197,4 @@ def _identity(task: Task[Any]) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=1))

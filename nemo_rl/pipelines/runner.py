@@ -29,6 +29,7 @@ from nemo_rl.pipelines.progress import Counts, Dropped, WorkerCounts
 from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter
 from nemo_rl.pipelines.stage import AnyStage, GatherStage, ProcessingStage
 from nemo_rl.pipelines.tasks import DocumentBatch, StagePerf, Task
+from nemo_rl.utils.files import write_atomically
 
 OnFailure = Literal["stop", "set_aside"]
 # Another try gives the same for these.
@@ -299,11 +300,7 @@ class StageRunner:
             self._spool.write([Entry("gone", item.key)])
 
     def _stop(self, error: StageError) -> StageError:
-        path = stop_file(self._job)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(pickle.dumps(error))
-        temporary.replace(path)
+        write_atomically(stop_file(self._job), pickle.dumps(error))
         return error
 
     def _stage_error(self, error: Exception, task_id: str, text: str) -> StageError:

@@ -7,7 +7,6 @@ are missing, or end in the middle of a line, leave a section out and are no erro
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.utils import report_figures as figures
 from nemo_rl.utils.console import format_duration
 from nemo_rl.utils.critical_path import Segment, critical_path, startup_events
+from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.jsonl import read_jsonl
 from nemo_rl.utils.logger import METRICS_FILE, SAMPLES_FILE
 from nemo_rl.utils.masking import mask_secrets
@@ -62,9 +62,7 @@ def write_report(directory: Path) -> Path:
     if not any((directory / name).exists() for name in (METRICS_FILE, "config.yaml")):
         raise ConfigError(f"{directory} is not a run directory: it has neither {METRICS_FILE} nor config.yaml")
     target = directory / REPORT_FILE
-    temporary = target.with_name(f".{REPORT_FILE}.{os.getpid()}")
-    temporary.write_text(render(directory), encoding="utf-8", errors="replace")
-    temporary.replace(target)
+    write_atomically(target, render(directory))
     return target
 
 

@@ -1,0 +1,61 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_rl.utils.files import write_atomically
+
+
+def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_atomically(path, "schön")
+    assert path.read_bytes() == "schön".encode()
+    write_atomically(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    write_atomically(path, "lone \udc80 surrogate")
+    assert path.read_text(encoding="utf-8") == "lone ? surrogate"
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "file", "content")
+    (tmp_path / "other").write_text("content")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_cannot_replace_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_atomically(tmp_path / "taken", "content")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_reader_never_sees_a_part_of_a_file(tmp_path: Path) -> None:
+    """Two processes write long files of one letter each, over and over, while this one reads; then they are killed."""
+    path, size = tmp_path / "file", 4_000_000
+    program = (
+        "import pathlib, sys\n"
+        "from nemo_rl.utils.files import write_atomically\n"
+        "while True: write_atomically(pathlib.Path(sys.argv[1]), sys.argv[2] * int(sys.argv[3]))\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(path), letter, str(size)]) for letter in "ab"]
+    try:
+        seen: set[str] = set()
+        while seen != {"a", "b"}:
+            assert all(writer.poll() is None for writer in writers)
+            if path.exists():
+                text = path.read_text()
+                assert len(text) == size
+                assert len(set(text)) == 1
+                seen.add(text[0])
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    assert len(set(path.read_text())) == 1
