@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from nemo_rl.errors import PipelineDefinitionError
+from nemo_rl.errors import PipelineDefinitionError, StageStartError
 from nemo_rl.pipelines import DocumentBatch, Pipeline
 from nemo_rl.pipelines.messy_math import write_messy_math
 from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
 from nemo_rl.pipelines.stages.grading import SolutionEffortGrade
+from nemo_rl.pipelines.stages.language import LanguageFilter
 from nemo_rl.pipelines.stages.math_answers import MathAnswerCheck
 from nemo_rl.pipelines.stages.text import TextFilter, TextRepair, TokenCounter
 
@@ -123,6 +125,38 @@ def test_answers_are_checked_by_two_versions_of_sympy() -> None:
     assert texts([task], "answer") == ["4", r"\frac{1}{2}", r"2\sqrt{3}"]
     assert set(texts([task], "by_0")) == {"sympy 1.13.3"}
     assert set(texts([task], "by_1")) == {"sympy 1.12.1"}
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_languages_are_told_and_those_not_wanted_go(tmp_path: Path) -> None:
+    rows = [
+        {"text": "How much change does Anna get back when she pays with a note of ten?", "n": 1},
+        {"text": "Wie viel Geld bekommt Anna zurück, wenn sie mit einem Schein bezahlt?", "n": 2},
+        {"text": "Combien de pommes est-ce que Pierre peut acheter avec sa monnaie ?", "n": 3},
+        {"text": r"\frac{1}{2} + \sqrt{3}", "n": 4},
+        {"text": None, "n": 5},
+    ]
+    (told,) = Pipeline("p", stages=[LanguageFilter("text")]).run(initial_tasks=[batch(*rows)])
+    assert texts([told], "language") == ["en", "de", "fr", "und", "und"]
+    sure = texts([told], "language_confidence")
+    assert min(sure[:3]) > 0.5 > max(sure[3:]) >= 0
+    english = LanguageFilter("text", keep=["en", "fr"], output="lang")
+    (left,) = Pipeline("p", stages=[english]).run(initial_tasks=[batch(*rows)], run_dir=tmp_path)
+    assert texts([left], "n") == [1, 3, 4, 5]
+    (counts,) = json.loads((tmp_path / "stages.json").read_text())
+    assert {reason: one["count"] for reason, one in counts["dropped"].items()} == {"in de": 1}
+    strict = LanguageFilter("text", keep=["de"], keep_undetermined=False)
+    assert texts(Pipeline("p", stages=[strict]).run(initial_tasks=[batch(*rows)]), "n") == [2]
+    with pytest.raises(StageStartError, match=r"\['xx'\]: the model does not know them. Known: .*\ben\b"):
+        Pipeline("p", stages=[LanguageFilter("text", keep=["en", "xx"])]).run(initial_tasks=[batch(*rows)])
+
+
+def test_options_of_the_language_filter_that_make_no_sense() -> None:
+    for keep in ("en", []):
+        with pytest.raises(PipelineDefinitionError, match="expected codes such as"):
+            LanguageFilter("text", keep=keep)
+    with pytest.raises(PipelineDefinitionError, match="min_confidence=1"):
+        LanguageFilter("text", min_confidence=1)
 
 
 def test_difficulty_grows_with_the_work_that_a_solution_shows() -> None:
