@@ -5,11 +5,7 @@ uv run examples/backends/run_with_transformers_generation.py grpo.max_num_steps=
 
 from __future__ import annotations
 
-import os
-import platform
 import socket
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,12 +15,14 @@ from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.results import Completion, make_result
+from nemo_rl.models.generation.worker_base import GenerationWorkerBase
 from nemo_rl.models.weights.digest import check_digest, digest_tensors, dtype_by_name
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.receiver import receive
+from nemo_rl.models.worker_process import take_cpu_share
 
 
-class TransformersGenerationWorker:
+class TransformersGenerationWorker(GenerationWorkerBase):
     """Completes its share of every call's prompts; the arguments are what `Generation` passes to every backend."""
 
     def __init__(
@@ -39,7 +37,7 @@ class TransformersGenerationWorker:
         num_local_workers: int = 1,
     ) -> None:
         if not use_gpu:
-            torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // num_local_workers))
+            take_cpu_share(config.num_threads, num_local_workers)
         dtype = dtype_by_name(config.precision or precision)
         self._model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
         self._model.to("cuda" if use_gpu else "cpu").eval()
@@ -61,10 +59,6 @@ class TransformersGenerationWorker:
         check_digest(version=update.version, expected=update.digest, found=digest, where=socket.gethostname())
         self._version = update.version
         return digest
-
-    def update_weights_in_flight(self, update: WeightUpdate) -> str:
-        """`update_weights`, after the call that is under way."""
-        return self.update_weights(update)
 
     def generate(
         self,
@@ -126,30 +120,9 @@ class TransformersGenerationWorker:
             )
         return completions
 
-    def stream(self, prompts: dict[str, torch.Tensor], **how: Any) -> Iterator[tuple[list[int], GenerationResult]]:
-        """`generate` in a single piece."""
-        first = how["first_prompt"]
-        yield list(range(first, first + len(prompts["input_lengths"]))), self.generate(prompts, **how)
-
-    def sleep(self, level: int = 1) -> None:
-        """Nothing to give back."""
-
-    def wake(self, tags: list[str] | None = None) -> None:
-        """Nothing to take again."""
-
     def attestation(self) -> dict[str, Any]:
         """What this worker runs on and with."""
-        return {
-            "hostname": socket.gethostname(),
-            "pid": os.getpid(),
-            "executable": sys.executable,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "weights_version": self._version,
-        }
-
-    def shutdown(self) -> None:
-        """Nothing to clean up."""
+        return {**super().attestation(), "weights_version": self._version}
 
 
 def _logprobs_of(tokens: torch.Tensor, steps: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from nemo_rl.models.policy.megatron import expected_warnings  # noqa: F401 - megatron-core warns while it is imported
 
 # isort: split
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,17 @@ from nemo_rl.models.policy.megatron.parallel import leave_grid, make_grid
 from nemo_rl.models.policy.megatron.state import MegatronState
 from nemo_rl.models.policy.megatron.weights import WeightExchange
 from nemo_rl.models.policy.metric_sums import MetricSums
-from nemo_rl.models.policy.microbatching import global_batches, microbatches
+from nemo_rl.models.policy.microbatching import microbatches
 from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
+from nemo_rl.models.policy.worker_steps import (
+    count_globally,
+    logprobs_by_row,
+    publish_from_rank_0,
+    train_on_global_batches,
+)
 from nemo_rl.models.weights.interfaces import WeightUpdate
-from nemo_rl.models.weights.sender import publish
+from nemo_rl.models.worker_process import freeze_modules
 
 
 class MegatronPolicyWorker:
@@ -94,9 +99,7 @@ class MegatronPolicyWorker:
         self._skeleton = empty_model(self._hf)
         self._reference: PipelineForward | None = None
         self._build(total_steps)
-        # Modules live as long as the process: without this each full collection of garbage walks through all of them.
-        gc.collect()
-        gc.freeze()
+        freeze_modules()
 
     def _build(self, total_steps: int) -> None:
         config, options = self._config, self._options
@@ -138,28 +141,14 @@ class MegatronPolicyWorker:
             NonFiniteError: on every rank; the weights are as before that optimizer step.
             DataError: rows that do not divide.
         """
-        batches = global_batches(shard, local_batch_size)
-        totals: dict[str, float] = {}
-        num_tokens = 0
-        for batch in batches:
-            metrics, tokens = self._train_step(batch, loss_fn)
-            num_tokens += tokens
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return TrainResult({name: value / len(batches) for name, value in totals.items()}, len(batches), num_tokens)
+        return train_on_global_batches(shard, local_batch_size, lambda batch: self._train_step(batch, loss_fn))
 
     def _train_step(self, batch: BatchedDataDict, loss_fn: LossFunction) -> tuple[dict[str, float], int]:
-        counted = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
-        num_tokens, num_samples, forward_tokens = self._grid.data.sum(
-            [float(counted.sum()), float(batch["sample_mask"].sum()), float(batch["input_lengths"].sum())]
-        )
-        device = self._grid.world.device
-        global_num_tokens = torch.tensor(num_tokens, device=device)
-        global_num_samples = torch.tensor(num_samples, device=device)
+        counts = count_globally(batch, self._grid.data, self._grid.world.device)
         sums = MetricSums()
 
         def judge(logprobs: torch.Tensor, part: BatchedDataDict) -> tuple[torch.Tensor, None]:
-            loss, metrics = loss_fn(logprobs, part, global_num_tokens, global_num_samples)
+            loss, metrics = loss_fn(logprobs, part, counts.num_tokens, counts.num_samples)
             sums.add({"loss": loss.detach(), **metrics})
             return loss, None
 
@@ -171,7 +160,7 @@ class MegatronPolicyWorker:
         reduced = self._grid.from_last_stage(reduced)
         reduced["lr"] = self._optimizer.lr
         reduced["grad_norm"] = self._optimizer.step(reduced["loss"])
-        return reduced, int(forward_tokens)
+        return reduced, counts.num_forward_tokens
 
     def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """Log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
@@ -187,31 +176,20 @@ class MegatronPolicyWorker:
                     None if loaded is None else _reader(loaded), lambda parameter, value: parameter.copy_(value)
                 )
             self._reference = self._pipeline(model)
-            gc.freeze()
+            freeze_modules()
         return self._logprobs(self._reference, shard)
 
     def _logprobs(self, forward: PipelineForward, shard: BatchedDataDict) -> torch.Tensor:
-        config = self._config
-        needed = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
-        needed.microbatch_plan = shard.microbatch_plan
-        parts = list(microbatches(needed, config.logprob_batch_size, config.batching.length_multiple))
-        result = torch.zeros(needed["input_ids"].shape, dtype=torch.float32)
-        row = 0
-        for logprobs in forward.logprobs(parts):
-            rows, width = logprobs.shape
-            result[row : row + rows, :width] = logprobs
-            row += rows
+        result = logprobs_by_row(shard, self._config, lambda parts: forward.logprobs(list(parts)))
         complete: torch.Tensor = self._grid.from_last_stage(result)
         return complete
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         tensors = self._state.served_weights()
-        if self._grid.world.rank == 0:
-            return publish(tensors, version=version, dtype=dtype, transport=self._weight_transport)
-        for _ in tensors:  # takes part in the gathering of every tensor
-            pass
-        return None
+        return publish_from_rank_0(
+            tensors, self._grid.world.rank, version=version, dtype=dtype, transport=self._weight_transport
+        )
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

@@ -12,7 +12,6 @@ in the same order.
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,19 @@ from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.logprob_forward import LogprobForward
 from nemo_rl.models.policy.metric_sums import MetricSums
-from nemo_rl.models.policy.microbatching import global_batches, microbatches
+from nemo_rl.models.policy.microbatching import microbatches
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
+from nemo_rl.models.policy.worker_steps import (
+    count_globally,
+    logprobs_by_row,
+    publish_from_rank_0,
+    train_on_global_batches,
+)
 from nemo_rl.models.weights.interfaces import WeightUpdate
-from nemo_rl.models.weights.sender import publish
+from nemo_rl.models.worker_process import freeze_modules
 
 
 class TorchPolicyWorker:
@@ -75,9 +80,7 @@ class TorchPolicyWorker:
             max_grad_norm=config.max_grad_norm,
         )
         self._state = policy_checkpoint.TorchState(self._model, self._optimizer)
-        # Modules live as long as the process: without this each full collection of garbage walks through all of them.
-        gc.collect()
-        gc.freeze()
+        freeze_modules()
 
     def train(self, shard: BatchedDataDict, loss_fn: LossFunction, local_batch_size: int | None = None) -> TrainResult:
         """One optimizer step per `local_batch_size` rows of this rank's shard (None: one step for all of them).
@@ -88,38 +91,24 @@ class TorchPolicyWorker:
             NonFiniteError: on every rank; the weights are as before that optimizer step.
             DataError: rows that do not divide.
         """
-        batches = global_batches(shard, local_batch_size)
-        totals: dict[str, float] = {}
-        num_tokens = 0
-        for batch in batches:
-            metrics, tokens = self._train_step(batch, loss_fn)
-            num_tokens += tokens
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return TrainResult({name: value / len(batches) for name, value in totals.items()}, len(batches), num_tokens)
+        return train_on_global_batches(shard, local_batch_size, lambda batch: self._train_step(batch, loss_fn))
 
     def _train_step(self, batch: BatchedDataDict, loss_fn: LossFunction) -> tuple[dict[str, float], int]:
-        counted = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
-        num_tokens, num_samples, forward_tokens = self._group.sum(
-            [float(counted.sum()), float(batch["sample_mask"].sum()), float(batch["input_lengths"].sum())]
-        )
-        device = self._group.device
-        global_num_tokens = torch.tensor(num_tokens, device=device)
-        global_num_samples = torch.tensor(num_samples, device=device)
+        counts = count_globally(batch, self._group, self._group.device)
         sums = MetricSums()
         self._optimizer.zero_grad()  # what a loss function that raised may have left
         config = self._config
         for part in microbatches(batch, config.train_micro_batch_size, config.batching.length_multiple):
-            part = part.to(device)
+            part = part.to(self._group.device)
             logprobs = self._forward(part, only_loss_tokens=True)
-            loss, metrics = loss_fn(logprobs, part, global_num_tokens, global_num_samples)
+            loss, metrics = loss_fn(logprobs, part, counts.num_tokens, counts.num_samples)
             loss.backward()
             sums.add({"loss": loss.detach(), **metrics})
         self._model.reduce_gradients()
         reduced = sums.reduced(self._group)
         reduced["lr"] = self._optimizer.lr
         reduced["grad_norm"] = self._optimizer.step(reduced["loss"])
-        return reduced, int(forward_tokens)
+        return reduced, counts.num_forward_tokens
 
     def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """Log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
@@ -132,31 +121,24 @@ class TorchPolicyWorker:
             # replaces the policy's weights only; these are never saved, as `model_name` keeps them.
             model = load_parallel_model(self._config, self._group, trained=False)
             self._reference = model, LogprobForward(model, packed=self._config.batching.mode == "packed")
-            gc.freeze()
+            freeze_modules()
         return self._logprobs(self._reference[1], shard)
 
     def _logprobs(self, forward: LogprobForward, shard: BatchedDataDict) -> torch.Tensor:
-        config, device = self._config, self._group.device
-        needed = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
-        needed.microbatch_plan = shard.microbatch_plan
-        result = torch.zeros(needed["input_ids"].shape, dtype=torch.float32)
-        row = 0
+        device = self._group.device
         with torch.no_grad():
-            for part in microbatches(needed, config.logprob_batch_size, config.batching.length_multiple):
-                logprobs = forward(part.to(device), only_loss_tokens=False)
-                rows, width = logprobs.shape
-                result[row : row + rows, :width] = logprobs.to("cpu")
-                row += rows
-        return result
+            return logprobs_by_row(
+                shard,
+                self._config,
+                lambda parts: (forward(part.to(device), only_loss_tokens=False) for part in parts),
+            )
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         tensors = self._model.full_tensors()
-        if self._group.rank == 0:
-            return publish(tensors, version=version, dtype=dtype, transport=self._weight_transport)
-        for _ in tensors:  # takes part in the gathering of every tensor
-            pass
-        return None
+        return publish_from_rank_0(
+            tensors, self._group.rank, version=version, dtype=dtype, transport=self._weight_transport
+        )
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import socket
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +10,7 @@ import transformers
 from nemo_rl.models.policy.allocator import keep_freed_memory
 from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.policy.random_state import seed_everything
+from nemo_rl.models.worker_process import process_facts, take_cpu_share
 
 
 def prepare_process(group: ProcessGroup, num_threads: int | None, num_local_workers: int | None, seed: int) -> None:
@@ -23,8 +20,7 @@ def prepare_process(group: ProcessGroup, num_threads: int | None, num_local_work
         num_threads: of torch on a CPU; None takes the share of `num_local_workers` (None: of all workers).
     """
     if group.device.type == "cpu":
-        share = len(os.sched_getaffinity(0)) // (num_local_workers or group.world_size)
-        torch.set_num_threads(num_threads or max(1, share))
+        take_cpu_share(num_threads, num_local_workers or group.world_size)
         keep_freed_memory()
         # Moments of weights with hardly any gradient become denormal numbers, with which AdamW takes 20 times as long.
         # Threads inherit this from the one that starts them, so it comes before the first computation.
@@ -38,15 +34,9 @@ def stack(group: ProcessGroup) -> dict[str, Any]:
     """Where this worker runs, and on what: its part of the attestation."""
     device = group.device
     return {
+        **process_facts(),
         "rank": group.rank,
         "world_size": group.world_size,
-        "hostname": socket.gethostname(),
-        "pid": os.getpid(),
-        "executable": sys.executable,
-        "prefix": sys.prefix,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_threads": torch.get_num_threads(),
     }

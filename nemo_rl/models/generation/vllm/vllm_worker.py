@@ -5,12 +5,8 @@ vLLM is imported by the constructor and not by this module, so that describing t
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-import platform
 import socket
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +18,9 @@ from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.environment import export_vllm_variables
+from nemo_rl.models.generation.worker_base import GenerationWorkerBase
 from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.worker_process import freeze_modules, take_cpu_share
 
 if TYPE_CHECKING:
     from nemo_rl.models.generation.vllm.executor import TiedGroup
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @ray.remote(concurrency_groups={"in_flight": 1})  # type: ignore[call-overload]
-class VllmGenerationWorker:
+class VllmGenerationWorker(GenerationWorkerBase):
     """Completes its share of every call's prompts, alone or together with the other workers of its tied group.
 
     Calls are worked off one after the other, but for `update_weights_in_flight`, which has a thread of its own.
@@ -57,8 +55,7 @@ class VllmGenerationWorker:
         num_local_workers: int = 1,
     ) -> None:
         if not use_gpu:
-            share = len(os.sched_getaffinity(0)) // num_local_workers
-            torch.set_num_threads(config.num_threads or max(1, share))
+            take_cpu_share(config.num_threads, num_local_workers)
         export_vllm_variables()
         from nemo_rl.models.generation.vllm.generator import VllmGenerator
 
@@ -75,16 +72,14 @@ class VllmGenerationWorker:
             name=f"generation worker {settings.RANK.get()} on {socket.gethostname()}",
         )
         self._http_url = _serve_http(self._generator, model_name)
-        # Modules live as long as the process: without this each full collection of garbage walks through all of them.
-        gc.collect()
-        gc.freeze()
+        freeze_modules()
 
     def update_weights(self, update: WeightUpdate) -> str:
         """Load published weights; the digest over this worker's memory. See `VllmGenerator.update_weights`."""
         return self._generator.update_weights(update)
 
     @ray.method(concurrency_group="in_flight")
-    def update_weights_in_flight(self, update: WeightUpdate) -> str:
+    def update_weights_in_flight(self, update: WeightUpdate) -> str:  # type: ignore[override]
         """`update_weights` between two steps of the call that is under way. Not for workers of tied groups."""
         return self._generator.update_weights(update)
 
@@ -144,13 +139,7 @@ class VllmGenerationWorker:
     def attestation(self) -> dict[str, Any]:
         """What this worker runs on and with."""
         return {
-            "hostname": socket.gethostname(),
-            "pid": os.getpid(),
-            "executable": sys.executable,
-            "prefix": sys.prefix,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "num_threads": torch.get_num_threads(),
+            **super().attestation(),
             "weights_version": self._generator.version,
             "http_url": self._http_url,
             **self._generator.attestation(),
