@@ -3,7 +3,7 @@
 ::
 
     JSONL ─▶ repair text ─▶ filter ─▶ exact duplicates ─▶ near duplicates ─▶ answers, by two versions of sympy
-          ─▶ difficulty ─▶ problems.parquet, report.html
+          ─▶ difficulty, guessed or by a model's pass rate ─▶ problems.parquet, report.html
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments
+from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
 from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import SingleParquetWriter
@@ -23,6 +24,7 @@ from nemo_rl.pipelines.messy_math import write_messy_math
 from nemo_rl.pipelines.report import write_report
 from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
 from nemo_rl.pipelines.stages.grading import SolutionEffortGrade
+from nemo_rl.pipelines.stages.language import LanguageFilter
 from nemo_rl.pipelines.stages.math_answers import MathAnswerCheck
 from nemo_rl.pipelines.stages.text import TextFilter, TextRepair
 from nemo_rl.utils.config import ConfigModel
@@ -75,7 +77,11 @@ class CurateConfig(ConfigModel):
     min_problem_chars: int = Field(20, ge=0, description="Shorter problems are dropped.")
     max_problem_chars: int = Field(4000, ge=1, description="Longer problems are dropped.")
     dedup: DedupConfig = Field(default_factory=DedupConfig)
+    languages: list[str] = Field(
+        default=[], description="ISO 639 codes of the languages that stay, and formulas with them. Empty: all."
+    )
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     max_retries: int = Field(1, ge=0, description="How often a task that raised is tried again.")
 
 
@@ -123,6 +129,7 @@ def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
             ),
             TextRepair(list(COLUMNS)),
             TextFilter("problem", min_chars=config.min_problem_chars, max_chars=config.max_problem_chars),
+            *([LanguageFilter("problem", keep=config.languages)] if config.languages else []),
             ExactDuplicateFilter(["problem"], ignore_case_and_spaces=True),
             NearDuplicates(
                 "problem",
@@ -131,7 +138,7 @@ def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
                 protect_numbers=config.dedup.protect_numbers,
             ),
             *checks,
-            SolutionEffortGrade(),
+            SolutionEffortGrade() if config.scoring.model is None else ModelPassRate(config.scoring),
             SingleParquetWriter(Path(config.output_dir) / OUTPUT_FILE),
         ],
     )

@@ -31,15 +31,21 @@ class ModelFiles:
 
 def check_model_name(config: PolicyConfig) -> None:
     """Refuse a path that does not exist, without importing anything. Raises `ConfigError`."""
-    for key, name in (("model_name", config.model_name), ("tokenizer_name", config.tokenizer_name)):
-        if name is None or name == EMBEDDED_MODEL:
-            continue
-        path = Path(name).expanduser()
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-        if looks_local and not path.is_dir():
-            raise ConfigError(f"policy.{key}: there is no directory {name}; give a Hugging Face directory or hub name")
-        if path.is_dir() and key == "model_name" and not (path / "config.json").is_file():
-            raise ConfigError(f"policy.{key}: {name} has no config.json, so it is not a Hugging Face model directory")
+    check_model_path(config.model_name, "policy.model_name")
+    if config.tokenizer_name is not None:
+        check_model_path(config.tokenizer_name, "policy.tokenizer_name", is_model=False)
+
+
+def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
+    """Refuse a name that looks like a path where there is nothing. Raises `ConfigError` that names the `key`."""
+    if name == EMBEDDED_MODEL:
+        return
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise ConfigError(f"{key}: there is no directory {name}; give a Hugging Face directory or hub name")
+    if path.is_dir() and is_model and not (path / "config.json").is_file():
+        raise ConfigError(f"{key}: {name} has no config.json, so it is not a Hugging Face model directory")
 
 
 def prepare_model(config: PolicyConfig) -> ModelFiles:

