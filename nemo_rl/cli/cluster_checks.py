@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
@@ -14,16 +17,30 @@ from nemo_rl.errors import ConfigError
 _TIMEOUT_S = 120.0
 
 
+@contextlib.contextmanager
+def joined_cluster(address: str | None = None) -> Iterator[None]:
+    """While the block runs, this process is connected to the running cluster at `address`, else of `RAY_ADDRESS`.
+
+    Raises:
+        ConfigError: neither names a cluster.
+        ClusterError: it cannot be joined.
+    """
+    address = address or settings.RAY_ADDRESS.get()
+    if address in (None, "local"):
+        raise ConfigError("which cluster? Give --address HOST:PORT of its head, or set RAY_ADDRESS.")
+    with settings.exported({settings.RAY_ADDRESS.name: address}):
+        init_ray()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
 def check_nodes() -> dict[str, list[Check]]:
-    """Checks by node address. A node that does not answer has one fatal finding. Raises `ClusterError`."""
-    if settings.RAY_ADDRESS.get() in (None, "local"):
-        raise ConfigError("--cluster looks at a running cluster: set RAY_ADDRESS to host:port of its head.")
-    init_ray()
-    try:
-        answers = ask_nodes(run_checks, alive_nodes(), timeout_s=_TIMEOUT_S)
-        return {node.address: _checks(answer) for node, answer in answers}
-    finally:
-        ray.shutdown()
+    """Checks by node address, of the cluster that was joined. A node that does not answer has one fatal finding."""
+    return {
+        node.address: _checks(answer) for node, answer in ask_nodes(run_checks, alive_nodes(), timeout_s=_TIMEOUT_S)
+    }
 
 
 def _checks(answer: list[Check] | RayError) -> list[Check]:

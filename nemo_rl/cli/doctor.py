@@ -12,6 +12,10 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+Cluster = Annotated[bool, typer.Option("--cluster", help="Ask every node of the running cluster of RAY_ADDRESS.")]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT", help="Ask every node of the cluster with this head.")
+]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -20,18 +24,16 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(plan)
 
 
-def doctor(
-    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of the cluster of RAY_ADDRESS.")] = False,
-    json: Json = False,
-) -> None:
+def doctor(cluster: Cluster = False, address: Address = None, json: Json = False) -> None:
     """Check this machine, or every node of a cluster. Exit code 1 only for what would stop a run."""
     from nemo_rl.cli import display
     from nemo_rl.cli.checks import FATAL, OK, run_checks
 
+    cluster = cluster or address is not None
     if cluster:
-        from nemo_rl.cli.cluster_checks import check_nodes
+        from nemo_rl.cli.cluster_checks import check_nodes, joined_cluster
 
-        with _quiet_standard_output():
+        with _quiet_standard_output(), joined_cluster(address):
             nodes = check_nodes()
     else:
         nodes = {"": run_checks()}
@@ -52,22 +54,28 @@ def doctor(
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of a GRPO job.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    cluster: Cluster = False,
+    address: Address = None,
     json: Json = False,
 ) -> None:
-    """Say what a job would do: workers, venvs and whether they are ready, placements, memory. Starts nothing."""
+    """Say what a job would do: workers, venvs and what making them ready takes, placements, memory. Starts nothing."""
     from rich.console import Console
 
     from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.cli import display
-    from nemo_rl.jobs.plan import make_plan, print_plan
+    from nemo_rl.jobs.plan import make_plan
+    from nemo_rl.jobs.plan_view import print_plan
     from nemo_rl.utils.config import load_config
 
-    with _quiet_standard_output():
-        the_plan = make_plan(load_config(MasterConfig, config, overrides or []))
+    checked = load_config(MasterConfig, config, overrides or [])
+    with _quiet_standard_output(), contextlib.ExitStack() as stack:
+        if cluster or address is not None:
+            from nemo_rl.cli.cluster_checks import joined_cluster
+
+            stack.enter_context(joined_cluster(address))
+        the_plan = make_plan(checked, on_cluster=cluster or address is not None)
     if json:
-        record = dataclasses.asdict(the_plan)
-        record["placements"] = [{"bundle": bundle, "workers": names} for bundle, names in the_plan.placements]
-        display.print_json(record)
+        display.print_json(dataclasses.asdict(the_plan))
     else:
         print_plan(the_plan, Console(width=None if sys.stdout.isatty() else 160))
 

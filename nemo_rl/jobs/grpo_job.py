@@ -56,7 +56,8 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
     check_model_name(config.policy)
     roles = job_roles(config)
     if arguments.dry_run:
-        from nemo_rl.jobs.plan import make_plan, print_plan
+        from nemo_rl.jobs.plan import make_plan
+        from nemo_rl.jobs.plan_view import print_plan
 
         console = Console()
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))

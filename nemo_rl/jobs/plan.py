@@ -1,28 +1,34 @@
-"""What a job would do, without starting anything: `--dry-run`."""
+"""What a job would do, without starting anything: `--dry-run` on this machine, `nemo-rl plan` also on a cluster."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
-
 from nemo_rl import venvs
+from nemo_rl.distributed import placement
+from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_files import check_model_name, count_parameters, load_model_config, parameters_in_name
 from nemo_rl.jobs.roles import Role, job_roles
+from nemo_rl.jobs.venv_forecast import VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nemo_rl.algorithms.config import MasterConfig
-    from nemo_rl.distributed.config import BundlesConfig
+    from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
 
 _GIB = 2**30
+_NODE_TIMEOUT_S = 120.0
+THIS_MACHINE = "this machine"
+
+# Of the policy's part of the cluster and of generation's: the address of each of the job's nodes, or nothing.
+Addresses = tuple[Sequence[str], Sequence[str]]
+NOWHERE: Addresses = ((), ())
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -35,7 +41,7 @@ class VenvState:
         py_executable: as the registry says.
         digest: None for a bare interpreter, such as the driver's.
         num_packages: in a venv of the engine.
-        state: what would happen.
+        state: what would happen; of several nodes, on how many.
     """
 
     roles: list[str]
@@ -43,6 +49,24 @@ class VenvState:
     digest: str | None
     num_packages: int | None
     state: str
+
+
+@dataclass(frozen=True)
+class NodeForecast:
+    """One node: what making its venvs ready would take, or why it is not known."""
+
+    address: str
+    venvs: list[VenvForecast] = field(default_factory=list)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One bundle: which GPU or CPU of which node of the job, who works there, and the Ray node where it is known."""
+
+    bundle: str
+    workers: str
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,97 +87,124 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A whole job."""
+    """A whole job.
+
+    Attributes:
+        obstacle: why the running cluster could not serve it now; empty when it could, or was not asked.
+    """
 
     roles: list[Role]
-    placements: list[tuple[str, str]]
+    placements: list[Placement]
     venvs: list[VenvState]
+    nodes: list[NodeForecast]
     memory: MemoryEstimate | None
     samples_per_step: int
+    obstacle: str = ""
 
 
-def make_plan(config: MasterConfig) -> JobPlan:
-    """Work out what a job would do. Raises what the job would raise for the same wrong input."""
+def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
+    """Work out what a job would do. Raises what the job would raise for the same wrong input.
+
+    Args:
+        on_cluster: ask every node of the Ray cluster that this process is connected to. Else only this machine.
+    """
     check_model_name(config.policy)
     roles = job_roles(config)
+    ray_nodes = _alive_nodes() if on_cluster else None
+    plans = {role.fqn: venvs.plan(role.py_executable) for role in roles}
+    nodes = _forecasts(plans, ray_nodes)
+    addresses, obstacle = (NOWHERE, "") if ray_nodes is None else addresses_on(ray_nodes, config.cluster)
     return JobPlan(
         roles=roles,
-        placements=_placements(config, roles),
-        venvs=_venv_states(roles),
+        placements=_placements(config, roles, addresses),
+        venvs=_venv_states(roles, plans, nodes),
+        nodes=nodes,
         memory=_estimate_memory(config),
         samples_per_step=config.num_samples_per_step,
+        obstacle=obstacle,
     )
 
 
-def print_plan(plan: JobPlan, console: Console) -> None:
-    """Show a plan as tables."""
-    workers = _table("workers", "role", "workers", "share of its bundle", "worker class")
-    for role in plan.roles:
-        workers.add_row(role.name, str(role.num_workers), f"{role.share:g}" if role.share else "none", role.fqn)
-    pythons = _table("venvs", "roles", "state", "packages", "digest", "py_executable")
-    for venv in plan.venvs:
-        packages = "" if venv.num_packages is None else str(venv.num_packages)
-        pythons.add_row(", ".join(venv.roles), venv.state, packages, (venv.digest or "")[:16], venv.py_executable)
-    places = _table("placements", "bundle", "workers")
-    for bundle, names in plan.placements:
-        places.add_row(bundle, names)
-    console.print(
-        Group(workers, pythons, places, *_memory_lines(plan), Text(f"{plan.samples_per_step} samples per step"))
-    )
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _memory_lines(plan: JobPlan) -> list[Text]:
-    memory = plan.memory
-    if memory is None:
-        return [Text("memory: unknown, the model's config.json is not on this machine and its name states no size")]
-    cache = "unknown" if memory.kv_cache is None else f"{memory.kv_cache / _GIB:.2f} GiB"
-    training, weights = memory.training / _GIB, memory.generation_weights / _GIB
-    return [
-        Text(f"memory per worker, without activations: {memory.total / _GIB:.2f} GiB"),
-        Text(f"  training {training:.2f} (weights, gradients, AdamW), generation {weights:.2f}, KV cache {cache}"),
-        Text(f"  {memory.num_parameters / 1e6:,.1f} M parameters ({memory.source})"),
-    ]
-
-
-def _placements(config: MasterConfig, roles: list[Role]) -> list[tuple[str, str]]:
+def _placements(config: MasterConfig, roles: list[Role], addresses: Addresses) -> list[Placement]:
     cluster = config.cluster
     policy, generation = (role for role in roles if role.share)
     if cluster.generation is None:
-        rows = _bundles(cluster, "", [policy, generation])
+        rows = _bundles(cluster, "", [policy, generation], addresses[0])
     else:
-        rows = _bundles(cluster, "", [policy]) + _bundles(cluster.generation, "generation ", [generation])
-    rows.append(("any node, no bundle", ", ".join(role.name for role in roles if not role.share)))
+        rows = _bundles(cluster, "", [policy], addresses[0])
+        rows += _bundles(cluster.generation, "generation ", [generation], addresses[1])
+    rows.append(Placement("any node, no bundle", ", ".join(role.name for role in roles if not role.share)))
     return rows
 
 
-def _bundles(part: BundlesConfig, prefix: str, roles: list[Role]) -> list[tuple[str, str]]:
+def _bundles(part: BundlesConfig, prefix: str, roles: list[Role], addresses: Sequence[str]) -> list[Placement]:
     kind, per_node = "GPU" if part.use_gpus else "CPU", part.workers_per_node
     rows = []
     for rank in range(part.num_workers):
         names = [f"{role.name}-{rank}" for role in roles if rank < role.num_workers]
-        rows.append((f"{prefix}node {rank // per_node}, {kind} {rank % per_node}", ", ".join(names)))
+        node = rank // per_node
+        where = addresses[node] if addresses else ""
+        rows.append(Placement(f"{prefix}node {node}, {kind} {rank % per_node}", ", ".join(names), where))
     return rows
 
 
-def _venv_states(roles: list[Role]) -> list[VenvState]:
-    by_python: dict[str, list[str]] = {}
+def addresses_on(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> tuple[Addresses, str]:
+    """Where the job's nodes would be on what is free now, and what stands in the way (empty: nothing)."""
+    found: list[Sequence[str]] = [(), ()]
+    free = [dict(node.free) for node in nodes]
+    for index, part in enumerate([cluster] if cluster.generation is None else [cluster, cluster.generation]):
+        bundle = {"GPU": 1.0, "CPU": 1.0} if part.use_gpus else {"CPU": 1.0}
+        capacities = [placement.capacity(resources, bundle) for resources in free]
+        chosen = placement.plan(capacities, [part.workers_per_node] * part.num_nodes, "SPREAD")
+        if chosen is None:
+            kind = "GPUs" if part.use_gpus else "CPUs"
+            there = ", ".join(f"{node.address} {room}" for node, room in zip(nodes, capacities, strict=True))
+            asked = f"{part.num_nodes} nodes with {part.workers_per_node} {kind} each are asked for"
+            return (found[0], found[1]), f"{asked}; free: {there or 'no node'}."
+        for node in chosen:
+            for name, amount in bundle.items():
+                free[node][name] -= amount * part.workers_per_node
+        found[index] = [nodes[node].address for node in chosen]
+    return (found[0], found[1]), ""
+
+
+def _alive_nodes() -> list[NodeResources]:
+    from nemo_rl.distributed.nodes import alive_nodes  # imports ray, which a plan for this machine need not
+
+    return [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]
+
+
+def _forecasts(plans: dict[str, venvs.VenvPlan], nodes: list[NodeResources] | None) -> list[NodeForecast]:
+    sizes = wheel_sizes_of(plans.values())
+    if nodes is None:
+        return [NodeForecast(THIS_MACHINE, forecast_venvs(plans, sizes, {}))]
+    from ray.exceptions import RayError
+
+    from nemo_rl.distributed.node_venv_host import driver_variables
+    from nemo_rl.distributed.nodes import ask_nodes
+
+    answers = ask_nodes(forecast_venvs, nodes, plans, sizes, driver_variables(), timeout_s=_NODE_TIMEOUT_S)
+    return [
+        NodeForecast(node.address, problem=f"no answer: {str(answer).strip().rpartition(chr(10))[2]}")
+        if isinstance(answer, RayError)
+        else NodeForecast(node.address, answer)
+        for node, answer in answers
+    ]
+
+
+def _venv_states(roles: list[Role], plans: dict[str, venvs.VenvPlan], nodes: list[NodeForecast]) -> list[VenvState]:
+    by_python: dict[str, list[Role]] = {}
     for role in roles:
-        by_python.setdefault(role.py_executable, []).append(role.name)
+        by_python.setdefault(role.py_executable, []).append(role)
     states = []
-    for py_executable, names in by_python.items():
-        plan = venvs.plan(py_executable)
+    for py_executable, group in by_python.items():
+        plan, names = plans[group[0].fqn], [role.name for role in group]
         if plan.is_interpreter:
             states.append(VenvState(names, py_executable, None, None, "used as it is"))
             continue
-        sealed = venvs.find_sealed(plan.digest)
-        state = "ready" if sealed else "would be built"
+        found = Counter(venv.state for node in nodes for venv in node.venvs if venv.digest == plan.digest)
+        found.update("unknown" for node in nodes if node.problem)
+        state = next(iter(found)) if len(found) == 1 else ", ".join(f"{s} on {n} nodes" for s, n in found.items())
         states.append(VenvState(names, py_executable, plan.digest, len(plan.packages), state))
     return states
 

@@ -100,26 +100,44 @@ def test_a_clock_that_is_off_is_told(tmp_path: Path) -> None:
     assert "60 s away" in done.stdout
 
 
-def test_every_node_of_a_running_cluster_is_checked(tmp_path: Path) -> None:
+def on_a_cluster(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line against a running cluster with two CPUs, whose address it is given."""
     program = (
-        "import os, sys\n"
+        "import sys\n"
+        "import ray\n"
         "from nemo_rl.distributed.ray_session import start_local_ray\n"
-        "os.environ['RAY_ADDRESS'] = start_local_ray(num_cpus=1, num_gpus=0)\n"
-        "sys.argv = ['nemo-rl', 'doctor', '--cluster', '--json']\n"
+        "address = start_local_ray(num_cpus=2, num_gpus=0)\n"
+        f"sys.argv = ['nemo-rl', *{list(arguments)!r}, '--address', address]\n"
         "from nemo_rl.cli import main\n"
         "main()\n"
     )
-    done = run(program=program, NEMO_RL_VENV_DIR=str(tmp_path))
+    return run(program=program, **env)
+
+
+def test_every_node_of_a_running_cluster_is_checked(tmp_path: Path) -> None:
+    done = on_a_cluster("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert {check["node"] for check in found} == {"127.0.0.1"}
     assert "uv" in {check["name"] for check in found}
 
 
+def test_a_plan_for_a_running_cluster_says_where_bundles_would_be_and_what_its_nodes_lack(tmp_path: Path) -> None:
+    done = on_a_cluster("plan", str(CONFIG), "cluster.cpu_workers_per_node=2", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    the_plan = json.loads(done.stdout)
+    assert [place["address"] for place in the_plan["placements"]] == ["127.0.0.1", "127.0.0.1", ""]
+    assert the_plan["obstacle"] == ""
+    (node,) = the_plan["nodes"]
+    assert (node["address"], node["problem"]) == ("127.0.0.1", "")
+    assert {venv["state"] for venv in node["venvs"]} == {"would be built"}
+    assert all(venv["installed_bytes"] > 10**9 and venv["basis"] for venv in node["venvs"])
+
+
 def test_a_cluster_must_be_named() -> None:
     done = run("doctor", "--cluster")
     assert done.returncode == 2
-    assert "set RAY_ADDRESS" in done.stderr
+    assert "--address HOST:PORT" in done.stderr
 
 
 def test_a_plan_starts_nothing_and_says_which_venvs_would_be_built(tmp_path: Path) -> None:
@@ -128,6 +146,11 @@ def test_a_plan_starts_nothing_and_says_which_venvs_would_be_built(tmp_path: Pat
     the_plan = json.loads(done.stdout)
     assert [role["name"] for role in the_plan["roles"]] == ["policy", "generation", "environment"]
     assert "would be built" in {venv["state"] for venv in the_plan["venvs"]}
+    (node,) = the_plan["nodes"]
+    assert node["address"] == "this machine"
+    for venv in node["venvs"]:
+        assert venv["seconds"] > 0
+        assert venv["basis"]
     assert not [path for path in tmp_path.glob(".store/*") if path.is_dir() and path.name != ".resolved"]
 
 
