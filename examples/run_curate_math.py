@@ -2,6 +2,7 @@
 
 uv run examples/run_curate_math.py                                     # a sample that is made here, no GPU needed
 uv run examples/run_curate_math.py input.paths=[raw/] output_dir=results/mine
+uv run examples/run_curate_math.py scoring.model=DIRECTORY scoring.num_samples=8   # difficulty: how often it is solved
 uv run examples/run_grpo_math.py data.train.path=results/curate_math/problems.parquet
 """
 

@@ -20,7 +20,7 @@ from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
 from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import SingleParquetWriter
-from nemo_rl.pipelines.messy_math import write_messy_math
+from nemo_rl.pipelines.messy_math import SampleKind, write_messy_math
 from nemo_rl.pipelines.report import write_report
 from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
 from nemo_rl.pipelines.stages.grading import SolutionEffortGrade
@@ -33,11 +33,15 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = {"problem": "string", "answer": "string", "solution": "string"}
 OUTPUT_FILE = "problems.parquet"
+HELD_OUT_FILE = "held_out.parquet"
 
 
 class SampleConfig(ConfigModel):
     """The sample that is made where no input is given."""
 
+    kind: SampleKind = Field(
+        "word_problems", description="word_problems, or arithmetic, which the embedded model can learn."
+    )
     num_lines: int = Field(2000, ge=1, description="Lines of the sample, good and bad ones.")
     seed: int = Field(0, description="Decides every line of it.")
 
@@ -82,6 +86,9 @@ class CurateConfig(ConfigModel):
     )
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    held_out_share: float = Field(
+        0.0, ge=0, lt=1, description="Share of the problems that goes to held_out.parquet instead, for validation."
+    )
     max_retries: int = Field(1, ge=0, description="How often a task that raised is tried again.")
 
 
@@ -100,11 +107,13 @@ def run_curate(arguments: JobArguments[CurateConfig]) -> None:
         if (output / "run" / "stages.json").exists():
             report = write_report(output / "run", output / "report.html", title="Curation of math problems")
             logger.info("report: %s", report)
-    num_rows = sum(task._metadata["num_rows"] for task in tasks if isinstance(task, FileGroupTask))
-    if not num_rows:
+    written = {task.data[0]: task._metadata["num_rows"] for task in tasks if isinstance(task, FileGroupTask)}
+    if not any(written.values()):
         raise ConfigError(f"no problem was left of {', '.join(paths)}; {output / 'report.html'} says why")
-    logger.info("%d problems in %s; train on them with", num_rows, output / OUTPUT_FILE)
-    logger.info("uv run examples/run_grpo_math.py data.train.path=%s", output / OUTPUT_FILE)
+    for path, num_rows in written.items():
+        logger.info("%d problems in %s", num_rows, path)
+    held_out = f" data.validation.path={output / HELD_OUT_FILE}" if config.held_out_share else ""
+    logger.info("train with: uv run examples/run_grpo_math.py data.train.path=%s%s", output / OUTPUT_FILE, held_out)
 
 
 def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
@@ -139,8 +148,17 @@ def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
             ),
             *checks,
             SolutionEffortGrade() if config.scoring.model is None else ModelPassRate(config.scoring),
-            SingleParquetWriter(Path(config.output_dir) / OUTPUT_FILE),
+            _writer(config),
         ],
+    )
+
+
+def _writer(config: CurateConfig) -> SingleParquetWriter:
+    output = Path(config.output_dir)
+    if not config.held_out_share:
+        return SingleParquetWriter(output / OUTPUT_FILE)
+    return SingleParquetWriter(
+        output / OUTPUT_FILE, held_out=output / HELD_OUT_FILE, held_out_share=config.held_out_share, key="problem"
     )
 
 
@@ -149,8 +167,8 @@ def _executor(config: CurateConfig) -> Executor:
 
 
 def _sample(config: SampleConfig, output: Path) -> Path:
-    path = output / f"sample-{config.num_lines}-{config.seed}.jsonl"
+    path = output / f"sample-{config.kind}-{config.num_lines}-{config.seed}.jsonl"
     if not path.exists():
-        sample = write_messy_math(path, config.num_lines, config.seed)
+        sample = write_messy_math(path, config.num_lines, config.seed, config.kind)
         logger.info("no input.paths: made a sample of %s", dict(sample.counts))
     return path

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+SampleKind = Literal["word_problems", "arithmetic"]
 Record = dict[str, str | None]
 
 _NAMES = ("Zoë", "Jürgen", "Amélie", "Søren", "Lucía", "Anna", "Tom", "Mireille", "Paweł", "Ben")
@@ -40,8 +43,12 @@ class Sample:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def write_messy_math(path: Path, num_lines: int, seed: int = 0) -> Sample:
-    """Write a sample of `num_lines` lines, whole or not at all."""
+def write_messy_math(path: Path, num_lines: int, seed: int = 0, kind: SampleKind = "word_problems") -> Sample:
+    """Write a sample of `num_lines` lines, whole or not at all.
+
+    Args:
+        kind: "word_problems", in words and LaTeX; "arithmetic", such as `37+48=`, which the embedded model can learn.
+    """
     random_source = random.Random(seed)
     sample = Sample(path)
     good: list[Record] = []
@@ -50,14 +57,14 @@ def write_messy_math(path: Path, num_lines: int, seed: int = 0) -> Sample:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         for _ in range(num_lines):
-            kind = random_source.choices([k for k, _ in _KINDS], [w for _, w in _KINDS])[0] if good else "good"
-            file.write(_line(kind, random_source, good, seen) + b"\n")
-            sample.counts[kind] += 1
+            fault = random_source.choices([f for f, _ in _FAULTS], [w for _, w in _FAULTS])[0] if good else "good"
+            file.write(_line(fault, _SOURCES[kind], random_source, good, seen) + b"\n")
+            sample.counts[fault] += 1
     temporary.replace(path)
     return sample
 
 
-_KINDS = (
+_FAULTS = (
     ("good", 62),
     ("exact duplicate", 9),
     ("near duplicate", 8),
@@ -70,26 +77,27 @@ _KINDS = (
 )
 
 
-def _line(kind: str, source: random.Random, good: list[Record], seen: set[str]) -> bytes:
-    if kind == "exact duplicate":
+def _line(fault: str, kind: _Kind, source: random.Random, good: list[Record], seen: set[str]) -> bytes:
+    if fault == "exact duplicate":
         return _encoded(source.choice(good))
-    if kind == "near duplicate":
-        return _encoded(_reworded(source.choice(good), source))
-    record = _new(source, seen)
-    if kind in ("good", "wrongly decoded", "other encoding"):
+    if fault == "near duplicate":
+        original = source.choice(good)
+        return _encoded({**original, "problem": source.choice(kind.changes)(original["problem"] or "")})
+    record = _new(kind, source, seen)
+    if fault in ("good", "wrongly decoded", "other encoding"):
         good.append(record)
-    if kind == "wrongly decoded":
+    if fault == "wrongly decoded":
         return _encoded({key: _mojibake(value or "") for key, value in record.items()})
-    if kind == "other encoding":
+    if fault == "other encoding":
         return json.dumps(record, ensure_ascii=False).encode("cp1252", errors="xmlcharrefreplace")
-    if kind == "cut off":
+    if fault == "cut off":
         whole = _encoded(record)
         return whole[: len(whole) * 2 // 3]
-    if kind == "wrong answer":
+    if fault == "wrong answer":
         record["answer"] = f"{record['answer']}7"
-    elif kind == "unreadable answer":
+    elif fault == "unreadable answer":
         record["answer"] = source.choice(["see the appendix }", "\\frac{{", "left as an exercise {{", "\\left( 3 +"])
-    elif kind == "no answer":
+    elif fault == "no answer":
         record["answer"] = source.choice([None, "", "   "])
     return _encoded(record)
 
@@ -103,21 +111,9 @@ def _mojibake(text: str) -> str:
     return text.encode().decode("latin-1")
 
 
-def _reworded(record: Record, source: random.Random) -> Record:
-    problem = record["problem"] or ""
-    change: Callable[[str], str] = source.choice(
-        [
-            lambda text: text.replace(",", " ,").upper(),
-            lambda text: f"Please read carefully. {text}",
-            lambda text: text.replace(". ", ".  ") + " Show your work.",
-        ]
-    )
-    return {**record, "problem": change(problem)}
-
-
-def _new(source: random.Random, seen: set[str]) -> Record:
+def _new(kind: _Kind, source: random.Random, seen: set[str]) -> Record:
     while True:
-        record = source.choice(_MAKERS)(source)
+        record = source.choice(kind.makers)(source, len(seen))
         if record["problem"] not in seen:
             seen.add(record["problem"] or "")
             return record
@@ -128,7 +124,7 @@ def _opening(source: random.Random) -> tuple[str, str]:
     return name, source.choice(_OPENINGS).format(name=name, town=source.choice(_TOWNS))
 
 
-def _shopping(source: random.Random) -> Record:
+def _shopping(source: random.Random, _: int) -> Record:
     name, opening = _opening(source)
     count, price, paid = source.randint(3, 60), source.randint(2, 40), source.randint(1, 50)
     thing = source.choice(_THINGS)
@@ -142,7 +138,7 @@ def _shopping(source: random.Random) -> Record:
     }
 
 
-def _fractions(source: random.Random) -> Record:
+def _fractions(source: random.Random, _: int) -> Record:
     name, opening = _opening(source)
     a, b, c, d = (source.randint(1, 9), source.randint(2, 12), source.randint(1, 9), source.randint(2, 12))
     numerator, denominator = a * d + c * b, b * d
@@ -154,7 +150,7 @@ def _fractions(source: random.Random) -> Record:
     }
 
 
-def _quadratic(source: random.Random) -> Record:
+def _quadratic(source: random.Random, _: int) -> Record:
     name, opening = _opening(source)
     p, q = source.sample(range(-15, 16), 2)
     b, c = -(p + q), p * q
@@ -167,7 +163,7 @@ def _quadratic(source: random.Random) -> Record:
     }
 
 
-def _roots(source: random.Random) -> Record:
+def _roots(source: random.Random, _: int) -> Record:
     name, opening = _opening(source)
     k, n = source.randint(2, 30), source.choice([2, 3, 5, 6, 7, 10, 11, 13])
     return {
@@ -177,7 +173,7 @@ def _roots(source: random.Random) -> Record:
     }
 
 
-def _journey(source: random.Random) -> Record:
+def _journey(source: random.Random, _: int) -> Record:
     name, opening = _opening(source)
     speed, hours, rest = source.randint(4, 95), source.randint(2, 14), source.randint(3, 120)
     distance = speed * hours
@@ -190,4 +186,35 @@ def _journey(source: random.Random) -> Record:
     }
 
 
-_MAKERS: tuple[Callable[[random.Random], Record], ...] = (_shopping, _fractions, _quadratic, _roots, _journey)
+def _arithmetic(source: random.Random, num_seen: int) -> Record:
+    largest = 99 if num_seen < 10_000 else 9_999  # two digits for as long as there are enough such problems
+    a, b, sign = source.randint(10, largest), source.randint(10, largest), source.choice("++-*")
+    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return {
+        "problem": f"{a}{sign}{b}=",
+        "answer": str(result),
+        "solution": f"{a}{sign}{b}={result}. \\boxed{{{result}}}",
+    }
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Problems of one kind: what makes them (from a source of chance and how many there are), and what rewords them."""
+
+    makers: Sequence[Callable[[random.Random, int], Record]]
+    changes: Sequence[Callable[[str], str]]
+
+
+_SOURCES: dict[SampleKind, _Kind] = {
+    "word_problems": _Kind(
+        (_shopping, _fractions, _quadratic, _roots, _journey),
+        (
+            lambda text: text.replace(",", " ,").upper(),
+            lambda text: f"Please read carefully. {text}",
+            lambda text: text.replace(". ", ".  ") + " Show your work.",
+        ),
+    ),
+    "arithmetic": _Kind(
+        (_arithmetic,), (lambda text: " ".join(re.split(r"([-+*=])", text)).strip(), lambda text: f"{text} ?")
+    ),
+}

@@ -149,6 +149,7 @@ class ProgressMonitor:
         self._listener = listener
         self._interval_s = interval_s
         self._history: list[tuple[float, list[int]]] = []
+        self._logged: dict[str, Counts] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pipeline progress", daemon=True)
 
@@ -169,8 +170,10 @@ class ProgressMonitor:
 
     def _tell(self) -> None:
         progress = self.now()
-        for line in progress:
-            logger.info("%s", line)
+        for stage in progress:
+            if self._logged.get(stage.stage, Counts()) != stage.counts:  # the others have nothing to tell
+                logger.info("%s", stage)
+                self._logged[stage.stage] = stage.counts
         if self._listener is not None:
             self._listener(progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,35 @@ def test_a_messy_sample_becomes_training_data(tmp_path: Path, executor: str) -> 
     page = (out / "report.html").read_text()
     for reason in ("near duplicate", "broken line", "no answer", "answer is not the solution"):
         assert reason in page
+
+
+@pytest.mark.slow
+def test_from_raw_data_to_a_trained_model(tmp_path: Path) -> None:
+    """docs/tutorial.md, in a short form: the model that scored the problems is trained on them."""
+    out, run = tmp_path / "out", tmp_path / "run"
+    curate = ["examples/run_curate_math.py", "--config", "examples/configs/curate_arithmetic.yaml"]
+    curate += [f"output_dir={out}", "input.sample.num_lines=700", "languages=[en]"]
+    train = ["examples/run_grpo_math.py", f"data.train.path={out / 'problems.parquet'}", f"logger.log_dir={run}"]
+    train += [f"data.validation.path={out / 'held_out.parquet'}", "grpo.max_num_steps=3", "grpo.num_prompts_per_step=8"]
+    for command in (curate, train):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    problems, held_out = (pq.read_table(out / f"{name}.parquet").to_pandas() for name in ("problems", "held_out"))
+    assert len(problems) > len(held_out) > 0
+    assert set(problems["problem"]).isdisjoint(held_out["problem"])
+    assert problems["pass_rate"].between(0.1, 0.9).all()
+    assert problems["difficulty"].between(1, 5).all()
+    assert set(problems["language"]) == {"und"}  # a formula has no language
+    assert "solved in less than 10% of the tries" in (out / "report.html").read_text()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3]
+    assert records[0]["val/accuracy"] > 0
+    assert list((run / "checkpoints").glob("step_000003/policy/**/config.json"))
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--dry-run", "scoring.model=/no/such/model"]
+    assert run_command(CurateConfig, CONFIG, run_curate, overrides) == 2
+    assert "scoring.model: there is no directory /no/such/model" in capsys.readouterr().err

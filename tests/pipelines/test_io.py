@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_rl.errors import DataError, StageError
+from nemo_rl.errors import DataError, PipelineDefinitionError, StageError
 from nemo_rl.pipelines import DocumentBatch, EmptyTask, FileGroupTask, Pipeline, RayActorPoolExecutor
 from nemo_rl.pipelines.io.files import list_files, num_bytes
 from nemo_rl.pipelines.io.partition import FilePartitioningStage
@@ -189,6 +189,37 @@ def test_from_many_files_to_shards_and_to_one_file(tmp_path: Path) -> None:
     assert pq.read_table(single)["n"].to_pylist() == list(range(60))
     assert task._metadata == {"num_rows": 60}
     assert [path.name for path in single.parent.iterdir()] == ["all.parquet"]
+
+
+def test_rows_that_are_held_out_stay_so_when_others_come(tmp_path: Path) -> None:
+    def split(count: int) -> tuple[list[str], list[str]]:
+        train, held_out = tmp_path / f"{count}.parquet", tmp_path / f"{count}-held-out.parquet"
+        writer = SingleParquetWriter(train, held_out=held_out, held_out_share=0.25)
+        writer.prepare(resumes=False)
+        rows = pa.table({"text": [f"row {i}" for i in range(count)], "n": range(count)})
+        done = list(
+            writer.process_all([DocumentBatch("t", "d", part) for part in (rows[: count // 2], rows[count // 2 :])])
+        )
+        assert [(task.data, task._metadata["num_rows"]) for task in done] == [
+            ([str(path)], pq.read_table(path).num_rows) for path in (train, held_out)
+        ]
+        return pq.read_table(train)["text"].to_pylist(), pq.read_table(held_out)["text"].to_pylist()
+
+    train, held_out = split(400)
+    assert sorted(train + held_out) == sorted(f"row {i}" for i in range(400))
+    assert 60 < len(held_out) < 140
+    more_train, more_held_out = split(800)
+    assert set(train) < set(more_train)
+    assert set(held_out) < set(more_held_out)
+    with pytest.raises(PipelineDefinitionError, match="held_out_share=1 "):
+        SingleParquetWriter(tmp_path / "x.parquet", held_out_share=1)
+
+
+def test_a_writer_that_fails_leaves_no_part_of_a_file(tmp_path: Path) -> None:
+    writer = SingleParquetWriter(tmp_path / "all.parquet", held_out=tmp_path / "gone" / "held_out.parquet")
+    with pytest.raises(DataError, match=r"held_out\.parquet cannot be written"):
+        list(writer.process_all([DocumentBatch("t", "d", pa.table({"text": ["one"]}))]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -101,6 +101,9 @@ def test_near_duplicates_go_across_batches_unless_their_numbers_differ() -> None
     assert "_minhash" not in near[0].columns
     careful = NearDuplicates("text", threshold=0.6, protect_numbers=True)
     assert texts(Pipeline("p", stages=[careful]).run(initial_tasks=given), "n") == [1, 2, 4, 5, 6]
+    formulas = ["37+48=", "37 + 48 =", "37*48=", "37-48=", r"37 \times 48=", r"37 \div 48=", r"37 \DIV 48"]
+    rows = [{"text": text, "n": number} for number, text in enumerate(formulas)]
+    assert texts(Pipeline("p", stages=[careful]).run(initial_tasks=[batch(*rows)]), "n") == [0, 2, 3, 4, 5]
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from nemo_rl.errors import DataError
+from nemo_rl.errors import DataError, PipelineDefinitionError
 from nemo_rl.pipelines.io.files import file_system, opened, prepare_directory, write_whole
 from nemo_rl.pipelines.stage import GatherStage, ProcessingStage
 from nemo_rl.pipelines.tasks import DocumentBatch, FileGroupTask
@@ -92,47 +94,107 @@ class SingleParquetWriter(GatherStage[DocumentBatch, FileGroupTask]):
     """Writes the whole data set into one Parquet file, in the order of the input; for what fits on one disk.
 
     Batches are read from disk one after another, so memory holds one at a time.
+
+    Args:
+        path: of the file.
+        columns: that are written; None: all.
+        held_out: another file, for a share of the rows that are kept out of the first, such as validation data.
+        held_out_share: which share.
+        key: the column whose text decides where a row goes: a row does not move when others come or go.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        columns: Sequence[str] | None = None,
+        held_out: str | os.PathLike[str] | None = None,
+        held_out_share: float = 0.1,
+        key: str = "text",
+    ) -> None:
+        if not 0 < held_out_share < 1:
+            raise PipelineDefinitionError(f"SingleParquetWriter: held_out_share={held_out_share!r} is not in (0, 1)")
         self.path = os.fspath(path)
         self.columns = None if columns is None else list(columns)
+        self.held_out = None if held_out is None else os.fspath(held_out)
+        self.held_out_share = held_out_share
+        self.key = key
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        return ["data"], self.columns or []
+        return ["data"], [*(self.columns or []), *([self.key] if self.held_out else [])]
 
     def outputs(self) -> tuple[list[str], list[str]]:
         return ["data"], []
 
     def prepare(self, resumes: bool) -> None:
-        files, path = file_system(self.path)
-        try:
-            files.makedirs(os.path.dirname(path), exist_ok=True)
-            if files.isdir(path):
-                raise DataError(f"{self.path} is a directory; name a file")
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be written: {error}") from error
+        for url in self._paths():
+            files, path = file_system(url)
+            try:
+                files.makedirs(os.path.dirname(path), exist_ok=True)
+                if files.isdir(path):
+                    raise DataError(f"{url} is a directory; name a file")
+            except OSError as error:
+                raise DataError(f"{url} cannot be written: {error}") from error
+
+    def _paths(self) -> list[str]:
+        return [self.path, *([self.held_out] if self.held_out else [])]
 
     def process_all(self, tasks: Sequence[DocumentBatch]) -> Iterator[FileGroupTask]:
         import pyarrow
-        import pyarrow.parquet
 
         tables = (task.to_pyarrow() for task in tasks)
         selected = (table if self.columns is None else table.select(self.columns) for table in tables)
         schema = pyarrow.unify_schemas([table.schema for table in selected], promote_options="permissive")
-        files, path = file_system(self.path)
-        temporary = f"{path}.writing-{os.getpid()}"
-        num_rows = 0
-        with files.open(temporary, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        counts = [0] * len(self._paths())
+        with contextlib.ExitStack() as stack:
+            writers = [stack.enter_context(_whole_parquet(url, schema)) for url in self._paths()]
             for task in tasks:
-                table = task.to_pyarrow()
-                missing = [field for field in schema if field.name not in table.column_names]
-                for field in missing:
-                    table = table.append_column(field, pyarrow.nulls(table.num_rows, field.type))
-                writer.write_table(table.select(schema.names).cast(schema))
-                num_rows += table.num_rows
+                for index, part in enumerate(self._parts(task.to_pyarrow())):
+                    writers[index].write_table(_conformed(part, schema))
+                    counts[index] += part.num_rows
+        for url, num_rows in zip(self._paths(), counts):
+            yield FileGroupTask(url, tasks[0].dataset_name, [url], _metadata={"num_rows": num_rows})
+
+    def _parts(self, table: Any) -> list[Any]:
+        """The rows for each of the files."""
+        if self.held_out is None:
+            return [table]
+        is_held_out = [self._is_held_out(value) for value in table.column(self.key).to_pylist()]
+        return [table.filter([not held for held in is_held_out]), table.filter(is_held_out)]
+
+    def _is_held_out(self, value: Any) -> bool:
+        text = value if isinstance(value, str) else repr(value)
+        digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.held_out_share * 2**64
+
+
+@contextlib.contextmanager
+def _whole_parquet(url: str, schema: Any) -> Iterator[Any]:
+    """A writer for a Parquet file that appears when the block has ended well, and otherwise not at all."""
+    import pyarrow.parquet
+
+    files, path = file_system(url)
+    temporary = f"{path}.writing-{os.getpid()}"
+    try:
+        with files.open(temporary, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            yield writer
         files.mv(temporary, path)
-        yield FileGroupTask("all", tasks[0].dataset_name, [self.path], _metadata={"num_rows": num_rows})
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            files.rm(temporary)
+        if isinstance(error, OSError):
+            raise DataError(f"{url} cannot be written: {error}") from error
+        raise
+
+
+def _conformed(table: Any, schema: Any) -> Any:
+    """The table with the columns of the schema, those that it lacks filled with nulls."""
+    import pyarrow
+
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pyarrow.nulls(table.num_rows, field.type))
+    return table.select(schema.names).cast(schema)
 
 
 def read_back(task: FileGroupTask) -> Any:

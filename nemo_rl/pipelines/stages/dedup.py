@@ -25,6 +25,8 @@ from nemo_rl.pipelines.tasks import DocumentBatch
 
 SIGNATURE = "_minhash"
 _WORD = re.compile(r"\w+", re.UNICODE)
+# A number with the sign or operator before it, or a LaTeX command: what makes one problem another.
+_QUANTITY = re.compile(r"[-+*/^<>=]?\s*\d+|\\[a-z]+")
 _DATASKETCH = {"uv": ["datasketch==1.6.5"]}
 
 
@@ -70,8 +72,8 @@ class NearDuplicates(CompositeStage[DocumentBatch, DocumentBatch]):
         threshold: Jaccard similarity of word shingles from which two texts count as near duplicates.
         shingle_words: words per shingle.
         num_permutations: length of a signature; more is more exact.
-        protect_numbers: texts whose numbers differ are never near duplicates. Two problems that differ in one number
-            share most of their words and are still two problems.
+        protect_numbers: texts whose numbers, signs or LaTeX commands differ are never near duplicates. Two problems
+            that differ in one number share most of their words and are still two problems.
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class NearDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
             for text, signature in zip(frame[self.column], frame[SIGNATURE]):
                 values = np.frombuffer(signature, dtype=np.uint64)
                 minhash = MinHash(num_perm=self.num_permutations, seed=1, hashvalues=values)
-                numbers = " ".join(re.findall(r"\d+", text)) if self.protect_numbers and isinstance(text, str) else ""
+                numbers = _quantities(text) if self.protect_numbers and isinstance(text, str) else ""
                 near = any(
                     first[other][1] == numbers and np.mean(first[other][0] == values) >= self.threshold
                     for other in index.query(minhash)
@@ -164,3 +166,8 @@ class NearDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
             left = kept(self, task.with_data(frame.drop(columns=[SIGNATURE])), faults)
             if left is not None:
                 yield left
+
+
+def _quantities(text: str) -> str:
+    """Numbers, the signs before them and LaTeX commands, in their order."""
+    return " ".join("".join(found.split()) for found in _QUANTITY.findall(text.lower()))
