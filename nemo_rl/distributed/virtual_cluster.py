@@ -54,7 +54,8 @@ class RayVirtualCluster:
         name: for messages and for Ray's tools.
         placement_group_strategy: `SPREAD` puts the job's nodes on different Ray nodes while there are any,
             `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as possible, `STRICT_PACK` one.
-        port_range_low, port_range_high: the first and last port that `get_available_*` may return; both or neither.
+        port_range_low: the first port that `get_available_*` may return.
+        port_range_high: the last one; both or neither.
 
     Raises:
         ConfigError: (a `ValueError`) an argument or `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` makes no sense.

@@ -35,7 +35,8 @@ class RayWorkerBuilder:
 
     Args:
         ray_actor_class_fqn: `package.module.Class`; a plain class or one with `@ray.remote`.
-        *args, **kwargs: for the class's constructor, in the worker.
+        *args: for the class's constructor, in the worker.
+        **kwargs: the same.
         py_executable: instead of what the registry says for the class.
         runtime_env: fields of Ray's `RuntimeEnv` for all workers of this builder.
 

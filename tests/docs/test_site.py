@@ -26,6 +26,20 @@ def test_relative_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_name_of_the_api_reference_is_defined_where_it_says() -> None:
+    seen = 0
+    for page in DOCS.glob("api-*.md"):
+        for block in page.read_text(encoding="utf-8").split("\n::: ")[1:]:
+            module, *options = block.split("\n")
+            path = REPOSITORY / (module.replace(".", "/") + ".py")
+            defined = set(re.findall(r"^(?:class |def |async def )?(\w+)[\[(:= ]", path.read_text(), re.MULTILINE))
+            members = re.search(r"members: \[(.*)\]", "\n".join(options))
+            for name in members[1].split(", ") if members else ():
+                assert name in defined, f"{page.name}: {module} has no {name}"
+                seen += 1
+    assert seen > 40
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     from nemo_rl.venvs.installer import find_uv

@@ -71,7 +71,8 @@ class TextFilter(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     Args:
         column: the text.
-        min_chars, max_chars: bounds of its length.
+        min_chars: its least length.
+        max_chars: its greatest; None: any.
         min_alphanumeric: least share of letters and digits among the characters that are not blank.
         max_repeated_lines: largest share of lines that repeat an earlier one.
     """
@@ -121,7 +122,8 @@ class TokenCounter(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     Args:
         tokenizer: directory or hub name; loaded once per worker.
-        column, output: the text, and the new column with the counts.
+        column: the text.
+        output: the new column, with the counts.
     """
 
     def __init__(self, tokenizer: str, column: str = "text", output: str = "num_tokens") -> None:

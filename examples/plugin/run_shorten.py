@@ -1,0 +1,17 @@
+"""Run the plugin's stage between two of the library: `uv run examples/plugin/run_shorten.py IN.jsonl OUT_DIRECTORY`."""
+
+import sys
+
+from nemo_rl_plugin.shorten_stage import Shorten
+
+from nemo_rl.pipelines import Pipeline
+from nemo_rl.pipelines.io.readers import JsonlReader
+from nemo_rl.pipelines.io.writers import JsonlWriter
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    pipeline = Pipeline(
+        "shorten", stages=[JsonlReader(source, columns={"text": "string"}), Shorten(2), JsonlWriter(target)]
+    )
+    print(pipeline.describe())
+    pipeline.run()
