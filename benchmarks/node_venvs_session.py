@@ -17,7 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nemo_rl.distributed import node_venvs
+from nemo_rl.distributed import node_venv_campaign, node_venvs
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 from nemo_rl.distributed.ray_session import init_ray
 
@@ -91,13 +91,13 @@ def _check_pretended(wanted: dict[str, str]) -> dict[str, float]:
     real = node_venvs.alive_nodes()
     pretended = [real[0], *(replace(real[i % len(real)], node_id=f"pretended-{i}") for i in range(1, NUM_PRETENDED))]
     where = {node.node_id: real[i % len(real)].node_id for i, node in enumerate(pretended)}
-    submit = node_venvs._Campaign._submit
+    submit = node_venv_campaign.Campaign._submit
 
     def submit_to_a_real_node(self: Any, task: Any, request: Any) -> Any:
         return submit(self, task, replace(request, node_id=where[request.node_id]))
 
     node_venvs.alive_nodes = lambda: pretended  # type: ignore[assignment]
-    node_venvs._Campaign._submit = submit_to_a_real_node  # type: ignore[method-assign]
+    node_venv_campaign.Campaign._submit = submit_to_a_real_node  # type: ignore[method-assign]
     ensure_venvs_on_each_node(wanted)  # Ray starts a process for each of the 63 questions, on these few cores
     time.sleep(SETTLE_S)
     measured = {}

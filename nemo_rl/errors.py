@@ -16,7 +16,8 @@
     │   ├── VenvLockTimeoutError        another builder holds the lock for too long
     │   ├── IncompatibleVenvError       the venv's Python or ray is not the driver's
     │   ├── VenvDriftError              the code asks for other packages than the venv that is there
-    │   └── BundleError (ValueError)    a bundle for offline builds is not safe, not whole, or for another machine
+    │   ├── BundleError (ValueError)    a bundle for offline builds is not safe, not whole, or for another machine
+    │   └── SpreadError                 a venv that was to come from another node did not arrive as it was sent
     ├── ClusterError                    the Ray cluster cannot do what was asked
     │   ├── SubmissionError             the job server cannot be reached, or refuses
     │   ├── ResourceInsufficientError (ValueError)  more CPUs, GPUs or nodes asked for than there are
@@ -24,6 +25,7 @@
     ├── WorkerError                     a worker or worker group failed
     │   ├── UnregisteredActorError (ValueError)     an FQN that the registry does not know
     │   ├── WorkerStartError            a worker died, or never answered, while starting
+    │   ├── NodeLostError               a worker cannot start: its node has left the cluster
     │   └── AttestationError            a worker runs in another venv, Python or ray than it should
     ├── ModelError                      a model cannot be loaded, or a request does not fit it
     ├── WeightSyncError                 policy and generation disagree about the weights
@@ -133,6 +135,10 @@ class BundleError(VenvError, ValueError):
     """A bundle for offline builds that is not safe to unpack, not whole, or made for another machine."""
 
 
+class SpreadError(VenvError):
+    """A venv that was to come from another node did not arrive, or not as it was sent."""
+
+
 class ClusterError(NemoRLError):
     """The Ray cluster cannot do what was asked."""
 
@@ -159,6 +165,10 @@ class UnregisteredActorError(WorkerError, ValueError):
 
 class WorkerStartError(WorkerError):
     """A worker died or never answered while it was starting."""
+
+
+class NodeLostError(WorkerStartError):
+    """A worker cannot start, or start anew, because its node has left the Ray cluster."""
 
 
 class AttestationError(WorkerError):

@@ -131,6 +131,13 @@ VENV_LOCK_TIMEOUT_S = Variable(
 VENV_BUILD_TIMEOUT_S = Variable(
     "NEMO_RL_VENV_BUILD_TIMEOUT_S", _positive_seconds, 3600.0, "How long one call of uv may take, in seconds."
 )
+VENV_SPREAD = Variable(
+    "NEMO_RL_VENV_SPREAD",
+    _one_of("auto", "off"),
+    "auto",
+    "auto: where nodes have venv directories of their own, one node builds a venv and the others get it from node to "
+    "node. off: every such node builds for itself.",
+)
 CONTAINER = Variable(
     "NEMO_RL_CONTAINER", _flag, False, "This is an image with the venvs inside; set by docker/Dockerfile."
 )

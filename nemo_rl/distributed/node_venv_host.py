@@ -6,6 +6,7 @@ It needs `nemo_rl.venvs` and nothing else: not ray, not torch.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import socket
@@ -17,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from nemo_rl import settings
 from nemo_rl.distributed.node_venv_report import NodeProgress, NodeVenv
 from nemo_rl.errors import VenvError
-from nemo_rl.venvs import InterpreterSpec, Progress, SealedVenv, Store, VenvPlan, ensure, find_sealed
+from nemo_rl.venvs import InterpreterSpec, Progress, SealedVenv, Store, VenvPlan, VenvSpec, ensure, find_sealed
+from nemo_rl.venvs.build import Receive
+from nemo_rl.venvs.resolve import python_of
 
 # For how long another node's new files may stay unseen: NFS keeps what it knows about a directory for a while.
 _VISIBILITY_TIMEOUT_S = 60.0
@@ -59,11 +62,14 @@ class Survey:
         store_id: equal on nodes that share a venv directory; None where it cannot be written.
         done: the venvs that need nothing more: ready, or hopeless.
         missing: names of those that have to be built.
+        pythons: name of a missing venv -> what Python and platform it gets here; nodes where that is equal can give the
+            same venv to one another. None: this node cannot say.
     """
 
     store_id: str | None
     done: tuple[NodeVenv, ...]
     missing: tuple[str, ...]
+    pythons: dict[str, str | None] = field(default_factory=dict)
 
 
 def driver_variables() -> dict[str, str]:
@@ -85,15 +91,19 @@ def survey(request: Request) -> Survey:
         for venv, plan in request.plans.items():
             if isinstance(plan.spec, InterpreterSpec) and plan.is_interpreter:
                 done.append(_existing(request, venv, plan))
-            elif _is_ready(plan, store, request):
+            elif is_ready(plan, store, request):
                 done.append(_ensured(request, venv, plan, store))
             else:
                 missing.append(venv)
-        return Survey(_store_id(store) if missing else None, tuple(done), tuple(missing))
+        pythons = {venv: _python_here(request.plans[venv]) for venv in missing}
+        return Survey(_store_id(store) if missing else None, tuple(done), tuple(missing), pythons)
 
 
-def serve(request: Request) -> Iterator[NodeProgress | NodeVenv]:
-    """Make the venvs ready on this node, all at once; yields events as they happen and one `NodeVenv` for each."""
+def serve(request: Request, receive: Receive | None = None) -> Iterator[NodeProgress | NodeVenv]:
+    """Make the venvs ready on this node, all at once; yields events as they happen and one `NodeVenv` for each.
+
+    With `receive` they come from there and nothing is built.
+    """
     with settings.exported(_here(request.variables)):
         store = Store.default()
         if request.is_awaited:
@@ -105,7 +115,7 @@ def serve(request: Request) -> Iterator[NodeProgress | NodeVenv]:
 
         def build(venvs: list[str]) -> None:
             for venv in venvs:
-                told.put(_ensured(request, venv, request.plans[venv], store, told))
+                told.put(_ensured(request, venv, request.plans[venv], store, told, receive))
 
         for venvs in by_digest.values():
             # Daemons: Ctrl-C in the driver must not wait for them. uv dies with the thread that started it.
@@ -123,7 +133,14 @@ def survey_as_task(request: Request, plans: dict[str, VenvPlan]) -> Survey:
 
 
 def serve_as_task(request: Request, plans: dict[str, VenvPlan]) -> Iterator[NodeProgress | NodeVenv]:
-    """`serve` in a Ray process: one whose raylet is gone must not go on building, and so hold up the other nodes."""
+    """`serve` in a Ray process."""
+    with ending_with_raylet():
+        yield from serve(replace(request, plans=plans))
+
+
+@contextlib.contextmanager
+def ending_with_raylet() -> Iterator[None]:
+    """A Ray process whose raylet is gone must not go on building, and so hold up the other nodes."""
     done = threading.Event()
     raylet = os.getppid()
 
@@ -134,12 +151,27 @@ def serve_as_task(request: Request, plans: dict[str, VenvPlan]) -> Iterator[Node
 
     threading.Thread(target=watch, name="raylet watch", daemon=True).start()
     try:
-        yield from serve(replace(request, plans=plans))
+        yield
     finally:
         done.set()
 
 
-def _is_ready(plan: VenvPlan, store: Store, request: Request) -> bool:
+def python_identity(plan: VenvPlan) -> str:
+    """What Python and platform a plan was made for, as in `Survey.pythons`."""
+    return json.dumps(plan.python.identity(), sort_keys=True)
+
+
+def _python_here(plan: VenvPlan) -> str | None:
+    if not isinstance(plan.spec, VenvSpec):
+        return python_identity(plan)  # laid over an interpreter that was looked at while planning
+    try:
+        return json.dumps(python_of(plan.spec)[0].identity(), sort_keys=True)
+    except VenvError:
+        return None  # will be told when the venv is to be made
+
+
+def is_ready(plan: VenvPlan, store: Store, request: Request) -> bool:
+    """Whether a store holds what a request asks for, so that `ensure` would do nothing."""
     sealed = find_sealed(plan.digest, store)
     if sealed is None or sealed.manifest is None:
         return False
@@ -160,6 +192,7 @@ def _ensured(
     plan: VenvPlan,
     store: Store,
     told: queue.SimpleQueue[NodeProgress | NodeVenv] | None = None,
+    receive: Receive | None = None,
 ) -> NodeVenv:
     seconds: dict[str, float] = {}
 
@@ -170,7 +203,15 @@ def _ensured(
             told.put(NodeProgress(request.node_id, request.label(), event))
 
     try:
-        sealed = ensure(plan, venv, force_rebuild=request.force, job_id=request.job, progress=report, store=store)
+        sealed = ensure(
+            plan,
+            venv,
+            force_rebuild=request.force,
+            job_id=request.job,
+            progress=report,
+            store=store,
+            receive=receive,
+        )
     except Exception as error:  # goes to the driver, whatever it is
         shown = error if isinstance(error, VenvError) else VenvError(f"{type(error).__name__}: {error}")
         return NodeVenv(venv, request.node_id, request.label(), plan.digest, seconds=seconds, error=shown)
@@ -194,7 +235,7 @@ def _await_seals(request: Request, store: Store) -> None:
     """Wait until what another node has sealed can be seen here. After the time-out, `ensure` decides."""
     deadline = time.monotonic() + _VISIBILITY_TIMEOUT_S
     while time.monotonic() < deadline:
-        if all(_is_ready(plan, store, request) for plan in request.plans.values()):
+        if all(is_ready(plan, store, request) for plan in request.plans.values()):
             return
         time.sleep(0.1)
         with contextlib.suppress(OSError):

@@ -31,7 +31,8 @@ class NodeVenv:
         digest: of its content; empty when it could not even be planned.
         python: `<venv dir>/<venv>/bin/python`, or the interpreter that was asked for.
         stable_python: the same through the digest's path, which a later change of the lock leaves alone.
-        built: built by this call, or found ready.
+        built: built by this call on this node; else found ready, or received.
+        received_from: the node that this call got it from, node to node; empty otherwise.
         seconds: per phase, in this call.
         error: None if it is ready.
     """
@@ -45,6 +46,7 @@ class NodeVenv:
     built: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     error: Exception | None = None
+    received_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class NodeVenvReport:
                 "python": entry.python,
                 "stable_python": entry.stable_python,
                 "built": entry.built,
+                "received_from": entry.received_from,
                 "seconds": entry.seconds,
             }
             for entry in self.entries
@@ -107,7 +110,7 @@ class NodeVenvReport:
 
 
 class SharedFailureError(VenvError):
-    """A venv that another node, which shares the venv directory, failed to build."""
+    """A venv that another node failed to build, which was to build it for this one too."""
 
 
 def raise_for_failures(entries: Iterable[NodeVenv]) -> None:
@@ -137,7 +140,10 @@ def _told(entries: Iterable[NodeVenv]) -> list[str]:
     """One line for each venv and outcome, however many nodes it is about."""
     nodes: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
-        outcome = str(entry.error) if entry.error is not None else "built" if entry.built else "ready"
-        where = f"{entry.node} in {sum(entry.seconds.values()):.1f} s" if outcome == "built" else entry.node
+        done = "built" if entry.built else "received" if entry.received_from else "ready"
+        outcome = str(entry.error) if entry.error is not None else done
+        where = (
+            f"{entry.node} in {sum(entry.seconds.values()):.1f} s" if outcome in ("built", "received") else entry.node
+        )
         nodes.setdefault((entry.venv, outcome), []).append(where)
     return [f"- {venv} on {', '.join(names)}: {outcome}" for (venv, outcome), names in nodes.items()]

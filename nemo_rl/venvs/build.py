@@ -8,7 +8,7 @@ import hashlib
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_rl import settings
@@ -30,11 +30,23 @@ from nemo_rl.venvs.spec import InterpreterSpec, VenvSpec
 
 _DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
 
+# Fills the new directory with packages, bytecode and hook that were built elsewhere.
+Receive = Callable[[VenvPlan, Path, PhaseClock, BuildLog], None]
+
 
 def build(
-    the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, *, job_id: str | None, donors: Sequence[Path]
+    the_plan: VenvPlan,
+    venv_name: str,
+    store: Store,
+    clock: PhaseClock,
+    *,
+    job_id: str | None,
+    donors: Sequence[Path],
+    receive: Receive | None = None,
 ) -> Path:
     """Build the plan's venv, seal it and publish it; return its directory. The caller holds the build lock.
+
+    With `receive` nothing is installed; what it fills in is checked and sealed like what was installed here.
 
     Raises `VenvBuildError`, `NoSpaceError`, `LockMismatchError` or `IncompatibleVenvError`. What was published before
     stays published then.
@@ -43,22 +55,23 @@ def build(
     root = store.new_directory(the_plan.digest)
     log = BuildLog(store.new_log(the_plan.digest[:DIGEST_PREFIX]))
     with _cleaned_up(root, venv_name, log, clock):
-        _check_inputs(the_plan, store)
         what = mask_secrets(f"Building the venv {venv_name!r} (`{the_plan.spec}`)")
-        if the_plan.base is None:
-            _sync_project(the_plan, root, clock, log, what)
+        if receive is not None:
+            receive(the_plan, root, clock, log)
         else:
-            _install_overlay(the_plan, root, clock, log, what)
+            _install(the_plan, root, store, clock, log, what)
         site_packages = site_packages_of(root)
-        _write_hook(the_plan, site_packages)
         if the_plan.base is not None:
             add_base_scripts(root / "bin", _scripts_of(the_plan.base, store))
         (root / LEASE_FILE).touch()
-        clock.start("compile")
-        if settings.COMPILE_BYTECODE.get():
-            clock.tell(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
+        if receive is None:
+            clock.start("compile")
+            if settings.COMPILE_BYTECODE.get():
+                clock.tell(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
         clock.start("check")
-        ray = _check(the_plan, root, site_packages, store, what)
+        ray = _check(the_plan, root, site_packages, what)
+        if receive is None:
+            _check_inputs(the_plan, store)  # the lock may have changed while uv was reading it
         clock.start("seal")
         manifest = _manifest(the_plan, root, site_packages, clock, job_id, started_at, ray, log)
         write_manifest(root, manifest)
@@ -87,6 +100,15 @@ def _cleaned_up(root: Path, venv_name: str, log: BuildLog, clock: PhaseClock) ->
         raise
     finally:
         log.close()
+
+
+def _install(the_plan: VenvPlan, root: Path, store: Store, clock: PhaseClock, log: BuildLog, what: str) -> None:
+    _check_inputs(the_plan, store)
+    if the_plan.base is None:
+        _sync_project(the_plan, root, clock, log, what)
+    else:
+        _install_overlay(the_plan, root, clock, log, what)
+    _write_hook(the_plan, site_packages_of(root))
 
 
 def _check_inputs(the_plan: VenvPlan, store: Store) -> None:
@@ -187,7 +209,7 @@ def _scripts_of(base: VenvPlan, store: Store) -> Path:
     return store.link(base.digest) / "bin"
 
 
-def _check(the_plan: VenvPlan, root: Path, site_packages: Path, store: Store, what: str) -> str | None:
+def _check(the_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
     """The interpreter starts, from this very directory; versions are the driver's; what was planned is there."""
     version, prefix = start_python(str(root / "bin" / "python"))
     if prefix != str(root.resolve()):
@@ -201,7 +223,6 @@ def _check(the_plan: VenvPlan, root: Path, site_packages: Path, store: Store, wh
     ]
     if wrong:
         raise VenvBuildError(f"{what}: what uv installed is not what was planned: {'; '.join(wrong[:5])}.")
-    _check_inputs(the_plan, store)  # the lock may have changed while uv was reading it
     ray = installed.get("ray") or (the_plan.base.ray if the_plan.base is not None else None)
     the_plan.expected.check(what, version, ray)
     return ray

@@ -9,6 +9,7 @@
         <digest16>.<nonce>/                              a venv; its path never changes
         <digest16>.lock                                  build lock; says who holds it
         .resolved/<key>.json                             what a spec resolved to
+        .arriving/<digest16>.<key>/                      chunks of a venv that comes from another node
       .logs/<digest16>-<time>-<nonce>.log                full output of a build
 """
 
@@ -49,6 +50,10 @@ class Store:
     @property
     def resolved(self) -> Path:
         return self.directory / ".resolved"
+
+    @property
+    def arriving(self) -> Path:
+        return self.directory / ".arriving"
 
     def new_log(self, what: str) -> Path:
         """A path for the output of one build (`what` is its digest) or resolution."""

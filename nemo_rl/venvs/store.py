@@ -30,7 +30,7 @@ from pathlib import Path
 
 from nemo_rl import settings
 from nemo_rl.errors import VenvError
-from nemo_rl.venvs.build import build, site_packages_of
+from nemo_rl.venvs.build import Receive, build, site_packages_of
 from nemo_rl.venvs.drift import refusal
 from nemo_rl.venvs.installer import is_no_space, no_space_error
 from nemo_rl.venvs.interpreter import DriverVersions
@@ -85,6 +85,7 @@ def ensure(
     progress: ProgressCallback | None = None,
     store: Store | None = None,
     expected: DriverVersions | None = None,
+    receive: Receive | None = None,
 ) -> SealedVenv:
     """Make a venv ready on this node: find it sealed, or build, check and seal it.
 
@@ -96,6 +97,7 @@ def ensure(
         job_id: unique among jobs that share a venv directory.
         progress: called with every event, from this thread.
         expected: the driver's versions; default: those of this process (or those in the plan).
+        receive: where to get the venv, and the one that it is laid over, instead of building them here.
 
     Raises subclasses of `VenvError`. A venv that was ready before a failed rebuild is still ready after it.
     """
@@ -109,7 +111,7 @@ def ensure(
         path = Path(the_plan.spec.path)
         return SealedVenv(str(path), path.parent.parent, path.parent.parent, the_plan.digest, None)
     force = _force(force_rebuild, job_id)
-    venv = _ready(the_plan, venv_name, store, clock, force)
+    venv = _ready(the_plan, venv_name, store, clock, force, receive)
     if venv.manifest is not None:  # a sealed venv may have been checked against another driver's versions
         the_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
     # A venv that has drifted, and is used all the same, gets no name: the name says what was asked for.
@@ -188,11 +190,13 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
     return SealedVenv(str(link / "bin" / "python"), path, link, manifest.digest, manifest)
 
 
-def _ready(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _Force) -> SealedVenv:
+def _ready(
+    the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _Force, receive: Receive | None
+) -> SealedVenv:
     sealed = find_sealed(the_plan.digest, store)
     if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
         if the_plan.base is not None and force.wanted and not the_plan.base.is_interpreter:
-            _ready(the_plan.base, venv_name, store, clock, force)
+            _ready(the_plan.base, venv_name, store, clock, force, receive)
         return sealed
     earlier = None if force.wanted or sealed is not None else _drifted_from(the_plan, venv_name, store)
     if earlier is not None:
@@ -201,7 +205,7 @@ def _ready(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, 
         if the_plan.base is not None and not the_plan.base.is_interpreter:
             resolving = dict(clock.seconds)
             clock.digest = the_plan.base.digest
-            base = _ready(the_plan.base, venv_name, store, clock, force)
+            base = _ready(the_plan.base, venv_name, store, clock, force, receive)
             stack.enter_context(hold_lease(base.path))
             clock.digest, clock.seconds = the_plan.digest, resolving
         stack.enter_context(_locked(the_plan, venv_name, store, clock))
@@ -209,7 +213,8 @@ def _ready(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, 
         if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
             return sealed  # another process built it while this one waited
         _remove_leftovers(store, the_plan.digest)
-        path = build(the_plan, venv_name, store, clock, job_id=force.job_id, donors=_donors(store))
+        donors = _donors(store) if receive is None else []
+        path = build(the_plan, venv_name, store, clock, job_id=force.job_id, donors=donors, receive=receive)
         _remove_leftovers(store, the_plan.digest)
     return SealedVenv(
         str(store.link(the_plan.digest) / "bin" / "python"),

@@ -18,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from nemo_rl import venvs
-from nemo_rl.distributed import node_venv_host, node_venvs
+from nemo_rl.distributed import node_venv_campaign, node_venv_host, node_venvs
 from nemo_rl.distributed.node_venv_host import Request
 from nemo_rl.distributed.node_venvs import (
     NodeProgress,
@@ -101,7 +101,7 @@ def no_tasks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def forbid(*arguments: Any) -> None:
         raise AssertionError("a node was asked again")
 
-    return lambda: monkeypatch.setattr(node_venvs._Campaign, "_submit", forbid)
+    return lambda: monkeypatch.setattr(node_venv_campaign.Campaign, "_submit", forbid)
 
 
 def _versions(python: str, *packages: str) -> list[str]:
@@ -159,7 +159,10 @@ def test_nodes_that_share_a_directory_wait_for_the_one_that_builds(
     assert len(_seals(shared_dir)) == 1
 
 
-def test_each_directory_of_its_own_gets_its_build(project: str, separate_dirs: list[Path]) -> None:
+def test_each_directory_of_its_own_gets_its_build(
+    project: str, separate_dirs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_RL_VENV_SPREAD", "off")
     report = ensure_venvs_on_each_node({"a.Worker": project})
     assert [entry.built for entry in report.entries] == [True, True, True]
     assert {entry.python for entry in report.entries} == {
@@ -209,11 +212,12 @@ def test_a_node_that_fails_is_named_and_the_others_are_ready(project: str, separ
     assert f"- a.Worker on {node['NodeManagerAddress']}" in message
     assert str(broken) in message
     assert "What the others did:" in message
-    assert re.search(r"a\.Worker on .* in .* s, .* in .* s: built", message)
+    assert re.search(r"a\.Worker on .* in .* s: built", message)
+    assert re.search(r"a\.Worker on .* in .* s: received", message)
     assert isinstance(caught.value.__cause__, VenvError)
     broken.unlink()
     report = ensure_venvs_on_each_node({"a.Worker": project})
-    assert [entry.built for entry in report.entries].count(True) == 1
+    assert [bool(entry.received_from) for entry in report.entries].count(True) == 1
     assert _versions(str(broken / "a.Worker" / "bin" / "python"), "six") == ["1.17.0"]
 
 
@@ -286,7 +290,8 @@ def test_force_rebuilds_once_per_job_and_directory(
     node_venvs._proven.clear()  # as in a new driver
     monkeypatch.setattr(node_venvs, "job_name", lambda: "the next job")
     report = ensure_venvs_on_each_node({"a.Worker": project, "b.Worker": project})
-    assert [entry.built for entry in report.entries].count(True) == 3
+    assert [entry.built for entry in report.entries].count(True) == 1
+    assert [bool(entry.received_from) for entry in report.entries].count(True) == 2
     after = {os.path.realpath(entry / "a.Worker") for entry in separate_dirs}
     assert before.isdisjoint(after)
     no_tasks()
@@ -296,9 +301,10 @@ def test_force_rebuilds_once_per_job_and_directory(
 
 
 def test_when_the_building_node_leaves_another_one_builds(
-    project: str, cluster: Cluster, separate_dirs: list[Path], tmp_path: Path
+    project: str, cluster: Cluster, separate_dirs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two more nodes share a directory. Whichever builds first is removed in the middle of it."""
+    monkeypatch.setenv("NEMO_RL_VENV_SPREAD", "off")
     hangs_once = _uv_wrapper(tmp_path, f"if mkdir {tmp_path}/hung 2>/dev/null; then sleep 600; fi")
     variables = {"NEMO_RL_VENV_DIR": str(tmp_path / "pair"), "NEMO_RL_UV": str(hangs_once)}
     pair = {node.node_id: node for node in (cluster.add_node(num_cpus=1, env_vars=variables) for _ in range(2))}
