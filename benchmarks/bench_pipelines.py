@@ -5,13 +5,15 @@
 
 Every case has a process and a Ray session of its own. `first` is a pipeline whose stages see `packaging` of the base,
 23.2 and 24.0, with no venvs yet; `second` is the same again in the same session; `after restart` the same in a new
-session, with what the first one left on disk. `2000 tasks` is three stages over 2,000 small tasks, start of the workers
-included.
+session, with what the first one left on disk. `MB per venv` is what each of the two extra versions takes on disk.
+`2000 tasks` is three stages over 2,000 small tasks, start of the workers included. `GB/h` is how fast the curation of
+math problems (`examples/run_curate_math.py`) takes raw input, all its stages together, on so many cores.
 
 | case | what it is |
 | --- | --- |
 | actor pool, ray data | our executors; lists by pip and by uv |
 | ray pip, ray uv | actors with Ray's own `runtime_env`, one per version, called one after another |
+| curation, 1 core; curation, 2 cores | the job on a messy sample of `--lines`, pinned to cores |
 | plain ray data | `map_batches` with actors on the same 2,000 rows |
 """
 
@@ -19,7 +21,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,33 +28,41 @@ from pathlib import Path
 import harness
 from harness import Case, Metrics, Ratio
 
-CASES = ("actor pool", "ray data", "ray pip", "ray uv", "plain ray data")
+CURATION = {"curation, 1 core": 1, "curation, 2 cores": 2}
+CASES = ("actor pool", "ray data", "ray pip", "ray uv", "plain ray data", *CURATION)
 SESSION = Path(__file__).with_name("pipelines_session.py")
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--lines", type=int, default=20_000, help="raw problems of the curation (default: 20000)")
     arguments = parser.parse_args()
-    cases = [Case(name, lambda name=name: run(name)) for name in arguments.cases]
+    cases = [Case(name, lambda name=name: run(name, arguments.lines)) for name in arguments.cases]
     results = harness.measure(cases, repeats=arguments.repeats)
     ours = [name for name in ("actor pool", "ray data") if name in arguments.cases]
+    rivals = [name for name in ("ray pip", "ray uv") if name in arguments.cases]
     ratios = [
         Ratio(metric, name, rival, at_most=0.2 if metric == "first" and rival == "ray pip" else None)
         for name in ours
         for metric in ("first", "second", "after restart")
-        for rival in ("ray pip", "ray uv")
-        if rival in arguments.cases
+        for rival in rivals
     ]
     ratios += [Ratio("after restart", name, name, at_most=1.5, rival_metric="second") for name in ours]
+    ratios += [Ratio("MB per venv", name, rival) for name in ours for rival in rivals]
     ratios += [Ratio("2000 tasks", name, "plain ray data") for name in ours if "plain ray data" in arguments.cases]
-    harness.report("pipelines", results, ratios, arguments.json, title="seconds")
+    if set(CURATION) <= set(arguments.cases):
+        ratios.append(Ratio("GB/h", "curation, 2 cores", "curation, 1 core"))
+    notes = [f"the curation reads {arguments.lines:,} lines"] if set(CURATION) & set(arguments.cases) else []
+    harness.report("pipelines", results, ratios, arguments.json, title="seconds, where not said", notes=notes)
 
 
-def run(name: str) -> Metrics:
+def run(name: str, num_lines: int) -> Metrics:
     """One case: a first session, and a second one that finds what the first left on disk."""
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
         environment = {**os.environ, "NEMO_RL_VENV_DIR": str(Path(scratch, "venvs")), "RAY_ADDRESS": "local"}
+        if name in CURATION:
+            return session("curation", f"{CURATION[name]}/{num_lines}", environment)
         first = session(name, "first", environment)
         if name == "plain ray data":
             return first
@@ -64,10 +73,8 @@ def run(name: str) -> Metrics:
 def session(name: str, part: str, environment: dict[str, str]) -> dict[str, float]:
     """What one Ray session measured."""
     command = [sys.executable, str(SESSION), name, part]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    written = harness.run(command, env=environment)
+    return json.loads(next(line for line in reversed(written.splitlines()) if line.startswith("{")))
 
 
 if __name__ == "__main__":

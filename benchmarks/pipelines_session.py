@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 VERSIONS = {"base": None, "23.2": "packaging==23.2", "24.0": "packaging==24.0"}
@@ -31,6 +33,15 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def megabytes_per_venv(directory: Path) -> float:
+    """What the two extra venvs take on disk, each."""
+    blocks = {}
+    for path in directory.rglob("*"):
+        status = path.lstat()
+        blocks[status.st_dev, status.st_ino] = status.st_blocks
+    return sum(blocks.values()) * 512 / 1e6 / 2
+
+
 def ours(executor: str, part: str) -> dict[str, float]:
     from nemo_rl.distributed.ray_session import init_ray
     from nemo_rl.pipelines import FunctionStage, Pipeline, RayActorPoolExecutor, RayDataExecutor, Task
@@ -47,6 +58,7 @@ def ours(executor: str, part: str) -> dict[str, float]:
     seconds = {"first": timed(three_versions)}
     if part == "first":
         seconds["second"] = timed(three_versions)
+        seconds["MB per venv"] = megabytes_per_venv(Path(os.environ["NEMO_RL_VENV_DIR"]))
         adding = [FunctionStage(add_one, name=f"add{i}") for i in range(3)]
         tasks = [Task(str(i), "d", i) for i in range(NUM_TASKS)]
         seconds["2000 tasks"] = timed(lambda: Pipeline("adding", stages=adding).run(chosen(), tasks))
@@ -79,7 +91,32 @@ def rays_own(field: str, part: str) -> dict[str, float]:
     seconds = {"first": timed(three_versions)}
     if part == "first":
         seconds["second"] = timed(three_versions)
+        resources = Path(ray._private.worker._global_node.get_runtime_env_dir_path())
+        seconds["MB per venv"] = megabytes_per_venv(resources / field)
     return seconds
+
+
+def curation(num_cores: str, num_lines: str) -> dict[str, float]:
+    """The curation job, start of its workers included, on so many cores; its venvs are made ready before."""
+    cores = sorted(os.sched_getaffinity(0))[: int(num_cores)]
+    os.sched_setaffinity(0, cores)  # Ray, and whatever it starts, inherit it
+
+    from nemo_rl.distributed.ray_session import start_local_ray
+    from nemo_rl.jobs.curate_math import CurateConfig, curation_pipeline
+    from nemo_rl.pipelines.messy_math import write_messy_math
+
+    start_local_ray(num_cpus=len(cores), num_gpus=0)
+    with tempfile.TemporaryDirectory(prefix="bench-curation-") as scratch:
+
+        def curate(lines: int) -> tuple[float, int]:
+            out = Path(scratch, str(lines))
+            raw = write_messy_math(out / "raw.jsonl", lines).path
+            pipeline = curation_pipeline(CurateConfig(output_dir=str(out)), [str(raw)])
+            return timed(lambda: pipeline.run(run_dir=out / "run")), raw.stat().st_size
+
+        curate(50)
+        seconds, num_bytes = curate(int(num_lines))
+    return {"GB/h": num_bytes / 1e9 / (seconds / 3600), "lines/s": int(num_lines) / seconds}
 
 
 def plain_ray_data() -> dict[str, float]:
@@ -104,6 +141,8 @@ def main(case: str, part: str) -> None:
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     if case == "plain ray data":
         seconds = plain_ray_data()
+    elif case == "curation":
+        seconds = curation(*part.split("/"))
     elif case.startswith("ray ") and case != "ray data":
         seconds = rays_own(case.removeprefix("ray "), part)
     else:

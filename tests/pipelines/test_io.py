@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_rl.errors import DataError, PipelineDefinitionError, StageError
+from nemo_rl.errors import DataError, PipelineDefinitionError, ResumeError, StageError
 from nemo_rl.pipelines import DocumentBatch, EmptyTask, FileGroupTask, Pipeline, RayActorPoolExecutor
 from nemo_rl.pipelines.io.files import list_files, num_bytes
 from nemo_rl.pipelines.io.partition import FilePartitioningStage
@@ -106,6 +109,12 @@ def test_broken_lines_are_errors_that_name_file_and_line(tmp_path: Path) -> None
         broken(tmp_path, b'{"b": 1}\n{"a": 1}\n', columns=["b"])
     with pytest.raises(DataError, match=r"bad\.jsonl:2: the values of 'a' have no common type"):
         broken(tmp_path, b'{"a": 1}\n{"a": "x"}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:4: the values of 'a' have no common type .*too large"):
+        broken(tmp_path, b'{"a": 1}\n{"a": null}\n\n{"a": 99999999999999999999}\n{"a": 2}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: the values of 'a' are not all int64"):
+        broken(tmp_path, b'{"a": 1}\n{"a": null}\n{"a": "x"}\n', columns={"a": "int64"})
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8 text: half of a surrogate pair"):
+        broken(tmp_path, b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:41: not a JSON"):  # also where the file is split
         broken(tmp_path, b'{"a": 1}\n' * 40 + b"nonsense\n", task_size=50)
 
@@ -131,6 +140,14 @@ def test_what_can_be_done_about_broken_lines(tmp_path: Path) -> None:
     assert batch is not None
     assert batch.to_pyarrow().to_pylist() == [{"a": 1}, {"a": 3}]
     assert aside == ["2", "4", ("broken line", 2)]
+    aside.clear()
+    typed = JsonlReadStage({"a": "int64"}, None, "set_aside")
+    typed._reporter = Reporter()
+    path.write_bytes(b'{"a": 1}\n{"a": "x"}\n{"a": "\\udc00"}\n{"a": 99999999999999999999}\n{"a": 5}\n')
+    batch = typed.process(FileGroupTask("t", "d", [str(path)]))
+    assert batch is not None
+    assert batch.to_pyarrow().to_pylist() == [{"a": 1}, {"a": 5}]
+    assert sorted(map(str, aside)) == ["('broken line', 3)", "2", "3", "4"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -149,6 +166,38 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_all(ParquetReader(tmp_path, columns=["m"]))
 
 
+def test_empty_input_gives_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").write_text("\n  \n")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b""))
+    pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "d.parquet")
+    assert read_all(JsonlReader(tmp_path, columns={"n": "int64"})) == []
+    assert read_all(ParquetReader(tmp_path)) == []
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond `num_bytes`: writing fails in the middle, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None:
+    table = pa.table({"text": [os.urandom(5000).hex() for _ in range(100)]})
+    task = DocumentBatch("t", "d", table, _lineage="0")
+    for writer in (JsonlWriter(tmp_path), ParquetWriter(tmp_path)):
+        with full_disk(100_000), pytest.raises(DataError, match=r"part-0\.(jsonl|parquet) cannot be written"):
+            writer.process(task)
+    single = SingleParquetWriter(tmp_path / "all.parquet")
+    with full_disk(100_000), pytest.raises(DataError, match=r"all\.parquet cannot be written"):
+        list(single.process_all([task]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
@@ -158,6 +207,13 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     JsonlWriter(tmp_path).prepare(resumes=True)
     JsonlWriter(tmp_path, overwrite=True).prepare(resumes=False)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="is a directory; name a file"):
+        SingleParquetWriter(tmp_path).prepare(resumes=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        SingleParquetWriter(tmp_path / "file" / "all.parquet").prepare(resumes=False)
+    with pytest.raises(ResumeError, match=r"the run directory .*file/run cannot be written"):
+        Pipeline("p", stages=[JsonlReader(tmp_path)]).run(run_dir=tmp_path / "file" / "run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nemo_rl.errors import DataError
@@ -102,24 +104,26 @@ class JsonlReadStage(_ReadStage):
         self.broken_lines = broken_lines
 
     def process(self, task: FileGroupTask) -> DocumentBatch | None:
-        records: list[dict[str, Any]] = []
+        records: list[_Record] = []
         broken: list[dict[str, Any]] = []
-        places: list[tuple[str, int]] = []
         for url, part in zip(task.data, task.parts or [None] * len(task.data)):
             for offset, number, line in _lines(url, part):
+                record = _Record(url, part, offset, number, line)
                 try:
-                    records.append(self._parsed(line))
-                    places.append((url, number))
+                    record.values = self._parsed(line)
+                    records.append(record)
                 except DataError as error:
-                    where = f"{url}:{number if part is None else line_number(url, offset)}"
                     if self.broken_lines == "error":
-                        raise DataError(f"{where}: {error}") from None
-                    broken.append({"where": where, "error": str(error), "line": line.decode("utf-8", "replace")})
+                        raise DataError(f"{record.where}: {error}") from None
+                    broken.append(record.broken(str(error)))
+        if self.broken_lines == "set_aside":
+            records, misfits = self._fitting(records)
+            broken += misfits
         self.set_aside(broken)
         self.dropped("broken line", len(broken), broken)
         if not records:
             return None
-        return self._batch(task, self._table(records, places))
+        return self._batch(task, self._table(records))
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
@@ -134,30 +138,66 @@ class JsonlReadStage(_ReadStage):
             raise DataError(f"not a JSON object on one line: {error}") from None
         if not isinstance(record, dict):
             raise DataError(f"expected a JSON object such as {{...}}, got a {type(record).__name__}")
+        if "\\u" in text:
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"not UTF-8 text: half of a surrogate pair: {error}") from None
         for name in self.columns or ():
             if name not in record:
                 raise DataError(f"no key {name!r}; there are: {', '.join(record)}")
         return record
 
-    def _table(self, records: list[dict[str, Any]], places: list[tuple[str, int]]) -> Any:
+    def _fitting(self, records: list[_Record]) -> tuple[list[_Record], list[dict[str, Any]]]:
+        """The records whose values have the types that were given, and the others."""
+        reasons: dict[int, str] = {}
+        for name, kind in self.types.items():
+            values = [record.values.get(name) for record in records]
+            if _conversion_error(values, kind) is not None:
+                for index, value in enumerate(values):
+                    error = _conversion_error([value], kind)
+                    if error is not None:
+                        reasons.setdefault(index, f"the value of {name!r} is no {kind}: {error}")
+        kept = [record for index, record in enumerate(records) if index not in reasons]
+        return kept, [records[index].broken(reason) for index, reason in sorted(reasons.items())]
+
+    def _table(self, records: list[_Record]) -> Any:
         import pyarrow
 
-        names = self.columns or list(dict.fromkeys(name for record in records for name in record))
+        names = self.columns or list(dict.fromkeys(name for record in records for name in record.values))
         columns = {}
         for name in names:
-            values = [record.get(name) for record in records]
+            values = [record.values.get(name) for record in records]
             kind = self.types.get(name)
-            if kind == "string":
-                values = [_as_text(value) for value in values]
-            try:
-                columns[name] = pyarrow.array(values, None if kind is None else pyarrow.type_for_alias(kind))
-            except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
-                url, number = places[_first_other(values)]
+            error = _conversion_error(values, kind)
+            if error is not None:
+                where = records[_first_misfit(values, kind)].where
+                what = "have no common type" if kind is None else f"are not all {kind}"
                 raise DataError(
-                    f"{url}:{number}: the values of {name!r} have no common type ({error}). Give one: "
-                    f"columns={{{name!r}: 'string', ...}}"
-                ) from None
+                    f"{where}: the values of {name!r} {what} ({error}). Give one: columns={{{name!r}: 'string', ...}}"
+                )
+            columns[name] = _array(values, kind)
         return pyarrow.table(columns)
+
+
+@dataclass
+class _Record:
+    """A line of a file: where it is, and its values once they have been read."""
+
+    url: str
+    part: tuple[int, int] | None
+    offset: int
+    number: int
+    line: bytes
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"{self.url}:{self.number if self.part is None else line_number(self.url, self.offset)}"
+
+    def broken(self, error: str) -> dict[str, Any]:
+        """What is kept of a line that cannot be used."""
+        return {"where": self.where, "error": error, "line": self.line.decode("utf-8", "replace")}
 
 
 class ParquetReadStage(_ReadStage):
@@ -216,8 +256,27 @@ def _as_text(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _first_other(values: Sequence[Any]) -> int:
-    """The position of the first value whose type differs from the first one's."""
-    kinds = [type(value) for value in values]
-    first = next((kind for kind in kinds if kind is not type(None)), type(None))
-    return next((i for i, kind in enumerate(kinds) if kind not in (first, type(None))), 0)
+def _array(values: list[Any], kind: str | None) -> Any:
+    """The values as an Arrow array. Raises what `_conversion_error` catches."""
+    import pyarrow
+
+    if kind == "string":
+        values = [_as_text(value) for value in values]
+    return pyarrow.array(values, None if kind is None else pyarrow.type_for_alias(kind))
+
+
+def _conversion_error(values: list[Any], kind: str | None) -> Exception | None:
+    """Why the values cannot be an Arrow array of that type (None: of any); None when they can."""
+    import pyarrow
+
+    try:
+        _array(values, kind)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        return error
+    return None
+
+
+def _first_misfit(values: list[Any], kind: str | None) -> int:
+    """The position of the first value that does not go together with those before it; there is one."""
+    lengths = range(1, len(values) + 1)
+    return bisect.bisect_left(lengths, True, key=lambda length: _conversion_error(values[:length], kind) is not None)

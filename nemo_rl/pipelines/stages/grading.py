@@ -26,7 +26,7 @@ class SolutionEffortGrade(ProcessingStage[DocumentBatch, DocumentBatch]):
     """
 
     def __init__(
-        self, solution: str = "solution", *, levels: Sequence[int] = (5, 9, 14, 20), output: str = "difficulty"
+        self, solution: str = "solution", *, levels: Sequence[int] = (6, 9, 12, 20), output: str = "difficulty"
     ) -> None:
         if list(levels) != sorted(set(levels)):
             raise PipelineDefinitionError(f"SolutionEffortGrade: levels must ascend, not {list(levels)}")
