@@ -20,6 +20,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,16 @@ from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_builder import MAX_DESCRIPTIONS, RayWorkerBuilder, configure_call, keeps_changing
 from nemo_rl.distributed.worker_calls import WorkerCalls
 from nemo_rl.distributed.worker_launch import IsolatedWorkerInitializer, LaunchPlan, configure_workers
-from nemo_rl.distributed.worker_layout import WorkerMetadata, plan_seats
-from nemo_rl.distributed.worker_start import StaleDescription, StartingWorker, all_dead, await_started, kill_and_wait
-from nemo_rl.errors import ConfigError, WorkerError
+from nemo_rl.distributed.worker_layout import Seat, WorkerMetadata, plan_seats
+from nemo_rl.distributed.worker_start import (
+    StaleDescription,
+    StartingWorker,
+    all_dead,
+    await_started,
+    kill_and_wait,
+    refuse_lost_nodes,
+)
+from nemo_rl.errors import ConfigError, WorkerError, WorkerStartError
 from nemo_rl.utils.files import write_atomically
 
 __all__ = ["IsolatedWorkerInitializer", "MultiWorkerFuture", "RayWorkerBuilder", "RayWorkerGroup", "WorkerMetadata"]
@@ -64,7 +72,7 @@ class RayWorkerGroup(WorkerCalls):
     Raises:
         ConfigError: arguments that do not fit the cluster, or each other.
         ResourceInsufficientError, NodeVenvError, RuntimeEnvError, UnregisteredActorError: see the parts.
-        WorkerStartError: a worker died or did not answer; with its own traceback.
+        WorkerStartError: a worker died or did not answer; with its own traceback. NodeLostError: its node is gone.
         AttestationError: a worker does not run in the venv that was made ready for it.
     """
 
@@ -91,14 +99,16 @@ class RayWorkerGroup(WorkerCalls):
         self._is_shut_down = False
         started = time.monotonic()
         plan = remote_worker_builder.plan(env_vars=env_vars)
-        self._metadata, rank_env_vars = self._take_seats()
+        self._bundles = cluster.bundles()
+        self._metadata = self._take_seats()
         plan.serve_nodes(self._bundles[seat.bundle].node_id for seat in self._seats)
         cluster.move_in(self, self.label, [seat.bundle for seat in self._seats])
         try:
-            self._methods = self._start(plan, rank_env_vars)
+            self._plan, self._workers, self._attestation = self._start(plan, self._seats)
         except BaseException:
             cluster.move_out(self)
             raise
+        self._methods = self._plan.description.methods
         logger.info("started %d workers %s in %.2f s", len(self._workers), self.label, time.monotonic() - started)
 
     # --- what there is -----------------------------------------------------------------------------------------------
@@ -167,19 +177,42 @@ class RayWorkerGroup(WorkerCalls):
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    def _take_seats(self) -> tuple[list[WorkerMetadata], list[dict[str, str]]]:
-        """Reserve bundles and ports. Returns each worker's metadata and the variables that only it gets."""
-        self._bundles = self.cluster.bundles()
-        group_index = {id(group): index for index, group in enumerate(self.cluster.get_placement_groups())}
-        taken = [self._bundles[seat.bundle] for seat in self._seats]
-        places = [(group_index[id(bundle.placement_group)], bundle.bundle_idx) for bundle in taken]
-        (self.master_address, self.master_port), *ports = self.cluster.get_available_addresses_and_ports_batch(
-            [places[0], *places]
-        )
+    def replace_workers(self, ranks: Sequence[int]) -> list[int]:
+        """Start workers anew on their bundles, with all that are tied to them; the others are not touched.
+
+        The new ones are told the addresses of the group as it is, but a process group that the old ones were members of
+        does not take them in: this is for workers that share nothing beyond their tied group.
+
+        Returns:
+            The ranks that were started anew.
+
+        Raises:
+            NodeLostError: a node of theirs has left the cluster. In each case they are dead, and the others go on.
+            WorkerStartError: see the class.
+            AttestationError: see the class.
+        """
+        tied_groups = {self._seats[rank].tied_group for rank in ranks}
+        seats = [seat for seat in self._seats if seat.tied_group in tied_groups]
+        kill_and_wait([self._workers[seat.rank] for seat in seats])
+        places = [(self.describe_worker(seat.rank), self._bundles[seat.bundle].node_id) for seat in seats]
+        refuse_lost_nodes(places)
+        try:
+            self._refresh_ports(seats)
+        except RayError as error:  # Ray takes some seconds to notice that a node is gone; until then it looks alive
+            refuse_lost_nodes(places)
+            raise WorkerStartError(f"{self.label}: no free ports can be asked for: {error}") from error
+        self._plan, handles, answers = self._start(self._plan, seats)
+        for seat, handle, answer in zip(seats, handles, answers, strict=True):
+            self._workers[seat.rank] = handle
+            self._attestation[seat.rank] = answer
+        return [seat.rank for seat in seats]
+
+    def _take_seats(self) -> list[WorkerMetadata]:
+        """Find a master port and one for each worker. Returns each worker's metadata."""
+        (self.master_address, self.master_port), *self._ports = self._free_ports([self._seats[0], *self._seats])
         token = secrets.token_hex(3)
         metadata: list[WorkerMetadata] = []
-        env_vars: list[dict[str, str]] = []
-        for seat, bundle in zip(self._seats, taken):
+        for seat in self._seats:
             shard = seat.tied_group
             if self._has_data_axis:
                 assert self.sharding_annotations is not None
@@ -189,34 +222,58 @@ class RayWorkerGroup(WorkerCalls):
                     "node_idx": seat.node_idx,
                     "local_rank": seat.local_rank,
                     "global_rank": seat.rank,
-                    "name": f"{self.label}-{seat.node_idx}-{bundle.local_idx}-{token}",
+                    "name": f"{self.label}-{seat.node_idx}-{self._bundles[seat.bundle].local_idx}-{token}",
                     "bundle_indices": seat.bundle_indices,
                     "dp_shard_idx": shard,
                 }
             )
-            env_vars.append(
-                {
-                    "RANK": str(seat.rank),
-                    "LOCAL_RANK": str(seat.local_rank),
-                    "WORLD_SIZE": str(len(self._seats)),
-                    "NODE_RANK": str(seat.node_idx),
-                    "MASTER_ADDR": self.master_address,
-                    "MASTER_PORT": str(self.master_port),
-                    # One entry per rank, as JSON (which is also a Python literal).
-                    "AVAILABLE_ADDR_LIST": json.dumps([address for address, _ in ports]),
-                    "AVAILABLE_PORT_LIST": json.dumps([port for _, port in ports]),
-                }
-            )
-        return metadata, env_vars
+        return metadata
 
-    def _start(self, plan: LaunchPlan, rank_env_vars: list[dict[str, str]]) -> tuple[str, ...]:
-        """Create all actors and wait for them; again if the class is not what was described. Returns its methods."""
+    def _refresh_ports(self, seats: Sequence[Seat]) -> None:
+        for seat, port in zip(seats, self._free_ports(seats), strict=True):
+            self._ports[seat.rank] = port
+
+    def _free_ports(self, seats: Sequence[Seat]) -> list[tuple[str, int]]:
+        groups = {id(group): index for index, group in enumerate(self.cluster.get_placement_groups())}
+        bundles = [self._bundles[seat.bundle] for seat in seats]
+        return self.cluster.get_available_addresses_and_ports_batch(
+            [(groups[id(bundle.placement_group)], bundle.bundle_idx) for bundle in bundles]
+        )
+
+    def _env_vars_of(self, seat: Seat) -> dict[str, str]:
+        """The variables that only this worker gets."""
+        return {
+            "RANK": str(seat.rank),
+            "LOCAL_RANK": str(seat.local_rank),
+            "WORLD_SIZE": str(len(self._seats)),
+            "NODE_RANK": str(seat.node_idx),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+            # One entry per rank, as JSON (which is also a Python literal).
+            "AVAILABLE_ADDR_LIST": json.dumps([address for address, _ in self._ports]),
+            "AVAILABLE_PORT_LIST": json.dumps([port for _, port in self._ports]),
+        }
+
+    def _start(
+        self, plan: LaunchPlan, seats: Sequence[Seat]
+    ) -> tuple[LaunchPlan, list[ActorHandle], list[dict[str, Any]]]:
+        """Create actors and wait for them; again if the class is not what was described.
+
+        Returns the plan that they were started by, their handles and their attestations.
+        """
         for _ in range(MAX_DESCRIPTIONS):
+            handles: list[ActorHandle] = []
             try:
-                self._create(plan, rank_env_vars)
+                self._create(plan, seats, handles)
                 starting = [
-                    StartingWorker(handle, plan.fqn, self.describe_worker(rank), plan.secrets)
-                    for rank, handle in enumerate(self._workers)
+                    StartingWorker(
+                        handle,
+                        plan.fqn,
+                        f"rank {seat.rank} ({self._metadata[seat.rank]['name']})",
+                        plan.secrets,
+                        self._bundles[seat.bundle].node_id,
+                    )
+                    for seat, handle in zip(seats, handles, strict=True)
                 ]
                 answers = await_started(starting)
             except StaleDescription as stale:
@@ -224,30 +281,30 @@ class RayWorkerGroup(WorkerCalls):
                 plan = plan.redescribed(stale.description)
                 continue
             except BaseException:
-                kill_and_wait(self._workers)
-                self._workers = []
+                kill_and_wait(handles)
                 raise
-            self._attestation = [
-                {"rank": rank, "name": self._metadata[rank]["name"], **answer} for rank, answer in enumerate(answers)
+            attestation = [
+                {"rank": seat.rank, "name": self._metadata[seat.rank]["name"], **answer}
+                for seat, answer in zip(seats, answers, strict=True)
             ]
-            return plan.description.methods
+            return plan, handles, attestation
         raise WorkerError(keeps_changing(plan.fqn))
 
-    def _create(self, plan: LaunchPlan, rank_env_vars: list[dict[str, str]]) -> None:
+    def _create(self, plan: LaunchPlan, seats: Sequence[Seat], handles: list[ActorHandle]) -> None:
+        """Create one actor per seat; its handle is in `handles` at once, so that it can be killed whatever happens."""
         share = self.cluster.worker_share
         calls = [
             configure_call(
                 share["num_gpus"], seat.bundle_indices if seat.is_leader else None, self.cluster.num_gpus_per_node
             )
-            for seat in self._seats
+            for seat in seats
         ]
-        self._workers = []
-        for seat, configured in zip(self._seats, configure_workers(plan, calls)):
+        for seat, configured in zip(seats, configure_workers(plan, calls)):
             bundle = self._bundles[seat.bundle]
             options = {**share, "name": self._metadata[seat.rank]["name"]}
-            self._workers.append(
+            handles.append(
                 self._builder.submit(
-                    plan, bundle.placement_group, bundle.bundle_idx, options, configured, rank_env_vars[seat.rank]
+                    plan, bundle.placement_group, bundle.bundle_idx, options, configured, self._env_vars_of(seat)
                 )
             )
 

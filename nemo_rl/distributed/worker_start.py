@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from nemo_rl import settings
 from nemo_rl.distributed import worker_host
+from nemo_rl.distributed.nodes import alive_nodes
 from nemo_rl.distributed.worker_description import ClassDescription
-from nemo_rl.errors import AttestationError, WorkerStartError
+from nemo_rl.errors import AttestationError, NodeLostError, WorkerStartError
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
+_LIVENESS_INTERVAL_S = 2.0
 _LAST_LINES = 20
 
 
@@ -37,12 +39,14 @@ class StartingWorker:
     Attributes:
         label: for messages, such as "rank 3 (policy-0-3)".
         secrets: texts that no message may show.
+        node_id: where it has to run; None where Ray chooses.
     """
 
     handle: ActorHandle
     fqn: str
     label: str
     secrets: tuple[str, ...] = field(default=(), repr=False)
+    node_id: str | None = None
 
 
 class StaleDescription(Exception):
@@ -61,6 +65,7 @@ def await_started(workers: Sequence[StartingWorker], timeout_s: float | None = N
 
     Raises:
         WorkerStartError: a worker died (with its own traceback), or not all have answered in `timeout_s`.
+        NodeLostError: the node of one that has not answered is no more.
         AttestationError: a worker runs in another venv or ray than it should.
         StaleDescription: see there.
         In every case, and for Ctrl-C, all of `workers` are dead by then.
@@ -71,17 +76,31 @@ def await_started(workers: Sequence[StartingWorker], timeout_s: float | None = N
     answers: dict[int, dict[str, Any]] = {}
     try:
         while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            left_s = deadline - time.monotonic()
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, left_s), _LIVENESS_INTERVAL_S))
             if not ready:
-                raise WorkerStartError(
-                    _timeout_message([workers[i] for i in pending.values()], len(workers), timeout_s)
-                )
+                missing = [workers[i] for i in pending.values()]
+                refuse_lost_nodes((worker.label, worker.node_id) for worker in missing)
+                if left_s <= 0:
+                    raise WorkerStartError(_timeout_message(missing, len(workers), timeout_s))
+                continue
             index = pending.pop(ready[0])
             answers[index] = _checked_answer(workers[index], ready[0])
     except BaseException:
         kill_and_wait([worker.handle for worker in workers])
         raise
     return [answers[index] for index in range(len(workers))]
+
+
+def refuse_lost_nodes(places: Iterable[tuple[str, str | None]]) -> None:
+    """Raise `NodeLostError` if a worker's node is no more; `places` holds workers' labels and node ids.
+
+    A bundle belongs to its node: Ray would keep its workers waiting for the node to come back.
+    """
+    alive = {node.node_id for node in alive_nodes()}
+    for label, node_id in places:
+        if node_id is not None and node_id not in alive:
+            raise NodeLostError(f"worker {label} cannot start: node {node_id} has left the Ray cluster.")
 
 
 def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[str, Any]:
@@ -141,6 +160,8 @@ def all_dead(handles: Sequence[ActorHandle], timeout_s: float) -> bool:
         while True:
             try:
                 ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
+            except ActorUnavailableError:  # its node does not answer; Ray has not decided yet
+                pass
             except RayActorError:
                 break
             except GetTimeoutError:

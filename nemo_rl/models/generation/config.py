@@ -37,7 +37,7 @@ class GenerationConfig(SamplingConfig):
     )
     max_batch_size: int = Field(1024, ge=1, description="Sequences decoded at a time by one worker.")
     max_restarts: int = Field(
-        2, ge=0, description="How often in a job the workers are started anew, after one died, and the call repeated."
+        2, ge=0, description="How many deaths of generation workers a job makes good before one ends it."
     )
     validation: SamplingConfig | None = Field(None, description="Sampling for validation. Null: greedy.")
 

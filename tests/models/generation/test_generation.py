@@ -16,8 +16,9 @@ from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.generation.generation import Generation, _even_parts, _replicas
+from nemo_rl.models.generation.generation import Generation
 from nemo_rl.models.generation.registry import BACKENDS, generation_backend
+from nemo_rl.models.generation.replica_layout import even_parts, replica_bundles
 from nemo_rl.models.generation.results import join, select
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.sender import publish
@@ -26,32 +27,32 @@ TEXTS = ("What is 1+1? ", "a", "37+48=", "ten chars!", "xyz")
 
 
 def test_parts_are_consecutive_and_even() -> None:
-    assert _even_parts(5, 2) == [(0, 3), (3, 5)]
-    assert _even_parts(4, 2) == [(0, 2), (2, 4)]
-    assert _even_parts(1, 3) == [(0, 1), (1, 1), (1, 1)]
+    assert even_parts(5, 2) == [(0, 3), (3, 5)]
+    assert even_parts(4, 2) == [(0, 2), (2, 4)]
+    assert even_parts(1, 3) == [(0, 1), (1, 1), (1, 1)]
 
 
 def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
     def per_node(*arguments: object) -> list[int]:
-        places = [node for node, _ in _replicas(*arguments, size=1)]
+        places = [node for node, _ in replica_bundles(*arguments, size=1)]
         return [places.count(node) for node in (0, 1)]
 
     assert per_node([2, 2], None) == [2, 2]
     assert per_node([2, 2], 2) == [1, 1]
     assert per_node([1, 4], 4) == [1, 3]
     with pytest.raises(ConfigError, match="num_workers=5, but the cluster has only 4 places"):
-        _replicas([2, 2], 5, 1)
+        replica_bundles([2, 2], 5, 1)
 
 
 def test_workers_of_one_replica_are_neighbours_on_one_node() -> None:
-    assert _replicas([4, 2], None, 2) == [(0, [0, 1]), (0, [2, 3]), (1, [0, 1])]
-    assert _replicas([3, 3], 4, 2) == [(0, [0, 1]), (1, [0, 1])]
+    assert replica_bundles([4, 2], None, 2) == [(0, [0, 1]), (0, [2, 3]), (1, [0, 1])]
+    assert replica_bundles([3, 3], 4, 2) == [(0, [0, 1]), (1, [0, 1])]
     with pytest.raises(ConfigError, match=r"places per node, \[3, 3\], cannot be divided into replicas of 2"):
-        _replicas([3, 3], None, 2)
+        replica_bundles([3, 3], None, 2)
     with pytest.raises(ConfigError, match="num_workers=3 cannot be divided into replicas of 2"):
-        _replicas([4], 3, 2)
+        replica_bundles([4], 3, 2)
     with pytest.raises(ConfigError, match="num_workers=8, but the cluster has only 4 places"):
-        _replicas([3, 3], 8, 2)
+        replica_bundles([3, 3], 8, 2)
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
@@ -119,7 +120,7 @@ def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
         generation.shutdown()
 
 
-def test_after_a_death_the_workers_start_anew_and_the_call_is_repeated(cluster, tiny) -> None:
+def test_a_dead_worker_is_replaced_and_its_prompts_are_generated_again(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
     sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=1)
     generation = Generation(
@@ -130,13 +131,15 @@ def test_after_a_death_the_workers_start_anew_and_the_call_is_repeated(cluster, 
         prompts = BatchedDataDict(input_ids=ids, input_lengths=lengths)
         generation.update_weights(publish(model.model.named_parameters(), version=6, dtype="float32"))
         undisturbed = generation.generate(prompts, seed=3)
-        before = [record["pid"] for record in generation.attestation()]
-        os.kill(before[1], signal.SIGKILL)
+        survivor, victim = [record["pid"] for record in generation.attestation()]
+        os.kill(victim, signal.SIGKILL)
         assert_same(generation.generate(prompts, seed=3), undisturbed)
         after = generation.attestation()
+        assert [record["rank"] for record in after] == [0, 1]
         assert {record["weights_version"] for record in after} == {6}
-        assert not set(before) & {record["pid"] for record in after}
-        os.kill(after[0]["pid"], signal.SIGKILL)
+        assert after[0]["pid"] == survivor
+        assert after[1]["pid"] != victim
+        os.kill(survivor, signal.SIGKILL)
         with pytest.raises(WorkerError, match="worker rank 0 .* died during a call"):
             generation.generate(prompts, seed=3)
     finally:

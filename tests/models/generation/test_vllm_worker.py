@@ -159,7 +159,7 @@ def test_a_tensor_that_is_not_loaded_is_noticed(generation: Generation, model: T
     def restore(worker):
         del worker._generator.engine.model.load_weights
 
-    [handle] = generation._workers.workers
+    [handle] = generation._replicas.workers.workers
     ray.get(handle.__ray_call__.remote(skip))
     try:
         with pytest.raises(WeightSyncError, match="version 4 arrived damaged"):

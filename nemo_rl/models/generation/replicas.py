@@ -1,0 +1,223 @@
+"""Calls to the replicas of a model, and what happens when one of them dies.
+
+::
+
+    prompts ── consecutive parts ──► one replica each ──► results as they come
+                                        │ dies
+                                        ├─ its node lives:   it starts anew on its bundles, with the last weights
+                                        ├─ its node is gone: the others do its work
+                                        └─ what it had not handed over is generated again; the others are not disturbed
+
+Completions depend on the seed and the position only, so they are the same as without the death. Two threads may call:
+one generates while another brings new weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from nemo_rl.distributed.futures import Reference, worker_error
+from nemo_rl.errors import NodeLostError
+from nemo_rl.models.generation.replica_layout import even_parts
+from nemo_rl.models.generation.results import select
+from nemo_rl.models.weights.digest import check_digest
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+    from nemo_rl.distributed.worker_groups import RayWorkerGroup
+    from nemo_rl.models.generation.interfaces import GenerationResult
+    from nemo_rl.models.weights.interfaces import WeightUpdate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Part:
+    """What one replica was asked for.
+
+    Attributes:
+        replica, life: who was asked, and in which of its lives.
+        start, end: positions of its prompts in the whole call.
+        pending: what its workers have not returned yet: reference -> rank.
+    """
+
+    replica: int
+    life: int
+    start: int
+    end: int
+    pending: dict[Reference, int]
+
+    def take(self, ready: Reference, leader: int) -> tuple[list[int], GenerationResult] | None:
+        """What has come, or None: the end of a stream, or the same again from another rank of the replica.
+
+        Raises `RayActorError` for a dead worker, and what the worker raised.
+        """
+        is_leader = self.pending[ready] == leader
+        if not isinstance(ready, ray.ObjectRefGenerator):
+            del self.pending[ready]
+            result = ray.get(ready)
+            return (list(range(self.start, self.end)), result) if is_leader else None
+        reference = next(ready, None)
+        if reference is None:
+            del self.pending[ready]
+            return None
+        piece: tuple[list[int], GenerationResult] = ray.get(reference)
+        return piece if is_leader else None
+
+
+class Replicas:
+    """The replicas of one model in a worker group; each is a tied group of its own.
+
+    Args:
+        workers: the group.
+        size: workers of one replica: ranks 0 to size - 1 are the first.
+        max_restarts: how many deaths of replicas are made good.
+    """
+
+    def __init__(self, workers: RayWorkerGroup, *, size: int, max_restarts: int) -> None:
+        self.workers = workers
+        self._size = size
+        self._restarts_left = max_restarts
+        self._lives = dict.fromkeys(range(workers.world_size // size), 0)  # of those that there are
+        self._update: WeightUpdate | None = None
+        self._changing = threading.RLock()  # held while weights are loaded or a replica is replaced
+
+    def run(
+        self, method: str, prompts: BatchedDataDict, how: Mapping[str, Any]
+    ) -> Iterator[tuple[list[int], GenerationResult]]:
+        """Call `method` ("generate" or "stream") with `prompts` spread over the replicas; the calls go out at once.
+
+        Yields:
+            Positions in `prompts` and the completions of these prompts, each position once, in the order they come.
+
+        Raises:
+            WorkerError: a replica died and may not be replaced any more.
+        """
+        send = functools.partial(self._send, method, prompts, how)
+        return self._pieces(send(0, len(prompts["input_lengths"])), send, how["num_generations"])
+
+    def update_weights(self, update: WeightUpdate, *, in_flight: bool) -> str:
+        """Load weights on every replica. Raises `WeightSyncError` when one has not got what was sent."""
+        with self._changing:
+            self._update = update
+            # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
+            method = "update_weights_in_flight" if in_flight and self._size == 1 else "update_weights"
+            shared = ray.put(update)
+            sent = [
+                (replica, life, self._call(replica, method, update=shared)) for replica, life in self._lives.items()
+            ]
+            for replica, life, references in sent:
+                try:
+                    self._check_digests(update, references)
+                except RayActorError as error:
+                    self._replace(replica, life, error)
+        return update.digest
+
+    def _check_digests(self, update: WeightUpdate, references: Mapping[Reference, int]) -> None:
+        for reference, rank in references.items():
+            where = self.workers.describe_worker(rank)
+            check_digest(version=update.version, expected=update.digest, found=ray.get(reference), where=where)
+
+    def call_all(self, method: str, **kwargs: Any) -> list[Any]:
+        """Call a method on every worker there is. Raises `WorkerError` when one is dead."""
+        called = [self._call(replica, method, **kwargs) for replica in self._lives]
+        ranks = [rank for references in called for rank in references.values()]
+        try:
+            return ray.get([reference for references in called for reference in references])
+        except RayActorError as error:
+            raise worker_error(self.workers, error, [], ranks) from error
+
+    def attestation(self) -> list[dict[str, Any]]:
+        """Of every worker there is: how it was started, and what it reports itself."""
+        ranks = [rank for replica in self._lives for rank in self._ranks(replica)]
+        launched = self.workers.attestation
+        return [launched[rank] | own for rank, own in zip(ranks, self.call_all("attestation"), strict=True)]
+
+    def _ranks(self, replica: int) -> range:
+        return range(replica * self._size, (replica + 1) * self._size)
+
+    def _call(self, replica: int, method: str, **kwargs: Any) -> dict[Reference, int]:
+        call = self.workers.run_single_worker_single_data
+        return {call(method, worker_idx=rank, **kwargs): rank for rank in self._ranks(replica)}
+
+    def _send(self, method: str, prompts: BatchedDataDict, how: Mapping[str, Any], start: int, end: int) -> list[_Part]:
+        """Ask the replicas for the prompts from `start` to `end`, in even parts."""
+        parts = []
+        with self._changing:
+            for (replica, life), (first, last) in zip(self._lives.items(), even_parts(end - start, len(self._lives))):
+                if first == last and first > 0:
+                    continue
+                rows = slice(start + first, start + last)
+                own: Any = {key: prompts[key][rows] for key in ("input_ids", "input_lengths")}
+                if self._size > 1:
+                    own = ray.put(own)
+                references = self._call(replica, method, prompts=own, first_prompt=rows.start, **how)
+                parts.append(_Part(replica, life, rows.start, rows.stop, references))
+        return parts
+
+    def _pieces(
+        self, parts: list[_Part], send: Callable[[int, int], list[_Part]], num_generations: int
+    ) -> Iterator[tuple[list[int], GenerationResult]]:
+        seen: set[int] = set()
+        while parts:
+            part_of = {reference: part for part in parts for reference in part.pending}
+            [ready], _ = ray.wait(list(part_of), num_returns=1, fetch_local=False)
+            part = part_of[ready]
+            try:
+                piece = part.take(ready, leader=self._ranks(part.replica)[0])
+            except RayActorError as error:
+                parts.remove(part)
+                self._replace(part.replica, part.life, error)
+                if not seen.issuperset(range(part.start, part.end)):
+                    parts += send(part.start, part.end)
+                continue
+            if not part.pending:
+                parts.remove(part)
+            if piece is not None:
+                yield from _unseen(*piece, seen, num_generations)
+
+    def _replace(self, replica: int, life: int, error: RayActorError) -> None:
+        """Bring a dead replica back, or do without it. Raises the `WorkerError` when that has been done too often."""
+        with self._changing:
+            if self._lives.get(replica) != life:
+                return  # another thread has seen its death too
+            death = worker_error(self.workers, error, [], self._ranks(replica))
+            if not self._restarts_left:
+                raise death from error
+            self._restarts_left -= 1
+            try:
+                self.workers.replace_workers(self._ranks(replica))
+            except NodeLostError as lost:
+                del self._lives[replica]
+                if not self._lives:
+                    raise death from lost
+                logger.warning("%s. %s The other %d replicas go on without it.", death, lost, len(self._lives))
+                return
+            self._lives[replica] += 1
+            logger.warning("%s. It was started anew; that may happen %d more times.", death, self._restarts_left)
+            if self._update is not None:
+                try:
+                    self._check_digests(self._update, self._call(replica, "update_weights", update=self._update))
+                except RayActorError as again:
+                    self._replace(replica, self._lives[replica], again)
+
+
+def _unseen(
+    positions: list[int], piece: GenerationResult, seen: set[int], num_generations: int
+) -> Iterator[tuple[list[int], GenerationResult]]:
+    """What of a piece has not been handed over yet, if anything; from now on it has been."""
+    new = [index for index, position in enumerate(positions) if position not in seen]
+    seen.update(positions)
+    if len(new) == len(positions):
+        yield positions, piece
+    elif new:
+        rows = [index * num_generations + g for index in new for g in range(num_generations)]
+        yield [positions[index] for index in new], select(piece, rows)

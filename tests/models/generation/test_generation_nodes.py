@@ -1,0 +1,87 @@
+"""Generation over two simulated nodes, one of which is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from tiny_generation import TinyModel, assert_same
+
+from nemo_rl.distributed import ray_session
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.distributed.ray_session import init_ray
+from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+from nemo_rl.errors import WorkerError
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generation import Generation
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.weights.sender import publish
+
+TEXTS = [f"{first}+{second}=" for first in range(10, 20) for second in range(20, 30)]
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    """A head with one CPU, the driver's own node."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_session.LOCAL_RAY_VARIABLES.items():
+            patch.setenv(name, value)
+        ray_session._keep_loopback_addresses()
+        cluster = Cluster()
+        cluster.add_node(num_cpus=1, include_dashboard=False)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        init_ray()
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def test_the_other_replicas_do_the_work_of_a_lost_node(nodes: Cluster, tiny) -> None:
+    second = nodes.add_node(num_cpus=1, include_dashboard=False)
+    model: TinyModel = tiny("llama")
+    config = GenerationConfig(max_new_tokens=24, num_threads=1, max_batch_size=64)
+    with RayVirtualCluster([1, 1], use_gpus=False, placement_group_strategy="STRICT_SPREAD") as bundles:
+        generation = Generation(
+            bundles, PolicyConfig(model_name=str(model.directory), generation=config, max_sequence_length=64)
+        )
+        try:
+            ids, lengths = model.prompts(*TEXTS)
+            prompts = BatchedDataDict(input_ids=ids, input_lengths=lengths)
+            generation.update_weights(publish(model.model.named_parameters(), version=1, dtype="float32"))
+            undisturbed = generation.generate(prompts, seed=3, num_generations=4)
+            assert len({record["node_id"] for record in generation.attestation()}) == 2
+            loss = threading.Timer(0.05, nodes.remove_node, (second,), {"allow_graceful": False})
+            loss.start()
+            assert_same(generation.generate(prompts, seed=3, num_generations=4), undisturbed)
+            loss.join()
+            assert_same(generation.generate(prompts, seed=3, num_generations=4), undisturbed)
+            update = publish(model.model.named_parameters(), version=2, dtype="float32")
+            assert generation.update_weights(update) == update.digest
+            [left] = generation.attestation()
+            assert (left["rank"], left["weights_version"]) == (0, 2)
+        finally:
+            generation.shutdown()
+
+
+@pytest.mark.slow
+def test_without_any_replica_left_the_death_is_told(nodes: Cluster, tiny) -> None:
+    second = nodes.add_node(num_cpus=2, include_dashboard=False)
+    model: TinyModel = tiny("llama")
+    config = GenerationConfig(max_new_tokens=9, num_threads=1)
+    with RayVirtualCluster([2], use_gpus=False) as bundles:
+        generation = Generation(
+            bundles, PolicyConfig(model_name=str(model.directory), generation=config, max_sequence_length=64)
+        )
+        try:
+            generation.update_weights(publish(model.model.named_parameters(), version=1, dtype="float32"))
+            nodes.remove_node(second, allow_graceful=False)
+            ids, lengths = model.prompts("1+1=", "2+2=")
+            with pytest.raises(WorkerError, match="worker rank . .* died during a call"):
+                generation.generate(BatchedDataDict(input_ids=ids, input_lengths=lengths), seed=3)
+        finally:
+            generation.shutdown()
