@@ -95,6 +95,9 @@ def test_the_stage_runs_in_a_pipeline_in_a_venv_that_has_its_package(site: Path,
 def test_the_worker_runs_on_ray_in_a_venv_that_has_its_package(site: Path, tmp_path: Path) -> None:
     told = run_script(site, "plugin/run_distance.py", NEMO_RL_VENV_DIR=str(tmp_path / "venvs"))
     assert told.endswith("[3, 2]\n")
+    command_line = "import sys; from nemo_rl.cli import main; sys.argv[0] = 'nemo-rl'; main()"
+    why = ["venvs", "why", "nemo_rl_plugin.distance_worker.DistanceWorker", "rapidfuzz"]
+    assert "gets rapidfuzz 3.14.1" in run(site, command_line, *why, NEMO_RL_VENV_DIR=str(tmp_path / "venvs"))
 
 
 @pytest.mark.slow
