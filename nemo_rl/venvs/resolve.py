@@ -29,6 +29,7 @@ from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.local_packages import file_digest
 from nemo_rl.venvs.manifest import FORMAT
 from nemo_rl.venvs.overlay import installed_distributions, plan_overlay, run_uv_to_resolve
+from nemo_rl.venvs.permissions import not_writable_by_others
 from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.requirements import normalized_name
 from nemo_rl.venvs.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
@@ -36,6 +37,7 @@ from nemo_rl.venvs.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executa
 _PROJECT_FILES = ("uv.lock", "pyproject.toml", "uv.toml")
 
 
+@not_writable_by_others()
 def plan(
     py_executable: str | Spec | VenvPlan, *, store: Store | None = None, expected: DriverVersions | None = None
 ) -> VenvPlan:

@@ -38,6 +38,7 @@ from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.locks import build_lock, hold_lease, unused
 from nemo_rl.venvs.manifest import BrokenManifestError, Manifest, read_manifest
 from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.venvs.permissions import not_writable_by_others
 from nemo_rl.venvs.plans import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
 from nemo_rl.venvs.resolve import plan, python_of
@@ -76,6 +77,7 @@ def create_local_venv(py_executable: str, venv_name: str, force_rebuild: bool = 
     return ensure(py_executable, venv_name, force_rebuild=force_rebuild).python
 
 
+@not_writable_by_others()
 def ensure(
     py_executable: str | Spec | VenvPlan,
     venv_name: str,
