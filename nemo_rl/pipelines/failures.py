@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.spool import dumps
 from nemo_rl.pipelines.tasks import Task
 from nemo_rl.utils.files import write_atomically
@@ -39,14 +40,18 @@ class FailedTask:
     path: Path
 
     def load(self) -> Task[Any]:
-        """The stage's input, for another try with `Pipeline.run(initial_tasks=...)`."""
-        return pickle.loads(self.path.with_suffix(".task").read_bytes())
+        """The stage's input, for another try with `Pipeline.run(initial_tasks=...)`.
+
+        Raises:
+            PipelineError: another user could have written it.
+        """
+        return pickle.loads(read_own(self.path.with_suffix(".task")))
 
 
 def write_failure(directory: Path, record: Mapping[str, Any], task: Task[Any]) -> Path:
     """Keep a failure below `directory/<stage>`; the record appears last, and only whole."""
     path = stage_directory(directory, record["stage"]) / f"{record['lineage']}.json"
-    write_atomically(path.with_suffix(".task"), dumps(task))
+    write_atomically(path.with_suffix(".task"), dumps(task), private=True)
     write_atomically(path, json.dumps(dict(record), ensure_ascii=False, indent=1))
     return path
 

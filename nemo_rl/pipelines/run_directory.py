@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.progress import read_counts
 from nemo_rl.pipelines.runner import counts_directory
 from nemo_rl.pipelines.spool import dumps
@@ -107,9 +108,9 @@ class RunDirectory:
             return tasks
         path = self.path / _SOURCES
         if not path.exists():
-            write_atomically(path, dumps(tasks))
+            write_atomically(path, dumps(tasks), private=True)
             return tasks
-        kept: list[Task[Any]] = pickle.loads(path.read_bytes())
+        kept: list[Task[Any]] = pickle.loads(read_own(path))
         before, now = [_identity(task) for task in kept], [_identity(task) for task in tasks]
         if before != now:
             changed = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))

@@ -300,7 +300,7 @@ class StageRunner:
             self._spool.write([Entry("gone", item.key)])
 
     def _stop(self, error: StageError) -> StageError:
-        write_atomically(stop_file(self._job), pickle.dumps(error))
+        write_atomically(stop_file(self._job), pickle.dumps(error), private=True)
         return error
 
     def _stage_error(self, error: Exception, task_id: str, text: str) -> StageError:

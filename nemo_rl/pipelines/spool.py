@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 
 from nemo_rl.errors import PipelineError
 from nemo_rl.pipelines.items import Item, Key
+from nemo_rl.pipelines.own_files import append_own, open_own
 from nemo_rl.pipelines.tasks import Task
 
 Kind = Literal["result", "gone", "fan", "merged"]
@@ -61,7 +62,7 @@ class SpoolWriter:
             return
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab", buffering=0)
+            self._file = append_own(self._path)
         data = memoryview(b"".join(frames))
         while data:
             data = data[self._file.write(data) :]
@@ -144,7 +145,7 @@ def _results(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
 
 def _read_entries(path: Path) -> Iterator[Entry]:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_own(path) as file:
         while True:
             start = file.tell()
             frame = file.read(_FRAME.size)
@@ -176,7 +177,7 @@ class SpooledTask(Task[tuple[str, int, int]]):
         """Read it. Raises `PipelineError` when the file is not there."""
         path, offset, length = self.data
         try:
-            with open(path, "rb") as file:
+            with open_own(path) as file:
                 file.seek(offset)
                 return pickle.loads(file.read(length))
         except OSError as error:

@@ -16,6 +16,7 @@ from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
 from nemo_rl.pipelines.items import Item, key_text
+from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.runner import StageJob, stop_file
 from nemo_rl.pipelines.spool import Entry, SpoolWriter
 
@@ -128,7 +129,7 @@ def stage_error(error: BaseException | None) -> PipelineError | None:
 def recorded_error(job: StageJob) -> PipelineError | None:
     """The error with which a worker stopped this run; for executors that hand on its text only."""
     path = stop_file(job)
-    return pickle.loads(path.read_bytes()) if path.exists() else None
+    return pickle.loads(read_own(path)) if path.exists() else None
 
 
 def blame(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:
