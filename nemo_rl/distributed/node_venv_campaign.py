@@ -272,6 +272,8 @@ class Campaign:
             if giver is None:
                 builds += own
                 continue
+            assert self._spread is not None
+            self._spread.prepare(content, request.node_id)
             for name in own:
                 event = Progress(name, content[0], "wait", "started", 0.0, f"for {giver}, which gives it to the others")
                 self._tell(NodeProgress(request.node_id, request.node, event))

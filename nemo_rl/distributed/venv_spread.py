@@ -91,6 +91,13 @@ class VenvSpread:
             state.builder = node_id
         return None
 
+    def prepare(self, content: Content, node_id: str) -> None:
+        """Start the processes that a node will receive through while the venv is still being built."""
+        state = self._states[content]
+        for taking_part in (state.builder, *list(state.sources)[:1], node_id):
+            if taking_part is not None:
+                self._host(taking_part)
+
     def give_up(self, content: Content, node_id: str) -> dict[str, list[str]]:
         """A node failed to build: who waited for it, and for which venvs."""
         state = self._states[content]

@@ -17,7 +17,7 @@ import concurrent.futures
 import itertools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from nemo_rl.distributed.node_venv_host import Request, ending_with_raylet, serv
 from nemo_rl.distributed.node_venv_report import NodeProgress, NodeVenv
 from nemo_rl.errors import SpreadError
 from nemo_rl.venvs import Store, VenvPlan, hold_lease
-from nemo_rl.venvs.archive import Listing, decode_chunk, list_venv, read_chunk
+from nemo_rl.venvs.archive import Listing, decode_chunk, encode_chunk, list_venv, read_chunk
 from nemo_rl.venvs.arrival import Spool, receive_venv
 from nemo_rl.venvs.installer import BuildLog
 from nemo_rl.venvs.manifest import read_manifest
@@ -59,6 +59,7 @@ class VenvSpreadHost:
     def __init__(self) -> None:
         self._feeds: dict[str, _Source | Spool | None] = {}
         self._changed = threading.Condition()
+        encode_chunk(b"")  # loads the compressor while there is time
 
     def offer(self, stable_python: str) -> tuple[Listing, ...]:
         """List the sealed venv of an interpreter in this node's store: first what it is laid over, then itself.
@@ -108,7 +109,7 @@ class VenvSpreadHost:
                 log,
                 listing=listing,
                 spool=spool,
-                fetch=lambda wanted: upstream.fetch(listing.key, wanted),
+                fetch=lambda wanted: upstream.fetch(listing.key, wanted, spool.put),
                 store=store,
                 source=above[0].node,
             )
@@ -172,30 +173,56 @@ class _Upstream:
 
     def __init__(self, above: Sequence[Above]) -> None:
         self._above = list(above)
+        self._lock = threading.Lock()
 
-    def fetch(self, key: str, wanted: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
-        """Every wanted chunk as it came, and raw. Raises `SpreadError` when no node has it whole."""
+    def fetch(self, key: str, wanted: Sequence[int], keep: Callable[[int, bytes], None]) -> Generator[bytes]:
+        """Every wanted chunk, raw, in order; each as it came goes to `keep` before.
+
+        They are awaited, checked and decompressed by as many threads as there are chunks under way.
+
+        Raises:
+            SpreadError: no node has a chunk whole.
+        """
         rest = iter(wanted)
-        asked = collections.deque((chunk, *self._ask(key, chunk)) for chunk in itertools.islice(rest, _WINDOW))
-        while asked:
-            yield self._take(key, *asked.popleft())
-            asked.extend((chunk, *self._ask(key, chunk)) for chunk in itertools.islice(rest, 1))
+        with concurrent.futures.ThreadPoolExecutor(_WINDOW) as threads:
+
+            def ask(chunk: int) -> concurrent.futures.Future[bytes]:
+                return threads.submit(self._take, key, chunk, *self._ask(key, chunk), keep)
+
+            asked = collections.deque(ask(chunk) for chunk in itertools.islice(rest, _WINDOW))
+            while asked:
+                yield asked.popleft().result()
+                asked.extend(ask(chunk) for chunk in itertools.islice(rest, 1))
 
     def _ask(self, key: str, chunk: int) -> tuple[Above, ray.ObjectRef[bytes | None]]:
-        return self._above[0], self._above[0].host.chunk.remote(key, chunk)
+        with self._lock:
+            if not self._above:
+                raise SpreadError(f"chunk {chunk} of a venv cannot come: no node above has the whole venv.")
+            nearest = self._above[0]
+        return nearest, nearest.host.chunk.remote(key, chunk)
 
-    def _take(self, key: str, chunk: int, node: Above, reference: ray.ObjectRef[bytes | None]) -> tuple[bytes, bytes]:
+    def _take(
+        self,
+        key: str,
+        chunk: int,
+        node: Above,
+        reference: ray.ObjectRef[bytes | None],
+        keep: Callable[[int, bytes], None],
+    ) -> bytes:
         while True:
             try:
                 data = ray.get(reference, timeout=2 * _PATIENCE_S)
                 if data is not None:
-                    return data, decode_chunk(data)
+                    raw = decode_chunk(data)
+                    keep(chunk, data)
+                    return raw
                 reason = "it does not have it"
             except (ray.exceptions.RayError, SpreadError) as error:
                 reason = str(error).partition("\n")[0] or type(error).__name__
             logger.warning("chunk %d of a venv did not come from %s: %s", chunk, node.node, reason)
-            if node in self._above:
-                self._above.remove(node)
-            if not self._above:
-                raise SpreadError(f"chunk {chunk} of a venv did not come from {node.node}: {reason}")
+            with self._lock:
+                if node in self._above:
+                    self._above.remove(node)
+                if not self._above:
+                    raise SpreadError(f"chunk {chunk} of a venv did not come from {node.node}: {reason}")
             node, reference = self._ask(key, chunk)

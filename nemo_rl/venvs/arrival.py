@@ -16,7 +16,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from nemo_rl.errors import SpreadError, VenvError
@@ -30,8 +30,8 @@ from nemo_rl.venvs.progress import PhaseClock
 
 _ABANDONED_S = 86400.0
 
-# Yields the wanted chunks in the same order, checked: each as it travelled, and raw.
-Fetch = Callable[[Sequence[int]], Iterator[tuple[bytes, bytes]]]
+# Yields the wanted chunks in the same order, checked and raw, after it has put each into the spool.
+Fetch = Callable[[Sequence[int]], Generator[bytes]]
 
 
 class Spool:
@@ -136,19 +136,16 @@ def receive_venv(
     python = ["--python", the_plan.python.executable, "--no-python-downloads"]
     run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what="Receiving a venv", cwd=root.parent, log=log)
     try:
-        unpacker = Unpacker(listing, root)
-        with contextlib.closing(unpacker):
+        with contextlib.ExitStack() as stack:
+            unpacker = Unpacker(listing, root)
+            stack.callback(unpacker.close)
             adopted = unpacker.adopt(_sealed_venvs(store))
             needed = unpacker.needed
-            fetched = fetch([chunk for chunk in needed if chunk not in spool])
+            missing = {chunk for chunk in needed if chunk not in spool}
+            fetched = stack.enter_context(contextlib.closing(fetch(sorted(missing))))
             clock.tell(f"{len(needed)} of {listing.num_chunks} chunks, {adopted / 2**20:.0f} MiB are here already")
             for chunk in needed:
-                if chunk in spool:
-                    raw = decode_chunk(spool.read(chunk))
-                else:
-                    data, raw = next(fetched)
-                    spool.put(chunk, data)
-                unpacker.feed(chunk, raw)
+                unpacker.feed(chunk, next(fetched) if chunk in missing else decode_chunk(spool.read(chunk)))
             clock.start("link")
             unpacker.finish()
     except OSError as error:

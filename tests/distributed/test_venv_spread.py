@@ -23,7 +23,7 @@ from nemo_rl.distributed.venv_spread import VenvSpread
 from nemo_rl.distributed.venv_spread_host import CONCURRENCY_GROUPS, Above, VenvSpreadHost, _Upstream
 from nemo_rl.errors import SpreadError
 from nemo_rl.venvs import Store
-from nemo_rl.venvs.archive import CHUNK_BYTES, Listing
+from nemo_rl.venvs.archive import CHUNK_BYTES, Listing, decode_chunk
 from nemo_rl.venvs.installer import find_uv
 
 _BIG = 3 * CHUNK_BYTES
@@ -204,10 +204,12 @@ def test_a_chunk_comes_from_further_up_when_the_node_above_is_gone_or_spoils_it(
     wanted = list(range(listing.num_chunks))
     assert len(wanted) >= 3
     upstream = _Upstream([Above("gone", gone), Above("spoiler", spoiler), Above("source", source)])
-    raw = b"".join(raw for _, raw in upstream.fetch(listing.key, wanted))
+    kept: dict[int, bytes] = {}
+    raw = b"".join(upstream.fetch(listing.key, wanted, kept.__setitem__))
     assert len(raw) == sum(entry.size for entry in listing.entries)
+    assert b"".join(decode_chunk(kept[chunk]) for chunk in wanted) == raw
     with pytest.raises(SpreadError, match="spoiler.*sha256 differs"):
-        list(_Upstream([Above("spoiler", spoiler)]).fetch(listing.key, wanted))
+        list(_Upstream([Above("spoiler", spoiler)]).fetch(listing.key, wanted[:1], kept.__setitem__))
     for actor in (source, spoiler):
         ray.kill(actor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,7 @@ class _Sender:
                 log,
                 listing=self.listing,
                 spool=spool,
-                fetch=self._fetch,
+                fetch=lambda wanted: self._fetch(wanted, spool),
                 store=self.store,
                 source="a test",
             )
@@ -65,13 +65,14 @@ class _Sender:
             raise
         spool.close()
 
-    def _fetch(self, wanted: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
+    def _fetch(self, wanted: Sequence[int], spool: Spool) -> Generator[bytes]:
         for chunk in wanted:
             if len(self.asked) == self.stop_after:
                 raise SpreadError("the line is dead")
             self.asked.append(chunk)
             data = read_chunk(self.listing, chunk)
-            yield data, decode_chunk(data)
+            spool.put(chunk, data)
+            yield decode_chunk(data)
 
 
 def test_a_venv_is_the_same_in_another_store(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:

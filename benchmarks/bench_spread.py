@@ -1,0 +1,126 @@
+"""Venvs from node to node: one venv of known size on 1, 2, 4 and 8 hosts, and what the registry sees of it.
+
+    sudo env PATH=$PATH python benchmarks/bench_spread.py       # needs root: the hosts are namespaces
+    python benchmarks/spread_model.py                           # 64 to 4,096 nodes, from the rates measured here
+
+Each host has its own address, link, disk, uv cache and raylet (`spread_hosts.py`). The registry is on the head's host
+and sends at a limited rate, as one at the other end of a company's line does; nothing else is limited. "off" is the
+same with `NEMO_RL_VENV_SPREAD=off`: every host asks the registry.
+
+| metric | is |
+| --- | --- |
+| seconds | one call of `ensure_venvs_on_each_node`, nothing in any store or cache |
+| build_s | of that, the one build (of one host, where each builds) |
+| receive_s | from the first question for a chunk until the last file was written, on the slowest host |
+| cpu_s | CPU seconds of all processes of one host that receives, its raylet included (mean) |
+| registry_mb | what the registry sent |
+| head_mb | what the head's link sent to other hosts, Ray's own traffic and the registry's answers to them included |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+from harness import Case, Metrics, Ratio
+from spread_hosts import Hosts, on_network_of_host_0
+
+HERE = Path(__file__).parent
+NUM_WHEELS = 8
+MB = 10**6
+PORT = 8199
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, repeats=1)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of hosts")
+    parser.add_argument("--off", type=int, nargs="*", default=[4], help="numbers of hosts that each ask the registry")
+    parser.add_argument("--venv-mb", type=int, default=240, help="size of the venv (default: 240)")
+    parser.add_argument("--registry-mb-s", type=float, default=20.0, help="rate of the registry (default: 20)")
+    arguments = parser.parse_args()
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        raise SystemExit("bench_spread needs root and iproute2: its hosts are network namespaces")
+    with tempfile.TemporaryDirectory(prefix="sp-", dir="/tmp") as scratch:  # Ray's sockets need a short path
+        packages = Path(scratch) / "packages"
+        _make_packages(packages, arguments.venv_mb * MB // NUM_WHEELS)
+
+        def case(count: int, spread: str) -> Metrics:
+            return _session(count, spread, Path(scratch), packages, arguments.registry_mb_s * MB)
+
+        cases = [Case(_name(count), lambda count=count: case(count, "auto")) for count in arguments.nodes]
+        cases += [Case(f"{_name(count)}, off", lambda count=count: case(count, "off")) for count in arguments.off]
+        results = harness.measure(cases, arguments.repeats)
+    first, last = _name(arguments.nodes[0]), _name(arguments.nodes[-1])
+    ratios = [Ratio("registry_mb", last, first, at_most=1.0), Ratio("seconds", last, first, at_most=1.5)]
+    notes = [
+        f"{arguments.venv_mb} MB in {NUM_WHEELS} wheels that half compress.",
+        f"The registry sends {arguments.registry_mb_s:g} MB/s.",
+        "All hosts share this machine's cores: unpacking, hashing and Ray's processes of all hosts add up here.",
+    ]
+    harness.report("spread", results, ratios, arguments.json, title="Venvs from node to node", notes=notes)
+
+
+def _name(count: int) -> str:
+    return f"{count} host{'s' * (count > 1)}"
+
+
+def _session(count: int, spread: str, scratch: Path, packages: Path, rate: float) -> Metrics:
+    with tempfile.TemporaryDirectory(prefix="s", dir=scratch) as folder:
+        environment = os.environ | {"PYTHONPATH": str(harness.REPOSITORY), "NEMO_RL_VENV_SPREAD": spread}
+        for name in ("RAY_ADDRESS", "NRL_FORCE_REBUILD_VENVS", "UV_OFFLINE", "UV_INDEX_URL", "UV_DEFAULT_INDEX"):
+            environment.pop(name, None)
+        counted = Path(folder) / "registry_bytes"
+        with Hosts(count, Path(folder), Path(sys.executable), environment) as hosts:
+            address = hosts.address(0)
+            registry = [sys.executable, str(HERE / "spread_registry.py"), str(packages), address, str(PORT)]
+            with on_network_of_host_0(hosts, [*registry, str(rate), str(counted)]):
+                time.sleep(1.0)
+                project = _project(hosts, Path(folder) / "project", f"http://{address}:{PORT}/")
+                before, sent_before = _count(counted), hosts.sent_bytes(0)
+                cpu_before = _receivers_cpu(hosts, count)
+                command = [sys.executable, str(HERE / "spread_session.py"), str(count), str(project)]
+                output = harness.run(hosts.on_head(command), env=hosts.driver_environment())
+                metrics = json.loads(output.splitlines()[-1])
+                metrics["registry_mb"] = round((_count(counted) - before) / MB, 1)
+                metrics["cpu_s"] = round(_receivers_cpu(hosts, count) - cpu_before, 2)
+                metrics["head_mb"] = round((hosts.sent_bytes(0) - sent_before) / MB, 1)
+    return metrics
+
+
+def _receivers_cpu(hosts: Hosts, count: int) -> float:
+    return sum(hosts.cpu_seconds(host) for host in range(1, count)) / max(count - 1, 1)
+
+
+def _count(path: Path) -> int:
+    return int(path.read_text() or 0) if path.exists() else 0
+
+
+def _project(hosts: Hosts, root: Path, url: str) -> Path:
+    root.mkdir()
+    dependencies = ", ".join(f'"bulk{i}==1.0"' for i in range(NUM_WHEELS))
+    (root / "pyproject.toml").write_text(
+        f'[project]\nname = "bench"\nversion = "0"\nrequires-python = ">=3.11"\ndependencies = [{dependencies}]\n'
+        f'[tool.uv]\npackage = false\n[[tool.uv.index]]\nurl = "{url}"\ndefault = true\n'
+    )
+    lock = [harness.uv(), "lock", "--quiet", "--no-cache", "--python", sys.executable]
+    subprocess.run(hosts.on_head(["sh", "-c", f'cd {root} && exec "$@"', "sh", *lock]), check=True)
+    return root
+
+
+def _make_packages(folder: Path, num_bytes: int) -> None:
+    sys.path.insert(0, str(HERE.parent / "tests" / "distributed"))
+    from package_index import make_wheel
+
+    for number in range(NUM_WHEELS):
+        make_wheel(folder, f"bulk{number}", num_bytes=num_bytes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Hosts on one machine, for bench_spread: a network namespace with an address, a mount namespace with a disk, a raylet.
+
+::
+
+    switch (namespace with a bridge) ── 10.88.0.1  host 0: Ray's head, the driver, and the package registry
+                                     ── 10.88.0.2  host 1: a raylet
+                                     ── ...
+
+Every host sees its own directory under the same path, as real hosts do. Needs root and iproute2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+_SUBNET = "10.88.0"
+_GCS_PORT = 6379
+_STARTS_WITHIN_S = 120.0
+
+
+class Hosts:
+    """So many hosts, from `with` to its end. `disk` is where every host sees its own directory."""
+
+    def __init__(self, count: int, scratch: Path, python: Path, environment: Mapping[str, str]) -> None:
+        self._names = [f"nrl{os.getpid() % 10000}h{i}" for i in range(count)]
+        self._switch = f"nrl{os.getpid() % 10000}sw"
+        self._scratch = scratch
+        self._python = python
+        self.disk = scratch / "disk"
+        self._environment = {
+            **environment,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_enable_metrics_collection": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "NEMO_RL_VENV_DIR": str(self.disk / "venvs"),
+            "UV_CACHE_DIR": str(self.disk / "cache"),
+            "HOME": str(self.disk),
+        }
+        self._raylets: list[subprocess.Popen[bytes]] = []
+
+    def address(self, host: int) -> str:
+        return f"{_SUBNET}.{host + 1}"
+
+    def __enter__(self) -> Hosts:
+        try:
+            self._connect()
+            for host in range(len(self._names)):
+                self._raylets.append(self._start_raylet(host))
+                if host == 0:
+                    self._await_head()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for raylet in reversed(self._raylets):  # and with it everything in its process namespace
+            raylet.kill()
+            raylet.wait()
+        for name in (*self._names, self._switch):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+    def _connect(self) -> None:
+        self.disk.mkdir(exist_ok=True)
+        _run(f"ip netns add {self._switch}", f"ip -n {self._switch} link add sw type bridge")
+        _run(f"ip -n {self._switch} link set sw up")
+        for host, name in enumerate(self._names):
+            _run(
+                f"ip netns add {name}",
+                f"ip -n {self._switch} link add p{host} type veth peer name eth0 netns {name}",
+                f"ip -n {self._switch} link set p{host} master sw up",
+                f"ip -n {name} addr add {self.address(host)}/24 dev eth0",
+                f"ip -n {name} link set eth0 up",
+                f"ip -n {name} link set lo up",
+            )
+
+    def _start_raylet(self, host: int) -> subprocess.Popen[bytes]:
+        own = self._scratch / f"disk{host}"
+        own.mkdir()
+        ray = [str(self._python), "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0"]
+        ray += [f"--node-ip-address={self.address(host)}", f"--object-store-memory={256 * 2**20}"]
+        ray += ["--disable-usage-stats"]
+        if host == 0:
+            ray += ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={self.disk}/ray"]
+        else:
+            ray += [f"--address={self.address(0)}:{_GCS_PORT}"]
+        setup = f"mount --bind {own} {self.disk} && exec {shlex.join(ray)}"
+        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", setup]
+        with (self._scratch / f"host{host}.log").open("wb") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self._names[host], *isolated],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def _await_head(self) -> None:
+        deadline = time.monotonic() + _STARTS_WITHIN_S
+        check = f"import socket; socket.create_connection(('{self.address(0)}', {_GCS_PORT})).close()"
+        command = ["ip", "netns", "exec", self._names[0], str(self._python), "-c", check]
+        while subprocess.run(command, capture_output=True, check=False).returncode:
+            if self._raylets[0].poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("Ray's head did not start:\n" + (self._scratch / "host0.log").read_text()[-2000:])
+            time.sleep(0.2)
+
+    def on_head(self, command: Sequence[str]) -> list[str]:
+        """The command line that runs `command` on host 0, with its disk and processes."""
+        children = Path(f"/proc/{self._raylets[0].pid}/task/{self._raylets[0].pid}/children").read_text().split()
+        return ["nsenter", f"--target={children[0]}", "--net", "--mount", "--pid", *command]
+
+    def driver_environment(self) -> dict[str, str]:
+        """Of a driver on host 0."""
+        return {**self._environment, "RAY_ADDRESS": f"{self.address(0)}:{_GCS_PORT}"}
+
+    def sent_bytes(self, host: int) -> int:
+        """What a host has sent over its link since it came up."""
+        command = ["ip", "netns", "exec", self._names[host], "cat", "/sys/class/net/eth0/statistics/tx_bytes"]
+        with contextlib.suppress(ValueError):
+            return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return 0
+
+    def cpu_seconds(self, host: int) -> float:
+        """What the processes of a host that still run have used so far."""
+        total = 0.0
+        for process in psutil.Process(self._raylets[host].pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                used = process.cpu_times()
+                total += used.user + used.system + used.children_user + used.children_system
+        return total
+
+
+@contextlib.contextmanager
+def on_network_of_host_0(hosts: Hosts, command: Sequence[str]) -> Iterator[None]:
+    """A server on host 0 while the block runs."""
+    process = subprocess.Popen(hosts.on_head(command))
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _run(*commands: str) -> None:
+    for command in commands:
+        subprocess.run(command.split(), check=True, capture_output=True)

@@ -1,0 +1,57 @@
+"""One driver of bench_spread, on host 0: makes one venv ready on every node; prints seconds, as JSON.
+
+python spread_session.py NUM_NODES PROJECT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import ray
+
+from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.ray_session import init_ray
+
+STARTS_WITHIN_S = 300.0
+SETTLE_S = 2.0
+
+
+def main(num_nodes: int, project: str) -> None:
+    init_ray()
+    deadline = time.monotonic() + STARTS_WITHIN_S
+    while len(alive_nodes()) < num_nodes:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{len(alive_nodes())} of {num_nodes} nodes came up")
+        time.sleep(0.5)
+    # Ray starts a process on every node; on real hosts that does not take from the others' cores.
+    answers = ask_nodes(_imported, alive_nodes(), timeout_s=STARTS_WITHIN_S)
+    assert all(answer is True for _, answer in answers), answers
+    time.sleep(SETTLE_S)
+    started = time.perf_counter()
+    report = ensure_venvs_on_each_node({"bench.Worker": f"uv run --locked --project {project}"})
+    seconds = time.perf_counter() - started
+    assert len(report.entries) == num_nodes
+    assert report.agrees("bench.Worker")
+    built = [entry for entry in report.entries if entry.built]
+    receiving = [entry.seconds["fetch"] + entry.seconds["link"] for entry in report.entries if entry.received_from]
+    measured = {
+        "seconds": seconds,
+        "build_s": sum(built[0].seconds.values()),
+        "receive_s": max(receiving, default=0.0),
+        "builders": len(built),
+    }
+    print(json.dumps(measured))
+    ray.shutdown()
+
+
+def _imported() -> bool:
+    import nemo_rl.distributed.venv_spread_host  # noqa: F401
+
+    return True
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
