@@ -155,3 +155,23 @@ def test_the_stage_in_a_pipeline_gives_the_rates_of_this_process(started: ModelP
         ray.shutdown()
     expected = [scored(started, rows, lineage)["pass_rate"].tolist() for lineage in ("00000", "00001")]
     assert [task.to_pandas()["pass_rate"].tolist() for task in done] == expected
+
+
+@pytest.mark.slow
+def test_vllm_in_its_own_venv_scores_as_torch_does() -> None:
+    """Without chance, so that only what is computed can differ: a sum may be rounded to another token now and then."""
+    rows = arithmetic(64, level=1)
+    greedy = {"max_new_tokens": 8, "top_k": 1}
+    torch_stage = ModelPassRate(scoring(num_samples=1, generation={**GENERATION, **greedy}))
+    torch_stage.setup()
+    expected = scored(torch_stage, rows)["pass_rate"]
+    torch_stage.teardown()
+    start_local_ray(num_cpus=2, num_gpus=0)
+    try:
+        stage = ModelPassRate(scoring(num_samples=1, generation={"backend": "vllm", **greedy}))
+        (task,) = Pipeline("score", stages=[stage]).run(initial_tasks=[DocumentBatch("b", "d", pd.DataFrame(rows))])
+    finally:
+        ray.shutdown()
+    rates = task.to_pandas()["pass_rate"]
+    assert 0 < expected.mean() < 1
+    assert (rates == expected).mean() > 0.95
