@@ -90,7 +90,7 @@ def run_uv_to_resolve(arguments: list[str], *, what: str, cwd: str | Path, store
 
 def _lock_of(pins: dict[str, str]) -> str:
     tables = [f'[[packages]]\nname = "{name}"\nversion = "{version}"\n' for name, version in pins.items()]
-    return "\n".join(['lock-version = "1.0"', 'created-by = "nemo_rl"', *tables])
+    return "\n".join(['lock-version = "1.0"', 'created-by = "nemo_rl"', *(tables or ["packages = []"])])
 
 
 def _differs(package: Package, pins: dict[str, str]) -> bool:
@@ -114,5 +114,5 @@ def _install_line(package: Package, spec: Spec) -> str:
     if settings.MASK in package.location:  # the credentials are only in what the user wrote
         for line in spec.requirements:
             if normalized_name(line.partition("@")[0].strip()) == package.name:
-                return line
+                return line if "--hash" in line else " ".join([line, *hashes])
     return " ".join([f"{package.name} @ {package.location}", *hashes])
