@@ -3,14 +3,21 @@
     uv run benchmarks/bench_weight_sync.py                         # 0.1 B parameters in float32
     uv run benchmarks/bench_weight_sync.py --parameters 0.1 0.5 1.5 --dtype bfloat16
 
-The tensors have the shapes of a Llama. `sync` is all of a sync: the policy publishes (one copy into the transport's
-memory, with the cast and the digest on the way), the generator maps what was published, copies it into memory of its
-own and computes the digest over that. `publish` and `load` are its halves. `copy` is one plain copy of as many bytes by
-one thread, the least that handing weights over can cost.
+The tensors have the shapes of a Llama. `sync` is all of a sync, `publish` and `load` are its halves: the policy
+publishes (one copy into the transport's memory, with the cast and the digest on the way), and the generator does one of
+two things.
+
+| case | what the generator does |
+| --- | --- |
+| in place (the torch backend) | maps what was published, multiplies with that, and computes the digest over it |
+| own memory (vLLM) | copies it into memory of its own, and computes the digest over that |
+| own memory, Ray | the same through Ray's object store, as between nodes |
+| copy | one plain copy of as many bytes by one thread: the least that handing weights over can cost |
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -23,6 +30,11 @@ HIDDEN = {0.1: 768, 0.5: 1280, 1.5: 2048}
 VOCABULARY = 32_000
 DTYPES = ("float32", "bfloat16")
 GIGA = 1e9
+CASES = [
+    ("in place", "shared_memory", False),
+    ("own memory", "shared_memory", True),
+    ("own memory, Ray", "ray", True),
+]
 
 
 def main() -> None:
@@ -34,27 +46,28 @@ def main() -> None:
 
     start_local_ray(num_cpus=2)
     cases, ratios = [], []
-    pairs = {}
     for billions in arguments.parameters:
         policy, generator = Sender.remote(billions), Receiver.remote()
         size = ray.get(policy.num_bytes.remote(arguments.dtype))
-        pairs[billions] = (policy, generator)
         name = f"{billions} B"
-        cases += [
-            Case(f"{name}: ours", lambda p=policy, g=generator, n=size: sync(p, g, arguments.dtype, n)),
-            Case(f"{name}: copy", lambda g=generator, n=size: {"sync GB/s": ray.get(g.copy.remote(n))}),
+        for label, transport, copies in CASES:
+            case = functools.partial(sync, policy, generator, arguments.dtype, size, transport, copies)
+            cases.append(Case(f"{name}: {label}", case))
+        cases.append(Case(f"{name}: copy", lambda g=generator, n=size: {"sync GB/s": ray.get(g.copy.remote(n))}))
+        ratios += [
+            Ratio("sync GB/s", f"{name}: {label}", f"{name}: copy", at_least=0.7 if transport != "ray" else None)
+            for label, transport, _ in CASES
         ]
-        ratios.append(Ratio("sync GB/s", f"{name}: ours", f"{name}: copy", at_least=0.7))
-    results = harness.measure(cases, repeats=arguments.repeats, warmups=1)
+    results = harness.measure(cases, repeats=arguments.repeats, warmups=2)
     harness.report("weight_sync", results, ratios, arguments.json, title=f"gigabytes per second, {arguments.dtype}")
 
 
-def sync(policy: Any, generator: Any, dtype: str, num_bytes: int) -> Metrics:
+def sync(policy: Any, generator: Any, dtype: str, num_bytes: int, transport: str, copies: bool) -> Metrics:
     """One sync, as the driver of a job does it."""
     started = time.perf_counter()
-    update = ray.get(policy.publish.remote(dtype))
+    update = ray.get(policy.publish.remote(dtype, transport))
     published = time.perf_counter()
-    ray.get(generator.load.remote(update))
+    ray.get(generator.load.remote(update, copies))
     ended = time.perf_counter()
     return {
         "sync GB/s": num_bytes / (ended - started) / GIGA,
@@ -92,33 +105,41 @@ class Sender:
     def __init__(self, billions: float) -> None:
         self._tensors = llama_tensors(billions)
         self._version = 0
+        self._senders: dict[str, Any] = {}
 
     def num_bytes(self, dtype: str) -> int:
         return sum(tensor.numel() for _, tensor in self._tensors) * getattr(torch, dtype).itemsize
 
-    def publish(self, dtype: str) -> Any:
-        from nemo_rl.models.weights.sender import publish
+    def publish(self, dtype: str, transport: str) -> Any:
+        from nemo_rl.models.weights.sender import WeightSender
 
         self._version += 1
-        return publish(self._tensors, version=self._version, dtype=dtype)
+        sender = self._senders.setdefault(transport, WeightSender(transport))
+        return sender.publish(self._tensors, version=self._version, dtype=dtype)
 
 
 @ray.remote(num_cpus=0)
 class Receiver:
-    """The generator's side, with memory of its own for the weights."""
+    """The generator's side."""
 
     def __init__(self) -> None:
         self._own: dict[str, torch.Tensor] = {}
+        self._views: dict[str, torch.Tensor] = {}
 
-    def load(self, update: Any) -> str:
+    def load(self, update: Any, copies: bool) -> str:
         from nemo_rl.models.weights.digest import check_digest, digest_tensors
         from nemo_rl.models.weights.receiver import receive
 
-        for name, tensor in receive(update, verify=False):
-            if name not in self._own:
-                self._own[name] = torch.empty_like(tensor)
-            self._own[name].copy_(tensor)
-        digest = digest_tensors(self._own.items())
+        weights = dict(receive(update, verify=False))
+        if copies:
+            for name, tensor in weights.items():
+                if name not in self._own:
+                    self._own[name] = torch.empty_like(tensor)
+                self._own[name].copy_(tensor)
+            weights = self._own
+        else:
+            self._views = weights
+        digest = digest_tensors(weights.items())
         check_digest(version=update.version, expected=update.digest, found=digest, where="the receiver")
         return digest
 

@@ -230,7 +230,12 @@ class _Life:
         environment = RemoteEnvironment(config.env)
         self.stack.callback(environment.shutdown)
         policy = Policy(
-            clusters.policy, config.policy, model.name, total_steps=config.num_optimizer_steps, seed=config.grpo.seed
+            clusters.policy,
+            config.policy,
+            model.name,
+            total_steps=config.num_optimizer_steps,
+            seed=config.grpo.seed,
+            weight_transport=_weight_transport(config.policy.weight_transport, clusters),
         )
         self.stack.callback(policy.shutdown)
         generation = Generation(clusters.generation, config.policy, model.name)
@@ -253,6 +258,19 @@ def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
 
     threading.Thread(target=run, name="inputs", daemon=True).start()
     return future
+
+
+def _weight_transport(chosen: str, clusters: _Clusters) -> str:
+    """The transport that the configuration names, or (`auto`) the best one for where driver and workers are."""
+    import ray
+
+    from nemo_rl.models.weights.transports import choose_transport, make_transport
+
+    if chosen != "auto":
+        make_transport(chosen)  # refuses an unknown name before workers start
+        return chosen
+    bundles = [*clusters.policy.bundles(), *clusters.generation.bundles()]
+    return choose_transport([ray.get_runtime_context().get_node_id(), *(bundle.node_id for bundle in bundles)])
 
 
 def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) -> None:

@@ -97,6 +97,12 @@ class PolicyConfig(ConfigModel):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    weight_transport: str = Field(
+        "auto",
+        description="How weights travel to generation: a name in nemo_rl.models.weights.transports.TRANSPORTS. "
+        "`auto` chooses by where the workers are.",
+    )
+    weight_bucket_mib: int = Field(256, ge=1, description="Weights travel in buckets of this size, in MiB.")
 
     @field_validator("options", mode="before")
     @classmethod

@@ -49,6 +49,7 @@ from nemo_rl.models.policy.worker_steps import (
     train_on_global_batches,
 )
 from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.worker_process import freeze_modules
 
 
@@ -90,7 +91,7 @@ class MegatronPolicyWorker:
         settings.export({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
         self._config = config
         self._options = options
-        self._weight_transport = weight_transport
+        self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
         world = join_process_group(device_type=device_type, needs_collectives=True)
         if world.device.type == "cpu":
             adapt_to_cpu()
@@ -187,9 +188,7 @@ class MegatronPolicyWorker:
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         tensors = self._state.served_weights()
-        return publish_from_rank_0(
-            tensors, self._grid.world.rank, version=version, dtype=dtype, transport=self._weight_transport
-        )
+        return publish_from_rank_0(tensors, self._grid.world.rank, self._sender, version=version, dtype=dtype)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

@@ -42,6 +42,7 @@ class Policy(PolicyInterface):
             been made: pass its directory.
         total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
         seed: of the run.
+        weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
 
     Raises:
         ConfigError: an unknown backend.
@@ -56,6 +57,7 @@ class Policy(PolicyInterface):
         *,
         total_steps: int,
         seed: int,
+        weight_transport: str = "ray",
     ) -> None:
         if model_name is not None:
             tokenizer_name = config.tokenizer_name or model_name
@@ -74,6 +76,7 @@ class Policy(PolicyInterface):
             seed=seed,
             num_local_workers=max(cluster.bundle_counts),
             device_type="cuda" if cluster.use_gpus else "cpu",
+            weight_transport=weight_transport,
             py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them

@@ -36,6 +36,7 @@ from nemo_rl.models.policy.worker_steps import (
     train_on_global_batches,
 )
 from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.worker_process import freeze_modules
 
 
@@ -66,7 +67,7 @@ class TorchPolicyWorker:
         weight_transport: str = "ray",
     ) -> None:
         self._config = config
-        self._weight_transport = weight_transport
+        self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
         self._group = join_process_group(device_type=device_type, needs_collectives=config.sharding == "fsdp")
         prepare_process(self._group, config.num_threads, num_local_workers, seed)
         self._model = load_parallel_model(config, self._group, trained=True)
@@ -136,9 +137,7 @@ class TorchPolicyWorker:
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         tensors = self._model.full_tensors()
-        return publish_from_rank_0(
-            tensors, self._group.rank, version=version, dtype=dtype, transport=self._weight_transport
-        )
+        return publish_from_rank_0(tensors, self._group.rank, self._sender, version=version, dtype=dtype)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

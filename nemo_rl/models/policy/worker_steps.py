@@ -13,7 +13,7 @@ from nemo_rl.models.policy.interfaces import TrainResult
 from nemo_rl.models.policy.microbatching import global_batches, microbatches
 from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.weights.interfaces import WeightUpdate
-from nemo_rl.models.weights.sender import publish
+from nemo_rl.models.weights.sender import WeightSender
 
 TrainStep = Callable[[BatchedDataDict], tuple[dict[str, float], int]]
 
@@ -82,11 +82,11 @@ def logprobs_by_row(
 
 
 def publish_from_rank_0(
-    tensors: Iterable[tuple[str, torch.Tensor]], rank: int, *, version: int, dtype: str, transport: str
+    tensors: Iterable[tuple[str, torch.Tensor]], rank: int, sender: WeightSender, *, version: int, dtype: str
 ) -> WeightUpdate | None:
     """Publish tensors that all ranks gather together: rank 0 returns what receivers need, other ranks None."""
     if rank == 0:
-        return publish(tensors, version=version, dtype=dtype, transport=transport)
+        return sender.publish(tensors, version=version, dtype=dtype)
     for _ in tensors:  # takes part in the gathering of every tensor
         pass
     return None

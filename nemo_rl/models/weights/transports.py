@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,17 +15,20 @@ from nemo_rl.utils.names import did_you_mean
 
 
 class WeightTransport(ABC):
-    """Carries flat uint8 buffers from the process that publishes weights to those that load them."""
+    """Carries flat uint8 buffers from the process that publishes weights to those that load them.
 
-    # Whether `put` keeps the buffer itself; then the sender hands over a fresh one for every bucket.
-    keeps_buffer: bool = False
+    A sender keeps its transport from one update to the next; receivers make one when they need it.
+    """
+
+    @abstractmethod
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Memory for the next bucket, [num_bytes] uint8, for the sender to fill and then to `put`."""
 
     @abstractmethod
     def put(self, buffer: torch.Tensor) -> Any:
-        """Publish `buffer`, a one-dimensional contiguous uint8 tensor.
+        """Publish what `allocate` returned, filled. The sender does not touch it any more.
 
         Returns the handle for `WeightBucket.handle`; it can be pickled, and holds the bytes for as long as it lives.
-        Unless `keeps_buffer`, the buffer may be overwritten as soon as this returns.
         """
 
     @abstractmethod
@@ -39,6 +44,14 @@ class WeightTransport(ABC):
 
 class RayObjectStoreTransport(WeightTransport):
     """Ray's object store: shared memory on one node (mapped, not copied), one transfer per node across nodes."""
+
+    def __init__(self) -> None:
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        if self._staging.numel() < num_bytes:
+            self._staging = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._staging[:num_bytes]  # `put` copies it
 
     def put(self, buffer: torch.Tensor) -> Any:
         import ray
@@ -61,7 +74,8 @@ class RayObjectStoreTransport(WeightTransport):
 class LocalTransport(WeightTransport):
     """Within one process: the handle is the buffer."""
 
-    keeps_buffer = True
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def put(self, buffer: torch.Tensor) -> Any:
         return buffer
@@ -71,10 +85,22 @@ class LocalTransport(WeightTransport):
         return buffer
 
 
-TRANSPORTS: dict[str, type[WeightTransport]] = {
+def _shared_memory() -> WeightTransport:
+    from nemo_rl.models.weights.shared_memory import SharedMemoryTransport  # Linux only
+
+    return SharedMemoryTransport()
+
+
+TRANSPORTS: dict[str, Callable[[], WeightTransport]] = {
     "ray": RayObjectStoreTransport,
+    "shared_memory": _shared_memory,
     "local": LocalTransport,
 }
+
+
+def choose_transport(node_ids: Iterable[str]) -> str:
+    """The name of the fastest transport between processes on these nodes (those of sender, driver and receivers)."""
+    return "shared_memory" if len(set(node_ids)) == 1 and sys.platform == "linux" else "ray"
 
 
 def make_transport(name: str) -> WeightTransport:

@@ -133,7 +133,7 @@ class _Gathered(torch.Tensor):
 
 
 def test_the_registry_holds_what_the_documentation_names() -> None:
-    assert set(TRANSPORTS) == {"ray", "local"}
+    assert set(TRANSPORTS) == {"ray", "shared_memory", "local"}
 
 
 def _in_cluster(connection) -> None:
