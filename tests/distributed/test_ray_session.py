@@ -239,3 +239,38 @@ def test_ray_starts_with_a_read_only_home_and_a_temporary_directory_too_deep_for
     deep = tmp_path / ("deep" * 20)
     deep.mkdir()
     assert start(_STAY, HOME=str(tmp_path / "file" / "home"), TMPDIR=str(deep)).hear()["address"]
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}]
+)
+def test_a_local_cluster_lets_nobody_in_without_its_token(start, variables: dict[str, str]) -> None:
+    address = start(_STAY).hear()["address"]
+    # Not ray.init, which tries again for minutes.
+    stranger = start(
+        f"""
+        try:
+            ray._raylet.GcsClient(address={address!r})
+        except ray.exceptions.AuthenticationError as error:
+            tell(refused=str(error))
+        """,
+        **variables,
+    )
+    assert "InvalidAuthToken" in stranger.hear()["refused"]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_record_of_clusters_that_others_may_write_is_not_trusted(start, short_tmp: Path, mode: int) -> None:
+    directory = short_tmp / f"nemo_rl-{os.getuid()}"
+    directory.mkdir()
+    directory.chmod(mode)
+    driver = start(
+        """
+        from nemo_rl.errors import ClusterError
+        try:
+            init_ray()
+        except ClusterError as error:
+            tell(error=str(error))
+        """
+    )
+    assert "can be written by somebody else" in driver.hear()["error"]
