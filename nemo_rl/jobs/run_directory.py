@@ -24,6 +24,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.utils.config import dump_yaml, load_config
 from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.masking import mask_secrets
 
 # What may differ between the lives of one run: when it stops, and what is told to whom. Everything else decides
 # what the numbers mean.
@@ -93,7 +94,9 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
         is_new = not (path / _CONFIG).exists()
         if not is_new:
             _check_same_run(path, config)
-        write_atomically(path / _CONFIG, dump_yaml(config))
+        # As it is, because a run that goes on compares with it; so nobody else may read one that holds a secret.
+        plain = config.model_dump(mode="json")
+        write_atomically(path / _CONFIG, dump_yaml(config), private=mask_secrets(plain) != plain)
     except BaseException:
         lock.close()
         raise
@@ -127,7 +130,8 @@ def _numbered(config: MasterConfig, parent: Path) -> Path:
 def _check_same_run(path: Path, config: MasterConfig) -> None:
     different = differing_keys(load_config(MasterConfig, path / _CONFIG), config)
     if different:
-        changes = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in different.items())
+        shown = mask_secrets({key: list(values) for key, values in different.items()})
+        changes = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in shown.items())
         raise ConfigError(
             f"{path} holds a run with another configuration ({changes}). "
             "Use another logger.log_dir, or give the old values to go on with it"

@@ -9,7 +9,9 @@ from typing import Any
 from nemo_rl import settings
 
 # Matches the end of a key: `max_new_tokens`, `pad_token_id` and `tokenizer_name` are no secrets.
-_SECRET_KEY = re.compile(r"(?:^|_)(?:token|secret|password|passwd|api_?key|access_key|private_key|credentials?)$", re.I)
+_SECRET_KEY = re.compile(
+    r"(?:^|[_.])(?:token|secret|password|passwd|api_?key|access_key|private_key|credentials?)$", re.I
+)
 _URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 

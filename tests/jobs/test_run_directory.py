@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.config import load_config
+from nemo_rl.utils.report import write_report
 
 
 def config_with(*overrides):
@@ -55,6 +57,7 @@ import os, signal
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.config import load_config
+from nemo_rl.utils.report import write_report
 run = open_run_directory(load_config(MasterConfig, None, ["logger.log_dir={tmp_path / "run"}"]), "job")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -75,3 +78,27 @@ def test_an_unusable_directory_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be used.*logger\.log_dir"):
         open_run_directory(config_with(f"logger.log_dir={tmp_path / 'file' / 'run'}"), "job")
+
+
+def test_secrets_of_a_configuration_reach_neither_report_nor_message_nor_other_users(tmp_path):
+    config = config_with("logger.mlflow.tracking_uri=https://me:hunter2@host", "env.options={api_key: sesame}")
+    run = open_run_directory(config, "job", tmp_path)
+    (run.path / "metrics.jsonl").write_text("")
+    page = write_report(run.path).read_text()
+    assert "tracking_uri" in page
+    assert "hunter2" not in page
+    assert "sesame" not in page
+    assert (run.path / "config.yaml").stat().st_mode & 0o077 == 0
+    run.close()
+    other = config_with(f"logger.log_dir={run.path}", "env.options={api_key: open}")
+    with pytest.raises(ConfigError, match="env.options.api_key") as caught:
+        open_run_directory(other, "job", tmp_path)
+    assert "sesame" not in str(caught.value)
+    plain = open_run_directory(config_with(), "plain", tmp_path)
+    assert (plain.path / "config.yaml").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+
+def current_umask():
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
