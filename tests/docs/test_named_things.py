@@ -167,10 +167,28 @@ def test_every_variable_that_a_text_names_is_one_of_the_settings() -> None:
 
 
 def test_every_file_that_a_text_names_is_there() -> None:
-    wrong = [
-        f"{where}: {name}"
-        for where, text in texts()
-        for name in _FILE.findall(text)
-        if not (REPOSITORY / name).exists() and not (REPOSITORY / where).parent.joinpath(name).exists()
-    ]
+    wrong = []
+    for where, text in texts():
+        bases = (REPOSITORY, (REPOSITORY / where.partition(":")[0]).parent, REPOSITORY / "tests")
+        for name in _FILE.findall(text):
+            if not any((base / name).exists() for base in bases):
+                wrong.append(f"{where}: {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    named = [
+        (page.name, *match)
+        for page in PAGES
+        for match in re.findall(r"`(?:tests/)?([\w/]+\.py)::(test_\w+)`", page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20
+    for page, path, test in named:
+        assert f"\ndef {test}(" in (REPOSITORY / "tests" / path).read_text(encoding="utf-8"), f"{page}: {path}::{test}"
+
+
+def test_every_sentence_of_the_security_page_has_its_test() -> None:
+    page = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| |", "| ---"))]
+    assert len(rows) > 20
+    assert not [row for row in rows if "::test_" not in row]
