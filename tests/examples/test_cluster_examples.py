@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import subprocess
@@ -12,25 +13,47 @@ from typing import Any
 
 import pytest
 import yaml
+from kuberay_fields import KINDS
+from pydantic import ValidationError
+
+from nemo_rl.settings import is_secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTERS = REPOSITORY / "examples" / "clusters"
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{8,}|(?:TOKEN|PASSWORD|SECRET)=[A-Za-z0-9]{8,}")
 
 
-def cluster_spec(name: str) -> dict[str, Any]:
-    manifest = yaml.safe_load((CLUSTERS / name).read_text())
+def cluster_spec(name: str, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
+    manifest = manifest or yaml.safe_load((CLUSTERS / name).read_text())
     assert manifest["apiVersion"] == "ray.io/v1"
     return manifest["spec"] if manifest["kind"] == "RayCluster" else manifest["spec"]["rayClusterSpec"]
 
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
-def test_a_manifest_has_what_the_operator_requires_and_one_image(name: str) -> None:
+def test_a_manifest_has_only_fields_that_the_operator_knows_with_values_that_it_takes(name: str) -> None:
+    manifest = yaml.safe_load((CLUSTERS / name).read_text())
+    KINDS[manifest["kind"]].model_validate(manifest)
+    group = cluster_spec(name, manifest)["workerGroupSpecs"][0]
+    for spoil in (
+        lambda: group.update(replica=3),
+        lambda: group.update(replicas=9),
+        lambda: group["rayStartParams"].update({"num-gpus": 8}),
+        lambda: group["template"]["spec"].pop("volumes"),
+        lambda: group["template"]["spec"]["containers"][0]["resources"]["limits"].update(cpu=64),
+    ):
+        before = copy.deepcopy(group)
+        spoil()
+        with pytest.raises(ValidationError):
+            KINDS[manifest["kind"]].model_validate(manifest)
+        group.clear()
+        group.update(before)
+
+
+@pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
+def test_a_manifest_has_one_image_without_root_and_the_locked_ray(name: str) -> None:
     spec = cluster_spec(name)
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
-    assert all("rayStartParams" in group for group in groups)
-    assert all({"groupName", "replicas", "minReplicas", "maxReplicas"} <= group.keys() for group in groups[1:])
     assert len({container["image"] for container in containers}) == 1
     for container in containers:
         assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -42,13 +65,13 @@ def test_a_manifest_has_what_the_operator_requires_and_one_image(name: str) -> N
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
 def test_secrets_of_a_manifest_are_references_and_authentication_is_on(name: str) -> None:
     spec = cluster_spec(name)
+    # The operator gives the token to every container, that of a RayJob's submitter too.
+    assert spec["authOptions"] == {"mode": "token"}
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         for container in group["template"]["spec"]["containers"]:
-            variables = {entry["name"]: entry for entry in container["env"]}
-            assert variables["RAY_AUTH_MODE"]["value"] == "token"
-            for secret in ("RAY_AUTH_TOKEN", "HF_TOKEN"):
-                assert "secretKeyRef" in variables[secret]["valueFrom"]
-                assert "value" not in variables[secret]
+            for entry in container["env"]:
+                assert not is_secret(entry["name"]) or "secretKeyRef" in entry["valueFrom"]
+                assert not entry["name"].startswith("RAY_AUTH")
 
 
 def test_the_job_of_a_manifest_exists() -> None:
