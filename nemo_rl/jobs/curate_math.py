@@ -52,7 +52,7 @@ class InputConfig(ConfigModel):
     paths: list[str] = Field(default=[], description="Files, directories, patterns or fsspec URLs. Empty: a sample.")
     sample: SampleConfig = Field(default_factory=SampleConfig)
     fallback_encoding: str | None = Field("cp1252", description="Of lines that are not UTF-8. Null: they are broken.")
-    task_size: str = Field("1MiB", description="How much a task reads.")
+    task_size: str = Field("256KiB", description="How much a task reads.")
 
 
 class DedupConfig(ConfigModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,31 @@ def test_a_task_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
     (failed,) = failed_tasks(tmp_path / "run")
     assert (failed.task_id, failed.attempts) == ("b4", 3)
     assert "its worker died 3 times" in failed.error
+
+
+class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Each task waits until `num_tasks` of them are being processed."""
+
+    resources = Resources(cpus=2)
+
+    def __init__(self, folder: str, num_tasks: int) -> None:
+        self.folder = folder
+        self.num_tasks = num_tasks
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        Path(self.folder, f"{task.task_id}").touch()
+        deadline = time.monotonic() + 60
+        while len(os.listdir(self.folder)) < self.num_tasks:
+            assert time.monotonic() < deadline, "nobody else came"
+            time.sleep(0.05)
+        return task
+
+
+def test_long_tasks_share_all_cpus_however_few_they_are(tmp_path: Path) -> None:
+    """Neither does the first worker take both, nor does one that waits for the next stage keep the other's CPUs."""
+    last = AddOne().with_(resources=Resources(cpus=2))
+    result = Pipeline("p", stages=[Meets(str(tmp_path), 2), last]).run(RayActorPoolExecutor(), batches(2))
+    assert numbers(result) == [1, 2, 3, 4]
 
 
 class NoTask(ProcessingStage[DocumentBatch, DocumentBatch]):

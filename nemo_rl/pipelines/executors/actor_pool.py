@@ -2,7 +2,7 @@
 
 ::
 
-    groups of the stage before ──▶ pending ──▶ the worker with the fewest calls (at most two) ──▶ groups for the next
+    groups of the stage before ──▶ pending ──▶ the worker with the fewest calls ──▶ groups for the next
                                       ▲                      │ died
                                       └──── run again ◀──────┘  a replacement starts
     pending is empty ──▶ idle workers end, the next stage's workers start while the last calls run
@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,12 @@ from nemo_rl.pipelines.items import Item, chunks, group_size
 
 logger = logging.getLogger(__name__)
 
-_CALLS_PER_WORKER = 2  # the next call's input is there when the first ends
+# So many calls, where they are short, that the next one's input is there when the first ends. Behind a long one nobody
+# queues: another worker may be free before it ends.
+_CALLS_PER_WORKER = 2
+_SHORT_CALL_S = 0.5
+_PROCESS_START_S = 2.0  # of a process with Ray, before anything of ours runs in it; about
+_NUM_RECENT_CALLS = 20
 _POLL_S = 0.2
 _CLOSE_TIMEOUT_S = 30.0
 
@@ -87,8 +92,8 @@ class RayActorPoolExecutor:
         pools = [_Pool(stage, cluster, self._max_workers, self._max_deaths) for stage in stages]
         try:
             _open_early(pools, len(groups), cluster)
-            for pool, following in zip(pools, [*pools[1:], None]):
-                groups = pool.run(groups, following.open if following else _nothing)
+            for index, pool in enumerate(pools):
+                groups = pool.run(groups, _Following(pools[index + 1 :], cluster))
         finally:
             for pool in pools:
                 pool.kill()
@@ -103,8 +108,24 @@ def _results(generator: Any) -> list[_Group]:
     return [_Group([reference], size) for reference, size in zip(references[:-1], sizes)]
 
 
-def _nothing(num_groups: int) -> None:
-    pass
+class _Following:
+    """The pools of the stages after one that runs."""
+
+    def __init__(self, pools: Sequence[_Pool], cluster: Cluster) -> None:
+        self._pools = pools
+        self._num_cpus = cluster.num_cpus
+
+    def open(self, num_groups: int) -> None:
+        """The next stage may start its first workers."""
+        if self._pools:
+            self._pools[0].open(num_groups)
+
+    def make_room(self, num_cpus: float) -> None:
+        """End workers that were opened early and hold CPUs which the running stage, with `num_cpus`, can use now."""
+        for pool in reversed(self._pools):
+            if num_cpus + sum(other.num_cpus_held for other in self._pools) <= self._num_cpus:
+                return
+            pool.kill()
 
 
 def _open_early(pools: Sequence[_Pool], num_groups: int, cluster: Cluster) -> None:
@@ -140,6 +161,10 @@ class _Pool:
     def num_workers(self) -> int:
         return len(self._workers)
 
+    @property
+    def num_cpus_held(self) -> float:
+        return len(self._workers) * self.stage.num_cpus
+
     def open(self, num_groups: int) -> None:
         """Start the first workers for so many groups; they need not be there yet when this returns."""
         self._start(min(num_groups, self._max_workers if self.stage.job.stage.num_workers is not None else 1))
@@ -149,8 +174,8 @@ class _Pool:
             handle = self._actor_class.remote(*self._arguments)
             self._workers.append(_Worker(handle, handle.start.remote(), time.monotonic()))
 
-    def run(self, groups: list[_Group], open_next: Callable[[int], None]) -> list[_Group]:
-        """Run the stage over all groups. `open_next(n)` is called when nothing is left to hand out."""
+    def run(self, groups: list[_Group], following: _Following) -> list[_Group]:
+        """Run the stage over all groups. The following stage is opened when nothing is left to hand out."""
         pending = deque(self._sized(groups))
         done: list[_Group] = []
         opened = False
@@ -158,14 +183,16 @@ class _Pool:
             num_left = len(pending) + sum(len(worker.calls) for worker in self._workers)
             self._start(min(num_left, self._max_workers, self._worth(num_left)))
             self._hand_out(pending)
-            if not pending:
+            if pending:
+                following.make_room(self.num_cpus_held)
+            else:
                 if not opened:
-                    open_next(len(done) + sum(len(worker.calls) for worker in self._workers))
+                    following.open(len(done) + sum(len(worker.calls) for worker in self._workers))
                     opened = True
                 self._end_idle()
             self._wait(pending, done)
         if not opened:
-            open_next(len(done))
+            following.open(len(done))
         self._end_idle()
         self._await_closed()
         return done
@@ -197,14 +224,23 @@ class _Pool:
             return 1
         now = time.monotonic()
         running = [now - worker.busy_since for worker in self._workers if worker.calls]
-        known = self._call_s[-20:] or [max(running, default=0.0)]
-        return max(1, math.ceil(num_groups * sum(known) / len(known) / self._start_s))
+        known = self._mean_call_s
+        mean_s = max(running, default=0.0) if known is None else known
+        return max(1, math.ceil(num_groups * mean_s / self._start_s))
+
+    @property
+    def _mean_call_s(self) -> float | None:
+        """Of recent calls; None before one has ended."""
+        recent = self._call_s[-_NUM_RECENT_CALLS:]
+        return sum(recent) / len(recent) if recent else None
 
     def _hand_out(self, pending: deque[_Group]) -> None:
         ready = [worker for worker in self._workers if worker.is_ready]
+        mean_s = self._mean_call_s
+        most = 1 if mean_s is None or mean_s > _SHORT_CALL_S else _CALLS_PER_WORKER
         while pending and ready:
             worker = min(ready, key=lambda w: len(w.calls))
-            if len(worker.calls) >= _CALLS_PER_WORKER:
+            if len(worker.calls) >= most:
                 return
             group = pending.popleft()
             if not worker.calls:
@@ -266,10 +302,10 @@ class _Pool:
 
     def _finish_start(self, worker: _Worker) -> None:
         try:
-            ray.get(worker.started)
+            in_process_s = ray.get(worker.started)
             worker.is_ready = True
-            if self._start_s is None:
-                self._start_s = max(0.1, time.monotonic() - worker.began)
+            if self._start_s is None:  # one that was opened early has been ready for longer than it took
+                self._start_s = min(time.monotonic() - worker.began, _PROCESS_START_S + in_process_s)
         except RayError as error:
             if isinstance(error, RayActorError) and stage_error(error) is None and self._num_lost < 3:
                 self._num_lost += 1
