@@ -80,6 +80,8 @@ def commands() -> Iterator[Command]:
                 is_output = language == "console" and not line.startswith("$ ")
                 for part in [] if is_output else line.removeprefix("$ ").split(" && "):
                     text = " ".join(re.split(r"(?:^|\s)# ?(?=\S)", part, maxsplit=1)[0].split())
+                    if text.startswith("uv run nemo-rl "):
+                        text = text.removeprefix("uv run ")
                     if text:
                         yield Command(page.name, text, why_not or None)
 
