@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nemo_rl import venvs
+from nemo_rl import settings, venvs
 from nemo_rl.distributed import placement
 from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_files import check_model_name, count_parameters, load_model_config, parameters_in_name
 from nemo_rl.jobs.roles import Role, job_roles
-from nemo_rl.jobs.venv_forecast import VenvForecast, forecast_venvs, wheel_sizes_of
+from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 
 if TYPE_CHECKING:
@@ -184,12 +184,32 @@ def _forecasts(plans: dict[str, venvs.VenvPlan], nodes: list[NodeResources] | No
     from nemo_rl.distributed.nodes import ask_nodes
 
     answers = ask_nodes(forecast_venvs, nodes, plans, sizes, driver_variables(), timeout_s=_NODE_TIMEOUT_S)
-    return [
+    found = [
         NodeForecast(node.address, problem=f"no answer: {str(answer).strip().rpartition(chr(10))[2]}")
         if isinstance(answer, RayError)
         else NodeForecast(node.address, answer)
         for node, answer in answers
     ]
+    return found if settings.VENV_SPREAD.get() == "off" else with_sources(found)
+
+
+def with_sources(nodes: Sequence[NodeForecast]) -> list[NodeForecast]:
+    """Forecasts of nodes that give venvs to one another: the first that has a venv, else the first that lacks it, is
+    where the others get it from; for how long that takes there is no measure."""
+    return [replace(node, venvs=[_from_source(venv, node, nodes) for venv in node.venvs]) for node in nodes]
+
+
+def _from_source(venv: VenvForecast, node: NodeForecast, nodes: Sequence[NodeForecast]) -> VenvForecast:
+    if venv.state != BUILT:
+        return venv
+    same = [(other, theirs) for other in nodes for theirs in other.venvs if theirs.digest == venv.digest]
+    having = [pair for pair in same if pair[1].state == READY]
+    source, there = (having or [pair for pair in same if pair[1].state == BUILT])[0]
+    if source is node:
+        return venv
+    how = "which has it" if having else f"which builds it in {there.seconds:g} s"
+    basis = f"from {source.address}, {how}"
+    return replace(venv, state=RECEIVED, num_cached=0, num_unknown=0, download_bytes=0, seconds=0.0, basis=basis)
 
 
 def _venv_states(roles: list[Role], plans: dict[str, venvs.VenvPlan], nodes: list[NodeForecast]) -> list[VenvState]:

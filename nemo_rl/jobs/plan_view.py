@@ -53,7 +53,8 @@ def _build_tables(plan: JobPlan) -> list[Table | Text]:
 
 def _build_row(venv: VenvForecast) -> tuple[str, ...]:
     if venv.state != BUILT:
-        return (venv.state, "", "", "", venv.digest[:16], "")
+        installed = _megabytes(venv.installed_bytes) if venv.installed_bytes else ""
+        return (venv.state, "", installed, "", venv.digest[:16], venv.basis)
     least = "at least " if venv.num_unknown else ""
     basis = venv.basis + (f"; without {venv.num_unknown} packages of unknown size" if venv.num_unknown else "")
     sizes = (f"{least}{_megabytes(venv.download_bytes)}", f"{least}{_megabytes(venv.installed_bytes)}")

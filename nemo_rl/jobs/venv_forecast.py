@@ -28,6 +28,7 @@ from nemo_rl.venvs.requirements import normalized_name
 from nemo_rl.venvs.resolve import lock_root
 
 READY, BUILT, REFUSED, IGNORED = "ready", "would be built", "would be refused", "an older one would be used"
+RECEIVED = "would come from another node"
 
 # Measured on two cores with a fast registry, for packages with torch and CUDA. Bytes are installed bytes.
 _FETCH_BYTES_PER_S = 180e6  # 8.0 GB downloaded, unpacked and linked in 45 s
@@ -43,7 +44,7 @@ class VenvForecast:
     Attributes:
         venv: the py_executable, of an additive venv also that of its base.
         digest: its identity on this node's platform.
-        state: `READY`, `BUILT`, or by the drift policy `REFUSED` or `IGNORED`.
+        state: `READY`, `BUILT`, `RECEIVED`, or by the drift policy `REFUSED` or `IGNORED`.
         num_packages: it holds; num_cached: of those in uv's cache on this node.
         num_unknown: packages of unknown size: the bytes and seconds are without them.
         download_bytes: still to be fetched; installed_bytes: as `du` would count them without hard links.
