@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.distributed.worker_host import ATTEST_METHOD
@@ -22,13 +23,19 @@ from nemo_rl.errors import EnvironmentFailure
 class RemoteEnvironment(EnvironmentInterface):
     """The configured environment as one Ray actor that takes no CPU of the job's bundles.
 
+    It runs on the driver's node: so it is lost with no other.
+
     The constructor returns at once; `wait_ready`, or the first use, waits for the actor.
     """
 
     def __init__(self, config: EnvironmentConfig) -> None:
         self.fqn = environment_fqn(config.name)
         builder = RayWorkerBuilder(self.fqn, **config.actor_kwargs())
-        self._starting: Future[ActorHandle] = builder.create_worker_async(None, -1, 0, num_cpus=0)
+        # Not soft: Ray 2.60 takes no notice of a soft affinity of an actor without CPUs.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._starting: Future[ActorHandle] = builder.create_worker_async(
+            None, -1, 0, num_cpus=0, scheduling_strategy=here
+        )
         self._is_shut_down = False
 
     def wait_ready(self) -> None:

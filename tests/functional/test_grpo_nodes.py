@@ -1,0 +1,107 @@
+"""The embedded job on a cluster of two nodes, of which one is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from nemo_rl.distributed import ray_session
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "grpo.num_prompts_per_step=4",
+    "grpo.num_generations_per_prompt=4",
+    "grpo.validation.period=2",
+    "grpo.validation.max_num_problems=16",
+    "grpo.max_num_steps=4",
+    "checkpointing.save_period=1",
+)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head and a second node, of which the head is preferred; this process does not connect to them."""
+    for name, value in ray_session.LOCAL_RAY_VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    ray_session._keep_loopback_addresses()
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, include_dashboard=False)
+    cluster.second = cluster.add_node(num_cpus=2, include_dashboard=False)
+    yield cluster
+    cluster.shutdown()
+
+
+def start(directory: Path, nodes: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "examples/run_grpo_math.py"), *SMALL, f"logger.log_dir={directory}", *arguments],
+        env={**os.environ, "RAY_ADDRESS": nodes.address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(directory: Path, step: int, job: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not (directory / "checkpoints" / f"step_{step:06}").exists():
+        assert job.poll() is None, f"the job ended early: {job.communicate()[1][-3000:]}"
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.05)
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        _, errors = job.communicate(timeout=280)
+    finally:
+        job.kill()  # where the test gave up; does nothing to a job that has ended
+    return job.returncode, errors
+
+
+def assert_same_steps(found: Path, expected: Path) -> None:
+    records = []
+    for directory in (found, expected):
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        records.append({line["step"]: line for line in lines if "train/loss" in line})
+    assert sorted(records[0]) == sorted(records[1]) == [1, 2, 3, 4]
+    for step, record in records[1].items():
+        assert records[0][step]["train/reward"] == record["train/reward"]
+        assert records[0][step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-3, abs=1e-5)
+
+
+def test_a_job_goes_on_when_a_node_with_generation_workers_is_lost(nodes: Cluster, tmp_path: Path) -> None:
+    spread = ("cluster.generation.num_nodes=2", "cluster.generation.cpu_workers_per_node=1")
+    code, errors = finish(start(tmp_path / "whole", nodes, *spread))
+    assert code == 0, errors[-3000:]
+    job = start(tmp_path / "run", nodes, *spread)
+    wait_for_checkpoint(tmp_path / "run", 2, job)
+    nodes.remove_node(nodes.second, allow_graceful=False)
+    code, errors = finish(job)
+    assert code == 0, errors[-3000:]
+    assert "replicas go on without it" in errors
+    assert_same_steps(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_job_whose_policy_loses_a_node_stops_and_the_same_command_resumes_it(nodes: Cluster, tmp_path: Path) -> None:
+    spread = ("cluster.num_nodes=2", "cluster.cpu_workers_per_node=1", "policy.generation.num_workers=1")
+    code, errors = finish(start(tmp_path / "whole", nodes, *spread))
+    assert code == 0, errors[-3000:]
+    job = start(tmp_path / "run", nodes, *spread)
+    wait_for_checkpoint(tmp_path / "run", 2, job)
+    nodes.remove_node(nodes.second, allow_graceful=False)
+    code, errors = finish(job)
+    assert code == 1, "the job must end although the other rank waits for the lost one"
+    assert "policy" in errors
+    nodes.add_node(num_cpus=2, include_dashboard=False)
+    code, errors = finish(start(tmp_path / "run", nodes, *spread))
+    assert code == 0, errors[-3000:]
+    assert_same_steps(tmp_path / "run", tmp_path / "whole")
