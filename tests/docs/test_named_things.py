@@ -192,3 +192,17 @@ def test_every_sentence_of_the_security_page_has_its_test() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| |", "| ---"))]
     assert len(rows) > 20
     assert not [row for row in rows if "::test_" not in row]
+
+
+def test_every_message_that_the_troubleshooting_page_explains_is_one_that_the_program_or_ray_says() -> None:
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = [re.sub(r"\s+", " ", text) for where, text in texts() if where.startswith("nemo_rl/")]
+    known = ("No available agent to submit job", "InvalidAuthToken", "has no extra")  # Ray's; put together from parts
+    messages = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    assert len(messages) > 20
+    wrong = []
+    for message in messages:
+        parts = [part for part in re.split(r" ?\(?(?:\.\.\.| -> )\)? ?", message) if part.strip("() ")]
+        if message not in known and not any(all(part in text for part in parts) for text in said):
+            wrong.append(message)
+    assert not wrong, "\n".join(wrong)
