@@ -12,7 +12,7 @@ same with `NEMO_RL_VENV_SPREAD=off`: every host asks the registry.
 | seconds | one call of `ensure_venvs_on_each_node`, nothing in any store or cache |
 | build_s | of that, the one build (of one host, where each builds) |
 | receive_s | from the first question for a chunk until the last file was written, on the slowest host |
-| cpu_s | CPU seconds of all processes of one host that receives, its raylet included (mean) |
+| cpu_s | CPU seconds of all processes of one host that receives, in that time, its raylet included (mean) |
 | registry_mb | what the registry sent |
 | head_mb | what the head's link sent to other hosts, Ray's own traffic and the registry's answers to them included |
 """
@@ -44,10 +44,11 @@ def main() -> None:
     parser.add_argument("--off", type=int, nargs="*", default=[4], help="numbers of hosts that each ask the registry")
     parser.add_argument("--venv-mb", type=int, default=240, help="size of the venv (default: 240)")
     parser.add_argument("--registry-mb-s", type=float, default=20.0, help="rate of the registry (default: 20)")
+    parser.add_argument("--scratch", default="/tmp", help="where the hosts' disks are; a short path (default: /tmp)")
     arguments = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("ip") is None:
         raise SystemExit("bench_spread needs root and iproute2: its hosts are network namespaces")
-    with tempfile.TemporaryDirectory(prefix="sp-", dir="/tmp") as scratch:  # Ray's sockets need a short path
+    with tempfile.TemporaryDirectory(prefix="sp-", dir=arguments.scratch) as scratch:  # Ray's sockets need a short path
         packages = Path(scratch) / "packages"
         _make_packages(packages, arguments.venv_mb * MB // NUM_WHEELS)
 
@@ -84,18 +85,12 @@ def _session(count: int, spread: str, scratch: Path, packages: Path, rate: float
                 time.sleep(1.0)
                 project = _project(hosts, Path(folder) / "project", f"http://{address}:{PORT}/")
                 before, sent_before = _count(counted), hosts.sent_bytes(0)
-                cpu_before = _receivers_cpu(hosts, count)
-                command = [sys.executable, str(HERE / "spread_session.py"), str(count), str(project)]
+                command = [sys.executable, str(HERE / "spread_session.py"), str(project), *hosts.accounting()]
                 output = harness.run(hosts.on_head(command), env=hosts.driver_environment())
                 metrics = json.loads(output.splitlines()[-1])
                 metrics["registry_mb"] = round((_count(counted) - before) / MB, 1)
-                metrics["cpu_s"] = round(_receivers_cpu(hosts, count) - cpu_before, 2)
                 metrics["head_mb"] = round((hosts.sent_bytes(0) - sent_before) / MB, 1)
     return metrics
-
-
-def _receivers_cpu(hosts: Hosts, count: int) -> float:
-    return sum(hosts.cpu_seconds(host) for host in range(1, count)) / max(count - 1, 1)
 
 
 def _count(path: Path) -> int:

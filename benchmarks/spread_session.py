@@ -1,25 +1,29 @@
 """One driver of bench_spread, on host 0: makes one venv ready on every node; prints seconds, as JSON.
 
-python spread_session.py NUM_NODES PROJECT
+python spread_session.py PROJECT ACCOUNTING...    (one path per host, see spread_hosts.cpu_seconds)
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 
 import ray
+from spread_hosts import cpu_seconds
 
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.ray_session import init_ray
 
 STARTS_WITHIN_S = 300.0
-SETTLE_S = 2.0
+# Ray goes on starting agents after a node has joined; eight nodes' agents would hold up everything on two cores.
+SETTLE_S = 15.0
 
 
-def main(num_nodes: int, project: str) -> None:
+def main(project: str, accounting: list[str]) -> None:
+    num_nodes = len(accounting)
     init_ray()
     deadline = time.monotonic() + STARTS_WITHIN_S
     while len(alive_nodes()) < num_nodes:
@@ -30,9 +34,11 @@ def main(num_nodes: int, project: str) -> None:
     answers = ask_nodes(_imported, alive_nodes(), timeout_s=STARTS_WITHIN_S)
     assert all(answer is True for _, answer in answers), answers
     time.sleep(SETTLE_S)
+    used_before = [cpu_seconds(path) for path in accounting]
     started = time.perf_counter()
     report = ensure_venvs_on_each_node({"bench.Worker": f"uv run --locked --project {project}"})
     seconds = time.perf_counter() - started
+    used = [cpu_seconds(path) - before for path, before in zip(accounting, used_before, strict=True)]
     assert len(report.entries) == num_nodes
     assert report.agrees("bench.Worker")
     built = [entry for entry in report.entries if entry.built]
@@ -42,6 +48,7 @@ def main(num_nodes: int, project: str) -> None:
         "build_s": sum(built[0].seconds.values()),
         "receive_s": max(receiving, default=0.0),
         "builders": len(built),
+        "cpu_s": statistics.mean(used[1:] or [0.0]),
     }
     print(json.dumps(measured))
     ray.shutdown()
@@ -54,4 +61,4 @@ def _imported() -> bool:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], sys.argv[2:])
