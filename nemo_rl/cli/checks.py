@@ -30,7 +30,7 @@ _GB = 10**9
 _MIN_FREE_GB, _GOOD_FREE_GB = 2, 40  # a venv with torch and CUDA takes 5 GB, all of them about 20
 _MIN_SHM_GB = 1
 _MIN_FILES = 4096
-_MAX_CLOCK_OFFSET_S = 5.0
+MAX_CLOCK_OFFSET_S = 5.0
 # Ray's own, where a head on this machine would listen: GCS, client server, dashboard, agent.
 _RAY_PORTS = {6379: "GCS", 10001: "client server", 8265: "dashboard and job server", 52365: "agent"}
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "cephfs", "beegfs", "fuse.juicefs", "wekafs", "9p", "cifs", "smb3", "afs")
@@ -60,6 +60,7 @@ def run_checks() -> list[Check]:
         check_uv,
         check_project,
         check_ray,
+        check_token,
         check_gpu,
         check_disk,
         check_shm,
@@ -129,6 +130,22 @@ def check_ray() -> Check:
         return Check("Ray", OK, f"{version}; the cluster at {address} answers")
     fix = "start it (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine alone"
     return Check("Ray", FATAL, f"{version}; nobody answers at RAY_ADDRESS={address}", fix)
+
+
+def check_token() -> Check:
+    """Whoever knows the token of a Ray cluster runs code on it; without one, whoever reaches its ports does."""
+    variables, address = settings.snapshot(), settings.RAY_ADDRESS.get()
+    if variables.get("RAY_AUTH_TOKEN"):
+        return Check("token", OK, "in RAY_AUTH_TOKEN")
+    path = Path(variables.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.is_file():
+        if variables.get("RAY_AUTH_MODE") == "token" and address not in (None, "local"):
+            fix = "copy the head's token there (`ray get-auth-token`), or set RAY_AUTH_TOKEN_PATH"
+            return Check("token", FATAL, f"RAY_AUTH_MODE=token, and no file {path}", fix)
+        return Check("token", OK, "none needed: a local cluster makes its own")
+    if path.stat().st_mode & 0o077:
+        return Check("token", WARNING, f"others may read {path}", f"chmod 600 {path}, and make a new one")
+    return Check("token", OK, f"in {path}, which nobody else may read")
 
 
 def check_gpu() -> Check:
@@ -225,7 +242,7 @@ def check_clock() -> Check:
             break
     else:
         return Check("clock", OK, time.strftime("%F %T %Z"))
-    if offset > _MAX_CLOCK_OFFSET_S:
+    if offset > MAX_CLOCK_OFFSET_S:
         return Check("clock", WARNING, f"{offset:.0f} s away from that of {path}", "synchronise clocks (NTP, chrony)")
     return Check("clock", OK, f"{time.strftime('%F %T %Z')}; agrees with that of {path}")
 

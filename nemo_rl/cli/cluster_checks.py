@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from nemo_rl import settings
-from nemo_rl.cli.checks import FATAL, Check, run_checks
+from nemo_rl.cli.checks import FATAL, MAX_CLOCK_OFFSET_S, OK, WARNING, Check, run_checks
 from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import ConfigError
@@ -38,9 +39,27 @@ def joined_cluster(address: str | None = None) -> Iterator[None]:
 
 def check_nodes() -> dict[str, list[Check]]:
     """Checks by node address, of the cluster that was joined. A node that does not answer has one fatal finding."""
-    return {
-        node.address: _checks(answer) for node, answer in ask_nodes(run_checks, alive_nodes(), timeout_s=_TIMEOUT_S)
-    }
+    nodes = alive_nodes()
+    found = {node.address: _checks(answer) for node, answer in ask_nodes(run_checks, nodes, timeout_s=_TIMEOUT_S)}
+    asked = time.time()
+    clocks = ask_nodes(_now, nodes, timeout_s=_TIMEOUT_S)
+    answered = time.time()
+    for node, there in clocks:
+        if isinstance(there, float):
+            found[node.address].append(clock_check(there, asked, answered))
+    return found
+
+
+def clock_check(there: float, asked: float, answered: float) -> Check:
+    """A node's clock against the driver's, which said `asked` before and `answered` after the node said `there`."""
+    offset = max(asked - there, there - answered, 0.0)
+    if offset > MAX_CLOCK_OFFSET_S:
+        return Check("clock of the driver", WARNING, f"{offset:.0f} s away from it", "synchronise clocks (NTP, chrony)")
+    return Check("clock of the driver", OK, "agrees with it")
+
+
+def _now() -> float:
+    return time.time()
 
 
 def _checks(answer: list[Check] | RayError) -> list[Check]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from nemo_rl.cli.cluster_checks import clock_check
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "examples" / "configs" / "grpo_math_embedded.yaml"
 
@@ -119,7 +121,30 @@ def test_every_node_of_a_running_cluster_is_checked(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert {check["node"] for check in found} == {"127.0.0.1"}
-    assert "uv" in {check["name"] for check in found}
+    states = {check["name"]: check["state"] for check in found}
+    assert "uv" in states
+    assert states["clock of the driver"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("there", "state"), [(100.5, "ok"), (96.0, "ok"), (105.0, "ok"), (90.0, "warning"), (110.0, "warning")]
+)
+def test_a_nodes_clock_is_compared_with_the_drivers(there: float, state: str) -> None:
+    assert clock_check(there, asked=100.0, answered=101.0).state == state
+
+
+def test_a_token_that_others_may_read_or_that_is_not_there_is_told(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a" * 64)
+    token.chmod(0o644)
+    env = {"NEMO_RL_VENV_DIR": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": ""}
+    found = checks(run("doctor", "--json", **env))["token"]
+    assert (found["state"], found["fix"].split()[0]) == ("warning", "chmod")
+    token.chmod(0o600)
+    assert checks(run("doctor", "--json", **env))["token"]["state"] == "ok"
+    token.unlink()
+    done = run("doctor", "--json", **env, RAY_AUTH_MODE="token", RAY_ADDRESS="127.0.0.1:9")
+    assert (done.returncode, checks(done)["token"]["state"]) == (1, "fatal")
 
 
 def test_a_plan_for_a_running_cluster_says_where_bundles_would_be_and_what_its_nodes_lack(tmp_path: Path) -> None:
