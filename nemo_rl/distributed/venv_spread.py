@@ -55,6 +55,15 @@ class _State:
     offer: ray.ObjectRef | None = None
 
 
+@dataclass(frozen=True)
+class _Receiving:
+    """A node that has been told to receive, and the offer that it was given."""
+
+    content: Content
+    node_id: str
+    offer: ray.ObjectRef
+
+
 class VenvSpread:
     """The contents of one campaign. Only its owner's thread calls it.
 
@@ -72,7 +81,7 @@ class VenvSpread:
         self._hosts: dict[str, Any] = {}
         self._retired: list[Any] = []
         self._active: Content | None = None
-        self._streams: dict[ray.ObjectRefGenerator, tuple[Content, str]] = {}
+        self._streams: dict[ray.ObjectRefGenerator, _Receiving] = {}
         self._plans: dict[tuple[Content, tuple[str, ...]], ray.ObjectRef] = {}
 
     def add_source(self, content: Content, node_id: str, stable_python: str) -> None:
@@ -99,9 +108,12 @@ class VenvSpread:
                 self._host(taking_part)
 
     def give_up(self, content: Content, node_id: str) -> dict[str, list[str]]:
-        """A node failed to build: who waited for it, and for which venvs."""
+        """A node failed to build: who waited for it, and for which venvs. Whoever asks later tries for itself."""
         state = self._states[content]
-        if state.builder != node_id or state.sources:
+        if state.builder != node_id:
+            return {}
+        state.builder = None
+        if state.sources:
             return {}
         waiting, state.waiting = state.waiting, {}
         return waiting
@@ -160,7 +172,7 @@ class VenvSpread:
         told = replace(request, plans={})
         method = self._host(node_id).receive.options(num_returns="streaming", name=f"venvs to {request.node}")
         stream = method.remote(told, self._plans[key], state.offer, above)
-        self._streams[stream] = (content, node_id)
+        self._streams[stream] = _Receiving(content, node_id, state.offer)
         return stream, request
 
     def _host(self, node_id: str) -> Any:
@@ -180,11 +192,12 @@ class VenvSpread:
 
         The next try is with another source, or with a new process for this one.
         """
-        content, node_id = self._streams[stream]
-        state = self._states[content]
+        told = self._streams[stream]
+        state = self._states[told.content]
         if process_died:
-            self._retire(node_id)
-        if state.tree and (not process_died or _has_failed(state.offer)):
+            self._retire(told.node_id)
+        # Once for all nodes that were given this offer: the next one may be fine.
+        if state.tree and state.offer is told.offer and (not process_died or _has_failed(told.offer)):
             source, state.tree, state.offer = state.tree[0], [], None
             self._retire(source)
             if len(state.sources) > 1 or source != self._here:
@@ -194,7 +207,7 @@ class VenvSpread:
         """A stream of `start` has ended, in one way or another."""
         if stream in self._streams:
             del self._streams[stream]
-            if not any(content == self._active for content, _ in self._streams.values()):
+            if not any(told.content == self._active for told in self._streams.values()):
                 self._active = None
 
     def _retire(self, node_id: str) -> None:
@@ -217,9 +230,7 @@ class VenvSpread:
         self._retired.clear()
 
 
-def _has_failed(reference: ray.ObjectRef | None) -> bool:
-    if reference is None:
-        return False
+def _has_failed(reference: ray.ObjectRef) -> bool:
     try:
         ray.get(reference, timeout=0)
     except ray.exceptions.GetTimeoutError:

@@ -227,3 +227,4 @@ def test_one_node_builds_for_each_platform() -> None:
     assert spread.awaits(arm, "arm2", ["w"]) is None
     # The other one fails: those that wait for it are told.
     assert spread.give_up(x86, "driver") == {"x1": ["w"]}
+    assert spread.awaits(x86, "x2", ["w"]) is None  # answered late: it does not wait for a builder that has failed
