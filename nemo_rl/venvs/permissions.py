@@ -23,7 +23,7 @@ def not_writable_by_others() -> Iterator[None]:
     global _depth, _before
     with _lock:
         if _depth == 0:
-            _before = os.umask(0o077)  # the only way to read it
+            _before = os.umask(0o022)  # the only way to read it; other threads may create files at this moment
             os.umask(_before | _OTHERS_MAY_WRITE)
         _depth += 1
     try:
