@@ -19,6 +19,7 @@ math problems (`examples/run_curate_math.py`) takes raw input, all its stages to
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -38,8 +39,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--lines", type=int, default=20_000, help="raw problems of the curation (default: 20000)")
     arguments = parser.parse_args()
-    cases = [Case(name, lambda name=name: run(name, arguments.lines)) for name in arguments.cases]
-    results = harness.measure(cases, repeats=arguments.repeats)
+    with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
+        rival_python = python_with_pip(Path(scratch)) if "ray pip" in arguments.cases else sys.executable
+        cases = [
+            Case(name, functools.partial(run, name, arguments.lines, rival_python if name == "ray pip" else None))
+            for name in arguments.cases
+        ]
+        results = harness.measure(cases, repeats=arguments.repeats)
     ours = [name for name in ("actor pool", "ray data") if name in arguments.cases]
     rivals = [name for name in ("ray pip", "ray uv") if name in arguments.cases]
     ratios = [
@@ -57,22 +63,31 @@ def main() -> None:
     harness.report("pipelines", results, ratios, arguments.json, title="seconds, where not said", notes=notes)
 
 
-def run(name: str, num_lines: int) -> Metrics:
+def python_with_pip(scratch: Path) -> str:
+    """The interpreter of a venv like this project's that has pip as well: Ray's `pip` copies it and needs that."""
+    environment = {**os.environ, "UV_PROJECT_ENVIRONMENT": str(scratch / "venv")}
+    python = str(scratch / "venv" / "bin" / "python")
+    harness.run(["uv", "sync", "--locked", "--quiet", "--group", "dev"], env=environment, cwd=harness.REPOSITORY)
+    harness.run(["uv", "pip", "install", "--quiet", "--python", python, "pip"], env=environment)
+    return python
+
+
+def run(name: str, num_lines: int, python: str | None) -> Metrics:
     """One case: a first session, and a second one that finds what the first left on disk."""
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
         environment = {**os.environ, "NEMO_RL_VENV_DIR": str(Path(scratch, "venvs")), "RAY_ADDRESS": "local"}
         if name in CURATION:
-            return session("curation", f"{CURATION[name]}/{num_lines}", environment)
-        first = session(name, "first", environment)
+            return session("curation", f"{CURATION[name]}/{num_lines}", environment, python)
+        first = session(name, "first", environment, python)
         if name == "plain ray data":
             return first
-        again = session(name, "again", environment)
+        again = session(name, "again", environment, python)
     return {**first, "after restart": again["first"]}
 
 
-def session(name: str, part: str, environment: dict[str, str]) -> dict[str, float]:
-    """What one Ray session measured."""
-    command = [sys.executable, str(SESSION), name, part]
+def session(name: str, part: str, environment: dict[str, str], python: str | None) -> dict[str, float]:
+    """What one Ray session measured; in this process's Python unless another is given."""
+    command = [python or sys.executable, str(SESSION), name, part]
     written = harness.run(command, env=environment)
     return json.loads(next(line for line in reversed(written.splitlines()) if line.startswith("{")))
 
