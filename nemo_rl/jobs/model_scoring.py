@@ -79,7 +79,8 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     Args:
         config: with a model.
-        problem, answer: columns with the prompt, as text, and the expected answer.
+        problem: column with the prompt, as text.
+        answer: column with the expected answer.
 
     Raises:
         ConfigError: there is no model, or no such backend.
