@@ -119,8 +119,8 @@ class Lease:
         pid, _, name, num_bytes = self._origin
         if self._own_fd is None:
             raise WeightSyncError(
-                f"published weights cannot be read: process {pid}, which holds them, has ended or cannot be reached from "
-                "here. Restart the job; with workers on several nodes or in several containers set "
+                f"published weights cannot be read: process {pid}, which holds them, has ended or cannot be reached "
+                "from here. Restart the job; with workers on several nodes or in several containers set "
                 "policy.weight_transport=ray."
             )
         array = np.frombuffer(self._mapping(pid, name), dtype=np.uint8, count=num_bytes).view(_LeasedArray)
