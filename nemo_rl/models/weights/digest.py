@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -29,46 +31,76 @@ def dtype_by_name(name: str) -> torch.dtype:
 
 
 class WeightDigest:
-    """XXH3-128 over name, dtype, shape and bytes of every tensor, in the order given.
+    """XXH3-128 over name, dtype, shape and the XXH3-128 of the bytes of every tensor, in the order given.
 
     Names and shapes are part of it, so that two tensors of equal bytes cannot change places; padding between tensors
-    is not, so that the layout of the buffers does not matter.
+    is not, so that the layout of the buffers does not matter. Tensors are read by as many threads as torch has in this
+    process; `hexdigest` waits for them.
     """
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
+        self._num_threads = torch.get_num_threads()
+        self._threads: ThreadPoolExecutor | None = None
+        self._pending: deque[tuple[bytes, Future[bytes]]] = deque()
+
+    def add(self, name: str, dtype: str, shape: Iterable[int], data: npt.NDArray[np.uint8]) -> None:
+        """Take in one tensor, whose bytes in row-major order are `data`; they must stay until `settle`."""
+        self._add(name, dtype, shape, data.size, lambda: xxhash.xxh3_128(data.data).digest())
 
     def copy_in(self, spec: TensorSpec, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy a tensor, cast to the target's dtype, and take in the copy.
-
-        Piece by piece, so that the digest reads from the processor's cache: it then takes no time beside the copy.
+        """Copy a tensor, cast to the target's dtype, and take in the copy; both must stay until `settle`.
 
         Args:
             target: contiguous, on the CPU; of the source's shape.
         """
-        self._start(spec.name, spec.dtype, spec.shape)
         copied = tensor_bytes(target)
         if source.dtype != target.dtype or source.device.type != "cpu" or not source.is_contiguous():
             target.copy_(source)
-            self._hash.update(copied.data)
+            self.add(spec.name, spec.dtype, spec.shape, copied)
             return
         original = tensor_bytes(source)
-        for start in range(0, copied.size, _PIECE_BYTES):
-            piece = slice(start, start + _PIECE_BYTES)
-            copied[piece] = original[piece]
-            self._hash.update(copied[piece].data)
+        self._add(spec.name, spec.dtype, spec.shape, copied.size, lambda: _copied(original, copied))
 
-    def _start(self, name: str, dtype: str, shape: Iterable[int]) -> None:
-        self._hash.update(f"{name}\0{dtype}\0{tuple(shape)}\0".encode())
-
-    def add(self, name: str, dtype: str, shape: Iterable[int], data: npt.NDArray[np.uint8]) -> None:
-        """Take in one tensor, whose bytes in row-major order are `data`."""
-        self._start(name, dtype, shape)
-        self._hash.update(data.data)
+    def settle(self) -> None:
+        """Wait until all tensors so far have been read."""
+        self._drain(0)
 
     def hexdigest(self) -> str:
-        """The digest of all tensors so far, 32 hexadecimal digits."""
+        """The digest of all tensors, 32 hexadecimal digits. Ends the threads."""
+        self._drain(0)
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
         return self._hash.hexdigest()
+
+    def _add(self, name: str, dtype: str, shape: Iterable[int], num_bytes: int, read: Callable[[], bytes]) -> None:
+        header = f"{name}\0{dtype}\0{tuple(shape)}\0".encode()
+        if self._num_threads == 1 or num_bytes < _PIECE_BYTES:
+            future: Future[bytes] = Future()
+            future.set_result(read())
+        else:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self._num_threads, "digest")
+            future = self._threads.submit(read)
+        self._pending.append((header, future))
+        self._drain(2 * self._num_threads)  # whoever gathers tensors one by one holds only a few
+
+    def _drain(self, num_left: int) -> None:
+        while len(self._pending) > num_left:
+            header, future = self._pending.popleft()
+            self._hash.update(header)
+            self._hash.update(future.result())
+
+
+def _copied(original: npt.NDArray[np.uint8], copied: npt.NDArray[np.uint8]) -> bytes:
+    """Copy, and digest the copy: piece by piece, so that it is read from the processor's cache, and takes no time."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, copied.size, _PIECE_BYTES):
+        piece = slice(start, start + _PIECE_BYTES)
+        copied[piece] = original[piece]
+        digest.update(copied[piece].data)
+    return digest.digest()
 
 
 def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -43,7 +43,7 @@ class WeightUpdate:
         version: the training step after which they were taken; grows with every update.
         transport: name of the transport that reads the buckets.
         buckets: in a fixed order, together every parameter once (tied parameters once, under their first name).
-        digest: XXH3-128 (hex) over name, dtype, shape and bytes of every tensor, in bucket order.
+        digest: of every tensor, in bucket order; see `digest.WeightDigest`.
     """
 
     version: int

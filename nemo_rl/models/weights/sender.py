@@ -112,6 +112,7 @@ class _BucketPacker:
             buffer[position : spec.offset].zero_()
             self._digest.copy_in(spec, tensor, target)
             position = spec.offset + target.numel() * target.element_size()
+        self._digest.settle()
         handle = self._transport.put(buffer)
         self._buckets.append(WeightBucket(tuple(spec for spec, _ in self._pending), self._used, handle))
         self._pending, self._used = [], 0

@@ -54,7 +54,8 @@ def test_round_trip_keeps_every_bit_in_any_bucket_size(dtype: str, bucket_bytes:
 
 def test_the_digest_is_the_documented_one() -> None:
     tensor = torch.tensor([1.0, -2.0])
-    expected = xxhash.xxh3_128(b"w\0float32\0(2,)\0" + np.array([1.0, -2.0], np.float32).tobytes()).hexdigest()
+    content = xxhash.xxh3_128(np.array([1.0, -2.0], np.float32).tobytes()).digest()
+    expected = xxhash.xxh3_128(b"w\0float32\0(2,)\0" + content).hexdigest()
     assert digest_tensors([("w", tensor)]) == expected
     assert publish([("w", tensor)], version=0, dtype="float32", transport="local").digest == expected
 
@@ -71,6 +72,23 @@ def test_the_digest_depends_on_name_order_dtype_and_shape_but_not_on_buckets() -
     one = publish(_tensors().items(), version=0, dtype="float32", transport="local")
     many = publish(_tensors().items(), version=9, dtype="float32", bucket_bytes=64, transport="local")
     assert one.digest == many.digest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_change_neither_the_digest_nor_the_weights(dtype: str) -> None:
+    tensors = {f"w{index}": torch.randn(400, 300 + index) for index in range(40)}
+    num_threads = torch.get_num_threads()
+    updates = []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            updates.append(publish(tensors.items(), version=0, dtype=dtype, bucket_bytes=3_000_000, transport="local"))
+            assert digest_tensors(receive(updates[-1])) == updates[-1].digest
+    finally:
+        torch.set_num_threads(num_threads)
+    assert updates[0].digest == updates[1].digest
+    for name, tensor in receive(updates[1]):
+        assert torch.equal(tensor, tensors[name].to(tensor.dtype))
 
 
 def test_adjacent_tensors_lie_gap_free() -> None:
