@@ -340,11 +340,3 @@ def test_documented_commands_have_valid_keys():
         assert overrides
         load_config(MasterConfig, None, overrides)
     assert len(commands) >= 5
-
-
-def test_documented_class_works(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
-    (tmp_path / "my_data.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    dataset = open_dataset(DatasetConfig(kind="my_data:Squares", max_num_problems=4), DataConfig(), "train")
-    assert [problem.answer for problem in dataset] == ["0", "1", "4", "9"]
