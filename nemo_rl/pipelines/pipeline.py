@@ -116,6 +116,7 @@ class Pipeline:
             DataError: an input or output cannot be used.
             StageError: a stage failed.
         """
+        from nemo_rl.pipelines.io.overlaps import refuse_overlaps
         from nemo_rl.pipelines.run import RunOptions, run_pipeline
 
         if on_failure == "set_aside" and run_dir is None:
@@ -134,4 +135,6 @@ class Pipeline:
             max_retries=max_retries,
             progress=progress,
         )
-        return run_pipeline(self, expanded(self.stages), executor, tasks, options)
+        stages = expanded(self.stages)
+        refuse_overlaps(stages, run_dir)
+        return run_pipeline(self, stages, executor, tasks, options)

@@ -96,6 +96,18 @@ class ProcessingStage(Generic[In, Out]):
             resumes: an earlier attempt of the same run may have left something behind.
         """
 
+    def reads_from(self) -> list[str]:
+        """Files and directories that the stage reads. No writer of the pipeline may write, or empty, any of them."""
+        return []
+
+    def would_read(self, place: str) -> bool:
+        """Whether the stage would read a file (its real path, or URL) if it were there."""
+        return False
+
+    def writes_to(self) -> list[str]:
+        """Files that the stage writes, and directories that it has for itself, which end with a slash."""
+        return []
+
     def setup_on_node(self) -> None:
         """Called once per node and run, before the first `setup` there: downloads and the like."""
 

@@ -213,7 +213,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be written"):
         SingleParquetWriter(tmp_path / "file" / "all.parquet").prepare(resumes=False)
     with pytest.raises(ResumeError, match=r"the run directory .*file/run cannot be written"):
-        Pipeline("p", stages=[JsonlReader(tmp_path)]).run(run_dir=tmp_path / "file" / "run")
+        Pipeline("p", stages=[JsonlReader(tmp_path / "in")]).run(run_dir=tmp_path / "file" / "run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

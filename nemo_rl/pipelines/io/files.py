@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
 TEMPORARY_PREFIX = "_writing-"
+_PATTERN = "*?["
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,40 @@ def list_files(urls: Sequence[str], suffixes: Sequence[str]) -> list[FileInfo]:
     return list(found.values())
 
 
+def would_list(url: str, suffixes: Sequence[str], place: str) -> bool:
+    """Whether `list_files([url], suffixes)` would give the file at `place` (of `place_of`) if it were there."""
+    import fsspec.utils
+
+    start, pattern = fixed_root(url)
+    root = place_of(start)
+    if not pattern:
+        return place == root or (is_below(place, root) and _is_data(place, root, suffixes))
+    translated = fsspec.utils.glob_translate(f"{root.rstrip('/')}/{pattern}")
+    return re.fullmatch(translated, place) is not None
+
+
+def fixed_root(url: str) -> tuple[str, str]:
+    """A path and "", or the directory below which a pattern finds files and the pattern from there on."""
+    position = min((url.index(character) for character in _PATTERN if character in url), default=-1)
+    if position < 0:
+        return url, ""
+    head, slash, _ = url[:position].rpartition("/")
+    return head + slash or ".", url[len(head + slash) :]
+
+
+def place_of(url: str) -> str:
+    """One name for each file or directory, however it is spelled."""
+    files, path = file_system(url)
+    return os.path.realpath(path) if _is_local(files) else str(files.unstrip_protocol(path)).rstrip("/")
+
+
+def is_below(place: str, root: str) -> bool:
+    """Whether `place` is somewhere in the directory `root`; both of `place_of`."""
+    return place.startswith(root.rstrip("/") + "/")
+
+
 def _listed(files: Any, path: str, url: str, suffixes: Sequence[str]) -> list[FileInfo]:
-    if any(character in path for character in "*?["):
+    if any(character in path for character in _PATTERN):
         infos = files.glob(path, detail=True)
     elif not files.exists(path):
         raise DataError(f"{url} does not exist")

@@ -7,7 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from nemo_rl.errors import DataError
-from nemo_rl.pipelines.io.files import FileInfo, file_system, is_compressed, list_files, num_bytes, opened
+from nemo_rl.pipelines.io.files import (
+    FileInfo,
+    file_system,
+    fixed_root,
+    is_compressed,
+    list_files,
+    num_bytes,
+    opened,
+    would_list,
+)
 from nemo_rl.pipelines.stage import ProcessingStage
 from nemo_rl.pipelines.tasks import EmptyTask, FileGroupTask
 
@@ -50,6 +59,12 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroupTask]):
 
     def prepare(self, resumes: bool) -> None:
         list_files(self.paths, self.suffixes)
+
+    def reads_from(self) -> list[str]:
+        return [fixed_root(path)[0] for path in self.paths]
+
+    def would_read(self, place: str) -> bool:
+        return any(would_list(path, self.suffixes, place) for path in self.paths)
 
     def process(self, task: EmptyTask) -> list[FileGroupTask]:
         infos = list_files(self.paths, self.suffixes)

@@ -37,6 +37,9 @@ class _ShardWriter(ProcessingStage[DocumentBatch, FileGroupTask]):
     def prepare(self, resumes: bool) -> None:
         prepare_directory(self.path, resumes, self.overwrite)
 
+    def writes_to(self) -> list[str]:
+        return [f"{self.path}/", f"{self.path}/part-00000{self.suffix}"]
+
     def process(self, task: DocumentBatch) -> FileGroupTask | None:
         table = task.to_pyarrow()
         if not table.num_rows:
@@ -135,6 +138,9 @@ class SingleParquetWriter(GatherStage[DocumentBatch, FileGroupTask]):
                     raise DataError(f"{url} is a directory; name a file")
             except OSError as error:
                 raise DataError(f"{url} cannot be written: {error}") from error
+
+    def writes_to(self) -> list[str]:
+        return self._paths()
 
     def _paths(self) -> list[str]:
         return [self.path, *([self.held_out] if self.held_out else [])]

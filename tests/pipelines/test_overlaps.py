@@ -1,0 +1,64 @@
+"""What a pipeline reads, writes and keeps may not be in each other's way. Nothing is deleted, and no Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from nemo_rl.errors import PipelineDefinitionError
+from nemo_rl.pipelines import Pipeline
+from nemo_rl.pipelines.io.overlaps import refuse_overlaps
+from nemo_rl.pipelines.io.readers import JsonlReader, ParquetReader
+from nemo_rl.pipelines.io.writers import JsonlWriter, ParquetWriter, SingleParquetWriter
+from nemo_rl.pipelines.stage import expanded
+
+
+def check(*stages: Any, run_dir: Path | None = None) -> None:
+    refuse_overlaps(expanded(stages), run_dir)
+
+
+@pytest.mark.parametrize("read", ["raw", "raw/sub", "raw/*.jsonl", "raw/sub/../sub/a.jsonl", "link"])
+def test_a_writer_does_not_delete_what_is_read(tmp_path: Path, read: str) -> None:
+    source = tmp_path / "raw" / "sub" / "a.jsonl"
+    source.parent.mkdir(parents=True)
+    source.write_text('{"n": 1}\n')
+    (tmp_path / "link").symlink_to("raw")
+    pipeline = Pipeline("p", stages=[JsonlReader(tmp_path / read), JsonlWriter(tmp_path / "raw", overwrite=True)])
+    with pytest.raises(PipelineDefinitionError, match="'JsonlWriter' writes to .*raw, where stage 'JsonlFiles' reads"):
+        pipeline.run()
+    assert source.read_text() == '{"n": 1}\n'
+    assert not ray.is_initialized()
+
+
+def test_what_is_written_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(PipelineDefinitionError, match="'JsonlFiles' would read"):
+        check(JsonlReader(tmp_path), JsonlWriter(tmp_path / "out", compression="gz"))
+    with pytest.raises(PipelineDefinitionError, match="'ParquetFiles' would read"):
+        check(ParquetReader(f"{tmp_path}/*/*.parquet"), ParquetWriter(tmp_path / "out"))
+    with pytest.raises(PipelineDefinitionError, match="'ParquetFiles' would read"):
+        check(ParquetReader(tmp_path), SingleParquetWriter(tmp_path / "all.parquet"))
+    with pytest.raises(PipelineDefinitionError, match="'ParquetFiles' would read"):
+        check(ParquetReader("memory://d"), ParquetWriter("memory://d/out"))
+    with pytest.raises(PipelineDefinitionError, match=r"all\.parquet, where stage 'ParquetFiles' reads"):
+        check(ParquetReader(tmp_path / "all.parquet"), SingleParquetWriter(tmp_path / "all.parquet"))
+    with pytest.raises(PipelineDefinitionError, match="'JsonlFiles' would read what is in run_dir="):
+        check(JsonlReader(tmp_path), run_dir=tmp_path / "run")
+    with pytest.raises(PipelineDefinitionError, match="and so does stage 'SingleParquetWriter'"):
+        check(SingleParquetWriter(tmp_path / "x", held_out=tmp_path / "y" / ".." / "x"))
+
+
+def test_a_writer_does_not_delete_the_run_directory(tmp_path: Path) -> None:
+    for run_dir in (tmp_path / "out", tmp_path / "out" / "below" / "run"):
+        with pytest.raises(PipelineDefinitionError, match="which holds run_dir="):
+            check(JsonlReader(tmp_path / "raw"), JsonlWriter(tmp_path / "out", overwrite=True), run_dir=run_dir)
+
+
+def test_places_side_by_side_are_all_right(tmp_path: Path) -> None:
+    check(JsonlReader(tmp_path / "raw"), JsonlWriter(tmp_path / "raw-clean"), run_dir=tmp_path / "raw-run")
+    check(JsonlReader(tmp_path), SingleParquetWriter(tmp_path / "all.parquet"))  # the reader takes no Parquet
+    check(JsonlReader(f"{tmp_path}/*.jsonl"), JsonlWriter(tmp_path / "out"), run_dir=tmp_path / "run")
+    check(JsonlReader(tmp_path / "sample.jsonl"), SingleParquetWriter(tmp_path / "all.parquet"), run_dir=tmp_path / "r")
+    check(JsonlReader(tmp_path / "_x" / "raw"), JsonlWriter(tmp_path / "run" / "out"), run_dir=tmp_path / "run")
