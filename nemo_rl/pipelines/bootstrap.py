@@ -45,9 +45,9 @@ class StageWorker:
             yield output
         yield sizes
 
-    def gather(self) -> int:
+    def gather(self, num_sources: int) -> int:
         """See `StageRunner.gather`."""
-        return self._runner.gather()
+        return self._runner.gather(num_sources)
 
     def close(self) -> None:
         """Tear the stage down and end this process."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -24,6 +25,7 @@ from nemo_rl.pipelines.runner import OnFailure, StageJob, StageRunner, counts_di
 from nemo_rl.pipelines.spool import Spool, SpooledTask, SpoolWriter
 from nemo_rl.pipelines.stage import AnyStage, GatherStage
 from nemo_rl.pipelines.tasks import Task
+from nemo_rl.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from nemo_rl.pipelines.pipeline import Pipeline
@@ -154,17 +156,19 @@ class _Run:
 
     def _finished(self, number: int) -> list[Item] | None:
         """The results of a segment that an earlier attempt finished; else None."""
-        place = spool_directory(self._directory.path, number)
-        if not self._directory.is_resumed or not (place / _COMPLETE).exists():
-            return None
-        return self._results(number, int((place / _COMPLETE).read_text()))
+        num_sources = self._num_sources(number) if self._directory.is_resumed else None
+        return None if num_sources is None else self._results(number, num_sources)
+
+    def _num_sources(self, number: int) -> int | None:
+        """Of a segment that is done; else None."""
+        path = spool_directory(self._directory.path, number) / _COMPLETE
+        return int(path.read_text()) if path.exists() else None
 
     def _finish(self, number: int, num_sources: int) -> list[Item]:
         """Mark a segment as finished, and forget the one before it."""
         items = self._results(number, num_sources)
         place = spool_directory(self._directory.path, number)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / _COMPLETE).write_text(str(num_sources))
+        write_atomically(place / _COMPLETE, str(num_sources))
         self._directory.clear_segment(spool_directory(self._directory.path, number - 1))
         return items
 
@@ -222,13 +226,20 @@ class _Run:
         self._executor.run(stages, [items[index] for index in missing], cluster)
         return self._finish(number, len(items))
 
+    def _spool_input(self, place: Path, items: list[Item]) -> int:
+        """Put a run's input where a gathering stage reads it; what an attempt that was killed left is made anew."""
+        self._directory.clear_segment(place)
+        writer = SpoolWriter(place, self._directory.attempt)
+        writer.write([], items)
+        writer.close()
+        write_atomically(place / _COMPLETE, str(len(items)))
+        return len(items)
+
     def _gather(self, number: int, stage: PlannedStage, items: list[Item]) -> list[Item]:
-        path = self._directory.path
-        before, place = spool_directory(path, number - 1), spool_directory(path, number)
-        if not before.is_dir():  # the first segment: its input is still here
-            writer = SpoolWriter(before, self._directory.attempt)
-            writer.write([], items)
-            writer.close()
+        place = spool_directory(self._directory.path, number)
+        num_sources = self._num_sources(number - 1)
+        if num_sources is None:  # the first segment: its input is still here
+            num_sources = self._spool_input(spool_directory(self._directory.path, number - 1), items)
         options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
         if stage.runtime_env:
             options["runtime_env"] = stage.runtime_env
@@ -237,7 +248,7 @@ class _Run:
             worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
             try:
                 ray.get(worker.start.remote())
-                return self._finish(number, ray.get(worker.gather.remote()))
+                return self._finish(number, ray.get(worker.gather.remote(num_sources)))
             except RayError as error:
                 ours = stage_error(error)
                 if ours is None and isinstance(error, RayActorError) and attempt < _MAX_GATHER_ATTEMPTS:

@@ -122,17 +122,28 @@ class StageRunner:
         yield from grouped(self._batches(items), len(items), self._job.num_cpus)
         self._counts.save()
 
-    def gather(self) -> int:
+    def gather(self, num_sources: int) -> int:
         """Run a `GatherStage` over the spool of the segment before; its results go to this segment's spool.
+
+        Args:
+            num_sources: of the segment before, all of which must be accounted for in its spool.
 
         Returns:
             How many results there are.
+
+        Raises:
+            StageInputError: some are not.
         """
         assert isinstance(self._stage, GatherStage)
-        before = Spool.read(spool_directory(Path(self._job.directory), self._job.segment - 1))
-        entries, missing = before.results(1 + max((key[0] for key in _keys(before)), default=-1))
+        before = spool_directory(Path(self._job.directory), self._job.segment - 1)
+        entries, missing = Spool.read(before).results(num_sources)
         if missing:
-            raise StageInputError(f"stage {self._stage.name!r}: not all tasks are there", stage=self._stage.name)
+            raise StageInputError(
+                f"stage {self._stage.name!r}: {len(missing)} of {num_sources} inputs are not in {before} on "
+                f"{socket.gethostname()}. On several nodes the run directory (Pipeline.run(run_dir=...)) must be on a "
+                "file system that all of them share.",
+                stage=self._stage.name,
+            )
         began = time.perf_counter()
         counts = self._counts.counts
         counts.tasks_in = len(entries)
@@ -359,11 +370,6 @@ def _children(results: list[tuple[list[Item], list[Any]]]) -> tuple[list[list[It
         keys = [first.key] if len(made) == 1 else [(*first.key, index) for index in range(len(made))]
         outputs.append([Item(task, key) for task, key in zip(made, keys)])
     return outputs, entries
-
-
-def _keys(spool: Spool) -> Iterator[tuple[int, ...]]:
-    for entries in spool.attempts.values():
-        yield from entries
 
 
 def _shown(value: Any) -> str:

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sample_stages import AddOne, KeepFirstOfEach, Slow, batches, numbers
 
-from nemo_rl.errors import ResumeError
-from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.errors import ResumeError, StageError
+from nemo_rl.pipelines import DocumentBatch, Pipeline, RayActorPoolExecutor, RayDataExecutor
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 NUM_RECORDS = 40
@@ -110,6 +112,28 @@ def test_a_run_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ResumeError, match="cannot be read"):
         Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_first_gathering_stage_reads_its_whole_input_again_after_a_kill(tmp_path: Path) -> None:
+    class StopsAtFirst(KeepFirstOfEach):
+        def process_all(self, tasks: Sequence[DocumentBatch]) -> Any:
+            if not (tmp_path / "go").exists():
+                raise RuntimeError("stop here")
+            yield from super().process_all(tasks)
+
+    pipeline = Pipeline("p", stages=[StopsAtFirst(100)])
+    with pytest.raises(StageError, match="stop here"):
+        pipeline.run(RayActorPoolExecutor(), batches(10), run_dir=tmp_path / "run")
+    spool = tmp_path / "run" / "spool" / "00"
+    (log,) = spool.glob("*.log")
+    (spool / "complete").unlink()  # killed while it was written
+    log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
+    (tmp_path / "go").touch()
+    result = pipeline.run(RayActorPoolExecutor(), batches(10), run_dir=tmp_path / "run")
+    assert numbers(result) == list(range(20))
+    (finished,) = (tmp_path / "run" / "spool" / "01").glob("*complete*")  # and nothing half written beside it
+    assert finished.read_text() == "10"
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
