@@ -136,5 +136,8 @@ class Pipeline:
             progress=progress,
         )
         stages = expanded(self.stages)
+        keeps = [stage.name for stage in stages if stage.needs_run_dir()] if run_dir is None else []
+        if keeps:
+            raise PipelineDefinitionError(f"stage {keeps[0]!r} sets records aside and needs a run_dir to keep them")
         refuse_overlaps(stages, run_dir)
         return run_pipeline(self, stages, executor, tasks, options)

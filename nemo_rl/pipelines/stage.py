@@ -96,6 +96,10 @@ class ProcessingStage(Generic[In, Out]):
             resumes: an earlier attempt of the same run may have left something behind.
         """
 
+    def needs_run_dir(self) -> bool:
+        """Whether what it sets aside would be lost without a `run_dir`: a run without one is then refused."""
+        return False
+
     def reads_from(self) -> list[str]:
         """Files and directories that the stage reads. No writer of the pipeline may write, or empty, any of them."""
         return []
@@ -145,7 +149,10 @@ class ProcessingStage(Generic[In, Out]):
             self._reporter.dropped(reason, count, examples)
 
     def set_aside(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keep records that cannot be processed in the run's `failed/`, as JSON lines."""
+        """Keep records that cannot be processed in the run's `failed/`, as JSON lines.
+
+        Without a `run_dir` they are gone when the run ends; see `needs_run_dir`.
+        """
         if records and self._reporter is not None:
             self._reporter.set_aside(records)
 

@@ -56,6 +56,15 @@ def test_a_writer_does_not_delete_the_run_directory(tmp_path: Path) -> None:
             check(JsonlReader(tmp_path / "raw"), JsonlWriter(tmp_path / "out", overwrite=True), run_dir=run_dir)
 
 
+def test_lines_are_not_set_aside_where_nothing_keeps_them(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("broken\n")
+    pipeline = Pipeline("p", stages=[JsonlReader(source, broken_lines="set_aside")])
+    with pytest.raises(PipelineDefinitionError, match="'JsonlReadStage' sets records aside and needs a run_dir"):
+        pipeline.run()
+    assert not ray.is_initialized()
+
+
 def test_places_side_by_side_are_all_right(tmp_path: Path) -> None:
     check(JsonlReader(tmp_path / "raw"), JsonlWriter(tmp_path / "raw-clean"), run_dir=tmp_path / "raw-run")
     check(JsonlReader(tmp_path), SingleParquetWriter(tmp_path / "all.parquet"))  # the reader takes no Parquet

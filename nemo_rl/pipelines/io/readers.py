@@ -33,7 +33,7 @@ class JsonlReader(CompositeStage[EmptyTask, DocumentBatch]):
             numbers for a "string" column become text.
         task_size: how much a task reads; larger files are split at line ends. A compressed file is one task.
         fallback_encoding: for lines that are not UTF-8; None: such a line is broken.
-        broken_lines: "error", or "set_aside" to keep them in the run's `failed/` and go on.
+        broken_lines: "error", or "set_aside" to keep them in the run's `failed/` and go on; that needs a `run_dir`.
         dataset_name: default: the name of the first path.
     """
 
@@ -102,6 +102,9 @@ class JsonlReadStage(_ReadStage):
         self.types = dict(columns) if isinstance(columns, Mapping) else {}
         self.fallback_encoding = fallback_encoding
         self.broken_lines = broken_lines
+
+    def needs_run_dir(self) -> bool:
+        return self.broken_lines == "set_aside"
 
     def process(self, task: FileGroupTask) -> DocumentBatch | None:
         records: list[_Record] = []
