@@ -99,6 +99,9 @@ def test_near_duplicates_go_across_batches_unless_their_numbers_differ() -> None
     near = Pipeline("p", stages=[stage]).run(initial_tasks=given)
     assert texts(near, "n") == [1, 2, 5, 6]
     assert "_minhash" not in near[0].columns
+    wordless = [{"text": text, "n": number} for number, text in enumerate(["€ - £", "?!", None, "\n", "?!", "a b"])]
+    kept = Pipeline("p", stages=[stage]).run(initial_tasks=[batch(*wordless)])
+    assert texts(kept, "n") == list(range(6)), "texts without a word are near to none"
     careful = NearDuplicates("text", threshold=0.6, protect_numbers=True)
     assert texts(Pipeline("p", stages=[careful]).run(initial_tasks=given), "n") == [1, 2, 4, 5, 6]
     formulas = ["37+48=", "37 + 48 =", "37*48=", "37-48=", r"37 \times 48=", r"37 \div 48=", r"37 \DIV 48"]

@@ -67,6 +67,8 @@ class ExactDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
 class NearDuplicates(CompositeStage[DocumentBatch, DocumentBatch]):
     """Keeps the first of all rows whose texts are nearly the same: MinHash with banded look-up, by datasketch.
 
+    A text without a word (signs only, or missing) is near to none and stays.
+
     Args:
         column: the text.
         threshold: Jaccard similarity of word shingles from which two texts count as near duplicates.
@@ -153,7 +155,10 @@ class NearDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
             for text, signature in zip(frame[self.column], frame[SIGNATURE]):
                 values = np.frombuffer(signature, dtype=np.uint64)
                 minhash = MinHash(num_perm=self.num_permutations, seed=1, hashvalues=values)
-                numbers = _quantities(text) if self.protect_numbers and isinstance(text, str) else ""
+                if not isinstance(text, str) or _WORD.search(text) is None:  # such texts all have one signature
+                    faults.append(None)
+                    continue
+                numbers = _quantities(text) if self.protect_numbers else ""
                 near = any(
                     first[other][1] == numbers and np.mean(first[other][0] == values) >= self.threshold
                     for other in index.query(minhash)
