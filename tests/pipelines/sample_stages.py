@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,17 @@ def batches(num_batches: int, rows: int = 2) -> list[DocumentBatch]:
 def numbers(tasks: Sequence[Any]) -> list[int]:
     """All values of `number`, in order."""
     return [int(value) for task in tasks for value in task.to_pandas()["number"]]
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """Within this block no file of this process grows beyond `num_bytes`; a longer write is done in part."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class AddOne(ProcessingStage[DocumentBatch, DocumentBatch]):

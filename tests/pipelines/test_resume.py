@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_stages import AddOne, KeepFirstOfEach, Slow, batches, numbers
+from sample_stages import AddOne, KeepFirstOfEach, Slow, batches, full_disk, numbers
 
 from nemo_rl.errors import ResumeError, StageError
 from nemo_rl.pipelines import DocumentBatch, Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.pipelines.run import RunOptions, _Run
+from nemo_rl.pipelines.run_directory import RunDirectory
+from nemo_rl.pipelines.stage import AnyStage
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 NUM_RECORDS = 40
@@ -136,9 +139,19 @@ def test_a_first_gathering_stage_reads_its_whole_input_again_after_a_kill(tmp_pa
     assert finished.read_text() == "10"
 
 
-def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
-    from nemo_rl.pipelines.run_directory import RunDirectory
+def test_a_full_disk_leaves_no_mark_of_an_end(tmp_path: Path) -> None:
+    """An empty mark would end every further attempt."""
+    stages: list[AnyStage] = [AddOne()]
+    with RunDirectory.opened(tmp_path, "p", stages) as directory:
+        run = _Run(stages, [{}], RayActorPoolExecutor(), directory, RunOptions(None, "stop", 0, None))
+        with full_disk(0), pytest.raises(OSError, match="too large"):
+            run._finish(1, 0)
+        assert run._num_sources(1) is None
+        run._finish(1, 0)
+        assert run._num_sources(1) == 0
 
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     with (
         RunDirectory.opened(tmp_path, "p", [AddOne()]),
         pytest.raises(ResumeError, match="in use by another run"),
