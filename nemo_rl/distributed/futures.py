@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from nemo_rl.errors import WorkerError
+
+# What a call raises whose worker is gone: Ray tells a process that was killed for lack of memory apart.
+WORKER_DEATHS = (RayActorError, OutOfMemoryError)
 
 # What a remote call returns: one reference, or a generator of references for a streaming method.
 Reference: TypeAlias = "ray.ObjectRef | ray.ObjectRefGenerator"
@@ -92,15 +95,15 @@ def get_values(
             else:
                 results.append([ray.get(item) for item in future])
         return results
-    except RayActorError as error:
-        raise worker_error(worker_group, error, plain, ranks) from error
+    except WORKER_DEATHS as error:
+        raise worker_error(worker_group, error, ranks) from error
 
 
-def worker_error(
-    worker_group: TiedWorkers, error: RayActorError, futures: Sequence[Reference], ranks: Sequence[int]
-) -> WorkerError:
-    """The `WorkerError` for the death of one of the called workers."""
-    rank = worker_group.rank_of_actor(error.actor_id)
+def worker_error(worker_group: TiedWorkers, error: RayError, ranks: Sequence[int]) -> WorkerError:
+    """The `WorkerError` for one of `WORKER_DEATHS` of one of the called workers."""
+    rank = worker_group.rank_of_actor(getattr(error, "actor_id", None))
+    if rank is None and len(ranks) == 1:
+        rank = ranks[0]
     if rank is None:
         return WorkerError(f"one of the workers {list(ranks)} of {worker_group.label} died: {error}")
     return WorkerError(f"worker {worker_group.describe_worker(rank)} died during a call: {error}")

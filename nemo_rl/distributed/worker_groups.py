@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ class RayWorkerGroup(WorkerCalls):
             `bundle_indices` in its `configure_worker`.
         sharding_annotations: the ranks on named axes; needed for sharded calls.
         env_vars: of all workers; they win over everything but the variables that describe the group itself (RANK, ...).
+        stopped: set it from another thread to give up a start that is under way; workers do not start anew after that.
 
     Raises:
         ConfigError: arguments that do not fit the cluster, or each other.
@@ -85,8 +87,10 @@ class RayWorkerGroup(WorkerCalls):
         bundle_indices_list: list[tuple[int, list[int]]] | None = None,
         sharding_annotations: NamedSharding | None = None,
         env_vars: dict[str, str] | None = None,
+        stopped: threading.Event | None = None,
     ) -> None:
         self.cluster = cluster
+        self._stopped = stopped or threading.Event()
         self.sharding_annotations = sharding_annotations
         self._builder = remote_worker_builder
         self._fqn = remote_worker_builder.ray_actor_class_fqn
@@ -191,21 +195,34 @@ class RayWorkerGroup(WorkerCalls):
             WorkerStartError: see the class.
             AttestationError: see the class.
         """
+        self._refuse_stopped()
         tied_groups = {self._seats[rank].tied_group for rank in ranks}
         seats = [seat for seat in self._seats if seat.tied_group in tied_groups]
         kill_and_wait([self._workers[seat.rank] for seat in seats])
-        places = [(self.describe_worker(seat.rank), self._bundles[seat.bundle].node_id) for seat in seats]
-        refuse_lost_nodes(places)
+        self.refuse_lost_nodes([seat.rank for seat in seats])
         try:
             self._refresh_ports(seats)
         except RayError as error:  # Ray takes some seconds to notice that a node is gone; until then it looks alive
-            refuse_lost_nodes(places)
+            self.refuse_lost_nodes([seat.rank for seat in seats])
             raise WorkerStartError(f"{self.label}: no free ports can be asked for: {error}") from error
         self._plan, handles, answers = self._start(self._plan, seats)
+        if self._stopped.is_set():
+            kill_and_wait(handles)
+            self._refuse_stopped()
         for seat, handle, answer in zip(seats, handles, answers, strict=True):
             self._workers[seat.rank] = handle
             self._attestation[seat.rank] = answer
         return [seat.rank for seat in seats]
+
+    def refuse_lost_nodes(self, ranks: Sequence[int]) -> None:
+        """Raise `NodeLostError` if the node of one of these workers has left the cluster."""
+        refuse_lost_nodes(
+            (self.describe_worker(rank), self._bundles[self._seats[rank].bundle].node_id) for rank in ranks
+        )
+
+    def _refuse_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise WorkerStartError(f"{self.label} was shut down; its workers do not start anew")
 
     def _take_seats(self) -> list[WorkerMetadata]:
         """Find a master port and one for each worker. Returns each worker's metadata."""
@@ -275,7 +292,7 @@ class RayWorkerGroup(WorkerCalls):
                     )
                     for seat, handle in zip(seats, handles, strict=True)
                 ]
-                answers = await_started(starting)
+                answers = await_started(starting, stopped=self._stopped)
             except StaleDescription as stale:
                 logger.info("%s has changed since it was described; starting it again", plan.fqn)
                 plan = plan.redescribed(stale.description)
@@ -326,6 +343,7 @@ class RayWorkerGroup(WorkerCalls):
             return True
         if cleanup_method is not None and not force:
             self._check_method(cleanup_method)
+        self._stopped.set()
         workers, self._is_shut_down = self._workers, True
         deadline = time.monotonic() + timeout
         try:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,18 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from nemo_rl import settings
 from nemo_rl.distributed import worker_host
+from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.nodes import alive_nodes
 from nemo_rl.distributed.worker_description import ClassDescription
 from nemo_rl.errors import AttestationError, NodeLostError, WorkerStartError
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
-_LIVENESS_INTERVAL_S = 2.0
+_LIVENESS_INTERVAL_S = 1.0
 _LAST_LINES = 20
 
 
@@ -57,14 +59,19 @@ class StaleDescription(Exception):
         self.description = description
 
 
-def await_started(workers: Sequence[StartingWorker], timeout_s: float | None = None) -> list[dict[str, Any]]:
+def await_started(
+    workers: Sequence[StartingWorker], timeout_s: float | None = None, *, stopped: threading.Event | None = None
+) -> list[dict[str, Any]]:
     """Wait until every worker's constructor has returned and its attestation is right.
+
+    Args:
+        stopped: nobody waits for them any more, once it is set.
 
     Returns:
         The attestations, in the order of `workers`.
 
     Raises:
-        WorkerStartError: a worker died (with its own traceback), or not all have answered in `timeout_s`.
+        WorkerStartError: a worker died (with its own traceback), not all have answered in `timeout_s`, or `stopped`.
         NodeLostError: the node of one that has not answered is no more.
         AttestationError: a worker runs in another venv or ray than it should.
         StaleDescription: see there.
@@ -76,6 +83,8 @@ def await_started(workers: Sequence[StartingWorker], timeout_s: float | None = N
     answers: dict[int, dict[str, Any]] = {}
     try:
         while pending:
+            if stopped is not None and stopped.is_set():
+                raise WorkerStartError(f"worker {workers[0].label} was stopped while it started")
             left_s = deadline - time.monotonic()
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, left_s), _LIVENESS_INTERVAL_S))
             if not ready:
@@ -162,7 +171,7 @@ def all_dead(handles: Sequence[ActorHandle], timeout_s: float) -> bool:
                 ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
             except ActorUnavailableError:  # its node does not answer; Ray has not decided yet
                 pass
-            except RayActorError:
+            except WORKER_DEATHS:
                 break
             except GetTimeoutError:
                 return False

@@ -25,6 +25,7 @@ from rich.console import Console
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
+from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, job_roles, num_colocated_groups
@@ -261,16 +262,27 @@ def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
 
 
 def _weight_transport(chosen: str, clusters: _Clusters) -> str:
-    """The transport that the configuration names, or (`auto`) the best one for where driver and workers are."""
+    """The transport that the configuration names, or (`auto`) the best one for where driver and workers are.
+
+    Raises:
+        WeightSyncError: there is no such transport.
+        ConfigError: it does not reach all workers.
+    """
     import ray
 
     from nemo_rl.models.weights.transports import choose_transport, make_transport
 
-    if chosen != "auto":
-        make_transport(chosen)  # refuses an unknown name before workers start
-        return chosen
     bundles = [*clusters.policy.bundles(), *clusters.generation.bundles()]
-    return choose_transport([ray.get_runtime_context().get_node_id(), *(bundle.node_id for bundle in bundles)])
+    best = choose_transport([ray.get_runtime_context().get_node_id(), *(bundle.node_id for bundle in bundles)])
+    if chosen == "auto":
+        return best
+    make_transport(chosen)
+    if chosen == "shared_memory" and best != chosen:
+        raise ConfigError(
+            "policy.weight_transport=shared_memory is for driver and workers on one node (Linux), and here they are on "
+            "several. Set it to auto or ray."
+        )
+    return chosen
 
 
 def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) -> None:

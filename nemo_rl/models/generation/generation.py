@@ -13,6 +13,7 @@ This module imports no worker: the backend's class is named by `registry` and im
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ class Generation(GenerationInterface):
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
 
+        self._stopped = threading.Event()
+
         def start() -> Replicas:
             workers = RayWorkerGroup(
                 cluster,
@@ -81,6 +84,7 @@ class Generation(GenerationInterface):
                 name_prefix="generation",
                 bundle_indices_list=bundles,
                 env_vars={} if cluster.use_gpus else cpu_env_vars(),
+                stopped=self._stopped,
             )
             return Replicas(workers, size=size, max_restarts=config.generation.max_restarts)
 
@@ -145,11 +149,12 @@ class Generation(GenerationInterface):
 
     def wake(self, tags: list[str] | None = None) -> None:
         """Take the memory again: "weights", "kv_cache", or None for both."""
-        self._replicas.call_all("wake", tags=tags)
+        self._replicas.call_all("wake", on_new=False, tags=tags)  # a new worker is awake
 
     def attestation(self) -> list[dict[str, Any]]:
         return self._replicas.attestation()
 
     def shutdown(self) -> None:
-        if self._starting.exception() is None:  # waits for a start that is still under way
+        self._stopped.set()
+        if self._starting.exception() is None:  # of a start that is still under way: it ends soon
             self._replicas.workers.shutdown(cleanup_method="shutdown")

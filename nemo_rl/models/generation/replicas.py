@@ -6,9 +6,10 @@
                                         │ dies
                                         ├─ its node lives:   it starts anew on its bundles, with the last weights
                                         ├─ its node is gone: the others do its work
-                                        └─ what it had not handed over is generated again; the others are not disturbed
+                                        └─ its part is asked for again, unless it had handed over all of it
 
-Completions depend on the seed and the position only, so they are the same as without the death. Two threads may call:
+The other replicas are not disturbed, and nothing is handed over twice. A draw depends on the seed and the position
+only: with the same weights completions are those that there would have been without the death. Two threads may call:
 one generates while another brings new weights.
 """
 
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayError
 
-from nemo_rl.distributed.futures import Reference, worker_error
+from nemo_rl.distributed.futures import WORKER_DEATHS, Reference, worker_error
 from nemo_rl.errors import NodeLostError
 from nemo_rl.models.generation.replica_layout import even_parts
 from nemo_rl.models.generation.results import select
@@ -58,7 +59,7 @@ class _Part:
     def take(self, ready: Reference, leader: int) -> tuple[list[int], GenerationResult] | None:
         """What has come, or None: the end of a stream, or the same again from another rank of the replica.
 
-        Raises `RayActorError` for a dead worker, and what the worker raised.
+        Raises one of `WORKER_DEATHS` for a dead worker, and what the worker raised.
         """
         is_leader = self.pending[ready] == leader
         if not isinstance(ready, ray.ObjectRefGenerator):
@@ -110,36 +111,51 @@ class Replicas:
             self._update = update
             # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
             method = "update_weights_in_flight" if in_flight and self._size == 1 else "update_weights"
-            shared = ray.put(update)
-            sent = [
-                (replica, life, self._call(replica, method, update=shared)) for replica, life in self._lives.items()
-            ]
-            for replica, life, references in sent:
+            for replica, life, references in self._call_each(method, update=ray.put(update)):
                 try:
                     self._check_digests(update, references)
-                except RayActorError as error:
+                except WORKER_DEATHS as error:
                     self._replace(replica, life, error)
         return update.digest
 
     def _check_digests(self, update: WeightUpdate, references: Mapping[Reference, int]) -> None:
-        for reference, rank in references.items():
+        # All at once: of ranks that hold a model together, the others wait for one that is dead.
+        for digest, rank in zip(ray.get(list(references)), references.values(), strict=True):
             where = self.workers.describe_worker(rank)
-            check_digest(version=update.version, expected=update.digest, found=ray.get(reference), where=where)
+            check_digest(version=update.version, expected=update.digest, found=digest, where=where)
 
-    def call_all(self, method: str, **kwargs: Any) -> list[Any]:
-        """Call a method on every worker there is. Raises `WorkerError` when one is dead."""
-        called = [self._call(replica, method, **kwargs) for replica in self._lives]
-        ranks = [rank for references in called for rank in references.values()]
-        try:
-            return ray.get([reference for references in called for reference in references])
-        except RayActorError as error:
-            raise worker_error(self.workers, error, [], ranks) from error
+    def call_all(self, method: str, *, on_new: bool = True, **kwargs: Any) -> dict[int, Any]:
+        """Call a method on every worker there is, and replace those that turn out to be dead.
+
+        Args:
+            on_new: call it on workers that were replaced, too.
+
+        Returns:
+            What each worker returned, by rank.
+        """
+        answers: dict[int, Any] = {}
+        with self._changing:
+            for replica, life, references in self._call_each(method, **kwargs):
+                while True:
+                    try:
+                        answers.update(zip(references.values(), ray.get(list(references)), strict=True))
+                    except WORKER_DEATHS as error:
+                        self._replace(replica, life, error)
+                        if on_new and replica in self._lives:
+                            life, references = self._lives[replica], self._call(replica, method, **kwargs)
+                            continue
+                    break
+        return answers
 
     def attestation(self) -> list[dict[str, Any]]:
         """Of every worker there is: how it was started, and what it reports itself."""
-        ranks = [rank for replica in self._lives for rank in self._ranks(replica)]
+        own = self.call_all("attestation")
         launched = self.workers.attestation
-        return [launched[rank] | own for rank, own in zip(ranks, self.call_all("attestation"), strict=True)]
+        return [launched[rank] | own[rank] for rank in sorted(own)]
+
+    def _call_each(self, method: str, **kwargs: Any) -> list[tuple[int, int, dict[Reference, int]]]:
+        """Call a method on every worker: replica, its life, and the references with their ranks."""
+        return [(replica, life, self._call(replica, method, **kwargs)) for replica, life in self._lives.items()]
 
     def _ranks(self, replica: int) -> range:
         return range(replica * self._size, (replica + 1) * self._size)
@@ -173,9 +189,10 @@ class Replicas:
             part = part_of[ready]
             try:
                 piece = part.take(ready, leader=self._ranks(part.replica)[0])
-            except RayActorError as error:
+            except (*WORKER_DEATHS, ObjectLostError) as error:
                 parts.remove(part)
-                self._replace(part.replica, part.life, error)
+                if not isinstance(error, ObjectLostError):  # a result that was ready, on a node that is gone
+                    self._replace(part.replica, part.life, error)
                 if not seen.issuperset(range(part.start, part.end)):
                     parts += send(part.start, part.end)
                 continue
@@ -184,29 +201,31 @@ class Replicas:
             if piece is not None:
                 yield from _unseen(*piece, seen, num_generations)
 
-    def _replace(self, replica: int, life: int, error: RayActorError) -> None:
+    def _replace(self, replica: int, life: int, error: RayError) -> None:
         """Bring a dead replica back, or do without it. Raises the `WorkerError` when that has been done too often."""
         with self._changing:
             if self._lives.get(replica) != life:
                 return  # another thread has seen its death too
-            death = worker_error(self.workers, error, [], self._ranks(replica))
-            if not self._restarts_left:
-                raise death from error
-            self._restarts_left -= 1
+            ranks = self._ranks(replica)
+            death = worker_error(self.workers, error, ranks)
             try:
-                self.workers.replace_workers(self._ranks(replica))
+                if not self._restarts_left:
+                    self.workers.refuse_lost_nodes(ranks)
+                    raise death from error
+                self.workers.replace_workers(ranks)
             except NodeLostError as lost:
                 del self._lives[replica]
                 if not self._lives:
                     raise death from lost
                 logger.warning("%s. %s The other %d replicas go on without it.", death, lost, len(self._lives))
                 return
+            self._restarts_left -= 1
             self._lives[replica] += 1
             logger.warning("%s. It was started anew; that may happen %d more times.", death, self._restarts_left)
             if self._update is not None:
                 try:
                     self._check_digests(self._update, self._call(replica, "update_weights", update=self._update))
-                except RayActorError as again:
+                except WORKER_DEATHS as again:
                     self._replace(replica, self._lives[replica], again)
 
 

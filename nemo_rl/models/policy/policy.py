@@ -11,6 +11,7 @@ This module imports no worker: the backend's class is named by `registry` and im
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Policy(PolicyInterface):
             py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
+        self._stopped = threading.Event()
         threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
         self._starting: Future[RayWorkerGroup] = threads.submit(
             RayWorkerGroup,
@@ -88,6 +90,7 @@ class Policy(PolicyInterface):
             name_prefix="policy",
             sharding_annotations=self._layout,
             env_vars={} if cluster.use_gpus else cpu_env_vars(),
+            stopped=self._stopped,
         )
         threads.shutdown(wait=False)
 
@@ -140,7 +143,8 @@ class Policy(PolicyInterface):
         return [launched | reported for launched, reported in zip(self._workers.attestation, own)]
 
     def shutdown(self) -> None:
-        if self._starting.exception() is None:  # waits for a start that is still under way
+        self._stopped.set()
+        if self._starting.exception() is None:  # of a start that is still under way: it ends soon
             self._workers.shutdown(cleanup_method="shutdown")
 
     def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:

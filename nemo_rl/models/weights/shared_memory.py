@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.transports import WeightTransport
@@ -54,10 +55,13 @@ class SharedMemoryTransport(WeightTransport):
     def put(self, buffer: torch.Tensor) -> Lease:
         segment = self._filling.pop(buffer.data_ptr())
         fcntl.flock(segment.fd, fcntl.LOCK_UN)
-        return Lease(os.getpid(), segment.fd, segment.name, buffer.numel())
+        lease = Lease(os.getpid(), segment.fd, segment.name, buffer.numel())
+        lease.check()
+        return lease
 
     def get(self, handle: Lease) -> torch.Tensor:
-        return torch.from_numpy(handle.array())
+        # Through DLPack, because torch.from_numpy warns of arrays that are not writable. The tensor owns the array.
+        return from_dlpack(handle.array())
 
     def _free_segment(self, num_bytes: int) -> _Segment:
         """A segment that nobody reads, locked; a new one where there is none of that size."""
@@ -110,19 +114,19 @@ class Lease:
     def __reduce__(self) -> tuple[Any, ...]:
         return Lease, self._origin
 
-    def array(self) -> npt.NDArray[np.uint8]:
-        """The bytes; the array keeps the lease.
-
-        Raises:
-            WeightSyncError: the memory cannot be reached.
-        """
-        pid, _, name, num_bytes = self._origin
+    def check(self) -> None:
+        """Raise `WeightSyncError` unless the memory can be reached from here."""
         if self._own_fd is None:
             raise WeightSyncError(
-                f"published weights cannot be read: process {pid}, which holds them, has ended or cannot be reached "
-                "from here. Restart the job; with workers on several nodes or in several containers set "
+                f"published weights cannot be read: process {self._origin[0]}, which holds them, has ended or cannot "
+                "be reached from here. Restart the job; with workers on several nodes or in several containers set "
                 "policy.weight_transport=ray."
             )
+
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The bytes, not to be written to; the array keeps the lease. Raises as `check` does."""
+        self.check()
+        pid, _, name, num_bytes = self._origin
         array = np.frombuffer(self._mapping(pid, name), dtype=np.uint8, count=num_bytes).view(_LeasedArray)
         array.lease = self
         return array
@@ -133,8 +137,7 @@ class Lease:
             # A mapping keeps a duplicate of its file descriptor, and with it the lock that belongs to that: so it gets
             # one of its own, without a lock.
             unlocked = os.open(f"/proc/self/fd/{self._own_fd}", os.O_RDONLY | os.O_CLOEXEC)
-            # Private: whoever writes to it by mistake writes to a copy. Nobody does, and reading makes no copy.
-            mapping = mmap.mmap(unlocked, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping = mmap.mmap(unlocked, 0, prot=mmap.PROT_READ)
             os.close(unlocked)
             _mappings[pid, name] = mapping
             if len(_mappings) > _MAX_MAPPINGS:
@@ -151,11 +154,15 @@ class _LeasedArray(np.ndarray[Any, np.dtype[np.uint8]]):
 
 def _open_segment(pid: int, fd: int, name: str) -> int | None:
     """Open a segment of another process (or of this one); None when it is not there."""
-    path = f"/proc/{pid}/fd/{fd}"
     try:
-        own = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
         return None
+    except OSError as error:
+        raise WeightSyncError(
+            f"published weights cannot be opened: {error}. Each bucket is an open file: raise the limit (ulimit -n) or "
+            "policy.weight_bucket_mib, or set policy.weight_transport=ray."
+        ) from error
     # A process of another node may have the same id, and a file under the same number.
     if os.readlink(f"/proc/self/fd/{own}").startswith(f"/memfd:{name}"):
         return own

@@ -14,7 +14,7 @@ from tiny_generation import TinyModel, assert_same
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError
+from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError, WorkerStartError
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation
 from nemo_rl.models.generation.registry import BACKENDS, generation_backend
@@ -122,7 +122,7 @@ def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
 
 def test_a_dead_worker_is_replaced_and_its_prompts_are_generated_again(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
-    sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=1)
+    sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=2)
     generation = Generation(
         cluster, PolicyConfig(model_name=str(model.directory), generation=sampling, max_sequence_length=64)
     )
@@ -139,11 +139,27 @@ def test_a_dead_worker_is_replaced_and_its_prompts_are_generated_again(cluster, 
         assert {record["weights_version"] for record in after} == {6}
         assert after[0]["pid"] == survivor
         assert after[1]["pid"] != victim
+        os.kill(after[1]["pid"], signal.SIGKILL)
+        generation.wake()
+        assert [record["weights_version"] for record in generation.attestation()] == [6, 6]
         os.kill(survivor, signal.SIGKILL)
         with pytest.raises(WorkerError, match="worker rank 0 .* died during a call"):
             generation.generate(prompts, seed=3)
     finally:
         generation.shutdown()
+
+
+def test_workers_that_are_still_starting_are_not_waited_for_at_the_end(cluster, tiny) -> None:
+    model: TinyModel = tiny("llama")
+    generation = Generation(
+        cluster,
+        PolicyConfig(
+            model_name=str(model.directory), generation=GenerationConfig(num_threads=1), max_sequence_length=64
+        ),
+    )
+    generation.shutdown()
+    with pytest.raises(WorkerStartError, match="was stopped while it started"):
+        generation.wait_ready()
 
 
 def test_rows_can_be_selected(tiny) -> None:

@@ -42,10 +42,11 @@ def nodes() -> Iterator[Cluster]:
 
 
 def test_the_other_replicas_do_the_work_of_a_lost_node(nodes: Cluster, tiny) -> None:
-    second = nodes.add_node(num_cpus=1, include_dashboard=False)
+    second = nodes.add_node(num_cpus=2, include_dashboard=False)
     model: TinyModel = tiny("llama")
-    config = GenerationConfig(max_new_tokens=24, num_threads=1, max_batch_size=64)
-    with RayVirtualCluster([1, 1], use_gpus=False, placement_group_strategy="STRICT_SPREAD") as bundles:
+    # A lost node is no restart, however many replicas it had.
+    config = GenerationConfig(max_new_tokens=24, num_threads=1, max_batch_size=64, max_restarts=1)
+    with RayVirtualCluster([1, 2], use_gpus=False, placement_group_strategy="STRICT_SPREAD") as bundles:
         generation = Generation(
             bundles, PolicyConfig(model_name=str(model.directory), generation=config, max_sequence_length=64)
         )

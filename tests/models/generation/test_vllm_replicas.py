@@ -84,3 +84,5 @@ def test_a_dead_rank_of_a_tied_group_is_a_typed_error(cluster, tiny) -> None:
         os.kill(generation.attestation()[1]["pid"], signal.SIGKILL)
         with pytest.raises(WorkerError, match="worker rank 1 .* died during a call"):
             generation.generate(batch(model), seed=0)
+        with pytest.raises(WorkerError, match="worker rank 1 .* died during a call"):
+            generation.update_weights(published(model, version=2))
