@@ -41,7 +41,7 @@ class Pipeline:
         name: for messages and the run's record.
         description: for people.
         stages: `ProcessingStage`s, `CompositeStage`s, or functions of one task.
-        runtime_env: for all stages; a stage's own comes on top of it.
+        runtime_env: for all stages but those that run in the driver; a stage's own comes on top of it.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class Pipeline:
                 was killed stopped, and returns the result of one that is finished. On several nodes it must be on a
                 file system that all of them share.
             on_failure: what to do when a task still raises after its retries: "stop", or "set_aside" to go on and keep
-                the task with its traceback in `run_dir/failed`. Default: "set_aside" with a run_dir, else "stop".
+                the task with its traceback in `run_dir/failed`. Default: "set_aside" with a run_dir, else "stop". A
+                `GatherStage` that raises always ends the run.
             max_retries: for stages that do not say themselves.
             progress: called every few seconds with the state of all stages.
 

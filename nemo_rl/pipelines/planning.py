@@ -27,7 +27,7 @@ from nemo_rl.distributed.worker_options import checked_runtime_env, merged_runti
 from nemo_rl.errors import PipelineDefinitionError, ResourceInsufficientError, VenvError
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, driver_search_path
 from nemo_rl.pipelines.runner import StageJob
-from nemo_rl.pipelines.stage import ANY_COLUMN, AnyStage, GatherStage, ProcessingStage, Resources
+from nemo_rl.pipelines.stage import ANY_COLUMN, AnyStage, GatherStage, ProcessingStage, Resources, useless_attributes
 from nemo_rl.pipelines.tasks import DocumentBatch, Task
 from nemo_rl.venvs import VenvPlan, plan, spec_from_runtime_env
 
@@ -90,6 +90,10 @@ def _check_attributes(stage: AnyStage) -> None:
         is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         if not is_whole and (value is not None or name == "batch_size"):
             raise PipelineDefinitionError(f"{what}: {name} must be a whole number of at least {least}, not {value!r}")
+    for name, harmless in useless_attributes(stage).items():
+        if getattr(stage, name) not in harmless:
+            kind = "a stage that runs in the driver" if stage.runs_in_driver else "a GatherStage"
+            raise PipelineDefinitionError(f"{what}: {name}={getattr(stage, name)!r} means nothing for {kind}")
     base = GatherStage if isinstance(stage, GatherStage) else ProcessingStage
     methods = ("process_all",) if base is GatherStage else ("process", "process_batch")
     if all(getattr(type(stage), method) is getattr(base, method) for method in methods):

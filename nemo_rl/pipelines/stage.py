@@ -72,7 +72,9 @@ class ProcessingStage(Generic[In, Out]):
     num_workers: int | None = None
     max_retries: int | None = None
 
-    # Run in the driver, before anything else: for leading stages that only list what there is to do.
+    # Run in the driver, before anything else: for leading stages that only list what there is to do. It runs in the
+    # driver's Python, also when the pipeline has a `runtime_env`; one of its own, `resources` and `num_workers` are
+    # refused.
     runs_in_driver: ClassVar[bool] = False
     _reporter: Reporter | None = None
 
@@ -172,6 +174,8 @@ class GatherStage(ProcessingStage[In, Out]):
     """A stage that needs all tasks of the pipeline at once, such as removing duplicates across a whole data set.
 
     One worker sees all of them. They are kept on disk in between, so neither it nor the driver holds them in memory.
+    `batch_size`, `num_workers` and `max_retries` mean nothing here and are refused. What `process_all` raises ends the
+    run, also with `on_failure="set_aside"`: no single task is to blame. If its worker dies it starts anew, once.
     """
 
     def process_all(self, tasks: Sequence[In]) -> Any:
@@ -191,7 +195,7 @@ class CompositeStage(ProcessingStage[In, Out]):
         raise NotImplementedError(f"{type(self).__name__} has no decompose")
 
     def with_(self, **changes: Any) -> Self:
-        """A copy. Everything but a new name is for each of its stages."""
+        """A copy. Everything but a new name is for each of its stages for which it means something."""
         result = copy.copy(self)
         changes = checked_changes(self.name, changes)
         result.name = changes.pop("name", self.name)
@@ -240,6 +244,21 @@ def processing_stage(**options: Any) -> Callable[[Callable[[Any], Returned]], Fu
     return decorate
 
 
+def useless_attributes(stage: AnyStage) -> dict[str, tuple[Any, ...]]:
+    """Attributes that mean nothing for a stage, each with the values that say so."""
+    if stage.runs_in_driver:
+        return {"runtime_env": (None, {}), "num_workers": (None, 1), "resources": (Resources(),)}
+    if isinstance(stage, GatherStage):
+        return {"batch_size": (1,), "num_workers": (None, 1), "max_retries": (None, 0)}
+    return {}
+
+
+def _changed(stage: AnyStage, changes: Mapping[str, Any]) -> AnyStage:
+    """The part of a composite stage with those of its changes that mean something for the part."""
+    useful = {name: value for name, value in changes.items() if name not in useless_attributes(stage)}
+    return stage.with_(**useful) if useful else stage
+
+
 def expanded(stages: Sequence[Any]) -> list[AnyStage]:
     """All stages as `ProcessingStage`s: functions wrapped, composite stages replaced by their parts.
 
@@ -250,7 +269,7 @@ def expanded(stages: Sequence[Any]) -> list[AnyStage]:
     for stage in stages:
         if isinstance(stage, CompositeStage):
             parts = expanded(stage.decompose())
-            result += [part.with_(**stage._changes) if stage._changes else part for part in parts]
+            result += [_changed(part, stage._changes) for part in parts]
         elif isinstance(stage, ProcessingStage):
             result.append(stage)
         elif callable(stage) and not inspect.isclass(stage):

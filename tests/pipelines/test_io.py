@@ -119,6 +119,25 @@ def test_broken_lines_are_errors_that_name_file_and_line(tmp_path: Path) -> None
         broken(tmp_path, b'{"a": 1}\n' * 40 + b"nonsense\n", task_size=50)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"broken_lines": "skip"}, r"broken_lines='skip': expected one of \('error', 'set_aside'\)"),
+        ({"fallback_encoding": "cp9999"}, "fallback_encoding='cp9999': unknown encoding: cp9999"),
+        ({"fallback_encoding": "hex"}, "fallback_encoding='hex': 'hex' is not a text encoding"),
+        ({"columns": {"a": "sting"}, "broken_lines": "set_aside"}, r"columns=\{'a': 'sting'\}"),
+    ],
+)
+def test_options_of_a_reader_that_do_not_exist(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PipelineDefinitionError, match=message):
+        JsonlReader("in", **options)
+
+
+def test_compressions_that_do_not_exist() -> None:
+    with pytest.raises(PipelineDefinitionError, match=r"compression='zip': expected one of \('gz', 'bz2'"):
+        JsonlWriter("out", compression="zip")  # type: ignore[arg-type]
+
+
 def test_what_can_be_done_about_broken_lines(tmp_path: Path) -> None:
     assert broken(tmp_path, b'{"a": "caf\xe9"}\n', fallback_encoding="cp1252") == [{"a": "café"}]
     mixed = b'{"a": 1}\n{"a": "x"}\n{"a": null}\n{"a": [2]}\n'

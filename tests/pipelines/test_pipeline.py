@@ -113,6 +113,41 @@ def test_wrong_attributes(changes: dict[str, Any], message: str) -> None:
         run(AddOne().with_(**changes), tasks=batches(1))
 
 
+class First(GatherStage[Any, Any]):
+    def process_all(self, tasks: Any) -> Any:
+        yield tasks[0]
+
+
+class Lists(Reads):
+    runs_in_driver = True
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (First(), {"batch_size": 2}),
+        (First(), {"num_workers": 2}),
+        (First(), {"max_retries": 1}),
+        (Lists("number"), {"runtime_env": {"uv": ["packaging==23.2"]}}),
+        (Lists("number"), {"num_workers": 2}),
+        (Lists("number"), {"resources": Resources(cpus=2)}),
+    ],
+)
+def test_attributes_that_mean_nothing_for_a_stage(stage: Any, changes: dict[str, Any]) -> None:
+    kind = "a stage that runs in the driver" if stage.runs_in_driver else "a GatherStage"
+    with pytest.raises(PipelineDefinitionError, match=f"{next(iter(changes))}=.* means nothing for {kind}"):
+        run(stage.with_(**changes), tasks=batches(1))
+
+    class Both(CompositeStage[Any, Any]):
+        def decompose(self) -> list[Any]:
+            return [stage, AddOne()]
+
+    # Of a composite stage it is for the other part.
+    part, other = expanded([Both().with_(**changes)])
+    assert part is stage
+    assert {name: getattr(other, name) for name in changes} == changes
+
+
 def test_wrong_options_of_a_run() -> None:
     pipeline = Pipeline("p", stages=[AddOne()])
     with pytest.raises(PipelineDefinitionError, match="needs a run_dir"):

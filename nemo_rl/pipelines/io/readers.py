@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from nemo_rl.errors import DataError
+from nemo_rl.errors import DataError, PipelineDefinitionError
 from nemo_rl.pipelines.io.files import opened
 from nemo_rl.pipelines.io.partition import DEFAULT_TASK_SIZE, FilePartitioningStage, line_number
 from nemo_rl.pipelines.stage import ANY_COLUMN, CompositeStage, ProcessingStage
@@ -35,6 +35,9 @@ class JsonlReader(CompositeStage[EmptyTask, DocumentBatch]):
         fallback_encoding: for lines that are not UTF-8; None: such a line is broken.
         broken_lines: "error", or "set_aside" to keep them in the run's `failed/` and go on; that needs a `run_dir`.
         dataset_name: default: the name of the first path.
+
+    Raises:
+        PipelineDefinitionError: a type, an encoding or a value of `broken_lines` that does not exist.
     """
 
     def __init__(
@@ -100,6 +103,10 @@ class JsonlReadStage(_ReadStage):
     def __init__(self, columns: Columns, fallback_encoding: str | None, broken_lines: BrokenLines) -> None:
         super().__init__(columns)
         self.types = dict(columns) if isinstance(columns, Mapping) else {}
+        if broken_lines not in get_args(BrokenLines):
+            raise PipelineDefinitionError(f"broken_lines={broken_lines!r}: expected one of {get_args(BrokenLines)}")
+        _check_encoding(fallback_encoding)
+        _check_types(self.types)
         self.fallback_encoding = fallback_encoding
         self.broken_lines = broken_lines
 
@@ -251,6 +258,25 @@ def _lines(url: str, part: tuple[int, int] | None) -> Iterator[tuple[int, int, b
 
 def _until(stream: Any) -> Iterable[bytes]:
     return iter(stream.readline, b"")
+
+
+def _check_encoding(name: str | None) -> None:
+    """Raise `PipelineDefinitionError` for what is no encoding of text."""
+    try:
+        b"a".decode("utf-8" if name is None else name)
+    except (LookupError, UnicodeError, TypeError) as error:
+        raise PipelineDefinitionError(f"fallback_encoding={name!r}: {error}") from None
+
+
+def _check_types(types: Mapping[str, str]) -> None:
+    """Raise `PipelineDefinitionError` for a type that Arrow does not know."""
+    import pyarrow
+
+    for column, kind in types.items():
+        try:
+            pyarrow.type_for_alias(kind)
+        except (ValueError, TypeError) as error:
+            raise PipelineDefinitionError(f"columns={{{column!r}: {kind!r}}}: {error}") from None
 
 
 def _as_text(value: Any) -> str | None:

@@ -10,7 +10,7 @@ import json
 import lzma
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nemo_rl.errors import DataError, PipelineDefinitionError
 from nemo_rl.pipelines.io.files import file_system, opened, prepare_directory, write_whole
@@ -72,6 +72,10 @@ class JsonlWriter(_ShardWriter):
         overwrite: bool = False,
     ) -> None:
         super().__init__(path, columns=columns, overwrite=overwrite)
+        if compression is not None and compression not in get_args(Compression):
+            raise PipelineDefinitionError(
+                f"JsonlWriter: compression={compression!r}: expected one of {get_args(Compression)}, or None"
+            )
         self.compression = compression
         self.suffix = ".jsonl" + (f".{compression}" if compression else "")
 
