@@ -85,6 +85,10 @@ def counts_directory(run_dir: Path, index: int) -> Path:
     return run_dir / "progress" / f"{index:03d}"
 
 
+class _MergedError(Exception):
+    """A batch became results that belong to no task of it, which a run that can be resumed does not know again."""
+
+
 class StageRunner:
     """Runs one stage. Not thread-safe."""
 
@@ -158,6 +162,7 @@ class StageRunner:
             raise
         except Exception as error:
             raise self._stage_error(error, "", traceback.format_exc()) from None
+        self._write_records(key_text((0,)))
         counts.busy_s = time.perf_counter() - began
         self._counts.save()
         self._spool.close()
@@ -200,6 +205,8 @@ class StageRunner:
         elif accepted:
             try:
                 outputs = self._call(accepted)
+            except _MergedError as error:
+                raise self._stop(self._output_error(str(error))) from None
             except Exception:
                 self._records = []
                 # Which of them is to blame shows when each is alone.
@@ -238,13 +245,16 @@ class StageRunner:
                 frozen._stage_perf = [*inputs[0].task._stage_perf, perf]
                 frozen._lineage = key_text(child.key)
                 child.task = frozen
-        if self._records:
-            run_dir = Path(self._job.directory, FAILED_DIR)
-            write_records(run_dir, self._stage.name, key_text(batch[0].key), self._records)
-            self._records = []
+        self._write_records(key_text(batch[0].key))
         if self._job.spools:
             self._spool.write(entries)
         return [child for children in outputs for child in children]
+
+    def _write_records(self, name: str) -> None:
+        """Keep what the stage set aside."""
+        if self._records:
+            write_records(Path(self._job.directory, FAILED_DIR), self._stage.name, name, self._records)
+            self._records = []
 
     def _matched(self, batch: list[Item], returned: Any) -> list[tuple[list[Item], list[Any]]]:
         """Which inputs gave which outputs."""
@@ -253,10 +263,10 @@ class StageRunner:
         if len(returned) == len(batch):
             return [([item], self._as_list(value)) for item, value in zip(batch, returned)]
         flat = [task for value in returned for task in self._as_list(value)]
-        if self._job.spools and len({item.key[0] for item in batch}) > 1 and flat:
-            raise self._output_error(
-                f"process_batch returned {len(returned)} entries for {len(batch)} tasks of different inputs. A run "
-                "that can be resumed needs one entry per task (a task, a list or None); a GatherStage sees all tasks"
+        if self._job.spools and len(batch) > 1 and flat:
+            raise _MergedError(
+                f"process_batch returned {len(returned)} entries for {len(batch)} tasks. A run with a run_dir, or one "
+                "with a GatherStage, needs one entry per task (a task, a list or None); a GatherStage sees all tasks"
             )
         return [(batch, flat)]
 
@@ -361,10 +371,9 @@ def _children(results: list[tuple[list[Item], list[Any]]]) -> tuple[list[list[It
     outputs: list[list[Item]] = []
     entries: list[Entry] = []
     for inputs, made in results:
-        first, others = inputs[0], inputs[1:]
-        entries += [Entry("merged", item.key, first.key) for item in others]
+        first = inputs[0]
         if not made:
-            entries.append(Entry("gone", first.key))
+            entries += [Entry("gone", item.key) for item in inputs]
         elif len(made) > 1:
             entries.append(Entry("fan", first.key, len(made)))
         keys = [first.key] if len(made) == 1 else [(*first.key, index) for index in range(len(made))]

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from nemo_rl.errors import PipelineError
+from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines.items import Item, Key
 from nemo_rl.pipelines.own_files import append_own, open_own
 from nemo_rl.pipelines.tasks import Task
 
-Kind = Literal["result", "gone", "fan", "merged"]
+Kind = Literal["result", "gone", "fan"]
 _FRAME = struct.Struct(">QQ")
 
 
@@ -36,14 +36,13 @@ class Entry:
     """What became of the task with a key.
 
     Attributes:
-        kind: "result": it left the last stage; "gone": dropped or failed; "fan": it became `detail` tasks; "merged": it
-            became part of what the task with the key `detail` became.
+        kind: "result": it left the last stage; "gone": dropped or failed; "fan": it became `detail` tasks.
         place: file, offset and length of the result's task.
     """
 
     kind: Kind
     key: Key
-    detail: int | Key | None = None
+    detail: int | None = None
     place: tuple[str, int, int] | None = None
 
 
@@ -55,23 +54,40 @@ class SpoolWriter:
         self._file: IO[bytes] | None = None
 
     def write(self, entries: Sequence[Entry], results: Sequence[Item] = ()) -> None:
-        """Append entries, and a "result" for each item."""
+        """Append entries, and a "result" for each item: all of them, or none.
+
+        Raises:
+            DataError: they cannot be written, for example because the disk is full.
+        """
         frames = [_framed(entry, b"") for entry in entries]
         frames += [_framed(Entry("result", item.key), dumps(item.task)) for item in results]
         if not frames:
             return
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = append_own(self._path)
-        data = memoryview(b"".join(frames))
-        while data:
-            data = data[self._file.write(data) :]
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = append_own(self._path)
+            _append(self._file, b"".join(frames))
+        except OSError as error:
+            raise DataError(f"{self._path} cannot be written: {error}") from error
 
     def close(self) -> None:
         """Make what was written last."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+def _append(file: IO[bytes], content: bytes) -> None:
+    """Write all of it or nothing: what comes later could not be read behind a part of an entry."""
+    size = os.fstat(file.fileno()).st_size
+    data = memoryview(content)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
 
 
 def _framed(entry: Entry, body: bytes) -> bytes:
@@ -122,13 +138,9 @@ class Spool:
 
 def _results(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
     found: list[Entry] = []
-    seen: set[Key] = set()
     waiting = [root]
     while waiting:
         key = waiting.pop()
-        if key in seen:
-            continue
-        seen.add(key)
         entry = entries.get(key)
         if entry is None:
             return None
@@ -137,9 +149,6 @@ def _results(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
         elif entry.kind == "fan":
             assert isinstance(entry.detail, int)
             waiting += [(*key, index) for index in range(entry.detail)]
-        elif entry.kind == "merged":
-            assert isinstance(entry.detail, tuple)
-            waiting.append(entry.detail)
     return found
 
 

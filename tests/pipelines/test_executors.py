@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from sample_stages import (
     TINY,
@@ -187,6 +188,25 @@ def test_stages_that_break_the_rules_are_named(executor: Executor) -> None:
 
     with pytest.raises(StageInputError, match=r"'AddOne': batch 'b0' has no column 'number'; there are \['n'\]"):
         Pipeline("p", stages=[rename, AddOne()]).run(executor, batches(1))
+
+
+class Pairs(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """One task of each batch."""
+
+    resources = TINY
+    batch_size = 4
+
+    def process_batch(self, tasks: list[DocumentBatch]) -> list[DocumentBatch]:
+        return [tasks[0].with_data(pd.concat([task.to_pandas() for task in tasks]))]
+
+
+def test_tasks_are_put_together_only_where_nobody_has_to_know_them_again(executor: Executor, tmp_path: Path) -> None:
+    pipeline = Pipeline("p", stages=[Pairs(), AddOne()])
+    merged = pipeline.run(executor, batches(8))
+    assert numbers(merged) == list(range(1, 17))
+    assert len(merged) == 2
+    with pytest.raises(StageOutputError, match=r"'Pairs'.* 1 entries for \d tasks.*needs one entry per task"):
+        pipeline.run(executor, batches(8), run_dir=tmp_path)
 
 
 class OncePerNode(ProcessingStage[DocumentBatch, DocumentBatch]):

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_stages import full_disk
 
-from nemo_rl.errors import PipelineError
+from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines import Task
 from nemo_rl.pipelines.items import Item, Key, chunks, group_size, grouped, key_text
 from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter
@@ -43,14 +44,6 @@ def test_attempts_are_not_mixed(tmp_path: Path) -> None:
     assert results(tmp_path, 1) == ([], [0])
 
 
-def test_tasks_that_were_merged_are_done_together(tmp_path: Path) -> None:
-    writer = SpoolWriter(tmp_path, 1)
-    writer.write([Entry("merged", (1,), (0,)), Entry("fan", (0,), 2)], [item(0, 0)])
-    assert results(tmp_path, 2) == ([], [0, 1])
-    writer.write([], [item(0, 1)])
-    assert results(tmp_path, 2) == ([(0, 0), (0, 1)], [])
-
-
 def test_an_entry_that_was_cut_off_is_not_read(tmp_path: Path) -> None:
     SpoolWriter(tmp_path, 1).write([], [item(0), item(1)])
     (path,) = tmp_path.glob("*.log")
@@ -61,6 +54,19 @@ def test_an_entry_that_was_cut_off_is_not_read(tmp_path: Path) -> None:
         assert (keys, missing) in (([], [0, 1]), ([(0,)], [1]))
     path.write_bytes(whole)
     assert results(tmp_path, 2) == ([(0,), (1,)], [])
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, 1)
+    writer.write([], [item(0)])
+    (path,) = tmp_path.glob("*.log")
+    size = path.stat().st_size
+    for room in (0, 5, 40):
+        with full_disk(size + room), pytest.raises(DataError, match="cannot be written"):
+            writer.write([], [item(1)])
+        assert path.stat().st_size == size
+    writer.write([], [item(2)])
+    assert results(tmp_path, 3) == ([(0,), (2,)], [1])
 
 
 def test_tasks_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
