@@ -68,11 +68,8 @@ class Task(Generic[T]):
         return int(getattr(self.data, "nbytes", 0))
 
     def fresh(self) -> Self:
-        """A copy for a stage to work on: what it changes in it leaves this task alone (but not inside of `data`)."""
-        result = copy.copy(self)
-        result._metadata = dict(self._metadata)
-        result._stage_perf = list(self._stage_perf)
-        return result
+        """A copy for a stage to work on: whatever it changes in it leaves this task alone."""
+        return copy.deepcopy(self)
 
     def frozen(self) -> Self:
         """The task in the form in which it travels. Raises `DataError` when its data cannot."""
@@ -207,7 +204,9 @@ class DocumentBatch(Task[Any]):
         return result
 
     def fresh(self) -> DocumentBatch:
-        result = super().fresh()
+        result = copy.copy(self)
+        result._metadata = copy.deepcopy(self._metadata)
+        result._stage_perf = list(self._stage_perf)
         if self._frame is not None:
             result._frame = self._frame.copy()
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from sample_stages import KeepFirstOfEach, batches, numbers
 
 from nemo_rl.errors import StageInputError
+from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Task, failed_tasks
 from nemo_rl.pipelines.items import Item
 from nemo_rl.pipelines.runner import StageJob, StageRunner, spool_directory
 from nemo_rl.pipelines.spool import Spool, SpooledTasks, SpoolWriter
@@ -39,6 +42,12 @@ def spooled(directory: Path, num_sources: int) -> list[Any]:
     return list(SpooledTasks(entries))
 
 
+def records(directory: Path) -> list[Any]:
+    """What was set aside, of all files."""
+    lines = [line for path in sorted(directory.rglob("*.records.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
 def test_a_gathering_stage_does_not_run_without_all_of_its_input(tmp_path: Path) -> None:
     """On another node the directory may not be there at all, or hold a part."""
     stage = KeepFirstOfEach(100)
@@ -49,3 +58,44 @@ def test_a_gathering_stage_does_not_run_without_all_of_its_input(tmp_path: Path)
     SpoolWriter(spool_directory(tmp_path, 0), 1).write([], items(8))
     assert StageRunner(job(stage, tmp_path)).gather(8) == 8
     assert numbers(spooled(tmp_path, 8)) == list(range(16))
+
+
+class SetsAsideOdd(KeepFirstOfEach):
+    def process_all(self, tasks: Sequence[DocumentBatch]) -> Any:
+        for task in tasks:
+            self.set_aside([{"number": int(n)} for n in task.to_pandas()["number"] if n % 2])
+            yield task
+
+
+def test_what_a_gathering_stage_sets_aside_is_kept(tmp_path: Path) -> None:
+    SpoolWriter(spool_directory(tmp_path, 0), 1).write([], items(3))
+    StageRunner(job(SetsAsideOdd(1), tmp_path)).gather(3)
+    assert [record["number"] for record in records(tmp_path)] == [1, 3, 5]
+
+
+class Changes(ProcessingStage[Task[dict[str, Any]], Task[dict[str, Any]]]):
+    """Changes its task inside, and raises the first `num_times` times."""
+
+    def __init__(self, num_times: int) -> None:
+        self.num_times = num_times
+        self.seen: list[Any] = []
+
+    def process(self, task: Task[dict[str, Any]]) -> Task[dict[str, Any]]:
+        self.seen.append((task.data["n"], task._metadata["tags"][:]))
+        task.data["n"] += 1
+        task._metadata["tags"].append("changed")
+        if len(self.seen) <= self.num_times:
+            raise ValueError("again")
+        return task
+
+
+def test_every_try_gets_the_task_as_it_was(tmp_path: Path) -> None:
+    task = Task("t", "d", {"n": 0}, {"tags": []})
+    stage = Changes(2)
+    outputs = list(StageRunner(job(stage, tmp_path, max_retries=2, is_last=False)).run([Item(task, (0,))]))
+    assert stage.seen == [(0, [])] * 3
+    assert outputs[0][0].task.data == {"n": 1}
+    failing = Changes(99)
+    list(StageRunner(job(failing, tmp_path, max_retries=2)).run([Item(task, (0,))]))
+    (failed,) = failed_tasks(tmp_path)
+    assert (failed.attempts, failed.load().data, failed.load()._metadata) == (3, {"n": 0}, {"tags": []})
