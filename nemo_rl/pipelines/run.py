@@ -61,7 +61,7 @@ def run_pipeline(
     executor = _default_executor() if executor is None else executor
     # The steps in which a run's results are kept must be the same when it is resumed.
     kind = "stage by stage" if getattr(executor, "stage_by_stage", False) else "streaming"
-    with RunDirectory.opened(options.run_dir, pipeline.name, stages, kind) as directory:
+    with RunDirectory.opened(options.run_dir, pipeline.name, stages, kind, fields) as directory:
         for stage in stages:
             stage.prepare(directory.is_resumed)
         directory.begin()

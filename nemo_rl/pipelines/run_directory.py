@@ -4,7 +4,7 @@
 
     <run_dir>/
       run.json         name, fingerprint, attempts, state
-      sources.pickle   the tasks that the run started from
+      sources.pickle   the tasks that the run started from, and what they are compared by
       spool/NN/        what became of every task, see `spool`; NN is the segment
       failed/<stage>/  tasks that were set aside, see `failures`
       progress/NNN/    counts of every worker, see `progress`
@@ -15,31 +15,31 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import pickle
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines.content import fingerprint, identity
 from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.progress import read_counts
 from nemo_rl.pipelines.runner import counts_directory
-from nemo_rl.pipelines.spool import dumps
+from nemo_rl.pipelines.spool import dumps, freeze
 from nemo_rl.pipelines.stage import AnyStage
-from nemo_rl.pipelines.tasks import DocumentBatch, Task
+from nemo_rl.pipelines.tasks import Task
 from nemo_rl.utils.files import write_atomically
 
 _RECORD = "run.json"
 _SOURCES = "sources.pickle"
 STAGES_FILE = "stages.json"
-_NOT_CONTENT = ("name", "resources", "batch_size", "num_workers", "max_retries", "runtime_env")
 
 
 class RunDirectory:
@@ -49,15 +49,23 @@ class RunDirectory:
         self.path = path
         self.resumable = resumable
         self.attempt = attempt
+        self.run_id: str = record.get("id") or uuid.uuid4().hex
         self._record = record
         self._begun = False
 
     @staticmethod
     @contextlib.contextmanager
     def opened(
-        path: str | os.PathLike[str] | None, name: str, stages: Sequence[AnyStage], executor_kind: str = ""
+        path: str | os.PathLike[str] | None,
+        name: str,
+        stages: Sequence[AnyStage],
+        executor_kind: str = "",
+        fields: Sequence[Mapping[str, Any]] | None = None,
     ) -> Iterator[RunDirectory]:
         """Take a directory for a run; with None a scratch directory that is removed afterwards.
+
+        Args:
+            fields: each stage's `runtime_env`, see `fingerprint`.
 
         Raises:
             ResumeError: another run holds it, or it belongs to other stages or to another kind of executor.
@@ -77,8 +85,9 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ResumeError(f"the run directory {root} is in use by another run") from None
-            record = _record(root, name, fingerprint(name, stages), executor_kind)
+            record = _record(root, name, fingerprint(name, stages, fields), executor_kind)
             directory = RunDirectory(root, True, record["attempts"] + 1, record)
+            freeze(root / "spool", directory.attempt)
             try:
                 yield directory
             except BaseException:
@@ -107,18 +116,19 @@ class RunDirectory:
         if not self.resumable:
             return tasks
         path = self.path / _SOURCES
+        now = [identity(task) for task in tasks]
         if not path.exists():
-            write_atomically(path, dumps(tasks), private=True)
+            write_atomically(path, dumps((now, tasks)), private=True)
             return tasks
-        kept: list[Task[Any]] = pickle.loads(read_own(path))
-        before, now = [_identity(task) for task in kept], [_identity(task) for task in tasks]
+        before, kept = pickle.loads(read_own(path))
         if before != now:
             changed = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
             raise ResumeError(
                 f"the inputs of the run in {self.path} have changed since it was started (first difference: input "
                 f"{changed} of {len(before)}, now {len(now)}). Start a new run in another run_dir."
             )
-        return kept
+        result: list[Task[Any]] = kept
+        return result
 
     def clear_segment(self, directory: Path) -> None:
         """Forget what an attempt that did not finish wrote for a segment that is done as a whole."""
@@ -136,33 +146,10 @@ class RunDirectory:
         _write_json(self.path / _RECORD, {**self._record, "state": state, "ended": time.time()})
 
 
-def fingerprint(name: str, stages: Sequence[AnyStage]) -> str:
-    """What decides a run's result, as far as it can be seen: stages, packages, public attributes of plain types."""
-    content = [
-        [
-            stage.name,
-            f"{type(stage).__module__}.{type(stage).__qualname__}",
-            {key: value for key, value in sorted(vars(stage).items()) if _is_content(key) and _is_plain(value)},
-            {key: repr(value) for key, value in sorted((stage.runtime_env or {}).items()) if key != "env_vars"},
-        ]
-        for stage in stages
-    ]
-    return hashlib.sha256(json.dumps([name, content], sort_keys=True).encode()).hexdigest()
-
-
-def _is_content(name: str) -> bool:
-    return name not in _NOT_CONTENT and not name.startswith("_")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, str | int | float | bool)
-
-
 def _record(root: Path, name: str, digest: str, executor_kind: str) -> dict[str, Any]:
     path = root / _RECORD
     record: dict[str, Any] = {
+        "id": uuid.uuid4().hex,
         "name": name,
         "fingerprint": digest,
         "executor": executor_kind,
@@ -185,16 +172,6 @@ def _record(root: Path, name: str, digest: str, executor_kind: str) -> dict[str,
                 f"{executor_kind}. Go on with an executor of the same kind, or give another run_dir."
             )
     return record
-
-
-def _identity(task: Task[Any]) -> str:
-    content: Mapping[str, Any] = {
-        key: value for key, value in vars(task).items() if key not in ("_stage_perf", "_lineage")
-    }
-    if isinstance(task, DocumentBatch):
-        content = {"id": task.task_id, "rows": task.to_pyarrow().to_pylist()}
-    text = json.dumps(content, sort_keys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()
 
 
 def _write_json(path: Path, content: Any) -> None:

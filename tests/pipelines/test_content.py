@@ -1,0 +1,129 @@
+"""What makes a run another run: options of its stages, packages, and its inputs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sample_stages import AddOne
+
+from nemo_rl.errors import ResumeError
+from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, Task
+from nemo_rl.pipelines.content import fingerprint, identity
+from nemo_rl.pipelines.io.readers import JsonlReadStage
+from nemo_rl.pipelines.run_directory import RunDirectory
+
+
+@dataclass
+class Options:
+    mode: str = "a"
+
+
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Configured(ProcessingStage[Any, Any]):
+    def __init__(self, option: Any) -> None:
+        self.option = option
+        self._cache = object()
+
+
+OPTIONS = [1, True, 1.5, "1", None, [1], {"a": 1}, {"a": 2}, {1: "x", "b": 2}, {1, 2}, b"a", Options(), Options("b")]
+
+
+def test_every_other_option_is_another_run() -> None:
+    prints = [fingerprint("p", [Configured(option)]) for option in OPTIONS]
+    assert len(set(prints)) == len(OPTIONS)
+    assert prints == [fingerprint("p", [Configured(option)]) for option in OPTIONS]
+    assert fingerprint("p", [Configured({"b": 2, "a": 1})]) == fingerprint("p", [Configured({"a": 1, "b": 2})])
+    read, other = (JsonlReadStage({"a": kind}, None, "error") for kind in ("string", "int64"))
+    assert fingerprint("p", [read]) != fingerprint("p", [other])
+
+
+def test_packages_of_pipeline_and_requirements_files_count(tmp_path: Path) -> None:
+    file = tmp_path / "requirements.txt"
+    stage = AddOne().with_(runtime_env={"uv": str(file)})
+    file.write_text("packaging==23.2\n")
+    before = fingerprint("p", [stage])
+    file.write_text("# a comment\npackaging==23.2\n")
+    assert fingerprint("p", [stage]) == before
+    file.write_text("packaging==24.0\n")
+    assert fingerprint("p", [stage]) != before
+    assert fingerprint("p", [AddOne()], [{"uv": ["a"]}]) != fingerprint("p", [AddOne()], [{"uv": ["b"]}])
+    assert fingerprint("p", [AddOne()], [{"env_vars": {"A": "1"}}]) == fingerprint("p", [AddOne()])
+
+
+class NotPrepared(Exception):
+    pass
+
+
+class NeverPrepared(Configured):
+    def prepare(self, resumes: bool) -> None:
+        raise NotPrepared
+
+    def process(self, task: Any) -> Any:
+        return task
+
+
+def test_a_run_of_a_pipeline_with_other_packages_is_refused(tmp_path: Path) -> None:
+    def start(*packages: str) -> None:
+        pipeline = Pipeline("p", stages=[NeverPrepared(1)], runtime_env={"uv": list(packages)})
+        pipeline.run(initial_tasks=[Task("t", "d", 1)], run_dir=tmp_path)
+
+    fields = [{"uv": ["packaging==23.2"]}]
+    with RunDirectory.opened(tmp_path, "p", [NeverPrepared(1)], "stage by stage", fields) as directory:
+        directory.begin()
+    with pytest.raises(NotPrepared):
+        start("packaging==23.2")
+    with pytest.raises(ResumeError, match="other stages or other options"):
+        start("packaging==24.0")
+
+
+DATA = [
+    *[b"a", b"b", {1: "x", "b": 2}, {"x": 1}, {"x", "y", "zz"}, [b"a"], Options(), Options("b")],
+    *[Holder(1), Holder({"a"}), np.arange(3), np.arange(4), pa.table({"n": [1]}), "a", None],
+]
+
+
+def test_inputs_are_compared_by_their_data_whatever_it_is() -> None:
+    digests = [identity(Task("t", "d", data)) for data in DATA]
+    assert len(set(digests)) == len(DATA)
+    code = "import test_content as t; print(*[t.identity(t.Task('t', 'd', data)) for data in t.DATA])"
+    for seed in ("1", "2"):  # of hashes, which decide the order in a set
+        folder = Path(__file__).parent
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+        command = [sys.executable, "-c", code]
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert output.split() == digests
+    batches = [
+        DocumentBatch("t", "d", table, metadata)
+        for table, metadata in (
+            (pa.table({"n": [b"a"]}), {}),
+            (pa.table({"n": [b"b"]}), {}),
+            (pa.table({"n": [b"b"]}), {"x": 1}),
+            (pa.table({"n": pa.array([1], pa.int32())}), {}),
+            (pa.table({"n": pa.array([1], pa.int64())}), {}),
+        )
+    ]
+    assert len({identity(batch) for batch in batches}) == len(batches)
+
+
+def test_a_run_whose_input_changed_in_bytes_is_refused(tmp_path: Path) -> None:
+    def start(data: Any) -> list[Task[Any]]:
+        with RunDirectory.opened(tmp_path, "p", [AddOne()]) as directory:
+            directory.begin()
+            return directory.sources([Task("t", "d", data)])
+
+    start({1: b"a", "b": np.arange(2)})
+    (kept,) = start({"b": np.arange(2), 1: b"a"})
+    assert kept.data[1] == b"a"
+    with pytest.raises(ResumeError, match="inputs of the run .* have changed"):
+        start({1: b"b", "b": np.arange(2)})
