@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,20 @@ def test_parquet_files_are_split_at_row_groups(tmp_path: Path) -> None:
     found = read_all(ParquetReader(tmp_path, task_size=300, columns=["n"]))
     assert [record["n"] for record in found] == list(range(100))
     assert set(found[0]) == {"n"}
+
+
+def test_patterns_leave_out_what_is_hidden_unless_they_ask_for_it(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "_SUCCESS", ".b.jsonl", "_tmp/c.jsonl", "d/_e.jsonl", "d/f.jsonl"):
+        write_lines(tmp_path / name, [{"n": 1}])
+
+    def found(pattern: str) -> list[str]:
+        return [Path(info.url).relative_to(tmp_path).as_posix() for info in list_files([f"{tmp_path}/{pattern}"], [])]
+
+    assert found("*") == ["a.jsonl"]
+    assert found("**/*.jsonl") == ["a.jsonl", "d/f.jsonl"]
+    assert found("_*") == ["_SUCCESS"]
+    assert found("_t*/*.jsonl") == ["_tmp/c.jsonl"]
+    assert found("d/_e.jsonl") == ["d/_e.jsonl"]
 
 
 def test_fsspec_urls() -> None:
@@ -235,6 +251,17 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
         Pipeline("p", stages=[JsonlReader(tmp_path / "in")]).run(run_dir=tmp_path / "file" / "run")
 
 
+def test_one_file_is_prepared_by_writing_next_to_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"/proc/all\.parquet cannot be written"):
+        SingleParquetWriter("/proc/all.parquet").prepare(resumes=False)
+    SingleParquetWriter("memory://single/all.parquet").prepare(resumes=False)
+    others = tmp_path / "all.parquet", tmp_path / "_writing-all.parquet-2-5f"
+    for path in (*others, tmp_path / "_writing-all.parquet-5f"):  # the last one is of a writer that was killed
+        path.touch()
+    SingleParquetWriter(tmp_path / "all.parquet").prepare(resumes=False)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -295,6 +322,21 @@ def test_a_writer_that_fails_leaves_no_part_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"held_out\.parquet cannot be written"):
         list(writer.process_all([DocumentBatch("t", "d", pa.table({"text": ["one"]}))]))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "all.parquet"
+    code = (
+        "import os, sys, pyarrow as pa\n"
+        "from nemo_rl.pipelines.io.writers import _whole_parquet\n"
+        "with _whole_parquet(sys.argv[1], pa.schema([('n', pa.int64())])):\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert [left.name.rpartition("-")[0] for left in tmp_path.iterdir()] == ["_writing-all.parquet"]
+    list(SingleParquetWriter(path).process_all([DocumentBatch("t", "d", pa.table({"n": [1]}))]))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.usefixtures("ray_local")

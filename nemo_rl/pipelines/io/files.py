@@ -59,8 +59,8 @@ def file_system(url: str) -> tuple[Any, str]:
 def list_files(urls: Sequence[str], suffixes: Sequence[str]) -> list[FileInfo]:
     """The files that paths, directories and patterns name, in a fixed order, each once.
 
-    Below a directory only files with one of `suffixes` count (also compressed). Hidden files never do, nor those whose
-    name starts with an underscore.
+    Below a directory only files with one of `suffixes` count (also compressed). Files and directories whose name starts
+    with a dot or an underscore (`_SUCCESS`) count only where a path, or a part of a pattern, starts so itself.
 
     Raises:
         DataError: a path that does not exist or cannot be read, or no files at all.
@@ -87,7 +87,7 @@ def would_list(url: str, suffixes: Sequence[str], place: str) -> bool:
     if not pattern:
         return place == root or (is_below(place, root) and _is_data(place, root, suffixes))
     translated = fsspec.utils.glob_translate(f"{root.rstrip('/')}/{pattern}")
-    return re.fullmatch(translated, place) is not None
+    return re.fullmatch(translated, place) is not None and not _is_hidden(place, root, pattern)
 
 
 def fixed_root(url: str) -> tuple[str, str]:
@@ -112,7 +112,8 @@ def is_below(place: str, root: str) -> bool:
 
 def _listed(files: Any, path: str, url: str, suffixes: Sequence[str]) -> list[FileInfo]:
     if any(character in path for character in _PATTERN):
-        infos = files.glob(path, detail=True)
+        root, pattern = fixed_root(path)
+        infos = {p: i for p, i in files.glob(path, detail=True).items() if not _is_hidden(p, root, pattern)}
     elif not files.exists(path):
         raise DataError(f"{url} does not exist")
     elif files.isdir(path):
@@ -123,8 +124,14 @@ def _listed(files: Any, path: str, url: str, suffixes: Sequence[str]) -> list[Fi
 
 
 def _is_data(path: str, root: str, suffixes: Sequence[str]) -> bool:
+    return plain_name(path).endswith(tuple(suffixes)) and not _is_hidden(path, root)
+
+
+def _is_hidden(path: str, root: str, pattern: str = "") -> bool:
+    """Whether something below `root` starts with a dot or an underscore and no part of the pattern does."""
+    asked_for = {part[0] for part in PurePosixPath(pattern).parts}
     parts = PurePosixPath(path[len(root) :].lstrip("/")).parts
-    return plain_name(path).endswith(tuple(suffixes)) and not any(part.startswith((".", "_")) for part in parts)
+    return any(part.startswith((".", "_")) and part[0] not in asked_for for part in parts)
 
 
 def _info(files: Any, info: dict[str, Any]) -> FileInfo:
@@ -222,8 +229,45 @@ def prepare_directory(url: str, resumes: bool, overwrite: bool) -> None:
                 files.rm(name, recursive=True)
         elif there and not resumes:
             raise DataError(f"the output directory {url} is not empty; choose another, or give overwrite=True")
-        probe = f"{path.rstrip('/')}/{TEMPORARY_PREFIX}probe"
-        files.pipe_file(probe, b"")
-        files.rm(probe)
+        _probe(files, path)
     except OSError as error:
         raise DataError(f"the output directory {url} cannot be written: {error}") from error
+
+
+def prepare_file(url: str) -> None:
+    """Make sure that a file can be written, or replaced; what a writer of it that was killed left behind is removed.
+
+    Raises:
+        DataError: it cannot, or it is a directory.
+    """
+    files, path = file_system(url)
+    try:
+        files.makedirs(os.path.dirname(path), exist_ok=True)
+        if files.isdir(path):
+            raise DataError(f"{url} is a directory; name a file")
+        remove_temporaries(url)
+        _probe(files, os.path.dirname(path))
+    except OSError as error:
+        raise DataError(f"{url} cannot be written: {error}") from error
+
+
+def temporary_of(path: str) -> str:
+    """A name next to a file, for what becomes that file once it is whole."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex}"
+
+
+def remove_temporaries(url: str) -> None:
+    """Remove what has a name of `temporary_of` for this file."""
+    files, path = file_system(url)
+    prefix = temporary_of(path).rpartition("-")[0] + "-"
+    for name in files.ls(os.path.dirname(path), detail=False):
+        if str(name).startswith(prefix) and "-" not in str(name)[len(prefix) :]:
+            files.rm(name)
+
+
+def _probe(files: Any, directory: str) -> None:
+    """Write a file and remove it. Raises `OSError`."""
+    probe = temporary_of(f"{directory.rstrip('/')}/probe")
+    files.pipe_file(probe, b"")
+    files.rm(probe)

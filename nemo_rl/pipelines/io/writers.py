@@ -13,7 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from nemo_rl.errors import DataError, PipelineDefinitionError
-from nemo_rl.pipelines.io.files import file_system, opened, prepare_directory, write_whole
+from nemo_rl.pipelines.io.files import (
+    file_system,
+    opened,
+    prepare_directory,
+    prepare_file,
+    remove_temporaries,
+    temporary_of,
+    write_whole,
+)
 from nemo_rl.pipelines.stage import GatherStage, ProcessingStage
 from nemo_rl.pipelines.tasks import DocumentBatch, FileGroupTask
 
@@ -135,13 +143,7 @@ class SingleParquetWriter(GatherStage[DocumentBatch, FileGroupTask]):
 
     def prepare(self, resumes: bool) -> None:
         for url in self._paths():
-            files, path = file_system(url)
-            try:
-                files.makedirs(os.path.dirname(path), exist_ok=True)
-                if files.isdir(path):
-                    raise DataError(f"{url} is a directory; name a file")
-            except OSError as error:
-                raise DataError(f"{url} cannot be written: {error}") from error
+            prepare_file(url)
 
     def writes_to(self) -> list[str]:
         return self._paths()
@@ -184,8 +186,9 @@ def _whole_parquet(url: str, schema: Any) -> Iterator[Any]:
     import pyarrow.parquet
 
     files, path = file_system(url)
-    temporary = f"{path}.writing-{os.getpid()}"
+    temporary = temporary_of(path)
     try:
+        remove_temporaries(url)  # of a worker of this stage that died
         with files.open(temporary, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
             yield writer
         files.mv(temporary, path)
