@@ -97,7 +97,9 @@ class WorkerCounts:
         self._path = directory / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
 
     def save(self) -> None:
-        """Write them."""
+        """Write them; not where the directory has gone since the last time, with the run."""
+        if self.counts.last and not self._path.parent.is_dir():
+            return
         now = time.time()
         self.counts.first = self.counts.first or now
         self.counts.last = now
