@@ -32,6 +32,17 @@ def key_text(key: Key) -> str:
     return ".".join([f"{key[0]:05d}", *map(str, key[1:])])
 
 
+def child_lineage(parent: Item, child: Key) -> str:
+    """A task's `_lineage`: its key as it were if the run had no segments, in which keys start anew.
+
+    So it is the same on every executor, however that one cuts a pipeline into segments.
+
+    Args:
+        child: key of what became of `parent`.
+    """
+    return parent.task._lineage + key_text(child)[len(key_text(parent.key)) :]
+
+
 def chunks(values: Sequence[T], size: int) -> Iterator[list[T]]:
     """Consecutive parts of at most `size`."""
     for start in range(0, len(values), size):

@@ -64,7 +64,7 @@ def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
         (f"{first.counts.items_out:,}" if first else "0", "read" if first else "items"),
         (f"{last.counts.items_in:,}" if last else "0", "left"),
         (f"{sum(row.num_dropped for row in rows):,}", "dropped"),
-        (f"{sum(row.counts.failed for row in rows):,}", "tasks failed"),
+        (f"{len(failed):,}", "tasks failed"),
         (
             format_duration(ended - record["started"]),
             "wall time" + (", all attempts" if record["attempts"] > 1 else ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import StageWorker
 from nemo_rl.pipelines.executors.base import Executor, PlannedStage, stage_error
-from nemo_rl.pipelines.items import Item
+from nemo_rl.pipelines.failures import FAILED_DIR, withdraw_failures
+from nemo_rl.pipelines.items import Item, key_text
 from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_totals, planned_stages
 from nemo_rl.pipelines.progress import ProgressListener, ProgressMonitor
 from nemo_rl.pipelines.run_directory import RunDirectory
@@ -97,7 +99,7 @@ class _Run:
         num_in_driver = sum(stage.runs_in_driver for stage in self._stages)
         for index in range(num_in_driver):
             tasks = self._run_in_driver(index, tasks)
-        items = _numbered(self._directory.sources([task.frozen() for task in tasks]))
+        items = _numbered(self._directory.sources(_sources(tasks)))
         segments = self._segments(num_in_driver)
         num_done = 0
         for number in range(len(segments), 0, -1):
@@ -122,9 +124,12 @@ class _Run:
         return [[index for _, index in group] for _, group in groupby(marked, key=lambda pair: pair[0])]
 
     def _run_in_driver(self, index: int, tasks: list[Task[Any]]) -> list[Task[Any]]:
+        # It runs in every attempt: only the last one counts.
+        self._directory.clear_segment(counts_directory(self._directory.path, index))
+        withdraw_failures(self._directory.path / FAILED_DIR, 0, set)
         runner = StageRunner(self._job(index, 0, spools=False, is_last=False, num_cpus=1.0, on_failure="stop"))
         runner.start()
-        groups = list(runner.run(_numbered([task.frozen() for task in tasks])))
+        groups = list(runner.run(_numbered(_sources(tasks))))
         runner.close()
         return [item.task for group in groups for item in group]
 
@@ -134,6 +139,7 @@ class _Run:
         return StageJob(
             stage=self._stages[index],
             directory=str(self._directory.path),
+            run_id=self._directory.run_id,
             segment=segment,
             index=index,
             attempt=self._directory.attempt,
@@ -168,6 +174,7 @@ class _Run:
         """Mark a segment as finished, and forget the one before it."""
         items = self._results(number, num_sources)
         place = spool_directory(self._directory.path, number)
+        withdraw_failures(self._directory.path / FAILED_DIR, number, lambda: Spool.read(place).gone(num_sources))
         write_atomically(place / _COMPLETE, str(num_sources))
         self._directory.clear_segment(spool_directory(self._directory.path, number - 1))
         return items
@@ -245,6 +252,7 @@ class _Run:
             options["runtime_env"] = stage.runtime_env
         for attempt in range(1, _MAX_GATHER_ATTEMPTS + 1):
             self._directory.clear_segment(place)
+            self._directory.clear_segment(stage.job.counts_directory)
             worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
             try:
                 ray.get(worker.start.remote())
@@ -259,6 +267,17 @@ class _Run:
             finally:
                 ray.kill(worker)
         raise AssertionError("unreachable")
+
+
+def _sources(tasks: Sequence[Task[Any]]) -> list[Task[Any]]:
+    """What a run starts from, without touching what it was given: a task of another run has that one's lineage."""
+    result = []
+    for index, task in enumerate(tasks):
+        frozen = task.frozen()
+        frozen = copy.copy(task) if frozen is task else frozen
+        frozen._lineage = key_text((index,))
+        result.append(frozen)
+    return result
 
 
 def _numbered(tasks: Sequence[Task[Any]]) -> list[Item]:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from nemo_rl.errors import DataError, StageError, StageInputError, StageOutputError, StageStartError
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure, write_records
-from nemo_rl.pipelines.items import Item, chunks, grouped, key_text
+from nemo_rl.pipelines.items import Item, child_lineage, chunks, grouped, key_text
 from nemo_rl.pipelines.progress import Counts, Dropped, WorkerCounts
 from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter
 from nemo_rl.pipelines.stage import AnyStage, GatherStage, ProcessingStage
@@ -43,6 +43,7 @@ class StageJob:
     Attributes:
         stage: the object.
         directory: of the run; shared by all nodes where it must outlive the run.
+        run_id: of the run, and of no other that ever was in the same directory.
         segment, index: which stage of the pipeline it is.
         attempt: number of this run in its directory.
         spools: whether tasks that are dropped, or leave the last stage, are recorded on disk.
@@ -52,6 +53,7 @@ class StageJob:
 
     stage: AnyStage
     directory: str
+    run_id: str
     segment: int
     index: int
     attempt: int
@@ -98,7 +100,9 @@ class StageRunner:
         self._stage._reporter = self
         self._counts = WorkerCounts(job.counts_directory)
         self._spool = SpoolWriter(job.spool_directory, job.attempt)
+        # What the call that runs has told; it counts when the call succeeds.
         self._records: list[Mapping[str, Any]] = []
+        self._dropped: list[tuple[str, int, Sequence[Mapping[str, Any]]]] = []
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def start(self) -> None:
@@ -157,12 +161,15 @@ class StageRunner:
             for number, task in enumerate(self._stage.process_all(given), start=1):
                 frozen = self._checked_output(task, None)
                 counts.tasks_out, counts.items_out = number, counts.items_out + frozen.num_items
-                self._spool.write([], [Item(frozen, (number - 1,))])
+                key = (number - 1,)
+                frozen._lineage = key_text(key)
+                self._spool.write([], [Item(frozen, key)])
         except StageError:
             raise
         except Exception as error:
             raise self._stage_error(error, "", traceback.format_exc()) from None
-        self._write_records(key_text((0,)))
+        self._write_records(["all"])
+        self._count_dropped()
         counts.busy_s = time.perf_counter() - began
         self._counts.save()
         self._spool.close()
@@ -177,7 +184,7 @@ class StageRunner:
     # --- what a stage tells -------------------------------------------------------------------------------------------
 
     def dropped(self, reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> None:
-        self._counts.counts.dropped.setdefault(reason, Dropped()).add(count, examples)
+        self._dropped.append((reason, count, examples))
 
     def set_aside(self, records: Sequence[Mapping[str, Any]]) -> None:
         self._records += records
@@ -208,7 +215,7 @@ class StageRunner:
             except _MergedError as error:
                 raise self._stop(self._output_error(str(error))) from None
             except Exception:
-                self._records = []
+                self._forget()
                 # Which of them is to blame shows when each is alone.
                 outputs = [output for item in accepted for output in self._alone(item)]
         counts.busy_s += time.perf_counter() - began
@@ -222,7 +229,7 @@ class StageRunner:
             try:
                 return self._call([item])
             except Exception as error:
-                self._records = []
+                self._forget()
                 if attempt > retries or isinstance(error, _HOPELESS):
                     self._fail(item, error, attempt)
                     break
@@ -231,9 +238,7 @@ class StageRunner:
     def _call(self, batch: list[Item]) -> list[Item]:
         tasks = []
         for item in batch:
-            task = item.task.fresh()
-            task._lineage = key_text(item.key)
-            tasks.append(task)
+            tasks.append(item.task.fresh())
         began = time.perf_counter()
         returned = self._stage.process_batch(tasks)
         perf = StagePerf(self._stage.name, time.perf_counter() - began, len(batch), self._worker)
@@ -243,18 +248,28 @@ class StageRunner:
             for task, child in zip(made, children):
                 frozen = self._checked_output(task, child)
                 frozen._stage_perf = [*inputs[0].task._stage_perf, perf]
-                frozen._lineage = key_text(child.key)
+                frozen._lineage = child_lineage(inputs[0], child.key)
                 child.task = frozen
-        self._write_records(key_text(batch[0].key))
+        self._write_records([item.task._lineage for item in batch])
         if self._job.spools:
             self._spool.write(entries)
+        self._count_dropped()
         return [child for children in outputs for child in children]
 
-    def _write_records(self, name: str) -> None:
+    def _write_records(self, lineages: Sequence[str]) -> None:
         """Keep what the stage set aside."""
         if self._records:
-            write_records(Path(self._job.directory, FAILED_DIR), self._stage.name, name, self._records)
+            write_records(Path(self._job.directory, FAILED_DIR), self._stage.name, lineages, self._records)
             self._records = []
+
+    def _count_dropped(self) -> None:
+        for reason, count, examples in self._dropped:
+            self._counts.counts.dropped.setdefault(reason, Dropped()).add(count, examples)
+        self._dropped = []
+
+    def _forget(self) -> None:
+        """What a stage told before it raised: another try tells it again."""
+        self._records, self._dropped = [], []
 
     def _matched(self, batch: list[Item], returned: Any) -> list[tuple[list[Item], list[Any]]]:
         """Which inputs gave which outputs."""
@@ -307,12 +322,12 @@ class StageRunner:
         record = {
             "stage": self._stage.name,
             "task_id": item.task.task_id,
-            "lineage": key_text(item.key),
+            "lineage": item.task._lineage,
             "error": f"{type(error).__name__}: {error}",
             "traceback": text,
             "attempts": attempts,
         }
-        write_failure(Path(self._job.directory, FAILED_DIR), record, item.task)
+        write_failure(Path(self._job.directory, FAILED_DIR), record, item.task, (self._job.segment, *item.key))
         self._counts.counts.failed += 1
         if self._job.on_failure == "stop":
             self._counts.save()
@@ -339,10 +354,9 @@ class StageRunner:
     def _setup_on_node(self) -> None:
         if type(self._stage).setup_on_node is ProcessingStage.setup_on_node:
             return
-        run = f"{Path(self._job.directory).resolve()}#{self._job.attempt}#{self._job.index}"
         folder = Path(tempfile.gettempdir(), f"nemo_rl-{os.getuid()}", "stages")
         folder.mkdir(parents=True, exist_ok=True)
-        marker = folder / (run.replace("/", "_")[-200:] + ".done")
+        marker = folder / f"{self._job.run_id}-{self._job.attempt}-{self._job.index}.done"
         with marker.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not marker.exists():

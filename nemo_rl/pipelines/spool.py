@@ -12,6 +12,7 @@ keys: results are taken once per key. So every input is in the output exactly on
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import socket
@@ -26,9 +27,11 @@ from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines.items import Item, Key
 from nemo_rl.pipelines.own_files import append_own, open_own
 from nemo_rl.pipelines.tasks import Task
+from nemo_rl.utils.files import write_atomically
 
 Kind = Literal["result", "gone", "fan"]
 _FRAME = struct.Struct(">QQ")
+_FROZEN = "frozen.json"
 
 
 @dataclass(frozen=True)
@@ -109,34 +112,41 @@ class Spool:
     def read(directory: Path) -> Spool:
         """Read the entries of a segment; none when there is no such directory."""
         spool = Spool()
+        attempt, sizes = _frozen(directory.parent)
         for path in sorted(directory.glob("*.log")) if directory.is_dir() else []:
-            entries = spool.attempts.setdefault(int(path.name.partition("-")[0]), {})
-            for entry in _read_entries(path):
+            entries = spool.attempts.setdefault(_attempt(path), {})
+            limit = sizes.get(_name(path), 0) if _attempt(path) < attempt else path.stat().st_size
+            for entry in _read_entries(path, limit):
                 entries.setdefault(entry.key, entry)
         return spool
 
-    def results_of(self, source: int) -> list[Entry] | None:
-        """The results of a source task in order; None when it is not done."""
+    def ends_of(self, source: int) -> list[Entry] | None:
+        """What a source task became, each of it either "result" or "gone"; None when it is not done."""
         for entries in self.attempts.values():
-            found = _results(entries, (source,))
+            found = _ends(entries, (source,))
             if found is not None:
                 return found
         return None
+
+    def gone(self, num_sources: int) -> set[Key]:
+        """Keys of tasks that were dropped or failed, of the sources that are done."""
+        ends = [entry for source in range(num_sources) for entry in self.ends_of(source) or []]
+        return {entry.key for entry in ends if entry.kind == "gone"}
 
     def results(self, num_sources: int) -> tuple[list[Entry], list[int]]:
         """The results of all sources that are done, in order, and the numbers of the others."""
         found: dict[Key, Entry] = {}
         missing: list[int] = []
         for source in range(num_sources):
-            entries = self.results_of(source)
+            entries = self.ends_of(source)
             if entries is None:
                 missing.append(source)
             else:
-                found.update((entry.key, entry) for entry in entries)
+                found.update((entry.key, entry) for entry in entries if entry.kind == "result")
         return [found[key] for key in sorted(found)], missing
 
 
-def _results(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
+def _ends(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
     found: list[Entry] = []
     waiting = [root]
     while waiting:
@@ -144,21 +154,50 @@ def _results(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
         entry = entries.get(key)
         if entry is None:
             return None
-        if entry.kind == "result":
-            found.append(entry)
-        elif entry.kind == "fan":
-            assert isinstance(entry.detail, int)
+        if entry.kind == "fan":
+            assert entry.detail is not None
             waiting += [(*key, index) for index in range(entry.detail)]
+        else:
+            found.append(entry)
     return found
 
 
-def _read_entries(path: Path) -> Iterator[Entry]:
-    size = path.stat().st_size
+def freeze(root: Path, attempt: int) -> None:
+    """Read nothing from now on that workers of attempts before `attempt` append to the spools below `root`.
+
+    They may outlive their driver for a while, and what they say would then contradict what this attempt does.
+    """
+    before, sizes = _frozen(root)
+    for path in root.glob("*/*.log"):
+        if before <= _attempt(path) < attempt:
+            sizes[_name(path)] = path.stat().st_size
+    if attempt > 1:
+        write_atomically(root / _FROZEN, json.dumps({"attempt": attempt, "sizes": sizes}))
+
+
+def _frozen(root: Path) -> tuple[int, dict[str, int]]:
+    """The first attempt that is not frozen, and up to where the spools of those before it are read."""
+    path = root / _FROZEN
+    if not path.exists():
+        return 0, {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["attempt"], content["sizes"]
+
+
+def _attempt(log: Path) -> int:
+    return int(log.name.partition("-")[0])
+
+
+def _name(log: Path) -> str:
+    return f"{log.parent.name}/{log.name}"
+
+
+def _read_entries(path: Path, size: int) -> Iterator[Entry]:
     with open_own(path) as file:
         while True:
             start = file.tell()
             frame = file.read(_FRAME.size)
-            if len(frame) < _FRAME.size:
+            if start + _FRAME.size > size:
                 return
             head_bytes, body_bytes = _FRAME.unpack(frame)
             body_start = start + _FRAME.size + head_bytes

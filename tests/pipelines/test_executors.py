@@ -119,11 +119,13 @@ def test_a_task_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
     deaths.mkdir()
     stage = KillsWorker(9, str(deaths), num_times=99)
     executor = RayActorPoolExecutor(max_worker_deaths=2)
-    result = Pipeline("p", stages=[stage]).run(executor, batches(32), run_dir=tmp_path / "run")
-    assert numbers(result) == [n for n in range(64) if n not in (8, 9)]
+    result = Pipeline("p", stages=[AddOne(), stage]).run(executor, batches(32), run_dir=tmp_path / "run")
+    assert numbers(result) == [n for n in range(1, 65) if n not in (9, 10)]
     (failed,) = failed_tasks(tmp_path / "run")
     assert (failed.task_id, failed.attempts) == ("b4", 3)
     assert "its worker died 3 times" in failed.error
+    assert numbers([failed.load()]) == [9, 10]  # also what was on disk between two stages
+    assert json.loads((tmp_path / "run" / "stages.json").read_text())[1]["failed"] == 1
 
 
 class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):

@@ -51,7 +51,7 @@ def test_a_file_of_another_user_is_not_read(tmp_path: Path) -> None:
 
 def test_a_failed_task_that_another_user_could_have_put_there_is_not_unpickled(tmp_path: Path) -> None:
     record = {"stage": "s", "task_id": "t", "lineage": "0", "error": "e", "traceback": "", "attempts": 1}
-    path = write_failure(tmp_path / "failed", record, EmptyTask()).with_suffix(".task")
+    path = write_failure(tmp_path / "failed", record, EmptyTask(), (1, 0)).with_suffix(".task")
     (failed,) = failed_tasks(tmp_path)
     assert isinstance(failed.load(), EmptyTask)
     path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
@@ -65,7 +65,8 @@ def test_results_that_another_user_could_have_put_there_are_not_unpickled(tmp_pa
     writer = SpoolWriter(tmp_path, 0)
     writer.write([Entry("gone", (0,))])
     writer.close()
-    assert Spool.read(tmp_path).results_of(0) == []
+    assert Spool.read(tmp_path).results(1) == ([], [])
+    assert Spool.read(tmp_path).gone(1) == {(0,)}
     (path,) = tmp_path.glob("*.log")
     path.chmod(0o666)
     with pytest.raises(PipelineError, match="can be written by others"):
@@ -77,7 +78,7 @@ def test_what_is_kept_to_be_unpickled_is_private_whatever_the_umask(tmp_path: Pa
     try:
         append_own(tmp_path / "spool").close()
         record = {"stage": "s", "lineage": "0"}
-        task = write_failure(tmp_path, record, EmptyTask()).with_suffix(".task")
+        task = write_failure(tmp_path, record, EmptyTask(), (1, 0)).with_suffix(".task")
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "spool", task)] == [0o600, 0o600]

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_stages import AddOne, KeepFirstOfEach, Slow, batches, full_disk, numbers
+from sample_stages import AddOne, KeepFirstOfEach, Slow, SplitRows, batches, full_disk, numbers
 
 from nemo_rl.errors import ResumeError, StageError
-from nemo_rl.pipelines import DocumentBatch, Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.pipelines import (
+    DocumentBatch,
+    Pipeline,
+    ProcessingStage,
+    RayActorPoolExecutor,
+    RayDataExecutor,
+    Task,
+    failed_tasks,
+)
 from nemo_rl.pipelines.run import RunOptions, _Run
 from nemo_rl.pipelines.run_directory import RunDirectory
-from nemo_rl.pipelines.stage import AnyStage
+from nemo_rl.pipelines.stage import AnyStage, FunctionStage
 
 SCRIPT = Path(__file__).with_name("resume_script.py")
 NUM_RECORDS = 40
@@ -73,21 +81,77 @@ def test_every_input_is_in_the_output_once_after_two_kills(tmp_path: Path, execu
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_run_that_stopped_goes_on_with_the_inputs_that_are_not_done(tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
+    """And what it did again is what it says; the task that stopped it went through and is no failure any more."""
+    taken, seen = tmp_path / "taken", tmp_path / "seen"
     taken.mkdir()
+    seen.mkdir()
 
     def pipeline(stop: bool) -> Pipeline:
         def maybe_stop(task):  # type: ignore[no-untyped-def]
+            (seen / f"{task.task_id}-{'first' if stop else 'second'}").touch()
             if stop and task.task_id == "b9":
                 raise RuntimeError("stop here")
             return task
 
-        return Pipeline("p", stages=[Slow(str(taken), 0).with_(num_workers=1), maybe_stop, AddOne()])
+        last = FunctionStage(maybe_stop, num_workers=1)
+        return Pipeline("p", stages=[Slow(str(taken), 0).with_(num_workers=1), last, AddOne()])
 
-    with pytest.raises(Exception, match="stop here"):
+    with pytest.raises(StageError, match="stop here"):
         pipeline(True).run(RayActorPoolExecutor(), batches(32), run_dir=tmp_path / "run", on_failure="stop")
+    assert [failed.task_id for failed in failed_tasks(tmp_path / "run")] == ["b9"]
     tasks = pipeline(False).run(RayActorPoolExecutor(), batches(32), run_dir=tmp_path / "run")
     assert numbers(tasks) == list(range(1, 65))
+    assert len(list(taken.iterdir())) == 32  # the stage before was done
+    first, second = ({path.name.partition("-")[0] for path in seen.glob(f"*-{which}")} for which in ("first", "second"))
+    assert len(first) > 9
+    assert "b9" in first & second
+    assert len(first & second) <= 2  # the one that stopped it, and one more that its worker had begun
+    assert failed_tasks(tmp_path / "run") == []
+    assert list((tmp_path / "run" / "failed").rglob("*.task")) == []
+
+
+class Lists(ProcessingStage[Task[Any], DocumentBatch]):
+    """Six tasks, in the driver; two documents are left out."""
+
+    runs_in_driver = True
+
+    def outputs(self) -> tuple[list[str], list[str]]:
+        return ["data"], ["number"]
+
+    def process(self, task: Task[Any]) -> list[DocumentBatch]:
+        self.dropped("odd", 2)
+        return batches(6)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_finished_run_that_is_asked_again_counts_nothing_twice(tmp_path: Path) -> None:
+    counts = []
+    for _ in range(2):
+        Pipeline("p", stages=[Lists(), AddOne()]).run(RayActorPoolExecutor(), run_dir=tmp_path)
+        stages = json.loads((tmp_path / "stages.json").read_text())
+        counts.append([(s["stage"], s["tasks_in"], s["tasks_out"]) for s in stages])
+        assert stages[0]["dropped"]["odd"]["count"] == 2
+    assert counts == [[("Lists", 1, 6), ("AddOne", 6, 6)]] * 2
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_tasks_are_named_alike_on_every_executor(tmp_path: Path) -> None:
+    """A writer's shards have these names, and a model's draws come from them."""
+
+    class Odd(SplitRows):
+        drop_divisor = 4
+
+    again = SplitRows().with_(name="again")
+    pipeline = Pipeline("p", stages=[Odd(), AddOne(), again])
+    names = [
+        [task._lineage for task in pipeline.run(executor, batches(6), run_dir=run_dir)]
+        for executor, run_dir in (
+            (RayActorPoolExecutor(), tmp_path / "stage by stage"),
+            (RayDataExecutor(), tmp_path / "streaming"),
+            (RayActorPoolExecutor(), None),
+        )
+    ]
+    assert names == [["00001.0", "00001.1", "00003.0", "00003.1", "00005.0", "00005.1"]] * 3
 
 
 @pytest.mark.usefixtures("ray_local")

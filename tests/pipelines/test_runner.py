@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from sample_stages import KeepFirstOfEach, batches, numbers
 from nemo_rl.errors import StageInputError
 from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Task, failed_tasks
 from nemo_rl.pipelines.items import Item
+from nemo_rl.pipelines.progress import read_counts
+from nemo_rl.pipelines.run import _numbered, _sources
+from nemo_rl.pipelines.run_directory import RunDirectory
 from nemo_rl.pipelines.runner import StageJob, StageRunner, spool_directory
 from nemo_rl.pipelines.spool import Spool, SpooledTasks, SpoolWriter
 from nemo_rl.pipelines.stage import AnyStage
@@ -20,6 +25,7 @@ from nemo_rl.pipelines.stage import AnyStage
 
 def job(stage: AnyStage, directory: Path, **changes: Any) -> StageJob:
     values: dict[str, Any] = {
+        "run_id": directory.name,
         "segment": 1,
         "index": 0,
         "attempt": 1,
@@ -33,7 +39,8 @@ def job(stage: AnyStage, directory: Path, **changes: Any) -> StageJob:
 
 
 def items(num_tasks: int) -> list[Item]:
-    return [Item(task.frozen(), (index,)) for index, task in enumerate(batches(num_tasks))]
+    """As a run would number them."""
+    return _numbered(_sources(batches(num_tasks)))
 
 
 def spooled(directory: Path, num_sources: int) -> list[Any]:
@@ -99,3 +106,57 @@ def test_every_try_gets_the_task_as_it_was(tmp_path: Path) -> None:
     list(StageRunner(job(failing, tmp_path, max_retries=2)).run([Item(task, (0,))]))
     (failed,) = failed_tasks(tmp_path)
     assert (failed.attempts, failed.load().data, failed.load()._metadata) == (3, {"n": 0}, {"tags": []})
+
+
+class Tells(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Tells of each batch, and then raises on the one with `bad`."""
+
+    def __init__(self, bad: int) -> None:
+        self.bad = bad
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        first = numbers([task])[0]
+        self.dropped("even", 1)
+        self.set_aside([{"number": first}])
+        if first == self.bad:
+            raise ValueError("bad")
+        return task
+
+
+def test_what_a_call_that_failed_has_told_does_not_count(tmp_path: Path) -> None:
+    stage_job = job(Tells(4).with_(batch_size=4, max_retries=2), tmp_path)
+    list(StageRunner(stage_job).run(items(4)))
+    counts = read_counts(stage_job.counts_directory)
+    assert (counts.failed, counts.dropped["even"].count) == (1, 3)
+    assert [record["number"] for record in records(tmp_path)] == [0, 2, 6]
+
+
+def test_records_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> None:
+    given = items(4)
+    for batch in (given, [given[0], given[3]], [given[0]]):  # a resumed run puts what is left into other batches
+        list(StageRunner(job(Tells(99).with_(batch_size=4), tmp_path)).run(batch))
+    assert len(list(tmp_path.rglob("*.records.jsonl"))) == 3
+    assert {record["number"] for record in records(tmp_path)} == {0, 2, 4, 6}
+
+
+class CountsNodes(ProcessingStage[DocumentBatch, DocumentBatch]):
+    num_nodes = 0
+
+    def setup_on_node(self) -> None:
+        self.num_nodes += 1
+
+
+def test_a_run_in_the_place_of_another_sets_the_node_up_again(tmp_path: Path) -> None:
+    stage = CountsNodes()
+    for run_id in ("a", "a", "b"):
+        StageRunner(job(stage, tmp_path, run_id=f"{tmp_path.parent.name}-{run_id}-{os.getpid()}")).start()
+    assert stage.num_nodes == 2
+    ids = []
+    for _ in range(2):
+        with RunDirectory.opened(tmp_path / "run", "p", [stage]) as directory:
+            directory.begin()
+            ids.append(directory.run_id)
+        with RunDirectory.opened(tmp_path / "run", "p", [stage]) as directory:
+            assert directory.run_id == ids[-1]
+        shutil.rmtree(tmp_path / "run")
+    assert ids[0] != ids[1]

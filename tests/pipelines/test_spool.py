@@ -10,7 +10,7 @@ from sample_stages import full_disk
 from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines import Task
 from nemo_rl.pipelines.items import Item, Key, chunks, group_size, grouped, key_text
-from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter
+from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter, freeze
 
 
 def item(*key: int) -> Item:
@@ -42,6 +42,24 @@ def test_attempts_are_not_mixed(tmp_path: Path) -> None:
     SpoolWriter(tmp_path, 1).write([Entry("fan", (0,), 2)], [item(0, 0)])
     SpoolWriter(tmp_path, 2).write([], [item(0, 1)])
     assert results(tmp_path, 1) == ([], [0])
+
+
+def test_what_a_worker_of_an_earlier_attempt_writes_late_is_not_read(tmp_path: Path) -> None:
+    place = tmp_path / "01"
+    late, unheard = SpoolWriter(place, 1), SpoolWriter(place, 1)
+    late.write([], [item(0)])
+    freeze(tmp_path, 2)
+    late.write([Entry("gone", (1,))])
+    unheard.write([Entry("gone", (2,))])
+    assert results(place, 3) == ([(0,)], [1, 2])
+    second = SpoolWriter(place, 2)
+    second.write([], [item(1)])
+    assert results(place, 3) == ([(0,), (1,)], [2])
+    freeze(tmp_path, 2)  # an attempt that could not begin
+    freeze(tmp_path, 3)
+    second.write([], [item(2)])
+    assert results(place, 3) == ([(0,), (1,)], [2])
+    assert Spool.read(place).gone(3) == set()
 
 
 def test_an_entry_that_was_cut_off_is_not_read(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from ray import cloudpickle
 from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
-from nemo_rl.pipelines.items import Item, key_text
+from nemo_rl.pipelines.items import Item
 from nemo_rl.pipelines.own_files import read_own
+from nemo_rl.pipelines.progress import WorkerCounts
 from nemo_rl.pipelines.runner import StageJob, stop_file
-from nemo_rl.pipelines.spool import Entry, SpoolWriter
+from nemo_rl.pipelines.spool import Entry, SpooledTask, SpoolWriter
 
 T = TypeVar("T")
 
@@ -133,26 +134,30 @@ def recorded_error(job: StageJob) -> PipelineError | None:
 
 
 def blame(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:
-    """Set a task aside that brings its workers down.
+    """Set a task aside that brings its workers down, and count it.
 
     Raises:
         StageError: the run is to stop.
     """
     job = stage.job
+    task = item.task.load() if isinstance(item.task, SpooledTask) else item.task
     record = {
         "stage": stage.name,
-        "task_id": item.task.task_id,
-        "lineage": key_text(item.key),
+        "task_id": task.task_id,
+        "lineage": task._lineage,
         "error": reason,
         "traceback": "",
         "attempts": attempts,
     }
-    write_failure(Path(job.directory, FAILED_DIR), record, item.task)
+    write_failure(Path(job.directory, FAILED_DIR), record, task, (job.segment, *item.key))
+    counts = WorkerCounts(job.counts_directory)
+    counts.counts.num_workers, counts.counts.failed = 0, 1
+    counts.save()
     if job.on_failure == "stop":
         raise StageError(
-            f"stage {stage.name!r} failed on task {item.task.task_id!r}: {reason}",
+            f"stage {stage.name!r} failed on task {task.task_id!r}: {reason}",
             stage=stage.name,
-            task_id=item.task.task_id,
+            task_id=task.task_id,
         )
     if job.spools:
         writer = SpoolWriter(job.spool_directory, job.attempt)
