@@ -29,7 +29,14 @@ class Item:
 
 def key_text(key: Key) -> str:
     """A key as text that sorts like it and may stand in a file name."""
-    return ".".join([f"{key[0]:05d}", *map(str, key[1:])])
+    return ".".join([_sortable(key[0], 5), *(_sortable(part, 1) for part in key[1:])])
+
+
+def _sortable(number: int, num_digits: int) -> str:
+    """Digits; where they are more than `num_digits`, after a letter that says how many more."""
+    text = f"{number:0{num_digits}d}"
+    more = len(text) - num_digits
+    return text if not more else chr(ord("a") + more - 1) + text
 
 
 def child_lineage(parent: Item, child: Key) -> str:
