@@ -4,7 +4,9 @@ Xenna knows conda environments and variables for a stage, and takes everything e
 method, which is overridden here: its workers start in the Python that the venv engine made ready. A stage whose
 `py_executable` is another project needs cosmos-xenna in that project too, because Xenna's own actor runs there.
 
-Xenna keeps account of CPUs and GPUs itself, not through Ray: nothing else should run on the cluster meanwhile.
+Xenna keeps account of CPUs and GPUs itself, not through Ray: nothing else should run on the cluster meanwhile. It does
+not start a worker that died anew: the run ends with a `StageError`, and with a run directory the same call goes on. Its
+stages have no hook for their end, so `teardown` is not called.
 Everything that reaches into its private modules is in this file (checked with cosmos-xenna 0.3).
 """
 
@@ -102,16 +104,18 @@ def _without_display() -> Iterator[None]:
 
 @contextmanager
 def _own_actors_ended() -> Iterator[None]:
-    """End the processes of Xenna's actors, each on its node.
+    """End the processes of this job's Xenna actors, each on its node.
 
-    Their threads keep an actor that Ray has ended alive for ever, also when the cluster is gone.
+    Their threads keep an actor that Ray has ended alive for ever, also when the cluster is gone. Actors of other jobs
+    on the cluster are left alone.
     """
-    before = set(actors())
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    before = set(actors(job_id=job))
     try:
         yield
     finally:
         of_node: dict[str, list[int]] = {}
-        for actor_id, info in actors().items():
+        for actor_id, info in actors(job_id=job).items():
             if actor_id not in before and info["Pid"]:
                 of_node.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
         tasks = list(start_on_nodes(_end_processes, {node_id: (pids,) for node_id, pids in of_node.items()}).values())
