@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from nemo_rl.errors import DataError, PipelineDefinitionError, ResumeError, StageError
 from nemo_rl.pipelines import DocumentBatch, EmptyTask, FileGroupTask, Pipeline, RayActorPoolExecutor
-from nemo_rl.pipelines.io.files import list_files, num_bytes
+from nemo_rl.pipelines.io.files import list_files, num_bytes, prepare_directory
 from nemo_rl.pipelines.io.partition import FilePartitioningStage
 from nemo_rl.pipelines.io.readers import JsonlReader, JsonlReadStage, ParquetReader
 from nemo_rl.pipelines.io.writers import JsonlWriter, ParquetWriter, SingleParquetWriter, read_back
@@ -351,3 +352,25 @@ def test_a_broken_line_in_a_run_names_stage_file_and_line(tmp_path: Path) -> Non
     assert [n for task in tasks for n in task.to_pandas()["n"]] == [1, 2]
     (records,) = (tmp_path / "run" / "failed").rglob("*.records.jsonl")
     assert json.loads(records.read_text())["line"] == "broken\n"
+
+
+def test_a_directory_is_prepared_while_a_worker_of_a_killed_run_still_writes(tmp_path: Path) -> None:
+    """What it was about to be removed may have got its name meanwhile."""
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for number in range(100):
+                (tmp_path / f"_writing-{number}").touch()
+            for number in reversed(range(100)):
+                with contextlib.suppress(FileNotFoundError):  # it was removed
+                    (tmp_path / f"_writing-{number}").replace(tmp_path / "part-00000.jsonl")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(100):
+            prepare_directory(str(tmp_path), resumes=True, overwrite=False)
+    finally:
+        stop.set()
+        thread.join()

@@ -160,3 +160,17 @@ def test_a_run_in_the_place_of_another_sets_the_node_up_again(tmp_path: Path) ->
             assert directory.run_id == ids[-1]
         shutil.rmtree(tmp_path / "run")
     assert ids[0] != ids[1]
+
+
+def test_a_worker_that_outlives_its_driver_does_not_take_part_in_the_next_attempt(tmp_path: Path) -> None:
+    given = items(4)
+    stages = [Tells(4)]
+    with RunDirectory.opened(tmp_path, "p", stages) as directory:
+        directory.begin()
+        late = StageRunner(job(Tells(4), tmp_path, attempt=directory.attempt))
+        list(late.run(given[:1]))
+    with RunDirectory.opened(tmp_path, "p", stages) as directory:
+        list(late.run(given[1:]))  # one of them fails
+        assert Spool.read(spool_directory(tmp_path, 1)).results(4)[1] == [1, 2, 3]
+        list(StageRunner(job(Tells(99), tmp_path, attempt=directory.attempt)).run(given[1:]))
+    assert numbers(spooled(tmp_path, 4)) == list(range(8))

@@ -223,7 +223,9 @@ def prepare_directory(url: str, resumes: bool, overwrite: bool) -> None:
         files.makedirs(path, exist_ok=True)
         there = [name for name in files.ls(path, detail=False) if not PurePosixPath(name).name.startswith(".")]
         for name in [n for n in there if resumes and PurePosixPath(n).name.startswith(TEMPORARY_PREFIX)]:
-            files.rm(name)  # of a writer that was killed
+            # Of a writer that was killed; one whose driver was killed may still be about to rename it.
+            with contextlib.suppress(FileNotFoundError):
+                files.rm(name)
         if overwrite and not resumes:
             for name in there:
                 files.rm(name, recursive=True)
