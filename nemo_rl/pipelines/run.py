@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import StageWorker
-from nemo_rl.pipelines.executors.base import Executor, PlannedStage, stage_error
+from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, stage_error
 from nemo_rl.pipelines.failures import FAILED_DIR, withdraw_failures
 from nemo_rl.pipelines.items import Item, key_text
 from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_totals, planned_stages
@@ -196,6 +196,7 @@ class _Run:
         cluster = cluster_totals()
         indices = [index for segment in segments[first - 1 :] for index in segment]
         resources = checked_cluster([self._stages[index] for index in indices])
+        self._check_room(segments[first - 1 :], dict(zip(indices, resources)), cluster)
         jobs = []
         for number, segment in enumerate(segments[first - 1 :], start=first):
             jobs += [
@@ -224,6 +225,13 @@ class _Run:
                     found = {item.key: item for item in self._executor.run(stages, items, cluster)}
                     items = _numbered([found[key].task for key in sorted(found)])
         return items
+
+    def _check_room(self, segments: list[list[int]], wanted: dict[int, tuple[float, float]], cluster: Cluster) -> None:
+        """Ask an executor that runs several stages at once whether it can, before the first segment starts."""
+        check = getattr(self._executor, "check_room", None)
+        for segment in segments if check is not None else ():
+            if not self._gathers(segment):
+                check([(self._stages[index], wanted[index]) for index in segment], cluster)
 
     def _run_spooled(self, number: int, stages: list[PlannedStage], items: list[Item], cluster: Any) -> list[Item]:
         place = spool_directory(self._directory.path, number)

@@ -88,7 +88,10 @@ class Executor(Protocol):
     """Runs the stages of one segment over its tasks.
 
     All executors give the same result: keys decide the order, and what a task becomes is decided by the stage alone.
-    One that runs a stage over all tasks before it starts the next has an attribute `stage_by_stage = True`.
+    One that runs a stage over all tasks before it starts the next has an attribute `stage_by_stage = True`. One that
+    needs room for several stages at once has a method `check_room(wanted, cluster)`; `wanted` holds the stages of a
+    segment, each with the CPUs and GPUs of one worker, and it raises `ResourceInsufficientError`. It is called for all
+    segments before anything runs.
     """
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:

@@ -20,6 +20,7 @@ from nemo_rl.errors import PipelineError, ResourceInsufficientError, StageError
 from nemo_rl.pipelines.bootstrap import DataStage
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, recorded_error, stage_error
 from nemo_rl.pipelines.items import Item, chunks, group_size
+from nemo_rl.pipelines.stage import AnyStage
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +30,26 @@ class RayDataExecutor:
 
     Args:
         max_workers_per_stage: None: as many as the cluster has room for. A stage's own `num_workers` comes first.
-        max_worker_deaths: how often a group of tasks may run again because its worker died.
+        max_worker_deaths: how often Ray starts each worker of a stage anew when it died, and how often the group of
+            tasks that it had may run again; then the run ends. Ray Data does not tell which task is to blame.
     """
 
     def __init__(self, *, max_workers_per_stage: int | None = None, max_worker_deaths: int = 2) -> None:
         self._max_workers = max_workers_per_stage
         self._max_deaths = max_worker_deaths
 
-    def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
-        """See `Executor.run`.
+    def check_room(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
+        """See `Executor.check_room`: every stage needs its GPU workers at the same time."""
+        gpus = sum(gpus * (stage.num_workers or 1) for stage, (_, gpus) in wanted)
+        if gpus > cluster.num_gpus:
+            names = ", ".join(stage.name for stage, (_, gpus) in wanted if gpus)
+            raise ResourceInsufficientError(
+                f"all stages run at the same time on Ray Data; {names} need {gpus:g} GPUs and the cluster has "
+                f"{cluster.num_gpus:g}. RayActorPoolExecutor runs one stage after another."
+            )
 
-        Raises:
-            ResourceInsufficientError: not every stage can have a GPU worker at the same time.
-        """
+    def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
+        """See `Executor.run`."""
         if not items:
             return []
         shrink = _cpu_share(stages, cluster)
@@ -83,12 +91,6 @@ class RayDataExecutor:
 
 def _cpu_share(stages: Sequence[PlannedStage], cluster: Cluster) -> float:
     """What part of its CPUs each stage asks for, so that one worker of every stage can run at the same time."""
-    gpus = sum(stage.num_gpus * (stage.job.stage.num_workers or 1) for stage in stages)
-    if gpus > cluster.num_gpus:
-        raise ResourceInsufficientError(
-            f"all stages run at the same time on Ray Data and need {gpus:g} GPUs; the cluster has "
-            f"{cluster.num_gpus:g}. RayActorPoolExecutor runs one stage after another."
-        )
     cpus = sum(stage.num_cpus * (stage.job.stage.num_workers or 1) for stage in stages)
     if cpus <= cluster.num_cpus:
         return 1.0

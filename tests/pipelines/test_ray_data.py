@@ -1,0 +1,46 @@
+"""What is special about Ray Data among the executors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from sample_stages import AddOne, KeepFirstOfEach, batches, numbers
+
+from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.errors import ResourceInsufficientError
+from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, RayActorPoolExecutor, RayDataExecutor, Resources
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> Iterator[None]:
+    """A cluster that says it has a GPU."""
+    assert not ray.is_initialized(), "another test left Ray running"
+    start_local_ray(num_cpus=2, num_gpus=1)
+    yield
+    ray.shutdown()
+
+
+class Notes(ProcessingStage[DocumentBatch, DocumentBatch]):
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def process(self, task: DocumentBatch) -> DocumentBatch:
+        Path(self.file).touch()
+        return task
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_gpus_of_a_later_segment_are_counted_before_anything_runs(tmp_path: Path) -> None:
+    gpu = Resources(cpus=0.5, gpus=1)
+    stages: list[Any] = [Notes(tmp_path / "ran"), KeepFirstOfEach(4)]
+    stages += [AddOne().with_(name=name, resources=gpu) for name in ("one", "two")]
+    with pytest.raises(ResourceInsufficientError, match="one, two need 2 GPUs and the cluster has 1"):
+        Pipeline("p", stages=stages).run(RayDataExecutor(), batches(3))
+    assert not (tmp_path / "ran").exists()
+    # One stage after another has the GPU for itself.
+    assert len(numbers(Pipeline("p", stages=stages).run(RayActorPoolExecutor(), batches(3)))) == 4
+    assert (tmp_path / "ran").exists()
