@@ -229,7 +229,9 @@ class _Run:
     def _check_room(self, segments: list[list[int]], wanted: dict[int, tuple[float, float]], cluster: Cluster) -> None:
         """Ask an executor that runs several stages at once whether it can, before the first segment starts."""
         check = getattr(self._executor, "check_room", None)
-        for segment in segments if check is not None else ():
+        if check is None:
+            return
+        for segment in segments:
             if not self._gathers(segment):
                 check([(self._stages[index], wanted[index]) for index in segment], cluster)
 
