@@ -132,7 +132,7 @@ class ProcessingStage(Generic[In, Out]):
         return [self.process(task) for task in tasks]
 
     def teardown(self) -> None:
-        """Called once per worker, after its last task; not when the worker is killed."""
+        """Called once per worker, after its last task; not when the worker is killed, and never by Xenna."""
 
     def with_(self, **changes: Any) -> Self:
         """A copy with other values of the attributes that the class documents.
