@@ -51,7 +51,8 @@ def _shown(value: Any) -> Any:
 
 @dataclass
 class Counts:
-    """What a worker, or all workers of a stage together, have done.
+    """What a worker, or all workers of a stage together, have done: tasks that ran again, because a worker or the run
+    died, count again.
 
     Attributes:
         tasks_in, tasks_out, items_in, items_out: taken and made.
