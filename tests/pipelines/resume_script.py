@@ -1,4 +1,7 @@
-"""A pipeline that is killed and started again by test_resume: `resume_script.py FOLDER EXECUTOR SECONDS`."""
+"""A pipeline that is killed and started again by test_resume.
+
+`resume_script.py FOLDER EXECUTOR SECONDS [gathers|late]`
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import JsonlWriter
 
 
-def main(folder: Path, executor: str, seconds: float, gathers: bool) -> None:
+def main(folder: Path, executor: str, seconds: float, options: list[str]) -> None:
     stages = [
         JsonlReader(folder / "in", task_size=20),
         SplitRows().with_(name="split"),
-        Slow(str(folder / "taken"), seconds).with_(num_workers=2),
-        *([KeepFirstOfEach(10**6)] if gathers else []),
+        Slow(str(folder / "taken"), 0.0 if "late" in options else seconds).with_(num_workers=2),
+        *([KeepFirstOfEach(10**6)] if "gathers" in options else []),
         AddOne(),
+        *([Slow(str(folder / "late"), seconds).with_(name="late", num_workers=2)] if "late" in options else []),
         JsonlWriter(folder / "out"),
     ]
     chosen = {"actor_pool": RayActorPoolExecutor, "ray_data": RayDataExecutor}[executor]()
@@ -27,4 +31,4 @@ def main(folder: Path, executor: str, seconds: float, gathers: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4:] == ["gathers"])
+    main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4:])

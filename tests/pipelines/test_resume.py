@@ -51,6 +51,13 @@ def kill_when(process: subprocess.Popen[str], folder: Path, num_taken: int) -> N
     process.communicate()
 
 
+def write_input(folder: Path) -> None:
+    (folder / "in").mkdir()
+    for i in range(NUM_RECORDS // 2):
+        lines = [json.dumps({"number": n}) for n in (2 * i, 2 * i + 1)]
+        (folder / "in" / f"{i:02}.jsonl").write_text("\n".join(lines))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("executor", "options"), [("actor_pool", []), ("ray_data", []), ("actor_pool", ["gathers"])], ids=str
@@ -58,10 +65,7 @@ def kill_when(process: subprocess.Popen[str], folder: Path, num_taken: int) -> N
 def test_every_input_is_in_the_output_once_after_two_kills(tmp_path: Path, executor: str, options: list[str]) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
-    (tmp_path / "in").mkdir()
-    for i in range(NUM_RECORDS // 2):
-        lines = [json.dumps({"number": n}) for n in (2 * i, 2 * i + 1)]
-        (tmp_path / "in" / f"{i:02}.jsonl").write_text("\n".join(lines))
+    write_input(tmp_path)
     for num_taken in (8, 20):
         kill_when(start(tmp_path, executor, 0.3, *options), taken, num_taken)
         time.sleep(1)  # its workers end
@@ -77,6 +81,25 @@ def test_every_input_is_in_the_output_once_after_two_kills(tmp_path: Path, execu
     again = start(tmp_path, executor, 0.0, *options).communicate(timeout=120)[0]
     assert f"{NUM_RECORDS} shards" in again
     assert len(list(taken.iterdir())) - before == redone  # a finished run has nothing to do
+
+
+@pytest.mark.slow
+def test_a_kill_in_a_late_stage_leaves_the_stages_before_it_alone(tmp_path: Path) -> None:
+    taken, late = tmp_path / "taken", tmp_path / "late"
+    taken.mkdir()
+    late.mkdir()
+    write_input(tmp_path)
+    kill_when(start(tmp_path, "actor_pool", 0.3, "late"), late, 10)
+    time.sleep(1)  # its workers end
+    num_begun = len(list(late.iterdir()))
+    process = start(tmp_path, "actor_pool", 0.0, "late")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    found = [json.loads(p.read_text())["number"] for p in sorted((tmp_path / "out").iterdir())]
+    assert found == list(range(1, NUM_RECORDS + 1))
+    assert len(list(taken.iterdir())) == NUM_RECORDS
+    done_again = len(list(late.iterdir())) - NUM_RECORDS
+    assert 0 <= done_again <= num_begun // 2  # what its two workers had in hand; all of it, if the stage began anew
 
 
 @pytest.mark.usefixtures("ray_local")
