@@ -126,9 +126,10 @@ def test_a_run_that_stopped_goes_on_with_the_inputs_that_are_not_done(tmp_path: 
     assert numbers(tasks) == list(range(1, 65))
     assert len(list(taken.iterdir())) == 32  # the stage before was done
     first, second = ({path.name.partition("-")[0] for path in seen.glob(f"*-{which}")} for which in ("first", "second"))
-    assert len(first) > 9
-    assert "b9" in first & second
-    assert len(first & second) <= 2  # the one that stopped it, and one more that its worker had begun
+    assert first >= {f"b{i}" for i in range(10)}
+    # Only what its one worker did before the one that stopped it is sure to be done: it may go on for a moment.
+    assert "b9" in second
+    assert second.isdisjoint(f"b{i}" for i in range(9))
     assert failed_tasks(tmp_path / "run") == []
     assert list((tmp_path / "run" / "failed").rglob("*.task")) == []
 
