@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -266,7 +267,10 @@ class _Run:
             worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
             try:
                 ray.get(worker.start.remote())
-                return self._finish(number, ray.get(worker.gather.remote(num_sources)))
+                num_gathered = ray.get(worker.gather.remote(num_sources))
+                with contextlib.suppress(RayActorError):  # it exits by itself
+                    ray.get(worker.close.remote())
+                return self._finish(number, num_gathered)
             except RayError as error:
                 ours = stage_error(error)
                 if ours is None and isinstance(error, RayActorError) and attempt < _MAX_GATHER_ATTEMPTS:

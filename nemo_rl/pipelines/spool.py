@@ -79,6 +79,7 @@ class SpoolWriter:
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
+            self._file = None
 
 
 def _append(file: IO[bytes], content: bytes) -> None:

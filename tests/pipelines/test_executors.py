@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -25,6 +27,7 @@ from nemo_rl.pipelines import (
     DocumentBatch,
     EmptyTask,
     Executor,
+    GatherStage,
     Pipeline,
     ProcessingStage,
     RayActorPoolExecutor,
@@ -238,6 +241,25 @@ def test_setup_and_teardown(tmp_path: Path) -> None:
     workers = {path.name.partition("-")[2] for path in tmp_path.glob("worker-*")}
     assert {path.name.partition("-")[2] for path in tmp_path.glob("end-*")} == workers
     assert 1 <= len(workers) <= 2
+
+
+class FirstTask(GatherStage[DocumentBatch, DocumentBatch]):
+    resources = TINY
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def process_all(self, tasks: Sequence[DocumentBatch]) -> Any:
+        yield tasks[0]
+
+    def teardown(self) -> None:
+        Path(self.folder, "end").touch()
+
+
+def test_a_gathering_stage_is_torn_down(tmp_path: Path) -> None:
+    result = Pipeline("p", stages=[FirstTask(str(tmp_path))]).run(RayActorPoolExecutor(), batches(3))
+    assert numbers(result) == [0, 1]
+    assert (tmp_path / "end").exists()
 
 
 def test_resources_that_no_node_has(executor: Executor) -> None:
