@@ -154,9 +154,11 @@ def test_help_loads_neither_ray_nor_torch_nor_the_engine() -> None:
 def test_build_path_list_verify_and_prune(cli: Cli) -> None:
     assert cli("venvs", "path", OLD).returncode == 1
     built = cli.json("venvs", "build", OLD, NEW, "old")
-    assert [(record["name"], record["state"]) for record in built] == [(OLD, "built"), (NEW, "built"), ("old", "ready")]
+    assert [record["name"] for record in built] == [OLD, NEW, "old"]
+    # OLD and old are the same packages: whichever begins first builds for both.
+    assert (built[1]["state"], sorted({built[0]["state"], built[2]["state"]})) == ("built", ["built", "ready"])
     assert built[0]["digest"] == built[2]["digest"] != built[1]["digest"]
-    assert set(built[0]["phases"]) >= {"fetch", "check"}
+    assert set(built[1]["phases"]) >= {"fetch", "check"}
     for name, version in ((OLD, "1.0"), (NEW, "2.0")):
         python = cli("venvs", "path", name).stdout.strip()
         assert python == str(cli.venvs / name / "bin" / "python")

@@ -92,8 +92,14 @@ def _plain(value: Any, of_object: Callable[[Any], Any]) -> Any:
 
 
 def _of_object(value: Any) -> Any:
-    """An object by its attributes where these are all there is to it, else by its pickle."""
+    """An object by its values or attributes where these are all there is to it, else by its pickle."""
     kind = type(value)
+    if kind.__module__.startswith("pyarrow.") and hasattr(value, "to_pylist"):
+        # A pickle also holds what lies beside the values: padding, and the memory around a slice.
+        described = str(value.schema if hasattr(value, "schema") else value.type)
+        return [_class_name(value), described, _plain(value.to_pylist(), _of_object)]
+    if _class_name(value) == "pandas.core.frame.DataFrame":  # in a pickle, equal strings may be one object or several
+        return [_class_name(value), value.dtypes.astype(str).tolist(), _plain(value.to_dict("split"), _of_object)]
     has_own_pickle = any(getattr(kind, name) is not getattr(object, name) for name in _PICKLING)
     if kind.__flags__ & _HEAP_TYPE and not has_own_pickle and not issubclass(kind, type) and hasattr(value, "__dict__"):
         return [_class_name(value), _plain(vars(value), _of_object)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from sample_stages import AddOne
@@ -91,6 +92,19 @@ DATA = [
     *[b"a", b"b", {1: "x", "b": 2}, {"x": 1}, {"x", "y", "zz"}, [b"a"], Options(), Options("b")],
     *[Holder(1), Holder({"a"}), np.arange(3), np.arange(4), pa.table({"n": [1]}), "a", None],
 ]
+
+
+def test_memory_beside_the_values_is_no_part_of_an_input() -> None:
+    text = "".join(["a", "b"])
+    equal: list[tuple[Any, Any]] = [
+        (pa.array([1, 2]), pa.array([0, 1, 2])[1:]),
+        (pa.table({"n": [1, 2]}), pa.table({"n": [1, 2, 3]}).slice(0, 2)),
+        (pd.DataFrame({"t": [text, text]}), pd.DataFrame({"t": [text, "".join(["a", "b"])]})),
+    ]
+    for one, other in equal:
+        assert identity(Task("t", "d", one)) == identity(Task("t", "d", other))
+    assert identity(Task("t", "d", pa.array([1], pa.int32()))) != identity(Task("t", "d", pa.array([1], pa.int64())))
+    assert identity(Task("t", "d", pd.DataFrame({"t": [1]}))) != identity(Task("t", "d", pd.DataFrame({"t": [2]})))
 
 
 def test_inputs_are_compared_by_their_data_whatever_it_is() -> None:
