@@ -76,8 +76,8 @@ class Workshop:
             "NEMO_RL_VENV_DIR": str(store),
             "NEMO_RL_COMPILE_BYTECODE": "1" if compiled else "0",
         }
-        done = harness.run([str(self.caller), str(CALLER), json.dumps(asked)], env=environment | _cache(cache))
-        answer = json.loads(done.splitlines()[-1])
+        command = [str(self.caller), str(CALLER), json.dumps(asked)]
+        answer = harness.run_json(command, env=environment | _cache(cache))
         phases = {f"  {name}": value for name, value in answer["phases"].items()}
         return {"seconds": answer["seconds"], "builds": answer["builds"]} | phases
 

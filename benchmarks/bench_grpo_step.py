@@ -147,7 +147,7 @@ def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str,
         command += ["--with", f"{package}=={importlib.metadata.version(package)}"]
     command += ["python", str(RIVAL), json.dumps(asdict(settings))]
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | dict(variables)
-    answer = json.loads(harness.run(command, env=environment).splitlines()[-1])
+    answer = harness.run_json(command, env=environment)
     metrics = {name: answer[name] for name in ("samples_per_s", "step_s", "startup_s")}
     metrics |= {f"phase {name}": answer[name] for name in ("generation_s", "reward_s", "rest_s")}
     facts = {name: value for name, value in answer.items() if not name.endswith("_s")}

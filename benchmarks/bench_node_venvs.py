@@ -20,7 +20,6 @@ that Ray has to start here: only the driver's CPU time is what 64 real nodes wou
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -66,7 +65,7 @@ def _session(num_nodes: int, project: Path, store: Path, check_64: bool = False)
     for name in ("RAY_ADDRESS", "NRL_FORCE_REBUILD_VENVS"):
         environment.pop(name, None)
     command = [sys.executable, str(SESSION), str(num_nodes), str(project), *(["--check-64"] if check_64 else [])]
-    return json.loads(harness.run(command, env=environment).splitlines()[-1])
+    return harness.run_json(command, env=environment)
 
 
 def _project(root: Path) -> Path:

@@ -16,7 +16,6 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import bench_vllm_generation
 import harness
@@ -62,16 +61,13 @@ def ready_venv() -> str:
 def run_megatron(python: str, settings: Settings) -> Metrics:
     """The worker's class in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(harness.REPOSITORY)}
-    answer = harness.run([python, str(RIVAL), json.dumps(asdict(settings))], env=environment)
-    measured: dict[str, float] = json.loads(answer.splitlines()[-1])
-    return measured
+    return harness.run_json([python, str(RIVAL), json.dumps(asdict(settings))], env=environment)
 
 
 def run_groups(settings: Settings) -> Metrics:
     """Both groups, in a process of its own: every run starts from nothing, as the rivals' do."""
-    answer = harness.run([sys.executable, __file__, "--session", json.dumps(asdict(settings))], env=dict(os.environ))
-    measured: dict[str, Any] = json.loads(answer.splitlines()[-1])
-    return {"ready_s": measured["ready_s"]}
+    command = [sys.executable, __file__, "--session", json.dumps(asdict(settings))]
+    return {"ready_s": harness.run_json(command, env=dict(os.environ))["ready_s"]}
 
 
 def session(settings: Settings) -> None:

@@ -105,16 +105,12 @@ def ready_venv() -> str:
 
 def run_direct(python: str, settings: Settings, *, logprobs: bool) -> Metrics:
     """A process that uses nothing but vLLM's own `LLM`."""
-    answer = harness.run([python, str(RIVAL), json.dumps(asdict(settings) | {"logprobs": logprobs})])
-    measured: dict[str, float] = json.loads(answer.splitlines()[-1])
-    return measured
+    return harness.run_json([python, str(RIVAL), json.dumps(asdict(settings) | {"logprobs": logprobs})])
 
 
 def run_group(settings: Settings) -> Metrics:
     """The same through `Generation`, in a process of its own: every run starts from nothing, as the rival's does."""
-    answer = harness.run([sys.executable, __file__, "--session", json.dumps(asdict(settings))], env=dict(os.environ))
-    measured: dict[str, float] = json.loads(answer.splitlines()[-1])
-    return measured
+    return harness.run_json([sys.executable, __file__, "--session", json.dumps(asdict(settings))], env=dict(os.environ))
 
 
 def session(settings: Settings) -> None:

@@ -173,6 +173,12 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Pa
     return written
 
 
+def run_json(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run a child as `run` does; the JSON object on the last line of what it wrote."""
+    answer: dict[str, Any] = json.loads(run(command, env=env).splitlines()[-1])
+    return answer
+
+
 _unset: list[str] = []
 
 

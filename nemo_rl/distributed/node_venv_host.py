@@ -84,7 +84,7 @@ def driver_variables() -> dict[str, str]:
 
 def survey(request: Request) -> Survey:
     """Find out what this node has, and name what is ready. Builds nothing."""
-    with settings.exported(_here(request.variables)):
+    with settings.exported(variables_here(request.variables)):
         store = Store.default()
         done: list[NodeVenv] = []
         missing: list[str] = []
@@ -104,7 +104,7 @@ def serve(request: Request, receive: Receive | None = None) -> Iterator[NodeProg
 
     With `receive` they come from there and nothing is built.
     """
-    with settings.exported(_here(request.variables)):
+    with settings.exported(variables_here(request.variables)):
         store = Store.default()
         if request.is_awaited:
             _await_seals(request, store)
@@ -258,7 +258,7 @@ def _store_id(store: Store) -> str | None:
         return None
 
 
-def _here(variables: Mapping[str, str]) -> dict[str, str]:
+def variables_here(variables: Mapping[str, str]) -> dict[str, str]:
     """What the driver's variables mean on this node: uv's and the proxies' only fill gaps, a node may need its own."""
     own = settings.snapshot()
     return {name: value for name, value in variables.items() if name.startswith(_OWN_PREFIXES) or name not in own}

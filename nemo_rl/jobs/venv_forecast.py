@@ -22,6 +22,7 @@ from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from nemo_rl import settings
+from nemo_rl.distributed.node_venv_host import variables_here
 from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, VenvSpec, find_sealed, list_venvs
 from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.requirements import normalized_name
@@ -73,11 +74,7 @@ def forecast_venvs(
         wheel_sizes: `name==version` -> bytes, as `wheel_sizes_of` reads them where the lock is.
         variables: the driver's, which decide where a node keeps venvs.
     """
-    own = settings.snapshot()
-    here = {
-        name: value for name, value in variables.items() if name.startswith(("NEMO_RL_", "NRL_")) or name not in own
-    }
-    with settings.exported(here):
+    with settings.exported(variables_here(variables)):
         store = Store.default()
         infos = list_venvs(store)
         sizes = _Sizes(infos, wheel_sizes)

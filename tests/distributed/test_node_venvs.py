@@ -344,4 +344,4 @@ def test_a_node_keeps_its_own_uv_settings_and_takes_the_projects(monkeypatch: py
     monkeypatch.setenv("NEMO_RL_VENV_DIR", "the node's")
     monkeypatch.delenv("UV_OFFLINE", raising=False)
     received = {"UV_CACHE_DIR": "the driver's", "UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}
-    assert node_venv_host._here(received) == {"UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}
+    assert node_venv_host.variables_here(received) == {"UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}

@@ -6,17 +6,16 @@ import contextlib
 import gzip
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sample_stages import full_disk
 
 from nemo_rl.errors import DataError, PipelineDefinitionError, ResumeError, StageError
 from nemo_rl.pipelines import DocumentBatch, EmptyTask, FileGroupTask, Pipeline, RayActorPoolExecutor
@@ -209,17 +208,6 @@ def test_empty_input_gives_nothing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "d.parquet")
     assert read_all(JsonlReader(tmp_path, columns={"n": "int64"})) == []
     assert read_all(ParquetReader(tmp_path)) == []
-
-
-@contextlib.contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond `num_bytes`: writing fails in the middle, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None:

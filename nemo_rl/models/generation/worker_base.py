@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from nemo_rl.models.worker_process import process_facts
 
@@ -14,6 +14,31 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationResult
     from nemo_rl.models.weights.interfaces import WeightUpdate
+
+
+class Generator(Protocol):
+    """An engine in the worker's process; see `TorchGenerator`."""
+
+    version: int | None
+
+    def update_weights(self, update: WeightUpdate) -> str: ...
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        input_lengths: torch.Tensor,
+        *,
+        seed: int,
+        num_generations: int,
+        greedy: bool,
+        sampling: SamplingConfig | None,
+        first_prompt: int,
+    ) -> GenerationResult: ...
+
+    def attestation(self) -> dict[str, Any]: ...
+
+
+GeneratorT = TypeVar("GeneratorT", bound=Generator)
 
 
 class GenerationWorkerBase(ABC):
@@ -77,3 +102,42 @@ class GenerationWorkerBase(ABC):
 
     def shutdown(self) -> None:  # noqa: B027
         """Nothing to clean up: weights and caches go with the process."""
+
+
+class GeneratorWorker(GenerationWorkerBase, Generic[GeneratorT]):
+    """A worker whose engine, `_generator`, knows `update_weights`, `generate`, `attestation` and `version` itself."""
+
+    _generator: GeneratorT
+
+    def update_weights(self, update: WeightUpdate) -> str:
+        """Load published weights; the digest over this worker's memory. See the engine's `update_weights`."""
+        return self._generator.update_weights(update)
+
+    def generate(
+        self,
+        prompts: dict[str, torch.Tensor],
+        *,
+        seed: int,
+        num_generations: int,
+        greedy: bool,
+        sampling: SamplingConfig | None,
+        first_prompt: int,
+    ) -> GenerationResult:
+        """See `GenerationWorkerBase.generate`."""
+        return self._generator.generate(
+            prompts["input_ids"],
+            prompts["input_lengths"],
+            seed=seed,
+            num_generations=num_generations,
+            greedy=greedy,
+            sampling=sampling,
+            first_prompt=first_prompt,
+        )
+
+    def attestation(self) -> dict[str, Any]:
+        """What this worker runs on and with."""
+        return {
+            **super().attestation(),
+            "weights_version": self._generator.version,
+            **self._generator.attestation(),
+        }

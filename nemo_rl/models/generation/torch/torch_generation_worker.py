@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
-
-import torch
 
 from nemo_rl import settings
-from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
-from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.torch.generator import TorchGenerator
-from nemo_rl.models.generation.worker_base import GenerationWorkerBase
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.generation.worker_base import GeneratorWorker
 from nemo_rl.models.worker_process import freeze_modules, take_cpu_share
 
 
-class TorchGenerationWorker(GenerationWorkerBase):
+class TorchGenerationWorker(GeneratorWorker[TorchGenerator]):
     """Completes its share of every call's prompts.
 
     Args:
@@ -52,36 +47,3 @@ class TorchGenerationWorker(GenerationWorkerBase):
             name=f"generation worker {settings.RANK.get()} on {socket.gethostname()}",
         )
         freeze_modules()
-
-    def update_weights(self, update: WeightUpdate) -> str:
-        """Load published weights; the digest over this worker's memory. See `TorchGenerator.update_weights`."""
-        return self._generator.update_weights(update)
-
-    def generate(
-        self,
-        prompts: dict[str, torch.Tensor],
-        *,
-        seed: int,
-        num_generations: int,
-        greedy: bool,
-        sampling: SamplingConfig | None,
-        first_prompt: int,
-    ) -> GenerationResult:
-        """Complete `prompts` (`input_ids`, `input_lengths`); the first is number `first_prompt` of the whole call."""
-        return self._generator.generate(
-            prompts["input_ids"],
-            prompts["input_lengths"],
-            seed=seed,
-            num_generations=num_generations,
-            greedy=greedy,
-            sampling=sampling,
-            first_prompt=first_prompt,
-        )
-
-    def attestation(self) -> dict[str, Any]:
-        """What this worker runs on and with."""
-        return {
-            **super().attestation(),
-            "weights_version": self._generator.version,
-            **self._generator.attestation(),
-        }

@@ -18,7 +18,7 @@ from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.environment import export_vllm_variables
-from nemo_rl.models.generation.worker_base import GenerationWorkerBase
+from nemo_rl.models.generation.worker_base import GeneratorWorker
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.worker_process import freeze_modules, take_cpu_share
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @ray.remote(concurrency_groups={"in_flight": 1})  # type: ignore[call-overload]
-class VllmGenerationWorker(GenerationWorkerBase):
+class VllmGenerationWorker(GeneratorWorker["VllmGenerator"]):
     """Completes its share of every call's prompts, alone or together with the other workers of its tied group.
 
     Calls are worked off one after the other, but for `update_weights_in_flight`, which has a thread of its own.
@@ -74,35 +74,10 @@ class VllmGenerationWorker(GenerationWorkerBase):
         self._http_url = _serve_http(self._generator, model_name)
         freeze_modules()
 
-    def update_weights(self, update: WeightUpdate) -> str:
-        """Load published weights; the digest over this worker's memory. See `VllmGenerator.update_weights`."""
-        return self._generator.update_weights(update)
-
     @ray.method(concurrency_group="in_flight")
     def update_weights_in_flight(self, update: WeightUpdate) -> str:  # type: ignore[override]
         """`update_weights` between two steps of the call that is under way. Not for workers of tied groups."""
         return self._generator.update_weights(update)
-
-    def generate(
-        self,
-        prompts: dict[str, torch.Tensor],
-        *,
-        seed: int,
-        num_generations: int,
-        greedy: bool,
-        sampling: SamplingConfig | None,
-        first_prompt: int,
-    ) -> GenerationResult:
-        """Complete `prompts` (`input_ids`, `input_lengths`); the first is number `first_prompt` of the whole call."""
-        return self._generator.generate(
-            prompts["input_ids"],
-            prompts["input_lengths"],
-            seed=seed,
-            num_generations=num_generations,
-            greedy=greedy,
-            sampling=sampling,
-            first_prompt=first_prompt,
-        )
 
     def stream(
         self,
@@ -138,12 +113,7 @@ class VllmGenerationWorker(GenerationWorkerBase):
 
     def attestation(self) -> dict[str, Any]:
         """What this worker runs on and with."""
-        return {
-            **super().attestation(),
-            "weights_version": self._generator.version,
-            "http_url": self._http_url,
-            **self._generator.attestation(),
-        }
+        return {**super().attestation(), "http_url": self._http_url}
 
     def shutdown(self) -> None:
         """Stop the engine; the worker cannot be used afterwards."""
