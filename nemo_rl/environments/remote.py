@@ -9,9 +9,10 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.distributed.worker_host import ATTEST_METHOD
 from nemo_rl.environments.config import EnvironmentConfig
@@ -69,7 +70,7 @@ class RemoteEnvironment(EnvironmentInterface):
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
             return ray.get(getattr(self._starting.result(), method).remote(*arguments))
-        except RayActorError as error:
+        except WORKER_DEATHS as error:
             raise EnvironmentFailure(f"the environment {self.fqn} has died: {error}") from error
         except RayTaskError as error:
             cause = error.cause

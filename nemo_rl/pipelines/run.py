@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
+from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import StageWorker
@@ -268,12 +269,12 @@ class _Run:
             try:
                 ray.get(worker.start.remote())
                 num_gathered = ray.get(worker.gather.remote(num_sources))
-                with contextlib.suppress(RayActorError):  # it exits by itself
+                with contextlib.suppress(*WORKER_DEATHS):  # it exits by itself
                     ray.get(worker.close.remote())
                 return self._finish(number, num_gathered)
             except RayError as error:
                 ours = stage_error(error)
-                if ours is None and isinstance(error, RayActorError) and attempt < _MAX_GATHER_ATTEMPTS:
+                if ours is None and isinstance(error, WORKER_DEATHS) and attempt < _MAX_GATHER_ATTEMPTS:
                     logger.warning("the worker of stage %r died, it runs again: %s", stage.name, error)
                     continue
                 text = f"stage {stage.name!r} failed: {error}"

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from nemo_rl import settings
+from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.errors import PipelineError, StageError, StageStartError
 from nemo_rl.pipelines.bootstrap import StageWorker
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, blame, stage_error
@@ -43,6 +45,8 @@ _PROCESS_START_S = 2.0  # of a process with Ray, before anything of ours runs in
 _NUM_RECENT_CALLS = 20
 _POLL_S = 0.2
 _CLOSE_TIMEOUT_S = 30.0
+_MAX_LOST_STARTS = 3  # in a row
+_MAX_REASON_CHARS = 1000  # Ray tells the state of the whole node when memory is short
 
 
 @dataclass
@@ -304,10 +308,11 @@ class _Pool:
         try:
             in_process_s = ray.get(worker.started)
             worker.is_ready = True
+            self._num_lost = 0
             if self._start_s is None:  # one that was opened early has been ready for longer than it took
                 self._start_s = min(time.monotonic() - worker.began, _PROCESS_START_S + in_process_s)
         except RayError as error:
-            if isinstance(error, RayActorError) and stage_error(error) is None and self._num_lost < 3:
+            if isinstance(error, WORKER_DEATHS) and stage_error(error) is None and self._num_lost < _MAX_LOST_STARTS:
                 self._num_lost += 1
                 self._workers.remove(worker)  # its node may have gone; the next one is started elsewhere
                 return
@@ -320,7 +325,7 @@ class _Pool:
     ) -> None:
         try:
             results = _results(worker.calls[completed][1])
-        except RayActorError as error:
+        except WORKER_DEATHS as error:
             self._replace(worker, completed, error, pending, done)
             return
         except ObjectLostError as error:
@@ -347,7 +352,7 @@ class _Pool:
         self,
         worker: _Worker,
         failed: ray.ObjectRef,
-        error: RayActorError,
+        error: RayError,
         pending: deque[_Group],
         done: list[_Group],
     ) -> None:
@@ -364,7 +369,7 @@ class _Pool:
         pending.extendleft(reversed(groups[1:]))
         first = groups[0]
         first.num_deaths += 1
-        reason = " ".join(str(error).split())
+        reason = shorten(str(error), _MAX_REASON_CHARS)
         logger.warning("a worker of stage %r died, its tasks run again: %s", self.stage.name, reason)
         if first.num_deaths <= self._max_deaths // 2:
             pending.appendleft(first)

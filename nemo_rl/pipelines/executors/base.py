@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from ray import cloudpickle
 
+from nemo_rl.distributed.project_source import search_path
 from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
@@ -105,9 +106,10 @@ class Executor(Protocol):
 
 
 def driver_search_path() -> list[str]:
-    """Directories of the driver's `sys.path` that are not its Python's or its venv's."""
+    """Directories of the driver's `sys.path` that are not its Python's or its venv's; first what stands for them on
+    nodes that do not have them."""
     own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
-    found = []
+    found = search_path()
     for entry in sys.path:
         path = Path(entry or ".").resolve()
         if path.is_dir() and not any(path.is_relative_to(prefix) for prefix in own):
