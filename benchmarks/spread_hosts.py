@@ -1,4 +1,4 @@
-"""Hosts on one machine, for bench_spread: a network namespace with an address, a mount namespace with a disk, a raylet.
+"""Hosts on one machine, for bench_spread and tests: each a network namespace, a mount namespace with a disk, a raylet.
 
 ::
 
@@ -26,13 +26,33 @@ _STARTS_WITHIN_S = 120.0
 
 
 class Hosts:
-    """So many hosts, from `with` to its end. `disk` is where every host sees its own directory."""
+    """So many hosts, from `with` to its end. `disk` is where every host sees its own directory.
 
-    def __init__(self, count: int, scratch: Path, python: Path, environment: Mapping[str, str]) -> None:
+    Args:
+        count: how many; the first one is Ray's head.
+        scratch: a directory for the disks and logs; a short path, for Ray's sockets.
+        python: that runs the raylets.
+        environment: of the raylets.
+        instead: directories that only the first host sees -> what the others see there.
+        kept: directories below those that all hosts see.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        scratch: Path,
+        python: Path,
+        environment: Mapping[str, str],
+        *,
+        instead: Mapping[Path, Path] | None = None,
+        kept: Sequence[Path] = (),
+    ) -> None:
         self._names = [f"nrl{os.getpid() % 10000}h{i}" for i in range(count)]
         self._switch = f"nrl{os.getpid() % 10000}sw"
         self._scratch = scratch
         self._python = python
+        self._instead = instead or {}
+        self._kept = kept
         self.disk = scratch / "disk"
         self._environment = {
             **environment,
@@ -93,7 +113,8 @@ class Hosts:
             ray += ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={self.disk}/ray"]
         else:
             ray += [f"--address={self.address(0)}:{_GCS_PORT}"]
-        setup = f"mount --bind {own} {self.disk} && exec {shlex.join(ray)}"
+        steps = [f"mount --bind {own} {self.disk}", *(self._replacing(host) if host else ())]
+        setup = " && ".join([*steps, "cd /", f"exec {shlex.join(ray)}"])
         group = _accounting(self._names[host])
         group.mkdir(exist_ok=True)
         counted = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
@@ -106,6 +127,17 @@ class Hosts:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def _replacing(self, host: int) -> Iterator[str]:
+        """Shell commands, for a host's mount namespace, that replace directories there."""
+        for number, path in enumerate(self._kept):
+            spare = self._scratch / f"kept{host}.{number}"
+            spare.mkdir()
+            yield f"mount --bind {path} {spare}"
+        for path, other in self._instead.items():
+            yield f"mount --bind {other} {path}"
+        for number, path in enumerate(self._kept):
+            yield f"mkdir -p {path} && mount --bind {self._scratch / f'kept{host}.{number}'} {path}"
 
     def _await_head(self) -> None:
         deadline = time.monotonic() + _STARTS_WITHIN_S

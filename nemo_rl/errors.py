@@ -17,7 +17,7 @@
     │   ├── IncompatibleVenvError       the venv's Python or ray is not the driver's
     │   ├── VenvDriftError              the code asks for other packages than the venv that is there
     │   ├── BundleError (ValueError)    a bundle for offline builds is not safe, not whole, or for another machine
-    │   └── SpreadError                 a venv that was to come from another node did not arrive as it was sent
+    │   └── SpreadError                 a venv or the source that was to come from another node did not arrive as sent
     ├── ClusterError                    the Ray cluster cannot do what was asked
     │   ├── SubmissionError             the job server cannot be reached, or refuses
     │   ├── ResourceInsufficientError (ValueError)  more CPUs, GPUs or nodes asked for than there are
@@ -136,7 +136,7 @@ class BundleError(VenvError, ValueError):
 
 
 class SpreadError(VenvError):
-    """A venv that was to come from another node did not arrive, or not as it was sent."""
+    """A venv or source that was to come from another node did not arrive, or not as it was sent."""
 
 
 class ClusterError(NemoRLError):

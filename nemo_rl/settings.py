@@ -138,6 +138,24 @@ VENV_SPREAD = Variable(
     "auto: where nodes have venv directories of their own, one node builds a venv and the others get it from node to "
     "node. off: every such node builds for itself.",
 )
+SOURCE_SPREAD = Variable(
+    "NEMO_RL_SOURCE_SPREAD",
+    _one_of("auto", "off"),
+    "auto",
+    "auto: nodes that do not have the driver's source get its tracked files. off: every node has to have it.",
+)
+SOURCE_MAX_MB = Variable(
+    "NEMO_RL_SOURCE_MAX_MB",
+    _positive_int,
+    100,
+    "The largest source, in MB before compression, that is sent to nodes that do not have it.",
+)
+SOURCES = Variable[str | None](
+    "NEMO_RL_SOURCES",
+    str,
+    None,
+    "Where projects are that were sent to a node, as JSON (path in the driver -> path here); set by the driver.",
+)
 CONTAINER = Variable(
     "NEMO_RL_CONTAINER", _flag, False, "This is an image with the venvs inside; set by docker/Dockerfile."
 )

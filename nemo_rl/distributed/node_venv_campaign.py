@@ -26,6 +26,7 @@ from nemo_rl.distributed import node_venv_host
 from nemo_rl.distributed.node_venv_host import Request, Survey, python_identity
 from nemo_rl.distributed.node_venv_report import NodeProgress, NodeProgressCallback, NodeVenv, SharedFailureError
 from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.project_source import task_options
 from nemo_rl.distributed.venv_spread import Content, VenvSpread
 from nemo_rl.errors import NoSpaceError, SpreadError, VenvBuildError, VenvError
 from nemo_rl.venvs import Progress
@@ -127,7 +128,9 @@ class Campaign:
         if names not in self._plans:
             self._plans[names] = ray.put(request.plans)
         strategy = NodeAffinitySchedulingStrategy(request.node_id, soft=False)
-        options = task.options(scheduling_strategy=strategy, name=f"venvs on {request.node}")
+        options = task.options(
+            scheduling_strategy=strategy, name=f"venvs on {request.node}", **task_options(request.node_id)
+        )
         return options.remote(replace(request, plans={}), self._plans[names])
 
     def _step(self) -> None:

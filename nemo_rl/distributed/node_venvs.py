@@ -35,6 +35,7 @@ from nemo_rl.distributed.node_venv_report import (
 )
 from nemo_rl.distributed.nodes import alive_nodes
 from nemo_rl.distributed.placement import NodeResources
+from nemo_rl.distributed.project_source import bring_source, node_variables
 from nemo_rl.distributed.ray_session import init_ray, job_name
 from nemo_rl.errors import ClusterError
 from nemo_rl.venvs import Spec, Store, VenvPlan, plan
@@ -116,6 +117,7 @@ def _ensure(
     plans = _plans(venvs)
     job = job_name()
     here = ray.get_runtime_context().get_node_id()
+    bring_source(nodes, plans.values())
     with _lock:
         scope = (job, str(settings.venv_dir()))
         _forget_all_but(scope)
@@ -124,7 +126,7 @@ def _ensure(
         for node in nodes:
             needed = {name: p for name, p in plans.items() if (scope, node.node_id, name, p.digest) not in known}
             if needed:
-                variables = {} if node.node_id == here else driver_variables()
+                variables = {} if node.node_id == here else {**driver_variables(), **node_variables(node.node_id)}
                 force = settings.FORCE_REBUILD_VENVS.get()
                 requests[node.node_id] = Request(node.node_id, node.address, needed, job, force, variables)
         found = {}

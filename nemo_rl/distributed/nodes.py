@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed.placement import NodeResources
+from nemo_rl.distributed.project_source import bring_source, task_options
 
 T = TypeVar("T")
 
@@ -35,7 +36,8 @@ def natural_order(text: str) -> list[tuple[int, int | str]]:
 def start_on_nodes(function: Callable[..., T], arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, ray.ObjectRef[T]]:
     """Call a function once on each of some nodes, at the same time.
 
-    The calls hold no CPU, so that a node that is full answers too, and are not repeated when their process dies.
+    The calls hold no CPU, so that a node that is full answers too, and are not repeated when their process dies. A node
+    that lacks this package's source gets it first; see `project_source`.
 
     Args:
         arguments: of the call on each node, by node id.
@@ -43,9 +45,12 @@ def start_on_nodes(function: Callable[..., T], arguments: Mapping[str, tuple[Any
     Returns:
         The results to come, by node id.
     """
+    bring_source([node for node in alive_nodes() if node.node_id in arguments])
     task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
     return {
-        node_id: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(*own)
+        node_id: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False), **task_options(node_id)
+        ).remote(*own)
         for node_id, own in arguments.items()
     }
 

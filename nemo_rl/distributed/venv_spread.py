@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed.node_venv_host import Request
+from nemo_rl.distributed.project_source import task_options
 from nemo_rl.distributed.venv_spread_host import CONCURRENCY_GROUPS, Above, VenvSpreadHost
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class VenvSpread:
             remote: Any = ray.remote  # whose annotations do not know of concurrency groups
             actor = remote(num_cpus=0, max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(VenvSpreadHost)
             strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            self._hosts[node_id] = actor.options(scheduling_strategy=strategy).remote()
+            self._hosts[node_id] = actor.options(scheduling_strategy=strategy, **task_options(node_id)).remote()
         return self._hosts[node_id]
 
     def is_receiving(self, stream: ray.ObjectRefGenerator) -> bool:

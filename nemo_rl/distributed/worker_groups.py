@@ -105,7 +105,7 @@ class RayWorkerGroup(WorkerCalls):
         plan = remote_worker_builder.plan(env_vars=env_vars)
         self._bundles = cluster.bundles()
         self._metadata = self._take_seats()
-        plan.serve_nodes(self._bundles[seat.bundle].node_id for seat in self._seats)
+        plan = plan.serving(self._bundles[seat.bundle].node_id for seat in self._seats)
         cluster.move_in(self, self.label, [seat.bundle for seat in self._seats])
         try:
             self._plan, self._workers, self._attestation = self._start(plan, self._seats)

@@ -22,6 +22,8 @@ from ray.exceptions import RayError
 from nemo_rl import settings
 from nemo_rl.distributed import worker_host
 from nemo_rl.distributed.node_venvs import NodeProgressCallback, ensure_venv_on_node, ensure_venvs_on_each_node
+from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.project_source import bring_source, search_path
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.distributed.runtime_env_fields import ray_chooses_python, require_tools_on_each_node, uploaded
 from nemo_rl.distributed.worker_description import ClassDescription, cache_path, load_description, save_description
@@ -99,11 +101,13 @@ class LaunchPlan:
     description: ClassDescription
     actor_class: Any = field(repr=False)
 
-    def serve_nodes(self, node_ids: Iterable[str]) -> None:
-        """Make the venv ready on nodes that joined after it was made ready everywhere. Raises `NodeVenvError`."""
+    def serving(self, node_ids: Iterable[str]) -> LaunchPlan:
+        """The plan for these nodes too: those that joined later get the source and the venv. Raises `NodeVenvError`."""
+        had = search_path()
         if self.python.spec is not None:
             for node_id in sorted(set(node_ids) - self.python.node_ids):
                 ensure_venv_on_node(node_id, self.python.spec, self.python.name)
+        return self if search_path() == had else self.with_fields(self.fields)
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -170,6 +174,7 @@ def configure_workers(plan: LaunchPlan, calls: list[dict[str, Any]]) -> list[Con
 def worker_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     """Make the Python ready that `fields`, or else the registry, asks for, on every node."""
     if ray_chooses_python(fields):
+        bring_source(alive_nodes())
         require_tools_on_each_node(fields)
         return WorkerPython()
     chosen = fields.get("py_executable")
@@ -240,9 +245,13 @@ def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[di
         target = by_host if settings.is_secret(name) or "$" in value else shared
         target[name] = value
     active = dict(python.activation)
+    source = search_path()
     if active:
         active["PATH"] = f"{active['PATH']}:{shared.get('PATH', '${PATH}')}"
         active.update({name: shared[name] for name in UNSET_IN_VENV if name in shared})
+    if source:
+        below = active.get("PYTHONPATH", shared.get("PYTHONPATH", settings.snapshot().get("PYTHONPATH", "")))
+        active["PYTHONPATH"] = os.pathsep.join([*source, *([below] if below else [])])
     # Without this, Ray would start the worker's own children with `uv run` once more.
     result["env_vars"] = {**shared, **active, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     return result, by_host

@@ -25,6 +25,7 @@ from nemo_rl.venvs.installer import BuildLog, is_no_space, no_space_error, run_u
 from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, remove_tree
 from nemo_rl.venvs.locks import LEASE_FILE, hold_lease, unused
 from nemo_rl.venvs.manifest import BrokenManifestError, read_manifest
+from nemo_rl.venvs.moved_source import located
 from nemo_rl.venvs.plans import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock
 
@@ -158,10 +159,11 @@ def receive_venv(
 
 def _check_local_packages(the_plan: VenvPlan) -> None:
     for package in the_plan.packages:
-        if package.local is not None and package.local.editable and not os.path.isdir(package.local.path):
+        if package.local is not None and package.local.editable and not located(package.local.path).is_dir():
             raise VenvError(
                 f"{package.name} is an editable package: the venv only links to {package.local.path}, which is not "
-                f"there on {socket.gethostname()}. Bring the source to the same path on every node."
+                f"there on {socket.gethostname()}. Bring the source to the same path on every node, or let git "
+                "track it: then it is sent."
             )
 
 

@@ -20,6 +20,7 @@ from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.locks import LEASE_FILE
 from nemo_rl.venvs.manifest import Manifest, write_manifest
 from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.venvs.moved_source import located, name_originals
 from nemo_rl.venvs.overlay import install_lines, installed_distributions
 from nemo_rl.venvs.plans import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock
@@ -108,6 +109,7 @@ def _install(the_plan: VenvPlan, root: Path, store: Store, clock: PhaseClock, lo
         _sync_project(the_plan, root, clock, log, what)
     else:
         _install_overlay(the_plan, root, clock, log, what)
+    name_originals(site_packages_of(root))
     _write_hook(the_plan, site_packages_of(root))
 
 
@@ -132,7 +134,8 @@ def _sync_project(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildL
     spec = the_plan.spec
     assert isinstance(spec, VenvSpec)
     # Planning has checked the lock against pyproject.toml for these very bytes, so it is not checked again here.
-    arguments = ["sync", "--frozen", "--project", spec.project, "--python", the_plan.python.executable]
+    project = str(located(spec.project))
+    arguments = ["sync", "--frozen", "--project", project, "--python", the_plan.python.executable]
     arguments += ["--no-compile-bytecode", "--no-python-downloads", *spec.selection()]
     for package in the_plan.packages:
         if package.local is not None and not package.local.editable:
@@ -141,7 +144,7 @@ def _sync_project(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildL
     run_uv(
         arguments,
         what=what,
-        cwd=spec.project,
+        cwd=project,
         extra_env={"UV_PROJECT_ENVIRONMENT": str(root)},
         log=log,
         on_line=lambda line: _follow(line, clock),
@@ -150,7 +153,7 @@ def _sync_project(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildL
 
 def _install_overlay(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     clock.start("fetch")
-    project = ["--project", the_plan.spec.project] if isinstance(the_plan.spec, VenvSpec) else []
+    project = ["--project", str(located(the_plan.spec.project))] if isinstance(the_plan.spec, VenvSpec) else []
     python = ["--python", the_plan.python.executable, "--no-python-downloads"]
     run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
     if not the_plan.packages:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.venvs.moved_source import located
+
 _METADATA_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _PROJECT_KEYS = ("name", "version", "dynamic", "scripts", "gui-scripts", "entry-points")
 # Tables of tools that take no part in building.
@@ -29,7 +31,7 @@ _SKIPPED_DIRECTORIES = frozenset((*_VERSION_CONTROL, *_CACHES, ".venv", "venv", 
 
 @dataclass(frozen=True)
 class LocalPackage:
-    """A package's directory and the digest of what counts of it."""
+    """A package's directory (in the driver, where it was planned) and the digest of what counts of it."""
 
     path: str
     editable: bool
@@ -37,7 +39,7 @@ class LocalPackage:
 
     @staticmethod
     def read(path: str, *, editable: bool) -> LocalPackage:
-        root = Path(path)
+        root = located(path)
         content = _metadata(root) if editable else [*_metadata(root), *_tree(root)]
         return LocalPackage(path, editable, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
@@ -46,7 +48,7 @@ class LocalPackage:
 
     def metadata_files(self) -> list[Path]:
         """The files that decide what a lock says about this package."""
-        return [Path(self.path) / name for name in _METADATA_FILES]
+        return [located(self.path) / name for name in _METADATA_FILES]
 
 
 def file_digest(path: Path) -> str | None:

@@ -19,6 +19,7 @@ from nemo_rl.errors import RuntimeEnvError
 from nemo_rl.venvs.installer import BuildLog, run_uv
 from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.manifest import FORMAT
+from nemo_rl.venvs.moved_source import located
 from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.requirements import is_option, normalized_name
 from nemo_rl.venvs.spec import Spec, VenvSpec
@@ -68,7 +69,7 @@ def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> 
         # uv prefers the versions of an output file that exists: what the base has and the list allows stays as it is.
         lock.write_text(_lock_of(pins))
         arguments = ["pip", "compile", str(requirements), "-o", str(lock), "--python", base.python.executable]
-        project = ["--project", spec.project] if isinstance(spec, VenvSpec) else []
+        project = ["--project", str(located(spec.project))] if isinstance(spec, VenvSpec) else []
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
         arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
         run_uv_to_resolve(arguments, what=what, cwd=directory, store=store)
@@ -107,7 +108,7 @@ def install_lines(plan: VenvPlan) -> list[str]:
 
 def _install_line(package: Package, spec: Spec) -> str:
     if package.local is not None:
-        return f"{'-e ' if package.local.editable else ''}{package.local.path}"
+        return f"{'-e ' if package.local.editable else ''}{located(package.local.path)}"
     hashes = [f"--hash={value}" for value in package.hashes if not value.startswith("url:")]
     if package.location is None:
         return " ".join([f"{package.name}=={package.version}", *hashes])

@@ -18,6 +18,7 @@ from nemo_rl.venvs.layout import DIGEST_PREFIX, Store
 from nemo_rl.venvs.local_packages import LocalPackage, file_digest
 from nemo_rl.venvs.manifest import FORMAT, write_atomically
 from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.venvs.moved_source import original
 from nemo_rl.venvs.requirements import normalized_name
 from nemo_rl.venvs.spec import InterpreterSpec, Spec
 
@@ -129,9 +130,9 @@ def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
     """One `[[packages]]` table of a pylock.toml whose relative paths start at `root`."""
     name, version = normalized_name(entry["name"]), entry.get("version")
     if "directory" in entry:
-        path = os.path.normpath(root / entry["directory"]["path"])
-        local = LocalPackage.read(path, editable=bool(entry["directory"].get("editable")))
-        return Package(name, version, path, local=local)
+        directory = str(original(os.path.normpath(root / entry["directory"]["path"])))
+        local = LocalPackage.read(directory, editable=bool(entry["directory"].get("editable")))
+        return Package(name, version, directory, local=local)
     if "vcs" in entry:
         vcs = entry["vcs"]
         where = f"{vcs['type']}+{vcs.get('url') or vcs.get('path')}@{vcs['commit-id']}"

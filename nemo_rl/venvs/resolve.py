@@ -28,6 +28,7 @@ from nemo_rl.venvs.interpreter import (
 from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.local_packages import file_digest
 from nemo_rl.venvs.manifest import FORMAT
+from nemo_rl.venvs.moved_source import located, original
 from nemo_rl.venvs.overlay import installed_distributions, plan_overlay, run_uv_to_resolve
 from nemo_rl.venvs.permissions import not_writable_by_others
 from nemo_rl.venvs.plans import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
@@ -84,8 +85,8 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions) -> Ven
 
 
 def lock_root(project: str) -> Path:
-    """The directory of the lock that governs `project`: its own, or that of the workspace above it."""
-    directory = Path(project)
+    """The directory, on this node, of the lock that governs `project`: its own, or of the workspace above it."""
+    directory = located(project)
     if not directory.is_dir():
         raise VenvError(f"The project directory {project} does not exist.")
     for candidate in (directory, *directory.parents):
@@ -98,8 +99,9 @@ def lock_root(project: str) -> Path:
 
 def project_inputs(spec: VenvSpec, root: Path) -> str:
     """Digest of the project's files that a resolution depends on."""
-    paths = {root / name for name in _PROJECT_FILES} | {Path(spec.project) / name for name in _PROJECT_FILES[1:]}
-    return hashlib.sha256(json.dumps([(str(path), file_digest(path)) for path in sorted(paths)]).encode()).hexdigest()
+    paths = {root / name for name in _PROJECT_FILES} | {located(spec.project) / name for name in _PROJECT_FILES[1:]}
+    inputs = sorted((str(original(path)), file_digest(path)) for path in paths)
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def python_of(spec: VenvSpec) -> tuple[PythonInfo, Mapping[str, str]]:
@@ -122,7 +124,7 @@ def _stable(markers: Mapping[str, str]) -> dict[str, str]:
 
 def _check_selection(spec: VenvSpec) -> None:
     """Raise `UnknownExtraError`, which names the known ones, before uv is asked."""
-    path = Path(spec.project) / "pyproject.toml"
+    path = located(spec.project) / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,8 +146,8 @@ def _check_selection(spec: VenvSpec) -> None:
 
 def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) -> str:
     mode = "--frozen" if spec.frozen else "--locked"
-    arguments = ["export", mode, "--project", spec.project, "--python", python.executable, "--format", "pylock.toml"]
-    arguments += ["--no-header", "--quiet", *spec.selection()]
+    arguments = ["export", mode, "--project", str(located(spec.project)), "--python", python.executable]
+    arguments += ["--format", "pylock.toml", "--no-header", "--quiet", *spec.selection()]
     return run_uv_to_resolve(arguments, what=f"Resolving `{spec}`", cwd=root, store=store)
 
 

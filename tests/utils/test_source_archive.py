@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.source_archive import collect, unpack_zip, write_zip
+from nemo_rl.utils.source_archive import collect, unpack_zip, write_zip
 
 
 def git(root: Path, *arguments: str) -> None:

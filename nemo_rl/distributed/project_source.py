@@ -1,0 +1,307 @@
+"""The driver's own source, for nodes that do not have it: this package, and what else the driver's script imports.
+
+::
+
+    driver ── tracked files with their hashes ──► every other node: the same files at the same path? nothing to do
+           ── one zip, by Ray's object plane ───► those that lack them: <venv dir>/.source/<digest>, each file checked
+    tasks, workers and their children there find them first, by PYTHONPATH; builds find pyproject.toml and uv.lock
+
+What is a source: the directory with a `pyproject.toml`, else the repository, around each directory of `sys.path` that
+is not the driver's Python or venv, around the working directory, and around each project that a venv is made of. Of a
+repository the tracked files travel as they are on disk; a project that is in no repository travels without its caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nemo_rl import settings
+from nemo_rl.distributed import source_arrival
+from nemo_rl.distributed.placement import NodeResources
+from nemo_rl.distributed.ray_session import can_grow, job_name
+from nemo_rl.distributed.source_arrival import HOOK_DIRECTORY, FileEntry, SourceListing
+from nemo_rl.errors import ConfigError, SpreadError
+from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
+from nemo_rl.venvs import InterpreterSpec, VenvPlan
+from nemo_rl.venvs.moved_source import SOURCES_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+ray.cloudpickle.register_pickle_by_value(source_arrival)
+
+_TIMEOUT_S = 120.0
+_NUM_NAMED = 5
+_DIGEST_PREFIX = 16
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One source directory: its files as git lists them, and as nodes compare them."""
+
+    tree: SourceTree
+    listing: SourceListing
+
+
+class _Node(NamedTuple):
+    """Ray's id of a node, and its address for people."""
+
+    node_id: str
+    address: str
+
+
+@dataclass
+class _State:
+    """What is known in one job. `lacking`: node id -> sources that the node had to be given."""
+
+    job: str = ""
+    sources: dict[str, _Source | None] = field(default_factory=dict)
+    asked: set[tuple[str, str]] = field(default_factory=set)
+    lacking: dict[str, list[_Source]] = field(default_factory=dict)
+
+
+_state = _State()
+_lock = threading.RLock()
+
+
+def bring_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ()) -> None:
+    """Give the driver's source, and the projects of `plans`, to those of `nodes` that do not have the same files.
+
+    What a node was asked in this job it is not asked again; a local cluster is not asked at all.
+
+    Raises:
+        SpreadError: a node cannot store it, or it is larger than `NEMO_RL_SOURCE_MAX_MB`.
+    """
+    global _state
+    if settings.SOURCE_SPREAD.get() == "off" or not can_grow():
+        return
+    here = ray.get_runtime_context().get_node_id()
+    others = [_Node(node.node_id, node.address) for node in nodes if node.node_id != here]
+    with _lock:
+        if _state.job != job_name():
+            _state = _State(job_name())
+        if others:
+            sources = _known(_roots(plans))
+            wanted = {
+                node: own
+                for node in others
+                if (own := [source for source in sources if (node.node_id, source.listing.root) not in _state.asked])
+            }
+            _give(wanted)
+
+
+def search_path() -> list[str]:
+    """What goes first on workers' PYTHONPATH, on all nodes: empty where every node has the driver's files."""
+    with _lock:
+        sources = {source.listing.root: source for own in _state.lacking.values() for source in own}
+        if _state.job != job_name() or not sources:
+            return []
+    found = [os.path.dirname(next(iter(sources.values())).listing.target) + f"/{HOOK_DIRECTORY}"]
+    for entry in _driver_directories():
+        owner = _owner(entry, sources)
+        if owner is not None:
+            found.append(os.path.normpath(os.path.join(sources[owner].listing.target, os.path.relpath(entry, owner))))
+    return list(dict.fromkeys(found))
+
+
+def task_options(node_id: str) -> dict[str, Any]:
+    """Options of a Ray task or actor that runs code of this package on a node; empty where the node has it."""
+    if not _lacking(node_id):
+        return {}
+    return {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(search_path())}}}
+
+
+def node_variables(node_id: str) -> dict[str, str]:
+    """Variables for the venv engine on a node, that tell where the projects are; empty where they are in place."""
+    own = _lacking(node_id)
+    if not own:
+        return {}
+    moved = {source.listing.root: source.listing.target for source in own}
+    return {settings.PROJECT_ROOT.name: str(settings.project_root()), SOURCES_VARIABLE: json.dumps(moved)}
+
+
+def _lacking(node_id: str) -> list[_Source]:
+    with _lock:
+        return list(_state.lacking.get(node_id, ())) if _state.job == job_name() else []
+
+
+# --- which files ------------------------------------------------------------------------------------------------------
+
+
+def _roots(plans: Iterable[VenvPlan]) -> list[str]:
+    directories = [Path(entry) for entry in _driver_directories()]
+    for the_plan in (layer for top in plans for layer in (top, top.base) if layer is not None):
+        if not isinstance(the_plan.spec, InterpreterSpec):
+            directories.append(Path(the_plan.spec.project))
+        directories += [Path(package.local.path) for package in the_plan.packages if package.local is not None]
+    roots = {str(root) for directory in directories if (root := _source_root(directory)) is not None}
+    return sorted(roots)
+
+
+def _driver_directories() -> list[str]:
+    """Directories of the driver's `sys.path` that are not its Python's or its venv's, and what Ray adds to them."""
+    own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
+    package = Path(settings.__file__).resolve().parent.parent
+    entries = [*sys.path, str(package), os.getcwd()]
+    found = [Path(entry or ".").resolve() for entry in entries]
+    return list(
+        dict.fromkeys(
+            str(path) for path in found if path.is_dir() and not any(path.is_relative_to(prefix) for prefix in own)
+        )
+    )
+
+
+def _source_root(directory: Path) -> Path | None:
+    """The project around a directory: with the lock that governs it, else its own; None where there is none."""
+    candidates = [directory, *directory.parents]
+    for marker in ("uv.lock", "pyproject.toml", ".git"):
+        for candidate in candidates:
+            if (candidate / marker).exists():
+                return candidate
+            if (candidate / ".git").exists():
+                break  # what is around a repository is another project
+    return None
+
+
+def _owner(directory: str, roots: Iterable[str]) -> str | None:
+    """The innermost of `roots` that holds a directory."""
+    holding = [root for root in roots if Path(directory).is_relative_to(root)]
+    return max(holding, key=len, default=None)
+
+
+def _known(roots: Sequence[str]) -> list[_Source]:
+    """The sources of a job are read once, so that all its workers run the same code."""
+    for root in roots:
+        if root not in _state.sources:
+            _state.sources[root] = _read(root)
+    return [source for root in roots if (source := _state.sources[root]) is not None]
+
+
+def _read(root: str) -> _Source | None:
+    try:
+        tree = collect(Path(root))
+        files = tuple(_entry(tree.root / file.path, file.path) for file in tree.files)
+    except (ConfigError, OSError) as error:
+        logger.warning("nodes that lack the source in %s are not given it: %s", root, error)
+        return None
+    content = json.dumps([[root], *(file[:-1] for file in files)])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:_DIGEST_PREFIX]
+    return _Source(tree, SourceListing(root, str(settings.venv_dir() / ".source" / digest), files))
+
+
+def _entry(path: Path, name: str) -> FileEntry:
+    content, status = path.read_bytes(), path.stat()
+    stamp = (status.st_ino, status.st_mtime_ns)
+    return FileEntry(name, len(content), hashlib.sha256(content).hexdigest(), os.access(path, os.X_OK), stamp)
+
+
+# --- to the nodes -----------------------------------------------------------------------------------------------------
+
+
+def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
+    listings = {
+        key: ray.put([source.listing for source in own])
+        for own in wanted.values()
+        if (key := tuple(source.listing.root for source in own))
+    }
+    asked = {
+        node: (source_arrival.missing_here, listings[tuple(source.listing.root for source in own)])
+        for node, own in wanted.items()
+    }
+    absent: dict[str, list[tuple[_Node, _Source]]] = {}
+    for node, answer in _call(asked).items():
+        if isinstance(answer, RayError):
+            logger.info("node %s does not say whether it has the source: %s", node.address, answer)
+            continue
+        for source, is_lacking, is_absent in zip(wanted[node], *answer, strict=True):
+            if is_absent:
+                absent.setdefault(source.listing.root, []).append((node, source))
+            if is_lacking and not is_absent:
+                _state.lacking.setdefault(node.node_id, []).append(source)
+            if not is_absent:
+                _state.asked.add((node.node_id, source.listing.root))
+    for receivers in absent.values():
+        _send(receivers[0][1], [node for node, _ in receivers])
+
+
+def _send(source: _Source, nodes: list[_Node]) -> None:
+    listing = ray.put(source.listing)
+    archive = ray.put(_archive(source))
+    answers = _call(dict.fromkeys(nodes, (source_arrival.unpack_here, listing, archive)))
+    for node, answer in answers.items():
+        if isinstance(answer, RayTaskError):
+            reason = str(getattr(answer, "cause", answer))
+            raise SpreadError(
+                f"the source in {source.listing.root} did not reach node {node.address} "
+                f"({source.listing.target} there): {reason}. Set NEMO_RL_VENV_DIR to a directory that every node can "
+                "write, or bring the source to every node yourself and set NEMO_RL_SOURCE_SPREAD=off."
+            )
+        if isinstance(answer, RayError):
+            logger.info("node %s did not receive the source: %s", node.address, answer)
+            continue
+        _state.lacking.setdefault(node.node_id, []).append(source)
+        _state.asked.add((node.node_id, source.listing.root))
+    logger.info(
+        "%d nodes received the source in %s: %d files, %.1f MB",
+        len(nodes),
+        source.listing.root,
+        len(source.tree.files),
+        source.tree.num_bytes / 1e6,
+    )
+    if source.tree.untracked:
+        named = ", ".join(source.tree.untracked[:_NUM_NAMED])
+        logger.warning(
+            "files of %s that git does not track stay behind: %s%s",
+            source.listing.root,
+            named,
+            ", ..." if len(source.tree.untracked) > _NUM_NAMED else "",
+        )
+
+
+def _archive(source: _Source) -> bytes:
+    limit = settings.SOURCE_MAX_MB.get()
+    if source.tree.num_bytes > limit * 10**6:
+        largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_NAMED))
+        raise SpreadError(
+            f"the source in {source.listing.root} has {source.tree.num_bytes / 1e6:.1f} MB in "
+            f"{len(source.tree.files)} tracked files, more than NEMO_RL_SOURCE_MAX_MB={limit} allows to be sent to "
+            f"nodes that lack it. Its largest: {largest}. Stop tracking what is no source, or raise the limit."
+        )
+    with tempfile.TemporaryDirectory(prefix="nemo_rl-source-") as folder:
+        path = Path(folder) / "source.zip"
+        write_zip(source.tree, path)
+        return path.read_bytes()
+
+
+def _call(calls: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:
+    """Call a function of `source_arrival` on each node, all at once; what it returned, or why it did not."""
+    pending = {}
+    for node, (function, *arguments) in calls.items():
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+        strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        pending[node] = task.options(scheduling_strategy=strategy, name="source").remote(*arguments)
+    if pending:
+        ray.wait(list(pending.values()), num_returns=len(pending), timeout=_TIMEOUT_S)
+    answers: dict[_Node, Any] = {}
+    for node, reference in pending.items():
+        try:
+            answers[node] = ray.get(reference, timeout=0)
+        except GetTimeoutError as error:
+            ray.cancel(reference, force=True)
+            answers[node] = error
+        except RayError as error:
+            answers[node] = error
+    return answers
