@@ -11,9 +11,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from kuberay_fields import KINDS
+from kubernetes_validate import latest_version, validate
 from pydantic import ValidationError
 
 from nemo_rl.settings import is_secret
@@ -47,6 +49,20 @@ def test_a_manifest_has_only_fields_that_the_operator_knows_with_values_that_it_
             KINDS[manifest["kind"]].model_validate(manifest)
         group.clear()
         group.update(before)
+
+
+@pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
+def test_the_pods_of_a_manifest_match_kubernetes_own_schema(name: str) -> None:
+    spec = cluster_spec(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": group["template"]["spec"]}
+        assert set(group["template"]) == {"spec"}
+        validate(pod, latest_version(), strict=True)
+        container = group["template"]["spec"]["containers"][0]
+        for spoiled in ({"imagee": "nemo-rl"}, {"securityContext": {"runAsUser": "nemo"}}, {"env": [{"value": "1"}]}):
+            with pytest.raises(kubernetes_validate.ValidationError):
+                broken = {**pod, "spec": {**pod["spec"], "containers": [{**container, **spoiled}]}}
+                validate(broken, latest_version(), strict=True)
 
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
