@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -16,6 +17,7 @@ from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import ConfigError
 
 _TIMEOUT_S = 120.0
+_SHORT_ID = 8
 
 
 @contextlib.contextmanager
@@ -37,17 +39,32 @@ def joined_cluster(address: str | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
-def check_nodes() -> dict[str, list[Check]]:
-    """Checks by node address, of the cluster that was joined. A node that does not answer has one fatal finding."""
+@dataclass(frozen=True)
+class NodeChecks:
+    """What was found on one node. Several nodes may have one address: raylets of one host, hosts behind one gateway."""
+
+    node_id: str
+    address: str
+    checks: list[Check]
+
+    @property
+    def label(self) -> str:
+        """For people: the address and the first digits of the id."""
+        return f"{self.address} ({self.node_id[:_SHORT_ID]})"
+
+
+def check_nodes() -> list[NodeChecks]:
+    """The checks of every node of the cluster that was joined. A node that does not answer has one fatal finding."""
     nodes = alive_nodes()
-    found = {node.address: _checks(answer) for node, answer in ask_nodes(run_checks, nodes, timeout_s=_TIMEOUT_S)}
+    answers = ask_nodes(run_checks, nodes, timeout_s=_TIMEOUT_S)
+    found = {node.node_id: NodeChecks(node.node_id, node.address, _checks(answer)) for node, answer in answers}
     asked = time.time()
     clocks = ask_nodes(_now, nodes, timeout_s=_TIMEOUT_S)
     answered = time.time()
     for node, there in clocks:
         if isinstance(there, float):
-            found[node.address].append(clock_check(there, asked, answered))
-    return found
+            found[node.node_id].checks.append(clock_check(there, asked, answered))
+    return list(found.values())
 
 
 def clock_check(there: float, asked: float, answered: float) -> Check:

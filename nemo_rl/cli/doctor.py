@@ -7,9 +7,13 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from nemo_rl.cli.checks import Check
+    from nemo_rl.cli.cluster_checks import NodeChecks
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Cluster = Annotated[bool, typer.Option("--cluster", help="Ask every node of the running cluster of RAY_ADDRESS.")]
@@ -30,22 +34,25 @@ def doctor(cluster: Cluster = False, address: Address = None, json: Json = False
     from nemo_rl.cli.checks import FATAL, OK, run_checks
 
     cluster = cluster or address is not None
+    found: list[tuple[NodeChecks | None, Check]]
     if cluster:
         from nemo_rl.cli.cluster_checks import check_nodes, joined_cluster
 
         with _quiet_standard_output(), joined_cluster(address):
-            nodes = check_nodes()
+            found = [(node, check) for node in check_nodes() for check in node.checks]
     else:
-        nodes = {"": run_checks()}
-    found = [(node, check) for node, checks in nodes.items() for check in checks]
+        found = [(None, check) for check in run_checks()]
     if json:
-        display.print_json([{**({"node": node} if cluster else {}), **dataclasses.asdict(c)} for node, c in found])
+        of_node = [{} if node is None else {"node": node.address, "node_id": node.node_id} for node, _ in found]
+        display.print_json([{**where, **dataclasses.asdict(check)} for where, (_, check) in zip(of_node, found)])
     else:
-        rows = [[*([node] if cluster else []), check.name, check.state, check.found] for node, check in found]
+        rows = [
+            [*([node.label] if node is not None else []), check.name, check.state, check.found] for node, check in found
+        ]
         display.print_table([*(["node"] if cluster else []), "check", "state", "found"], rows)
         for node, check in found:
             if check.state != OK:
-                where = f" on {node}" if node else ""
+                where = f" on {node.label}" if node is not None else ""
                 display.print_line(f"\n{check.state}: {check.name}{where}\n  fix: {check.fix}")
     if any(check.state == FATAL for _, check in found):
         raise typer.Exit(1)

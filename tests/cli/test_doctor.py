@@ -126,6 +126,28 @@ def test_every_node_of_a_running_cluster_is_checked(tmp_path: Path) -> None:
     assert states["clock of the driver"] == "ok"
 
 
+def test_two_nodes_of_one_address_are_told_apart(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from ray.cluster_utils import Cluster\n"
+        "from nemo_rl.distributed import ray_session\n"
+        "ray_session._keep_loopback_addresses()\n"
+        "cluster = Cluster()\n"
+        "for _ in range(2): cluster.add_node(num_cpus=1, include_dashboard=False)\n"
+        "sys.argv = ['nemo-rl', 'doctor', '--json', '--address', cluster.address]\n"
+        "from nemo_rl.cli import main\n"
+        "main()\n"
+    )
+    done = run(program=program, NEMO_RL_VENV_DIR=str(tmp_path), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+    found = json.loads(done.stdout)
+    assert {check["node"] for check in found} == {"127.0.0.1"}
+    names = {
+        node_id: [c["name"] for c in found if c["node_id"] == node_id] for node_id in {c["node_id"] for c in found}
+    }
+    assert len(names) == 2
+    assert all(own.count("uv") == own.count("clock of the driver") == 1 for own in names.values())
+
+
 @pytest.mark.parametrize(
     ("there", "state"), [(100.5, "ok"), (96.0, "ok"), (105.0, "ok"), (90.0, "warning"), (110.0, "warning")]
 )
