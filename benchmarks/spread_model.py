@@ -1,6 +1,7 @@
 """What spreading a venv would take on 64, 512 and 4,096 nodes, from rates that were measured; no node is simulated.
 
-    python benchmarks/spread_model.py [--venv-gb 8] [--compressed 0.45] [--build-s 103] [--link-gbit 10] ...
+    python benchmarks/spread_model.py [--venv-gb 8] [--compressed 0.45] [--build-s 103] [--link 1.25] ...
+    python benchmarks/spread_model.py --picture docs/images/spread_model.svg
 
 A chunk goes down a tree in which every node sends to two others, and every node passes it on while the next one
 arrives. So all nodes have everything after
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -77,12 +79,52 @@ def registry_gb(rates: Rates, num_nodes: int) -> tuple[float, float]:
     return once, num_nodes * once
 
 
+def draw(rates: Rates, path: Path) -> None:
+    """Seconds, and what the registry sends, for 1 to 4,096 nodes."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    mpl.rcParams["svg.hashsalt"] = "spread"  # the same rates draw the same file
+    counts = [2**power for power in range(13)]
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    times, amounts = figure.subplots(1, 2)
+    each, spread = {"color": "#b45309", "marker": "s"}, {"color": "#1d4ed8", "marker": "o"}
+    times.plot(counts, [downloads_s(rates, count) for count in counts], label="every node downloads", **each)
+    times.plot(counts, [spread_s(rates, count) for count in counts], label="one builds, node to node", **spread)
+    amounts.plot(counts, [registry_gb(rates, count)[1] for count in counts], label="every node downloads", **each)
+    amounts.plot(counts, [registry_gb(rates, count)[0] for count in counts], label="one builds, node to node", **spread)
+    times.set(title="Until the last node has the venv", ylabel="time (s)")
+    amounts.set(title="What the registry sends", ylabel="data (GB)")
+    for axes in (times, amounts):
+        axes.set_xlabel("nodes")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([1, 8, 64, 512, 4096])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.suptitle(
+        f"Model from measured rates: {rates.venv_gb:g} GB venv, {rates.build_s:g} s to build, "
+        f"links and registry {rates.link * 8:g} Gbit/s, unpacking {rates.unpack:g} GB/s",
+        fontsize=9,
+    )
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     rates = Rates()
     for name, value in vars(rates).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=f"default: {value:g}")
-    rates = replace(rates, **vars(parser.parse_args()))
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw 1 to 4,096 nodes into this SVG or PNG")
+    arguments = vars(parser.parse_args())
+    picture = arguments.pop("picture")
+    rates = replace(rates, **arguments)
+    if picture is not None:
+        draw(rates, picture)
     table = Table("nodes", title="One build, spread, against one download per node (model)", title_justify="left")
     for column in ("spread, s", "each downloads, s", "registry, GB", "registry, each, GB"):
         table.add_column(column, justify="right")

@@ -60,8 +60,8 @@ def test_the_pods_of_a_manifest_match_kubernetes_own_schema(name: str) -> None:
         validate(pod, latest_version(), strict=True)
         container = group["template"]["spec"]["containers"][0]
         for spoiled in ({"imagee": "nemo-rl"}, {"securityContext": {"runAsUser": "nemo"}}, {"env": [{"value": "1"}]}):
+            broken = {**pod, "spec": {**pod["spec"], "containers": [{**container, **spoiled}]}}
             with pytest.raises(kubernetes_validate.ValidationError):
-                broken = {**pod, "spec": {**pod["spec"], "containers": [{**container, **spoiled}]}}
                 validate(broken, latest_version(), strict=True)
 
 
