@@ -30,7 +30,7 @@ class OwnMemory:
         self._folder = folder
 
     def use_up(self, name: str, num_times: int) -> None:
-        """Wait for Ray's memory monitor to kill this process; not when that has happened `num_times` times to `name`."""
+        """Wait for Ray's memory monitor to kill this process, unless `name` has seen `num_times` deaths."""
         num_deaths = self.num_deaths(name)
         if num_deaths < num_times:
             Path(self._folder, f"{name}-{num_deaths}").write_text(str(os.getpid()))

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import StageWorker
-from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, stage_error
+from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, WorkersDied, stage_error
 from nemo_rl.pipelines.failures import FAILED_DIR, withdraw_failures
 from nemo_rl.pipelines.items import Item, key_text
 from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_totals, planned_stages
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 # In the spool of a segment that is done: how many sources it had.
 _COMPLETE = "complete"
 _MAX_GATHER_ATTEMPTS = 2
+# So many times in a row may workers die before a single further input is done.
+_MAX_VAIN_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,8 @@ class _Run:
                 stages = [planned[index] for index in segment]
                 if self._gathers(segment):
                     items = self._gather(number, stages[0], items)
-                elif self._spools(number, segments):
-                    items = self._run_spooled(number, stages, items, cluster)
                 else:
-                    found = {item.key: item for item in self._executor.run(stages, items, cluster)}
-                    items = _numbered([found[key].task for key in sorted(found)])
+                    items = self._run_segment(number, stages, items, cluster)
         return items
 
     def _check_room(self, segments: list[list[int]], wanted: dict[int, tuple[float, float]], cluster: Cluster) -> None:
@@ -237,13 +236,36 @@ class _Run:
             if not self._gathers(segment):
                 check([(self._stages[index], wanted[index]) for index in segment], cluster)
 
-    def _run_spooled(self, number: int, stages: list[PlannedStage], items: list[Item], cluster: Any) -> list[Item]:
-        place = spool_directory(self._directory.path, number)
-        _, missing = Spool.read(place).results(len(items))
+    def _run_segment(self, number: int, stages: list[PlannedStage], items: list[Item], cluster: Cluster) -> list[Item]:
+        """Run the stages over what is not done, and again over what still is not when workers died."""
+        spools = stages[0].job.spools
+        waiting = self._waiting(number, items) if spools else items
+        num_vain = 0
+        while True:
+            try:
+                found = self._executor.run(self._of_this_attempt(stages), waiting, cluster)
+                break
+            except WorkersDied as died:
+                self._directory.next_attempt()
+                before, waiting = waiting, self._waiting(number, items) if spools else items
+                num_vain = num_vain + 1 if len(waiting) == len(before) else 0
+                if num_vain == _MAX_VAIN_ATTEMPTS:
+                    raise died.error from died
+                logger.warning("%s. %d of %d inputs run again", died.error, len(waiting), len(before))
+        if spools:
+            return self._finish(number, len(items))
+        results = {item.key: item.task for item in found}
+        return _numbered([results[key] for key in sorted(results)])
+
+    def _waiting(self, number: int, items: list[Item]) -> list[Item]:
+        """What the spool of a segment does not account for."""
+        _, missing = Spool.read(spool_directory(self._directory.path, number)).results(len(items))
         if len(missing) < len(items):
             logger.info("%d of %d inputs were done before", len(items) - len(missing), len(items))
-        self._executor.run(stages, [items[index] for index in missing], cluster)
-        return self._finish(number, len(items))
+        return [items[index] for index in missing]
+
+    def _of_this_attempt(self, stages: Sequence[PlannedStage]) -> list[PlannedStage]:
+        return [replace(stage, job=replace(stage.job, attempt=self._directory.attempt)) for stage in stages]
 
     def _spool_input(self, place: Path, items: list[Item]) -> int:
         """Put a run's input where a gathering stage reads it; what an attempt that was killed left is made anew."""
@@ -255,6 +277,7 @@ class _Run:
         return len(items)
 
     def _gather(self, number: int, stage: PlannedStage, items: list[Item]) -> list[Item]:
+        (stage,) = self._of_this_attempt([stage])
         place = spool_directory(self._directory.path, number)
         num_sources = self._num_sources(number - 1)
         if num_sources is None:  # the first segment: its input is still here

@@ -43,12 +43,18 @@ STAGES_FILE = "stages.json"
 
 
 class RunDirectory:
-    """The directory of one run, held by one process at a time. Use `opened`."""
+    """The directory of one run, held by one process at a time. Use `opened`.
+
+    Attributes:
+        attempt: counts calls of `Pipeline.run`, and from within one those in which dead workers' tasks ran again.
+        is_resumed: whether an earlier call left something here.
+    """
 
     def __init__(self, path: Path, resumable: bool, attempt: int, record: dict[str, Any]) -> None:
         self.path = path
         self.resumable = resumable
         self.attempt = attempt
+        self.is_resumed = attempt > 1
         self.run_id: str = record.get("id") or uuid.uuid4().hex
         self._record = record
         self._begun = False
@@ -102,10 +108,11 @@ class RunDirectory:
             _write_json(self.path / _RECORD, self._record)
             self._begun = True
 
-    @property
-    def is_resumed(self) -> bool:
-        """Whether an earlier attempt of the run left something here."""
-        return self.attempt > 1
+    def next_attempt(self) -> None:
+        """Run on as another attempt: what workers of this one still write is not read."""
+        self.attempt += 1
+        freeze(self.path / "spool", self.attempt)
+        self.begin()
 
     def sources(self, tasks: list[Task[Any]]) -> list[Task[Any]]:
         """The tasks that the first attempt started from; kept by it.

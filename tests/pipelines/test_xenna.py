@@ -76,4 +76,6 @@ def test_pipelines_on_xenna_give_what_they_give_elsewhere(tmp_path: Path) -> Non
     assert result["versions"] == [[packaging.__version__, "23.2", "24.0"]]
     assert result["kept"] == [1, 2, 7, 8]  # 2 and 3 came in the batch that failed
     assert [error.partition(":")[0] for error in result["failed"]] == ["ValueError"]
+    assert result["survived"] == list(range(2, 34))
+    assert (result["deaths"], result["attempts"]) == (1, 2)
     assert "stage 'Failing' failed on task 'b3': ValueError: cannot take 7" in result["message"]

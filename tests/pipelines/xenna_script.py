@@ -6,7 +6,16 @@ import json
 import sys
 from pathlib import Path
 
-from sample_stages import AddOne, Failing, KeepFirstOfEach, PackagingVersion, SplitRows, batches, numbers
+from sample_stages import (
+    AddOne,
+    Failing,
+    KeepFirstOfEach,
+    KillsWorker,
+    PackagingVersion,
+    SplitRows,
+    batches,
+    numbers,
+)
 
 from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.errors import StageError
@@ -30,12 +39,19 @@ def main(folder: Path) -> None:
         message = ""
     except StageError as error:
         message = str(error)
+    deaths = folder / "deaths"
+    deaths.mkdir()
+    dying = Pipeline("p", stages=[AddOne(), KillsWorker(9, str(deaths), num_times=1), AddOne().with_(name="last")])
+    survived = dying.run(XennaExecutor(), batches(16), run_dir=folder / "dying")
     result = {
         "numbers": numbers(tasks),
         "versions": sorted({tuple(frame[["base", "pip", "uv"]].iloc[0]) for frame in frames}),
         "kept": numbers(kept),
         "failed": [one.error for one in failed_tasks(folder / "run")],
         "message": message,
+        "survived": numbers(survived),
+        "deaths": len(list(deaths.iterdir())),
+        "attempts": json.loads((folder / "dying" / "run.json").read_text())["attempts"],
     }
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 

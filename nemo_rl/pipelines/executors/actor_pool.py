@@ -32,7 +32,7 @@ from nemo_rl import settings
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.errors import PipelineError, StageError, StageStartError
 from nemo_rl.pipelines.bootstrap import StageWorker
-from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, blame, stage_error
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, WorkersDied, blame, stage_error
 from nemo_rl.pipelines.items import Item, chunks, group_size
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ class RayActorPoolExecutor:
         finally:
             for pool in pools:
                 pool.kill()
-        references = [reference for group in groups for reference in group.references]
-        return [item for reference in references for item in ray.get(reference)]
+        return [item for group in groups for item in _items(group, stages[-1].name)]
 
 
 def _results(generator: Any) -> list[_Group]:
@@ -110,6 +109,18 @@ def _results(generator: Any) -> list[_Group]:
     references: list[ray.ObjectRef] = list(generator)
     sizes = ray.get(references[-1])
     return [_Group([reference], size) for reference, size in zip(references[:-1], sizes)]
+
+
+def _items(group: _Group, stage: str) -> list[Item]:
+    """The tasks themselves. Raises `WorkersDied` when they went with the node that kept them."""
+    try:
+        return [item for reference in group.references for item in ray.get(reference)]
+    except ObjectLostError as error:
+        raise _lost(stage, error) from error
+
+
+def _lost(stage: str, error: Exception) -> WorkersDied:
+    return WorkersDied(PipelineError(f"tasks of stage {stage!r} were lost with the node that kept them: {error}"))
 
 
 class _Following:
@@ -328,11 +339,9 @@ class _Pool:
         except WORKER_DEATHS as error:
             self._replace(worker, completed, error, pending, done)
             return
-        except ObjectLostError as error:
-            raise self._lost(error) from error
         except RayError as error:
-            if isinstance(getattr(error, "cause", None), ObjectLostError):
-                raise self._lost(error) from error
+            if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
+                raise _lost(self.stage.name, error) from error
             raise stage_error(error) or StageError(
                 f"stage {self.stage.name!r} failed: {error}", stage=self.stage.name
             ) from error
@@ -341,12 +350,6 @@ class _Pool:
         self._call_s.append(now - worker.busy_since)
         worker.busy_since = now
         done += results
-
-    def _lost(self, error: Exception) -> PipelineError:
-        return PipelineError(
-            f"tasks for stage {self.stage.name!r} were lost with the node that kept them: {error}. Run the pipeline "
-            "again with the same run_dir: it goes on with the inputs that are not done."
-        )
 
     def _replace(
         self,
@@ -374,7 +377,7 @@ class _Pool:
         if first.num_deaths <= self._max_deaths // 2:
             pending.appendleft(first)
             return
-        items: list[Item] = [item for reference in first.references for item in ray.get(reference)]
+        items = _items(first, self.stage.name)
         if len(items) > 1:  # which of them is it?
             pending.extendleft(_Group([ray.put([item])], 1, first.num_deaths) for item in reversed(items))
         elif first.num_deaths <= self._max_deaths:

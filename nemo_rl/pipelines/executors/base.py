@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from ray import cloudpickle
+from ray.exceptions import ObjectLostError
 
+from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.project_source import search_path
 from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
 from nemo_rl.pipelines import bootstrap
@@ -85,6 +87,18 @@ class Cluster:
     num_gpus: float
 
 
+class WorkersDied(Exception):
+    """Workers died, and the executor cannot go on by itself: what is not done must run again.
+
+    Attributes:
+        error: what the run ends with when it does not.
+    """
+
+    def __init__(self, error: PipelineError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Executor(Protocol):
     """Runs the stages of one segment over its tasks.
 
@@ -101,6 +115,7 @@ class Executor(Protocol):
         Raises:
             StageError: a stage could not start, or a task failed and the run is to stop.
             PipelineError: anything else that ends the run.
+            WorkersDied: the run calls this again, with what is not done, and as another attempt.
         """
         ...
 
@@ -119,6 +134,19 @@ def driver_search_path() -> list[str]:
 
 def stage_error(error: BaseException | None) -> PipelineError | None:
     """The error of ours that caused what Ray or a library on top of it raised; None when there is none."""
+    for cause in _causes(error):
+        if isinstance(cause, PipelineError) and type(cause).__module__ == PipelineError.__module__:
+            return cause
+    return None
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether workers died, or tasks were lost with their node, behind what Ray or a library on top of it raised."""
+    return any(isinstance(cause, (*WORKER_DEATHS, ObjectLostError)) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error itself, and all that led to it."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -126,10 +154,8 @@ def stage_error(error: BaseException | None) -> PipelineError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, PipelineError) and type(current).__module__ == PipelineError.__module__:
-            return current
+        yield current
         waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-    return None
 
 
 def recorded_error(job: StageJob) -> PipelineError | None:

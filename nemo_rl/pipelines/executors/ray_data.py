@@ -18,7 +18,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from nemo_rl.errors import PipelineError, ResourceInsufficientError, StageError
 from nemo_rl.pipelines.bootstrap import DataStage
-from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, recorded_error, stage_error
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, WorkersDied, is_death, recorded_error, stage_error
 from nemo_rl.pipelines.items import Item, chunks, group_size
 from nemo_rl.pipelines.stage import AnyStage
 
@@ -30,8 +30,9 @@ class RayDataExecutor:
 
     Args:
         max_workers_per_stage: None: as many as the cluster has room for. A stage's own `num_workers` comes first.
-        max_worker_deaths: how often Ray starts each worker of a stage anew when it died, and how often the group of
-            tasks that it had may run again; then the run ends. Ray Data does not tell which task is to blame.
+        max_worker_deaths: how often Ray starts each worker of a stage anew when it died, and runs its tasks again; the
+            death after that ends Ray Data's run, and what is not done runs once more. Ray Data does not tell which task
+            is to blame.
     """
 
     def __init__(self, *, max_workers_per_stage: int | None = None, max_worker_deaths: int = 2) -> None:
@@ -65,8 +66,10 @@ class RayDataExecutor:
                 ours = stage_error(error) or recorded_error(stages[0].job)
                 if ours is not None:
                     raise ours from error
+                names = ", ".join(stage.name for stage in stages)
+                if is_death(error):
+                    raise WorkersDied(StageError(f"a worker of one of the stages {names} died: {error}")) from error
                 if isinstance(error, ray.exceptions.RayError):
-                    names = ", ".join(stage.name for stage in stages)
                     raise StageError(f"one of the stages {names} failed: {error}") from error
                 raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
 
@@ -85,7 +88,7 @@ class RayDataExecutor:
             num_gpus=stage.num_gpus or None,
             runtime_env=stage.runtime_env or None,
             max_restarts=self._max_deaths,
-            max_task_retries=self._max_deaths,
+            max_task_retries=-1,  # as often as the worker; Ray counts each try to reach a node that is gone
         )
 
 

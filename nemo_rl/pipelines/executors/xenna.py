@@ -5,8 +5,8 @@ method, which is overridden here: its workers start in the Python that the venv 
 `py_executable` is another project needs cosmos-xenna in that project too, because Xenna's own actor runs there.
 
 Xenna keeps account of CPUs and GPUs itself, not through Ray: nothing else should run on the cluster meanwhile. It does
-not start a worker that died anew: the run ends with a `StageError`, and with a run directory the same call goes on. Its
-stages have no hook for their end, so `teardown` is not called.
+not start a worker that died anew: its run ends, and what is not done runs in another one. Its stages have no hook for
+their end, so `teardown` is not called.
 Everything that reaches into its private modules is in this file (checked with cosmos-xenna 0.3).
 """
 
@@ -24,7 +24,15 @@ from ray._private.state import actors
 
 from nemo_rl.distributed.nodes import start_on_nodes
 from nemo_rl.errors import PipelineError, StageError
-from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, loaded, recorded_error, stage_error
+from nemo_rl.pipelines.executors.base import (
+    Cluster,
+    PlannedStage,
+    WorkersDied,
+    is_death,
+    loaded,
+    recorded_error,
+    stage_error,
+)
 from nemo_rl.pipelines.items import Item, chunks, group_size
 
 logger = logging.getLogger(__name__)
@@ -83,6 +91,8 @@ class XennaExecutor:
             ours = stage_error(error) or recorded_error(stages[0].job)
             if ours is not None:
                 raise ours from error
+            if is_death(error):
+                raise WorkersDied(StageError(f"a worker of a stage died: {error}")) from error
             if "StageWorker" in str(error):
                 raise StageError(f"a worker of a stage failed: {error}") from error
             raise PipelineError(f"Xenna failed: {type(error).__name__}: {error}") from error
