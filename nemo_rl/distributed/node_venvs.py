@@ -35,7 +35,7 @@ from nemo_rl.distributed.node_venv_report import (
 )
 from nemo_rl.distributed.nodes import alive_nodes
 from nemo_rl.distributed.placement import NodeResources
-from nemo_rl.distributed.project_source import bring_source, node_variables
+from nemo_rl.distributed.project_source import bring_source
 from nemo_rl.distributed.ray_session import init_ray, job_name
 from nemo_rl.errors import ClusterError
 from nemo_rl.venvs import Spec, Store, VenvPlan, plan
@@ -126,7 +126,7 @@ def _ensure(
         for node in nodes:
             needed = {name: p for name, p in plans.items() if (scope, node.node_id, name, p.digest) not in known}
             if needed:
-                variables = {} if node.node_id == here else {**driver_variables(), **node_variables(node.node_id)}
+                variables = {} if node.node_id == here else driver_variables()
                 force = settings.FORCE_REBUILD_VENVS.get()
                 requests[node.node_id] = Request(node.node_id, node.address, needed, job, force, variables)
         found = {}

@@ -2,7 +2,7 @@
 
 ::
 
-    driver ── tracked files with their hashes ──► every other node: the same files at the same path? nothing to do
+    driver ── tracked files with their hashes ──► every node: the same files at the same path? nothing to do
            ── one zip, by Ray's object plane ───► those that lack them: <venv dir>/.source/<digest>, each file checked
     tasks, workers and their children there find them first, by PYTHONPATH; builds find pyproject.toml and uv.lock
 
@@ -37,7 +37,6 @@ from nemo_rl.distributed.source_arrival import HOOK_DIRECTORY, FileEntry, Source
 from nemo_rl.errors import ConfigError, SpreadError
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
-from nemo_rl.venvs.moved_source import SOURCES_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +45,7 @@ ray.cloudpickle.register_pickle_by_value(source_arrival)
 _TIMEOUT_S = 120.0
 _NUM_NAMED = 5
 _DIGEST_PREFIX = 16
+_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,20 @@ class _Node(NamedTuple):
 
 @dataclass
 class _State:
-    """What is known in one job. `lacking`: node id -> sources that the node had to be given."""
+    """What is known in one job.
+
+    Attributes:
+        sources: by root; None for what cannot be sent.
+        asked: (node id, root) of what needs no further question.
+        lacking: node id -> sources that the node had to be given.
+        strangers: nodes that have the driver's files, and whose own Python does not find them.
+    """
 
     job: str = ""
     sources: dict[str, _Source | None] = field(default_factory=dict)
     asked: set[tuple[str, str]] = field(default_factory=set)
     lacking: dict[str, list[_Source]] = field(default_factory=dict)
+    strangers: set[str] = field(default_factory=set)
 
 
 _state = _State()
@@ -88,16 +96,15 @@ def bring_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ())
     global _state
     if settings.SOURCE_SPREAD.get() == "off" or not can_grow():
         return
-    here = ray.get_runtime_context().get_node_id()
-    others = [_Node(node.node_id, node.address) for node in nodes if node.node_id != here]
+    asked = [_Node(node.node_id, node.address) for node in nodes]
     with _lock:
         if _state.job != job_name():
             _state = _State(job_name())
-        if others:
+        if asked:
             sources = _known(_roots(plans))
             wanted = {
                 node: own
-                for node in others
+                for node in asked
                 if (own := [source for source in sources if (node.node_id, source.listing.root) not in _state.asked])
             }
             _give(wanted)
@@ -118,24 +125,24 @@ def search_path() -> list[str]:
 
 
 def task_options(node_id: str) -> dict[str, Any]:
-    """Options of a Ray task or actor that runs code of this package on a node; empty where the node has it."""
-    if not _lacking(node_id):
-        return {}
-    return {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(search_path())}}}
+    """Options of a Ray task or actor that runs code of this package on a node; empty where the node has it.
 
-
-def node_variables(node_id: str) -> dict[str, str]:
-    """Variables for the venv engine on a node, that tell where the projects are; empty where they are in place."""
-    own = _lacking(node_id)
-    if not own:
-        return {}
-    moved = {source.listing.root: source.listing.target for source in own}
-    return {settings.PROJECT_ROOT.name: str(settings.project_root()), SOURCES_VARIABLE: json.dumps(moved)}
-
-
-def _lacking(node_id: str) -> list[_Source]:
+    The task finds the package, and the venv engine in it the projects, which plans name by the driver's paths.
+    """
     with _lock:
-        return list(_state.lacking.get(node_id, ())) if _state.job == job_name() else []
+        if _state.job != job_name():
+            return {}
+        own = list(_state.lacking.get(node_id, ()))
+        is_stranger = node_id in _state.strangers
+    if not own:
+        directories = os.pathsep.join(_driver_directories())
+        return {"runtime_env": {"env_vars": {"PYTHONPATH": directories}}} if is_stranger else {}
+    variables = {
+        "PYTHONPATH": os.pathsep.join(search_path()),
+        settings.PROJECT_ROOT.name: str(settings.project_root()),
+        settings.SOURCES.name: json.dumps({source.listing.root: source.listing.target for source in own}),
+    }
+    return {"runtime_env": {"env_vars": variables}}
 
 
 # --- which files ------------------------------------------------------------------------------------------------------
@@ -154,8 +161,8 @@ def _roots(plans: Iterable[VenvPlan]) -> list[str]:
 def _driver_directories() -> list[str]:
     """Directories of the driver's `sys.path` that are not its Python's or its venv's, and what Ray adds to them."""
     own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
-    package = Path(settings.__file__).resolve().parent.parent
-    entries = [*sys.path, str(package), os.getcwd()]
+    of_package = Path(settings.__file__).resolve().parent.parent
+    entries = [*sys.path, str(of_package), os.getcwd()]
     found = [Path(entry or ".").resolve() for entry in entries]
     return list(
         dict.fromkeys(
@@ -218,7 +225,7 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
         if (key := tuple(source.listing.root for source in own))
     }
     asked = {
-        node: (source_arrival.missing_here, listings[tuple(source.listing.root for source in own)])
+        node: (source_arrival.missing_here, listings[tuple(source.listing.root for source in own)], _PACKAGE)
         for node, own in wanted.items()
     }
     absent: dict[str, list[tuple[_Node, _Source]]] = {}
@@ -226,7 +233,9 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
         if isinstance(answer, RayError):
             logger.info("node %s does not say whether it has the source: %s", node.address, answer)
             continue
-        for source, is_lacking, is_absent in zip(wanted[node], *answer, strict=True):
+        if not answer.can_import:
+            _state.strangers.add(node.node_id)
+        for source, is_lacking, is_absent in zip(wanted[node], answer.lacking, answer.absent, strict=True):
             if is_absent:
                 absent.setdefault(source.listing.root, []).append((node, source))
             if is_lacking and not is_absent:

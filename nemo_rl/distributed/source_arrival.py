@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -90,8 +91,21 @@ class SourceListing(NamedTuple):
     files: tuple[FileEntry, ...]
 
 
-def missing_here(listings: list[SourceListing]) -> tuple[list[bool], list[bool]]:
-    """For each source: whether this node lacks it at `root`; and whether it lacks it at `target` too."""
+class Answer(NamedTuple):
+    """What a node says of the sources that it was asked for.
+
+    Attributes:
+        lacking: for each, whether it is not at `root`. absent: whether it is not at `target` either.
+        can_import: whether the Python that Ray runs with on this node finds the driver's package by itself.
+    """
+
+    lacking: list[bool]
+    absent: list[bool]
+    can_import: bool
+
+
+def missing_here(listings: list[SourceListing], package: str) -> Answer:
+    """Compare this node with the driver."""
     lacking = [not _is_same(listing.root, listing.files) for listing in listings]
     absent = []
     for listing, is_lacking in zip(listings, lacking):
@@ -100,7 +114,7 @@ def missing_here(listings: list[SourceListing]) -> tuple[list[bool], list[bool]]
             with contextlib.suppress(OSError):
                 os.utime(listing.target)  # it is in use
                 _write_path_hook(os.path.dirname(listing.target))
-    return lacking, absent
+    return Answer(lacking, absent, importlib.util.find_spec(package) is not None)
 
 
 def _is_same(root: str, files: tuple[FileEntry, ...]) -> bool:

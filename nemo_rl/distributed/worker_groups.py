@@ -181,6 +181,10 @@ class RayWorkerGroup(WorkerCalls):
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
+    def kill_workers(self, ranks: Sequence[int]) -> None:
+        """Kill workers at once, and wait until they are dead."""
+        kill_and_wait([self._workers[rank] for rank in ranks])
+
     def replace_workers(self, ranks: Sequence[int]) -> list[int]:
         """Start workers anew on their bundles, with all that are tied to them; the others are not touched.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from nemo_rl import settings
 
-SOURCES_VARIABLE = settings.SOURCES.name
 _MAX_BYTES = 2**16  # of a link to a project, or of what uv notes about it
 
 

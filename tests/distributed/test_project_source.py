@@ -92,9 +92,11 @@ def test_a_host_with_nothing_but_ray_and_uv_runs_and_builds_what_the_driver_sees
                 assert worker["module"].startswith(str(users_project)) == is_drivers
                 assert worker["nemo_rl"].startswith(str(REPOSITORY)) == is_drivers
         assert [worker["has_small"] for worker in said["system"] + said["small"]] == [False, False, True, True]
+        assert len(said["checked"]) == 2
+        assert [fatal for fatal in said["checked"].values() if fatal] == []
     assert (first["built"], again["built"]) == (True, False)
-    received = "1 nodes received the source in"
-    assert (log.count(received), log_again.count(received)) == (2, 0)
+    received = f"1 nodes received the source in {users_project}"
+    assert (log.count(received), log_again.count(received)) == (1, 0)
 
 
 def _run_job(command: list[str], variables: dict[str, str], cwd: Path) -> tuple[dict[str, Any], str]:

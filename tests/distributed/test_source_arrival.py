@@ -42,19 +42,24 @@ def elsewhere(listing: SourceListing, root: Path) -> SourceListing:
 
 def test_a_node_with_the_same_files_lacks_nothing(project: Path, tmp_path: Path) -> None:
     listing = read(project).listing
-    assert missing_here([listing]) == ([False], [False])
+    assert missing_here([listing], "ray") == ([False], [False], True)
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", project, copy], check=True)
-    assert missing_here([elsewhere(listing, copy)]) == ([False], [False])
+    assert missing_here([elsewhere(listing, copy)], "ray") == ([False], [False], True)
     (copy / "mine" / "__init__.py").write_text("SAYS = 'late'\n")  # as many bytes
-    assert missing_here([elsewhere(listing, copy)]) == ([True], [True])
+    assert missing_here([elsewhere(listing, copy)], "ray") == ([True], [True], True)
+
+
+def test_a_node_says_whether_its_own_python_finds_the_package(project: Path) -> None:
+    listing = read(project).listing
+    assert missing_here([listing], "nobody_has_this") == ([False], [False], False)
 
 
 def test_what_arrives_is_the_same_and_is_found_before_older_files(project: Path, tmp_path: Path) -> None:
     source = read(project)
     there = elsewhere(source.listing, tmp_path / "nothing")
     unpack_here(there, _archive(source))
-    assert missing_here([there]) == ([True], [False])
+    assert missing_here([there], "ray") == ([True], [False], True)
     target = Path(there.target)
     assert os.access(target / "run.sh", os.X_OK)
     assert (target / "mine" / "__init__.py").stat().st_mode & 0o022 == 0
@@ -75,9 +80,9 @@ def test_a_damaged_source_is_replaced(project: Path, tmp_path: Path) -> None:
     unpack_here(there, _archive(source))
     unpack_here(there, _archive(source))  # another job was quicker: nothing to do
     (Path(there.target) / "mine" / "__init__.py").write_text("")
-    assert missing_here([there]) == ([True], [True])
+    assert missing_here([there], "ray") == ([True], [True], True)
     unpack_here(there, _archive(source))
-    assert missing_here([there]) == ([True], [False])
+    assert missing_here([there], "ray") == ([True], [False], True)
     assert sorted(path.name for path in Path(there.target).parent.iterdir()) == [Path(there.target).name, "path"]
 
 

@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.cli import app
+from nemo_rl.cli.app import app
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.utils.config import load_config
 

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from nemo_rl import settings
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.cli import app
+from nemo_rl.cli.app import app
 from nemo_rl.jobs.curate_math import CurateConfig
 from nemo_rl.utils.config import ConfigModel, OpenSection, _section
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from nemo_rl.cli.cluster_checks import check_nodes
 from nemo_rl.distributed.node_venvs import ensure_venv_on_node
 from nemo_rl.distributed.nodes import alive_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import register_actor_environment
@@ -33,8 +34,12 @@ def main(project: str, num_hosts: int) -> None:
     cluster.shutdown()
     here = ray.get_runtime_context().get_node_id()
     other = next(node.node_id for node in alive_nodes() if node.node_id != here)
+    checked = {
+        node.node_id: [f"{check.name}: {check.found}" for check in node.checks if check.state == "fatal"]
+        for node in check_nodes()
+    }
     entry = ensure_venv_on_node(other, f"uv run --locked --project {project}", "mine.Project")
-    print(json.dumps({**said, "here": here, "built": entry.built}))
+    print(json.dumps({**said, "here": here, "built": entry.built, "checked": checked}))
     ray.shutdown()
 
 
