@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import packaging
@@ -10,8 +13,9 @@ import pytest
 import ray
 from sample_stages import AddOne, PackagingVersion, batches
 
-from nemo_rl.errors import ClusterError, RuntimeEnvError, VenvBuildError
+from nemo_rl.errors import ClusterError, RuntimeEnvError, UnknownExtraError, VenvBuildError
 from nemo_rl.pipelines import DocumentBatch, Executor, Pipeline, ProcessingStage, RayActorPoolExecutor
+from nemo_rl.venvs.installer import find_uv
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -41,6 +45,33 @@ def test_only_the_difference_is_on_disk_and_equal_lists_share_it(shared_venvs: P
     assert size < 5 * 2**20
     installed = {path.name for path in Path(prefix).glob("lib/*/site-packages/*.dist-info")}
     assert installed == {"packaging-24.0.dist-info"}
+
+
+def test_a_stage_in_the_python_of_another_project(tmp_path: Path) -> None:
+    """What a `py_executable` names is that project's lock and extra, not the base with something laid over it."""
+    with_worker = [f"{name}=={metadata.version(name)}" for name in ("ray", "pandas", "pyarrow")]
+    (tmp_path / "pyproject.toml").write_text(
+        f"""
+        [project]
+        name = "other"
+        version = "1.0"
+        requires-python = ">=3.11"
+        dependencies = {with_worker}
+        [project.optional-dependencies]
+        older = ["packaging==24.2"]
+        """
+    )
+    subprocess.run([find_uv(), "lock", "--quiet", "--python", sys.executable], cwd=tmp_path, check=True)
+    other = {"py_executable": f"uv run --locked --project {tmp_path} --extra older"}
+    stages = [PackagingVersion().with_(name="base"), PackagingVersion().with_(name="other", runtime_env=other)]
+    (task,) = Pipeline("p", stages=stages).run(RayActorPoolExecutor(), batches(1))
+    frame = task.to_pandas()
+    assert set(frame["base"]) == {packaging.__version__}
+    assert set(frame["other"]) == {"24.2"}
+    assert set(frame["base python"]) == {sys.prefix}
+    unknown = PackagingVersion().with_(runtime_env={"py_executable": other["py_executable"] + "r"})
+    with pytest.raises(UnknownExtraError, match=r"(?s)stage 'PackagingVersion'.*'olderr'.*older"):
+        Pipeline("p", stages=[unknown]).run(RayActorPoolExecutor(), batches(1))
 
 
 class Never(ProcessingStage[DocumentBatch, DocumentBatch]):
