@@ -11,15 +11,16 @@ math problems (`examples/run_curate_math.py`) takes raw input, all its stages to
 
 | case | what it is |
 | --- | --- |
-| actor pool, ray data | our executors; lists by pip and by uv |
+| actor pool, ray data, xenna | our executors; lists by pip and by uv. Xenna where the extra `xenna` is installed |
 | ray pip, ray uv | actors with Ray's own `runtime_env`, one per version, called one after another |
-| curation, 1 core; curation, 2 cores | the job on a messy sample of `--lines`, pinned to cores |
 | plain ray data | `map_batches` with actors on the same 2,000 rows |
+| curation, 1 core; curation, 2 cores | the job on a messy sample of `--lines`, pinned to cores |
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -30,7 +31,8 @@ import harness
 from harness import Case, Metrics, Ratio
 
 CURATION = {"curation, 1 core": 1, "curation, 2 cores": 2}
-CASES = ("actor pool", "ray data", "ray pip", "ray uv", "plain ray data", *CURATION)
+OURS = ("actor pool", "ray data", "xenna")
+CASES = (*OURS, "ray pip", "ray uv", "plain ray data", *CURATION)
 SESSION = Path(__file__).with_name("pipelines_session.py")
 
 
@@ -39,6 +41,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--lines", type=int, default=20_000, help="raw problems of the curation (default: 20000)")
     arguments = parser.parse_args()
+    notes = [f"the curation reads {arguments.lines:,} lines"] if set(CURATION) & set(arguments.cases) else []
+    if "xenna" in arguments.cases and importlib.util.find_spec("cosmos_xenna") is None:
+        arguments.cases = [name for name in arguments.cases if name != "xenna"]
+        notes.append("xenna is skipped: cosmos-xenna is not installed here (`uv sync --extra xenna`)")
+        if not arguments.cases:
+            parser.exit(message=f"{notes[-1]}\n")
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
         rival_python = python_with_pip(Path(scratch)) if "ray pip" in arguments.cases else sys.executable
         cases = [
@@ -46,7 +54,7 @@ def main() -> None:
             for name in arguments.cases
         ]
         results = harness.measure(cases, repeats=arguments.repeats)
-    ours = [name for name in ("actor pool", "ray data") if name in arguments.cases]
+    ours = [name for name in OURS if name in arguments.cases]
     rivals = [name for name in ("ray pip", "ray uv") if name in arguments.cases]
     ratios = [
         Ratio(metric, name, rival, at_most=0.2 if metric == "first" and rival == "ray pip" else None)
@@ -59,7 +67,6 @@ def main() -> None:
     ratios += [Ratio("2000 tasks", name, "plain ray data") for name in ours if "plain ray data" in arguments.cases]
     if set(CURATION) <= set(arguments.cases):
         ratios.append(Ratio("GB/h", "curation, 2 cores", "curation, 1 core"))
-    notes = [f"the curation reads {arguments.lines:,} lines"] if set(CURATION) & set(arguments.cases) else []
     harness.report("pipelines", results, ratios, arguments.json, title="seconds, where not said", notes=notes)
 
 

@@ -44,12 +44,22 @@ def megabytes_per_venv(directory: Path) -> float:
 
 def ours(executor: str, part: str) -> dict[str, float]:
     from nemo_rl.distributed.ray_session import init_ray
-    from nemo_rl.pipelines import FunctionStage, Pipeline, RayActorPoolExecutor, RayDataExecutor, Task
+    from nemo_rl.pipelines import (
+        FunctionStage,
+        Pipeline,
+        RayActorPoolExecutor,
+        RayDataExecutor,
+        Resources,
+        Task,
+        XennaExecutor,
+    )
 
     init_ray()
-    chosen = {"actor pool": RayActorPoolExecutor, "ray data": RayDataExecutor}[executor]
+    chosen = {"actor pool": RayActorPoolExecutor, "ray data": RayDataExecutor, "xenna": XennaExecutor}[executor]
+    # Xenna counts CPUs itself, and starts only what all has room at the same time.
+    options = {"resources": Resources(cpus=0.5)} if executor == "xenna" else {}
     fields = [None, {"pip": [VERSIONS["23.2"]]}, {"uv": [VERSIONS["24.0"]]}]
-    stages = [FunctionStage(version_seen, name=str(i), runtime_env=env) for i, env in enumerate(fields)]
+    stages = [FunctionStage(version_seen, name=str(i), runtime_env=env, **options) for i, env in enumerate(fields)]
 
     def three_versions() -> None:
         (task,) = Pipeline("versions", stages=stages).run(chosen(), [Task("t", "d", {})])
@@ -59,7 +69,7 @@ def ours(executor: str, part: str) -> dict[str, float]:
     if part == "first":
         seconds["second"] = timed(three_versions)
         seconds["MB per venv"] = megabytes_per_venv(Path(os.environ["NEMO_RL_VENV_DIR"]))
-        adding = [FunctionStage(add_one, name=f"add{i}") for i in range(3)]
+        adding = [FunctionStage(add_one, name=f"add{i}", **options) for i in range(3)]
         tasks = [Task(str(i), "d", i) for i in range(NUM_TASKS)]
         seconds["2000 tasks"] = timed(lambda: Pipeline("adding", stages=adding).run(chosen(), tasks))
     return seconds

@@ -127,7 +127,9 @@ class ProcessingStage(Generic[In, Out]):
     def process_batch(self, tasks: list[In]) -> list[Any]:
         """Turn up to `batch_size` tasks into a list with one entry per task, each what `process` may return.
 
-        A list of another length is taken as the results of the batch as a whole.
+        A list of another length is taken as the results of the batch as a whole, in a run with neither a `run_dir` nor
+        a `GatherStage`. Those must know of every task when it is done, which nobody could say of one that is in a
+        result together with others: they end with a `StageOutputError`. A `GatherStage` may make one task of many.
         """
         return [self.process(task) for task in tasks]
 
