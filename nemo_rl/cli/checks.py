@@ -254,9 +254,9 @@ def check_shared_filesystem() -> Check:
     mounts = [part for part in psutil.disk_partitions(all=True) if there.is_relative_to(part.mountpoint)]
     kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown"
     shared = kind in _SHARED
-    found = f"{path} is on {kind}, " + (
-        "which nodes share: each venv is built once" if shared else "local: each node builds"
-    )
+    is_given = settings.VENV_SPREAD.get() == "auto"
+    apart = "local: nodes give venvs to one another" if is_given else "local: each node builds"
+    found = f"{path} is on {kind}, " + ("which nodes share: each venv is built once" if shared else apart)
     if os.access(there, os.W_OK):
         probe = there / f".lock-{os.getpid()}-{os.urandom(4).hex()}"
         try:

@@ -200,7 +200,8 @@ def _known(roots: Sequence[str]) -> list[_Source]:
 def _read(root: str) -> _Source | None:
     try:
         tree = collect(Path(root))
-        files = tuple(_entry(tree.root / file.path, file.path) for file in tree.files)
+        is_hashed = tree.num_bytes <= _limit_bytes()  # nobody waits until gigabytes are read that may not travel
+        files = tuple(_entry(tree.root / file.path, file.path, is_hashed) for file in tree.files)
     except (ConfigError, OSError) as error:
         logger.warning("nodes that lack the source in %s are not given it: %s", root, error)
         return None
@@ -209,10 +210,15 @@ def _read(root: str) -> _Source | None:
     return _Source(tree, SourceListing(root, str(settings.venv_dir() / ".source" / digest), files))
 
 
-def _entry(path: Path, name: str) -> FileEntry:
-    content, status = path.read_bytes(), path.stat()
+def _entry(path: Path, name: str, is_hashed: bool) -> FileEntry:
+    status = path.stat()
     stamp = (status.st_ino, status.st_mtime_ns)
-    return FileEntry(name, len(content), hashlib.sha256(content).hexdigest(), os.access(path, os.X_OK), stamp)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if is_hashed else ""
+    return FileEntry(name, status.st_size, sha256, os.access(path, os.X_OK), stamp)
+
+
+def _limit_bytes() -> int:
+    return settings.SOURCE_MAX_MB.get() * 10**6
 
 
 # --- to the nodes -----------------------------------------------------------------------------------------------------
@@ -281,13 +287,13 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
 
 
 def _archive(source: _Source) -> bytes:
-    limit = settings.SOURCE_MAX_MB.get()
-    if source.tree.num_bytes > limit * 10**6:
+    if source.tree.num_bytes > _limit_bytes():
         largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_NAMED))
         raise SpreadError(
             f"the source in {source.listing.root} has {source.tree.num_bytes / 1e6:.1f} MB in "
-            f"{len(source.tree.files)} tracked files, more than NEMO_RL_SOURCE_MAX_MB={limit} allows to be sent to "
-            f"nodes that lack it. Its largest: {largest}. Stop tracking what is no source, or raise the limit."
+            f"{len(source.tree.files)} tracked files, more than "
+            f"NEMO_RL_SOURCE_MAX_MB={settings.SOURCE_MAX_MB.get()} allows to be sent to nodes that lack it. Its "
+            f"largest: {largest}. Stop tracking what is no source, or raise the limit."
         )
     with tempfile.TemporaryDirectory(prefix="nemo_rl-source-") as folder:
         path = Path(folder) / "source.zip"

@@ -65,7 +65,7 @@ class FileEntry(NamedTuple):
 
     Attributes:
         path: below the directory, with `/`.
-        num_bytes, sha256: of its content.
+        num_bytes, sha256: of its content; no hash, and sizes decide, in a source that is too large to be sent.
         is_executable: whether its owner may run it.
         stamp: inode and time of its last change where the driver sees it: equal where it is the very same file.
     """
@@ -124,7 +124,8 @@ def _is_same(root: str, files: tuple[FileEntry, ...]) -> bool:
             found = os.stat(path)
             if found.st_size != file.num_bytes:
                 return False
-            if (found.st_ino, found.st_mtime_ns) != file.stamp and _sha256_of(path) != file.sha256:
+            is_very_same = (found.st_ino, found.st_mtime_ns) == file.stamp
+            if not is_very_same and file.sha256 and _sha256_of(path) != file.sha256:
                 return False
     except OSError:
         return False

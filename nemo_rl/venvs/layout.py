@@ -10,6 +10,7 @@
         <digest16>.lock                                  build lock; says who holds it
         .resolved/<key>.json                             what a spec resolved to
         .arriving/<digest16>.<key>/                      chunks of a venv that comes from another node
+      .source/<digest16>/                                source that came from the driver (`distributed.project_source`)
       .logs/<digest16>-<time>-<nonce>.log                full output of a build
 """
 

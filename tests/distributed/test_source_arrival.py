@@ -111,6 +111,12 @@ def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypat
     monkeypatch.setenv("NEMO_RL_SOURCE_MAX_MB", "1")
     with pytest.raises(SpreadError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
         _archive(read(project))
+    assert missing_here([read(project).listing], "ray").lacking == [False]
+    copy = project.with_name("copy")
+    subprocess.run(["cp", "-r", project, copy], check=True)
+    assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [False]
+    (copy / "weights.bin").write_bytes(b"")
+    assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [True]
 
 
 def test_the_source_of_a_directory_is_the_project_around_it(tmp_path: Path) -> None:
