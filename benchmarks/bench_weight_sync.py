@@ -3,15 +3,15 @@
     uv run benchmarks/bench_weight_sync.py                         # 0.1 B parameters in float32
     uv run benchmarks/bench_weight_sync.py --parameters 0.1 0.5 1.5 --dtype bfloat16
 
-The tensors have the shapes of a Llama. `sync` is all of a sync, `publish` and `load` are its halves: the policy
-publishes (one copy into the transport's memory, with the cast and the digest on the way), and the generator does one of
-two things.
+The tensors have the shapes of a Llama. The policy copies them into the transport's memory, with the cast and the digest
+on the way, and the generator does one of two things: it multiplies with that memory (in place: the torch backend), or
+copies it into memory of its own (vLLM); either computes the digest over what it multiplies with.
 
-| case | what the generator does |
+| case | how |
 | --- | --- |
-| in place (the torch backend) | maps what was published, multiplies with that, and computes the digest over it |
-| own memory (vLLM) | copies it into memory of its own, and computes the digest over that |
-| own memory, Ray | the same through Ray's object store, as between nodes |
+| streamed, in place / own memory | both sides at once, bucket by bucket: synchronous training on one node |
+| published, in place / own memory | first one side, then the other: asynchronous training |
+| published, own memory, Ray | the same through Ray's object store, as between nodes |
 | copy | one plain copy of as many bytes by one thread: the least that handing weights over can cost |
 
 Each side computes with as many threads as the machine has cores, as the workers of a job do.
@@ -35,9 +35,11 @@ VOCABULARY = 32_000
 DTYPES = ("float32", "bfloat16")
 GIGA = 1e9
 CASES = [
-    ("in place", "shared_memory", False),
-    ("own memory", "shared_memory", True),
-    ("own memory, Ray", "ray", True),
+    ("streamed, in place", None, False),
+    ("streamed, own memory", None, True),
+    ("published, in place", "shared_memory", False),
+    ("published, own memory", "shared_memory", True),
+    ("published, own memory, Ray", "ray", True),
 ]
 
 
@@ -55,29 +57,34 @@ def main() -> None:
         size = ray.get(policy.num_bytes.remote(arguments.dtype))
         name = f"{billions} B"
         for label, transport, copies in CASES:
-            case = functools.partial(sync, policy, generator, arguments.dtype, size, transport, copies)
+            hand_over = stream if transport is None else functools.partial(publish, transport=transport)
+            case = functools.partial(sync, hand_over, policy, generator, arguments.dtype, size, copies)
             cases.append(Case(f"{name}: {label}", case))
         cases.append(Case(f"{name}: copy", lambda g=generator, n=size: {"sync GB/s": ray.get(g.copy.remote(n))}))
         ratios += [
-            Ratio("sync GB/s", f"{name}: {label}", f"{name}: copy", at_least=0.7 if transport != "ray" else None)
+            Ratio("sync GB/s", f"{name}: {label}", f"{name}: copy", at_least=0.7 if transport is None else None)
             for label, transport, _ in CASES
         ]
     results = harness.measure(cases, repeats=arguments.repeats, warmups=2)
     harness.report("weight_sync", results, ratios, arguments.json, title=f"gigabytes per second, {arguments.dtype}")
 
 
-def sync(policy: Any, generator: Any, dtype: str, num_bytes: int, transport: str, copies: bool) -> Metrics:
+def sync(hand_over: Any, policy: Any, generator: Any, dtype: str, num_bytes: int, copies: bool) -> Metrics:
     """One sync, as the driver of a job does it."""
     started = time.perf_counter()
+    hand_over(policy, generator, dtype, copies)
+    return {"sync GB/s": num_bytes / (time.perf_counter() - started) / GIGA}
+
+
+def publish(policy: Any, generator: Any, dtype: str, copies: bool, *, transport: str) -> None:
     update = ray.get(policy.publish.remote(dtype, transport))
-    published = time.perf_counter()
     ray.get(generator.load.remote(update, copies))
-    ended = time.perf_counter()
-    return {
-        "sync GB/s": num_bytes / (ended - started) / GIGA,
-        "publish GB/s": num_bytes / (published - started) / GIGA,
-        "load GB/s": num_bytes / (ended - published) / GIGA,
-    }
+
+
+def stream(policy: Any, generator: Any, dtype: str, copies: bool) -> None:
+    begun = ray.get(policy.begin.remote())
+    sent = policy.send.remote(begun, dtype)
+    ray.get([generator.load.remote(begun, copies), sent])
 
 
 def llama_tensors(billions: float) -> list[tuple[str, torch.Tensor]]:
@@ -111,9 +118,22 @@ class Sender:
         self._tensors = llama_tensors(billions)
         self._version = 0
         self._senders: dict[str, Any] = {}
+        self._streamer: Any = None
 
     def num_bytes(self, dtype: str) -> int:
         return sum(tensor.numel() for _, tensor in self._tensors) * getattr(torch, dtype).itemsize
+
+    def begin(self) -> Any:
+        from nemo_rl.models.weights.interfaces import WeightStream
+        from nemo_rl.models.weights.stream import WeightStreamer
+
+        self._version += 1
+        self._streamer = self._streamer or WeightStreamer()
+        address, key = self._streamer.endpoint()
+        return WeightStream(self._version, "shared_memory", address, key, self._version, 0)
+
+    def send(self, begun: Any, dtype: str) -> None:
+        self._streamer.send(self._tensors, version=begun.version, dtype=dtype, stream=begun.stream, receivers=[0])
 
     def publish(self, dtype: str, transport: str) -> Any:
         from nemo_rl.models.weights.sender import WeightSender
@@ -132,25 +152,28 @@ class Receiver:
         self._own: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
 
-    def load(self, update: Any, copies: bool) -> str:
-        from nemo_rl.models.weights.digest import check_digest, digest_tensors
+    def load(self, update: Any, copies: bool) -> None:
+        from nemo_rl.models.weights.digest import check_digest
         from nemo_rl.models.weights.receiver import receive
 
-        weights = dict(receive(update, verify=False))
+        weights = receive(update, verify=False, keeps=not copies)
         if copies:
-            for name, tensor in weights.items():
-                if name not in self._own:
-                    self._own[name] = torch.empty_like(tensor)
-                self._own[name].copy_(tensor)
-            weights = self._own
+            named = self._copied(weights)
         else:
-            self._views = weights
-        digest = digest_tensors(weights.items())
-        check_digest(version=update.version, expected=update.digest, found=digest, where="the receiver")
-        return digest
+            self._views = dict(weights)
+            named = list(self._views.items())
+        digest = weights.digest_of(named)
+        check_digest(version=update.version, expected=weights.digest, found=digest, where="the receiver")
+
+    def _copied(self, weights: Any) -> list[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name not in self._own:
+                self._own[name] = torch.empty_like(tensor)
+            self._own[name].copy_(tensor)
+        return list(self._own.items())
 
     def copy(self, num_bytes: int) -> float:
-        source, target = (np.zeros(num_bytes, np.uint8) for _ in range(2))
+        source, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
         np.copyto(target, source)
         return num_bytes / harness.timed(lambda: np.copyto(target, source)) / GIGA
 

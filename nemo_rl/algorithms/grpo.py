@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.interfaces import GenerationInterface
     from nemo_rl.models.policy.interfaces import PolicyInterface
-    from nemo_rl.models.weights.interfaces import WeightUpdate
+    from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
     from nemo_rl.utils.checkpoint import Checkpoint, CheckpointStore
 
 
@@ -159,10 +159,12 @@ class GRPO:
             return seconds
         return {**seconds, "wait_for_rollout": waited, **{f"rollout/{name}": s for name, s in of_rollout.items()}}
 
-    def _publish_weights(self, version: int) -> WeightUpdate:
+    def _publish_weights(self, version: int) -> WeightUpdate | WeightOffer:
         with self.timer.phase("weight_sync"):
             precision = self.config.policy.generation.precision or self.config.policy.precision
-            return self.policy.publish_weights(version, precision)
+            if self.config.grpo.max_trajectory_age == 0:
+                return self.policy.offer_weights(version, precision)
+            return self.policy.publish_weights(version, precision)  # the policy trains on while they are loaded
 
     def _add_logprobs(self, batch: BatchedDataDict, step: int, age: int) -> dict[str, float]:
         """Add the policy's log-probabilities where the loss needs them, and check the generator's against them.

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationInterface
-    from nemo_rl.models.weights.interfaces import WeightUpdate
+    from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 ResultT = TypeVar("ResultT")
-Publish = Callable[[int], "WeightUpdate"]
+Publish = Callable[[int], "WeightUpdate | WeightOffer"]
 
 
 class PromptLoader(Protocol):
@@ -187,13 +187,13 @@ class RolloutPipeline:
     def _run(self, job: Callable[[], ResultT]) -> Future[ResultT]:
         return _done(job()) if self._thread is None else self._thread.submit(job)
 
-    def _hand_over(self, version: int, publish: Publish) -> WeightUpdate | None:
+    def _hand_over(self, version: int, publish: Publish) -> WeightUpdate | WeightOffer | None:
         if self._handed_over == version:
             return None
         self._handed_over = version
         return publish(version)
 
-    def _make(self, step: int, version: int, update: WeightUpdate | None) -> StepRollout:
+    def _make(self, step: int, version: int, update: WeightUpdate | WeightOffer | None) -> StepRollout:
         timer = Timer()
         problems = self._loader.next_batch(self._config.num_prompts_per_step)
         if problems is None:
@@ -218,7 +218,7 @@ class RolloutPipeline:
     def _is_rolling_out(self) -> bool:
         return any(not future.done() for future in self._ahead)
 
-    def _serve(self, update: WeightUpdate | None, timer: Timer, *, in_flight: bool = False) -> None:
+    def _serve(self, update: WeightUpdate | WeightOffer | None, timer: Timer, *, in_flight: bool = False) -> None:
         """Bring generation to the weights of `update`; both sides must report the same digest."""
         if update is None:
             return

@@ -79,12 +79,15 @@ class Backend(Generic[OptionsT]):
         options: the section that its options are checked against.
         cpu_py_executable: a Python for nodes without GPUs, instead of the registered one, which it `replaces`.
         replaces: what must be registered for it; a user who registered another Python gets that one everywhere.
+        streams_weights: its workers can send a stream of weights (`send_weights`, `weight_endpoint`), or of generation
+            workers: their `update_weights` takes a `WeightStream` too, as `receive` does.
     """
 
     fqn: str
     options: type[OptionsT]
     cpu_py_executable: str | None = None
     replaces: str | None = None
+    streams_weights: bool = False
 
     def py_executable_override(self, chosen: str | None, *, use_gpus: bool) -> str | None:
         """What to give `RayWorkerBuilder`: the configuration's choice, that for nodes without GPUs, or None."""

@@ -46,6 +46,9 @@ class FakePolicy:
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
         return WeightUpdate(version, "fake", (), digest=repr(self.skill))
 
+    def offer_weights(self, version: int, dtype: str) -> WeightUpdate:
+        return self.publish_weights(version, dtype)
+
     def save_checkpoint(self, directory: Path) -> None:
         directory.mkdir()
         (directory / "skill").write_text(repr(self.skill))

@@ -4,7 +4,7 @@
 
     prompts ──consecutive parts──► one replica each ──► results joined in the order of the prompts,
                                                         or handed over piece by piece as they come (`stream`)
-    WeightUpdate ──to all────────► digests of the workers' own memory, compared with the sender's
+    weights ───────to all────────► digests of the workers' own memory, compared with the sender's
 
 A replica is one worker, or a tied group of workers that hold one copy of the model together and all get its prompts.
 `replicas` says what happens when one of them dies.
@@ -28,12 +28,12 @@ from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.models.generation.replicas import Replicas
 from nemo_rl.models.generation.results import join
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
-from nemo_rl.models.weights.interfaces import WeightUpdate
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.models.generation.config import SamplingConfig
+    from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 
 class Generation(GenerationInterface):
@@ -137,7 +137,7 @@ class Generation(GenerationInterface):
         how = {"seed": seed, "num_generations": num_generations, "greedy": greedy, "sampling": sampling}
         return self._replicas.run(method, prompts, how)
 
-    def update_weights(self, update: WeightUpdate, *, in_flight: bool = False) -> str:
+    def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:
         return self._replicas.update_weights(update, in_flight=in_flight)
 
     def sleep(self, level: int = 1) -> None:

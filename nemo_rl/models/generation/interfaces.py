@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.models.generation.config import SamplingConfig
-    from nemo_rl.models.weights.interfaces import WeightUpdate
+    from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class GenerationInterface(ABC):
         yield list(range(len(prompts["input_lengths"]))), result
 
     @abstractmethod
-    def update_weights(self, update: WeightUpdate, *, in_flight: bool = False) -> str:
+    def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:
         """Load published weights on every worker; returns the digest computed over the workers' own memory.
 
         Args:
-            update: what the policy published.
+            update: what the policy published or offers.
             in_flight: do not wait for the end of calls that are under way, where the generator can: completions then go
                 on with the new weights, and each token's log-probability is that of the weights that drew it.
 

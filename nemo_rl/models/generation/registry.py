@@ -11,13 +11,16 @@ from nemo_rl.models.generation.vllm.config import VllmOptions
 
 BACKENDS: dict[str, Backend[GenerationOptions]] = {
     "torch": Backend(
-        "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker", GenerationOptions
+        "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker",
+        GenerationOptions,
+        streams_weights=True,
     ),
     "vllm": Backend(
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker",
         VllmOptions,
         cpu_py_executable=PY_EXECUTABLES.VLLM_CPU,
         replaces=PY_EXECUTABLES.VLLM,
+        streams_weights=True,
     ),
 }
 

@@ -30,12 +30,12 @@ from nemo_rl.errors import NodeLostError
 from nemo_rl.models.generation.replica_layout import even_parts
 from nemo_rl.models.generation.results import select
 from nemo_rl.models.weights.digest import check_digest
+from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.worker_groups import RayWorkerGroup
     from nemo_rl.models.generation.interfaces import GenerationResult
-    from nemo_rl.models.weights.interfaces import WeightUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Replicas:
         self._size = size
         self._restarts_left = max_restarts
         self._lives = dict.fromkeys(range(workers.world_size // size), 0)  # of those that there are
-        self._update: WeightUpdate | None = None
+        self._update: WeightUpdate | WeightOffer | None = None
         self._changing = threading.RLock()  # held while weights are loaded or a replica is replaced
 
     def run(
@@ -105,24 +105,81 @@ class Replicas:
         send = functools.partial(self._send, method, prompts, how)
         return self._pieces(send(0, len(prompts["input_lengths"])), send, how["num_generations"])
 
-    def update_weights(self, update: WeightUpdate, *, in_flight: bool) -> str:
+    def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool) -> str:
         """Load weights on every replica. Raises `WeightSyncError` when one has not got what was sent."""
         with self._changing:
             self._update = update
             # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
-            method = "update_weights_in_flight" if in_flight and self._size == 1 else "update_weights"
-            for replica, life, references in self._call_each(method, update=ray.put(update)):
-                try:
-                    self._check_digests(update, references)
-                except WORKER_DEATHS as error:
-                    self._replace(replica, life, error)
+            self._load("update_weights_in_flight" if in_flight and self._size == 1 else "update_weights", self._lives)
         return update.digest
 
-    def _check_digests(self, update: WeightUpdate, references: Mapping[Reference, int]) -> None:
-        # All at once: of ranks that hold a model together, the others wait for one that is dead.
-        for digest, rank in zip(ray.get(list(references)), references.values(), strict=True):
+    def _load(self, method: str, lives: Mapping[int, int]) -> None:
+        """Load the weights on replicas; those that turn out to be dead are replaced, and get them too."""
+        assert self._update is not None
+        if isinstance(self._update, WeightUpdate):
+            dead = self._load_published(self._update, method, lives)
+        else:
+            dead = self._load_streamed(self._update, method, lives)
+        for replica, error in dead.items():
+            self._replace(replica, lives[replica], error)
+
+    def _load_published(self, update: WeightUpdate, method: str, lives: Mapping[int, int]) -> dict[int, RayError]:
+        dead: dict[int, RayError] = {}
+        shared = ray.put(update)
+        calls = [(replica, self._call(replica, method, update=shared)) for replica in lives]
+        for replica, references in calls:
+            try:
+                # All at once: of ranks that hold a model together, the others wait for one that is dead.
+                digests = dict(zip(references.values(), ray.get(list(references)), strict=True))
+            except WORKER_DEATHS as error:
+                dead[replica] = error
+            else:
+                self._check_digests(update.version, update.digest, digests)
+        return dead
+
+    def _load_streamed(self, offer: WeightOffer, method: str, lives: Mapping[int, int]) -> dict[int, RayError]:
+        ranks = [rank for replica in lives for rank in self._ranks(replica)]
+        streams = dict(zip(ranks, offer.open(ranks), strict=True))
+        call = self.workers.run_single_worker_single_data
+        rank_of = {call(method, worker_idx=rank, update=streams[rank]): rank for rank in ranks}
+        waiting = {*rank_of, *offer.references}
+        digests: dict[int, str] = {}
+        dead: dict[int, RayError] = {}
+        failed: RayError | None = None
+        while waiting:
+            [ready], _ = ray.wait(list(waiting), num_returns=1)
+            waiting.discard(ready)
+            rank = rank_of.get(ready)
+            try:
+                answer = ray.get(ready)
+                if rank is not None:
+                    digests[rank] = answer
+            except RayError as error:
+                if rank is None:
+                    break  # the sender: `finish` raises its error
+                if not isinstance(error, WORKER_DEATHS):
+                    failed = error  # if because the stream ended too early, `finish` says why it did
+                    offer.leave(streams[rank])
+                    continue
+                # Who holds a model together with it waits for it. Nobody waits for them once they are dead too.
+                replica = rank // self._size
+                dead.setdefault(replica, error)
+                mates = self._ranks(replica)
+                self.workers.kill_workers(mates)
+                for mate in mates:
+                    offer.leave(streams[mate])
+        digest = offer.finish()
+        if failed is not None:
+            raise failed
+        self._check_digests(
+            offer.version, digest, {rank: own for rank, own in digests.items() if rank // self._size not in dead}
+        )
+        return dead
+
+    def _check_digests(self, version: int, expected: str, digests: Mapping[int, str]) -> None:
+        for rank, digest in digests.items():
             where = self.workers.describe_worker(rank)
-            check_digest(version=update.version, expected=update.digest, found=digest, where=where)
+            check_digest(version=version, expected=expected, found=digest, where=where)
 
     def call_all(self, method: str, *, on_new: bool = True, **kwargs: Any) -> dict[int, Any]:
         """Call a method on every worker there is, and replace those that turn out to be dead.
@@ -223,10 +280,7 @@ class Replicas:
             self._lives[replica] += 1
             logger.warning("%s. It was started anew; that may happen %d more times.", death, self._restarts_left)
             if self._update is not None:
-                try:
-                    self._check_digests(self._update, self._call(replica, "update_weights", update=self._update))
-                except WORKER_DEATHS as again:
-                    self._replace(replica, self._lives[replica], again)
+                self._load("update_weights", {replica: self._lives[replica]})
 
 
 def _unseen(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationResult
-    from nemo_rl.models.weights.interfaces import WeightUpdate
+    from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 
 
 class Generator(Protocol):
@@ -21,7 +21,7 @@ class Generator(Protocol):
 
     version: int | None
 
-    def update_weights(self, update: WeightUpdate) -> str: ...
+    def update_weights(self, update: WeightUpdate | WeightStream) -> str: ...
 
     def generate(
         self,
@@ -45,7 +45,7 @@ class GenerationWorkerBase(ABC):
     """A worker that completes each batch as a whole and keeps its memory; subclasses override what they do better."""
 
     @abstractmethod
-    def update_weights(self, update: WeightUpdate) -> str:
+    def update_weights(self, update: WeightUpdate | WeightStream) -> str:
         """Load published weights; returns the digest over the memory that this worker computes with.
 
         Raises:
@@ -86,7 +86,7 @@ class GenerationWorkerBase(ABC):
         )
         yield list(range(first_prompt, first_prompt + len(prompts["input_lengths"]))), result
 
-    def update_weights_in_flight(self, update: WeightUpdate) -> str:
+    def update_weights_in_flight(self, update: WeightUpdate | WeightStream) -> str:
         """`update_weights`, after the call that is under way."""
         return self.update_weights(update)
 
@@ -109,7 +109,7 @@ class GeneratorWorker(GenerationWorkerBase, Generic[GeneratorT]):
 
     _generator: GeneratorT
 
-    def update_weights(self, update: WeightUpdate) -> str:
+    def update_weights(self, update: WeightUpdate | WeightStream) -> str:
         """Load published weights; the digest over this worker's memory. See the engine's `update_weights`."""
         return self._generator.update_weights(update)
 

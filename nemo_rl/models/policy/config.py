@@ -102,7 +102,13 @@ class PolicyConfig(ConfigModel):
         description="How weights travel to generation: a name in nemo_rl.models.weights.transports.TRANSPORTS. "
         "`auto` chooses by where the workers are.",
     )
-    weight_bucket_mib: int = Field(256, ge=1, description="Weights travel in buckets of this size, in MiB.")
+    weight_bucket_mib: int = Field(256, ge=1, description="Weights are published in buckets of this size, in MiB.")
+    weight_stream_bucket_mib: int = Field(
+        8,
+        ge=1,
+        description="Weights are streamed in buckets of this size, in MiB: with synchronous training on one node. "
+        "Small ones stay in the processor's cache on their way.",
+    )
 
     @field_validator("options", mode="before")
     @classmethod

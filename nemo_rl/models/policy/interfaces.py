@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-    from nemo_rl.models.weights.interfaces import WeightUpdate
+    from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 
 class LossFunction(Protocol):
@@ -99,6 +99,11 @@ class PolicyInterface(ABC):
     @abstractmethod
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
         """Make the current weights available to generation workers, cast to `dtype` ("float32", "bfloat16")."""
+
+    def offer_weights(self, version: int, dtype: str) -> WeightUpdate | WeightOffer:
+        """The same for receivers that load them before the policy trains on: they may then be sent while they are
+        loaded, which takes less memory and time. A policy that has no way to do that publishes them."""
+        return self.publish_weights(version, dtype)
 
     @abstractmethod
     def save_checkpoint(self, directory: Path) -> None:

@@ -46,10 +46,12 @@ from nemo_rl.models.policy.worker_steps import (
     count_globally,
     logprobs_by_row,
     publish_from_rank_0,
+    send_from_rank_0,
     train_on_global_batches,
 )
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
+from nemo_rl.models.weights.stream import WeightStreamer
 from nemo_rl.models.worker_process import freeze_modules
 
 
@@ -92,6 +94,7 @@ class MegatronPolicyWorker:
         self._config = config
         self._options = options
         self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
+        self._streamer = WeightStreamer(bucket_bytes=config.weight_stream_bucket_mib << 20)
         world = join_process_group(device_type=device_type, needs_collectives=True)
         if world.device.type == "cpu":
             adapt_to_cpu()
@@ -189,6 +192,22 @@ class MegatronPolicyWorker:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         tensors = self._state.served_weights()
         return publish_from_rank_0(tensors, self._grid.world.rank, self._sender, version=version, dtype=dtype)
+
+    def weight_endpoint(self) -> tuple[str, bytes]:
+        """Where receivers of streams ask for weights, and the key that lets them in; of rank 0."""
+        return self._streamer.endpoint()
+
+    def send_weights(self, version: int, dtype: str, stream: int, receivers: list[int]) -> str | None:
+        """Send the current weights from rank 0, which returns their digest; other ranks return None."""
+        return send_from_rank_0(
+            self._state.served_weights(),
+            self._grid.world.rank,
+            self._streamer,
+            version=version,
+            dtype=dtype,
+            stream=stream,
+            receivers=receivers,
+        )
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

@@ -11,6 +11,8 @@ This module imports no worker: the backend's class is named by `registry` and im
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,11 +26,15 @@ from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import DATA_PARALLEL
 from nemo_rl.models.cpu_threads import cpu_env_vars
+from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.registry import policy_backend
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.policy.weight_offer import PolicyWeights
+from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
+
+_STREAMED = "shared_memory"  # the transport whose weights can also be streamed
 
 
 class Policy(PolicyInterface):
@@ -81,6 +87,11 @@ class Policy(PolicyInterface):
             py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
+        # Publishing is for what outlives the call; where one node is all there is, weights can be sent directly.
+        generation = generation_backend(config.generation.backend)
+        self._streams = weight_transport == _STREAMED and backend.streams_weights and generation.streams_weights
+        self._num_streams = itertools.count()
+        self._offer: PolicyWeights | None = None
         self._stopped = threading.Event()
         threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
         self._starting: Future[RayWorkerGroup] = threads.submit(
@@ -120,6 +131,7 @@ class Policy(PolicyInterface):
         return in_order
 
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
+        self._end_offer()
         batch_size = self._config.train_global_batch_size or batch.size
         shards, _ = self._shard(batch, batch_size)
         local_batch_size = batch_size // self._dp_size
@@ -132,10 +144,31 @@ class Policy(PolicyInterface):
         update: WeightUpdate = next(result for result in results if result is not None)
         return update
 
+    def offer_weights(self, version: int, dtype: str) -> WeightUpdate | WeightOffer:
+        if not self._streams:
+            return self.publish_weights(version, dtype)
+        self._end_offer()
+        self._offer = PolicyWeights(
+            self._workers, self._weight_endpoint, _STREAMED, version, dtype, self._num_streams.__next__
+        )
+        return self._offer
+
+    @functools.cached_property
+    def _weight_endpoint(self) -> tuple[str, bytes]:
+        asked = self._workers.run_single_worker_single_data("weight_endpoint", worker_idx=0)
+        [endpoint] = self._workers.get_all_worker_results([asked])
+        address, key = endpoint
+        return address, key
+
+    def _end_offer(self) -> None:
+        if self._offer is not None:
+            self._offer.expire()
+
     def save_checkpoint(self, directory: Path) -> None:
         self._on_all("save_checkpoint", directory=str(directory.absolute()))
 
     def load_checkpoint(self, directory: Path) -> None:
+        self._end_offer()
         self._on_all("load_checkpoint", directory=str(directory.absolute()))
 
     def attestation(self) -> list[dict[str, Any]]:

@@ -6,8 +6,12 @@ from nemo_rl.models.backends import Backend, PolicyOptions, find_backend
 from nemo_rl.models.policy.megatron.config import MegatronOptions
 
 BACKENDS: dict[str, Backend[PolicyOptions]] = {
-    "torch": Backend("nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker", PolicyOptions),
-    "megatron": Backend("nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker", MegatronOptions),
+    "torch": Backend(
+        "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker", PolicyOptions, streams_weights=True
+    ),
+    "megatron": Backend(
+        "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker", MegatronOptions, streams_weights=True
+    ),
 }
 
 

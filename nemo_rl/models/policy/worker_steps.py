@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from nemo_rl.models.policy.microbatching import global_batches, microbatches
 from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
+from nemo_rl.models.weights.stream import WeightStreamer
 
 TrainStep = Callable[[BatchedDataDict], tuple[dict[str, float], int]]
 
@@ -79,6 +80,24 @@ def logprobs_by_row(
         result[row : row + rows, :width] = logprobs.to("cpu")
         row += rows
     return result
+
+
+def send_from_rank_0(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    rank: int,
+    streamer: WeightStreamer,
+    *,
+    version: int,
+    dtype: str,
+    stream: int,
+    receivers: Sequence[int],
+) -> str | None:
+    """Send tensors that all ranks gather together: rank 0 returns their digest, other ranks None."""
+    if rank == 0:
+        return streamer.send(tensors, version=version, dtype=dtype, stream=stream, receivers=receivers)
+    for _ in tensors:
+        pass
+    return None
 
 
 def publish_from_rank_0(

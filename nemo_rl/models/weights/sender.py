@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -51,13 +51,10 @@ class WeightSender:
         Raises:
             WeightSyncError: a name comes twice, there is no tensor at all, or dtype is unknown.
         """
-        packer = _BucketPacker(dtype_by_name(dtype), self._bucket_bytes, self._transport)
-        for name, tensor in named_tensors:
-            packer.add(name, tensor.detach())
-        buckets, digest = packer.finish()
-        if not buckets:
-            raise WeightSyncError(f"weights of version {version} hold no tensor")
-        return WeightUpdate(version, self._name, buckets, digest)
+        buckets: list[WeightBucket] = []
+        packer = BucketPacker(dtype_by_name(dtype), self._bucket_bytes, self._transport, buckets.append)
+        digest = packer.pack(named_tensors, version)
+        return WeightUpdate(version, self._name, tuple(buckets), digest)
 
 
 def publish(
@@ -72,37 +69,62 @@ def publish(
     return WeightSender(transport, bucket_bytes).publish(named_tensors, version=version, dtype=dtype)
 
 
-class _BucketPacker:
-    """Fills one bucket after the other, with a single copy (which also casts and leaves the device) per tensor."""
+class BucketPacker:
+    """Fills one bucket after the other, with a single copy (which also casts and leaves the device) per tensor.
 
-    def __init__(self, dtype: torch.dtype, bucket_bytes: int, transport: WeightTransport) -> None:
+    Args:
+        dtype: floating-point tensors are cast to it.
+        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own.
+        transport: where the buckets lie.
+        emit: takes each bucket that is full.
+        keep_modules: parameters of one module are never parted (its projections are at times multiplied with at once);
+            buckets then grow as they must.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        transport: WeightTransport,
+        emit: Callable[[WeightBucket], None],
+        *,
+        keep_modules: bool = False,
+    ) -> None:
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._transport = transport
+        self._emit = emit
+        self._keep_modules = keep_modules
         self._digest = WeightDigest()
         self._names: set[str] = set()
         self._pending: list[tuple[TensorSpec, torch.Tensor]] = []
         self._used = 0
-        self._buckets: list[WeightBucket] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def pack(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
+        """Lay all tensors out; returns the digest over them. Raises as `WeightSender.publish` does."""
+        for name, tensor in named_tensors:
+            self._add(name, tensor.detach())
+        if not self._names:
+            raise WeightSyncError(f"weights of version {version} hold no tensor")
+        if self._pending:
+            self._flush()
+        return self._digest.hexdigest()
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
         if name in self._names:
             raise WeightSyncError(f"parameter {name!r} is published twice; tied parameters are published once")
         self._names.add(name)
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         num_bytes = tensor.numel() * dtype.itemsize
         offset = math.ceil(self._used / ALIGNMENT) * ALIGNMENT
-        if self._pending and offset + num_bytes > self._bucket_bytes:
+        if self._pending and offset + num_bytes > self._bucket_bytes and not self._continues_module(name):
             self._flush()
             offset = 0
         self._pending.append((TensorSpec(name, dtype_name(dtype), tuple(tensor.shape), offset), tensor))
         self._used = offset + num_bytes
 
-    def finish(self) -> tuple[tuple[WeightBucket, ...], str]:
-        """The buckets, and the digest over all of them."""
-        if self._pending:
-            self._flush()
-        return tuple(self._buckets), self._digest.hexdigest()
+    def _continues_module(self, name: str) -> bool:
+        return self._keep_modules and _module_of(name) == _module_of(self._pending[-1][0].name)
 
     def _flush(self) -> None:
         buffer = self._transport.allocate(self._used)
@@ -114,8 +136,14 @@ class _BucketPacker:
             position = spec.offset + target.numel() * target.element_size()
         self._digest.settle()
         handle = self._transport.put(buffer)
-        self._buckets.append(WeightBucket(tuple(spec for spec, _ in self._pending), self._used, handle))
+        bucket = WeightBucket(tuple(spec for spec, _ in self._pending), self._used, handle)
         self._pending, self._used = [], 0
+        self._emit(bucket)
+
+
+def _module_of(name: str) -> str:
+    """`model.layers.0.mlp` for `model.layers.0.mlp.up_proj.weight`."""
+    return name.rsplit(".", 2)[0]
 
 
 def tensor_in(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -159,7 +159,7 @@ def _in_cluster(connection) -> None:
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, object_store_memory=128 * 1024 * 1024, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=128 * 1024 * 1024, log_to_driver=False)
     try:
         update = publish(_tensors().items(), version=5, dtype="bfloat16", bucket_bytes=600)
 

@@ -8,6 +8,7 @@ generate ──► rows in batches ──► prefill each distinct prompt once
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ from nemo_rl.models.generation.sampling import Sampler, row_uniforms
 from nemo_rl.models.generation.stop import StopRules, end_of_sequence_ids
 from nemo_rl.models.generation.torch.decoder import Decoder, PromptBatch, make_decoder
 from nemo_rl.models.generation.torch.progress import Completions, Progress
-from nemo_rl.models.weights.digest import check_digest, digest_tensors
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.digest import check_digest
+from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
 
 # Looking for ended rows waits for the device: free on a CPU, but it would drain a GPU's queue of kernels.
@@ -79,17 +80,20 @@ class TorchGenerator:
         self._stop = StopRules(self.tokenizer, stop_ids, config.stop_strings)
         self.version: int | None = None
 
-    def update_weights(self, update: WeightUpdate) -> str:
-        """Switch to published weights; the previous ones are let go. Returns the digest over this process's memory.
+    def update_weights(self, update: WeightUpdate | WeightStream) -> str:
+        """Switch to other weights; the previous ones are let go. Returns the digest over this process's memory.
 
         Raises:
             WeightSyncError: they arrived damaged or are another model's; nothing can be generated until the next
                 update succeeds.
         """
         self.version = None
-        self.decoder.load(receive(update, device=self.device, verify=False))
-        digest = digest_tensors(self.decoder.named_tensors())
-        check_digest(version=update.version, expected=update.digest, found=digest, where=self.name)
+        # On a CPU the decoder computes with the very memory that they arrive in.
+        weights = receive(update, device=self.device, verify=False, keeps=self.device.type == "cpu")
+        with contextlib.closing(weights):
+            self.decoder.load(weights)
+        digest = weights.digest_of(self.decoder.named_tensors())
+        check_digest(version=update.version, expected=weights.digest, found=digest, where=self.name)
         self.version = update.version
         return digest
 

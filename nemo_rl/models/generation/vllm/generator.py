@@ -11,6 +11,7 @@ does both.)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,9 @@ from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.draws import ROW, Draws, RowSampler
 from nemo_rl.models.generation.vllm.engine import SharedEngine
 from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
-from nemo_rl.models.generation.vllm.weights import OwnTensors, keep_plain_weights
-from nemo_rl.models.weights.digest import check_digest, digest_tensors
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.generation.vllm.weights import OwnTensors, ReadBack, keep_plain_weights
+from nemo_rl.models.weights.digest import check_digest
+from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
 
 _MIN_BATCHED_TOKENS = 8192
@@ -134,6 +135,7 @@ class VllmGenerator:
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
             raise ModelError(f"vLLM {vllm.__version__} does not take the model {model_name!r}: {error}") from error
         self._own = OwnTensors(self.engine.model)
+        self._was_read_as_a_whole = False
         self._row_sampler = _row_sampler(self.engine.worker)
         self._num_calls = 0
 
@@ -170,21 +172,29 @@ class VllmGenerator:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def update_weights(self, update: WeightUpdate) -> str:
-        """Load published weights in place. Returns the digest over the memory that the engine multiplies with.
+    def update_weights(self, update: WeightUpdate | WeightStream) -> str:
+        """Load weights in place. Returns the digest over the memory that the engine multiplies with.
+
+        That is read back bucket by bucket, as they are loaded; after the first update also once more as a whole, which
+        would find a loader that writes over what another one wrote.
 
         Raises:
             WeightSyncError: they arrived damaged, or not all of them were loaded: nothing can be generated until the
-                next update succeeds. Or they are another model's: the old ones stay.
+                next update succeeds. Or they are another model's: if they were published, the old ones stay.
         """
-        self._own.check(update)
+        if isinstance(update, WeightUpdate):
+            self._own.check([spec for bucket in update.buckets for spec in bucket.tensors])
         with self.engine.turn():
             self.version = None
-            self.engine.model.load_weights(receive(update, device=self.device, verify=False))
+            loaded = ReadBack(self._own)
+            weights = receive(update, device=self.device, verify=False, on_loaded=loaded.read)
+            with contextlib.closing(weights):
+                self.engine.model.load_weights(self._own.checked(weights))
             if not self.engine.forget_keys_and_values():
                 raise WeightSyncError(f"{self.name} still holds keys and values from before version {update.version}")
-            digest = digest_tensors(self._own.in_order_of(update))
-            check_digest(version=update.version, expected=update.digest, found=digest, where=self.name)
+            digest = loaded.digest(as_a_whole=not self._was_read_as_a_whole)
+            check_digest(version=update.version, expected=weights.digest, found=digest, where=self.name)
+            self._was_read_as_a_whole = True
             self.version = update.version
             if self._row_sampler.draws is not None:
                 self._row_sampler.draws.weights_version = update.version

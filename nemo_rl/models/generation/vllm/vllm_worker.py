@@ -19,7 +19,7 @@ from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.environment import export_vllm_variables
 from nemo_rl.models.generation.worker_base import GeneratorWorker
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.worker_process import freeze_modules, take_cpu_share
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class VllmGenerationWorker(GeneratorWorker["VllmGenerator"]):
         freeze_modules()
 
     @ray.method(concurrency_group="in_flight")
-    def update_weights_in_flight(self, update: WeightUpdate) -> str:  # type: ignore[override]
+    def update_weights_in_flight(self, update: WeightUpdate | WeightStream) -> str:  # type: ignore[override]
         """`update_weights` between two steps of the call that is under way. Not for workers of tied groups."""
         return self._generator.update_weights(update)
 

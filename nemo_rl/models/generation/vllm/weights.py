@@ -7,7 +7,7 @@ over what is read back tells whether everything arrived where it is multiplied w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.generation.linear import linear
-from nemo_rl.models.weights.digest import dtype_name
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.digest import WeightDigest, digest_tensors, dtype_name, tensor_bytes
+from nemo_rl.models.weights.interfaces import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -71,28 +71,67 @@ class OwnTensors:
         self._tensors = dict(_own_tensors(model))
         self._num_ranks = get_tp_group().world_size
 
-    def check(self, update: WeightUpdate) -> None:
-        """Raise `WeightSyncError` unless an update has exactly these parameters, with these shapes and dtypes."""
-        specs = {spec.name: spec for bucket in update.buckets for spec in bucket.tensors}
-        missing = [name for name in self._tensors if name not in specs]
-        unknown = [name for name in specs if name not in self._tensors]
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Raise `WeightSyncError` unless these are exactly the parameters, with their shapes and dtypes."""
+        self.check_names([spec.name for spec in specs])
+        for spec in specs:
+            self._check_tensor(spec.name, spec.shape, spec.dtype)
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise `WeightSyncError` unless these are the names of exactly the parameters."""
+        missing = [name for name in self._tensors if name not in names]
+        unknown = [name for name in names if name not in self._tensors]
         if missing or unknown:
             raise WeightSyncError(
                 f"the published weights are not this model's: missing {_some(missing)}, unknown {_some(unknown)}"
             )
-        for name, tensor in self._tensors.items():
-            expected = (tensor.shape(self._num_ranks), dtype_name(tensor.local.dtype))
-            found = (specs[name].shape, specs[name].dtype)
-            if found != expected:
-                raise WeightSyncError(
-                    f"{name} was published as {found[1]} {found[0]}, expected {expected[1]} {expected[0]}"
-                )
 
-    def in_order_of(self, update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters as they lie in the engine's memory now, whole, in the order of an update."""
-        for bucket in update.buckets:
-            for spec in bucket.tensors:
-                yield spec.name, self._tensors[spec.name].whole()
+    def checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, each looked at before it is handed on. Raises `WeightSyncError` for one that is not ours."""
+        for name, tensor in tensors:
+            self._check_tensor(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+            yield name, tensor
+
+    def whole(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters as they lie in the engine's memory now, whole; every rank asks for the same ones."""
+        return ((name, self._tensors[name].whole()) for name in names)
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        own = self._tensors.get(name)
+        if own is None:
+            raise WeightSyncError(f"the published weights are not this model's: unknown {name}")
+        expected = (own.shape(self._num_ranks), dtype_name(own.local.dtype))
+        if (shape, dtype) != expected:
+            raise WeightSyncError(f"{name} was published as {dtype} {shape}, expected {expected[1]} {expected[0]}")
+
+
+class ReadBack:
+    """Reads back what an update has loaded, bucket by bucket."""
+
+    def __init__(self, own: OwnTensors) -> None:
+        self._own = own
+        self._digest = WeightDigest()
+        self._names: list[str] = []
+
+    def read(self, specs: Sequence[TensorSpec]) -> None:
+        """Read the parameters of a bucket that has been loaded."""
+        names = [spec.name for spec in specs]
+        for name, tensor in self._own.whole(names):
+            self._digest.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
+        self._names += names
+
+    def digest(self, *, as_a_whole: bool) -> str:
+        """Of all parameters, in the order in which they came.
+
+        Args:
+            as_a_whole: read all of them once more, now.
+
+        Raises:
+            WeightSyncError: not all have come.
+        """
+        digest = self._digest.hexdigest()
+        self._own.check_names(self._names)
+        return digest_tensors(self._own.whole(self._names)) if as_a_whole else digest
 
 
 def keep_plain_weights() -> None:

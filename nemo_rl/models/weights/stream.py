@@ -1,0 +1,200 @@
+"""The policy's side of a stream: buckets are filled, sent and loaded at the same time, in memory that is used again.
+
+::
+
+    sender (policy, rank 0)                               receivers (generation), on the same node
+    ───────────────────────                               ────────────────────────────────────────
+    listens                            ◄── join ──        connect
+    fill bucket, put                   ── bucket ──►      read it, load its tensors
+    fill the next one meanwhile        ◄── loaded ──      let go of it
+    at most `_WINDOW` under way
+    all sent                           ── digest ──►      compare with the digest over their own memory
+
+Only descriptions go over the socket: the bytes go by a `WeightTransport`, which fills a buffer again when its last
+reader has let go of it. So the extra memory is a few buckets, whatever the model's size, and small buckets stay in the
+processor's cache on their way: the whole costs about what one copy does.
+
+Receivers that compute with what they got (`keeps`) never let go of it: theirs is the memory. A receiver that ends is
+left out; one that ended before it could join is reported by the driver (`leave`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+
+import torch
+
+from nemo_rl.errors import WeightSyncError
+from nemo_rl.models.weights.digest import dtype_by_name
+from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream
+from nemo_rl.models.weights.sender import BucketPacker
+from nemo_rl.models.weights.transports import WeightTransport, make_transport
+
+# Buckets that receivers have not answered for: one that they load, one that waits for them.
+_WINDOW = 2
+# Receivers that keep what they get take it in larger buckets: each of them is a mapping and an open file.
+_KEPT_BUCKETS = 8
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a receiver says first. `keeps`: it computes with the received memory; `leaves`: it will not come."""
+
+    stream: int
+    receiver: int
+    keeps: bool = False
+    leaves: bool = False
+
+
+def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False) -> Connection:
+    """Join a stream, or report that its receiver will not. Raises `WeightSyncError` when the sender is not there."""
+    try:
+        connection = Client(stream.address, family="AF_UNIX", authkey=stream.key)
+        connection.send(Joined(stream.stream, stream.receiver, keeps, leaves))
+    except (OSError, EOFError, AuthenticationError) as error:
+        raise sender_ended(stream) from error
+    return connection
+
+
+def sender_ended(stream: WeightStream) -> WeightSyncError:
+    """The error of a receiver whose sender is gone."""
+    return WeightSyncError(
+        f"the policy's worker that sends the weights of version {stream.version} has ended or given up: its own error "
+        "says why"
+    )
+
+
+class WeightStreamer:
+    """Sends a model's weights again and again to processes of this node.
+
+    Args:
+        transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`, whose handles can be pickled.
+        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own.
+
+    Raises:
+        WeightSyncError: there is no such transport.
+    """
+
+    def __init__(self, transport: str = "shared_memory", bucket_bytes: int = 8 << 20) -> None:
+        self.transport_name = transport
+        self._transport: WeightTransport = make_transport(transport)
+        self._bucket_bytes = bucket_bytes
+        # In the abstract namespace: no file is left behind, whoever is killed. The key decides who is let in.
+        self._address = f"\0nemo_rl_weights_{os.getpid()}_{secrets.token_hex(8)}"
+        self._key = secrets.token_bytes(32)
+        self._listener: Listener | None = None
+
+    def endpoint(self) -> tuple[str, bytes]:
+        """Address and key for `WeightStream`; from now on receivers can come."""
+        if self._listener is None:
+            self._listener = Listener(self._address, family="AF_UNIX", backlog=128, authkey=self._key)
+        return self._address, self._key
+
+    def send(
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        version: int,
+        dtype: str,
+        stream: int,
+        receivers: Collection[int],
+    ) -> str:
+        """Send weights to `receivers`, waiting for each to join or to be reported gone. Returns the digest of all.
+
+        Args:
+            named_tensors, version, dtype: as for `WeightSender.publish`.
+            stream: number of this stream, which receivers ask for.
+            receivers: who is to join.
+
+        Raises:
+            WeightSyncError: a name comes twice, there is no tensor at all, or dtype is unknown.
+        """
+        with contextlib.ExitStack() as stack:
+            group = _Receivers(self._joined(stream, set(receivers), stack))
+            keeps = any(peer.keeps for peer in group.peers)
+            packer = BucketPacker(
+                dtype_by_name(dtype),
+                self._bucket_bytes * (_KEPT_BUCKETS if keeps else 1),
+                self._transport,
+                group.send,
+                keep_modules=keeps,
+            )
+            digest = packer.pack(named_tensors, version)
+            group.finish(digest)
+        return digest
+
+    def _joined(self, stream: int, waiting: set[int], stack: contextlib.ExitStack) -> Iterator[_Peer]:
+        self.endpoint()
+        assert self._listener is not None
+        while waiting:
+            try:
+                connection = stack.enter_context(self._listener.accept())
+                joined = connection.recv()
+            except (OSError, EOFError, AuthenticationError):
+                continue  # it ended, or was never one of ours
+            if joined.stream != stream or joined.receiver not in waiting:
+                connection.close()
+                continue
+            waiting.discard(joined.receiver)
+            if joined.leaves:
+                connection.close()
+            else:
+                yield _Peer(connection, joined.keeps)
+
+
+@dataclass
+class _Peer:
+    """A receiver, as the sender sees it."""
+
+    connection: Connection
+    keeps: bool
+    num_under_way: int = 0
+
+
+@dataclass
+class _Receivers:
+    """All receivers of a stream that are still there, and the buckets that not all of them have loaded."""
+
+    found: Iterable[_Peer]
+    peers: list[_Peer] = field(init=False)
+    _under_way: deque[WeightBucket] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.peers = list(self.found)
+
+    def send(self, bucket: WeightBucket) -> None:
+        """Send a bucket; returns when the next one may be filled."""
+        self._to_all(bucket)
+        self._under_way.append(bucket)  # its handle keeps the memory until the receivers have it
+        self._settle(_WINDOW)
+
+    def finish(self, digest: str) -> None:
+        """Tell the digest when all buckets have been loaded."""
+        self._settle(0)
+        self._to_all(digest)
+
+    def _to_all(self, message: WeightBucket | str) -> None:
+        for peer in self.peers.copy():
+            try:
+                peer.connection.send(message)
+            except OSError:
+                self.peers.remove(peer)
+            peer.num_under_way += 1
+
+    def _settle(self, num_left: int) -> None:
+        for peer in self.peers.copy():
+            try:
+                while peer.num_under_way > num_left:
+                    peer.connection.recv()
+                    peer.num_under_way -= 1
+            except (OSError, EOFError):
+                self.peers.remove(peer)
+        while len(self._under_way) > num_left:
+            self._under_way.popleft()

@@ -1,0 +1,137 @@
+"""Weights streamed from a policy's workers to generation's: over real Ray workers, some of which are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from tiny_generation import TinyModel, assert_same
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+from nemo_rl.errors import WeightSyncError, WorkerError
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generation import Generation
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.policy import Policy
+from nemo_rl.models.policy.weight_offer import PolicyWeights
+from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd are Linux's")
+
+PROMPTS = BatchedDataDict(input_ids=torch.arange(3, 33).reshape(6, 5), input_lengths=torch.full((6,), 5))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayVirtualCluster]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
+    start_local_ray(num_cpus=4, num_gpus=0)
+    with RayVirtualCluster([2], use_gpus=False, max_colocated_worker_groups=6) as cluster:
+        yield cluster
+    ray.shutdown()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Any) -> Path:
+    found: TinyModel = tiny("qwen3")
+    found.model.save_pretrained(found.directory)
+    return found.directory
+
+
+def policy_and_generation(cluster: RayVirtualCluster, model: Path, **policy: Any) -> tuple[Policy, Generation]:
+    generation = GenerationConfig(max_new_tokens=8, num_threads=1, max_restarts=2)
+    config = PolicyConfig(num_threads=1, max_sequence_length=64, generation=generation, **policy)
+    return (
+        Policy(cluster, config, str(model), total_steps=20, seed=3, weight_transport="shared_memory"),
+        Generation(cluster, config, str(model)),
+    )
+
+
+@pytest.fixture(scope="module", params=["replicated", "fsdp"])
+def both(
+    request: pytest.FixtureRequest, cluster: RayVirtualCluster, model: Path
+) -> Iterator[tuple[Policy, Generation]]:
+    sharding = {"sharding": "fsdp"} if request.param == "fsdp" else {}
+    policy, generation = policy_and_generation(cluster, model, **sharding)
+    yield policy, generation
+    policy.shutdown()
+    generation.shutdown()
+
+
+def offer(policy: Policy, version: int) -> WeightOffer:
+    offered = policy.offer_weights(version, "float32")
+    assert isinstance(offered, PolicyWeights)
+    return offered
+
+
+def test_what_is_streamed_is_what_would_be_published(both: tuple[Policy, Generation]) -> None:
+    policy, generation = both
+    for version in (1, 2):
+        published = policy.publish_weights(version, "float32")
+        offered = offer(policy, version)
+        assert generation.update_weights(offered) == published.digest == offered.digest
+        assert {record["weights_version"] for record in generation.attestation()} == {version}
+
+
+def test_an_offer_ends_when_the_policy_changes(both: tuple[Policy, Generation], tmp_path: Path) -> None:
+    policy, generation = both
+    policy.save_checkpoint(tmp_path / "c")
+    old = offer(policy, 3)
+    policy.load_checkpoint(tmp_path / "c")
+    with pytest.raises(WeightSyncError, match="does not have the weights of version 3 any more"):
+        generation.update_weights(old)
+    with pytest.raises(WeightSyncError, match="version 3 have not been sent yet"):
+        _ = old.digest
+
+
+def test_what_outlives_the_call_is_published(cluster: RayVirtualCluster, model: Path) -> None:
+    config = PolicyConfig(num_threads=1, max_sequence_length=64)
+    policy = Policy(cluster, config, str(model), total_steps=20, seed=3, weight_transport="ray")
+    assert isinstance(policy.offer_weights(1, "float32"), WeightUpdate)
+    policy.shutdown()
+
+
+def test_workers_that_die_get_a_stream_of_their_own(cluster: RayVirtualCluster, model: Path) -> None:
+    policy, generation = policy_and_generation(cluster, model)
+    try:
+        generation.update_weights(offer(policy, 1))
+        undisturbed = generation.generate(PROMPTS, seed=3)
+        survivor, victim = [record["pid"] for record in generation.attestation()]
+        os.kill(victim, signal.SIGKILL)  # noticed by a call for completions
+        assert_same(generation.generate(PROMPTS, seed=3), undisturbed)
+        kept, new = [record["pid"] for record in generation.attestation()]
+        assert (kept == survivor, new == victim) == (True, False)
+        os.kill(new, signal.SIGKILL)  # noticed while weights are sent: nobody waits for it
+        last = offer(policy, 2)
+        generation.update_weights(last)
+        assert [record["weights_version"] for record in generation.attestation()] == [2, 2]
+        redone = generation.generate(PROMPTS, seed=3)
+        assert torch.equal(redone.output_ids, undisturbed.output_ids)
+    finally:
+        policy.shutdown()
+        generation.shutdown()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_policy_worker_that_dies_ends_the_update(cluster: RayVirtualCluster, model: Path, rank: int) -> None:
+    policy, generation = policy_and_generation(cluster, model, sharding="fsdp")
+    try:
+        generation.update_weights(offer(policy, 1))
+        os.kill(policy.attestation()[rank]["pid"], signal.SIGKILL)
+        with pytest.raises(WorkerError, match=f"worker rank {rank} .* died during a call"):
+            generation.update_weights(offer(policy, 2))
+        with pytest.raises(WeightSyncError, match="has no weights"):
+            generation.generate(PROMPTS, seed=3)
+    finally:
+        policy.shutdown()
+        generation.shutdown()

@@ -1,0 +1,261 @@
+"""Streams of weights between real processes: what arrives, who is waited for, and how much memory it takes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Client, Connection
+
+import pytest
+import torch
+
+from nemo_rl.errors import WeightSyncError
+from nemo_rl.models.weights.digest import digest_tensors
+from nemo_rl.models.weights.interfaces import WeightStream
+from nemo_rl.models.weights.receiver import receive
+from nemo_rl.models.weights.shared_memory import SharedMemoryTransport
+from nemo_rl.models.weights.stream import WeightStreamer, connect
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd are Linux's")
+
+NUM_TENSORS = 24
+BUCKET_BYTES = 2 * 4 * 64 * 32  # two tensors each: twelve buckets
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {f"layers.{index}.up.weight": torch.full((64, 32), value + index) for index in range(NUM_TENSORS)}
+
+
+@dataclass
+class Sender:
+    """A streamer, which sends in a thread, as a policy's worker does in its process."""
+
+    streamer: WeightStreamer
+    threads: ThreadPoolExecutor
+    num_streams: int = 0
+
+    def begin(self, num_receivers: int, value: float = 0.0, **how: object) -> tuple[list[WeightStream], Future[str]]:
+        address, key = self.streamer.endpoint()
+        self.num_streams += 1
+        stream = WeightStream(self.num_streams, "shared_memory", address, key, self.num_streams, 0)
+        sent = self.threads.submit(
+            self.streamer.send,
+            how.get("tensors", tensors(value).items()),  # type: ignore[arg-type]
+            version=stream.version,
+            dtype=str(how.get("dtype", "float32")),
+            stream=stream.stream,
+            receivers=range(num_receivers),
+        )
+        return [replace(stream, receiver=receiver) for receiver in range(num_receivers)], sent
+
+    @property
+    def num_segments(self) -> int:
+        transport = self.streamer._transport
+        assert isinstance(transport, SharedMemoryTransport)
+        return len(transport._segments)
+
+
+@pytest.fixture
+def sender() -> Iterator[Sender]:
+    with ThreadPoolExecutor(1) as threads:
+        yield Sender(WeightStreamer(bucket_bytes=BUCKET_BYTES), threads)
+
+
+def load(stream: WeightStream, **how: bool) -> tuple[dict[str, torch.Tensor], str]:
+    """What a receiver has, which copies it or keeps it, and the digest over it."""
+    weights = receive(stream, **how)
+    own = {name: tensor if how.get("keeps") else tensor.clone() for name, tensor in weights}
+    digest = weights.digest_of(own.items())
+    assert weights.digest == digest
+    return own, digest
+
+
+def child(connection: Connection) -> None:
+    """Another process, which does one thing after the other until it is killed."""
+    for stream, what in iter(connection.recv, None):
+        if what == "join and hang":
+            arriving = receive(stream)
+            next(arriving)
+            connection.send("joined")
+            time.sleep(600)
+        connection.send(load(stream, keeps=what == "keep")[1])
+
+
+@dataclass
+class Child:
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+
+    def answer(self) -> object:
+        assert self.pipe.poll(60), "no answer from the other process"
+        return self.pipe.recv()
+
+
+@pytest.fixture
+def other() -> Iterator[Child]:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=child, args=(there,), daemon=True)
+    process.start()
+    yield Child(process, here)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("what", ["copy", "keep"])
+def test_several_processes_get_every_bit(sender: Sender, other: Child, what: str) -> None:
+    for value in (0.0, 100.0):
+        (mine, theirs), sent = sender.begin(2, value)
+        other.pipe.send((theirs, what))
+        own, digest = load(mine)
+        expected = tensors(value)
+        assert list(own) == list(expected)
+        assert all(torch.equal(own[name], expected[name]) for name in expected)
+        assert digest == other.answer() == sent.result(60) == digest_tensors(expected.items())
+
+
+def test_a_stream_casts_as_publishing_does(sender: Sender) -> None:
+    (stream,), sent = sender.begin(1, 0.3, dtype="bfloat16")
+    own, digest = load(stream)
+    assert own["layers.0.up.weight"].dtype == torch.bfloat16
+    assert digest == sent.result(60)
+
+
+def test_extra_memory_is_a_few_buckets_whatever_the_size(sender: Sender) -> None:
+    for value in range(3):
+        (stream,), sent = sender.begin(1, value)
+        load(stream)
+        sent.result(60)
+    assert sender.num_segments <= 4 < NUM_TENSORS // 2  # under way, being filled, and what the reader still looks at
+
+
+def test_gathering_goes_on_while_receivers_load(sender: Sender) -> None:
+    """A tensor that is gathered when others are being loaded: the sender is ahead, but only by what is allowed."""
+    gathered = 0
+
+    def gathering() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal gathered
+        for name, tensor in tensors(0.0).items():
+            gathered += 1
+            yield name, tensor
+
+    (stream,), sent = sender.begin(1, tensors=gathering())
+    arriving = receive(stream)
+    ahead = []
+    for number, _ in enumerate(arriving, start=1):
+        deadline = time.monotonic() + 60
+        while gathered < min(number + 4, NUM_TENSORS) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        ahead.append(gathered - number)
+    assert max(ahead[:-4]) >= 4
+    assert max(ahead) <= 10
+    sent.result(60)
+
+
+def test_kept_memory_is_read_once_and_belongs_to_the_receiver(sender: Sender) -> None:
+    (stream,), sent = sender.begin(1, 1.0)
+    own, digest = load(stream, keeps=True)
+    sent.result(60)
+    (again,), sent = sender.begin(1, 50.0)
+    load(again, keeps=True)
+    sent.result(60)
+    assert digest_tensors(own.items()) == digest  # not written over by the second stream
+    weights = receive(again)
+    assert weights.digest_of(own.items()) == digest  # other memory than what arrived: it is read
+
+
+def test_modules_are_not_parted_where_the_memory_is_kept() -> None:
+    names = [f"layers.{layer}.attention.{part}.weight" for layer in range(8) for part in "qkv"]
+    streamer = WeightStreamer(bucket_bytes=64)
+    with ThreadPoolExecutor(1) as threads:
+        sender = Sender(streamer, threads)
+        (stream,), sent = sender.begin(1, tensors=[(name, torch.ones(16, 4)) for name in names])
+        own, _ = load(stream, keeps=True)
+        sent.result(60)
+    for layer in range(8):
+        q, k, v = (own[f"layers.{layer}.attention.{part}.weight"].data_ptr() for part in "qkv")
+        assert (k - q, v - k) == (256, 256)
+
+
+def test_a_receiver_that_is_killed_is_not_waited_for(sender: Sender, other: Child) -> None:
+    (mine, theirs), sent = sender.begin(2)
+    other.pipe.send((theirs, "join and hang"))
+    done: Future[str] = Future()
+    threading.Thread(target=lambda: done.set_result(load(mine)[1])).start()
+    assert other.answer() == "joined"
+    assert not sent.done()
+    other.process.kill()
+    assert done.result(60) == sent.result(60)
+
+
+def test_a_receiver_that_never_came_is_reported(sender: Sender) -> None:
+    (mine, theirs), sent = sender.begin(2)
+    done: Future[str] = Future()
+    threading.Thread(target=lambda: done.set_result(load(mine)[1])).start()
+    connect(theirs, leaves=True).close()
+    assert done.result(60) == sent.result(60)
+
+
+def test_a_sender_that_fails_is_told_to_its_receivers(sender: Sender) -> None:
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(tensors(0.0).items())[:5]
+        raise RuntimeError("a rank is gone")
+
+    (stream,), sent = sender.begin(1, tensors=failing())
+    with pytest.raises(WeightSyncError, match="version 1 has ended or given up"):
+        load(stream)
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        sent.result(60)
+    (stream,), sent = sender.begin(1)  # and it can go on
+    assert load(stream)[1] == sent.result(60)
+
+
+def test_strangers_and_latecomers_are_left_out(sender: Sender) -> None:
+    (stream,), sent = sender.begin(1)
+    with pytest.raises(WeightSyncError, match="ended or given up"):
+        list(receive(replace(stream, key=b"guessed")))
+    with pytest.raises(WeightSyncError, match="ended or given up"):
+        list(receive(replace(stream, stream=stream.stream + 1)))
+    raw = Client(stream.address, family="AF_UNIX")
+    raw.close()
+    assert load(stream)[1] == sent.result(60)
+    assert repr(stream.key) not in repr(stream)
+
+
+def test_a_receiver_that_gives_up_is_not_waited_for(sender: Sender) -> None:
+    (stream,), sent = sender.begin(1)
+    weights = receive(stream)
+    next(weights)
+    assert not sent.done()
+    weights.close()
+    assert sent.result(60) == digest_tensors(tensors(0.0).items())
+
+
+def test_what_was_not_read_to_the_end_has_no_digest(sender: Sender) -> None:
+    (stream,), sent = sender.begin(1)
+    weights = receive(stream)
+    next(weights)
+    with pytest.raises(WeightSyncError, match="not all weights of version 1"):
+        _ = weights.digest
+    for _ in weights:
+        pass
+    assert weights.digest == sent.result(60)
+
+
+def test_damage_on_the_way_is_found(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = SharedMemoryTransport.put
+
+    def damaged(self: SharedMemoryTransport, buffer: torch.Tensor) -> object:
+        buffer[5] ^= 1
+        return put(self, buffer)
+
+    monkeypatch.setattr(SharedMemoryTransport, "put", damaged)
+    (stream,), sent = sender.begin(1)
+    with pytest.raises(WeightSyncError, match="version 1 arrived damaged at the receiver: expected digest"):
+        list(receive(stream))
+    sent.result(60)
