@@ -75,8 +75,9 @@ class Pipeline:
             for word, (attributes, columns) in (("needs", stage.inputs()), ("adds", stage.outputs())):
                 if attributes or columns:
                     lines.append(f"       {word} " + ", ".join([*attributes, *(f"column {c}" for c in columns)]))
-            if stage.runs_in_driver:
-                lines.append("       runs in the driver")
+            if stage.runs_in_driver:  # also when the pipeline has a runtime_env
+                lines.append("       Python: the driver’s; runs in the driver")
+                continue
             fields = {**(self.runtime_env or {}), **(stage.runtime_env or {})}
             shown = {k: sorted(v) if k == "env_vars" else v for k, v in fields.items()}  # values may be secrets
             lines.append(f"       Python: {shown or 'the driver’s'}")
@@ -117,7 +118,7 @@ class Pipeline:
             DataError: an input or output cannot be used.
             StageError: a stage failed.
         """
-        from nemo_rl.pipelines.io.overlaps import refuse_overlaps
+        from nemo_rl.pipelines.io.overlaps import refuse_overlaps, refuse_process_memory
         from nemo_rl.pipelines.run import RunOptions, run_pipeline
 
         if on_failure == "set_aside" and run_dir is None:
@@ -140,5 +141,6 @@ class Pipeline:
         keeps = [stage.name for stage in stages if stage.needs_run_dir()] if run_dir is None else []
         if keeps:
             raise PipelineDefinitionError(f"stage {keeps[0]!r} sets records aside and needs a run_dir to keep them")
+        refuse_process_memory(stages)
         refuse_overlaps(stages, run_dir)
         return run_pipeline(self, stages, executor, tasks, options)

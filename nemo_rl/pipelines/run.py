@@ -20,7 +20,7 @@ from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import StageWorker
 from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, WorkersDied, stage_error
-from nemo_rl.pipelines.failures import FAILED_DIR, withdraw_failures
+from nemo_rl.pipelines.failures import FAILED_DIR, failed_tasks, withdraw_failures
 from nemo_rl.pipelines.items import Item, key_text
 from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_totals, planned_stages
 from nemo_rl.pipelines.progress import ProgressListener, ProgressMonitor
@@ -72,7 +72,11 @@ def run_pipeline(
             stage.prepare(directory.is_resumed)
         directory.begin()
         run = _Run(stages, fields, executor, directory, options)
-        return run.results(tasks)
+        results = run.results(tasks)
+        failed = failed_tasks(directory.path)
+        if failed:
+            logger.warning("%d tasks failed and were set aside in %s", len(failed), directory.path / FAILED_DIR)
+        return results
 
 
 def _default_executor() -> Executor:

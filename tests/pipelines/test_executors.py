@@ -88,11 +88,15 @@ def test_a_failing_task_stops_the_run_and_says_which_and_why(executor: Executor)
         Pipeline("p", stages=[AddOne(), Failing([7])]).run(executor, batches(8))
     assert (caught.value.stage, caught.value.task_id) == ("Failing", "b3")
     assert "in process" in caught.value.traceback_text
+    assert str(caught.value).endswith("cannot take 7\n")  # nobody adds to it
 
 
-def test_a_failing_task_is_set_aside_with_its_input_and_the_others_go_on(executor: Executor, tmp_path: Path) -> None:
+def test_a_failing_task_is_set_aside_with_its_input_and_the_others_go_on(
+    executor: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipeline = Pipeline("p", stages=[AddOne(), Failing([3, 12]).with_(batch_size=4)])
     result = pipeline.run(executor, batches(8), run_dir=tmp_path, max_retries=1)
+    assert f"2 tasks failed and were set aside in {tmp_path}" in caplog.text
     assert numbers(result) == [n for n in range(1, 17) if n not in (3, 4, 11, 12)]
     failed = failed_tasks(tmp_path)
     assert [(one.stage, one.task_id, one.attempts) for one in failed] == [("Failing", "b1", 2), ("Failing", "b5", 2)]

@@ -71,3 +71,15 @@ def test_places_side_by_side_are_all_right(tmp_path: Path) -> None:
     check(JsonlReader(f"{tmp_path}/*.jsonl"), JsonlWriter(tmp_path / "out"), run_dir=tmp_path / "run")
     check(JsonlReader(tmp_path / "sample.jsonl"), SingleParquetWriter(tmp_path / "all.parquet"), run_dir=tmp_path / "r")
     check(JsonlReader(tmp_path / "_x" / "raw"), JsonlWriter(tmp_path / "run" / "out"), run_dir=tmp_path / "run")
+
+
+def test_what_only_one_process_sees_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    with pytest.raises(PipelineDefinitionError, match=r"'JsonlFiles': memory://a is in the memory of one process"):
+        Pipeline("p", stages=[JsonlReader("memory://a/*.jsonl")]).run()
+    for writer in (JsonlWriter("memory://out"), SingleParquetWriter("memory://all.parquet")):
+        with pytest.raises(
+            PipelineDefinitionError, match=f"'{writer.name}': memory://.* is in the memory of one process"
+        ):
+            Pipeline("p", stages=[JsonlReader(tmp_path / "a.jsonl"), writer]).run()
+    assert not ray.is_initialized()

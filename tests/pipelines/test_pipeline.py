@@ -22,6 +22,7 @@ from nemo_rl.pipelines import (
     Resources,
     processing_stage,
 )
+from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.stage import expanded
 
 
@@ -220,6 +221,11 @@ def test_describe_says_what_each_stage_is_and_shows_no_secret() -> None:
     assert "a==1" in text
     assert "expanded from Two" in text
     assert "hidden" not in text
+    reader = Pipeline("p", stages=[JsonlReader("in")], runtime_env={"env_vars": {"A": "b"}}).describe().splitlines()
+    assert [line.strip() for line in reader if "Python" in line] == [
+        "Python: the driver’s; runs in the driver",
+        "Python: {'env_vars': ['A']}",
+    ]
 
 
 def test_a_document_batch_holds_frames_and_tables_only() -> None:

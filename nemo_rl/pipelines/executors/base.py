@@ -159,7 +159,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def recorded_error(job: StageJob) -> PipelineError | None:
-    """The error with which a worker stopped this run; for executors that hand on its text only."""
+    """The error with which a worker stopped this run, for executors that do not hand it on as it is."""
     path = stop_file(job)
     return pickle.loads(read_own(path)) if path.exists() else None
 

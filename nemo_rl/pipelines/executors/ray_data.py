@@ -62,8 +62,8 @@ class RayDataExecutor:
                 dataset = self._with_stage(dataset, stage, cluster, shrink)
             try:
                 return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
-            except Exception as error:  # Ray Data wraps whatever a stage raises in classes of its own
-                ours = stage_error(error) or recorded_error(stages[0].job)
+            except Exception as error:  # Ray Data wraps what a stage raises, and adds advice of its own
+                ours = recorded_error(stages[0].job) or stage_error(error)
                 if ours is not None:
                     raise ours from error
                 names = ", ".join(stage.name for stage in stages)

@@ -88,7 +88,7 @@ class XennaExecutor:
             with _without_display(), _own_actors_ended():
                 groups = xenna.run_pipeline(specification) or []
         except Exception as error:  # it raises RuntimeErrors and whatever Ray raises
-            ours = stage_error(error) or recorded_error(stages[0].job)
+            ours = recorded_error(stages[0].job) or stage_error(error)
             if ours is not None:
                 raise ours from error
             if is_death(error):

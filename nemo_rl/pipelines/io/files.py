@@ -141,7 +141,17 @@ def _info(files: Any, info: dict[str, Any]) -> FileInfo:
 
 
 def _is_local(files: Any) -> bool:
-    return "file" in ((files.protocol,) if isinstance(files.protocol, str) else files.protocol)
+    return "file" in _protocols(files)
+
+
+def _protocols(files: Any) -> tuple[str, ...]:
+    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
+
+
+def is_in_process(url: str) -> bool:
+    """Whether each process has files of its own there: fsspec's `memory://`."""
+    files, _ = file_system(url)
+    return "memory" in _protocols(files)
 
 
 def plain_name(path: str) -> str:

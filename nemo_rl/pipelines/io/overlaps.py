@@ -1,4 +1,4 @@
-"""Whether the places that a pipeline reads, writes and keeps its record in are in each other's way.
+"""Whether a pipeline can use the places that it reads, writes and keeps its record in, and none is in another's way.
 
 A writer may empty its directory, and a reader takes what its directory holds at that time, also when a run goes on: an
 overlap would delete the input, or make the output a part of it.
@@ -10,10 +10,21 @@ import os
 from collections.abc import Sequence
 
 from nemo_rl.errors import PipelineDefinitionError
-from nemo_rl.pipelines.io.files import is_below, place_of
+from nemo_rl.pipelines.io.files import is_below, is_in_process, place_of
 from nemo_rl.pipelines.stage import AnyStage
 
 _RECORD = "run.json"
+
+
+def refuse_process_memory(stages: Sequence[AnyStage]) -> None:
+    """Raise `PipelineDefinitionError` for a place that only the process sees which uses it."""
+    for stage in stages:
+        for url in (*stage.reads_from(), *stage.writes_to()):
+            if is_in_process(url):
+                raise PipelineDefinitionError(
+                    f"stage {stage.name!r}: {url} is in the memory of one process, and stages run in several: what one "
+                    "writes there, nobody else finds. Give a path, or the URL of a store that all of them reach."
+                )
 
 
 def refuse_overlaps(stages: Sequence[AnyStage], run_dir: str | os.PathLike[str] | None) -> None:
