@@ -75,7 +75,7 @@ def test_places_side_by_side_are_all_right(tmp_path: Path) -> None:
 
 def test_what_only_one_process_sees_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
-    with pytest.raises(PipelineDefinitionError, match=r"'JsonlFiles': memory://a is in the memory of one process"):
+    with pytest.raises(PipelineDefinitionError, match=r"'JsonlFiles': memory://a/ is in the memory of one process"):
         Pipeline("p", stages=[JsonlReader("memory://a/*.jsonl")]).run()
     for writer in (JsonlWriter("memory://out"), SingleParquetWriter("memory://all.parquet")):
         with pytest.raises(
