@@ -111,10 +111,10 @@ def bring_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ())
 
 
 def search_path() -> list[str]:
-    """What goes first on workers' PYTHONPATH, on all nodes: empty where every node has the driver's files."""
+    """What goes first on workers' PYTHONPATH, on all nodes: empty as long as every node has the driver's files."""
     with _lock:
         sources = {source.listing.root: source for own in _state.lacking.values() for source in own}
-        if _state.job != job_name() or not sources:
+        if not sources or _state.job != job_name():
             return []
     found = [os.path.dirname(next(iter(sources.values())).listing.target) + f"/{HOOK_DIRECTORY}"]
     for entry in _driver_directories():
