@@ -8,7 +8,8 @@
 
 What is a source: the directory with a `pyproject.toml`, else the repository, around each directory of `sys.path` that
 is not the driver's Python or venv, around the working directory, and around each project that a venv is made of. Of a
-repository the tracked files travel as they are on disk; a project that is in no repository travels without its caches.
+repository the tracked files travel as they are on disk; a project that is in no repository, as in an image, travels
+without its caches, without what jobs write, and without what its `.gitignore` names.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ ray.cloudpickle.register_pickle_by_value(source_arrival)
 _TIMEOUT_S = 120.0
 _NUM_NAMED = 5
 _DIGEST_PREFIX = 16
+# Where no .gitignore says so: what jobs write into a project, as in an image.
+_WRITTEN = ("results/", "outputs/", "logs/", "*.safetensors")
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -199,7 +202,7 @@ def _known(roots: Sequence[str]) -> list[_Source]:
 
 def _read(root: str) -> _Source | None:
     try:
-        tree = collect(Path(root))
+        tree = collect(Path(root), () if _in_repository(Path(root)) else _WRITTEN)
         is_hashed = tree.num_bytes <= _limit_bytes()  # nobody waits until gigabytes are read that may not travel
         files = tuple(_entry(tree.root / file.path, file.path, is_hashed) for file in tree.files)
     except (ConfigError, OSError) as error:
@@ -208,6 +211,10 @@ def _read(root: str) -> _Source | None:
     content = json.dumps([[root], *(file[:-1] for file in files)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:_DIGEST_PREFIX]
     return _Source(tree, SourceListing(root, str(settings.venv_dir() / ".source" / digest), files))
+
+
+def _in_repository(directory: Path) -> bool:
+    return any((candidate / ".git").exists() for candidate in (directory, *directory.parents))
 
 
 def _entry(path: Path, name: str, is_hashed: bool) -> FileEntry:

@@ -119,6 +119,19 @@ def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypat
     assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [True]
 
 
+def test_what_jobs_write_is_no_source(project: Path, tmp_path: Path) -> None:
+    before = read(project).listing
+    (project / "results" / "001").mkdir(parents=True)
+    (project / "results" / "001" / "ray").symlink_to(tmp_path)  # as a run leaves it
+    (project / "mine" / "__pycache__").mkdir()
+    (project / "mine" / "__pycache__" / "x.pyc").touch()
+    assert read(project).listing == before
+    (project / ".gitignore").write_text("models/\n")
+    (project / "models").mkdir()
+    (project / "models" / "config.json").touch()
+    assert {file.path for file in read(project).listing.files} - {file.path for file in before.files} == {".gitignore"}
+
+
 def test_the_source_of_a_directory_is_the_project_around_it(tmp_path: Path) -> None:
     workspace, member = tmp_path / "workspace", tmp_path / "workspace" / "member"
     script = member / "src" / "deep"
