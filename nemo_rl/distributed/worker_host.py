@@ -21,6 +21,8 @@ raises is raised unchanged.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import importlib
 import inspect
@@ -30,7 +32,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -276,7 +278,8 @@ class WorkerHost:
         self.__dict__.update(_nrl_attestation=attestation, _nrl_worker=None)
         if attestation["verdict"] != "ok":
             return
-        cls, ray_options = load_class(nrl_launch__["fqn"])
+        with _collecting_later():
+            cls, ray_options = load_class(nrl_launch__["fqn"])
         found = describe_class(nrl_launch__["fqn"], cls, ray_options)
         if found["digest"] != nrl_launch__["description_digest"]:
             attestation.update(verdict="stale description", description=found)
@@ -302,6 +305,19 @@ class WorkerHost:
             object.__setattr__(self, name, value)
         else:
             setattr(target, name, value)
+
+
+@contextlib.contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Import without garbage collection: it would look again and again at objects that all stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 class _Phases:
@@ -369,12 +385,14 @@ class ClassInspector:
 
     def describe(self, fqn: str) -> dict[str, Any]:
         """See `describe_class`."""
-        return describe_class(fqn, *load_class(fqn))
+        with _collecting_later():
+            return describe_class(fqn, *load_class(fqn))
 
     def configure(self, fqn: str, calls: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         """The answers of `fqn.configure_worker(**call)` for every call.
 
         A static method is evaluated on the class that defines it, so that only that class's module is imported.
         """
-        cls, _ = load_class(fqn)
+        with _collecting_later():
+            cls, _ = load_class(fqn)
         return [cls.configure_worker(**call) for call in calls]  # type: ignore[attr-defined]

@@ -33,6 +33,7 @@ from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.utils.checkpoint import CheckpointStore
 from nemo_rl.utils.console import ConsoleView
+from nemo_rl.utils.garbage import without_collecting
 from nemo_rl.utils.logger import Logger
 from nemo_rl.utils.timer import Timeline, TimelineEvent
 
@@ -135,7 +136,8 @@ class _Life:
                 listeners=[self.view],
             )
         )
-        inputs, workers = self._start()
+        with without_collecting():
+            inputs, workers = self._start()
         recorder.log_hyperparameters(config.model_dump(mode="json"))
         records = _attest(workers)
         self.timeline.extend(_worker_events(records))

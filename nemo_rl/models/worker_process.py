@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import gc
+import functools
 import os
 import platform
 import socket
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
+
+from nemo_rl.utils.garbage import without_collecting
+
+Parameters = ParamSpec("Parameters")
 
 
 def take_cpu_share(num_threads: int | None, num_local_workers: int) -> None:
@@ -18,13 +23,15 @@ def take_cpu_share(num_threads: int | None, num_local_workers: int) -> None:
     torch.set_num_threads(num_threads or max(1, share))
 
 
-def freeze_modules() -> None:
-    """Keep what has been made so far out of garbage collection.
+def starts_without_collecting(constructor: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Let the constructor of a worker run `without_collecting`."""
 
-    Modules live as long as the process: without this each full collection walks through all of them.
-    """
-    gc.collect()
-    gc.freeze()
+    @functools.wraps(constructor)
+    def construct(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        with without_collecting():
+            constructor(*args, **kwargs)
+
+    return construct
 
 
 def process_facts() -> dict[str, Any]:

@@ -52,7 +52,8 @@ from nemo_rl.models.policy.worker_steps import (
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.weights.stream import WeightStreamer
-from nemo_rl.models.worker_process import freeze_modules
+from nemo_rl.models.worker_process import starts_without_collecting
+from nemo_rl.utils.garbage import freeze_modules
 
 
 class MegatronPolicyWorker:
@@ -72,6 +73,7 @@ class MegatronPolicyWorker:
         WorkerError: the ranks do not meet.
     """
 
+    @starts_without_collecting
     def __init__(
         self,
         config: PolicyConfig,
@@ -103,7 +105,6 @@ class MegatronPolicyWorker:
         self._skeleton = empty_model(self._hf)
         self._reference: PipelineForward | None = None
         self._build(total_steps)
-        freeze_modules()
 
     def _build(self, total_steps: int) -> None:
         config, options = self._config, self._options

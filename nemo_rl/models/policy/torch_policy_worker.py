@@ -39,7 +39,8 @@ from nemo_rl.models.policy.worker_steps import (
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.weights.stream import WeightStreamer
-from nemo_rl.models.worker_process import freeze_modules
+from nemo_rl.models.worker_process import starts_without_collecting
+from nemo_rl.utils.garbage import freeze_modules
 
 
 class TorchPolicyWorker:
@@ -58,6 +59,7 @@ class TorchPolicyWorker:
         WorkerError: the ranks do not meet.
     """
 
+    @starts_without_collecting
     def __init__(
         self,
         config: PolicyConfig,
@@ -84,7 +86,6 @@ class TorchPolicyWorker:
             max_grad_norm=config.max_grad_norm,
         )
         self._state = policy_checkpoint.TorchState(self._model, self._optimizer)
-        freeze_modules()
 
     def train(self, shard: BatchedDataDict, loss_fn: LossFunction, local_batch_size: int | None = None) -> TrainResult:
         """One optimizer step per `local_batch_size` rows of this rank's shard (None: one step for all of them).

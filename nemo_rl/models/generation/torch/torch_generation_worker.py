@@ -8,7 +8,7 @@ from nemo_rl import settings
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.generation.worker_base import GeneratorWorker
-from nemo_rl.models.worker_process import freeze_modules, take_cpu_share
+from nemo_rl.models.worker_process import starts_without_collecting, take_cpu_share
 
 
 class TorchGenerationWorker(GeneratorWorker[TorchGenerator]):
@@ -24,6 +24,7 @@ class TorchGenerationWorker(GeneratorWorker[TorchGenerator]):
         num_local_workers: workers on this node, which share its CPUs.
     """
 
+    @starts_without_collecting
     def __init__(
         self,
         model_name: str,
@@ -46,4 +47,3 @@ class TorchGenerationWorker(GeneratorWorker[TorchGenerator]):
             device="cuda" if use_gpu else "cpu",
             name=f"generation worker {settings.RANK.get()} on {socket.gethostname()}",
         )
-        freeze_modules()

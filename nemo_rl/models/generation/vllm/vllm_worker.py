@@ -20,7 +20,7 @@ from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.environment import export_vllm_variables
 from nemo_rl.models.generation.worker_base import GeneratorWorker
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
-from nemo_rl.models.worker_process import freeze_modules, take_cpu_share
+from nemo_rl.models.worker_process import starts_without_collecting, take_cpu_share
 
 if TYPE_CHECKING:
     from nemo_rl.models.generation.vllm.executor import TiedGroup
@@ -43,6 +43,7 @@ class VllmGenerationWorker(GeneratorWorker["VllmGenerator"]):
         num_local_workers: workers on this node, which share its CPUs.
     """
 
+    @starts_without_collecting
     def __init__(
         self,
         model_name: str,
@@ -72,7 +73,6 @@ class VllmGenerationWorker(GeneratorWorker["VllmGenerator"]):
             name=f"generation worker {settings.RANK.get()} on {socket.gethostname()}",
         )
         self._http_url = _serve_http(self._generator, model_name)
-        freeze_modules()
 
     @ray.method(concurrency_group="in_flight")
     def update_weights_in_flight(self, update: WeightUpdate | WeightStream) -> str:  # type: ignore[override]
