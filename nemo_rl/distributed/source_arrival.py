@@ -83,7 +83,7 @@ class SourceListing(NamedTuple):
     Attributes:
         root: where they are for the driver.
         target: where they are put on a node that has not the same ones at `root`.
-        files: sorted by path.
+        files: in the order of the archive.
     """
 
     root: str
@@ -160,7 +160,7 @@ def unpack_here(listing: SourceListing, archive: bytes) -> None:
 
 def _unpack(files: tuple[FileEntry, ...], archive: bytes, directory: str) -> None:
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        if sorted(entry.filename for entry in opened.infolist()) != [file.path for file in files]:
+        if sorted(entry.filename for entry in opened.infolist()) != sorted(file.path for file in files):
             raise ValueError("the archive of the source holds other files than its listing")
         for file in files:
             if file.path.startswith("/") or "\\" in file.path or not {"", ".", ".."}.isdisjoint(file.path.split("/")):

@@ -74,6 +74,28 @@ def test_what_arrives_is_the_same_and_is_found_before_older_files(project: Path,
     assert said.stdout.split() == ["sent", "ran"], said.stderr
 
 
+def test_a_submodule_travels(project: Path, tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "code.py").touch()
+    (project / "lib-b").touch()  # sorts before lib/code.py, and after lib
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always")
+    for command in (
+        ["init", "-q", library],
+        ["-C", library, "add", "."],
+        ["-C", library, "commit", "-qm", "library"],
+        ["init", "-q", project],
+        ["-C", project, "submodule", "--quiet", "add", library, "lib"],
+        ["-C", project, "add", "."],
+    ):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    source = read(project)
+    there = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_here(there, _archive(source))
+    assert (Path(there.target) / "lib" / "code.py").is_file()
+    assert missing_here([there], "ray") == ([True], [False], True)
+
+
 def test_a_damaged_source_is_replaced(project: Path, tmp_path: Path) -> None:
     source = read(project)
     there = elsewhere(source.listing, tmp_path / "nothing")
