@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
-from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor, XennaExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import SingleParquetWriter
 from nemo_rl.pipelines.messy_math import SampleKind, write_messy_math
@@ -77,7 +78,9 @@ class CurateConfig(ConfigModel):
 
     input: InputConfig = Field(default_factory=InputConfig)
     output_dir: str = Field("results/curate_math", description="For the result, the report and the run directory.")
-    executor: Literal["actor_pool", "ray_data"] = Field("actor_pool", description="What moves the tasks.")
+    executor: Literal["actor_pool", "ray_data", "xenna"] = Field(
+        "actor_pool", description="What moves the tasks; xenna needs the extra of that name."
+    )
     min_problem_chars: int = Field(20, ge=0, description="Shorter problems are dropped.")
     max_problem_chars: int = Field(4000, ge=1, description="Longer problems are dropped.")
     dedup: DedupConfig = Field(default_factory=DedupConfig)
@@ -163,7 +166,12 @@ def _writer(config: CurateConfig) -> SingleParquetWriter:
 
 
 def _executor(config: CurateConfig) -> Executor:
-    return RayActorPoolExecutor() if config.executor == "actor_pool" else RayDataExecutor()
+    kinds: dict[str, Callable[[], Executor]] = {
+        "actor_pool": RayActorPoolExecutor,
+        "ray_data": RayDataExecutor,
+        "xenna": XennaExecutor,
+    }
+    return kinds[config.executor]()
 
 
 def _sample(config: SampleConfig, output: Path) -> Path:

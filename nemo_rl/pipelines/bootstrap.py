@@ -6,7 +6,9 @@ the stage's venv. (Ray passes on the script's directory only.) Imports nothing b
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +17,18 @@ from typing import Any
 def extend_search_path(entries: list[str]) -> None:
     """Append what is not there yet."""
     sys.path += [entry for entry in entries if entry not in sys.path]
+
+
+def end_when_orphaned() -> None:
+    """End this process when its parent, Ray's raylet, has ended; for workers that other threads keep alive then."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end when orphaned", daemon=True).start()
 
 
 class StageWorker:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
+from nemo_rl import venvs
 from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.errors import VenvBuildError
 from nemo_rl.pipelines import Executor, RayActorPoolExecutor, RayDataExecutor
 
 
@@ -21,6 +24,16 @@ def shared_venvs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _venv_dir(shared_venvs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_VENV_DIR", str(shared_venvs))
+
+
+@pytest.fixture
+def xenna_python() -> str:
+    """The interpreter of a venv that has cosmos-xenna over the tests' own."""
+    spec = venvs.spec_from_runtime_env({"uv": ["cosmos-xenna==0.3.0"]}, sys.executable)
+    try:
+        return venvs.ensure(spec, "with-xenna").python
+    except VenvBuildError as error:
+        pytest.skip(f"cosmos-xenna cannot be had here: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sample_stages import AddOne, KeepFirstOfEach, Slow, SplitRows
 
-from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor, RayDataExecutor
+from nemo_rl.pipelines import Pipeline, RayActorPoolExecutor, RayDataExecutor, XennaExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import JsonlWriter
 
@@ -25,7 +25,7 @@ def main(folder: Path, executor: str, seconds: float, options: list[str]) -> Non
         *([Slow(str(folder / "late"), seconds).with_(name="late", num_workers=2)] if "late" in options else []),
         JsonlWriter(folder / "out"),
     ]
-    chosen = {"actor_pool": RayActorPoolExecutor, "ray_data": RayDataExecutor}[executor]()
+    chosen = {"actor_pool": RayActorPoolExecutor, "ray_data": RayDataExecutor, "xenna": XennaExecutor}[executor]()
     tasks = Pipeline("resumed", stages=stages).run(chosen, run_dir=folder / "run")
     sys.stdout.write(f"{len(tasks)} shards\n")
 

@@ -33,9 +33,11 @@ SCRIPT = Path(__file__).with_name("resume_script.py")
 NUM_RECORDS = 40
 
 
-def start(folder: Path, executor: str, seconds: float, *options: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, executor: str, seconds: float, *options: str, python: str = sys.executable
+) -> subprocess.Popen[str]:
     environment = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(SCRIPT.parent)}
-    command = [sys.executable, str(SCRIPT), str(folder), executor, str(seconds), *options]
+    command = [python, str(SCRIPT), str(folder), executor, str(seconds), *options]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -60,17 +62,22 @@ def write_input(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("executor", "options"), [("actor_pool", []), ("ray_data", []), ("actor_pool", ["gathers"])], ids=str
+    ("executor", "options"),
+    [("actor_pool", []), ("ray_data", []), ("xenna", []), ("actor_pool", ["gathers"])],
+    ids=str,
 )
-def test_every_input_is_in_the_output_once_after_two_kills(tmp_path: Path, executor: str, options: list[str]) -> None:
+def test_every_input_is_in_the_output_once_after_two_kills(
+    tmp_path: Path, executor: str, options: list[str], request: pytest.FixtureRequest
+) -> None:
+    python = request.getfixturevalue("xenna_python") if executor == "xenna" else sys.executable
     taken = tmp_path / "taken"
     taken.mkdir()
     write_input(tmp_path)
     for num_taken in (8, 20):
-        kill_when(start(tmp_path, executor, 0.3, *options), taken, num_taken)
+        kill_when(start(tmp_path, executor, 0.3, *options, python=python), taken, num_taken)
         time.sleep(1)  # its workers end
     before = len(list(taken.iterdir()))
-    process = start(tmp_path, executor, 0.0, *options)
+    process = start(tmp_path, executor, 0.0, *options, python=python)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert f"{NUM_RECORDS} shards" in output
@@ -78,7 +85,7 @@ def test_every_input_is_in_the_output_once_after_two_kills(tmp_path: Path, execu
     assert found == list(range(1, NUM_RECORDS + 1))
     redone = len(list(taken.iterdir())) - before
     assert 0 < redone < NUM_RECORDS  # it went on, it did not start anew
-    again = start(tmp_path, executor, 0.0, *options).communicate(timeout=120)[0]
+    again = start(tmp_path, executor, 0.0, *options, python=python).communicate(timeout=120)[0]
     assert f"{NUM_RECORDS} shards" in again
     assert len(list(taken.iterdir())) - before == redone  # a finished run has nothing to do
 

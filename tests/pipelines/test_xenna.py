@@ -14,8 +14,7 @@ import psutil
 import pytest
 import ray
 
-from nemo_rl import venvs
-from nemo_rl.errors import PipelineDefinitionError, VenvBuildError
+from nemo_rl.errors import PipelineDefinitionError
 from nemo_rl.pipelines import XennaExecutor
 from nemo_rl.pipelines.executors.xenna import _own_actors_ended
 
@@ -61,14 +60,9 @@ def test_only_actors_of_this_job_are_ended(ray_local: str) -> None:
 
 
 @pytest.mark.slow
-def test_pipelines_on_xenna_give_what_they_give_elsewhere(tmp_path: Path) -> None:
-    spec = venvs.spec_from_runtime_env({"uv": ["cosmos-xenna==0.3.0"]}, sys.executable)
-    try:
-        python = venvs.ensure(spec, "with-xenna").python
-    except VenvBuildError as error:
-        pytest.skip(f"cosmos-xenna cannot be had here: {error}")
+def test_pipelines_on_xenna_give_what_they_give_elsewhere(tmp_path: Path, xenna_python: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    command = [python, str(SCRIPT), str(tmp_path)]
+    command = [xenna_python, str(SCRIPT), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))

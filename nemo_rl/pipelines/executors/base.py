@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ray import cloudpickle
 from ray.exceptions import ObjectLostError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.project_source import search_path
-from nemo_rl.errors import PipelineDefinitionError, PipelineError, StageError
+from nemo_rl.errors import PipelineDefinitionError, PipelineError, ResourceInsufficientError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
 from nemo_rl.pipelines.items import Item
@@ -23,8 +24,9 @@ from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.progress import WorkerCounts
 from nemo_rl.pipelines.runner import StageJob, stop_file
 from nemo_rl.pipelines.spool import Entry, SpooledTask, SpoolWriter
+from nemo_rl.pipelines.stage import AnyStage
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Whatever runs a stage must not have to find our modules first.
 cloudpickle.register_pickle_by_value(bootstrap)
@@ -118,6 +120,28 @@ class Executor(Protocol):
             WorkersDied: the run calls this again, with what is not done, and as another attempt.
         """
         ...
+
+
+def cpu_share(stages: Sequence[PlannedStage], num_cpus: float) -> float:
+    """What part of its CPUs each stage asks for, so that workers of every stage can run on `num_cpus` together."""
+    wanted = sum(stage.num_cpus * (stage.job.stage.num_workers or 1) for stage in stages)
+    if wanted <= num_cpus:
+        return 1.0
+    logger.info("the stages need %g CPUs at the same time and share %g", wanted, num_cpus)
+    return num_cpus / wanted * 0.99
+
+
+def require_gpus_together(
+    wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster, library: str
+) -> None:
+    """`Executor.check_room` where all stages run at once. Raises `ResourceInsufficientError`: too few GPUs for them."""
+    num_gpus = sum(gpus * (stage.num_workers or 1) for stage, (_, gpus) in wanted)
+    if num_gpus > cluster.num_gpus:
+        names = ", ".join(stage.name for stage, (_, gpus) in wanted if gpus)
+        raise ResourceInsufficientError(
+            f"all stages run at the same time on {library}; {names} need {num_gpus:g} GPUs and the cluster has "
+            f"{cluster.num_gpus:g}. RayActorPoolExecutor runs one stage after another."
+        )
 
 
 def driver_search_path() -> list[str]:

@@ -6,7 +6,6 @@ spills by group.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,20 @@ import ray
 from ray import cloudpickle
 from ray.util.annotations import RayDeprecationWarning
 
-from nemo_rl.errors import PipelineError, ResourceInsufficientError, StageError
+from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import DataStage
-from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, WorkersDied, is_death, recorded_error, stage_error
+from nemo_rl.pipelines.executors.base import (
+    Cluster,
+    PlannedStage,
+    WorkersDied,
+    cpu_share,
+    is_death,
+    recorded_error,
+    require_gpus_together,
+    stage_error,
+)
 from nemo_rl.pipelines.items import Item, chunks, group_size
 from nemo_rl.pipelines.stage import AnyStage
-
-logger = logging.getLogger(__name__)
 
 
 class RayDataExecutor:
@@ -41,25 +47,19 @@ class RayDataExecutor:
 
     def check_room(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
         """See `Executor.check_room`: every stage needs its GPU workers at the same time."""
-        gpus = sum(gpus * (stage.num_workers or 1) for stage, (_, gpus) in wanted)
-        if gpus > cluster.num_gpus:
-            names = ", ".join(stage.name for stage, (_, gpus) in wanted if gpus)
-            raise ResourceInsufficientError(
-                f"all stages run at the same time on Ray Data; {names} need {gpus:g} GPUs and the cluster has "
-                f"{cluster.num_gpus:g}. RayActorPoolExecutor runs one stage after another."
-            )
+        require_gpus_together(wanted, cluster, "Ray Data")
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
         """See `Executor.run`."""
         if not items:
             return []
-        shrink = _cpu_share(stages, cluster)
+        share = cpu_share(stages, cluster.num_cpus)
         size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
         rows = [{"group": cloudpickle.dumps(chunk)} for chunk in chunks(items, size)]
         with _row_per_block():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
             for stage in stages:
-                dataset = self._with_stage(dataset, stage, cluster, shrink)
+                dataset = self._with_stage(dataset, stage, cluster, share)
             try:
                 return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
             except Exception as error:  # Ray Data wraps what a stage raises, and adds advice of its own
@@ -73,7 +73,7 @@ class RayDataExecutor:
                     raise StageError(f"one of the stages {names} failed: {error}") from error
                 raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
 
-    def _with_stage(self, dataset: Any, stage: PlannedStage, cluster: Cluster, shrink: float) -> Any:
+    def _with_stage(self, dataset: Any, stage: PlannedStage, cluster: Cluster, share: float) -> Any:
         # Ray Data has no other way to say how often a worker may die, and warns that this one will go with Ray 2.64.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=RayDeprecationWarning)
         most = stage.max_num_workers(cluster, self._max_workers)
@@ -84,21 +84,12 @@ class RayDataExecutor:
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
             fn_constructor_args=stage.constructor_arguments,
-            num_cpus=stage.num_cpus * shrink,
+            num_cpus=stage.num_cpus * share,
             num_gpus=stage.num_gpus or None,
             runtime_env=stage.runtime_env or None,
             max_restarts=self._max_deaths,
             max_task_retries=-1,  # as often as the worker; Ray counts each try to reach a node that is gone
         )
-
-
-def _cpu_share(stages: Sequence[PlannedStage], cluster: Cluster) -> float:
-    """What part of its CPUs each stage asks for, so that one worker of every stage can run at the same time."""
-    cpus = sum(stage.num_cpus * (stage.job.stage.num_workers or 1) for stage in stages)
-    if cpus <= cluster.num_cpus:
-        return 1.0
-    logger.info("the stages need %g CPUs at the same time and share the cluster's %g", cpus, cluster.num_cpus)
-    return cluster.num_cpus / cpus * 0.99
 
 
 @contextmanager

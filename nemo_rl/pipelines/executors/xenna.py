@@ -28,12 +28,15 @@ from nemo_rl.pipelines.executors.base import (
     Cluster,
     PlannedStage,
     WorkersDied,
+    cpu_share,
     is_death,
     loaded,
     recorded_error,
+    require_gpus_together,
     stage_error,
 )
 from nemo_rl.pipelines.items import Item, chunks, group_size
+from nemo_rl.pipelines.stage import AnyStage
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +62,17 @@ class XennaExecutor:
         self._interval_s = autoscale_interval_s
         self._cpu_share = cpu_share
 
+    def check_room(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
+        """See `Executor.check_room`: every stage needs its GPU workers at the same time."""
+        require_gpus_together(wanted, cluster, "Xenna")
+
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
         """See `Executor.run`."""
         from cosmos_xenna.pipelines import v1 as xenna
 
         if not items:
             return []
+        share = cpu_share(stages, cluster.num_cpus * self._cpu_share)
         size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
         quiet = xenna.VerbosityLevel.NONE
         config = xenna.PipelineConfig(
@@ -81,7 +89,7 @@ class XennaExecutor:
         )
         specification = xenna.PipelineSpec(
             input_data=list(chunks(items, size)),
-            stages=[xenna.StageSpec(_stage(stage), num_workers=stage.job.stage.num_workers) for stage in stages],
+            stages=[xenna.StageSpec(_stage(stage, share), num_workers=stage.job.stage.num_workers) for stage in stages],
             config=config,
         )
         try:
@@ -141,7 +149,7 @@ def _end_processes(pids: list[int]) -> None:
                 process.kill()
 
 
-def _stage(planned: PlannedStage) -> Any:
+def _stage(planned: PlannedStage, share: float) -> Any:
     """The stage as Xenna wants it. Its classes are made here, so that they are pickled by value."""
     import attrs
     from cosmos_xenna.pipelines import v1 as xenna
@@ -149,7 +157,7 @@ def _stage(planned: PlannedStage) -> Any:
     arguments = planned.constructor_arguments
     # The classes below take these along, but not `planned`, whose stage could not be found there yet.
     runtime_env = dict(planned.runtime_env)
-    wanted = xenna.Resources(cpus=planned.num_cpus, gpus=planned.num_gpus)
+    wanted = xenna.Resources(cpus=planned.num_cpus * share, gpus=planned.num_gpus)
 
     @attrs.define
     class ReadyPython(xenna.RuntimeEnv):
@@ -176,7 +184,8 @@ def _stage(planned: PlannedStage) -> Any:
         def setup(self, worker_metadata: Any) -> None:
             from ray import cloudpickle
 
-            worker_class, arguments = cloudpickle.loads(self.worker_bytes)
+            worker_class, arguments, end_when_orphaned = cloudpickle.loads(self.worker_bytes)
+            end_when_orphaned()  # Xenna's threads outlive a driver that is killed, and its cluster
             self.worker = worker_class(*arguments)
             try:
                 self.worker.start()
@@ -191,9 +200,9 @@ def _stage(planned: PlannedStage) -> Any:
 
     from ray import cloudpickle
 
-    from nemo_rl.pipelines.bootstrap import StageWorker
+    from nemo_rl.pipelines.bootstrap import StageWorker, end_when_orphaned
 
     stage = XennaStage()
     # As bytes, so that nothing of it is looked for before the worker has the driver's search path.
-    stage.worker_bytes = cloudpickle.dumps((StageWorker, arguments))
+    stage.worker_bytes = cloudpickle.dumps((StageWorker, arguments, end_when_orphaned))
     return stage
