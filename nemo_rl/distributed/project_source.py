@@ -202,7 +202,8 @@ def _known(roots: Sequence[str]) -> list[_Source]:
 
 def _read(root: str) -> _Source | None:
     try:
-        tree = collect(Path(root), () if _in_repository(Path(root)) else _WRITTEN)
+        excludes = () if _in_repository(Path(root)) else _WRITTEN
+        tree = collect(Path(root), excludes, leave_out_links=True)
         is_hashed = tree.num_bytes <= _limit_bytes()  # nobody waits until gigabytes are read that may not travel
         files = tuple(_entry(tree.root / file.path, file.path, is_hashed) for file in tree.files)
     except (ConfigError, OSError) as error:

@@ -61,11 +61,14 @@ class SourceTree:
         return sorted(self.files, key=lambda file: (-file.num_bytes, file.path))[:count]
 
 
-def collect(root: Path, excludes: Sequence[str] = (), *, include_untracked: bool = False) -> SourceTree:
+def collect(
+    root: Path, excludes: Sequence[str] = (), *, include_untracked: bool = False, leave_out_links: bool = False
+) -> SourceTree:
     """The files of `root` that git tracks (with `include_untracked` also those that it would take), less `excludes`.
 
     Raises:
-        ConfigError: no such directory, no file left, git missing, or a link that leads out of the directory.
+        ConfigError: no such directory, no file left, git missing, or a link that leads out of the directory (with
+            `leave_out_links` those are left out instead).
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
@@ -81,7 +84,7 @@ def collect(root: Path, excludes: Sequence[str] = (), *, include_untracked: bool
             excluded |= set(git.names("--others", "--ignored", *patterns))
             chosen, others = chosen - excluded, others - excluded
         commit = git.commit()
-    files = [file for name in sorted(chosen) for file in _files_at(root, name, excludes)]
+    files = [file for name in sorted(chosen) for file in _files_at(root, name, excludes, leave_out_links)]
     if not files:
         raise ConfigError(f"{root} has no file to upload: git tracks none that --exclude leaves. Try --untracked.")
     return SourceTree(root, tuple(files), tuple(sorted(others)), commit)
@@ -112,17 +115,19 @@ def unpack_zip(archive: Path, target: Path) -> None:
         raise ConfigError(f"{archive} cannot be unpacked: {error}") from None
 
 
-def _files_at(root: Path, name: str, excludes: Sequence[str]) -> Iterator[SourceFile]:
+def _files_at(root: Path, name: str, excludes: Sequence[str], leave_out_links: bool) -> Iterator[SourceFile]:
     path = root / name
     if path.is_symlink():
         target = path.resolve()
         if not target.is_file() or not target.is_relative_to(root.resolve()):
+            if leave_out_links:
+                return
             raise ConfigError(
                 f"{path} links to {os.readlink(path)}, which is no file of {root}: the cluster would not have it. "
                 f"Leave it out with --exclude {name!r}."
             )
     if path.is_dir():  # a submodule
-        for file in collect(path, excludes).files:
+        for file in collect(path, excludes, leave_out_links=leave_out_links).files:
             yield SourceFile(f"{name}/{file.path}", file.num_bytes)
     elif path.exists():  # else deleted, and not yet committed
         yield SourceFile(name, path.stat().st_size)

@@ -145,6 +145,7 @@ def test_what_jobs_write_is_no_source(project: Path, tmp_path: Path) -> None:
     before = read(project).listing
     (project / "results" / "001").mkdir(parents=True)
     (project / "results" / "001" / "ray").symlink_to(tmp_path)  # as a run leaves it
+    (project / "data").symlink_to(tmp_path)
     (project / "mine" / "__pycache__").mkdir()
     (project / "mine" / "__pycache__" / "x.pyc").touch()
     assert read(project).listing == before
