@@ -60,7 +60,8 @@ def checked_stages(
         _check_attributes(stage)
         if names.count(stage.name) > 1:
             raise PipelineDefinitionError(
-                f"{names.count(stage.name)} stages are named {stage.name!r}; give them names with with_(name=...)"
+                f"{names.count(stage.name)} stages are named {stage.name!r}; give them names with "
+                "with_(name=...), or a function with processing_stage(name=...)(function)"
             )
     leading = 0
     while leading < len(stages) and stages[leading].runs_in_driver:

@@ -68,7 +68,7 @@ def run(*stages: Any, tasks: Any = None) -> None:
 def test_stages_that_do_not_go_together() -> None:
     with pytest.raises(PipelineDefinitionError, match="has no stages"):
         run()
-    with pytest.raises(PipelineDefinitionError, match="2 stages are named 'AddOne'"):
+    with pytest.raises(PipelineDefinitionError, match="2 stages are named 'AddOne'; give them names"):
         run(AddOne(), AddOne(), tasks=batches(1))
     with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the column 'text'.*there: number"):
         run(NeedsText(), tasks=batches(1))
