@@ -73,7 +73,8 @@ def test_every_input_is_in_the_output_once_after_two_kills(
     taken = tmp_path / "taken"
     taken.mkdir()
     write_input(tmp_path)
-    for num_taken in (8, 20):
+    # Xenna passes a group of tasks on as a whole: the first ones reach the end of the pipeline later.
+    for num_taken in (20, 32) if executor == "xenna" else (8, 20):
         kill_when(start(tmp_path, executor, 0.3, *options, python=python), taken, num_taken)
         time.sleep(1)  # its workers end
     before = len(list(taken.iterdir()))
