@@ -118,14 +118,14 @@ def curation(num_cores: str, num_lines: str) -> dict[str, float]:
     start_local_ray(num_cpus=len(cores), num_gpus=0)
     with tempfile.TemporaryDirectory(prefix="bench-curation-") as scratch:
 
-        def curate(lines: int) -> tuple[float, int]:
-            out = Path(scratch, str(lines))
+        def curate(folder: str, lines: int) -> tuple[float, int]:
+            out = Path(scratch, folder)
             raw = write_messy_math(out / "raw.jsonl", lines).path
             pipeline = curation_pipeline(CurateConfig(output_dir=str(out)), [str(raw)])
             return timed(lambda: pipeline.run(run_dir=out / "run")), raw.stat().st_size
 
-        curate(50)
-        seconds, num_bytes = curate(int(num_lines))
+        curate("venvs", 50)
+        seconds, num_bytes = curate("measured", int(num_lines))
     return {"GB/h": num_bytes / 1e9 / (seconds / 3600), "lines/s": int(num_lines) / seconds}
 
 
