@@ -49,11 +49,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that is published (the policy's: float32)")
     arguments = parser.parse_args()
     from nemo_rl.distributed.ray_session import start_local_ray
+    from nemo_rl.models.cpu_threads import cpu_env_vars
 
     start_local_ray(num_cpus=2)
     cases, ratios = [], []
     for billions in arguments.parameters:
-        policy, generator = Sender.remote(billions), Receiver.remote()
+        variables = {"runtime_env": {"env_vars": cpu_env_vars()}}  # as a job's workers have them
+        policy, generator = Sender.options(**variables).remote(billions), Receiver.options(**variables).remote()
         size = ray.get(policy.num_bytes.remote(arguments.dtype))
         name = f"{billions} B"
         for label, transport, copies in CASES:
@@ -156,21 +158,31 @@ class Receiver:
         from nemo_rl.models.weights.digest import check_digest
         from nemo_rl.models.weights.receiver import receive
 
-        weights = receive(update, verify=False, keeps=not copies)
         if copies:
-            named = self._copied(weights)
+            digest, expected = self._copied(update)
         else:
+            weights = receive(update, verify=False, keeps=True)
             self._views = dict(weights)
-            named = list(self._views.items())
-        digest = weights.digest_of(named)
-        check_digest(version=update.version, expected=weights.digest, found=digest, where="the receiver")
+            digest, expected = weights.digest_of(self._views.items()), weights.digest
+        check_digest(version=update.version, expected=expected, found=digest, where="the receiver")
 
-    def _copied(self, weights: Any) -> list[tuple[str, torch.Tensor]]:
+    def _copied(self, update: Any) -> tuple[str, str]:
+        """As vLLM's worker does it: each bucket is read back when it has been loaded."""
+        from nemo_rl.models.weights.digest import WeightDigest, tensor_bytes
+        from nemo_rl.models.weights.receiver import receive
+
+        digest = WeightDigest()
+
+        def read(specs: Any) -> None:
+            for spec in specs:
+                digest.add(spec.name, spec.dtype, spec.shape, tensor_bytes(self._own[spec.name]))
+
+        weights = receive(update, verify=False, on_loaded=read)
         for name, tensor in weights:
             if name not in self._own:
                 self._own[name] = torch.empty_like(tensor)
             self._own[name].copy_(tensor)
-        return list(self._own.items())
+        return digest.hexdigest(), weights.digest
 
     def copy(self, num_bytes: int) -> float:
         source, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)

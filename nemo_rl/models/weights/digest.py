@@ -40,7 +40,6 @@ class WeightDigest:
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_128()
-        self._num_threads = torch.get_num_threads()
         self._threads: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[bytes, Future[bytes]]] = deque()
 
@@ -76,15 +75,16 @@ class WeightDigest:
 
     def _add(self, name: str, dtype: str, shape: Iterable[int], num_bytes: int, read: Callable[[], bytes]) -> None:
         header = f"{name}\0{dtype}\0{tuple(shape)}\0".encode()
-        if self._num_threads == 1 or num_bytes < _PIECE_BYTES:
+        num_threads = torch.get_num_threads()
+        if num_threads == 1 or num_bytes < _PIECE_BYTES:
             future: Future[bytes] = Future()
             future.set_result(read())
         else:
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(self._num_threads, "digest")
+                self._threads = ThreadPoolExecutor(num_threads, "digest")
             future = self._threads.submit(read)
         self._pending.append((header, future))
-        self._drain(2 * self._num_threads)  # whoever gathers tensors one by one holds only a few
+        self._drain(2 * num_threads)  # whoever gathers tensors one by one holds only a few
 
     def _drain(self, num_left: int) -> None:
         while len(self._pending) > num_left:

@@ -10,7 +10,7 @@ from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import WeightDigest, check_digest, digest_tensors, dtype_name, tensor_bytes
 from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightStream, WeightUpdate
 from nemo_rl.models.weights.sender import tensor_in
-from nemo_rl.models.weights.stream import connect, sender_ended
+from nemo_rl.models.weights.stream import connect, half_of_the_threads, sender_ended
 from nemo_rl.models.weights.transports import WeightTransport, make_transport
 
 _Tensors = Generator[tuple[str, torch.Tensor], None, None]
@@ -106,7 +106,7 @@ class IncomingWeights:
         self._sent = update.digest
 
     def _streamed(self, stream: WeightStream) -> _Tensors:
-        with connect(stream, keeps=self._keeps) as connection:
+        with connect(stream, keeps=self._keeps) as connection, half_of_the_threads():
             try:
                 while isinstance(message := connection.recv(), WeightBucket):
                     yield from self._loaded(message)
