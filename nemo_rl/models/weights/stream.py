@@ -78,7 +78,8 @@ def sender_ended(stream: WeightStream) -> WeightSyncError:
     """The error of a receiver whose sender is gone."""
     return WeightSyncError(
         f"the policy's worker that sends the weights of version {stream.version} has ended or given up: its own error "
-        "says why"
+        "says why. If there is none, it cannot be reached from here: with workers in several containers set "
+        "policy.weight_transport=ray."
     )
 
 
