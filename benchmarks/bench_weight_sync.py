@@ -170,14 +170,14 @@ class Receiver:
 
     def _copied(self, update: Any) -> tuple[str, str]:
         """As vLLM's worker does it: each bucket is read back when it has been loaded."""
-        from nemo_rl.models.weights.digest import WeightDigest, tensor_bytes
+        from nemo_rl.models.weights.digest import WeightDigest
         from nemo_rl.models.weights.receiver import receive
 
         digest = WeightDigest()
 
         def read(specs: Any) -> None:
             for spec in specs:
-                digest.add(spec.name, spec.dtype, spec.shape, tensor_bytes(self._own[spec.name]))
+                digest.add_tensor(spec.name, self._own[spec.name])
 
         weights = receive(update, verify=False, on_loaded=read)
         for name, tensor in weights:

@@ -163,9 +163,13 @@ def _roots(plans: Iterable[VenvPlan]) -> list[str]:
 
 def _driver_directories() -> list[str]:
     """Directories of the driver's `sys.path` that are not its Python's or its venv's, and what Ray adds to them."""
-    own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
     of_package = Path(settings.__file__).resolve().parent.parent
-    entries = [*sys.path, str(of_package), os.getcwd()]
+    return outside_python([*sys.path, str(of_package), os.getcwd()])
+
+
+def outside_python(entries: Iterable[str]) -> list[str]:
+    """Those entries of a search path that are directories and not the driver's Python's or its venv's, each once."""
+    own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
     found = [Path(entry or ".").resolve() for entry in entries]
     return list(
         dict.fromkeys(

@@ -202,7 +202,7 @@ class RayWorkerGroup(WorkerCalls):
         self._refuse_stopped()
         tied_groups = {self._seats[rank].tied_group for rank in ranks}
         seats = [seat for seat in self._seats if seat.tied_group in tied_groups]
-        kill_and_wait([self._workers[seat.rank] for seat in seats])
+        self.kill_workers([seat.rank for seat in seats])
         self.refuse_lost_nodes([seat.rank for seat in seats])
         try:
             self._refresh_ports(seats)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from nemo_rl.models.policy.megatron import expected_warnings  # noqa: F401 - megatron-core warns while it is imported
 
 # isort: split
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,8 @@ from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.policy.worker_steps import (
     count_globally,
+    hand_over_from_rank_0,
     logprobs_by_row,
-    publish_from_rank_0,
-    send_from_rank_0,
     train_on_global_batches,
 )
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -191,8 +191,8 @@ class MegatronPolicyWorker:
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
-        tensors = self._state.served_weights()
-        return publish_from_rank_0(tensors, self._grid.world.rank, self._sender, version=version, dtype=dtype)
+        publish = partial(self._sender.publish, version=version, dtype=dtype)
+        return hand_over_from_rank_0(self._state.served_weights(), self._grid.world.rank, publish)
 
     def weight_endpoint(self) -> tuple[str, bytes]:
         """Where receivers of streams ask for weights, and the key that lets them in; of rank 0."""
@@ -200,15 +200,8 @@ class MegatronPolicyWorker:
 
     def send_weights(self, version: int, dtype: str, stream: int, receivers: list[int]) -> str | None:
         """Send the current weights from rank 0, which returns their digest; other ranks return None."""
-        return send_from_rank_0(
-            self._state.served_weights(),
-            self._grid.world.rank,
-            self._streamer,
-            version=version,
-            dtype=dtype,
-            stream=stream,
-            receivers=receivers,
-        )
+        send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=receivers)
+        return hand_over_from_rank_0(self._state.served_weights(), self._grid.world.rank, send)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

@@ -12,6 +12,7 @@ in the same order.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.policy.worker_steps import (
     count_globally,
+    hand_over_from_rank_0,
     logprobs_by_row,
-    publish_from_rank_0,
-    send_from_rank_0,
     train_on_global_batches,
 )
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -140,8 +140,8 @@ class TorchPolicyWorker:
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
-        tensors = self._model.full_tensors()
-        return publish_from_rank_0(tensors, self._group.rank, self._sender, version=version, dtype=dtype)
+        publish = partial(self._sender.publish, version=version, dtype=dtype)
+        return hand_over_from_rank_0(self._model.full_tensors(), self._group.rank, publish)
 
     def weight_endpoint(self) -> tuple[str, bytes]:
         """Where receivers of streams ask for weights, and the key that lets them in; of rank 0."""
@@ -149,15 +149,8 @@ class TorchPolicyWorker:
 
     def send_weights(self, version: int, dtype: str, stream: int, receivers: list[int]) -> str | None:
         """Send the current weights from rank 0, which returns their digest; other ranks return None."""
-        return send_from_rank_0(
-            self._model.full_tensors(),
-            self._group.rank,
-            self._streamer,
-            version=version,
-            dtype=dtype,
-            stream=stream,
-            receivers=receivers,
-        )
+        send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=receivers)
+        return hand_over_from_rank_0(self._model.full_tensors(), self._group.rank, send)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

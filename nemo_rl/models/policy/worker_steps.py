@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -12,10 +13,9 @@ from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import TrainResult
 from nemo_rl.models.policy.microbatching import global_batches, microbatches
 from nemo_rl.models.policy.process_group import ProcessGroup
-from nemo_rl.models.weights.interfaces import WeightUpdate
-from nemo_rl.models.weights.sender import WeightSender
-from nemo_rl.models.weights.stream import WeightStreamer
 
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+ResultT = TypeVar("ResultT")
 TrainStep = Callable[[BatchedDataDict], tuple[dict[str, float], int]]
 
 
@@ -82,30 +82,12 @@ def logprobs_by_row(
     return result
 
 
-def send_from_rank_0(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    rank: int,
-    streamer: WeightStreamer,
-    *,
-    version: int,
-    dtype: str,
-    stream: int,
-    receivers: Sequence[int],
-) -> str | None:
-    """Send tensors that all ranks gather together: rank 0 returns their digest, other ranks None."""
+def hand_over_from_rank_0(
+    tensors: NamedTensors, rank: int, hand_over: Callable[[NamedTensors], ResultT]
+) -> ResultT | None:
+    """Hand over tensors that all ranks gather together: rank 0 returns what `hand_over` does, other ranks None."""
     if rank == 0:
-        return streamer.send(tensors, version=version, dtype=dtype, stream=stream, receivers=receivers)
-    for _ in tensors:
-        pass
-    return None
-
-
-def publish_from_rank_0(
-    tensors: Iterable[tuple[str, torch.Tensor]], rank: int, sender: WeightSender, *, version: int, dtype: str
-) -> WeightUpdate | None:
-    """Publish tensors that all ranks gather together: rank 0 returns what receivers need, other ranks None."""
-    if rank == 0:
-        return sender.publish(tensors, version=version, dtype=dtype)
+        return hand_over(tensors)
     for _ in tensors:  # takes part in the gathering of every tensor
         pass
     return None

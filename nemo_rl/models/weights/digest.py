@@ -47,6 +47,10 @@ class WeightDigest:
         """Take in one tensor, whose bytes in row-major order are `data`; they must stay until `settle`."""
         self._add(name, dtype, shape, data.size, lambda: xxhash.xxh3_128(data.data).digest())
 
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor as it lies in memory (from a GPU it is copied); it must stay until `settle`."""
+        self.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
+
     def copy_in(self, spec: TensorSpec, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy a tensor, cast to the target's dtype, and take in the copy; both must stay until `settle`.
 
@@ -107,7 +111,7 @@ def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """The digest over tensors as they lie in this process's memory (those on a GPU are copied to the host)."""
     digest = WeightDigest()
     for name, tensor in named_tensors:
-        digest.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
+        digest.add_tensor(name, tensor)
     return digest.hexdigest()
 
 

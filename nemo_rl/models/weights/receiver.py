@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 import torch
 
 from nemo_rl.errors import WeightSyncError
-from nemo_rl.models.weights.digest import WeightDigest, check_digest, digest_tensors, dtype_name, tensor_bytes
+from nemo_rl.models.weights.digest import WeightDigest, check_digest, digest_tensors
 from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightStream, WeightUpdate
 from nemo_rl.models.weights.sender import tensor_in
 from nemo_rl.models.weights.stream import connect, half_of_the_threads, sender_ended
@@ -124,7 +124,7 @@ class IncomingWeights:
         yield from self._local(bucket, buffer)
         if self._arrived is not None:
             for name, tensor in _in_buckets([bucket], [buffer]):
-                self._arrived.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
+                self._arrived.add_tensor(name, tensor)
                 self._views.append(_view(name, tensor))
             if not self._keeps:
                 self._arrived.settle()

@@ -95,7 +95,6 @@ class WeightStreamer:
     """
 
     def __init__(self, transport: str = "shared_memory", bucket_bytes: int = 8 << 20) -> None:
-        self.transport_name = transport
         self._transport: WeightTransport = make_transport(transport)
         self._bucket_bytes = bucket_bytes
         # In the abstract namespace: no file is left behind, whoever is killed. The key decides who is let in.

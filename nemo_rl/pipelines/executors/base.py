@@ -15,7 +15,7 @@ from ray import cloudpickle
 from ray.exceptions import ObjectLostError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
-from nemo_rl.distributed.project_source import search_path
+from nemo_rl.distributed.project_source import outside_python, search_path
 from nemo_rl.errors import PipelineDefinitionError, PipelineError, ResourceInsufficientError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
@@ -147,13 +147,7 @@ def require_gpus_together(
 def driver_search_path() -> list[str]:
     """Directories of the driver's `sys.path` that are not its Python's or its venv's; first what stands for them on
     nodes that do not have them."""
-    own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
-    found = search_path()
-    for entry in sys.path:
-        path = Path(entry or ".").resolve()
-        if path.is_dir() and not any(path.is_relative_to(prefix) for prefix in own):
-            found.append(str(path))
-    return found
+    return [*search_path(), *outside_python(sys.path)]
 
 
 def stage_error(error: BaseException | None) -> PipelineError | None:

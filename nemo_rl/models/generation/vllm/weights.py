@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.generation.linear import linear
-from nemo_rl.models.weights.digest import WeightDigest, digest_tensors, dtype_name, tensor_bytes
+from nemo_rl.models.weights.digest import WeightDigest, digest_tensors, dtype_name
 from nemo_rl.models.weights.interfaces import TensorSpec
 
 
@@ -117,7 +117,7 @@ class ReadBack:
         """Read the parameters of a bucket that has been loaded."""
         names = [spec.name for spec in specs]
         for name, tensor in self._own.whole(names):
-            self._digest.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
+            self._digest.add_tensor(name, tensor)
         self._names += names
 
     def digest(self, *, as_a_whole: bool) -> str:
