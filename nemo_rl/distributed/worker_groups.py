@@ -29,6 +29,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from nemo_rl.distributed.bundles import Bundle
 from nemo_rl.distributed.futures import MultiWorkerFuture
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
@@ -126,6 +127,11 @@ class RayWorkerGroup(WorkerCalls):
     def worker_metadata(self) -> list[WorkerMetadata]:
         """See `WorkerMetadata`; by global rank."""
         return list(self._metadata)
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """Which bundle each worker is on; by global rank."""
+        return [self._bundles[seat.bundle] for seat in self._seats]
 
     @property
     def attestation(self) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ from rich.console import Console
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
-from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, job_roles, num_colocated_groups
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from nemo_rl.environments.remote import RemoteEnvironment
     from nemo_rl.models.generation.generation import Generation
     from nemo_rl.models.policy.policy import Policy
+    from nemo_rl.models.weights.routes import Route
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class _Life:
             model.name,
             total_steps=config.num_optimizer_steps,
             seed=config.grpo.seed,
-            weight_transport=_weight_transport(config.policy.weight_transport, clusters),
+            route=_weight_route(config.policy.weight_transport, clusters),
         )
         self.stack.callback(policy.shutdown)
         generation = Generation(clusters.generation, config.policy, model.name)
@@ -263,28 +263,18 @@ def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
     return future
 
 
-def _weight_transport(chosen: str, clusters: _Clusters) -> str:
-    """The transport that the configuration names, or (`auto`) the best one for where driver and workers are.
-
-    Raises:
-        WeightSyncError: there is no such transport.
-        ConfigError: it does not reach all workers.
-    """
+def _weight_route(chosen: str, clusters: _Clusters) -> Route:
+    """How weights travel between these clusters; raises as `choose_route` does."""
     import ray
 
-    from nemo_rl.models.weights.transports import choose_transport, make_transport
+    from nemo_rl.models.weights.routes import Place, choose_route
 
-    bundles = [*clusters.policy.bundles(), *clusters.generation.bundles()]
-    best = choose_transport([ray.get_runtime_context().get_node_id(), *(bundle.node_id for bundle in bundles)])
-    if chosen == "auto":
-        return best
-    make_transport(chosen)
-    if chosen == "shared_memory" and best != chosen:
-        raise ConfigError(
-            "policy.weight_transport=shared_memory is for driver and workers on one node (Linux), and here they are on "
-            "several. Set it to auto or ray."
-        )
-    return chosen
+    return choose_route(
+        chosen,
+        policy=[Place.of(bundle) for bundle in clusters.policy.bundles()],
+        generation=[Place.of(bundle) for bundle in clusters.generation.bundles()],
+        driver_node_id=ray.get_runtime_context().get_node_id(),
+    )
 
 
 def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) -> None:

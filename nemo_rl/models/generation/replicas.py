@@ -139,7 +139,8 @@ class Replicas:
 
     def _load_streamed(self, offer: WeightOffer, method: str, lives: Mapping[int, int]) -> dict[int, RayError]:
         ranks = [rank for replica in lives for rank in self._ranks(replica)]
-        streams = dict(zip(ranks, offer.open(ranks), strict=True))
+        bundles = self.workers.bundles
+        streams = offer.open({rank: bundles[rank] for rank in ranks})
         call = self.workers.run_single_worker_single_data
         rank_of = {call(method, worker_idx=rank, update=streams[rank]): rank for rank in ranks}
         waiting = {*rank_of, *offer.references}

@@ -103,12 +103,17 @@ class PolicyConfig(ConfigModel):
         "`auto` chooses by where the workers are.",
     )
     weight_bucket_mib: int = Field(256, ge=1, description="Weights are published in buckets of this size, in MiB.")
-    weight_stream_bucket_mib: int = Field(
-        8,
+    weight_stream_bucket_mib: int | None = Field(
+        None,
         ge=1,
-        description="Weights are streamed in buckets of this size, in MiB: with synchronous training on one node. "
-        "Small ones stay in the processor's cache on their way.",
+        description="With synchronous training, weights are streamed in buckets of this size, in MiB. Null: 8 on CPUs "
+        "of one node (they stay in the processor's cache on their way), 128 elsewhere.",
     )
+
+    @property
+    def weight_stream_bucket_bytes(self) -> int | None:
+        """`weight_stream_bucket_mib` in bytes."""
+        return None if self.weight_stream_bucket_mib is None else self.weight_stream_bucket_mib << 20
 
     @field_validator("options", mode="before")
     @classmethod

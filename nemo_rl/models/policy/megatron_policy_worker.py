@@ -45,7 +45,7 @@ from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.policy.worker_steps import (
     count_globally,
-    hand_over_from_rank_0,
+    hand_over,
     logprobs_by_row,
     train_on_global_batches,
 )
@@ -65,7 +65,8 @@ class MegatronPolicyWorker:
         seed: of the run.
         num_local_workers: workers on this node, which share its CPUs; None takes `WORLD_SIZE`.
         device_type: "cuda", "cpu", or None for a GPU where there is one.
-        weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+        weight_transport: of weights that are published: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+        weight_stream_transport: of those that are streamed.
 
     Raises:
         ConfigError: the options are not this backend's, or do not fit the number of workers.
@@ -83,6 +84,7 @@ class MegatronPolicyWorker:
         num_local_workers: int | None = None,
         device_type: str | None = None,
         weight_transport: str = "ray",
+        weight_stream_transport: str = "shared_memory",
     ) -> None:
         options = config.options
         if not isinstance(options, MegatronOptions):
@@ -96,7 +98,7 @@ class MegatronPolicyWorker:
         self._config = config
         self._options = options
         self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
-        self._streamer = WeightStreamer(bucket_bytes=config.weight_stream_bucket_mib << 20)
+        self._streamer = WeightStreamer(weight_stream_transport, config.weight_stream_bucket_bytes)
         world = join_process_group(device_type=device_type, needs_collectives=True)
         if world.device.type == "cpu":
             adapt_to_cpu()
@@ -192,16 +194,17 @@ class MegatronPolicyWorker:
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         publish = partial(self._sender.publish, version=version, dtype=dtype)
-        return hand_over_from_rank_0(self._state.served_weights(), self._grid.world.rank, publish)
+        return hand_over(self._state.served_weights(), publish if self._grid.world.rank == 0 else None)
 
-    def weight_endpoint(self) -> tuple[str, bytes]:
-        """Where receivers of streams ask for weights, and the key that lets them in; of rank 0."""
-        return self._streamer.endpoint()
+    def weight_endpoint(self, host: str | None) -> tuple[str | tuple[str, int], bytes]:
+        """Where receivers ask this rank for streams, and the key that lets them in. See `WeightStreamer.endpoint`."""
+        return self._streamer.endpoint(host)
 
-    def send_weights(self, version: int, dtype: str, stream: int, receivers: list[int]) -> str | None:
-        """Send the current weights from rank 0, which returns their digest; other ranks return None."""
-        send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=receivers)
-        return hand_over_from_rank_0(self._state.served_weights(), self._grid.world.rank, send)
+    def send_weights(self, version: int, dtype: str, stream: int, receivers: list[list[int]]) -> str | None:
+        """Send the current weights to `receivers[rank]`; returns their digest, or None when there are none."""
+        own = receivers[self._grid.world.rank]
+        send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=own)
+        return hand_over(self._state.served_weights(on_all_ranks=any(receivers[1:])), send if own else None)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

@@ -12,7 +12,6 @@ This module imports no worker: the backend's class is named by `registry` and im
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,10 +30,9 @@ from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.registry import policy_backend
-from nemo_rl.models.policy.weight_offer import PolicyWeights
+from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
-
-_STREAMED = "shared_memory"  # the transport whose weights can also be streamed
+from nemo_rl.models.weights.routes import Route
 
 
 class Policy(PolicyInterface):
@@ -49,7 +47,7 @@ class Policy(PolicyInterface):
             been made: pass its directory.
         total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
         seed: of the run.
-        weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+        route: how weights travel to generation; None: published by Ray.
 
     Raises:
         ConfigError: an unknown backend.
@@ -64,7 +62,7 @@ class Policy(PolicyInterface):
         *,
         total_steps: int,
         seed: int,
-        weight_transport: str = "ray",
+        route: Route | None = None,
     ) -> None:
         if model_name is not None:
             tokenizer_name = config.tokenizer_name or model_name
@@ -76,6 +74,13 @@ class Policy(PolicyInterface):
         self._dp_size = self._layout.get_axis_size(DATA_PARALLEL)
         self._replicated = [axis for axis in self._layout.names if axis != DATA_PARALLEL]
         backend = policy_backend(config.backend)
+        generation = generation_backend(config.generation.backend)
+        route = route or Route()
+        self._streamed = route.streamed if backend.streams_weights and generation.streams_weights else None
+        self._spans_nodes = route.spans_nodes
+        stream_options: dict[str, Any] = {}
+        if self._streamed is not None:
+            stream_options["weight_stream_transport"] = self._streamed
         builder = RayWorkerBuilder(
             backend.fqn,
             config,
@@ -83,14 +88,11 @@ class Policy(PolicyInterface):
             seed=seed,
             num_local_workers=max(cluster.bundle_counts),
             device_type="cuda" if cluster.use_gpus else "cpu",
-            weight_transport=weight_transport,
+            weight_transport=route.published,
+            **stream_options,
             py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
         cluster.bundles()  # reserved before the threads of several groups ask for them
-        # Publishing is for what outlives the call; where one node is all there is, weights can be sent directly.
-        generation = generation_backend(config.generation.backend)
-        self._streams = weight_transport == _STREAMED and backend.streams_weights and generation.streams_weights
-        self._num_streams = itertools.count()
         self._offer: PolicyWeights | None = None
         self._stopped = threading.Event()
         threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
@@ -145,20 +147,16 @@ class Policy(PolicyInterface):
         return update
 
     def offer_weights(self, version: int, dtype: str) -> WeightUpdate | WeightOffer:
-        if not self._streams:
+        if self._streamed is None:
             return self.publish_weights(version, dtype)
         self._end_offer()
-        self._offer = PolicyWeights(
-            self._workers, self._weight_endpoint, _STREAMED, version, dtype, self._num_streams.__next__
-        )
+        self._offer = PolicyWeights(lambda: self._weight_senders, version, dtype)
         return self._offer
 
     @functools.cached_property
-    def _weight_endpoint(self) -> tuple[str, bytes]:
-        asked = self._workers.run_single_worker_single_data("weight_endpoint", worker_idx=0)
-        [endpoint] = self._workers.get_all_worker_results([asked])
-        address, key = endpoint
-        return address, key
+    def _weight_senders(self) -> WeightSenders:
+        assert self._streamed is not None
+        return WeightSenders(self._workers, self._streamed, spans_nodes=self._spans_nodes)
 
     def _end_offer(self) -> None:
         if self._offer is not None:

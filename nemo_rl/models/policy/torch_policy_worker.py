@@ -32,7 +32,7 @@ from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.policy.worker_steps import (
     count_globally,
-    hand_over_from_rank_0,
+    hand_over,
     logprobs_by_row,
     train_on_global_batches,
 )
@@ -52,7 +52,8 @@ class TorchPolicyWorker:
         seed: of the run.
         num_local_workers: workers on this node, which share its CPUs; None takes `WORLD_SIZE`.
         device_type: "cuda", "cpu", or None for a GPU where there is one.
-        weight_transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+        weight_transport: of weights that are published: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
+        weight_stream_transport: of those that are streamed.
 
     Raises:
         ModelError: the model cannot be loaded, or does not fit the configuration.
@@ -69,10 +70,11 @@ class TorchPolicyWorker:
         num_local_workers: int | None = None,
         device_type: str | None = None,
         weight_transport: str = "ray",
+        weight_stream_transport: str = "shared_memory",
     ) -> None:
         self._config = config
         self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
-        self._streamer = WeightStreamer(bucket_bytes=config.weight_stream_bucket_mib << 20)
+        self._streamer = WeightStreamer(weight_stream_transport, config.weight_stream_bucket_bytes)
         self._group = join_process_group(device_type=device_type, needs_collectives=config.sharding == "fsdp")
         prepare_process(self._group, config.num_threads, num_local_workers, seed)
         self._model = load_parallel_model(config, self._group, trained=True)
@@ -141,16 +143,17 @@ class TorchPolicyWorker:
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         publish = partial(self._sender.publish, version=version, dtype=dtype)
-        return hand_over_from_rank_0(self._model.full_tensors(), self._group.rank, publish)
+        return hand_over(self._model.full_tensors(), publish if self._group.rank == 0 else None)
 
-    def weight_endpoint(self) -> tuple[str, bytes]:
-        """Where receivers of streams ask for weights, and the key that lets them in; of rank 0."""
-        return self._streamer.endpoint()
+    def weight_endpoint(self, host: str | None) -> tuple[str | tuple[str, int], bytes]:
+        """Where receivers ask this rank for streams, and the key that lets them in. See `WeightStreamer.endpoint`."""
+        return self._streamer.endpoint(host)
 
-    def send_weights(self, version: int, dtype: str, stream: int, receivers: list[int]) -> str | None:
-        """Send the current weights from rank 0, which returns their digest; other ranks return None."""
-        send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=receivers)
-        return hand_over_from_rank_0(self._model.full_tensors(), self._group.rank, send)
+    def send_weights(self, version: int, dtype: str, stream: int, receivers: list[list[int]]) -> str | None:
+        """Send the current weights to `receivers[rank]`; returns their digest, or None when there are none."""
+        own = receivers[self._group.rank]
+        send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=own)
+        return hand_over(self._model.full_tensors(), send if own else None)
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""

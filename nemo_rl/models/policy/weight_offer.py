@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from nemo_rl.distributed.futures import Reference
 from nemo_rl.distributed.worker_groups import RayWorkerGroup
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightStream
+from nemo_rl.models.weights.routes import Place, assign_senders
 from nemo_rl.models.weights.stream import connect
+from nemo_rl.models.weights.transports import make_transport
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.bundles import Bundle
+
+Endpoint = tuple[str | tuple[str, int], bytes]
+
+
+class WeightSenders:
+    """The policy's workers that send: rank 0, or all of them.
+
+    Args:
+        workers: of the policy.
+        transport: name of the transport of streams.
+        spans_nodes: whether a receiver, or the driver, may be on another node.
+    """
+
+    def __init__(self, workers: RayWorkerGroup, transport: str, *, spans_nodes: bool) -> None:
+        self.workers = workers
+        self.transport = transport
+        bundles = workers.bundles if make_transport(transport).every_rank_sends else workers.bundles[:1]
+        self._places = [Place.of(bundle) for bundle in bundles]
+        asked = [
+            workers.run_single_worker_single_data(
+                "weight_endpoint", worker_idx=rank, host=bundle.address if spans_nodes else None
+            )
+            for rank, bundle in enumerate(bundles)
+        ]
+        self._endpoints: list[Endpoint] = workers.get_all_worker_results(asked)
+        self._num_streams = 0
+
+    def send(
+        self, receivers: Mapping[int, Bundle], version: int, dtype: str
+    ) -> tuple[list[Reference], dict[int, WeightStream]]:
+        """Begin to send: the calls, and by receiver where it gets its weights."""
+        self._num_streams += 1
+        of_rank: list[list[int]] = [[] for _ in range(self.workers.world_size)]
+        streams: dict[int, WeightStream] = {}
+        ranks = assign_senders(self._places, [Place.of(bundle) for bundle in receivers.values()])
+        for receiver, rank in zip(receivers, ranks, strict=True):
+            of_rank[rank].append(receiver)
+            address, key = self._endpoints[rank]
+            streams[receiver] = WeightStream(version, self.transport, address, key, self._num_streams, receiver)
+        sending = self.workers.run_all_workers_single_data(
+            "send_weights", version=version, dtype=dtype, stream=self._num_streams, receivers=of_rank
+        )
+        return sending, streams
 
 
 class PolicyWeights(WeightOffer):
     """The current weights of a policy.
 
     Args:
-        workers: of the policy.
-        endpoint: address and key of the sending worker.
-        transport: name of the transport.
+        senders: who sends them.
         version: of the weights.
         dtype: that they are sent in.
-        next_stream: numbers the streams of a sender.
     """
 
-    def __init__(
-        self,
-        workers: RayWorkerGroup,
-        endpoint: tuple[str, bytes],
-        transport: str,
-        version: int,
-        dtype: str,
-        next_stream: Callable[[], int],
-    ) -> None:
+    def __init__(self, senders: Callable[[], WeightSenders], version: int, dtype: str) -> None:
         self.version = version
-        self._workers = workers
-        self._endpoint = endpoint
-        self._transport = transport
+        self._senders = senders
         self._dtype = dtype
-        self._next_stream = next_stream
         self._sending: list[Reference] = []
         self._digest: str | None = None
         self._is_over = False
@@ -53,15 +88,11 @@ class PolicyWeights(WeightOffer):
     def references(self) -> list[Reference]:
         return self._sending
 
-    def open(self, receivers: Sequence[int]) -> list[WeightStream]:
+    def open(self, receivers: Mapping[int, Bundle]) -> dict[int, WeightStream]:
         if self._is_over:
             raise WeightSyncError(f"the policy does not have the weights of version {self.version} any more")
-        stream = self._next_stream()
-        self._sending = self._workers.run_all_workers_single_data(
-            "send_weights", version=self.version, dtype=self._dtype, stream=stream, receivers=list(receivers)
-        )
-        address, key = self._endpoint
-        return [WeightStream(self.version, self._transport, address, key, stream, receiver) for receiver in receivers]
+        self._sending, streams = self._senders().send(receivers, self.version, self._dtype)
+        return streams
 
     def leave(self, stream: WeightStream) -> None:
         with contextlib.suppress(WeightSyncError):  # the sender is dead itself, and `finish` says so
@@ -69,8 +100,14 @@ class PolicyWeights(WeightOffer):
 
     def finish(self) -> str:
         sending, self._sending = self._sending, []
-        digests = self._workers.get_all_worker_results(sending)
-        self._digest = next(digest for digest in digests if digest is not None)
+        digests = set(self._senders().workers.get_all_worker_results(sending)) - {None}
+        if len(digests) != 1:
+            raise WeightSyncError(
+                f"workers of the policy hold different weights of version {self.version}: digests {sorted(digests)}. "
+                "Restart the job from its last checkpoint."
+            )
+        [self._digest] = digests
+        assert self._digest is not None
         return self._digest
 
     def expire(self) -> None:

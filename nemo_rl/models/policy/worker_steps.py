@@ -82,12 +82,10 @@ def logprobs_by_row(
     return result
 
 
-def hand_over_from_rank_0(
-    tensors: NamedTensors, rank: int, hand_over: Callable[[NamedTensors], ResultT]
-) -> ResultT | None:
-    """Hand over tensors that all ranks gather together: rank 0 returns what `hand_over` does, other ranks None."""
-    if rank == 0:
-        return hand_over(tensors)
+def hand_over(tensors: NamedTensors, to: Callable[[NamedTensors], ResultT] | None) -> ResultT | None:
+    """Hand over tensors that all ranks gather together, and return what `to` does; None: only take part."""
+    if to is not None:
+        return to(tensors)
     for _ in tensors:  # takes part in the gathering of every tensor
         pass
     return None

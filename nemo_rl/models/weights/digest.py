@@ -13,6 +13,7 @@ import xxhash
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.interfaces import TensorSpec
+from nemo_rl.models.weights.row_sums import row_sums
 
 _PIECE_BYTES = 512 * 1024
 
@@ -36,10 +37,16 @@ class WeightDigest:
     Names and shapes are part of it, so that two tensors of equal bytes cannot change places; padding between tensors
     is not, so that the layout of the buffers does not matter. Tensors are read by as many threads as torch has in this
     process; `hexdigest` waits for them.
+
+    Args:
+        on_gpu: instead of a tensor's bytes take its `row_sums`, computed where it lies: nothing but those leaves a GPU.
+            It is another digest: sender and receivers compute the same one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_gpu: bool = False) -> None:
         self._hash = xxhash.xxh3_128()
+        self._on_gpu = on_gpu
+        self._sums: list[tuple[bytes, torch.Tensor]] = []
         self._threads: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[bytes, Future[bytes]]] = deque()
 
@@ -49,14 +56,21 @@ class WeightDigest:
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Take in a tensor as it lies in memory (from a GPU it is copied); it must stay until `settle`."""
+        if self._on_gpu:
+            self._sums.append((_header(name, dtype_name(tensor.dtype), tensor.shape), row_sums(tensor)))
+            return
         self.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
 
     def copy_in(self, spec: TensorSpec, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy a tensor, cast to the target's dtype, and take in the copy; both must stay until `settle`.
 
         Args:
-            target: contiguous, on the CPU; of the source's shape.
+            target: contiguous, of the source's shape; on the CPU, unless the digest is `on_gpu`.
         """
+        if self._on_gpu:
+            target.copy_(source)
+            self.add_tensor(spec.name, target)
+            return
         copied = tensor_bytes(target)
         if source.dtype != target.dtype or source.device.type != "cpu" or not source.is_contiguous():
             target.copy_(source)
@@ -66,19 +80,20 @@ class WeightDigest:
         self._add(spec.name, spec.dtype, spec.shape, copied.size, lambda: _copied(original, copied))
 
     def settle(self) -> None:
-        """Wait until all tensors so far have been read."""
+        """Wait until all tensors so far have been read (on GPUs: by what comes later on the same CUDA stream)."""
         self._drain(0)
 
     def hexdigest(self) -> str:
         """The digest of all tensors, 32 hexadecimal digits. Ends the threads."""
         self._drain(0)
+        self._take_sums()
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
         return self._hash.hexdigest()
 
     def _add(self, name: str, dtype: str, shape: Iterable[int], num_bytes: int, read: Callable[[], bytes]) -> None:
-        header = f"{name}\0{dtype}\0{tuple(shape)}\0".encode()
+        header = _header(name, dtype, shape)
         num_threads = torch.get_num_threads()
         if num_threads == 1 or num_bytes < _PIECE_BYTES:
             future: Future[bytes] = Future()
@@ -90,11 +105,25 @@ class WeightDigest:
         self._pending.append((header, future))
         self._drain(2 * num_threads)  # whoever gathers tensors one by one holds only a few
 
+    def _take_sums(self) -> None:
+        if not self._sums:
+            return
+        headers, sums = zip(*self._sums, strict=True)
+        self._sums = []
+        on_host = torch.cat(sums).cpu()
+        for header, own in zip(headers, on_host.split([len(part) for part in sums]), strict=True):
+            self._hash.update(header)
+            self._hash.update(xxhash.xxh3_128(tensor_bytes(own).data).digest())
+
     def _drain(self, num_left: int) -> None:
         while len(self._pending) > num_left:
             header, future = self._pending.popleft()
             self._hash.update(header)
             self._hash.update(future.result())
+
+
+def _header(name: str, dtype: str, shape: Iterable[int]) -> bytes:
+    return f"{name}\0{dtype}\0{tuple(shape)}\0".encode()
 
 
 def _copied(original: npt.NDArray[np.uint8], copied: npt.NDArray[np.uint8]) -> bytes:
@@ -107,9 +136,9 @@ def _copied(original: npt.NDArray[np.uint8], copied: npt.NDArray[np.uint8]) -> b
     return digest.digest()
 
 
-def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """The digest over tensors as they lie in this process's memory (those on a GPU are copied to the host)."""
-    digest = WeightDigest()
+def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]], *, on_gpu: bool = False) -> str:
+    """The digest over tensors as they lie in this process's memory; `on_gpu` as of `WeightDigest`."""
+    digest = WeightDigest(on_gpu=on_gpu)
     for name, tensor in named_tensors:
         digest.add_tensor(name, tensor)
     return digest.hexdigest()

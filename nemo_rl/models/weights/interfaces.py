@@ -18,9 +18,12 @@ takes, and gathering, copying and loading go on at the same time. The policy has
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.bundles import Bundle
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class WeightStream:
     Attributes:
         version: as of `WeightUpdate`.
         transport: name of the transport that reads the buckets.
-        address: of the sender's socket, on its node.
+        address: of the sender's socket: a name on its node, or host and port.
         key: what proves to the sender that the receiver may ask, and to the receiver that the sender is the one.
         stream: which of the sender's streams.
         receiver: which of its receivers.
@@ -74,7 +77,7 @@ class WeightStream:
 
     version: int
     transport: str
-    address: str
+    address: str | tuple[str, int]
     key: bytes = field(repr=False)
     stream: int
     receiver: int
@@ -102,8 +105,8 @@ class WeightOffer(ABC):
         """Ray's references to the sending calls: waited for beside the receivers', because either side may fail."""
 
     @abstractmethod
-    def open(self, receivers: Sequence[int]) -> list[WeightStream]:
-        """Begin to send to so many receivers, with whatever numbers; what each of them needs to join.
+    def open(self, receivers: Mapping[int, Bundle]) -> dict[int, WeightStream]:
+        """Begin to send to receivers, whatever their numbers, on these bundles; what each of them needs to join.
 
         Raises:
             WeightSyncError: the policy has other weights by now.

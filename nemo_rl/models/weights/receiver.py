@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import torch
@@ -36,7 +37,8 @@ def receive(
         device: where the tensors are wanted.
         verify: compare the digest over what arrived: of published weights before the first tensor is handed out, of a
             stream after the last. A receiver that computes the digest over its own memory need not do it twice.
-        keeps: of a stream too, views live for as long as any of them is. The memory is then one of the model's size.
+        keeps: of a stream too, views live for as long as any of them is: in what was sent, where it stays as it is, or
+            else in copies. The memory is then one of the model's size.
         on_loaded: called with the tensors of each bucket when they have been taken and more is asked for.
 
     Raises:
@@ -64,7 +66,9 @@ class IncomingWeights:
         self._on_loaded = on_loaded
         self._transport: WeightTransport = make_transport(update.transport)
         self._sent: str | None = None
-        self._arrived = WeightDigest() if isinstance(update, WeightStream) and (keeps or verify) else None
+        self._keeps_sent = keeps and device.type == "cpu" and self._transport.may_be_kept
+        is_stream = isinstance(update, WeightStream)
+        self._arrived = self.new_digest() if is_stream and (self._keeps_sent or verify) else None
         self._views: list[tuple[str, int, int]] = []  # that arrived: name, address, bytes
         self._tensors = self._streamed(update) if isinstance(update, WeightStream) else self._published(update)
 
@@ -85,6 +89,10 @@ class IncomingWeights:
         """Leave a stream that was not taken to its end: its sender does not wait any longer."""
         self._tensors.close()
 
+    def new_digest(self) -> WeightDigest:
+        """For what was loaded, of the sender's kind."""
+        return WeightDigest(on_gpu=self._transport.on_gpu)
+
     def digest_of(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         """The digest over a receiver's own memory, when all has been loaded.
 
@@ -93,7 +101,7 @@ class IncomingWeights:
         named_tensors = list(named_tensors)
         if self._arrived is not None and self._views == [_view(name, tensor) for name, tensor in named_tensors]:
             return self._arrived.hexdigest()
-        return digest_tensors(named_tensors)
+        return digest_tensors(named_tensors, on_gpu=self._transport.on_gpu)
 
     def _published(self, update: WeightUpdate) -> _Tensors:
         buffers = [self._buffer(bucket) for bucket in update.buckets]
@@ -106,11 +114,16 @@ class IncomingWeights:
         self._sent = update.digest
 
     def _streamed(self, stream: WeightStream) -> _Tensors:
-        with connect(stream, keeps=self._keeps) as connection, half_of_the_threads():
+        joined = connect(stream, keeps=self._keeps_sent)
+        with contextlib.ExitStack() as stack:
+            stack.callback(joined.close)
+            stack.enter_context(half_of_the_threads())
             try:
+                connection = stack.enter_context(self._transport.over(joined, sends=False))
                 while isinstance(message := connection.recv(), WeightBucket):
                     yield from self._loaded(message)
                     del message  # and with it the right to read the memory
+                    self._transport.settle()
                     connection.send(None)
             except (OSError, EOFError) as error:
                 raise sender_ended(stream) from error
@@ -126,7 +139,7 @@ class IncomingWeights:
             for name, tensor in _in_buckets([bucket], [buffer]):
                 self._arrived.add_tensor(name, tensor)
                 self._views.append(_view(name, tensor))
-            if not self._keeps:
+            if not self._keeps_sent:
                 self._arrived.settle()
         if self._on_loaded is not None:
             self._on_loaded(bucket.tensors)
@@ -142,6 +155,8 @@ class IncomingWeights:
 
     def _local(self, bucket: WeightBucket, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         local = buffer.to(self._device)
+        if self._keeps and not self._transport.may_be_kept and local.data_ptr() == buffer.data_ptr():
+            local = local.clone()
         for spec in bucket.tensors:
             yield spec.name, tensor_in(local, spec)
 

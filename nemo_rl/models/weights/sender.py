@@ -95,7 +95,7 @@ class BucketPacker:
         self._transport = transport
         self._emit = emit
         self._keep_modules = keep_modules
-        self._digest = WeightDigest()
+        self._digest = WeightDigest(on_gpu=transport.on_gpu)
         self._names: set[str] = set()
         self._pending: list[tuple[TensorSpec, torch.Tensor]] = []
         self._used = 0

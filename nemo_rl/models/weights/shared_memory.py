@@ -42,6 +42,9 @@ _mappings: OrderedDict[tuple[int, str], mmap.mmap] = OrderedDict()
 class SharedMemoryTransport(WeightTransport):
     """The node's memory, for a sender and receivers that run on one node."""
 
+    streams = True
+    bucket_bytes = 8 << 20  # stay in the processor's cache on their way
+
     def __init__(self) -> None:
         self._segments: list[_Segment] = []
         self._filling: dict[int, _Segment] = {}  # by the address of the buffer

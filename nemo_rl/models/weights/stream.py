@@ -2,32 +2,38 @@
 
 ::
 
-    sender (policy, rank 0)                               receivers (generation), on the same node
-    ───────────────────────                               ────────────────────────────────────────
+    sender (a worker of the policy)                       receivers (generation)
+    ───────────────────────────────                       ──────────────────────
     listens                            ◄── join ──        connect
     fill bucket, put                   ── bucket ──►      read it, load its tensors
     fill the next one meanwhile        ◄── loaded ──      let go of it
     at most `_WINDOW` under way
     all sent                           ── digest ──►      compare with the digest over their own memory
 
-Only descriptions go over the socket: the bytes go by a `WeightTransport`, which fills a buffer again when its last
-reader has let go of it. So the extra memory is a few buckets, whatever the model's size, and small buckets stay in the
-processor's cache on their way: the whole costs about what one copy does.
+Only descriptions go over the socket, which is one of the node or, for receivers elsewhere, of TCP: the bytes go by a
+`WeightTransport`, which fills a buffer again when its last reader has let go of it. So the extra memory is a few
+buckets, whatever the model's size, and on CPUs small buckets stay in the processor's cache on their way: the whole
+costs about what one copy does.
 
 Receivers that compute with what they got (`keeps`) never let go of it: theirs is the memory. A receiver that ends is
-left out; one that ended before it could join is reported by the driver (`leave`).
+left out; one that ended before it could join is reported by the driver (`leave`). By the transport either rank 0 of the
+policy sends to all receivers, or every rank to some of them (`assign_senders`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import secrets
+import socket
+import struct
+import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 
 import torch
 
@@ -37,6 +43,8 @@ from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream
 from nemo_rl.models.weights.sender import BucketPacker
 from nemo_rl.models.weights.transports import WeightTransport, make_transport
 
+# Who has come in has so many seconds to show the key: what does not speak our language does not stay.
+_HANDSHAKE_S = 30
 # Buckets that receivers have not answered for: one that they load, one that waits for them.
 _WINDOW = 2
 # Receivers that keep what they get take it in larger buckets: each of them is a mapping and an open file.
@@ -56,7 +64,7 @@ class Joined:
 def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False) -> Connection:
     """Join a stream, or report that its receiver will not. Raises `WeightSyncError` when the sender is not there."""
     try:
-        connection = Client(stream.address, family="AF_UNIX", authkey=stream.key)
+        connection = Client(stream.address, authkey=stream.key)
         connection.send(Joined(stream.stream, stream.receiver, keeps, leaves))
     except (OSError, EOFError, AuthenticationError) as error:
         raise sender_ended(stream) from error
@@ -78,35 +86,38 @@ def sender_ended(stream: WeightStream) -> WeightSyncError:
     """The error of a receiver whose sender is gone."""
     return WeightSyncError(
         f"the policy's worker that sends the weights of version {stream.version} has ended or given up: its own error "
-        "says why. If there is none, it cannot be reached from here: with workers in several containers set "
-        "policy.weight_transport=ray."
+        "says why. If there is none, it cannot be reached from here (workers in several containers, or ports between "
+        "nodes that are closed): set policy.weight_transport=ray."
     )
 
 
 class WeightStreamer:
-    """Sends a model's weights again and again to processes of this node.
+    """Sends a model's weights again and again.
 
     Args:
-        transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`, whose handles can be pickled.
-        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own.
+        transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`, of one that `streams`.
+        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own. None: what suits the transport.
 
     Raises:
-        WeightSyncError: there is no such transport.
+        WeightSyncError: there is no such transport, or it does not stream.
     """
 
-    def __init__(self, transport: str = "shared_memory", bucket_bytes: int = 8 << 20) -> None:
+    def __init__(self, transport: str = "shared_memory", bucket_bytes: int | None = None) -> None:
         self._transport: WeightTransport = make_transport(transport)
-        self._bucket_bytes = bucket_bytes
-        # In the abstract namespace: no file is left behind, whoever is killed. The key decides who is let in.
-        self._address = f"\0nemo_rl_weights_{os.getpid()}_{secrets.token_hex(8)}"
-        self._key = secrets.token_bytes(32)
-        self._listener: Listener | None = None
+        if not self._transport.streams:
+            raise WeightSyncError(f"weights cannot be streamed by the transport {transport!r}, only published")
+        self._bucket_bytes = bucket_bytes or self._transport.bucket_bytes
+        self._door: _Door | None = None
 
-    def endpoint(self) -> tuple[str, bytes]:
-        """Address and key for `WeightStream`; from now on receivers can come."""
-        if self._listener is None:
-            self._listener = Listener(self._address, family="AF_UNIX", backlog=128, authkey=self._key)
-        return self._address, self._key
+    def endpoint(self, host: str | None = None) -> tuple[str | tuple[str, int], bytes]:
+        """Address and key for `WeightStream`; from now on receivers can come.
+
+        Args:
+            host: this node's IP address, for receivers on other nodes too. None: only those of this node can come.
+        """
+        if self._door is None:
+            self._door = _Door(host)
+        return self._door.address, self._door.key
 
     def send(
         self,
@@ -128,6 +139,7 @@ class WeightStreamer:
             WeightSyncError: a name comes twice, there is no tensor at all, or dtype is unknown.
         """
         with contextlib.ExitStack() as stack, half_of_the_threads():
+            stack.callback(self._transport.release)
             group = _Receivers(self._joined(stream, set(receivers), stack))
             keeps = any(peer.keeps for peer in group.peers)
             packer = BucketPacker(
@@ -143,21 +155,62 @@ class WeightStreamer:
 
     def _joined(self, stream: int, waiting: set[int], stack: contextlib.ExitStack) -> Iterator[_Peer]:
         self.endpoint()
-        assert self._listener is not None
+        assert self._door is not None
         while waiting:
-            try:
-                connection = stack.enter_context(self._listener.accept())
-                joined = connection.recv()
-            except (OSError, EOFError, AuthenticationError):
-                continue  # it ended, or was never one of ours
+            connection, joined = self._door.next()
+            stack.callback(connection.close)
             if joined.stream != stream or joined.receiver not in waiting:
                 connection.close()
                 continue
             waiting.discard(joined.receiver)
             if joined.leaves:
                 connection.close()
-            else:
-                yield _Peer(connection, joined.keeps)
+                continue
+            with contextlib.suppress(OSError, EOFError):  # it ended right after it had joined
+                yield _Peer(stack.enter_context(self._transport.over(connection, sends=True)), joined.keeps)
+
+
+class _Door:
+    """Where receivers come in: a socket, and threads that let in whoever has the key."""
+
+    def __init__(self, host: str | None) -> None:
+        self.key = secrets.token_bytes(32)
+        # In the abstract namespace: no file is left behind, whoever is killed. The key decides who is let in.
+        own = f"\0nemo_rl_weights_{os.getpid()}_{secrets.token_hex(8)}"
+        self._listener = Listener(own if host is None else (host, 0), backlog=128)
+        self.address: str | tuple[str, int] = self._listener.address
+        self._arrived: queue.SimpleQueue[tuple[Connection, Joined]] = queue.SimpleQueue()
+        threading.Thread(target=self._open, name="weight streams", daemon=True).start()
+
+    def next(self) -> tuple[Connection, Joined]:
+        """Wait for the next receiver."""
+        return self._arrived.get()
+
+    def _open(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except OSError:  # it was gone again
+                continue
+            # Each in a thread of its own: a stranger that says nothing keeps nobody waiting.
+            threading.Thread(target=self._admit, args=(connection,), name="receiver of weights", daemon=True).start()
+
+    def _admit(self, connection: Connection) -> None:
+        try:
+            _set_read_timeout(connection, _HANDSHAKE_S)
+            deliver_challenge(connection, self.key)
+            answer_challenge(connection, self.key)
+            joined = connection.recv()
+            _set_read_timeout(connection, 0)
+            self._arrived.put((connection, joined))
+        except (OSError, EOFError, AuthenticationError):
+            connection.close()  # it ended, or was never one of ours
+
+
+def _set_read_timeout(connection: Connection, seconds: int) -> None:
+    """Let reading raise `BlockingIOError` after a while; 0: never."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
 
 
 @dataclass
@@ -195,7 +248,7 @@ class _Receivers:
         for peer in self.peers.copy():
             try:
                 peer.connection.send(message)
-            except OSError:
+            except (OSError, EOFError):
                 self.peers.remove(peer)
             peer.num_under_way += 1
 

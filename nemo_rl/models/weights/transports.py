@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -15,10 +15,26 @@ from nemo_rl.utils.names import did_you_mean
 
 
 class WeightTransport(ABC):
-    """Carries flat uint8 buffers from the process that publishes weights to those that load them.
+    """Carries flat uint8 buffers from the process that sends weights to those that load them.
 
     A sender keeps its transport from one update to the next; receivers make one when they need it.
+
+    Attributes:
+        publishes: a handle is good for whoever gets it, whenever that is: `WeightSender` may use it.
+        streams: `WeightStreamer` may use it.
+        every_rank_sends: a stream comes from all ranks of the policy, each of which serves the receivers nearest to it.
+        on_gpu: the buffers lie in GPUs' memory, on both sides, and so are the digests computed there.
+        may_be_kept: what `get` returns stays as it is for as long as somebody looks at it. Otherwise a receiver of a
+            stream has it until it answers.
+        bucket_bytes: a good size of a stream's buckets: large ones keep GPUs and links busy.
     """
+
+    publishes: ClassVar[bool] = True
+    streams: ClassVar[bool] = False
+    every_rank_sends: ClassVar[bool] = False
+    on_gpu: ClassVar[bool] = False
+    may_be_kept: ClassVar[bool] = True
+    bucket_bytes: ClassVar[int] = 128 << 20
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -28,7 +44,8 @@ class WeightTransport(ABC):
     def put(self, buffer: torch.Tensor) -> Any:
         """Publish what `allocate` returned, filled. The sender does not touch it any more.
 
-        Returns the handle for `WeightBucket.handle`; it can be pickled, and holds the bytes for as long as it lives.
+        Returns the handle for `WeightBucket.handle`; it holds the bytes for as long as it lives, and can be sent over
+        what `over` returns, or pickled where the transport `publishes`.
         """
 
     @abstractmethod
@@ -40,6 +57,21 @@ class WeightTransport(ABC):
         Raises:
             WeightSyncError: the buffer is gone.
         """
+
+    def over(self, connection: Connection, *, sends: bool) -> Connection:
+        """What a stream's messages go over. Both sides call it once a receiver has joined, and may talk meanwhile.
+
+        Raises:
+            OSError, EOFError: the other side is gone.
+            WeightSyncError: the two cannot work together.
+        """
+        return connection
+
+    def settle(self) -> None:  # noqa: B027 - on CPUs nothing is under way when a call has returned
+        """Wait until what this process does with buckets is done."""
+
+    def release(self) -> None:  # noqa: B027 - host memory is kept
+        """Give back memory that is only kept for the next stream, where it is too dear for that."""
 
 
 class RayObjectStoreTransport(WeightTransport):
@@ -91,16 +123,32 @@ def _shared_memory() -> WeightTransport:
     return SharedMemoryTransport()
 
 
+def _gloo() -> WeightTransport:
+    from nemo_rl.models.weights.pairs import GlooTransport
+
+    return GlooTransport()
+
+
+def _nccl() -> WeightTransport:
+    from nemo_rl.models.weights.pairs import NcclTransport
+
+    return NcclTransport()
+
+
+def _cuda_ipc() -> WeightTransport:
+    from nemo_rl.models.weights.cuda_ipc import CudaIpcTransport
+
+    return CudaIpcTransport()
+
+
 TRANSPORTS: dict[str, Callable[[], WeightTransport]] = {
     "ray": RayObjectStoreTransport,
     "shared_memory": _shared_memory,
+    "gloo": _gloo,
+    "cuda_ipc": _cuda_ipc,
+    "nccl": _nccl,
     "local": LocalTransport,
 }
-
-
-def choose_transport(node_ids: Iterable[str]) -> str:
-    """The name of the fastest transport between processes on these nodes (those of sender, driver and receivers)."""
-    return "shared_memory" if len(set(node_ids)) == 1 and sys.platform == "linux" else "ray"
 
 
 def make_transport(name: str) -> WeightTransport:

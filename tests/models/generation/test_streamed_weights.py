@@ -24,6 +24,7 @@ from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
 from nemo_rl.models.policy.weight_offer import PolicyWeights
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
+from nemo_rl.models.weights.routes import Route
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd are Linux's")
 
@@ -48,21 +49,28 @@ def model(tiny: Any) -> Path:
     return found.directory
 
 
-def policy_and_generation(cluster: RayVirtualCluster, model: Path, **policy: Any) -> tuple[Policy, Generation]:
+BY_MEMORY = Route("shared_memory", "shared_memory", spans_nodes=False)
+BY_PAIRS = Route("ray", "gloo", spans_nodes=True)  # every rank of the policy sends
+
+
+def policy_and_generation(
+    cluster: RayVirtualCluster, model: Path, route: Route = BY_MEMORY, **policy: Any
+) -> tuple[Policy, Generation]:
     generation = GenerationConfig(max_new_tokens=8, num_threads=1, max_restarts=2)
     config = PolicyConfig(num_threads=1, max_sequence_length=64, generation=generation, **policy)
     return (
-        Policy(cluster, config, str(model), total_steps=20, seed=3, weight_transport="shared_memory"),
+        Policy(cluster, config, str(model), total_steps=20, seed=3, route=route),
         Generation(cluster, config, str(model)),
     )
 
 
-@pytest.fixture(scope="module", params=["replicated", "fsdp"])
+@pytest.fixture(scope="module", params=["replicated", "fsdp", "fsdp, pairs"])
 def both(
     request: pytest.FixtureRequest, cluster: RayVirtualCluster, model: Path
 ) -> Iterator[tuple[Policy, Generation]]:
-    sharding = {"sharding": "fsdp"} if request.param == "fsdp" else {}
-    policy, generation = policy_and_generation(cluster, model, **sharding)
+    sharding = {"sharding": "fsdp"} if request.param.startswith("fsdp") else {}
+    route = BY_PAIRS if request.param.endswith("pairs") else BY_MEMORY
+    policy, generation = policy_and_generation(cluster, model, route, **sharding)
     yield policy, generation
     policy.shutdown()
     generation.shutdown()
@@ -96,13 +104,14 @@ def test_an_offer_ends_when_the_policy_changes(both: tuple[Policy, Generation], 
 
 def test_what_outlives_the_call_is_published(cluster: RayVirtualCluster, model: Path) -> None:
     config = PolicyConfig(num_threads=1, max_sequence_length=64)
-    policy = Policy(cluster, config, str(model), total_steps=20, seed=3, weight_transport="ray")
+    policy = Policy(cluster, config, str(model), total_steps=20, seed=3)
     assert isinstance(policy.offer_weights(1, "float32"), WeightUpdate)
     policy.shutdown()
 
 
-def test_workers_that_die_get_a_stream_of_their_own(cluster: RayVirtualCluster, model: Path) -> None:
-    policy, generation = policy_and_generation(cluster, model)
+@pytest.mark.parametrize("route", [BY_MEMORY, BY_PAIRS], ids=["memory", "pairs"])
+def test_workers_that_die_get_a_stream_of_their_own(cluster: RayVirtualCluster, model: Path, route: Route) -> None:
+    policy, generation = policy_and_generation(cluster, model, route)
     try:
         generation.update_weights(offer(policy, 1))
         undisturbed = generation.generate(PROMPTS, seed=3)
@@ -122,9 +131,11 @@ def test_workers_that_die_get_a_stream_of_their_own(cluster: RayVirtualCluster, 
         generation.shutdown()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_policy_worker_that_dies_ends_the_update(cluster: RayVirtualCluster, model: Path, rank: int) -> None:
-    policy, generation = policy_and_generation(cluster, model, sharding="fsdp")
+@pytest.mark.parametrize(("rank", "route"), [(0, BY_MEMORY), (1, BY_MEMORY), (1, BY_PAIRS)])
+def test_a_policy_worker_that_dies_ends_the_update(
+    cluster: RayVirtualCluster, model: Path, rank: int, route: Route
+) -> None:
+    policy, generation = policy_and_generation(cluster, model, route, sharding="fsdp")
     try:
         generation.update_weights(offer(policy, 1))
         os.kill(policy.attestation()[rank]["pid"], signal.SIGKILL)

@@ -199,6 +199,7 @@ def test_published_weights_are_the_models_bit_for_bit(
     update = make_worker(models[name]).publish_weights(7, "float32")
     assert update is not None
     assert digest == update.digest
+    assert megatron_ranks.run("tiny_megatron.served", models[name], {"options": LAYOUTS[layout]}) == [digest] * 2
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
@@ -293,3 +294,33 @@ def test_what_cannot_be_divided_is_refused(
         model = models[name]
     for error in megatron_ranks.run("tiny_megatron.refused", model, config):
         assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        ("tp2", {}),
+        ("pp2", {}),
+        ("dp2", {"precision": "bfloat16"}),
+        ("dp2", {}),
+        ("dp2_plain", {"precision": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_memory_that_is_given_away_in_between_changes_no_bit(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, config: dict[str, Any]
+) -> None:
+    how = {"options": LAYOUTS[layout], **config}
+    offloaded = megatron_ranks.run("tiny_megatron.train_in_turns", models["tied"], how, offloads=True)
+    plain = megatron_ranks.run("tiny_megatron.train_in_turns", models["tied"], how, offloads=False)
+    for (found, state), (expected, expected_state) in zip(offloaded, plain):
+        assert found == expected
+        assert_equal(state, expected_state)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_checkpoints_of_a_policy_whose_memory_is_given_away(
+    models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, layout: str
+) -> None:
+    config = {"options": LAYOUTS[layout], "precision": "bfloat16"}
+    assert all(megatron_ranks.run("tiny_megatron.checkpoint_in_turns", models["llama"], config, tmp_path))

@@ -15,6 +15,7 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
+from nemo_rl.models.weights.digest import digest_tensors
 
 State = dict[str, torch.Tensor]
 
@@ -98,6 +99,12 @@ def train(
             worker.save_checkpoint(save)
         results += [worker.train(shard, advantage_loss) for _ in range(steps_after_save)]
         return results, state_of(worker)
+
+
+def served(rank: int, model: Path, config: dict[str, Any]) -> str:
+    """Digest of the weights that every rank gathers, where every rank sends."""
+    with megatron_worker(model, **config) as worker:
+        return digest_tensors(worker._state.served_weights(on_all_ranks=True))
 
 
 def publish(rank: int, model: Path, config: dict[str, Any], device_type: str = "cpu") -> Any:

@@ -18,7 +18,6 @@ from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import digest_tensors
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.models.weights.sender import WeightSender
-from nemo_rl.models.weights.transports import choose_transport
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
 
@@ -150,8 +149,3 @@ def test_another_file_under_the_same_number_is_not_taken_for_weights() -> None:
     pid, fd, _, num_bytes = lease._origin
     with pytest.raises(WeightSyncError, match="cannot be read"):
         type(lease)(pid, fd, "nemo_rl_weights_0000", num_bytes).array()
-
-
-def test_the_transport_follows_from_where_the_processes_are() -> None:
-    assert choose_transport(["a", "a", "a"]) == "shared_memory"
-    assert choose_transport(["a", "b", "a"]) == "ray"

@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Client, Connection
@@ -15,11 +15,14 @@ import pytest
 import torch
 
 from nemo_rl.errors import WeightSyncError
+from nemo_rl.models.weights import pairs
+from nemo_rl.models.weights.cuda_ipc import CudaIpcTransport
 from nemo_rl.models.weights.digest import digest_tensors
 from nemo_rl.models.weights.interfaces import WeightStream
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.models.weights.shared_memory import SharedMemoryTransport
 from nemo_rl.models.weights.stream import WeightStreamer, connect
+from nemo_rl.models.weights.transports import TRANSPORTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd are Linux's")
 
@@ -37,12 +40,14 @@ class Sender:
 
     streamer: WeightStreamer
     threads: ThreadPoolExecutor
+    transport: str = "shared_memory"
+    host: str | None = None
     num_streams: int = 0
 
     def begin(self, num_receivers: int, value: float = 0.0, **how: object) -> tuple[list[WeightStream], Future[str]]:
-        address, key = self.streamer.endpoint()
+        address, key = self.streamer.endpoint(self.host)
         self.num_streams += 1
-        stream = WeightStream(self.num_streams, "shared_memory", address, key, self.num_streams, 0)
+        stream = WeightStream(self.num_streams, self.transport, address, key, self.num_streams, 0)
         sent = self.threads.submit(
             self.streamer.send,
             how.get("tensors", tensors(value).items()),  # type: ignore[arg-type]
@@ -52,6 +57,9 @@ class Sender:
             receivers=range(num_receivers),
         )
         return [replace(stream, receiver=receiver) for receiver in range(num_receivers)], sent
+
+    def digest_of(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+        return digest_tensors(named_tensors, on_gpu=TRANSPORTS[self.transport]().on_gpu)
 
     @property
     def num_segments(self) -> int:
@@ -66,6 +74,15 @@ def sender() -> Iterator[Sender]:
         yield Sender(WeightStreamer(bucket_bytes=BUCKET_BYTES), threads)
 
 
+@pytest.fixture(params=["shared_memory", "gloo", "torch_ipc"])
+def any_sender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
+    """Of every transport that streams; gloo's receivers come by TCP."""
+    monkeypatch.setitem(TRANSPORTS, "torch_ipc", shared_by_torch)
+    with ThreadPoolExecutor(1) as threads:
+        streamer = WeightStreamer(request.param, bucket_bytes=BUCKET_BYTES)
+        yield Sender(streamer, threads, request.param, "127.0.0.1" if request.param == "gloo" else None)
+
+
 def load(stream: WeightStream, **how: bool) -> tuple[dict[str, torch.Tensor], str]:
     """What a receiver has, which copies it or keeps it, and the digest over it."""
     weights = receive(stream, **how)
@@ -75,8 +92,14 @@ def load(stream: WeightStream, **how: bool) -> tuple[dict[str, torch.Tensor], st
     return own, digest
 
 
+def shared_by_torch() -> CudaIpcTransport:
+    """What shares tensors of a GPU, with tensors of the CPU: torch hands over both in the same way."""
+    return CudaIpcTransport("cpu")
+
+
 def child(connection: Connection) -> None:
     """Another process, which does one thing after the other until it is killed."""
+    TRANSPORTS["torch_ipc"] = shared_by_torch
     for stream, what in iter(connection.recv, None):
         if what == "join and hang":
             arriving = receive(stream)
@@ -108,19 +131,19 @@ def other() -> Iterator[Child]:
 
 
 @pytest.mark.parametrize("what", ["copy", "keep"])
-def test_several_processes_get_every_bit(sender: Sender, other: Child, what: str) -> None:
+def test_several_processes_get_every_bit(any_sender: Sender, other: Child, what: str) -> None:
     for value in (0.0, 100.0):
-        (mine, theirs), sent = sender.begin(2, value)
+        (mine, theirs), sent = any_sender.begin(2, value)
         other.pipe.send((theirs, what))
         own, digest = load(mine)
         expected = tensors(value)
         assert list(own) == list(expected)
         assert all(torch.equal(own[name], expected[name]) for name in expected)
-        assert digest == other.answer() == sent.result(60) == digest_tensors(expected.items())
+        assert digest == other.answer() == sent.result(60) == any_sender.digest_of(expected.items())
 
 
-def test_a_stream_casts_as_publishing_does(sender: Sender) -> None:
-    (stream,), sent = sender.begin(1, 0.3, dtype="bfloat16")
+def test_a_stream_casts_as_publishing_does(any_sender: Sender) -> None:
+    (stream,), sent = any_sender.begin(1, 0.3, dtype="bfloat16")
     own, digest = load(stream)
     assert own["layers.0.up.weight"].dtype == torch.bfloat16
     assert digest == sent.result(60)
@@ -134,7 +157,7 @@ def test_extra_memory_is_a_few_buckets_whatever_the_size(sender: Sender) -> None
     assert sender.num_segments <= 4 < NUM_TENSORS // 2  # under way, being filled, and what the reader still looks at
 
 
-def test_gathering_goes_on_while_receivers_load(sender: Sender) -> None:
+def test_gathering_goes_on_while_receivers_load(any_sender: Sender) -> None:
     """A tensor that is gathered when others are being loaded: the sender is ahead, but only by what is allowed."""
     gathered = 0
 
@@ -144,7 +167,7 @@ def test_gathering_goes_on_while_receivers_load(sender: Sender) -> None:
             gathered += 1
             yield name, tensor
 
-    (stream,), sent = sender.begin(1, tensors=gathering())
+    (stream,), sent = any_sender.begin(1, tensors=gathering())
     arriving = receive(stream)
     ahead = []
     for number, _ in enumerate(arriving, start=1):
@@ -157,14 +180,14 @@ def test_gathering_goes_on_while_receivers_load(sender: Sender) -> None:
     sent.result(60)
 
 
-def test_kept_memory_is_read_once_and_belongs_to_the_receiver(sender: Sender) -> None:
-    (stream,), sent = sender.begin(1, 1.0)
+def test_kept_memory_is_read_once_and_belongs_to_the_receiver(any_sender: Sender) -> None:
+    (stream,), sent = any_sender.begin(1, 1.0)
     own, digest = load(stream, keeps=True)
     sent.result(60)
-    (again,), sent = sender.begin(1, 50.0)
+    (again,), sent = any_sender.begin(1, 50.0)
     load(again, keeps=True)
     sent.result(60)
-    assert digest_tensors(own.items()) == digest  # not written over by the second stream
+    assert any_sender.digest_of(own.items()) == digest  # not written over by the second stream
     weights = receive(again)
     assert weights.digest_of(own.items()) == digest  # other memory than what arrived: it is read
 
@@ -182,8 +205,8 @@ def test_modules_are_not_parted_where_the_memory_is_kept() -> None:
         assert (k - q, v - k) == (256, 256)
 
 
-def test_a_receiver_that_is_killed_is_not_waited_for(sender: Sender, other: Child) -> None:
-    (mine, theirs), sent = sender.begin(2)
+def test_a_receiver_that_is_killed_is_not_waited_for(any_sender: Sender, other: Child) -> None:
+    (mine, theirs), sent = any_sender.begin(2)
     other.pipe.send((theirs, "join and hang"))
     done: Future[str] = Future()
     threading.Thread(target=lambda: done.set_result(load(mine)[1])).start()
@@ -193,51 +216,52 @@ def test_a_receiver_that_is_killed_is_not_waited_for(sender: Sender, other: Chil
     assert done.result(60) == sent.result(60)
 
 
-def test_a_receiver_that_never_came_is_reported(sender: Sender) -> None:
-    (mine, theirs), sent = sender.begin(2)
+def test_a_receiver_that_never_came_is_reported(any_sender: Sender) -> None:
+    (mine, theirs), sent = any_sender.begin(2)
     done: Future[str] = Future()
     threading.Thread(target=lambda: done.set_result(load(mine)[1])).start()
     connect(theirs, leaves=True).close()
     assert done.result(60) == sent.result(60)
 
 
-def test_a_sender_that_fails_is_told_to_its_receivers(sender: Sender) -> None:
+def test_a_sender_that_fails_is_told_to_its_receivers(any_sender: Sender) -> None:
     def failing() -> Iterator[tuple[str, torch.Tensor]]:
         yield from list(tensors(0.0).items())[:5]
         raise RuntimeError("a rank is gone")
 
-    (stream,), sent = sender.begin(1, tensors=failing())
+    (stream,), sent = any_sender.begin(1, tensors=failing())
     with pytest.raises(WeightSyncError, match="version 1 has ended or given up"):
         load(stream)
     with pytest.raises(RuntimeError, match="a rank is gone"):
         sent.result(60)
-    (stream,), sent = sender.begin(1)  # and it can go on
+    (stream,), sent = any_sender.begin(1)  # and it can go on
     assert load(stream)[1] == sent.result(60)
 
 
-def test_strangers_and_latecomers_are_left_out(sender: Sender) -> None:
-    (stream,), sent = sender.begin(1)
+def test_strangers_and_latecomers_are_left_out(any_sender: Sender) -> None:
+    (stream,), sent = any_sender.begin(1)
     with pytest.raises(WeightSyncError, match="ended or given up"):
         list(receive(replace(stream, key=b"guessed")))
     with pytest.raises(WeightSyncError, match="ended or given up"):
         list(receive(replace(stream, stream=stream.stream + 1)))
-    raw = Client(stream.address, family="AF_UNIX")
-    raw.close()
+    Client(stream.address).close()
+    silent = Client(stream.address)  # keeps nobody waiting
     assert load(stream)[1] == sent.result(60)
+    silent.close()
     assert repr(stream.key) not in repr(stream)
 
 
-def test_a_receiver_that_gives_up_is_not_waited_for(sender: Sender) -> None:
-    (stream,), sent = sender.begin(1)
+def test_a_receiver_that_gives_up_is_not_waited_for(any_sender: Sender) -> None:
+    (stream,), sent = any_sender.begin(1)
     weights = receive(stream)
     next(weights)
     assert not sent.done()
     weights.close()
-    assert sent.result(60) == digest_tensors(tensors(0.0).items())
+    assert sent.result(60) == any_sender.digest_of(tensors(0.0).items())
 
 
-def test_what_was_not_read_to_the_end_has_no_digest(sender: Sender) -> None:
-    (stream,), sent = sender.begin(1)
+def test_what_was_not_read_to_the_end_has_no_digest(any_sender: Sender) -> None:
+    (stream,), sent = any_sender.begin(1)
     weights = receive(stream)
     next(weights)
     with pytest.raises(WeightSyncError, match="not all weights of version 1"):
@@ -259,3 +283,28 @@ def test_damage_on_the_way_is_found(sender: Sender, monkeypatch: pytest.MonkeyPa
     with pytest.raises(WeightSyncError, match="version 1 arrived damaged at the receiver: expected digest"):
         list(receive(stream))
     sent.result(60)
+
+
+def test_a_pair_is_made_once_and_anew_after_a_failure(other: Child) -> None:
+    known = set(pairs._pairs)
+    with ThreadPoolExecutor(1) as threads:
+        sender = Sender(WeightStreamer("gloo", BUCKET_BYTES), threads, "gloo", "127.0.0.1")
+        found = []
+        for _ in range(2):
+            (stream,), sent = sender.begin(1)
+            other.pipe.send((stream, "copy"))
+            assert other.answer() == sent.result(60)
+            found.append([(peer, group) for peer, group in pairs._pairs.items() if peer not in known])
+        assert len(found[0]) == 1
+        assert found[0] == found[1]
+        (stream,), sent = sender.begin(1)
+        other.pipe.send((stream, "join and hang"))
+        assert other.answer() == "joined"
+        other.process.kill()
+        sent.result(60)
+        assert set(pairs._pairs) == known
+
+
+def test_what_cannot_stream_is_refused() -> None:
+    with pytest.raises(WeightSyncError, match="cannot be streamed by the transport 'ray', only published"):
+        WeightStreamer("ray")

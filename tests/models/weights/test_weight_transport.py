@@ -151,7 +151,7 @@ class _Gathered(torch.Tensor):
 
 
 def test_the_registry_holds_what_the_documentation_names() -> None:
-    assert set(TRANSPORTS) == {"ray", "shared_memory", "local"}
+    assert set(TRANSPORTS) == {"ray", "shared_memory", "gloo", "cuda_ipc", "nccl", "local"}
 
 
 def _in_cluster(connection) -> None:

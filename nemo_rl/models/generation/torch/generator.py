@@ -88,8 +88,8 @@ class TorchGenerator:
                 update succeeds.
         """
         self.version = None
-        # On a CPU the decoder computes with the very memory that they arrive in.
-        weights = receive(update, device=self.device, verify=False, keeps=self.device.type == "cpu")
+        # On a CPU the decoder computes with the very memory that they arrive in, where that may be.
+        weights = receive(update, device=self.device, verify=False, keeps=True)
         with contextlib.closing(weights):
             self.decoder.load(weights)
         digest = weights.digest_of(self.decoder.named_tensors())

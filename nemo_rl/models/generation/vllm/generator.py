@@ -40,6 +40,7 @@ from nemo_rl.models.generation.vllm.weights import OwnTensors, ReadBack, keep_pl
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
+from nemo_rl.models.weights.transports import make_transport
 
 _MIN_BATCHED_TOKENS = 8192
 _GIB = 1024**3
@@ -186,7 +187,7 @@ class VllmGenerator:
             self._own.check([spec for bucket in update.buckets for spec in bucket.tensors])
         with self.engine.turn():
             self.version = None
-            loaded = ReadBack(self._own)
+            loaded = ReadBack(self._own, on_gpu=make_transport(update.transport).on_gpu)
             weights = receive(update, device=self.device, verify=False, on_loaded=loaded.read)
             with contextlib.closing(weights):
                 self.engine.model.load_weights(self._own.checked(weights))

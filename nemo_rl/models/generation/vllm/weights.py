@@ -106,11 +106,17 @@ class OwnTensors:
 
 
 class ReadBack:
-    """Reads back what an update has loaded, bucket by bucket."""
+    """Reads back what an update has loaded, bucket by bucket.
 
-    def __init__(self, own: OwnTensors) -> None:
+    Args:
+        own: what it is loaded into.
+        on_gpu: as of `WeightDigest`.
+    """
+
+    def __init__(self, own: OwnTensors, *, on_gpu: bool) -> None:
         self._own = own
-        self._digest = WeightDigest()
+        self._on_gpu = on_gpu
+        self._digest = WeightDigest(on_gpu=on_gpu)
         self._names: list[str] = []
 
     def read(self, specs: Sequence[TensorSpec]) -> None:
@@ -131,7 +137,7 @@ class ReadBack:
         """
         digest = self._digest.hexdigest()
         self._own.check_names(self._names)
-        return digest_tensors(self._own.whole(self._names)) if as_a_whole else digest
+        return digest_tensors(self._own.whole(self._names), on_gpu=self._on_gpu) if as_a_whole else digest
 
 
 def keep_plain_weights() -> None:

@@ -58,9 +58,11 @@ class MegatronState:
         """Master weights, float32."""
         return self._gather(WEIGHT)
 
-    def served_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that the model computes with, in its own dtype."""
-        return self._exchange.gather(nn.Parameter.detach, dtype=self._dtype, from_all_replicas=False)
+    def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the model computes with, in its own dtype; on rank 0, or on all ranks."""
+        return self._exchange.gather(
+            nn.Parameter.detach, dtype=self._dtype, from_all_replicas=False, on_all_ranks=on_all_ranks
+        )
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         for key in MOMENTS:

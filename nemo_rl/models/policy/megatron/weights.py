@@ -84,7 +84,9 @@ class WeightExchange:
         for name, parameter in self._own.items():
             parameter.tensor_model_parallel = self._units[name].rule.split  # type: ignore[attr-defined]
 
-    def gather(self, read: Read, *, dtype: torch.dtype, from_all_replicas: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    def gather(
+        self, read: Read, *, dtype: torch.dtype, from_all_replicas: bool, on_all_ranks: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and whole tensors on rank 0, in the model's order; nothing on other ranks. Exhaust it.
 
         Args:
@@ -92,8 +94,9 @@ class WeightExchange:
             dtype: of what it gives, on any rank.
             from_all_replicas: `read` is a collective of data-parallel ranks. Otherwise only the first of them takes
                 part.
+            on_all_ranks: every rank gets all of them.
         """
-        takes_part = self._grid.is_first_replica
+        takes_part = self._grid.is_first_replica or on_all_ranks
         if not takes_part and not from_all_replicas:
             return
         ready: dict[str, torch.Tensor] = {}
@@ -102,14 +105,14 @@ class WeightExchange:
                 unit_name = self._unit_of[name]
                 unit = self._units[unit_name]
                 local = read(self._own[unit_name]) if self._holds(unit_name) else None
-                shards = self._collect(unit, local, dtype) if takes_part else None
+                shards = self._collect(unit, local, dtype, on_all_ranks=on_all_ranks) if takes_part else None
                 if shards is None:
                     tensors = [torch.empty(0)] * len(unit.names)
                 else:
                     tensors = unit.rule.tensors(shards, unit.shapes, self._shape)
                 ready.update(zip(unit.names, tensors))
             tensor = ready.pop(name)
-            if self._grid.world.rank == 0:
+            if on_all_ranks or self._grid.world.rank == 0:
                 yield name, tensor
 
     def scatter(self, read: Callable[[str], torch.Tensor] | None, write: Write) -> None:
@@ -135,11 +138,16 @@ class WeightExchange:
         """Whether this rank's stage is the one that the parameter is gathered from."""
         return unit_name in self._own and self._units[unit_name].stage == self._grid.stage
 
-    def _collect(self, unit: _Unit, local: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """All shards of a parameter on rank 0, None elsewhere. A collective of the first replica's ranks."""
+    def _collect(
+        self, unit: _Unit, local: torch.Tensor | None, dtype: torch.dtype, *, on_all_ranks: bool
+    ) -> torch.Tensor | None:
+        """All shards of a parameter on rank 0 (None elsewhere), a collective of the first replica's ranks; or, of all
+        ranks, on all of them."""
         shards = None
         if local is not None:
             shards = local[None] if not unit.rule.split else self._all_shards(local)
+        if on_all_ranks:
+            return self._on_all_stages(unit, shards, dtype)
         if unit.stage > 0 and self._grid.tensor.rank() == 0:
             first = dist.get_global_rank(self._grid.pipeline, 0)
             owner = dist.get_global_rank(self._grid.pipeline, unit.stage)
@@ -149,6 +157,16 @@ class WeightExchange:
                 shards = torch.empty(self._shards_shape(unit), dtype=dtype, device=self._grid.world.device)
                 dist.recv(shards, src=owner, group=self._grid.pipeline)
         return shards if self._grid.world.rank == 0 else None
+
+    def _on_all_stages(self, unit: _Unit, shards: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """What the ranks of one stage have, on those of all stages."""
+        if shards is None:
+            shards = torch.empty(self._shards_shape(unit), dtype=dtype, device=self._grid.world.device)
+        if self._grid.pipeline.size() > 1:
+            shards = shards.contiguous()
+            owner = dist.get_global_rank(self._grid.pipeline, unit.stage)
+            dist.broadcast(shards, src=owner, group=self._grid.pipeline)
+        return shards
 
     def _all_shards(self, local: torch.Tensor) -> torch.Tensor:
         if self._grid.tensor.size() == 1:

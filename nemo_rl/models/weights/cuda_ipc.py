@@ -1,0 +1,71 @@
+"""Weight buckets in a GPU's memory, for a sender and receivers that share the GPU: nothing is moved.
+
+torch knows how to send a tensor on a GPU to another process: what is pickled is CUDA's handle of the allocation, which
+the receiver opens (cudaIpcOpenMemHandle). Opening takes longer than copying a bucket does; so a stream goes through a
+few buffers again and again, and receivers keep each open until the stream ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.multiprocessing  # teaches the pickling of connections how to share tensors
+
+from nemo_rl.models.weights.transports import WeightTransport
+
+_GRANULE = 16 << 20  # buckets of about the same size can take one another's place
+
+
+class CudaIpcTransport(WeightTransport):
+    """The GPU's memory, for processes that use the same GPU.
+
+    Args:
+        device: of the sender's buffers.
+    """
+
+    publishes = False
+    streams = True
+    every_rank_sends = True
+    on_gpu = True
+    may_be_kept = False
+
+    def __init__(self, device: str = "cuda") -> None:
+        self._device = torch.device(device)
+        self._free: list[torch.Tensor] = []
+        self._opened: dict[int, torch.Tensor] = {}  # by address; of receivers
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        fitting = [buffer for buffer in self._free if buffer.numel() >= num_bytes]
+        if not fitting and self._free:
+            self._free.pop()  # too small: the new one takes its place
+        buffer = min(fitting, key=torch.Tensor.numel) if fitting else self._new(num_bytes)
+        self._free = [other for other in self._free if other is not buffer]
+        lent = buffer[:num_bytes]
+        weakref.finalize(lent, self._free_again, buffer)
+        return lent
+
+    def put(self, buffer: torch.Tensor) -> Any:
+        self.settle()  # its readers do not wait for the sender's CUDA stream
+        return buffer
+
+    def get(self, handle: Any) -> torch.Tensor:
+        buffer: torch.Tensor = handle
+        self._opened[buffer.data_ptr()] = buffer
+        return buffer
+
+    def settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def release(self) -> None:
+        self._free.clear()
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()
+
+    def _new(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(-(-num_bytes // _GRANULE) * _GRANULE, dtype=torch.uint8, device=self._device)
+
+    def _free_again(self, buffer: torch.Tensor) -> None:
+        self._free.append(buffer)
