@@ -41,6 +41,7 @@ from nemo_rl.models.policy.megatron.state import MegatronState
 from nemo_rl.models.policy.megatron.weights import WeightExchange
 from nemo_rl.models.policy.metric_sums import MetricSums
 from nemo_rl.models.policy.microbatching import microbatches
+from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, borrows, needs
 from nemo_rl.models.policy.process_group import join_process_group
 from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.policy.worker_steps import (
@@ -126,6 +127,16 @@ class MegatronPolicyWorker:
         if loaded is not None:
             self._skeleton.generation_config = loaded.generation_config
         self._forward = self._pipeline(wrapped)
+        self._memory = self._take_charge(model)
+
+    def _take_charge(self, model: PolicyModel) -> PolicyMemory:
+        device, optimizer = self._grid.world.device, self._optimizer
+        memory = PolicyMemory(device)
+        memory.add(Part.WEIGHTS, StoredTensors(model.parameters, device))
+        memory.add(Part.GRADIENTS, Scratch(optimizer.release_gradients, optimizer.regain_gradients))
+        memory.add(Part.OPTIMIZER, StoredTensors(optimizer.state_tensors, device))
+        memory.guard(model, Part.WEIGHTS)
+        return memory
 
     def _exchange(self, model: PolicyModel) -> WeightExchange:
         shapes = {name: parameter.shape for name, parameter in self._skeleton.named_parameters()}
@@ -139,6 +150,7 @@ class MegatronPolicyWorker:
         """Only rank 0 reads the weights, into its main memory."""
         return load_model(self._config.model_name, self._hf) if self._grid.world.rank == 0 else None
 
+    @needs(Part.WEIGHTS, Part.GRADIENTS)
     def train(self, shard: BatchedDataDict, loss_fn: LossFunction, local_batch_size: int | None = None) -> TrainResult:
         """One optimizer step per `local_batch_size` rows of this rank's shard (None: one step for all of them).
 
@@ -148,6 +160,7 @@ class MegatronPolicyWorker:
             NonFiniteError: on every rank; the weights are as before that optimizer step.
             DataError: rows that do not divide.
         """
+        self._memory.expect(Part.OPTIMIZER)  # it comes while the gradients are computed
         return train_on_global_batches(shard, local_batch_size, lambda batch: self._train_step(batch, loss_fn))
 
     def _train_step(self, batch: BatchedDataDict, loss_fn: LossFunction) -> tuple[dict[str, float], int]:
@@ -166,13 +179,16 @@ class MegatronPolicyWorker:
         reduced: dict[str, float] = sums.reduced(self._grid.data) if self._grid.is_last_stage else {}
         reduced = self._grid.from_last_stage(reduced)
         reduced["lr"] = self._optimizer.lr
+        self._memory.need(Part.OPTIMIZER)
         reduced["grad_norm"] = self._optimizer.step(reduced["loss"])
         return reduced, counts.num_forward_tokens
 
+    @needs(Part.WEIGHTS)
     def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """Log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
         return self._logprobs(self._forward, shard)
 
+    @borrows(Part.REFERENCE)
     def get_reference_policy_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """The same under the initial weights, which the first call loads from where they came from."""
         if self._reference is None:
@@ -183,6 +199,8 @@ class MegatronPolicyWorker:
                     None if loaded is None else _reader(loaded), lambda parameter, value: parameter.copy_(value)
                 )
             self._reference = self._pipeline(model)
+            self._memory.add(Part.REFERENCE, StoredTensors(model.parameters, self._grid.world.device, constant=True))
+            self._memory.guard(model, Part.REFERENCE)
             freeze_modules()
         return self._logprobs(self._reference, shard)
 
@@ -191,6 +209,7 @@ class MegatronPolicyWorker:
         complete: torch.Tensor = self._grid.from_last_stage(result)
         return complete
 
+    @borrows(Part.WEIGHTS)
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         publish = partial(self._sender.publish, version=version, dtype=dtype)
@@ -200,17 +219,20 @@ class MegatronPolicyWorker:
         """Where receivers ask this rank for streams, and the key that lets them in. See `WeightStreamer.endpoint`."""
         return self._streamer.endpoint(host)
 
+    @borrows(Part.WEIGHTS)
     def send_weights(self, version: int, dtype: str, stream: int, receivers: list[list[int]]) -> str | None:
         """Send the current weights to `receivers[rank]`; returns their digest, or None when there are none."""
         own = receivers[self._grid.world.rank]
         send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=own)
         return hand_over(self._state.served_weights(on_all_ranks=any(receivers[1:])), send if own else None)
 
+    @needs(Part.WEIGHTS, Part.OPTIMIZER)
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""
         tokenizer_name = self._config.tokenizer_name or self._config.model_name
         policy_checkpoint.save(Path(directory), self._state, self._grid.world, tokenizer_name)
 
+    @needs(Part.WEIGHTS, Part.OPTIMIZER)
     def load_checkpoint(self, directory: str | Path) -> None:
         """Restore what `save_checkpoint` wrote, under whatever layout and backend.
 
@@ -218,6 +240,16 @@ class MegatronPolicyWorker:
             CheckpointError: it does not fit.
         """
         policy_checkpoint.load(Path(directory), self._state, self._grid.world)
+
+    def offload(self, keep_weights: bool = False) -> None:
+        """Make room on the device: gradients are dropped, optimizer state and weights (unless kept) go to the host.
+
+        Every other method brings back what it needs.
+
+        Raises:
+            TrainingError: the host has not enough memory.
+        """
+        self._memory.offload(keep_weights=keep_weights)
 
     def attestation(self) -> dict[str, Any]:
         """What this worker runs on and with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -111,6 +112,11 @@ class PolicyOptimizer:
         self.zero_grad()
         self.num_steps += 1
         return norm
+
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """Everything that AdamW remembers; nothing before the first step."""
+        for state in self._adamw.state.values():
+            yield from state.values()
 
     @property
     def names(self) -> list[str]:

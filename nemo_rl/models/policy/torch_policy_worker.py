@@ -26,6 +26,7 @@ from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.logprob_forward import LogprobForward
 from nemo_rl.models.policy.metric_sums import MetricSums
 from nemo_rl.models.policy.microbatching import microbatches
+from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, borrows, needs
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.process_group import join_process_group
@@ -88,7 +89,17 @@ class TorchPolicyWorker:
             max_grad_norm=config.max_grad_norm,
         )
         self._state = policy_checkpoint.TorchState(self._model, self._optimizer)
+        self._memory = self._take_charge()
 
+    def _take_charge(self) -> PolicyMemory:
+        device, memory = self._group.device, PolicyMemory(self._group.device)
+        memory.add(Part.WEIGHTS, StoredTensors(lambda: self._model.parameters().values(), device))
+        memory.add(Part.GRADIENTS, Scratch(release=self._optimizer.zero_grad))
+        memory.add(Part.OPTIMIZER, StoredTensors(self._optimizer.state_tensors, device))
+        memory.guard(self._model.module, Part.WEIGHTS)
+        return memory
+
+    @needs(Part.WEIGHTS, Part.GRADIENTS)
     def train(self, shard: BatchedDataDict, loss_fn: LossFunction, local_batch_size: int | None = None) -> TrainResult:
         """One optimizer step per `local_batch_size` rows of this rank's shard (None: one step for all of them).
 
@@ -98,6 +109,7 @@ class TorchPolicyWorker:
             NonFiniteError: on every rank; the weights are as before that optimizer step.
             DataError: rows that do not divide.
         """
+        self._memory.expect(Part.OPTIMIZER)  # it comes while the gradients are computed
         return train_on_global_batches(shard, local_batch_size, lambda batch: self._train_step(batch, loss_fn))
 
     def _train_step(self, batch: BatchedDataDict, loss_fn: LossFunction) -> tuple[dict[str, float], int]:
@@ -114,13 +126,16 @@ class TorchPolicyWorker:
         self._model.reduce_gradients()
         reduced = sums.reduced(self._group)
         reduced["lr"] = self._optimizer.lr
+        self._memory.need(Part.OPTIMIZER)
         reduced["grad_norm"] = self._optimizer.step(reduced["loss"])
         return reduced, counts.num_forward_tokens
 
+    @needs(Part.WEIGHTS)
     def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """Log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
         return self._logprobs(self._forward, shard)
 
+    @borrows(Part.REFERENCE)
     def get_reference_policy_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """The same under the initial weights, which the first call loads from where they came from."""
         if self._reference is None:
@@ -128,6 +143,9 @@ class TorchPolicyWorker:
             # replaces the policy's weights only; these are never saved, as `model_name` keeps them.
             model = load_parallel_model(self._config, self._group, trained=False)
             self._reference = model, LogprobForward(model, packed=self._config.batching.mode == "packed")
+            weights = StoredTensors(lambda: model.parameters().values(), self._group.device, constant=True)
+            self._memory.add(Part.REFERENCE, weights)
+            self._memory.guard(model.module, Part.REFERENCE)
             freeze_modules()
         return self._logprobs(self._reference[1], shard)
 
@@ -140,6 +158,7 @@ class TorchPolicyWorker:
                 lambda parts: (forward(part.to(device), only_loss_tokens=False) for part in parts),
             )
 
+    @borrows(Part.WEIGHTS)
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
         publish = partial(self._sender.publish, version=version, dtype=dtype)
@@ -149,19 +168,32 @@ class TorchPolicyWorker:
         """Where receivers ask this rank for streams, and the key that lets them in. See `WeightStreamer.endpoint`."""
         return self._streamer.endpoint(host)
 
+    @borrows(Part.WEIGHTS)
     def send_weights(self, version: int, dtype: str, stream: int, receivers: list[list[int]]) -> str | None:
         """Send the current weights to `receivers[rank]`; returns their digest, or None when there are none."""
         own = receivers[self._group.rank]
         send = partial(self._streamer.send, version=version, dtype=dtype, stream=stream, receivers=own)
         return hand_over(self._model.full_tensors(), send if own else None)
 
+    @needs(Part.WEIGHTS, Part.OPTIMIZER)
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write the checkpoint into `directory` (rank 0 writes all of it). See `policy_checkpoint`."""
         policy_checkpoint.save(Path(directory), self._state, self._group, self._tokenizer_name)
 
+    @needs(Part.WEIGHTS, Part.OPTIMIZER)
     def load_checkpoint(self, directory: str | Path) -> None:
         """Restore what `save_checkpoint` wrote. Raises `CheckpointError` when it does not fit."""
         policy_checkpoint.load(Path(directory), self._state, self._group)
+
+    def offload(self, keep_weights: bool = False) -> None:
+        """Make room on the device: gradients are dropped, optimizer state and weights (unless kept) go to the host.
+
+        Every other method brings back what it needs.
+
+        Raises:
+            TrainingError: the host has not enough memory.
+        """
+        self._memory.offload(keep_weights=keep_weights)
 
     @property
     def _tokenizer_name(self) -> str:

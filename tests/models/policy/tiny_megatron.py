@@ -12,10 +12,11 @@ import torch
 from tiny_policy import EPS, advantage_loss, make_batch, nan_loss, shard_of
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.errors import NonFiniteError
+from nemo_rl.errors import ModelError, NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
 from nemo_rl.models.weights.digest import digest_tensors
+from nemo_rl.models.policy.offload import Part
 
 State = dict[str, torch.Tensor]
 
@@ -146,3 +147,58 @@ def load_fails(rank: int, model: Path, directory: Path) -> str:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
+
+
+def train_in_turns(rank: int, model: Path, config: dict[str, Any], *, offloads: bool) -> Any:
+    """Five steps with what a run does in between, while the device's memory is given away and taken back, or not."""
+    with megatron_worker(model, **config) as worker:
+        shard = shard_for(worker)
+        # The digest of what needs no cast looks at the weights through numpy, and on a CPU such memory has to stay.
+        dtype = "bfloat16" if worker._config.precision == "float32" else "float32"
+        found: list[Any] = []
+        for step in range(5):
+            if offloads:
+                worker.offload(keep_weights=True)
+            update = worker.publish_weights(step, dtype)
+            found.append(update and update.digest)
+            if offloads:
+                worker.offload()
+                assert bytes_on_device(worker) == 0
+            found.append(worker.get_logprobs(shard).tolist())
+            found.append(worker.get_reference_policy_logprobs(shard).tolist())
+            found.append(worker.train(shard, advantage_loss).metrics)
+        if offloads:
+            worker.offload()
+            assert refuses_to_compute(worker)
+            worker._memory.need(Part.WEIGHTS, Part.OPTIMIZER)
+        return found, state_of(worker)
+
+
+def bytes_on_device(worker: MegatronPolicyWorker) -> int:
+    """Of all storages that weights, buffers of gradients and the optimizer have."""
+    wrapped = worker._optimizer._model
+    buffers = [data for buffer in wrapped.buffers for data in (buffer.grad_data, buffer.param_data) if data is not None]
+    tensors = [*wrapped.parameters(), *buffers, *worker._optimizer.state_tensors()]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def refuses_to_compute(worker: MegatronPolicyWorker) -> bool:
+    try:
+        worker._optimizer._model(torch.ones(1, 2, dtype=torch.int64))
+    except ModelError as error:
+        return "are in the host's memory" in str(error)
+    return False
+
+
+def checkpoint_in_turns(rank: int, model: Path, config: dict[str, Any], directory: Path) -> bool:
+    """Whether a checkpoint that is saved, and loaded, while everything is away is the state itself."""
+    with megatron_worker(model, **config) as worker:
+        worker.train(shard_for(worker), advantage_loss)
+        expected = state_of(worker)
+        worker.offload()
+        worker.save_checkpoint(directory)
+        worker.train(shard_for(worker), advantage_loss)
+        worker.offload()
+        worker.load_checkpoint(directory)
+        found = state_of(worker)
+        return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)

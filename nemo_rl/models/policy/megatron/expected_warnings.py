@@ -15,6 +15,8 @@ _EXPECTED = (
     r"full scope is deprecated",
     # The distributed optimizer keeps its gradients on views of the weights.
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    # It frees and takes again its buffers of gradients that way.
+    r"TypedStorage is deprecated",
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
 )
 

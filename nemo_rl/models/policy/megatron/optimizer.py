@@ -105,6 +105,25 @@ class MegatronOptimizer:
         self._num_steps += 1
         return norm
 
+    def release_gradients(self) -> None:
+        """Forget the gradients, and give their buffers' memory back until `regain_gradients`."""
+        self._optimizer.zero_grad()  # what it has cast to float32
+        self._model.offload_grad_buffers()
+
+    def regain_gradients(self) -> None:
+        """Take the buffers' memory again; they are zero."""
+        self._model.restore_grad_buffers(synchronize=False)
+
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """This rank's moments, and its master weights where they have memory of their own."""
+        of_weights = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        adamw = self._optimizer.optimizer
+        for group in adamw.param_groups:
+            for main in group["params"]:
+                if main.untyped_storage().data_ptr() not in of_weights:
+                    yield main
+                yield from adamw.state[main].values()
+
     def read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         """The master weight or a moment of one of this rank's parameters, float32, in its shape.
 
