@@ -129,6 +129,20 @@ class MasterConfig(ConfigModel):
         per_update = self.policy.train_global_batch_size or self.num_samples_per_step
         return self.grpo.max_num_steps * self.grpo.num_updates_per_step * (self.num_samples_per_step // per_update)
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether policy and generation take turns on the same GPUs."""
+        return self.cluster.use_gpus and self.cluster.generation is None and self.grpo.max_trajectory_age == 0
+
+    @model_validator(mode="after")
+    def _turns_are_taken(self) -> MasterConfig:
+        if self.policy.offload and self.grpo.max_trajectory_age:
+            raise ValueError(
+                f"policy.offload=true: with grpo.max_trajectory_age={self.grpo.max_trajectory_age} the policy trains "
+                "while generation works, and must stay where it is"
+            )
+        return self
+
     @model_validator(mode="after")
     def _lag_is_corrected(self) -> MasterConfig:
         if self.grpo.max_trajectory_age and self.loss.importance_correction == "none":

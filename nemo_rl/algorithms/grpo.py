@@ -76,14 +76,16 @@ class GRPO:
     _last_validation: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        cluster, config = self.config.cluster, self.config.grpo
+        shares_gpus = self.config.shares_gpus
+        offloads = self.config.policy.offloads(shares_gpus=shares_gpus)
         self._pipeline = RolloutPipeline(
-            config,
+            self.config.grpo,
             self.generation,
             self.environment,
             self.loader,
             self.pad_token_id,
-            sleeps=cluster.use_gpus and cluster.generation is None and config.max_trajectory_age == 0,
+            sleeps=shares_gpus,
+            offload=self.policy.offload if offloads else None,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:

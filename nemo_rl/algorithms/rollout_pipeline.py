@@ -9,6 +9,14 @@
 The rollout of step n is made with the weights after step n - 1 - age. Which weights make which rollout follows from the
 step alone, not from who happens to be faster, and rollouts that are ahead are part of a checkpoint: an asynchronous run
 can be repeated and resumed like a synchronous one.
+
+Where policy and generation share GPUs they take turns (`RolloutPipeline._turn`)::
+
+    policy      | optimizer, gradients leave |                 | weights leave |                | come back as needed
+    generation  |                            | weights: wake,  |               | cache: wakes,  | sleeps
+                |                            | get the update  |               | completions    |
+
+So nothing that one of the two needs is there with what only the other needs, except the weights of both.
 """
 
 from __future__ import annotations
@@ -40,6 +48,12 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 Publish = Callable[[int], "WeightUpdate | WeightOffer"]
+
+
+class Offload(Protocol):
+    """See `PolicyInterface.offload`."""
+
+    def __call__(self, *, keep_weights: bool) -> None: ...
 
 
 class PromptLoader(Protocol):
@@ -80,6 +94,7 @@ class RolloutPipeline:
 
     Args:
         sleeps: generation gives its memory back between two rollouts, because the policy trains on the same GPUs.
+        offload: `PolicyInterface.offload`, where the policy gives its memory to generation meanwhile.
     """
 
     def __init__(
@@ -91,6 +106,7 @@ class RolloutPipeline:
         pad_token_id: int,
         *,
         sleeps: bool = False,
+        offload: Offload | None = None,
     ) -> None:
         self._config = config
         self._generation = generation
@@ -99,6 +115,7 @@ class RolloutPipeline:
         self._pad_token_id = pad_token_id
         self._sleeps = sleeps
         self._asleep = False
+        self._offload = offload
         self._handed_over: int | None = None  # version of the weights that generation has or will have next
         self._ahead: deque[Future[StepRollout]] = deque()
         self._last_requested = 0  # steps are counted from 1
@@ -148,8 +165,7 @@ class RolloutPipeline:
 
         def job() -> tuple[Rollout, dict[str, float]]:
             timer = Timer()
-            with self._awake(timer):
-                self._serve(update, timer)
+            with self._turn(update, timer):
                 rollout = rollouts.collect(
                     problems,
                     self._generation,
@@ -198,22 +214,39 @@ class RolloutPipeline:
         problems = self._loader.next_batch(self._config.num_prompts_per_step)
         if problems is None:
             return StepRollout(step, version, None, 0, {})
-        with self._awake(timer):
-            self._serve(update, timer)
+        with self._turn(update, timer):
             rollout, num_rollouts = self._collect(problems, step, timer)
         return StepRollout(step, version, rollout, num_rollouts, timer.seconds())
 
     @contextmanager
-    def _awake(self, timer: Timer) -> Iterator[None]:
-        if self._asleep:
-            with timer.phase("wake"):
-                self._generation.wake()
-            self._asleep = False
+    def _turn(self, update: WeightUpdate | WeightOffer | None, timer: Timer) -> Iterator[None]:
+        """While the block runs generation can work, with the weights of `update`. See the module's diagram.
+
+        The policy's weights may still be needed in the middle of it, for the successor of a worker that has died: they
+        then come back, are sent, and leave again.
+        """
+        self._let_policy_leave(timer, keep_weights=update is not None)
+        if update is not None:
+            self._wake(timer, ["weights"])
+            self._serve(update, timer)
+            self._let_policy_leave(timer, keep_weights=False)
+        self._wake(timer, ["kv_cache"] if update is not None else None)
+        self._asleep = False
         yield
         if self._sleeps:
             with timer.phase("sleep"):
                 self._generation.sleep()
             self._asleep = True
+
+    def _let_policy_leave(self, timer: Timer, *, keep_weights: bool) -> None:
+        if self._offload is not None:
+            with timer.phase("offload"):
+                self._offload(keep_weights=keep_weights)
+
+    def _wake(self, timer: Timer, tags: list[str] | None) -> None:
+        if self._asleep:
+            with timer.phase("wake"):
+                self._generation.wake(tags)
 
     def _is_rolling_out(self) -> bool:
         return any(not future.done() for future in self._ahead)

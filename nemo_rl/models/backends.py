@@ -59,6 +59,11 @@ class GenerationOptions(OpenSection):
         """Workers (bundles) that hold one copy of the model together."""
         return 1
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether `sleep` gives the memory of GPUs back."""
+        return False
+
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
         from nemo_rl.models.generation.registry import BACKENDS  # which imports this module
@@ -81,6 +86,7 @@ class Backend(Generic[OptionsT]):
         replaces: what must be registered for it; a user who registered another Python gets that one everywhere.
         streams_weights: its workers can send a stream of weights (`send_weights`, `weight_endpoint`), or of generation
             workers: their `update_weights` takes a `WeightStream` too, as `receive` does.
+        offloads: of policy workers: they have `offload`, after which every call brings back what it needs.
     """
 
     fqn: str
@@ -88,6 +94,7 @@ class Backend(Generic[OptionsT]):
     cpu_py_executable: str | None = None
     replaces: str | None = None
     streams_weights: bool = False
+    offloads: bool = False
 
     def py_executable_override(self, chosen: str | None, *, use_gpus: bool) -> str | None:
         """What to give `RayWorkerBuilder`: the configuration's choice, that for nodes without GPUs, or None."""

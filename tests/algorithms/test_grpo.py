@@ -360,32 +360,88 @@ def test_older_weights_need_a_correction():
         build(*AHEAD, "loss.importance_correction=none")
 
 
-def test_generation_on_the_policys_gpus_sleeps_while_the_policy_trains():
-    events = []
+ON_ONE_GPU = ("cluster.gpus_per_node=1", "grpo.max_num_steps=2", "grpo.validation.at_start=false")
+SLEEPS = ("policy.generation.backend=vllm",)
+
+
+def events_of(*overrides: str) -> list[str]:
+    """What a run of two steps and a last validation asks of policy and generation, in order."""
+    events: list[str] = []
 
     class Generation(FakeGeneration):
-        def wake(self):
-            events.append("wake")
+        def wake(self, tags=None):
+            events.append(f"wake {','.join(tags or ['all'])}")
 
         def sleep(self):
             events.append("sleep")
+
+        def update_weights(self, update, *, in_flight=False):
+            events.append("update")
+            return super().update_weights(update, in_flight=in_flight)
 
         def generate(self, *args, **kwargs):
             events.append("generate")
             return super().generate(*args, **kwargs)
 
     class Policy(FakePolicy):
+        def offload(self, *, keep_weights=False):
+            events.append("leave, but for the weights" if keep_weights else "leave")
+
+        def get_logprobs(self, batch):
+            events.append("logprobs")
+            return super().get_logprobs(batch)
+
         def train(self, batch, loss_fn):
             events.append("train")
             return super().train(batch, loss_fn)
 
-    gpus = ("cluster.gpus_per_node=1", "grpo.max_num_steps=2", "grpo.validation.at_start=false")
-    build(*gpus, policy=Policy(), generation=Generation()).run()
-    step = ["generate", "sleep", "train", "wake"]
-    assert events == [*step, *step, "generate", "sleep"]
-    events.clear()
-    build(*gpus, "cluster.generation.gpus_per_node=1", policy=Policy(), generation=Generation()).run()
-    assert set(events) == {"generate", "train"}
+    build(*ON_ONE_GPU, *overrides, policy=Policy(), generation=Generation()).run()
+    return events
+
+
+def test_policy_and_generation_take_turns_on_shared_gpus():
+    generates = ["update", "leave", "wake kv_cache", "generate", "sleep"]
+    assert events_of(*SLEEPS) == [
+        # generation is awake when it has started
+        *["leave, but for the weights", "update", "leave", "generate", "sleep", "logprobs", "train"],
+        *["leave, but for the weights", "wake weights", *generates, "train"],
+        *["leave, but for the weights", "wake weights", *generates],
+    ]
+
+
+def test_weights_that_generation_has_already_are_not_asked_for():
+    events = events_of(*SLEEPS, "grpo.validation.at_start=true", "grpo.max_num_steps=1")
+    rollout = events[events.index("sleep") + 1 :]
+    assert rollout[:4] == ["leave", "wake all", "generate", "sleep"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("policy.offload=false", *SLEEPS),
+        ("policy.generation.backend=torch",),  # which does not sleep
+        ("policy.generation.backend=vllm", "policy.generation.options.enable_sleep_mode=false"),
+    ],
+)
+def test_a_policy_that_need_not_leave_stays(overrides):
+    events = events_of(*overrides)
+    assert not [event for event in events if event.startswith("leave")]
+    assert "sleep" in events
+
+
+@pytest.mark.parametrize("overrides", [("cluster.generation.gpus_per_node=1",), AHEAD])
+def test_nobody_takes_turns_where_each_has_its_own_time_or_place(overrides):
+    assert set(events_of(*SLEEPS, *overrides)) == {"update", "generate", "logprobs", "train"}
+
+
+def test_a_policy_leaves_a_cpu_too_where_asked_to():
+    events = events_of("cluster.gpus_per_node=0", "policy.offload=true")
+    assert events[:5] == ["leave, but for the weights", "update", "leave", "generate", "logprobs"]
+
+
+def test_a_policy_that_trains_ahead_cannot_leave():
+    with pytest.raises(ConfigError, match=r"policy\.offload=true: with grpo\.max_trajectory_age=1"):
+        build(*AHEAD, "policy.offload=true")
 
 
 class SlowGeneration(FakeGeneration):

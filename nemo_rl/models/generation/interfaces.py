@@ -109,8 +109,12 @@ class GenerationInterface(ABC):
     def sleep(self) -> None:  # noqa: B027 - what holds no memory that others need does nothing
         """Give the memory of the GPUs back until `wake`, weights being kept elsewhere. No call may come between."""
 
-    def wake(self) -> None:  # noqa: B027
-        """Take the memory again; the weights are those before `sleep`."""
+    def wake(self, tags: list[str] | None = None) -> None:  # noqa: B027
+        """Take the memory again; the weights are those before `sleep`.
+
+        Args:
+            tags: only that of "weights", which can then be updated, or of the "kv_cache". None: all.
+        """
 
     @abstractmethod
     def attestation(self) -> list[dict[str, Any]]:

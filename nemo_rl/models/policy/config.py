@@ -97,6 +97,11 @@ class PolicyConfig(ConfigModel):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+    offload: bool | None = Field(
+        None,
+        description="While generation works, keep weights and optimizer state in the host's memory and drop gradients. "
+        "Null: where both share GPUs and generation sleeps while the policy trains.",
+    )
     weight_transport: str = Field(
         "auto",
         description="How weights travel to generation: a name in nemo_rl.models.weights.transports.TRANSPORTS. "
@@ -125,4 +130,16 @@ class PolicyConfig(ConfigModel):
     @model_validator(mode="after")
     def _options_fit(self) -> PolicyConfig:
         self.options.check(self)
+        if self.offload and not policy_backend(self.backend).offloads:
+            raise ValueError(f"policy.offload=true: the workers of policy.backend={self.backend} cannot do that")
         return self
+
+    def offloads(self, *, shares_gpus: bool) -> bool:
+        """Whether the policy leaves its devices while generation works.
+
+        Args:
+            shares_gpus: with generation, which works while the policy does not.
+        """
+        if self.offload is not None:
+            return self.offload
+        return shares_gpus and self.generation.options.sleeps and policy_backend(self.backend).offloads

@@ -105,6 +105,19 @@ class PolicyInterface(ABC):
         loaded, which takes less memory and time. A policy that has no way to do that publishes them."""
         return self.publish_weights(version, dtype)
 
+    def offload(self, *, keep_weights: bool = False) -> None:  # noqa: B027 - what shares no memory does nothing
+        """Give the devices' memory to generation: gradients are dropped, optimizer state and weights go to the host.
+
+        Every other call brings back what it needs. Sending weights, and log-probabilities of the reference policy, let
+        go of it again when they are done.
+
+        Args:
+            keep_weights: they are about to be sent.
+
+        Raises:
+            TrainingError: a host has not enough memory.
+        """
+
     @abstractmethod
     def save_checkpoint(self, directory: Path) -> None:
         """Write model (safetensors that `transformers` loads, with tokenizer), optimizer, schedule and RNG states."""

@@ -162,6 +162,9 @@ class Policy(PolicyInterface):
         if self._offer is not None:
             self._offer.expire()
 
+    def offload(self, *, keep_weights: bool = False) -> None:
+        self._on_all("offload", keep_weights=keep_weights)
+
     def save_checkpoint(self, directory: Path) -> None:
         self._on_all("save_checkpoint", directory=str(directory.absolute()))
 

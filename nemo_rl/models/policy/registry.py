@@ -7,10 +7,16 @@ from nemo_rl.models.policy.megatron.config import MegatronOptions
 
 BACKENDS: dict[str, Backend[PolicyOptions]] = {
     "torch": Backend(
-        "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker", PolicyOptions, streams_weights=True
+        "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker",
+        PolicyOptions,
+        streams_weights=True,
+        offloads=True,
     ),
     "megatron": Backend(
-        "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker", MegatronOptions, streams_weights=True
+        "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker",
+        MegatronOptions,
+        streams_weights=True,
+        offloads=True,
     ),
 }
 

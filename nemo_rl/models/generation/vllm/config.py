@@ -47,3 +47,7 @@ class VllmOptions(GenerationOptions):
     @property
     def workers_per_replica(self) -> int:
         return self.tensor_parallel_size
+
+    @property
+    def sleeps(self) -> bool:
+        return self.enable_sleep_mode
