@@ -1,26 +1,20 @@
-"""Hosts on one machine, for bench_spread and tests: each a network namespace, a mount namespace with a disk, a raylet.
+"""Hosts for bench_spread and tests (see `namespaces`): each with a disk and a raylet.
 
-::
-
-    switch (namespace with a bridge) ── 10.88.0.1  host 0: Ray's head, the driver, and the package registry
-                                     ── 10.88.0.2  host 1: a raylet
-                                     ── ...
-
-Every host sees its own directory under the same path, as real hosts do. Needs root and iproute2.
+Host 0 is Ray's head, with the driver and the package registry. Every host sees its own directory under the same path,
+as real hosts do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-_SUBNET = "10.88.0"
+from namespaces import Network, inside
+
 _GCS_PORT = 6379
 _STARTS_WITHIN_S = 120.0
 
@@ -47,8 +41,8 @@ class Hosts:
         instead: Mapping[Path, Path] | None = None,
         kept: Sequence[Path] = (),
     ) -> None:
-        self._names = [f"nrl{os.getpid() % 10000}h{i}" for i in range(count)]
-        self._switch = f"nrl{os.getpid() % 10000}sw"
+        self._network = Network(count)
+        self._names = self._network.names
         self._scratch = scratch
         self._python = python
         self._instead = instead or {}
@@ -67,11 +61,12 @@ class Hosts:
         self._raylets: list[subprocess.Popen[bytes]] = []
 
     def address(self, host: int) -> str:
-        return f"{_SUBNET}.{host + 1}"
+        return self._network.address(host)
 
     def __enter__(self) -> Hosts:
         try:
-            self._connect()
+            self.disk.mkdir(exist_ok=True)
+            self._network.__enter__()
             for host in range(len(self._names)):
                 self._raylets.append(self._start_raylet(host))
                 if host == 0:
@@ -85,23 +80,8 @@ class Hosts:
         for raylet in reversed(self._raylets):  # and with it everything in its process namespace
             raylet.kill()
             raylet.wait()
-        for name in (*self._names, self._switch):
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        self._network.__exit__()
         _remove([_accounting(name) for name in self._names])
-
-    def _connect(self) -> None:
-        self.disk.mkdir(exist_ok=True)
-        _run(f"ip netns add {self._switch}", f"ip -n {self._switch} link add sw type bridge")
-        _run(f"ip -n {self._switch} link set sw up")
-        for host, name in enumerate(self._names):
-            _run(
-                f"ip netns add {name}",
-                f"ip -n {self._switch} link add p{host} type veth peer name eth0 netns {name}",
-                f"ip -n {self._switch} link set p{host} master sw up",
-                f"ip -n {name} addr add {self.address(host)}/24 dev eth0",
-                f"ip -n {name} link set eth0 up",
-                f"ip -n {name} link set lo up",
-            )
 
     def _start_raylet(self, host: int) -> subprocess.Popen[bytes]:
         own = self._scratch / f"disk{host}"
@@ -114,19 +94,11 @@ class Hosts:
         else:
             ray += [f"--address={self.address(0)}:{_GCS_PORT}"]
         steps = [f"mount --bind {own} {self.disk}", *(self._replacing(host) if host else ())]
-        setup = " && ".join([*steps, "cd /", f"exec {shlex.join(ray)}"])
         group = _accounting(self._names[host])
         group.mkdir(exist_ok=True)
         counted = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
-        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", setup]
-        with (self._scratch / f"host{host}.log").open("wb") as log:
-            return subprocess.Popen(
-                [*counted, "nsenter", f"--net=/var/run/netns/{self._names[host]}", *isolated],
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        log = self._scratch / f"host{host}.log"
+        return self._network.start(host, steps, ray, self._environment, log, within=counted)
 
     def _replacing(self, host: int) -> Iterator[str]:
         """Shell commands, for a host's mount namespace, that replace directories there."""
@@ -150,8 +122,7 @@ class Hosts:
 
     def on_head(self, command: Sequence[str]) -> list[str]:
         """The command line that runs `command` on host 0, with its disk and processes."""
-        children = Path(f"/proc/{self._raylets[0].pid}/task/{self._raylets[0].pid}/children").read_text().split()
-        return ["nsenter", f"--target={children[0]}", "--net", "--mount", "--pid", *command]
+        return inside(self._raylets[0], command)
 
     def driver_environment(self) -> dict[str, str]:
         """Of a driver on host 0."""
@@ -203,8 +174,3 @@ def on_network_of_host_0(hosts: Hosts, command: Sequence[str]) -> Iterator[None]
     finally:
         process.terminate()
         process.wait()
-
-
-def _run(*commands: str) -> None:
-    for command in commands:
-        subprocess.run(command.split(), check=True, capture_output=True)
