@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl.distributed.node_calls import call_on_nodes, collect_answers
 from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.distributed.project_source import bring_source, task_options
 
@@ -36,8 +36,7 @@ def natural_order(text: str) -> list[tuple[int, int | str]]:
 def start_on_nodes(function: Callable[..., T], arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, ray.ObjectRef[T]]:
     """Call a function once on each of some nodes, at the same time.
 
-    The calls hold no CPU, so that a node that is full answers too, and are not repeated when their process dies. A node
-    that lacks this package's source gets it first; see `project_source`.
+    As `call_on_nodes`; a node that lacks this package's source gets it first, see `project_source`.
 
     Args:
         arguments: of the call on each node, by node id.
@@ -46,13 +45,7 @@ def start_on_nodes(function: Callable[..., T], arguments: Mapping[str, tuple[Any
         The results to come, by node id.
     """
     bring_source([node for node in alive_nodes() if node.node_id in arguments])
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
-    return {
-        node_id: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False), **task_options(node_id)
-        ).remote(*own)
-        for node_id, own in arguments.items()
-    }
+    return call_on_nodes(function, arguments, task_options)
 
 
 def ask_nodes(
@@ -64,14 +57,6 @@ def ask_nodes(
         Each node with its answer, or with why there is none: what the function raised, or `GetTimeoutError`.
     """
     asked = list(nodes)
-    pending: list[Any] = list(start_on_nodes(function, {node.node_id: arguments for node in asked}).values())
-    if pending:
-        ray.wait(pending, num_returns=len(pending), timeout=timeout_s)
-    return [(node, _answer(reference)) for node, reference in zip(asked, pending, strict=True)]
-
-
-def _answer(reference: Any) -> Any:
-    try:
-        return ray.get(reference, timeout=0)
-    except RayError as error:
-        return error
+    calls = start_on_nodes(function, {node.node_id: arguments for node in asked})
+    answers = collect_answers(calls, timeout_s)
+    return [(node, answers[node.node_id]) for node in asked]

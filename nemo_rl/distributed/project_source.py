@@ -21,17 +21,17 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from nemo_rl import settings
 from nemo_rl.distributed import source_arrival
+from nemo_rl.distributed.node_calls import call_on_nodes, collect_answers
 from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.distributed.ray_session import can_grow, job_name
 from nemo_rl.distributed.source_arrival import HOOK_DIRECTORY, FileEntry, SourceListing
@@ -242,12 +242,9 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
         for own in wanted.values()
         if (key := tuple(source.listing.root for source in own))
     }
-    asked = {
-        node: (source_arrival.missing_here, listings[tuple(source.listing.root for source in own)], _PACKAGE)
-        for node, own in wanted.items()
-    }
+    asked = {node: (listings[tuple(source.listing.root for source in own)], _PACKAGE) for node, own in wanted.items()}
     absent: dict[str, list[tuple[_Node, _Source]]] = {}
-    for node, answer in _call(asked).items():
+    for node, answer in _ask(source_arrival.missing_here, asked).items():
         if isinstance(answer, RayError):
             logger.info("node %s does not say whether it has the source: %s", node.address, answer)
             continue
@@ -267,7 +264,7 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
 def _send(source: _Source, nodes: list[_Node]) -> None:
     listing = ray.put(source.listing)
     archive = ray.put(_archive(source))
-    answers = _call(dict.fromkeys(nodes, (source_arrival.unpack_here, listing, archive)))
+    answers = _ask(source_arrival.unpack_here, dict.fromkeys(nodes, (listing, archive)))
     for node, answer in answers.items():
         if isinstance(answer, RayTaskError):
             reason = str(getattr(answer, "cause", answer))
@@ -313,22 +310,10 @@ def _archive(source: _Source) -> bytes:
         return path.read_bytes()
 
 
-def _call(calls: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:
+def _ask(function: Callable[..., Any], arguments: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:
     """Call a function of `source_arrival` on each node, all at once; what it returned, or why it did not."""
-    pending = {}
-    for node, (function, *arguments) in calls.items():
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
-        strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        pending[node] = task.options(scheduling_strategy=strategy, name="source").remote(*arguments)
-    if pending:
-        ray.wait(list(pending.values()), num_returns=len(pending), timeout=_TIMEOUT_S)
-    answers: dict[_Node, Any] = {}
-    for node, reference in pending.items():
-        try:
-            answers[node] = ray.get(reference, timeout=0)
-        except GetTimeoutError as error:
-            ray.cancel(reference, force=True)
-            answers[node] = error
-        except RayError as error:
-            answers[node] = error
-    return answers
+    calls = call_on_nodes(
+        function, {node.node_id: own for node, own in arguments.items()}, lambda _: {"name": "source"}
+    )
+    answers = collect_answers(calls, _TIMEOUT_S)
+    return {node: answers[node.node_id] for node in arguments}
