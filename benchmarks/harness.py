@@ -251,20 +251,24 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "linux": platform.release(),
         "python": platform.python_version(),
-        "uv": uv_version(),
+        "uv": uv_version() if find_uv() else "none",
         **{package: _version(package) for package in PACKAGES},
         "load_1min": round(os.getloadavg()[0], 1),
         "unset": " ".join(_unset) or "nothing",
     }
 
 
-def uv() -> str:
-    """Path of uv. Not through a version manager's shim: starting that would be measured with it."""
-    found = shutil.which("uv")
+def find_uv() -> str | None:
+    """Path of uv, if there is one. Not through a version manager's shim: starting that would be measured with it."""
     for directory in (Path(sys.executable).parent, Path(sys.base_prefix) / "bin"):
         if (directory / "uv").exists():
-            found = str(directory / "uv")
-            break
+            return str(directory / "uv")
+    return shutil.which("uv")
+
+
+def uv() -> str:
+    """Path of uv; ends the benchmark where there is none."""
+    found = find_uv()
     if found is None:
         raise SystemExit("uv is not installed: pip install uv")
     return found

@@ -306,6 +306,7 @@ class PolicyMemory:
             self._parts[part].leave()
             self._away.add(part)
         if on_gpu:
+            torch.cuda.ipc_collect()  # of weights that were sent
             torch.cuda.empty_cache()  # other processes cannot take what the allocator keeps
         logger.debug("on the host now: %s", ", ".join(leaving))
 

@@ -1,0 +1,297 @@
+"""The topics of `bench_gpu.py`; how FLOPs are counted is said there."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gpu_weights
+import harness
+import torch
+from harness import Case, Measurements, Metrics, Ratio
+from one_process import SIZES, ModelSize, OneWorkerPolicy, make_job, write_llama
+
+from nemo_rl.algorithms.config import LossConfig, MasterConfig
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models.embedded import make_tokenizer
+from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.torch.generator import TorchGenerator
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.offload import Part
+from nemo_rl.models.weights.sender import publish
+
+if TYPE_CHECKING:
+    from bench_gpu import Plan
+
+GIGA, TERA = 1e9, 1e12
+MATMUL = "matrix product"
+COPY = "copy, pinned memory"
+_PRODUCTS = 20
+Found = tuple[Measurements, list[Ratio], list[str]]
+
+
+def train(plan: Plan, directory: Path) -> Found:
+    """Optimizer steps, as tokens per second and as a share of the chip's own rate."""
+    cases = [Case(MATMUL, partial(_matmul, plan))]
+    notes: list[str] = []
+    backends = ["torch"]
+    if importlib.util.find_spec("megatron") is not None:
+        backends.append("megatron")
+    else:
+        notes.append("train: megatron.core is not installed here; left out")
+    with _workers() as keep:
+        for size in plan.sizes:
+            model = directory / size
+            write_llama(model, SIZES[size], plan.num_tokens, device=plan.device)
+            for backend in backends:
+                worker = keep(_worker(backend, plan, model))
+                cases.append(Case(f"train {backend} {size}", partial(_train_step, worker, plan, SIZES[size])))
+        results = harness.measure(cases, plan.repeats, warmups=2)
+    ratios = [Ratio("TFLOP/s", case.name, MATMUL) for case in cases[1:]]
+    return results, ratios, notes
+
+
+def offload(plan: Plan, directory: Path) -> Found:
+    """What `policy.offload` costs per step: the same bytes out and in again."""
+    size = plan.sizes[-1]
+    write_llama(directory, SIZES[size], plan.num_tokens, device=plan.device)
+    with _workers() as keep:
+        worker = keep(_worker("torch", plan, directory))
+        _train_step(worker, plan, SIZES[size])  # makes the optimizer's state
+        cases = [
+            Case(f"offload {size}", partial(_leave_and_come_back, worker, plan)),
+            Case(COPY, partial(_plain_copies, plan)),
+        ]
+        results = harness.measure(cases, plan.repeats, warmups=1)
+    ratios = [Ratio(metric, f"offload {size}", COPY) for metric in ("to host GB/s", "to device GB/s")]
+    return results, ratios, []
+
+
+def generate(plan: Plan, directory: Path) -> Found:
+    """Completions of a fixed length."""
+    size, notes = plan.sizes[0], []
+    write_llama(directory, SIZES[size], plan.num_tokens, device=plan.device)
+    engines: dict[str, Any] = {"torch": _torch_engine(plan, directory)}
+    if importlib.util.find_spec("vllm") is not None:
+        engines["vllm"] = _vllm_engine(plan, directory)
+    else:
+        notes.append("generate: vllm is not installed here; left out")
+    for engine in engines.values():
+        _load_random_weights(engine, directory)
+    cases = [Case(f"generate {name} {size}", partial(_complete, plan, engine)) for name, engine in engines.items()]
+    results = harness.measure(cases, plan.repeats, warmups=1)
+    if "vllm" in engines:
+        engines["vllm"].shutdown()
+    return results, [], notes
+
+
+def grpo(plan: Plan, directory: Path) -> Found:
+    """Whole steps of the real loop, phase by phase."""
+    size = plan.sizes[0]
+    write_llama(directory, SIZES[size], plan.num_tokens, device=plan.device)
+    config = MasterConfig.model_validate(
+        {
+            "grpo": {
+                "max_num_steps": plan.repeats + 1,
+                "num_prompts_per_step": 2 * plan.batch,
+                "num_generations_per_prompt": 8,
+                "logprob_check": {"period": 1, "max_mean_error": 0.1},
+            },
+            "policy": {
+                **_policy(plan),
+                "offload": True,
+                "generation": {"max_new_tokens": plan.num_tokens // 4, "precision": plan.precision},
+            },
+            "data": {"max_prompt_length": 16},
+            "loss": {"kl_coef": 0.01},
+            "checkpointing": {"enabled": False},
+        }
+    )
+    job = make_job(directory, config, plan.device)
+    recorder: Any = job.recorder
+    job.run()
+    job.policy.shutdown()
+    results = Measurements()
+    for step in recorder.of_step[1:]:  # the first one allocates
+        metrics = {name: value for name, value in step.items() if name.startswith(("timing/", "perf/"))}
+        results.add(f"grpo step {size}", metrics | {"logprob error": step["train/logprob_error"]})
+    return results, [], []
+
+
+TOPICS = {
+    "train": train,
+    "offload": offload,
+    "generate": generate,
+    "weights": gpu_weights.measure_weights,
+    "grpo": grpo,
+}
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _matmul(plan: Plan) -> Metrics:
+    """2 n^3 FLOPs per product of random matrices (on zeros, chips are faster)."""
+    a, b = (torch.randn(plan.matmul, plan.matmul, dtype=torch.bfloat16, device=plan.device) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    seconds = _seconds(plan, lambda: [a @ b for _ in range(_PRODUCTS)])
+    return {"TFLOP/s": _PRODUCTS * 2 * plan.matmul**3 / seconds / TERA}
+
+
+def _policy(plan: Plan) -> dict[str, Any]:
+    return {
+        "precision": plan.precision,
+        "max_sequence_length": plan.num_tokens,
+        "train_micro_batch_size": plan.micro_batch,
+        "logprob_batch_size": plan.micro_batch,
+    }
+
+
+def _worker(backend: str, plan: Plan, model: Path) -> Any:
+    config = PolicyConfig(model_name=str(model), backend=backend, **_policy(plan))
+    if backend == "torch":
+        return OneWorkerPolicy(config, total_steps=1000, device=plan.device).worker
+    from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
+
+    return MegatronPolicyWorker(config, total_steps=1000, seed=0, device_type=plan.device, weight_transport="local")
+
+
+@contextmanager
+def _workers() -> Iterator[Callable[[Any], Any]]:
+    """Shuts down what it was given, and lets its memory go."""
+    made: list[Any] = []
+
+    def keep(worker: Any) -> Any:
+        made.append(worker)
+        return worker
+
+    try:
+        yield keep
+    finally:
+        for worker in made:
+            worker.shutdown()
+        made.clear()
+        gc.unfreeze()
+        gc.collect()
+
+
+def _batch(plan: Plan, vocabulary: int) -> BatchedDataDict:
+    shape = (plan.batch, plan.num_tokens)
+    return BatchedDataDict(
+        input_ids=torch.randint(vocabulary, shape),
+        input_lengths=torch.full(shape[:1], plan.num_tokens),
+        token_mask=torch.ones(shape),
+        sample_mask=torch.ones(shape[:1]),
+        advantages=torch.randn(shape[:1]),
+    )
+
+
+def _train_step(worker: Any, plan: Plan, size: ModelSize) -> Metrics:
+    batch = _batch(plan, size.vocabulary)
+    loss = ClippedPGLoss(LossConfig(importance_correction="none"))
+    if plan.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = _seconds(plan, lambda: worker.train(batch, loss))
+    num_tokens = plan.batch * plan.num_tokens
+    measured = {"tokens/s": num_tokens / seconds, "TFLOP/s": num_tokens * _flops(size, plan) / seconds / TERA}
+    if plan.device == "cuda":
+        measured["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return measured
+
+
+def _flops(size: ModelSize, plan: Plan) -> float:
+    """Of one token, forward and backward."""
+    hidden = size.hidden
+    attention = 2 * hidden * hidden + 2 * hidden * hidden // 4  # q and o; k and v have a quarter of the heads
+    mlp = 3 * hidden * 4 * hidden
+    matrices = size.num_layers * (attention + mlp) + size.vocabulary * hidden
+    return 6 * matrices + 6 * plan.num_tokens * hidden * size.num_layers
+
+
+# --- offload ---------------------------------------------------------------------------------------------------------
+
+
+def _leave_and_come_back(worker: Any, plan: Plan) -> Metrics:
+    memory = worker._memory
+    here = _allocated(plan)
+    out = _seconds(plan, worker.offload)
+    left = _allocated(plan)
+    back = _seconds(plan, lambda: memory.need(Part.WEIGHTS, Part.OPTIMIZER))
+    num_bytes = sum(place.num_bytes for part in (Part.WEIGHTS, Part.OPTIMIZER) for place in memory._parts[part]._places)
+    return {
+        "to host GB/s": num_bytes / out / GIGA,
+        "to device GB/s": num_bytes / back / GIGA,
+        "here GiB": here / 2**30,
+        "away GiB": left / 2**30,
+    }
+
+
+def _plain_copies(plan: Plan) -> Metrics:
+    num_bytes = (1 << 30) if plan.device == "cuda" else (1 << 20)
+    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=plan.device == "cuda")
+    device = torch.ones(num_bytes, dtype=torch.uint8, device=plan.device)
+    out = _seconds(plan, lambda: host.copy_(device, non_blocking=True))
+    back = _seconds(plan, lambda: device.copy_(host, non_blocking=True))
+    return {"to host GB/s": num_bytes / out / GIGA, "to device GB/s": num_bytes / back / GIGA}
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def _generation(plan: Plan, **more: Any) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=plan.num_tokens // 4, precision=plan.precision, **more)
+
+
+def _torch_engine(plan: Plan, model: Path) -> TorchGenerator:
+    return TorchGenerator(str(model), _generation(plan), max_sequence_length=plan.num_tokens, device=plan.device)
+
+
+def _vllm_engine(plan: Plan, model: Path) -> Any:
+    from nemo_rl.models.generation.vllm.environment import export_vllm_variables
+
+    export_vllm_variables()
+    from nemo_rl.models.generation.vllm.generator import VllmGenerator
+
+    config = _generation(plan, backend="vllm", options={"gpu_memory_utilization": 0.5})
+    on_gpu = plan.device == "cuda"
+    return VllmGenerator(str(model), config, max_sequence_length=plan.num_tokens, use_gpu=on_gpu)
+
+
+def _load_random_weights(engine: Any, model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    parameters = AutoModelForCausalLM.from_pretrained(model).named_parameters()
+    engine.update_weights(publish(parameters, version=1, dtype=engine.precision, transport="local"))
+
+
+def _complete(plan: Plan, engine: Any) -> Metrics:
+    """Tokens of completions; a model with random weights ends hardly any before the limit."""
+    rows = [make_tokenizer()(f"{number}+{number}=")["input_ids"] for number in range(10, 10 + plan.batch)]
+    ids, lengths = torch.tensor(rows), torch.full((len(rows),), len(rows[0]))
+    results: list[Any] = []
+    seconds = _seconds(plan, lambda: results.append(engine.generate(ids, lengths, seed=1, num_generations=16)))
+    [result] = results
+    return {"tokens/s": float((result.output_lengths - result.prompt_lengths).sum()) / seconds}
+
+
+def _seconds(plan: Plan, function: Callable[[], object]) -> float:
+    """Seconds until all that `function` asks the device for is done."""
+    if plan.device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if plan.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _allocated(plan: Plan) -> int:
+    return torch.cuda.memory_allocated() if plan.device == "cuda" else 0
