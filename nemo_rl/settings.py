@@ -142,7 +142,7 @@ SOURCE_SPREAD = Variable(
     "NEMO_RL_SOURCE_SPREAD",
     _one_of("auto", "off"),
     "auto",
-    "auto: nodes that do not have the driver's source get its tracked files. off: every node has to have it.",
+    "auto: nodes that do not have the driver's source get it, see many-nodes.md. off: every node has to have it.",
 )
 SOURCE_MAX_MB = Variable(
     "NEMO_RL_SOURCE_MAX_MB",

@@ -37,13 +37,14 @@ def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What the head of the cluster runs.")],
     address: Address = None,
     working_dir: Annotated[
-        str, typer.Option("--working-dir", metavar="DIR|URI", help="The job's directory: its tracked files travel.")
+        str,
+        typer.Option("--working-dir", metavar="DIR|URI", help="The job's directory: tracked and new .py files travel."),
     ] = ".",
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out, as in .gitignore. Repeatable.")
     ] = None,
     untracked: Annotated[
-        bool, typer.Option("--untracked", help="Also upload files that git neither tracks nor ignores.")
+        bool, typer.Option("--untracked", help="Also upload all other files that git does not ignore.")
     ] = False,
     py_module: Annotated[
         list[str] | None,
@@ -62,7 +63,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
     json: Json = False,
 ) -> None:
-    """Run a command on a cluster: upload tracked files, follow the log, end with the job's exit code."""
+    """Run a command on a cluster: upload its files, follow the log, end with the job's exit code."""
     from nemo_rl.cli import display
     from nemo_rl.jobs.submission import JobServer, Secret, Submission, parse_env, prepared
 

@@ -2,14 +2,14 @@
 
 ::
 
-    driver ── tracked files with their hashes ──► every node: the same files at the same path? nothing to do
+    driver ── its files with their hashes ──────► every node: the same files at the same path? nothing to do
            ── one zip, by Ray's object plane ───► those that lack them: <venv dir>/.source/<digest>, each file checked
     tasks, workers and their children there find them first, by PYTHONPATH; builds find pyproject.toml and uv.lock
 
 What is a source: the directory with a `pyproject.toml`, else the repository, around each directory of `sys.path` that
 is not the driver's Python or venv, around the working directory, and around each project that a venv is made of. Of a
-repository the tracked files travel as they are on disk; a project that is in no repository, as in an image, travels
-without its caches, without what jobs write, and without what its `.gitignore` names.
+repository tracked files and new Python files travel as they are on disk; a project that is in no repository, as in an
+image, travels without its caches, without what jobs write, and without what its `.gitignore` names.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
     if source.tree.untracked:
         named = ", ".join(source.tree.untracked[:_NUM_NAMED])
         logger.warning(
-            "files of %s that git does not track stay behind: %s%s",
+            "new files of %s that are no Python stay behind, because git does not track them: %s%s",
             source.listing.root,
             named,
             ", ..." if len(source.tree.untracked) > _NUM_NAMED else "",
@@ -300,9 +300,9 @@ def _archive(source: _Source) -> bytes:
         largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_NAMED))
         raise SpreadError(
             f"the source in {source.listing.root} has {source.tree.num_bytes / 1e6:.1f} MB in "
-            f"{len(source.tree.files)} tracked files, more than "
+            f"{len(source.tree.files)} files, more than "
             f"NEMO_RL_SOURCE_MAX_MB={settings.SOURCE_MAX_MB.get()} allows to be sent to nodes that lack it. Its "
-            f"largest: {largest}. Stop tracking what is no source, or raise the limit."
+            f"largest: {largest}. Let git ignore what is no source, or raise the limit."
         )
     with tempfile.TemporaryDirectory(prefix="nemo_rl-source-") as folder:
         path = Path(folder) / "source.zip"

@@ -2,7 +2,7 @@
 
 ::
 
-    sources ── zip of tracked files ─┐
+    sources ── zip of its files ─────┐
     py_modules ──────────────────────┼──► job server (HTTP, the head's dashboard port) ──► driver process on the head
     command, --env, --secret ────────┘         │
                                                └──► its output, followed until it ends; its exit code
@@ -77,7 +77,7 @@ class Submission:
         working_dir: a local directory or a remote URI; None for none.
         py_modules: local directories, `.py` files, wheels, zips, or remote URIs.
         excludes: patterns as in `.gitignore`.
-        include_untracked: also upload files that git does not track and does not ignore.
+        include_untracked: also upload new files that are no Python, unless git ignores them.
         env: variables of the job. Names that look secret are refused.
         secrets: variables whose values the head knows.
         name: the job's id; made from the command when empty.

@@ -1,8 +1,9 @@
 """Which files of a working directory a submitted job gets, how large they are, and the archive of exactly those.
 
 git answers both questions, so that a pattern means what it means in `.gitignore`: tracked files are taken as they are
-on disk now; the user's `--exclude` patterns are taken out again. A directory that is in no repository is asked in the
-same way, through an empty repository beside it.
+on disk now, and with them new Python files, which the job would run here as well; the user's `--exclude` patterns are
+taken out again. What else is new may be data, results or a secret, and stays unless it is asked for. A directory that
+is in no repository is asked in the same way, through an empty repository beside it.
 
 The archive is a function of names, contents and executable bits alone: the same sources have the same name on the
 cluster and are uploaded once.
@@ -23,6 +24,7 @@ from nemo_rl import settings
 from nemo_rl.errors import ConfigError
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
+_CODE = ".py"
 # Without a repository there is no .gitignore to rely on.
 _NEVER = (".git/", ".venv/", "venvs/", "__pycache__/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/")
 
@@ -43,7 +45,7 @@ class SourceTree:
         root: the directory.
         files: sorted by path.
         untracked: files that git neither tracks nor ignores, which stay behind.
-        commit: of the repository, with `+changes` when tracked files differ from it; None outside of one.
+        commit: of the repository, with `+changes` when what travels differs from it; None outside of one.
     """
 
     root: Path
@@ -64,7 +66,9 @@ class SourceTree:
 def collect(
     root: Path, excludes: Sequence[str] = (), *, include_untracked: bool = False, leave_out_links: bool = False
 ) -> SourceTree:
-    """The files of `root` that git tracks (with `include_untracked` also those that it would take), less `excludes`.
+    """The files of `root` that git tracks and new Python files, less `excludes`; what git ignores never.
+
+    With `include_untracked` also all other new files.
 
     Raises:
         ConfigError: no such directory, no file left, git missing, or a link that leads out of the directory (with
@@ -76,14 +80,14 @@ def collect(
     with _git_for(root) as git:
         chosen = set(git.names("--cached"))
         others = set(git.names("--others", "--exclude-standard"))
-        if include_untracked or not git.is_repository:
-            chosen, others = chosen | others, set()
+        new = {name for name in others if include_untracked or not git.is_repository or name.endswith(_CODE)}
+        chosen, others = chosen | new, others - new
         if excludes:
             patterns = [word for pattern in excludes for word in ("-x", pattern)]
             excluded = set(git.names("--cached", "--ignored", *patterns))
             excluded |= set(git.names("--others", "--ignored", *patterns))
             chosen, others = chosen - excluded, others - excluded
-        commit = git.commit()
+        commit = git.commit(has_new_files=bool(new & chosen))
     files = [file for name in sorted(chosen) for file in _files_at(root, name, excludes, leave_out_links)]
     if not files:
         raise ConfigError(f"{root} has no file to upload: git tracks none that --exclude leaves. Try --untracked.")
@@ -149,7 +153,7 @@ class _Git:
         output = self.run("ls-files", "-z", *options, *never)
         return [name for name in output.split("\0") if name and not name.endswith("/")]
 
-    def commit(self) -> str | None:
+    def commit(self, has_new_files: bool) -> str | None:
         if not self.is_repository:
             return None
         try:
@@ -157,7 +161,7 @@ class _Git:
         except ConfigError:
             return None  # a repository without a commit
         changed = self.run("status", "--porcelain", "--untracked-files=no", "--", ".").strip()
-        return f"{head}+changes" if changed else head
+        return f"{head}+changes" if changed or has_new_files else head
 
     def run(self, *arguments: str) -> str:
         command = ["git", "-c", "core.quotePath=false", "-C", str(self.root), *arguments]

@@ -36,7 +36,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture
 def users_project(scratch: Path) -> Path:
-    """A repository of a user, whose last change is not committed."""
+    """A repository of a user, whose last change is not committed, and needs a module that git does not know."""
     root = scratch / "user"
     shutil.copytree(JOB, root, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "pyproject.toml").write_text(
@@ -49,8 +49,9 @@ def users_project(scratch: Path) -> Path:
     run("git", "-C", root, "add", "--all")
     run("git", *identity, "-C", root, "commit", "--quiet", "-m", "first")
     shutil.copytree(root, scratch / "stale")
+    (root / "mine" / "fresh.py").write_text('WRITTEN = "changed"\n')
     worker = root / "mine" / "worker.py"
-    worker.write_text(worker.read_text().replace('"committed"', '"changed"'))
+    worker.write_text(worker.read_text().replace('"committed"', '"not the new module"'))
     return root
 
 

@@ -26,7 +26,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """`a.py`, `data/big.bin` and `data/small.bin` tracked, `new.py` not, `secret.env` ignored."""
+    """`a.py`, `data/big.bin` and `data/small.bin` tracked, `notes.txt` not, `secret.env` ignored."""
     root = tmp_path / "repository"
     root.mkdir()
     git(root, "init", "--quiet")
@@ -34,7 +34,7 @@ def repository(tmp_path: Path) -> Path:
     write(root, {"a.py": "A", "data/big.bin": "b" * 5000, "data/small.bin": "s", "secret.env": "hf_secret"})
     git(root, "add", ".")
     git(root, "commit", "--quiet", "-m", "first")
-    write(root, {"new.py": "N"})
+    write(root, {"notes.txt": "N"})
     return root
 
 
@@ -46,7 +46,7 @@ def test_only_tracked_files_travel_as_they_are_on_disk(repository: Path, tmp_pat
     (repository / "a.py").write_text("changed")
     tree = collect(repository)
     assert [file.path for file in tree.files] == [".gitignore", "a.py", "data/big.bin", "data/small.bin"]
-    assert tree.untracked == ("new.py",)
+    assert tree.untracked == ("notes.txt",)
     assert tree.commit is not None
     assert tree.commit.endswith("+changes")
     write_zip(tree, tmp_path / "out.zip")
@@ -54,8 +54,24 @@ def test_only_tracked_files_travel_as_they_are_on_disk(repository: Path, tmp_pat
 
 
 def test_an_ignored_file_never_travels_even_with_untracked_ones(repository: Path) -> None:
-    assert "new.py" in names(repository, include_untracked=True)
+    assert "notes.txt" in names(repository, include_untracked=True)
     assert "secret.env" not in names(repository, include_untracked=True)
+
+
+def test_new_python_files_travel_unless_git_or_the_user_leaves_them_out(repository: Path) -> None:
+    first = collect(repository).commit
+    write(repository, {"mine/worker.py": "W", "mine/secrets.py": "S", ".gitignore": "*.env\nsecrets.py\n"})
+    git(repository, "commit", "--quiet", "-am", "second")
+    tree = collect(repository)
+    assert [file.path for file in tree.files if file.path.endswith(".py")] == ["a.py", "mine/worker.py"]
+    assert tree.untracked == ("notes.txt",)
+    assert first is not None
+    assert not first.endswith("+changes")
+    assert tree.commit is not None
+    assert tree.commit.endswith("+changes"), "the commit alone does not have the new file"
+    without = collect(repository, ["mine/"])
+    assert "mine/worker.py" not in [file.path for file in without.files]
+    assert without.commit == tree.commit.removesuffix("+changes")
 
 
 @pytest.mark.parametrize(
