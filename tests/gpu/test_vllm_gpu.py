@@ -73,6 +73,22 @@ def test_the_same_seed_gives_the_same_completions(generator, model: TinyModel) -
     assert first.texts == second.texts
 
 
+def test_weights_are_updated_before_the_cache_has_memory(generator, model: TinyModel) -> None:
+    """As a step does whose policy shares the GPU."""
+    generator.update_weights(model.publish(version=1, dtype="bfloat16"))
+    expected = generator.generate(*model.prompts(*TEXTS), seed=3)
+    awake = _memory_in_use()
+    generator.sleep(1)
+    generator.wake(["weights"])
+    update = model.publish(version=2, dtype="bfloat16")
+    assert generator.update_weights(update) == update.digest
+    assert _memory_in_use() < awake
+    generator.wake(["kv_cache"])
+    result = generator.generate(*model.prompts(*TEXTS), seed=3)
+    assert result.texts == expected.texts
+    assert result.weights_version == 2
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_gives_memory_back_and_wake_restores_the_engine(generator, model: TinyModel, level: int) -> None:
     update = model.publish(version=1, dtype="bfloat16")

@@ -15,8 +15,8 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ModelError, NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
-from nemo_rl.models.weights.digest import digest_tensors
 from nemo_rl.models.policy.offload import Part
+from nemo_rl.models.weights.digest import digest_tensors
 
 State = dict[str, torch.Tensor]
 
@@ -190,9 +190,38 @@ def refuses_to_compute(worker: MegatronPolicyWorker) -> bool:
     return False
 
 
-def checkpoint_in_turns(rank: int, model: Path, config: dict[str, Any], directory: Path) -> bool:
+def memory_of_phases(rank: int, model: Path, config: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Parameters of a worker on a GPU, and the bytes that it has allocated there in each phase of a step."""
+    start = torch.cuda.memory_allocated()
+    phases: dict[str, int] = {}
+    with megatron_worker(model, "cuda", **config) as worker:
+
+        def note(phase: str) -> None:
+            torch.cuda.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
+            phases[phase] = torch.cuda.memory_allocated() - start
+
+        shard = shard_for(worker)
+        worker.train(shard, advantage_loss)
+        note("trained")
+        worker.offload(keep_weights=True)
+        note("weights are kept")
+        worker.offload()
+        note("away")
+        worker.publish_weights(1, "float32")
+        note("sent")
+        worker.get_logprobs(shard)
+        note("logprobs")
+        worker.train(shard, advantage_loss)
+        note("trained again")
+        return worker.attestation()["num_parameters"], phases
+
+
+def checkpoint_in_turns(
+    rank: int, model: Path, config: dict[str, Any], directory: Path, device_type: str = "cpu"
+) -> bool:
     """Whether a checkpoint that is saved, and loaded, while everything is away is the state itself."""
-    with megatron_worker(model, **config) as worker:
+    with megatron_worker(model, device_type, **config) as worker:
         worker.train(shard_for(worker), advantage_loss)
         expected = state_of(worker)
         worker.offload()
