@@ -107,7 +107,7 @@ def test_every_configuration_key_that_a_text_names_exists_and_takes_its_value() 
     for where, text in texts():
         own = set(re.findall(r"^    (\w+): .* = Field\(", text, re.MULTILINE))  # an example's section, on its page
         for match in _KEY.finditer(text):
-            key, value = match[1], match[2].rstrip(".") if match[2] else None
+            key, value = match[1], match[2].rstrip(".:") if match[2] else None
             if key.endswith(_FILE_SUFFIXES) or key.rpartition(".")[2] in own:
                 continue
             seen += 1
