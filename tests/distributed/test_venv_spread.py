@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -25,6 +28,7 @@ from nemo_rl.errors import SpreadError
 from nemo_rl.venvs import Store
 from nemo_rl.venvs.archive import CHUNK_BYTES, Listing, decode_chunk
 from nemo_rl.venvs.installer import find_uv
+from nemo_rl.venvs.manifest import read_manifest
 
 _BIG = 3 * CHUNK_BYTES
 
@@ -147,6 +151,45 @@ def test_a_node_that_joins_later_receives(
     other = next(node.node_id for node in alive_nodes() if node.node_id != _here())
     assert ensure_venv_on_node(other, project, "a.Worker").received_from  # a new driver looks into its own store
     assert index.requests == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel tells x86_64 processes alone another machine")
+def test_each_platform_has_its_own_builder_and_its_own_packages(index: Index, cluster: Cluster, tmp_path: Path) -> None:
+    """Two more nodes, of which uname says, to everything that runs there, that they are no x86_64."""
+    both = "big==1.0\", \"small==1.0 ; platform_machine == 'i686'"
+    project = make_project(tmp_path / "project", index.url, both, {})
+    index.requests.clear()
+    native = {node.node_id for node in alive_nodes()}
+    with _processes_say_i686():
+        others = [cluster.add_node(num_cpus=1, env_vars=_on(tmp_path / name)) for name in ("one", "two")]
+    try:
+        entries = ensure_venvs_on_each_node({"a.Worker": project}).entries
+    finally:
+        for node in others:
+            cluster.remove_node(node)
+    groups = [[e for e in entries if (e.node_id in native) is is_native] for is_native in (True, False)]
+    assert [len(group) for group in groups] == [3, 2]
+    for group, machine, packages in zip(groups, ("x86_64", "i686"), ({"big"}, {"big", "small"})):
+        assert [entry.built for entry in group].count(True) == 1
+        assert all(entry.built or entry.received_from for entry in group)
+        for entry in group:
+            manifest = read_manifest(Path(os.path.realpath(Path(entry.python).parent.parent)))
+            assert manifest.platform.split("-")[1] == machine
+            assert {package.partition("==")[0] for package in manifest.packages} == packages
+    assert len({entry.digest for entry in entries}) == 2
+    assert sorted(wheel.partition("-")[0] for wheel in index.wheels()) == ["big", "big", "small"]
+
+
+@contextlib.contextmanager
+def _processes_say_i686() -> Iterator[None]:
+    """Processes that start meanwhile, and their children, are told by the kernel that the machine is an i686."""
+    personality = ctypes.CDLL(None, use_errno=True).personality
+    before = personality(0xFFFFFFFF)
+    assert personality(before | 0x0008) != -1, "PER_LINUX32 is refused"
+    try:
+        yield
+    finally:
+        personality(before)
 
 
 def test_a_venv_that_was_altered_is_refused_and_the_node_builds(
