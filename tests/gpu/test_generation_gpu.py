@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_generation import CONFIGS, TinyModel
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.weights.sender import publish
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "generation"))
-from tiny_generation import CONFIGS, TinyModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ")

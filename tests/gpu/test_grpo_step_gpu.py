@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from one_process import ModelSize, make_job, write_llama
 
 from nemo_rl.algorithms.config import MasterConfig
@@ -31,16 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """Where it is, and how many parameters it has."""
     directory = tmp_path_factory.mktemp("llama")
     return directory, write_llama(directory, SIZE, 64)
-
-
-@pytest.fixture(autouse=True)
-def leave_nothing() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    gc.unfreeze()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def run(model: Path, **policy: Any) -> tuple[list[dict[str, float]], list[int]]:

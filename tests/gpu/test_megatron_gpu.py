@@ -5,17 +5,12 @@ Takes a Python with megatron-core: this one, or that of the MCORE venv.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "policy"))
-
-from rank_processes import RankProcesses, megatron_python
+from rank_processes import RankProcesses
 from tiny_policy import advantage_loss, assert_equal, make_batch, make_model, make_worker, weights
 
 from nemo_rl.models.policy.interfaces import TrainResult
@@ -43,20 +38,6 @@ CUDA = {"device_type": "cuda"}
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("qwen3"), "qwen3")
-
-
-@pytest.fixture(scope="module")
-def one_gpu() -> Iterator[RankProcesses]:
-    with RankProcesses(1, megatron_python()) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def two_gpus() -> Iterator[RankProcesses]:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    with RankProcesses(2, megatron_python()) as ranks:
-        yield ranks
 
 
 def assert_trained_like_torch_on_the_cpu(model: Path, results: list[TrainResult], state: dict[str, Any]) -> None:
@@ -102,14 +83,14 @@ def test_published_weights_are_those_of_the_cpu(qwen: Path, one_gpu: RankProcess
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_gpus_train_like_one_cpu(qwen: Path, two_gpus: RankProcesses, layout: str) -> None:
-    (results, state), _ = two_gpus.run(TRAIN, qwen, {"options": LAYOUTS[layout]}, **CUDA)
+def test_two_gpus_train_like_one_cpu(qwen: Path, two_gpus_of_megatron: RankProcesses, layout: str) -> None:
+    (results, state), _ = two_gpus_of_megatron.run(TRAIN, qwen, {"options": LAYOUTS[layout]}, **CUDA)
     assert_trained_like_torch_on_the_cpu(qwen, results, state)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_come_back_bit_for_bit(qwen: Path, two_gpus: RankProcesses, layout: str) -> None:
-    published, _ = two_gpus.run("tiny_megatron.publish", qwen, {"options": LAYOUTS[layout]}, **CUDA)
+def test_weights_come_back_bit_for_bit(qwen: Path, two_gpus_of_megatron: RankProcesses, layout: str) -> None:
+    published, _ = two_gpus_of_megatron.run("tiny_megatron.publish", qwen, {"options": LAYOUTS[layout]}, **CUDA)
     update = make_worker(qwen).publish_weights(7, "float32")
     assert update is not None
     assert published[0] == update.digest

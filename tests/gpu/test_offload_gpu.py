@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "policy"))
-
-from rank_processes import RankProcesses, megatron_python
+from rank_processes import RankProcesses
 from tiny_policy import VOCABULARY, advantage_loss, assert_equal, make_batch, make_model, make_worker, weights
 
 from nemo_rl.errors import ModelError
@@ -39,16 +33,6 @@ SLACK = 24 * MIB
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("llama"), "llama", **SIZE)
-
-
-@pytest.fixture(autouse=True)
-def leave_process_group() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    gc.unfreeze()  # workers freeze what they hold
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def allocated_since(start: int) -> int:
@@ -133,12 +117,6 @@ def test_weights_that_are_away_are_refused(llama: Path, sharding: str) -> None:
     with pytest.raises(ModelError, match="are in the host's memory"):
         worker._model.module(input_ids=torch.randint(VOCABULARY, (1, 4), device="cuda"))
     torch.cuda.synchronize()  # no kernel has read from nowhere
-
-
-@pytest.fixture(scope="module")
-def one_gpu() -> Iterator[RankProcesses]:
-    with RankProcesses(1, megatron_python()) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("distributed_optimizer", [True, False])

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "policy"))
-
 from rank_processes import RankProcesses
 from tiny_policy import advantage_loss, assert_equal, make_batch, make_llama, make_worker, nan_loss, weights
 
@@ -34,21 +29,6 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def two_gpus() -> Iterator[RankProcesses]:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    with RankProcesses(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(autouse=True)
-def leave_process_group() -> Iterator[None]:
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("mode", MODES)

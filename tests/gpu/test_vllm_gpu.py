@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "generation"))
 from tiny_generation import CONFIGS, TinyModel, reference_logprobs
+from transformers import AutoModelForCausalLM
 
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig

@@ -109,6 +109,20 @@ def test_a_loaded_checkpoint_undoes_training(policies: dict[str, Policy], tmp_pa
     assert policy.train(batch, advantage_loss) == first
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_policy_that_leaves_computes_and_sends_the_same(policies: dict[str, Policy], name: str) -> None:
+    policy, batch = policies[name], make_batch()
+    expected = policy.get_logprobs(batch)
+    digest = policy.publish_weights(1, "bfloat16").digest
+    policy.offload(keep_weights=True)
+    assert policy.publish_weights(2, "bfloat16").digest == digest
+    policy.offload()
+    assert policy.publish_weights(3, "bfloat16").digest == digest
+    assert torch.equal(policy.get_logprobs(batch), expected)
+    policy.offload()
+    assert policy.train(batch, advantage_loss).metrics["grad_norm"] > 0
+
+
 def test_a_worker_error_reaches_the_driver_by_its_type(policies: dict[str, Policy]) -> None:
     policy, batch = policies["ddp"], make_batch()
     before = policy.get_logprobs(batch)
