@@ -1,7 +1,9 @@
 """Weights from a policy process to a generation process on one node: gigabytes per second, against copying memory.
 
     uv run benchmarks/bench_weight_sync.py                         # 0.1 B parameters in float32
-    uv run benchmarks/bench_weight_sync.py --parameters 0.1 0.5 1.5 --dtype bfloat16
+    uv run benchmarks/bench_weight_sync.py --parameters 1.5 --dtype bfloat16 --cases streamed
+
+1.5 B parameters take 20 GB in float32. Between GPUs: `bench_gpu.py --only weights`.
 
 The tensors have the shapes of a Llama. The policy copies them into the transport's memory, with the cast and the digest
 on the way, and the generator does one of two things: it multiplies with that memory (in place: the torch backend), or
@@ -10,6 +12,7 @@ copies it into memory of its own (vLLM); either computes the digest over what it
 | case | how |
 | --- | --- |
 | streamed, in place / own memory | both sides at once, bucket by bucket: synchronous training on one node |
+| streamed by gloo, own memory | the same over TCP (here of loopback), as between nodes |
 | published, in place / own memory | first one side, then the other: asynchronous training |
 | published, own memory, Ray | the same through Ray's object store, as between nodes |
 | copy | one plain copy of as many bytes by one thread: the least that handing weights over can cost |
@@ -19,9 +22,11 @@ Each side computes with as many threads as the machine has cores, as the workers
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import harness
@@ -34,19 +39,22 @@ HIDDEN = {0.1: 768, 0.5: 1280, 1.5: 2048}
 VOCABULARY = 32_000
 DTYPES = ("float32", "bfloat16")
 GIGA = 1e9
-CASES = [
-    ("streamed, in place", None, False),
-    ("streamed, own memory", None, True),
+CASES = [  # what, its transport, whether the receiver copies
+    ("streamed, in place", "shared_memory", False),
+    ("streamed, own memory", "shared_memory", True),
+    ("streamed by gloo, own memory", "gloo", True),
     ("published, in place", "shared_memory", False),
     ("published, own memory", "shared_memory", True),
     ("published, own memory, Ray", "ray", True),
 ]
+GOAL = {"streamed, in place": 0.7, "streamed, own memory": 0.7}
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--parameters", nargs="+", type=float, choices=HIDDEN, default=[0.1], help="billions")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that is published (the policy's: float32)")
+    parser.add_argument("--cases", default="", help="only those whose name begins like that: streamed, published")
     arguments = parser.parse_args()
     from nemo_rl.distributed.ray_session import start_local_ray
     from nemo_rl.models.cpu_threads import cpu_env_vars
@@ -55,29 +63,46 @@ def main() -> None:
     cases, ratios = [], []
     for billions in arguments.parameters:
         variables = {"runtime_env": {"env_vars": cpu_env_vars()}}  # as a job's workers have them
-        policy, generator = Sender.options(**variables).remote(billions), Receiver.options(**variables).remote()
+        policy, start_generator = Sender.options(**variables).remote(billions), Receiver.options(**variables).remote
         size = ray.get(policy.num_bytes.remote(arguments.dtype))
         name = f"{billions} B"
-        for label, transport, copies in CASES:
-            hand_over = stream if transport is None else functools.partial(publish, transport=transport)
-            case = functools.partial(sync, hand_over, policy, generator, arguments.dtype, size, copies)
+        chosen = [case for case in CASES if case[0].startswith(arguments.cases)]
+        for label, transport, copies in chosen:
+            hand_over = functools.partial(stream if label.startswith("streamed") else publish, transport=transport)
+            case = functools.partial(sync, hand_over, policy, start_generator, arguments.dtype, size, copies)
             cases.append(Case(f"{name}: {label}", case))
-        cases.append(Case(f"{name}: copy", lambda g=generator, n=size: {"sync GB/s": ray.get(g.copy.remote(n))}))
+        cases.append(Case(f"{name}: copy", functools.partial(copy, policy, start_generator, size)))
         ratios += [
-            Ratio("sync GB/s", f"{name}: {label}", f"{name}: copy", at_least=0.7 if transport is None else None)
-            for label, transport, _ in CASES
+            Ratio("sync GB/s", f"{name}: {label}", f"{name}: copy", at_least=GOAL.get(label)) for label, _, _ in chosen
         ]
     results = harness.measure(cases, repeats=arguments.repeats, warmups=1)
     harness.report("weight_sync", results, ratios, arguments.json, title=f"gigabytes per second, {arguments.dtype}")
 
 
-def sync(hand_over: Any, policy: Any, generator: Any, dtype: str, num_bytes: int, copies: bool) -> Metrics:
+def sync(hand_over: Any, policy: Any, start_generator: Any, dtype: str, num_bytes: int, copies: bool) -> Metrics:
     """One sync, as the driver of a job does it, after two that are not counted: in place takes two sets of memory."""
-    for _ in range(2):
+    with generator_without_memory(policy, start_generator) as generator:
+        for _ in range(2):
+            hand_over(policy, generator, dtype, copies)
+        started = time.perf_counter()
         hand_over(policy, generator, dtype, copies)
-    started = time.perf_counter()
-    hand_over(policy, generator, dtype, copies)
-    return {"sync GB/s": num_bytes / (time.perf_counter() - started) / GIGA}
+        return {"sync GB/s": num_bytes / (time.perf_counter() - started) / GIGA}
+
+
+def copy(policy: Any, start_generator: Any, num_bytes: int) -> Metrics:
+    with generator_without_memory(policy, start_generator) as generator:
+        return {"sync GB/s": ray.get(generator.copy.remote(num_bytes))}
+
+
+@contextlib.contextmanager
+def generator_without_memory(policy: Any, start_generator: Any) -> Iterator[Any]:
+    """Neither side has memory of the last case: several models would not fit."""
+    ray.get(policy.forget.remote())
+    generator = start_generator()
+    try:
+        yield generator
+    finally:
+        ray.kill(generator)
 
 
 def publish(policy: Any, generator: Any, dtype: str, copies: bool, *, transport: str) -> None:
@@ -85,8 +110,8 @@ def publish(policy: Any, generator: Any, dtype: str, copies: bool, *, transport:
     ray.get(generator.load.remote(update, copies))
 
 
-def stream(policy: Any, generator: Any, dtype: str, copies: bool) -> None:
-    begun = ray.get(policy.begin.remote())
+def stream(policy: Any, generator: Any, dtype: str, copies: bool, *, transport: str) -> None:
+    begun = ray.get(policy.begin.remote(transport))
     sent = policy.send.remote(begun, dtype)
     ray.get([generator.load.remote(begun, copies), sent])
 
@@ -121,30 +146,32 @@ class Sender:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._tensors = llama_tensors(billions)
         self._version = 0
-        self._senders: dict[str, Any] = {}
-        self._streamer: Any = None
+        self._sender: Any = None
+
+    def forget(self) -> None:
+        self._sender = None
 
     def num_bytes(self, dtype: str) -> int:
         return sum(tensor.numel() for _, tensor in self._tensors) * getattr(torch, dtype).itemsize
 
-    def begin(self) -> Any:
+    def begin(self, transport: str) -> Any:
         from nemo_rl.models.weights.interfaces import WeightStream
         from nemo_rl.models.weights.stream import WeightStreamer
 
         self._version += 1
-        self._streamer = self._streamer or WeightStreamer()
-        address, key = self._streamer.endpoint()
-        return WeightStream(self._version, "shared_memory", address, key, self._version, 0)
+        self._sender = self._sender or WeightStreamer(transport)
+        address, key = self._sender.endpoint("127.0.0.1" if transport == "gloo" else None)
+        return WeightStream(self._version, transport, address, key, self._version, 0)
 
     def send(self, begun: Any, dtype: str) -> None:
-        self._streamer.send(self._tensors, version=begun.version, dtype=dtype, stream=begun.stream, receivers=[0])
+        self._sender.send(self._tensors, version=begun.version, dtype=dtype, stream=begun.stream, receivers=[0])
 
     def publish(self, dtype: str, transport: str) -> Any:
         from nemo_rl.models.weights.sender import WeightSender
 
         self._version += 1
-        sender = self._senders.setdefault(transport, WeightSender(transport))
-        return sender.publish(self._tensors, version=self._version, dtype=dtype)
+        self._sender = self._sender or WeightSender(transport)
+        return self._sender.publish(self._tensors, version=self._version, dtype=dtype)
 
 
 @ray.remote(num_cpus=0)

@@ -7,15 +7,13 @@ few buffers again and again, and receivers keep each open until the stream ends.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 import torch.multiprocessing  # teaches the pickling of connections how to share tensors
 
+from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.transports import WeightTransport
-
-_GRANULE = 16 << 20  # buckets of about the same size can take one another's place
 
 
 class CudaIpcTransport(WeightTransport):
@@ -33,18 +31,11 @@ class CudaIpcTransport(WeightTransport):
 
     def __init__(self, device: str = "cuda") -> None:
         self._device = torch.device(device)
-        self._free: list[torch.Tensor] = []
+        self._buffers = ReusedBuffers(self._device)
         self._opened: dict[int, torch.Tensor] = {}  # by address; of receivers
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        fitting = [buffer for buffer in self._free if buffer.numel() >= num_bytes]
-        if not fitting and self._free:
-            self._free.pop()  # too small: the new one takes its place
-        buffer = min(fitting, key=torch.Tensor.numel) if fitting else self._new(num_bytes)
-        self._free = [other for other in self._free if other is not buffer]
-        lent = buffer[:num_bytes]
-        weakref.finalize(lent, self._free_again, buffer)
-        return lent
+        return self._buffers.lend(num_bytes)
 
     def put(self, buffer: torch.Tensor) -> Any:
         self.settle()  # its readers do not wait for the sender's CUDA stream
@@ -60,12 +51,7 @@ class CudaIpcTransport(WeightTransport):
             torch.cuda.current_stream(self._device).synchronize()
 
     def release(self) -> None:
-        self._free.clear()
+        self._buffers.clear()
+        self._opened.clear()
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()
-
-    def _new(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(-(-num_bytes // _GRANULE) * _GRANULE, dtype=torch.uint8, device=self._device)
-
-    def _free_again(self, buffer: torch.Tensor) -> None:
-        self._free.append(buffer)

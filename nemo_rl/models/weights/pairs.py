@@ -23,7 +23,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.distributed import (  # type: ignore[attr-defined]
@@ -33,15 +33,26 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from nemo_rl.errors import WeightSyncError
+from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.interfaces import WeightBucket
 from nemo_rl.models.weights.transports import WeightTransport
 
 _SENDER, _RECEIVER = 0, 1  # ranks of a pair
 _TIMEOUT = datetime.timedelta(minutes=10)
 _Group = Any  # ProcessGroupGloo or ProcessGroupNCCL
+_Lend = Callable[[int], torch.Tensor]  # bytes -> memory for a bucket
 
-# Groups of this process that are whole: (the other process, own rank) -> group.
-_pairs: dict[tuple[str, int], _Group] = {}
+
+@dataclass
+class _Pair:
+    """This process's end of a pair, and memory for what it receives."""
+
+    group: _Group
+    buffers: ReusedBuffers
+
+
+# Pairs of this process that are whole: (the other process, own rank) -> pair.
+_pairs: dict[tuple[str, int], _Pair] = {}
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,11 @@ class PairTransport(WeightTransport):
     every_rank_sends = True
     device: ClassVar[str]
 
+    def __init__(self) -> None:
+        self._buffers = ReusedBuffers(self.device)
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        return self._buffers.lend(num_bytes)
 
     def put(self, buffer: torch.Tensor) -> Any:
         return buffer
@@ -80,9 +94,12 @@ class PairTransport(WeightTransport):
         buffer: torch.Tensor = handle
         return buffer
 
-    def over(self, connection: Connection, *, sends: bool) -> Connection:
-        met: Connection = _PairConnection(connection, *self._meet(connection, sends=sends), self.device)  # type: ignore[assignment]
-        return met
+    def over(self, connection: Connection, *, sends: bool, keeps: bool = False) -> Connection:
+        key = self._meet(connection, sends=sends)
+        pair = _pairs[key]
+        lend = functools.partial(torch.empty, dtype=torch.uint8, device=self.device) if keeps else pair.buffers.lend
+        met: Any = _PairConnection(connection, key, pair, lend)
+        return cast(Connection, met)
 
     def software(self) -> str:
         """What has to be the same on both sides."""
@@ -92,7 +109,8 @@ class PairTransport(WeightTransport):
         """This process's end of a group of two; `host` is its own address."""
         raise NotImplementedError
 
-    def _meet(self, connection: Connection, *, sends: bool) -> tuple[_Group, tuple[str, int]]:
+    def _meet(self, connection: Connection, *, sends: bool) -> tuple[str, int]:
+        """Where in `_pairs` the pair with the other side is, which is made if need be."""
         host = _own_address(connection)
         if sends:
             call: _Call = connection.recv()
@@ -112,8 +130,9 @@ class PairTransport(WeightTransport):
                 "same torch (its NCCL must be the same), or set policy.weight_transport=ray."
             )
         if meeting is not None:
-            _pairs[key] = self._new_group(meeting, host, _SENDER if sends else _RECEIVER)
-        return _pairs[key], key
+            group = self._new_group(meeting, host, _SENDER if sends else _RECEIVER)
+            _pairs[key] = _Pair(group, ReusedBuffers(self.device))
+        return key
 
     def _new_group(self, meeting: tuple[str, int, str], host: str, rank: int) -> _Group:
         address, port, prefix = meeting
@@ -131,6 +150,7 @@ class GlooTransport(PairTransport):
     """TCP between CPUs."""
 
     device = "cpu"
+    bucket_bytes = 16 << 20
 
     def make_group(self, store: Any, rank: int, host: str) -> _Group:
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -158,15 +178,20 @@ class NcclTransport(PairTransport):
     def settle(self) -> None:
         torch.cuda.current_stream().synchronize()
 
+    def release(self) -> None:
+        self._buffers.clear()
+        for pair in _pairs.values():
+            pair.buffers.clear()
+
 
 class _PairConnection:
     """A connection over which buckets go with their bytes. The group is kept only if all was well until the end."""
 
-    def __init__(self, connection: Connection, group: Any, key: tuple[str, int], device: str) -> None:
+    def __init__(self, connection: Connection, key: tuple[str, int], pair: _Pair, lend: _Lend) -> None:
         self._connection = connection
-        self._group = group
         self._key = key
-        self._device = device
+        self._pair = pair
+        self._lend = lend
         self._sending: list[tuple[Any, torch.Tensor]] = []  # until the receiver has them: torch does not keep them
         self._is_over = False
 
@@ -177,13 +202,13 @@ class _PairConnection:
             return
         self._connection.send(replace(message, handle=None))
         buffer: torch.Tensor = message.handle
-        self._sending.append((_or_eof(lambda: self._group.send([buffer], _RECEIVER, 0)), buffer))
+        self._sending.append((_or_eof(lambda: self._pair.group.send([buffer], _RECEIVER, 0)), buffer))
 
     def recv(self) -> Any:
         message = self._connection.recv()
         if isinstance(message, WeightBucket):
-            buffer = torch.empty(message.num_bytes, dtype=torch.uint8, device=self._device)
-            _or_eof(lambda: self._group.recv([buffer], _SENDER, 0).wait())
+            buffer = self._lend(message.num_bytes)
+            _or_eof(lambda: self._pair.group.recv([buffer], _SENDER, 0).wait())
             return replace(message, handle=buffer)
         if self._sending:
             self._sending.pop(0)
@@ -193,8 +218,8 @@ class _PairConnection:
     def close(self) -> None:
         self._connection.close()
         if not self._is_over:
-            self._group.abort()
-            if _pairs.get(self._key) is self._group:
+            self._pair.group.abort()
+            if _pairs.get(self._key) is self._pair:
                 del _pairs[self._key]
 
     def __enter__(self) -> _PairConnection:

@@ -116,10 +116,11 @@ class IncomingWeights:
     def _streamed(self, stream: WeightStream) -> _Tensors:
         joined = connect(stream, keeps=self._keeps_sent)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._transport.release)
             stack.callback(joined.close)
             stack.enter_context(half_of_the_threads())
             try:
-                connection = stack.enter_context(self._transport.over(joined, sends=False))
+                connection = stack.enter_context(self._transport.over(joined, sends=False, keeps=self._keeps_sent))
                 while isinstance(message := connection.recv(), WeightBucket):
                     yield from self._loaded(message)
                     del message  # and with it the right to read the memory

@@ -47,8 +47,9 @@ from nemo_rl.models.weights.transports import WeightTransport, make_transport
 _HANDSHAKE_S = 30
 # Buckets that receivers have not answered for: one that they load, one that waits for them.
 _WINDOW = 2
-# Receivers that keep what they get take it in larger buckets: each of them is a mapping and an open file.
+# Receivers that keep what they get take it in larger buckets: each of them may be a mapping and an open file.
 _KEPT_BUCKETS = 8
+_MAX_KEPT_BUCKET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,12 @@ class WeightStreamer:
             stack.callback(self._transport.release)
             group = _Receivers(self._joined(stream, set(receivers), stack))
             keeps = any(peer.keeps for peer in group.peers)
+            bucket_bytes = self._bucket_bytes
+            if keeps:
+                bucket_bytes = max(bucket_bytes, min(bucket_bytes * _KEPT_BUCKETS, _MAX_KEPT_BUCKET_BYTES))
             packer = BucketPacker(
                 dtype_by_name(dtype),
-                self._bucket_bytes * (_KEPT_BUCKETS if keeps else 1),
+                bucket_bytes,
                 self._transport,
                 group.send,
                 keep_modules=keeps,

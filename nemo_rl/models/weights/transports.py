@@ -58,8 +58,12 @@ class WeightTransport(ABC):
             WeightSyncError: the buffer is gone.
         """
 
-    def over(self, connection: Connection, *, sends: bool) -> Connection:
+    def over(self, connection: Connection, *, sends: bool, keeps: bool = False) -> Connection:
         """What a stream's messages go over. Both sides call it once a receiver has joined, and may talk meanwhile.
+
+        Args:
+            sends: whether this is the sender.
+            keeps: whether this receiver keeps the memory that it gets.
 
         Raises:
             OSError, EOFError: the other side is gone.

@@ -16,6 +16,7 @@ import torch
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights import pairs
+from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.cuda_ipc import CudaIpcTransport
 from nemo_rl.models.weights.digest import digest_tensors
 from nemo_rl.models.weights.interfaces import WeightStream
@@ -308,3 +309,22 @@ def test_a_pair_is_made_once_and_anew_after_a_failure(other: Child) -> None:
 def test_what_cannot_stream_is_refused() -> None:
     with pytest.raises(WeightSyncError, match="cannot be streamed by the transport 'ray', only published"):
         WeightStreamer("ray")
+
+
+def test_buffers_are_used_again_when_nobody_has_them() -> None:
+    buffers = ReusedBuffers()
+    first, second = buffers.lend(100), buffers.lend(100)
+    addresses = {first.data_ptr(), second.data_ptr()}
+    assert len(addresses) == 2
+    view = first[:10]
+    del first
+    again = buffers.lend(200)
+    assert again.shape == (200,)
+    assert again.data_ptr() == view.data_ptr()
+    del again, second
+    large = buffers.lend(64 << 20)  # takes the place of one that is too small
+    assert {large.data_ptr()}.isdisjoint(addresses)
+    kept = buffers.lend(100)
+    assert kept.data_ptr() in addresses
+    del buffers, large  # nobody is left to take it back
+    kept.fill_(1)
