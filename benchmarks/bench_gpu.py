@@ -21,6 +21,7 @@ recomputed counts once.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -75,9 +76,9 @@ def main() -> None:
         raise SystemExit("torch finds no CUDA device; --device cpu --tiny shows that the benchmark runs")
     results, ratios, notes = Measurements(), [], []
     for topic in arguments.only:
-        # A process of its own memory for each: what one leaves behind must not be in another's way.
         with tempfile.TemporaryDirectory() as directory:
             found, compared, said = topics[topic](_plan(arguments), Path(directory))
+        _let_memory_go()
         results.merge(found)
         ratios += compared
         notes += said
@@ -91,6 +92,14 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.tiny:
         return Plan(arguments.device, ("tiny",), arguments.repeats, num_tokens=32, batch=4, micro_batch=2, matmul=128)
     return Plan(arguments.device, tuple(arguments.sizes), arguments.repeats)
+
+
+def _let_memory_go() -> None:
+    """What one topic leaves behind must not be in another's way."""
+    gc.unfreeze()  # workers freeze what they hold
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _device_name(device: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +165,7 @@ def _worker(backend: str, plan: Plan, model: Path) -> Any:
 
 @contextmanager
 def _workers() -> Iterator[Callable[[Any], Any]]:
-    """Shuts down what it was given, and lets its memory go."""
+    """Shuts down what it was given."""
     made: list[Any] = []
 
     def keep(worker: Any) -> Any:
@@ -178,9 +177,6 @@ def _workers() -> Iterator[Callable[[Any], Any]]:
     finally:
         for worker in made:
             worker.shutdown()
-        made.clear()
-        gc.unfreeze()
-        gc.collect()
 
 
 def _batch(plan: Plan, vocabulary: int) -> BatchedDataDict:

@@ -1,0 +1,40 @@
+"""The benchmark for GPUs runs where there is none, so that nothing but the device is new to it there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_topic_runs_and_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    medians = report["medians"]
+    assert set(medians) >= {
+        "matrix product",
+        "train torch tiny",
+        "offload tiny",
+        "copy, pinned memory",
+        "generate torch tiny",
+        "weights by shared_memory tiny",
+        "copy on the device",
+        "grpo step tiny",
+    }
+    assert medians["train torch tiny"]["tokens/s"] > 0
+    assert {"timing/offload_s", "timing/generation_s", "timing/train_s"} <= set(medians["grpo step tiny"])
+    assert any("not a measurement" in note for note in report["notes"])
+    assert report["details"]["device"] == "cpu"
