@@ -10,7 +10,12 @@ import pytest
 from tiny_generation import assert_same, reference_logprobs
 from vllm_groups import WIDE, batch, local_cluster, published, torch_results, vllm_generation
 
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
 from nemo_rl.errors import WeightSyncError, WorkerError
+from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.policy import Policy
+from nemo_rl.models.policy.weight_offer import PolicyWeights
+from nemo_rl.models.weights.routes import Route
 
 pytestmark = pytest.mark.slow  # vLLM is imported by two processes at a time
 
@@ -86,3 +91,31 @@ def test_a_dead_rank_of_a_tied_group_is_a_typed_error(cluster, tiny) -> None:
             generation.generate(batch(model), seed=0)
         with pytest.raises(WorkerError, match="worker rank 1 .* died during a call"):
             generation.update_weights(published(model, version=2))
+
+
+@pytest.mark.parametrize(
+    "route",
+    [Route("ray", "gloo", spans_nodes=True), Route("shared_memory", "shared_memory", spans_nodes=False)],
+    ids=["every rank sends to one", "rank 0 sends to all"],
+)
+def test_ranks_that_hold_a_model_together_get_it_streamed(cluster, tiny, route: Route) -> None:
+    """They read back together, bucket by bucket, while their senders gather together: nobody waits for ever."""
+    model = tiny("qwen2", **WIDE)
+    model.model.save_pretrained(model.directory)
+    config = PolicyConfig(
+        sharding="fsdp",
+        num_threads=1,
+        max_sequence_length=64,
+        generation={"backend": "vllm"},
+        py_executable=PY_EXECUTABLES.SYSTEM,
+    )
+    policy = Policy(cluster, config, str(model.directory), total_steps=1, seed=3, route=route)
+    try:
+        with vllm_generation(cluster, model, options={"tensor_parallel_size": 2}) as generation:
+            for version in (1, 2):
+                offered = policy.offer_weights(version, "float32")
+                assert isinstance(offered, PolicyWeights)
+                assert generation.update_weights(offered) == published(model, version).digest
+            assert_same(generation.generate(batch(model), seed=4), torch_results(model, seed=4))
+    finally:
+        policy.shutdown()
