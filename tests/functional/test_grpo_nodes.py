@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
-
-from nemo_rl.distributed import ray_session
+from simulated_nodes import simulated_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -29,16 +28,11 @@ SMALL = (
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def nodes() -> Iterator[Cluster]:
     """A head and a second node, of which the head is preferred; this process does not connect to them."""
-    for name, value in ray_session.LOCAL_RAY_VARIABLES.items():
-        monkeypatch.setenv(name, value)
-    ray_session._keep_loopback_addresses()
-    cluster = Cluster()
-    cluster.add_node(num_cpus=2, include_dashboard=False)
-    cluster.second = cluster.add_node(num_cpus=2, include_dashboard=False)
-    yield cluster
-    cluster.shutdown()
+    with simulated_nodes({"num_cpus": 2}, {"num_cpus": 2}, is_joined=False) as cluster:
+        _, cluster.second = cluster.list_all_nodes()
+        yield cluster
 
 
 def start(directory: Path, nodes: Cluster, *arguments: str) -> subprocess.Popen[str]:

@@ -6,13 +6,11 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
+from simulated_nodes import simulated_nodes
 from tiny_generation import TinyModel, assert_same
 
-from nemo_rl.distributed import ray_session
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import WorkerError
 from nemo_rl.models.generation.config import GenerationConfig
@@ -26,19 +24,8 @@ TEXTS = [f"{first}+{second}=" for first in range(10, 20) for second in range(20,
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
     """A head with one CPU, the driver's own node."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ray_session.LOCAL_RAY_VARIABLES.items():
-            patch.setenv(name, value)
-        ray_session._keep_loopback_addresses()
-        cluster = Cluster()
-        cluster.add_node(num_cpus=1, include_dashboard=False)
-        patch.setenv("RAY_ADDRESS", cluster.address)
-        init_ray()
-        try:
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    with simulated_nodes({"num_cpus": 1}) as cluster:
+        yield cluster
 
 
 def test_the_other_replicas_do_the_work_of_a_lost_node(nodes: Cluster, tiny) -> None:
@@ -82,7 +69,13 @@ def test_without_any_replica_left_the_death_is_told(nodes: Cluster, tiny) -> Non
             generation.update_weights(publish(model.model.named_parameters(), version=1, dtype="float32"))
             nodes.remove_node(second, allow_graceful=False)
             ids, lengths = model.prompts("1+1=", "2+2=")
+            prompts = BatchedDataDict(input_ids=ids, input_lengths=lengths)
+
+            def generate_until_it_fails() -> None:
+                for _ in range(1000):  # a worker outlives its node's raylet by a moment
+                    generation.generate(prompts, seed=3)
+
             with pytest.raises(WorkerError, match="worker rank . .* died during a call"):
-                generation.generate(BatchedDataDict(input_ids=ids, input_lengths=lengths), seed=3)
+                generate_until_it_fails()
         finally:
             generation.shutdown()
