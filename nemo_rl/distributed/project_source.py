@@ -14,14 +14,17 @@ image, travels without its caches, without what jobs write, and without what its
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +56,16 @@ _PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True)
 class _Source:
-    """One source directory: its files as git lists them, and as nodes compare them."""
+    """One source directory: its files as git lists them, as nodes compare them, and as they are sent.
+
+    Attributes:
+        archive: a zip of exactly the contents that the listing names, whatever is edited meanwhile; empty where they
+            are more than may be sent.
+    """
 
     tree: SourceTree
     listing: SourceListing
+    archive: bytes
 
 
 class _Node(NamedTuple):
@@ -208,25 +217,39 @@ def _read(root: str) -> _Source | None:
     try:
         excludes = () if _in_repository(Path(root)) else _WRITTEN
         tree = collect(Path(root), excludes, leave_out_links=True)
-        is_hashed = tree.num_bytes <= _limit_bytes()  # nobody waits until gigabytes are read that may not travel
-        files = tuple(_entry(tree.root / file.path, file.path, is_hashed) for file in tree.files)
+        statuses = [(tree.root / file.path).stat() for file in tree.files]  # before the contents are read
+        # Nobody waits until gigabytes are read that may not travel.
+        archive = _zip(tree) if tree.num_bytes <= _limit_bytes() else b""
+        files = tuple(_entries(tree, statuses, archive))
     except (ConfigError, OSError) as error:
         logger.warning("nodes that lack the source in %s are not given it: %s", root, error)
         return None
     content = json.dumps([[root], *(file[:-1] for file in files)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:_DIGEST_PREFIX]
-    return _Source(tree, SourceListing(root, str(settings.venv_dir() / ".source" / digest), files))
+    return _Source(tree, SourceListing(root, str(settings.venv_dir() / ".source" / digest), files), archive)
 
 
 def _in_repository(directory: Path) -> bool:
     return any((candidate / ".git").exists() for candidate in (directory, *directory.parents))
 
 
-def _entry(path: Path, name: str, is_hashed: bool) -> FileEntry:
-    status = path.stat()
-    stamp = (status.st_ino, status.st_mtime_ns)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if is_hashed else ""
-    return FileEntry(name, status.st_size, sha256, os.access(path, os.X_OK), stamp)
+def _zip(tree: SourceTree) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="nemo_rl-source-") as folder:
+        path = Path(folder) / "source.zip"
+        write_zip(tree, path)
+        return path.read_bytes()
+
+
+def _entries(tree: SourceTree, statuses: Sequence[os.stat_result], archive: bytes) -> Iterator[FileEntry]:
+    """The files as the archive has them; without one by their sizes alone."""
+    with zipfile.ZipFile(io.BytesIO(archive)) if archive else contextlib.nullcontext() as opened:
+        for file, status in zip(tree.files, statuses, strict=True):
+            stamp = (status.st_ino, status.st_mtime_ns)
+            num_bytes, sha256 = status.st_size, ""
+            if opened is not None:
+                content = opened.read(file.path)
+                num_bytes, sha256 = len(content), hashlib.sha256(content).hexdigest()
+            yield FileEntry(file.path, num_bytes, sha256, os.access(tree.root / file.path, os.X_OK), stamp)
 
 
 def _limit_bytes() -> int:
@@ -296,7 +319,7 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
 
 
 def _archive(source: _Source) -> bytes:
-    if source.tree.num_bytes > _limit_bytes():
+    if not source.archive:
         largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_NAMED))
         raise SpreadError(
             f"the source in {source.listing.root} has {source.tree.num_bytes / 1e6:.1f} MB in "
@@ -304,10 +327,7 @@ def _archive(source: _Source) -> bytes:
             f"NEMO_RL_SOURCE_MAX_MB={settings.SOURCE_MAX_MB.get()} allows to be sent to nodes that lack it. Its "
             f"largest: {largest}. Let git ignore what is no source, or raise the limit."
         )
-    with tempfile.TemporaryDirectory(prefix="nemo_rl-source-") as folder:
-        path = Path(folder) / "source.zip"
-        write_zip(source.tree, path)
-        return path.read_bytes()
+    return source.archive
 
 
 def _ask(function: Callable[..., Any], arguments: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:

@@ -120,11 +120,20 @@ def test_an_archive_with_a_way_out_is_refused(project: Path, tmp_path: Path, nam
     assert [path.name for path in Path(listing.target).parent.iterdir()] == [HOOK_DIRECTORY]
 
 
+def test_a_file_that_is_edited_meanwhile_arrives_as_it_was_read(project: Path, tmp_path: Path) -> None:
+    source = read(project)
+    (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
+    there = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_here(there, _archive(source))
+    assert (Path(there.target) / "mine" / "__init__.py").read_text() == "SAYS = 'sent'\n"
+    assert missing_here([source.listing], "ray") == ([True], [False], True)
+
+
 def test_a_file_that_changed_on_the_way_is_refused(project: Path, tmp_path: Path) -> None:
     source = read(project)
     (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
     with pytest.raises(ValueError, match=r"mine/__init__\.py changed while"):
-        unpack_here(elsewhere(source.listing, tmp_path / "nothing"), _archive(source))
+        unpack_here(elsewhere(source.listing, tmp_path / "nothing"), _archive(read(project)))
     assert not Path(source.listing.target).exists()
 
 
