@@ -22,6 +22,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -265,6 +266,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the nodes are removed then as well
     with tempfile.TemporaryDirectory(prefix="nemo-rl-slurm-", dir=parent) as folder:
         scratch = Path(folder)
         with Slurm(scratch) as slurm:
