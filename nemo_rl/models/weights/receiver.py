@@ -66,7 +66,8 @@ class IncomingWeights:
         self._on_loaded = on_loaded
         self._transport: WeightTransport = make_transport(update.transport)
         self._sent: str | None = None
-        self._keeps_sent = keeps and device.type == "cpu" and self._transport.may_be_kept
+        is_there = self._transport.on_gpu == (device.type != "cpu")  # what is sent lies where it is wanted
+        self._keeps_sent = keeps and is_there and self._transport.may_be_kept
         is_stream = isinstance(update, WeightStream)
         self._arrived = self.new_digest() if is_stream and (self._keeps_sent or verify) else None
         self._views: list[tuple[str, int, int]] = []  # that arrived: name, address, bytes
@@ -156,8 +157,8 @@ class IncomingWeights:
 
     def _local(self, bucket: WeightBucket, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         local = buffer.to(self._device)
-        if self._keeps and not self._transport.may_be_kept and local.data_ptr() == buffer.data_ptr():
-            local = local.clone()
+        if self._keeps and not self._keeps_sent and local.data_ptr() == buffer.data_ptr():
+            local = local.clone()  # the memory will be another bucket's
         for spec in bucket.tensors:
             yield spec.name, tensor_in(local, spec)
 

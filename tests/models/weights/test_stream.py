@@ -20,6 +20,7 @@ from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.cuda_ipc import CudaIpcTransport
 from nemo_rl.models.weights.digest import digest_tensors
 from nemo_rl.models.weights.interfaces import WeightStream
+from nemo_rl.models.weights.pairs import GlooTransport
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.models.weights.shared_memory import SharedMemoryTransport
 from nemo_rl.models.weights.stream import WeightStreamer, connect
@@ -69,19 +70,34 @@ class Sender:
         return len(transport._segments)
 
 
+def shared_by_torch() -> CudaIpcTransport:
+    """What shares tensors of a GPU, with tensors of the CPU: torch hands over both in the same way."""
+    return CudaIpcTransport("cpu")
+
+
+class PairsAsOnGpus(GlooTransport):
+    """What NCCL does, which digests where weights lie, with gloo."""
+
+    on_gpu = True
+
+
+TRIALS = {"torch_ipc": shared_by_torch, "pairs_as_on_gpus": PairsAsOnGpus}
+
+
 @pytest.fixture
 def sender() -> Iterator[Sender]:
     with ThreadPoolExecutor(1) as threads:
         yield Sender(WeightStreamer(bucket_bytes=BUCKET_BYTES), threads)
 
 
-@pytest.fixture(params=["shared_memory", "gloo", "torch_ipc"])
+@pytest.fixture(params=["shared_memory", "gloo", *TRIALS])
 def any_sender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
-    """Of every transport that streams; gloo's receivers come by TCP."""
-    monkeypatch.setitem(TRANSPORTS, "torch_ipc", shared_by_torch)
+    """Of every transport that streams, or what comes nearest on CPUs; pairs meet by TCP."""
+    for name, make in TRIALS.items():
+        monkeypatch.setitem(TRANSPORTS, name, make)
     with ThreadPoolExecutor(1) as threads:
-        streamer = WeightStreamer(request.param, bucket_bytes=BUCKET_BYTES)
-        yield Sender(streamer, threads, request.param, "127.0.0.1" if request.param == "gloo" else None)
+        host = "127.0.0.1" if isinstance(TRANSPORTS[request.param](), GlooTransport) else None
+        yield Sender(WeightStreamer(request.param, BUCKET_BYTES), threads, request.param, host)
 
 
 def load(stream: WeightStream, **how: bool) -> tuple[dict[str, torch.Tensor], str]:
@@ -93,14 +109,9 @@ def load(stream: WeightStream, **how: bool) -> tuple[dict[str, torch.Tensor], st
     return own, digest
 
 
-def shared_by_torch() -> CudaIpcTransport:
-    """What shares tensors of a GPU, with tensors of the CPU: torch hands over both in the same way."""
-    return CudaIpcTransport("cpu")
-
-
 def child(connection: Connection) -> None:
     """Another process, which does one thing after the other until it is killed."""
-    TRANSPORTS["torch_ipc"] = shared_by_torch
+    TRANSPORTS.update(TRIALS)
     for stream, what in iter(connection.recv, None):
         if what == "join and hang":
             arriving = receive(stream)
