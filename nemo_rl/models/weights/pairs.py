@@ -20,6 +20,8 @@ import functools
 import os
 import secrets
 import socket
+from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -105,9 +107,9 @@ class PairTransport(WeightTransport):
         """What has to be the same on both sides."""
         return ""
 
+    @abstractmethod
     def make_group(self, store: Any, rank: int, host: str) -> _Group:
         """This process's end of a group of two; `host` is its own address."""
-        raise NotImplementedError
 
     def _meet(self, connection: Connection, *, sends: bool) -> tuple[str, int]:
         """Where in `_pairs` the pair with the other side is, which is made if need be."""
@@ -192,7 +194,7 @@ class _PairConnection:
         self._key = key
         self._pair = pair
         self._lend = lend
-        self._sending: list[tuple[Any, torch.Tensor]] = []  # until the receiver has them: torch does not keep them
+        self._sending: deque[Any] = deque()  # torch's handles of what the receiver does not have yet
         self._is_over = False
 
     def send(self, message: Any) -> None:
@@ -201,8 +203,7 @@ class _PairConnection:
             self._is_over = isinstance(message, str)
             return
         self._connection.send(replace(message, handle=None))
-        buffer: torch.Tensor = message.handle
-        self._sending.append((_or_eof(lambda: self._pair.group.send([buffer], _RECEIVER, 0)), buffer))
+        self._sending.append(_or_eof(lambda: self._pair.group.send([message.handle], _RECEIVER, 0)))
 
     def recv(self) -> Any:
         message = self._connection.recv()
@@ -211,7 +212,7 @@ class _PairConnection:
             _or_eof(lambda: self._pair.group.recv([buffer], _SENDER, 0).wait())
             return replace(message, handle=buffer)
         if self._sending:
-            self._sending.pop(0)
+            self._sending.popleft()
         self._is_over = isinstance(message, str)
         return message
 

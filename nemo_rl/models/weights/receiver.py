@@ -68,10 +68,14 @@ class IncomingWeights:
         self._sent: str | None = None
         is_there = self._transport.on_gpu == (device.type != "cpu")  # what is sent lies where it is wanted
         self._keeps_sent = keeps and is_there and self._transport.may_be_kept
-        is_stream = isinstance(update, WeightStream)
-        self._arrived = self.new_digest() if is_stream and (self._keeps_sent or verify) else None
+        self._arrived: WeightDigest | None = None
         self._views: list[tuple[str, int, int]] = []  # that arrived: name, address, bytes
-        self._tensors = self._streamed(update) if isinstance(update, WeightStream) else self._published(update)
+        if isinstance(update, WeightStream):
+            self._tensors = self._streamed(update)
+            if self._keeps_sent or verify:
+                self._arrived = WeightDigest(on_gpu=self._transport.on_gpu)
+        else:
+            self._tensors = self._published(update)
 
     @property
     def digest(self) -> str:
@@ -89,10 +93,6 @@ class IncomingWeights:
     def close(self) -> None:
         """Leave a stream that was not taken to its end: its sender does not wait any longer."""
         self._tensors.close()
-
-    def new_digest(self) -> WeightDigest:
-        """For what was loaded, of the sender's kind."""
-        return WeightDigest(on_gpu=self._transport.on_gpu)
 
     def digest_of(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         """The digest over a receiver's own memory, when all has been loaded.
