@@ -16,6 +16,7 @@ import psutil
 import pytest
 import ray
 import torch
+from processes import running
 
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
@@ -74,14 +75,7 @@ def all_gone(pids: list[int], timeout_s: float = 10.0) -> bool:
 
 
 def worker_pids(class_name: str) -> list[int]:
-    return [process.pid for process in psutil.process_iter() if f"ray::{class_name}" in process_title(process)]
-
-
-def process_title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    return [process.pid for process in running(f"ray::{class_name}", psutil.process_iter())]
 
 
 # --- the Python that workers run in ------------------------------------------------------------------------------

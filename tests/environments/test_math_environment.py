@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from processes import running
 
 from nemo_rl.environments import verify_pool
 from nemo_rl.environments.interfaces import EnvironmentReturn
@@ -44,8 +45,7 @@ def judge(env: MathEnvironment, pairs: list[tuple[str, object]]) -> EnvironmentR
 
 
 def verify_processes() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [child for child in children if "nemo_rl.environments.math_verifier" in child.cmdline()]
+    return running("nemo_rl.environments.math_verifier", psutil.Process().children())
 
 
 EQUAL = [
@@ -247,8 +247,9 @@ def test_a_killed_idle_process_is_replaced(fresh_env: MathEnvironment) -> None:
     assert judge(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
-def _harm_every_process(env: MathEnvironment, sign: signal.Signals, limit: int) -> Callable[[], int]:
-    """Send `sign` to the first `limit` processes of `env` once they compute; returns how many were hit."""
+@contextlib.contextmanager
+def harm(sign: signal.Signals, limit: int) -> Iterator[set[int]]:
+    """Send `sign` to the first `limit` new verify processes once they compute; yields the ids of those hit."""
     known = {process.pid for process in verify_processes()}
     hit: set[int] = set()
     stop = threading.Event()
@@ -258,45 +259,43 @@ def _harm_every_process(env: MathEnvironment, sign: signal.Signals, limit: int) 
             for child in verify_processes():
                 if child.pid in known | hit or len(hit) >= limit:
                     continue
-                ready = child.rlimit(psutil.RLIMIT_CPU)[0] != psutil.RLIM_INFINITY
-                if ready:  # it has taken up a question
-                    hit.add(child.pid)
-                    child.send_signal(sign)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    ready = child.rlimit(psutil.RLIMIT_CPU)[0] != psutil.RLIM_INFINITY
+                    if ready:  # it has taken up a question
+                        child.send_signal(sign)
+                        hit.add(child.pid)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-
-    def stopped() -> int:
-        stop.set()
-        thread.join()
-        return len(hit)
-
-    return stopped
+    with ThreadPoolExecutor(1) as executor:
+        watching = executor.submit(watch)
+        try:
+            yield hit
+        finally:
+            stop.set()
+        watching.result()  # what broke the watcher breaks the test
 
 
 SLOW = (r"\int e^{e^{x^x}} dx", "5")
 
 
 def test_a_process_killed_while_it_works_costs_nothing(fresh_env: MathEnvironment) -> None:
-    stop = _harm_every_process(fresh_env, signal.SIGKILL, limit=1)
-    result = judge(fresh_env, [SLOW])
-    assert stop() == 1
+    with harm(signal.SIGKILL, limit=1) as hit:
+        result = judge(fresh_env, [SLOW])
+    assert len(hit) == 1
     assert result.status == ["ok"]
 
 
 def test_an_answer_that_crashes_two_processes_is_wrong(fresh_env: MathEnvironment) -> None:
-    stop = _harm_every_process(fresh_env, signal.SIGSEGV, limit=10)
-    result = judge(fresh_env, [SLOW])
-    assert stop() == 2
+    with harm(signal.SIGSEGV, limit=10) as hit:
+        result = judge(fresh_env, [SLOW])
+    assert len(hit) == 2
     assert result.status == ["unparseable"]
     assert judge(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
 def test_processes_that_are_always_killed_are_a_failure_not_a_reward(fresh_env: MathEnvironment) -> None:
-    stop = _harm_every_process(fresh_env, signal.SIGKILL, limit=10)
-    with pytest.raises(EnvironmentFailure, match="memory_limit_mb"):
+    with harm(signal.SIGKILL, limit=10) as hit, pytest.raises(EnvironmentFailure, match="memory_limit_mb"):
         judge(fresh_env, [SLOW])
-    assert stop() == 3
+    assert len(hit) == 3
     assert judge(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
@@ -313,10 +312,9 @@ def test_a_verifier_that_does_not_start_is_a_failure(
 
 def test_a_starved_process_is_a_failure(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_pool, "_STARVATION_FACTOR", 0.1)
-    stop = _harm_every_process(fresh_env, signal.SIGSTOP, limit=10)
-    with pytest.raises(EnvironmentFailure, match="overloaded"):
+    with harm(signal.SIGSTOP, limit=10) as hit, pytest.raises(EnvironmentFailure, match="overloaded"):
         judge(fresh_env, [SLOW])
-    assert stop() == 3
+    assert len(hit) == 3
 
 
 def test_a_worn_out_process_is_retired(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import running
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "run_grpo_math.py"
@@ -90,9 +91,8 @@ def test_a_killed_run_goes_on_and_records_what_an_undisturbed_one_does(tmp_path,
         job.kill()
         job.wait()
     else:
-        for process in psutil.Process(job.pid).children(recursive=True):
-            if "TorchPolicyWorker" in " ".join(process.cmdline()):
-                process.kill()
+        for process in running("TorchPolicyWorker", psutil.Process(job.pid).children(recursive=True)):
+            process.kill()
         assert job.wait(timeout=120) == 1
         assert "policy" in job.stderr.read()
     wait_for(lambda: not orphans(job.pid), None, seconds=60)

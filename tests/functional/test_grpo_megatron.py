@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import running
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "configs" / "grpo_math_cpu_megatron.yaml"
@@ -106,11 +107,7 @@ def test_a_lost_rank_stops_the_job_and_the_same_command_resumes_it(undisturbed: 
         assert job.poll() is None, f"the job ended early: {job.communicate()[1][-3000:]}"
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.1)
-    ranks = [
-        process
-        for process in psutil.Process(job.pid).children(recursive=True)
-        if "MegatronPolicyWorker" in " ".join(process.cmdline())
-    ]
+    ranks = running("MegatronPolicyWorker", psutil.Process(job.pid).children(recursive=True))
     assert len(ranks) == 2
     ranks[1].kill()
     _, errors = job.communicate(timeout=120)
