@@ -1,9 +1,9 @@
 """The part of KubeRay's API (ray.io/v1) and of Kubernetes' pods that the examples use: names, types and demands.
 
-Written down from KubeRay 1.6's reference of its custom resources; names and types of all but `authOptions`, which is
-newer, were also compared with the operator's published Go types. Pods are checked in whole against Kubernetes' own
-schema as well (`test_cluster_examples.py`). A field that is not here is refused, as the API
-server refuses unknown ones under strict validation; so is a wrong type, such as a number for `ray start`.
+Written down from KubeRay 1.6's reference of its custom resources; names, types and allowed values of each were also
+compared with the operator's published Go types, which its CRDs are generated from. Pods are checked in whole against
+Kubernetes' own schema as well (`test_cluster_examples.py`). A field that is not here is refused, as the API server
+refuses unknown ones under strict validation; so is a wrong type, such as a number for `ray start`.
 """
 
 from __future__ import annotations
