@@ -121,7 +121,7 @@ def _slow_package(folder: Path) -> None:
     (package / "backend.py").write_text(SLOW_BACKEND.format(marker=str(folder / "slow_build_pid")))
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         found = condition()

@@ -445,9 +445,12 @@ def test_a_policy_that_trains_ahead_cannot_leave():
 
 
 class SlowGeneration(FakeGeneration):
-    """From the second on, a call lasts until weights change under it, or for a moment."""
+    """From the second on, a call lasts until weights change under it, or for `patience_s`."""
 
-    changed = threading.Event()
+    def __init__(self, patience_s: float) -> None:
+        super().__init__()
+        self.patience_s = patience_s
+        self.changed = threading.Event()
 
     def update_weights(self, update, *, in_flight=False):
         if in_flight:
@@ -456,13 +459,13 @@ class SlowGeneration(FakeGeneration):
 
     def generate(self, *args, **kwargs):
         if self.num_calls:
-            self.changed.wait(timeout=0.3)
+            self.changed.wait(self.patience_s)
         return super().generate(*args, **kwargs)
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_weights_reach_a_rollout_that_is_under_way_only_where_asked_for(wanted):
-    generation = SlowGeneration()
+@pytest.mark.parametrize(("wanted", "patience_s"), [(False, 0.3), (True, 60.0)])
+def test_weights_reach_a_rollout_that_is_under_way_only_where_asked_for(wanted, patience_s):
+    generation = SlowGeneration(patience_s)
     quick = ("grpo.max_num_steps=3", "grpo.validation={at_start: false, at_end: false, period: 0}")
     build(*AHEAD, *quick, f"grpo.in_flight_weight_updates={wanted}", generation=generation).run()
     assert (generation.num_in_flight > 0) is wanted

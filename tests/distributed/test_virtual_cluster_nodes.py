@@ -29,7 +29,7 @@ def _all_cpus_free() -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_reserved(cluster: Cluster) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not _all_cpus_free() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _all_cpus_free()

@@ -131,7 +131,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path):
     wait_for(lambda: (directory / "checkpoints" / "step_000001").exists(), job)
     job.send_signal(signal.SIGINT)
     assert job.wait(timeout=60) == 130
-    wait_for(lambda: not orphans(job.pid), None, seconds=30)
+    wait_for(lambda: not orphans(job.pid), None, seconds=60)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_wrong_input_is_one_sentence_exit_code_2_and_leaves_nothing_running(tmp_
     assert last.startswith("error: ")
     assert expected in last
     assert "Traceback" not in errors
-    wait_for(lambda: not orphans(job.pid), None, seconds=30)
+    wait_for(lambda: not orphans(job.pid), None, seconds=60)
 
 
 def test_help_lists_the_keys():
