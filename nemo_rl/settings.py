@@ -332,6 +332,29 @@ def venv_dir() -> Path:
     return (VENV_DIR.get() or project_root() / "venvs").absolute()
 
 
+def home_dir() -> Path | None:
+    """The user's home directory; None for a user id that no account has (as in containers) without HOME."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def cache_dir() -> Path:
-    """The directory for things the project makes once and keeps, such as the embedded model."""
-    return (CACHE_DIR.get() or Path.home() / ".cache" / "nemo_rl").absolute()
+    """The directory for things the project makes once and keeps, such as the embedded model. Raises `ConfigError`."""
+    if (directory := CACHE_DIR.get()) is not None:
+        return directory.absolute()
+    if (home := home_dir()) is None:
+        raise ConfigError(
+            f"there is no home directory: user id {os.getuid()} has no account, and HOME is not set. Set HOME to a "
+            f"directory that can be written, or {CACHE_DIR.name} ({CACHE_DIR.help})"
+        )
+    return home / ".cache" / "nemo_rl"
+
+
+def uv_cache_dir() -> Path:
+    """Where uv keeps what it has downloaded."""
+    home = home_dir()
+    default = home / ".cache" / "uv" if home is not None else Path(".uv_cache")
+    of_xdg = os.environ.get("XDG_CACHE_HOME")
+    return Path(os.environ.get("UV_CACHE_DIR") or (os.path.join(of_xdg, "uv") if of_xdg else default)).absolute()

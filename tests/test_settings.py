@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nemo_rl import settings
+from nemo_rl.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,16 @@ def test_only_documented_variables_are_forwarded(monkeypatch: pytest.MonkeyPatch
     forwarded = settings.forwarded()
     assert {"HF_HOME", "NCCL_DEBUG", "LD_LIBRARY_PATH"} <= forwarded.keys()
     assert forwarded.keys().isdisjoint({"MY_VARIABLE", "PYTHONPATH", "VIRTUAL_ENV", "RANK"})
+
+
+def test_without_a_home_directory_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.delenv("NEMO_RL_CACHE_DIR", raising=False)
+    with pytest.raises(ConfigError, match="HOME.*NEMO_RL_CACHE_DIR"):
+        settings.cache_dir()
+    monkeypatch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path))
+    assert settings.cache_dir() == tmp_path

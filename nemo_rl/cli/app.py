@@ -7,6 +7,7 @@ Nothing heavy is imported before a command needs it: `nemo-rl --help` must feel 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -37,10 +38,24 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def run() -> None:
     """Run the command line of this process and exit with its code."""
+    for name, closed in (("stdout", sys.stdout is None), ("stderr", sys.stderr is None)):
+        if closed:  # as after `>&-`: nobody listens
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    code: int | str | None = 0
     try:
         app()
-    except NemoRLError as error:
+    except SystemExit as ended:
+        code = ended.code
+    except (NemoRLError, OSError) as error:
         if settings.TRACEBACK.get():
             raise
         typer.echo(f"nemo-rl: {error}", err=True)
-        sys.exit(exit_code(error))
+        code = exit_code(error) if isinstance(error, NemoRLError) else 1
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, or a reader that has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+        if not isinstance(error, BrokenPipeError):
+            typer.echo(f"nemo-rl: standard output cannot be written: {error.strerror}", err=True)
+        code = code or 1
+    sys.exit(code)

@@ -62,6 +62,7 @@ def run_checks() -> list[Check]:
         check_ray,
         check_token,
         check_gpu,
+        check_home,
         check_disk,
         check_shm,
         check_open_files,
@@ -72,9 +73,25 @@ def run_checks() -> list[Check]:
     ]
     found: list[Check] = []
     for check in checks:
-        result = check()
-        found.extend([result] if isinstance(result, Check) else result)
+        try:
+            result = check()
+            found.extend([result] if isinstance(result, Check) else result)
+        except OSError as error:  # one thing that cannot be looked at must not hide all others
+            name = check.__name__.removeprefix("check_").replace("_", " ")
+            found.append(Check(name, WARNING, f"cannot be looked at: {error}", "see whether that path can be used"))
     return found
+
+
+def _nearest(path: Path) -> Path:
+    """The deepest directory above or at `path` that is there, as far as this user may see."""
+
+    def is_there(candidate: Path) -> bool:
+        try:
+            return candidate.is_dir()
+        except PermissionError:
+            return False
+
+    return next(filter(is_there, (path, *path.parents)), Path("/"))
 
 
 def check_python() -> Check:
@@ -137,7 +154,8 @@ def check_token() -> Check:
     variables, address = settings.snapshot(), settings.RAY_ADDRESS.get()
     if variables.get("RAY_AUTH_TOKEN"):
         return Check("token", OK, "in RAY_AUTH_TOKEN")
-    path = Path(variables.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    home = settings.home_dir() or Path("/")
+    path = Path(variables.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
     if not path.is_file():
         if variables.get("RAY_AUTH_MODE") == "token" and address not in (None, "local"):
             fix = "copy the head's token there (`ray get-auth-token`), or set RAY_AUTH_TOKEN_PATH"
@@ -169,20 +187,28 @@ def check_gpu() -> Check:
     return Check("GPU", OK, f"{len(lines)} x {lines[0]}")
 
 
+def check_home() -> Iterator[Check]:
+    """Models, uv's cache and Ray's token are kept in the home directory by default. No finding where there is one."""
+    if settings.home_dir() is None:
+        found = f"none: user id {os.getuid()} has no account, and HOME is not set"
+        yield Check("home", WARNING, found, "set HOME to a directory to write in (containers take -e HOME=/tmp)")
+
+
 def check_disk() -> Iterator[Check]:
     """Space where venvs, uv's cache, temporary files and Ray's session are."""
-    cache = settings.snapshot().get("UV_CACHE_DIR") or os.path.join(
-        settings.snapshot().get("XDG_CACHE_HOME") or Path.home() / ".cache", "uv"
-    )
     for what, path, name in (
         ("venvs", settings.venv_dir(), settings.VENV_DIR.name),
-        ("uv's cache", Path(cache), "UV_CACHE_DIR"),
+        ("uv's cache", settings.uv_cache_dir(), "UV_CACHE_DIR"),
         ("temporary files", Path(settings.snapshot().get("TMPDIR") or "/tmp"), "TMPDIR"),
     ):
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        there = _nearest(path)
         free = shutil.disk_usage(there).free / _GB
         found = f"{path}: {free:.1f} GB free"
-        if not os.access(there, os.W_OK):
+        if there != path and os.path.lexists(path):
+            state, fix, found = FATAL, f"set {name} to a directory that can be entered", f"{path} is none, or is closed"
+        elif not os.access(there, os.W_OK) and what == "temporary files":
+            state, fix = FATAL, f"set {name} to a directory to write in"
+        elif not os.access(there, os.W_OK):
             state, fix = WARNING, f"only venvs that are ready can be used; else set {name} to a directory to write in"
         elif free < _MIN_FREE_GB:
             state, fix = FATAL, f"free space (nemo-rl venvs prune, uv cache prune), or set {name} to another disk"
@@ -234,7 +260,7 @@ def check_ports() -> Check:
 def check_clock() -> Check:
     """This machine's clock against that of the disk's server: locks, leases and certificates go by it."""
     for path in (settings.venv_dir(), Path(settings.snapshot().get("TMPDIR") or "/tmp")):
-        if os.access(path, os.W_OK):
+        if path.is_dir() and os.access(path, os.W_OK):
             probe = path / f".clock-{os.getpid()}-{os.urandom(4).hex()}"
             probe.touch()
             offset = abs(probe.stat().st_mtime - time.time())
@@ -250,7 +276,7 @@ def check_clock() -> Check:
 def check_shared_filesystem() -> Check:
     """Whether the venv directory is on a file system that nodes share, and whether locks work there."""
     path = settings.venv_dir()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    there = _nearest(path)
     mounts = [part for part in psutil.disk_partitions(all=True) if there.is_relative_to(part.mountpoint)]
     kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown"
     shared = kind in _SHARED

@@ -223,12 +223,12 @@ def _ensure_auth_token(environment: Mapping[str, str]) -> None:
     """Make a token where Ray would fail to: it keeps one in the home directory, which may be read-only."""
     if environment.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
-    token_path = Path.home() / ".ray" / "auth_token"
-    try:
-        token_path.parent.mkdir(parents=True, exist_ok=True)
-        writable = token_path.exists() or os.access(token_path.parent, os.W_OK)
-    except OSError:
-        writable = False
+    home, writable = settings.home_dir(), False
+    if home is not None:
+        token_path = home / ".ray" / "auth_token"
+        with contextlib.suppress(OSError):
+            token_path.parent.mkdir(parents=True, exist_ok=True)
+            writable = token_path.exists() or os.access(token_path.parent, os.W_OK)
     if not writable:
         settings.export({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
 

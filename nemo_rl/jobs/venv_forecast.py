@@ -94,13 +94,6 @@ def wheel_sizes_of(plans: Iterable[VenvPlan]) -> dict[str, int]:
     return sizes
 
 
-def uv_cache_dir() -> Path:
-    """Where uv keeps what it has downloaded."""
-    variables = settings.snapshot()
-    home = variables.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(variables.get("UV_CACHE_DIR") or os.path.join(home, "uv"))
-
-
 def _layers(plans: Mapping[str, VenvPlan]) -> Iterator[tuple[str, VenvPlan]]:
     """Each venv that there is to build once, bases first."""
     seen = set()
@@ -173,7 +166,7 @@ class _Sizes:
 
     def __init__(self, infos: list[VenvInfo], wheel_sizes: Mapping[str, int]) -> None:
         self._wheel_sizes = wheel_sizes
-        self._cache = uv_cache_dir()
+        self._cache = settings.uv_cache_dir()
         roots = [Path(sys.prefix), *(info.path for info in infos if info.path is not None)]
         self._places = [place for root in roots for place in root.glob("lib/python*/site-packages")]
 

@@ -87,6 +87,30 @@ def test_a_port_in_use_and_a_held_build_lock_are_warnings_with_their_holder(tmp_
     assert checks(run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path)))["build locks"]["state"] == "ok"
 
 
+def test_a_venv_directory_that_is_a_file_is_fatal(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path / "file"))
+    assert done.returncode == 1
+    assert checks(done)["disk: venvs"]["state"] == "fatal"
+
+
+@pytest.mark.parametrize("arguments", [("doctor", "--json"), ("plan", str(CONFIG), "--json")])
+def test_a_user_without_an_account_or_home_directory_gets_an_answer(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    program = (
+        "import os, pwd\n"
+        "os.environ.pop('HOME', None)\n"
+        "def nobody(uid):\n"
+        "    raise KeyError(uid)\n"  # as for `docker run --user 4444`
+        "pwd.getpwuid = nobody\n"
+        "from nemo_rl.cli import main\n"
+        "main()\n"
+    )
+    done = run(*arguments, program=program, NEMO_RL_VENV_DIR=str(tmp_path), UV_CACHE_DIR=str(tmp_path / "uv"))
+    assert done.returncode == 0, done.stderr
+    if arguments[0] == "doctor":
+        assert "HOME" in checks(done)["home"]["fix"]
+
+
 def test_a_clock_that_is_off_is_told(tmp_path: Path) -> None:
     program = (
         "import time, os, pathlib\n"

@@ -1,0 +1,41 @@
+"""How `nemo-rl` ends where the place that it writes to does not take what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMAND = f"{sys.executable} -m nemo_rl.cli venvs prune"
+
+
+def shell(line: str, store: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "NEMO_RL_VENV_DIR": str(store), **env}
+    return subprocess.run(
+        ["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path, unbuffered: str) -> None:
+    done = shell(f"{COMMAND} | exec true; exit ${{PIPESTATUS[0]}}", tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_written_is_a_failure_in_one_sentence(tmp_path: Path, unbuffered: str) -> None:
+    done = shell(f"{COMMAND} >/dev/full", tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nemo-rl: ")
+    assert done.stderr.strip().endswith("No space left on device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_closed_standard_output_does_not_matter(tmp_path: Path) -> None:
+    done = shell(f"{COMMAND} >&-", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
