@@ -1,4 +1,4 @@
-"""Run the plugin's stage between two of the library: `uv run examples/plugin/run_shorten.py IN.jsonl OUT_DIRECTORY`."""
+"""The plugin's stage between two of the library: `uv run python examples/plugin/run_shorten.py IN.jsonl OUT_DIRECTORY`."""
 
 import sys
 

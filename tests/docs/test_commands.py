@@ -39,8 +39,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "run_with_transformers_generation.py",
     ),
     "uv pip install --no-deps examples/plugin": ("tests/examples/test_plugin.py", '"pip", "install"'),
-    "uv run examples/plugin/run_shorten.py": ("tests/examples/test_plugin.py", '"plugin/run_shorten.py"'),
-    "uv run examples/plugin/run_distance.py": ("tests/examples/test_plugin.py", '"plugin/run_distance.py"'),
+    "uv run python examples/plugin/run_shorten.py": ("tests/examples/test_plugin.py", '"plugin/run_shorten.py"'),
+    "uv run python examples/plugin/run_distance.py": ("tests/examples/test_plugin.py", '"plugin/run_distance.py"'),
     "uv run examples/run_grpo_math.py env.name=reverse": ("tests/examples/test_plugin.py", '"env.name=reverse"'),
     "uv run examples/run_curate_math.py --config examples/configs/curate_arithmetic.yaml": (
         "tests/jobs/test_curate_math.py",
@@ -140,6 +140,14 @@ def test_what_is_run_elsewhere_is_run_there() -> None:
     for start, (path, words) in ELSEWHERE.items():
         assert any(command.text.startswith(start) for command in EVERY), f"no page has {start!r} any more"
         assert words in (REPOSITORY / path).read_text(encoding="utf-8"), f"{path} does not run {start!r}"
+
+
+def test_uv_runs_scripts_in_this_project() -> None:
+    """For `uv run SCRIPT` uv takes the project above the script: one in the plugin would not have nemo_rl."""
+    scripts = {c.text.split()[2] for c in EVERY if re.match(r"uv run \S+\.py\b", c.text)}
+    assert scripts
+    for script in scripts:
+        assert next(p for p in (REPOSITORY / script).parents if (p / "pyproject.toml").is_file()) == REPOSITORY, script
 
 
 def test_reasons_are_reasons() -> None:
