@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -266,6 +267,28 @@ def test_an_interrupted_build_leaves_nothing(cli: Cli, tmp_path: Path, how: sign
     wait_for(lambda: ended(backend) and len(cli.builds()) == 1, "everything of the build is gone")
     assert cli("venvs", "verify").returncode == 0
     assert not (cli.venvs / "slow").exists()
+
+
+def test_the_command_that_bundle_ends_with_can_be_pasted(cli: Cli, tmp_path: Path) -> None:
+    done = cli("venvs", "bundle", "new", "--output", str(tmp_path / "my bundle.tar.gz"))
+    assert done.returncode == 0, done.stderr
+    program, *words = shlex.split(done.stdout.rpartition("Build from it: ")[2])
+    assert (program, cli(*words).returncode) == ("nemo-rl", 0)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bundle_leaves_nothing(cli: Cli, tmp_path: Path, how: signal.Signals) -> None:
+    marker, folder = tmp_path / "slow_build_pid", tmp_path / "bundles"
+    process = cli.start("venvs", "bundle", "slow", "--output", str(folder / "bundle.tar.gz"))
+    pid = int(wait_for(lambda: marker.exists() and marker.read_text(), "the build begins"))
+    backend = psutil.Process(pid)
+    assert list(folder.iterdir())
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not list(folder.iterdir())
+    wait_for(lambda: ended(backend), "the build has ended")
 
 
 def test_a_builder_that_is_killed_is_an_error_that_says_so(cli: Cli, tmp_path: Path) -> None:

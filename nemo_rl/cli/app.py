@@ -8,6 +8,7 @@ Nothing heavy is imported before a command needs it: `nemo-rl --help` must feel 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -41,6 +42,7 @@ def run() -> None:
     for name, closed in (("stdout", sys.stdout is None), ("stderr", sys.stderr is None)):
         if closed:  # as after `>&-`: nobody listens
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     code: int | str | None = 0
     try:
         app()

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from types import FrameType
 
 from nemo_rl.cli.targets import Target
 from nemo_rl.errors import NemoRLError, VenvBuildError
@@ -63,24 +62,23 @@ def build_all(targets: Sequence[Target], *, force: bool, jobs: int, on_event: On
     pending = list(groups.values())
     running: dict[Connection, _Builder] = {}
     outcomes: dict[str, Outcome] = {}
-    with _sigterm_as_interrupt():
-        try:
-            while pending or running:
-                while pending and len(running) < jobs:
-                    builder = _Builder.start(pending.pop(0), force, job_id)
-                    running[builder.connection] = builder
-                for connection in wait(list(running), timeout=_POLL_S):
-                    assert isinstance(connection, Connection)
-                    builder = running[connection]
-                    for event in builder.receive():
-                        on_event(builder.targets[0].name, event)
-                        if isinstance(event, Outcome):
-                            outcomes[event.target.name] = event
-                    if builder.ended:
-                        del running[connection]
-                on_event("", None)
-        finally:
-            _stop(running.values())
+    try:
+        while pending or running:
+            while pending and len(running) < jobs:
+                builder = _Builder.start(pending.pop(0), force, job_id)
+                running[builder.connection] = builder
+            for connection in wait(list(running), timeout=_POLL_S):
+                assert isinstance(connection, Connection)
+                builder = running[connection]
+                for event in builder.receive():
+                    on_event(builder.targets[0].name, event)
+                    if isinstance(event, Outcome):
+                        outcomes[event.target.name] = event
+                if builder.ended:
+                    del running[connection]
+            on_event("", None)
+    finally:
+        _stop(running.values())
     return [outcomes[target.name] for target in targets]
 
 
@@ -161,15 +159,3 @@ def _outcome(target: Target, force: bool, job_id: str, connection: Connection) -
     except NemoRLError as error:
         return Outcome(target, error=error, seconds=time.monotonic() - start)
     return Outcome(target, venv, seconds=time.monotonic() - start)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,7 +155,8 @@ def bundle(
         return
     what = f"{len(index.venvs)} venvs for Python {index.python} on {index.platform}"
     display.print_line(f"{output}: {what}, {display.size(packed)} ({display.size(index.num_bytes)} unpacked)")
-    display.print_line(f"Build from it: nemo-rl venvs build --from-bundle {output} {' '.join(wanted)}")
+    command = ["nemo-rl", "venvs", "build", "--from-bundle", str(output), *wanted]
+    display.print_line(f"Build from it: {shlex.join(command)}")
 
 
 def _outcome_record(outcome: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from nemo_rl import settings
 from nemo_rl.errors import BundleError, VenvError
 from nemo_rl.venvs.drift import differences
 from nemo_rl.venvs.installer import is_no_space, no_space_error
-from nemo_rl.venvs.layout import Store
+from nemo_rl.venvs.layout import UNPACKED_PREFIX, Store
 from nemo_rl.venvs.resolve import plan
 from nemo_rl.venvs.store import ensure
 
@@ -67,7 +67,7 @@ def write_bundle(targets: Mapping[str, str], archive: Path) -> BundleIndex:
     """
     archive = archive.absolute()
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".nemo_rl-bundle-", dir=archive.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=archive.parent) as folder:
         cache = Path(folder) / _CACHE
         with settings.exported({"UV_CACHE_DIR": str(cache), "NEMO_RL_COMPILE_BYTECODE": "0"}):
             packages = {
@@ -103,7 +103,7 @@ def opened_bundle(archive: Path, targets: Mapping[str, str], store: Store | None
             "Make one on such a machine: nemo-rl venvs bundle"
         )
     # On the disk of the venvs, so that uv can link files instead of copying them.
-    with tempfile.TemporaryDirectory(prefix=".nemo_rl-bundle-", dir=store.root) as folder:
+    with tempfile.TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=store.root) as folder:
         _unpack(archive, Path(folder))
         with settings.exported({"UV_CACHE_DIR": str(Path(folder) / _CACHE), **_OFFLINE}):
             _check_packages(archive, index, targets, store)

@@ -28,6 +28,7 @@ from nemo_rl.errors import VenvError
 
 _VENV_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=,-]{0,199}")
 DIGEST_PREFIX = 16
+UNPACKED_PREFIX = ".nemo_rl-bundle-"  # directories in <venv dir> that a bundle is unpacked into while it is built from
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_rl.errors import VenvError, VenvLockTimeoutError
 from nemo_rl.venvs.build import site_packages_of
-from nemo_rl.venvs.layout import DIGEST_PREFIX, Store, remove_tree
+from nemo_rl.venvs.layout import DIGEST_PREFIX, UNPACKED_PREFIX, Store, remove_tree
 from nemo_rl.venvs.locks import LEASE_FILE, build_lock, unused
 from nemo_rl.venvs.manifest import BrokenManifestError, Manifest, read_manifest
 from nemo_rl.venvs.site_hook import MODULE, PTH_FILE
@@ -278,3 +278,9 @@ def _prune_files(store: Store, report: PruneReport) -> None:
                 report.freed_bytes += status.st_size
                 if not report.dry_run:
                     path.unlink()
+    for path in store.root.glob(f"{UNPACKED_PREFIX}*"):  # of a process that was killed while it built from a bundle
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _DAY_S:
+                report.freed_bytes += _disk_use(path)
+                if not report.dry_run:
+                    remove_tree(path)

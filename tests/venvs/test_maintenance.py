@@ -14,6 +14,7 @@ from nemo_rl import venvs
 from nemo_rl.errors import VenvError
 from nemo_rl.venvs import Store
 from nemo_rl.venvs.build import site_packages_of
+from nemo_rl.venvs.layout import UNPACKED_PREFIX
 from nemo_rl.venvs.locks import LEASE_FILE, build_lock
 from nemo_rl.venvs.site_hook import PTH_FILE
 
@@ -165,3 +166,16 @@ def test_prune_removes_what_dead_builders_left(project: Project, store: Store) -
     assert not foreign.exists()
     assert report.freed_bytes >= 10000
     assert ready.path.exists()
+
+
+def test_prune_removes_what_a_killed_build_from_a_bundle_had_unpacked(store: Store) -> None:
+    dead, alive = (store.root / f"{UNPACKED_PREFIX}{name}" for name in ("dead", "alive"))
+    for path in (dead, alive):
+        path.mkdir(parents=True)
+        (path / "wheel").write_text("x" * 5000)
+    two_days_ago = time.time() - 2 * 86400
+    os.utime(dead, (two_days_ago, two_days_ago))
+    assert venvs.prune(dry_run=True).freed_bytes >= 5000
+    assert dead.exists()
+    venvs.prune()
+    assert (dead.exists(), alive.exists()) == (False, True)
