@@ -63,10 +63,18 @@ class BundleIndex:
 def write_bundle(targets: Mapping[str, str], archive: Path) -> BundleIndex:
     """Write a bundle for `targets` (venv name -> py_executable) to `archive` (`.tar.gz`), and prove it offline.
 
-    Raises what a build raises, and `BundleError` when the venvs cannot be built again without a network.
+    Raises what a build raises, and `BundleError` when the venvs cannot be built again without a network, when there is
+    nothing to bundle, or no file can be put at `archive`.
     """
     archive = archive.absolute()
-    archive.parent.mkdir(parents=True, exist_ok=True)
+    if not targets:
+        raise BundleError("There is nothing to bundle: these workers run in interpreters that are used as they are.")
+    if archive.exists() and not archive.is_file():
+        raise BundleError(f"{archive} is there and is no file: name the file that the bundle is written to.")
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"The bundle {archive} cannot be written: {error.strerror}.") from error
     with tempfile.TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=archive.parent) as folder:
         cache = Path(folder) / _CACHE
         with settings.exported({"UV_CACHE_DIR": str(cache), "NEMO_RL_COMPILE_BYTECODE": "0"}):

@@ -108,6 +108,16 @@ def test_a_bundle_does_not_hold_what_another_lock_asks_for(tmp_path: Path, comma
         pass
 
 
+def test_what_cannot_be_written_is_told_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    never = {"p": "uv run --locked --project /nowhere"}
+    for archive, why in ((tmp_path, "is no file"), (tmp_path / "file" / "b.tar.gz", "cannot be written")):
+        with pytest.raises(BundleError, match=why):
+            write_bundle(never, archive)
+    with pytest.raises(BundleError, match="nothing to bundle"):
+        write_bundle({}, tmp_path / "b.tar.gz")
+
+
 def test_a_bundle_for_another_python_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     archive = forged(tmp_path, python="3.9")
     with pytest.raises(BundleError, match=r"for Python 3\.9"), opened_bundle(archive, {}, Store(tmp_path / "there")):
