@@ -105,6 +105,15 @@ class GRPOConfig(ConfigModel):
             raise ValueError("advantage.baseline=leave_one_out needs num_generations_per_prompt of at least 2")
         return self
 
+    @model_validator(mode="after")
+    def _something_is_in_flight(self) -> GRPOConfig:
+        if self.in_flight_weight_updates and not self.max_trajectory_age:
+            raise ValueError(
+                "in_flight_weight_updates=true needs max_trajectory_age of at least 1: without it no rollout is under "
+                "way when weights change"
+            )
+        return self
+
 
 class MasterConfig(ConfigModel):
     """A whole GRPO job."""

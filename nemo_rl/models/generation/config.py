@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
@@ -14,9 +14,23 @@ from nemo_rl.utils.config import ConfigModel
 class SamplingConfig(ConfigModel):
     """How the next token is drawn."""
 
-    temperature: float = Field(1.0, gt=0, description="Softmax temperature.")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Softmax temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus: smallest set of tokens with at least this probability.")
     top_k: int | None = Field(None, ge=1, description="Draw from the k likeliest tokens only. Null: all.")
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _has_a_distribution(cls, value: Any) -> Any:
+        if value == 0:
+            raise ValueError("0 leaves nothing to draw; policy.generation.validation=null validates greedily")
+        return value
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _says_all_by_null(cls, value: Any) -> Any:
+        if value in (0, -1):
+            raise ValueError("to draw from all tokens, set it to null")
+        return value
 
 
 class GenerationConfig(SamplingConfig):
@@ -30,7 +44,7 @@ class GenerationConfig(SamplingConfig):
     max_new_tokens: int = Field(32, ge=1, description="Longest completion in tokens.")
     stop_strings: list[str] = Field(default=[], description="Texts that end a completion; they are kept in it.")
     stop_token_ids: list[int] = Field(default=[], description="Tokens that end a completion, besides end-of-sequence.")
-    precision: str | None = Field(None, description="float32 or bfloat16. Null: the policy's.")
+    precision: Literal["float32", "bfloat16"] | None = Field(None, description="Null: the policy's.")
     num_workers: int | None = Field(None, ge=1, description="Generation workers. Null: as many as policy workers.")
     num_threads: int | None = Field(
         None, ge=1, description="Torch threads of one worker on CPU. Null: its share of the CPUs."
@@ -40,6 +54,20 @@ class GenerationConfig(SamplingConfig):
         2, ge=0, description="How many deaths of generation workers a job makes good before one ends it."
     )
     validation: SamplingConfig | None = Field(None, description="Sampling for validation. Null: greedy.")
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _stop_strings_hold_something(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty stop string would end every completion before its first token; leave it out")
+        return value
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _stop_tokens_are_tokens(cls, value: list[int]) -> list[int]:
+        if any(token < 0 for token in value):
+            raise ValueError("token ids are not negative")
+        return value
 
     @field_validator("options", mode="before")
     @classmethod

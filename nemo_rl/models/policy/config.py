@@ -28,14 +28,30 @@ class EmbeddedModelConfig(ConfigModel):
     )
     warmup_steps: int = Field(1000, ge=0, description="Most steps of that warm-up.")
 
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> EmbeddedModelConfig:
+        if self.hidden_size % (2 * self.num_attention_heads):  # rotary embeddings turn pairs of numbers
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be num_attention_heads ({self.num_attention_heads}) times an "
+                "even number"
+            )
+        return self
+
 
 class OptimizerConfig(ConfigModel):
     """AdamW."""
 
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moment estimates.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+
+    @field_validator("betas")
+    @classmethod
+    def _moments_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= rate < 1 for rate in value):
+            raise ValueError("both must be at least 0 and less than 1")
+        return value
 
 
 class SchedulerConfig(ConfigModel):

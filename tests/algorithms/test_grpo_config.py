@@ -1,0 +1,37 @@
+"""Values of a GRPO job's configuration that no run could honour are refused when it is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.errors import ConfigError
+from nemo_rl.utils.config import load_config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("policy.generation.temperature=0", "validation=null validates greedily"),
+        ("policy.generation.validation={temperature: 0}", "policy.generation.validation.temperature: 0 leaves nothing"),
+        ("policy.generation.temperature=.inf", "policy.generation.temperature: input should be a finite number"),
+        ("policy.generation.top_k=-1", "policy.generation.top_k: to draw from all tokens, set it to null"),
+        ("policy.generation.top_k=0", "policy.generation.top_k: to draw from all tokens, set it to null"),
+        ('policy.generation.stop_strings=[""]', "policy.generation.stop_strings: an empty stop string"),
+        ("policy.generation.stop_token_ids=[-1]", "policy.generation.stop_token_ids: token ids are not negative"),
+        ("policy.generation.precision=fp8", "policy.generation.precision: input should be 'float32' or 'bfloat16'"),
+        ("policy.optimizer.betas=[0.9, 1.0]", "policy.optimizer.betas: both must be at least 0 and less than 1"),
+        ("policy.optimizer.lr=.inf", "policy.optimizer.lr: input should be a finite number"),
+        ("policy.embedded.num_attention_heads=3", r"hidden_size \(128\) must be num_attention_heads \(3\) times an"),
+        ("policy.embedded.num_attention_heads=128", "times an even number"),
+        ("grpo.in_flight_weight_updates=true", "needs max_trajectory_age of at least 1"),
+    ],
+)
+def test_a_value_that_no_run_could_honour_is_refused(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(MasterConfig, None, [override])
+
+
+def test_in_flight_updates_go_with_rollouts_ahead() -> None:
+    overrides = ["grpo.in_flight_weight_updates=true", "grpo.max_trajectory_age=1"]
+    assert load_config(MasterConfig, None, overrides).grpo.in_flight_weight_updates
