@@ -83,6 +83,8 @@ class RayWorkerBuilder:
         placement_group_bundle_index: int,
         num_gpus: float,
         bundle_indices: tuple[int, list[int]] | None = None,
+        *,
+        stopped: threading.Event | None = None,
         **extra_options: Any,
     ) -> ActorHandle:
         """Start one worker and wait until its constructor has returned.
@@ -91,6 +93,7 @@ class RayWorkerBuilder:
             placement_group, placement_group_bundle_index: where; None for wherever Ray likes.
             num_gpus: may be a fraction.
             bundle_indices: passed on to the class's `configure_worker`.
+            stopped: set it from another thread to give up a start that is under way.
             **extra_options: `py_executable`, `runtime_env`, `num_gpus_per_node` (for `configure_worker`), or Ray's.
 
         Raises:
@@ -105,7 +108,7 @@ class RayWorkerBuilder:
             handle = self.submit(plan, placement_group, placement_group_bundle_index, options, configured)
             try:
                 label = extra_options.get("name") or "without a name"
-                await_started([StartingWorker(handle, plan.fqn, label, plan.secrets)])
+                await_started([StartingWorker(handle, plan.fqn, label, plan.secrets)], stopped=stopped)
             except StaleDescription as stale:
                 plan = plan.redescribed(stale.description)
             else:
@@ -113,8 +116,12 @@ class RayWorkerBuilder:
         raise WorkerError(keeps_changing(self.ray_actor_class_fqn))
 
     def create_worker_async(self, *args: Any, **kwargs: Any) -> Future[ActorHandle]:
-        """Start one worker without blocking. Takes what a call takes; the future holds its result or its error."""
+        """Start one worker without blocking. Takes what a call takes; the future holds its result or its error.
+
+        The future cannot be cancelled: set `stopped`, and wait for it before Ray is shut down.
+        """
         future: Future[ActorHandle] = Future()
+        future.set_running_or_notify_cancel()
 
         def start() -> None:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -34,8 +35,9 @@ class RemoteEnvironment(EnvironmentInterface):
         builder = RayWorkerBuilder(self.fqn, **config.actor_kwargs())
         # Not soft: Ray 2.60 takes no notice of a soft affinity of an actor without CPUs.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._stopped = threading.Event()
         self._starting: Future[ActorHandle] = builder.create_worker_async(
-            None, -1, 0, num_cpus=0, scheduling_strategy=here
+            None, -1, 0, num_cpus=0, scheduling_strategy=here, stopped=self._stopped
         )
         self._is_shut_down = False
 
@@ -56,11 +58,12 @@ class RemoteEnvironment(EnvironmentInterface):
         return self._call("global_post_process_and_metrics", result)
 
     def shutdown(self) -> None:
-        """Stop the environment and its actor."""
+        """Stop the environment and its actor. Nothing uses Ray any more when it returns."""
         if self._is_shut_down:
             return
         self._is_shut_down = True
-        if self._starting.cancel() or self._starting.exception() is not None:
+        self._stopped.set()
+        if self._starting.exception() is not None:  # of a start that is still under way: it ends soon
             return
         actor = self._starting.result()
         with contextlib.suppress(RayError, EnvironmentFailure):  # it is killed now in any case

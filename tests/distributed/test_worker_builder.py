@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,18 @@ def test_asynchronous_creation_returns_at_once_and_keeps_errors() -> None:
     ray.kill(handle)
     with pytest.raises(ValueError, match="no_such_option"):
         failing.result()
+
+
+def test_a_start_that_nobody_waits_for_ends_and_does_not_outlive_its_future() -> None:
+    stopped = threading.Event()
+    in_constructor = {"env_vars": {"RANK": "0", "WORLD_SIZE": "2"}}
+    future = builder("sample_workers.DiesInConstructor", "late").create_worker_async(
+        None, 0, 0, num_cpus=0, runtime_env=in_constructor, stopped=stopped
+    )
+    assert not future.cancel(), "whoever shuts Ray down next would leave a thread that starts it again"
+    stopped.set()
+    with pytest.raises(WorkerStartError, match="was stopped while it started"):
+        future.result()
 
 
 def test_references_are_resolved_for_the_constructor() -> None:
