@@ -34,6 +34,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
+from nemo_rl import settings
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.interfaces import WeightBucket
@@ -41,6 +42,9 @@ from nemo_rl.models.weights.transports import WeightTransport
 
 _SENDER, _RECEIVER = 0, 1  # ranks of a pair
 _TIMEOUT = datetime.timedelta(minutes=10)
+# torch's threads that watch over a group end the whole process when the other side is gone, unless told to do no more
+# than give the group up (`ErrorHandlingMode` in torch's ProcessGroupNCCL.hpp). Read when a group is made.
+_ONLY_CLEAN_UP = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
 _Group = Any  # ProcessGroupGloo or ProcessGroupNCCL
 _Lend = Callable[[int], torch.Tensor]  # bytes -> memory for a bucket
 
@@ -175,7 +179,8 @@ class NcclTransport(PairTransport):
 
         options = ProcessGroupNCCL.Options()
         options._timeout = _TIMEOUT
-        return ProcessGroupNCCL(store, rank, 2, options)
+        with settings.exported(_ONLY_CLEAN_UP):
+            return ProcessGroupNCCL(store, rank, 2, options)
 
     def settle(self) -> None:
         torch.cuda.current_stream().synchronize()
@@ -219,6 +224,7 @@ class _PairConnection:
     def close(self) -> None:
         self._connection.close()
         if not self._is_over:
+            self._is_over = True
             self._pair.group.abort()
             if _pairs.get(self._key) is self._pair:
                 del _pairs[self._key]

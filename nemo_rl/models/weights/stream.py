@@ -253,7 +253,7 @@ class _Receivers:
             try:
                 peer.connection.send(message)
             except (OSError, EOFError):
-                self.peers.remove(peer)
+                self._leave_out(peer)
             peer.num_under_way += 1
 
     def _settle(self, num_left: int) -> None:
@@ -263,6 +263,11 @@ class _Receivers:
                     peer.connection.recv()
                     peer.num_under_way -= 1
             except (OSError, EOFError):
-                self.peers.remove(peer)
+                self._leave_out(peer)
         while len(self._under_way) > num_left:
             self._under_way.popleft()
+
+    def _leave_out(self, peer: _Peer) -> None:
+        """It has ended. Closed at once: what still waits for it on a GPU may keep what comes later from starting."""
+        self.peers.remove(peer)
+        peer.connection.close()
