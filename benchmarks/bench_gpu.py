@@ -21,7 +21,6 @@ recomputed counts once.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -78,7 +77,7 @@ def main() -> None:
     for topic in arguments.only:
         with tempfile.TemporaryDirectory() as directory:
             found, compared, said = topics[topic](_plan(arguments), Path(directory))
-        _let_memory_go()
+        gpu_topics.let_memory_go()
         results.merge(found)
         ratios += compared
         notes += said
@@ -92,14 +91,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.tiny:
         return Plan(arguments.device, ("tiny",), arguments.repeats, num_tokens=32, batch=4, micro_batch=2, matmul=128)
     return Plan(arguments.device, tuple(arguments.sizes), arguments.repeats)
-
-
-def _let_memory_go() -> None:
-    """What one topic leaves behind must not be in another's way."""
-    gc.unfreeze()  # workers freeze what they hold
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _device_name(device: str) -> str:

@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "models" / "policy"))
+
+from rank_processes import megatron_python  # noqa: E402
 
 
 def test_every_topic_runs_and_is_reported(tmp_path: Path) -> None:
@@ -25,7 +30,7 @@ def test_every_topic_runs_and_is_reported(tmp_path: Path) -> None:
     report = json.loads(file.read_text(encoding="utf-8"))
     medians = report["medians"]
     assert set(medians) >= {
-        "matrix product",
+        "matrix product, beside train torch tiny",
         "train torch tiny",
         "offload tiny",
         "copy, pinned memory",
@@ -38,3 +43,23 @@ def test_every_topic_runs_and_is_reported(tmp_path: Path) -> None:
     assert {"timing/offload_s", "timing/generation_s", "timing/train_s"} <= set(medians["grpo step tiny"])
     assert any("not a measurement" in note for note in report["notes"])
     assert report["details"]["device"] == "cpu"
+
+
+TRAIN_TWO_SIZES = """
+import pathlib, sys, one_process, gpu_topics, bench_gpu
+one_process.SIZES["next"] = one_process.SIZES["tiny"]
+plan = bench_gpu.Plan("cpu", ("tiny", "next"), 1, num_tokens=16, batch=2, micro_batch=2, matmul=32)
+results, ratios, _ = gpu_topics.train(plan, pathlib.Path(sys.argv[1]))
+assert len(ratios) == 4, ratios
+"""
+
+
+@pytest.mark.slow
+def test_several_sizes_train_one_after_the_other_with_megatron_too(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [megatron_python(), "-c", TRAIN_TWO_SIZES, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

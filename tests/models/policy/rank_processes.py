@@ -30,7 +30,9 @@ class RankProcesses:
 
     def __init__(self, world_size: int, python: str = sys.executable) -> None:
         key = os.urandom(16)
-        path = f"{HERE}{os.pathsep}{HERE.parents[2]}"
+        # Where this Python finds its packages, if not in its venv, is where ranks with the same Python find theirs.
+        inherited = [os.environ["PYTHONPATH"]] if python == sys.executable and os.environ.get("PYTHONPATH") else []
+        path = os.pathsep.join([str(HERE), str(HERE.parents[2]), *inherited])
         self._processes = []
         self._pipes: list[Connection] = []
         with Listener(authkey=key) as listener:
