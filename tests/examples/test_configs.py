@@ -1,0 +1,35 @@
+"""What the shipped configurations say of themselves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.utils.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+ON_ONE_GPU = re.compile(r"On one GPU: add ((?:\S+=\S+\s*)+)")
+
+
+def header(config: Path) -> str:
+    lines = config.read_text(encoding="utf-8").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("grpo_*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_is_valid_also_as_its_header_says_for_one_gpu(config: Path) -> None:
+    load_config(MasterConfig, config, [])
+    for overrides in ON_ONE_GPU.findall(header(config)):
+        assert load_config(MasterConfig, config, overrides.split()).cluster.gpus_per_node == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["grpo_math_1B", "grpo_math_1B_megatron", "grpo_math_8B_megatron", "grpo_math_async_1B"]
+)
+def test_models_that_fill_gpus_are_served_by_vllm(name: str) -> None:
+    """The torch backend takes memory for every row's longest completion: 90 GB for the 8B model."""
+    generation = load_config(MasterConfig, CONFIGS / f"{name}.yaml", []).policy.generation
+    assert generation.backend == "vllm"
