@@ -260,7 +260,7 @@ def _optimizer_files(state: TrainedState, *, keep: bool) -> Iterator[dict[str, t
 def _gather_random_states(group: ProcessGroup) -> dict[str, torch.Tensor]:
     """ "<rank>/<generator>" -> state, of all ranks, on all ranks. A collective."""
     result: dict[str, torch.Tensor] = {}
-    for key, own in random_state.capture().items():
+    for key, own in random_state.capture(group.device).items():
         of_ranks = [own]
         if group.world_size > 1:
             of_ranks = [torch.empty_like(own) for _ in range(group.world_size)]
@@ -272,7 +272,7 @@ def _gather_random_states(group: ProcessGroup) -> dict[str, torch.Tensor]:
 def _scatter_random_states(states: dict[str, torch.Tensor] | None, group: ProcessGroup) -> None:
     """Restore each rank's own from rank 0's `states`. A collective."""
     own: dict[str, torch.Tensor] = {}
-    for key, like in random_state.capture().items():
+    for key, like in random_state.capture(group.device).items():
         for rank in range(group.world_size):
             found = None if states is None else states.get(f"{rank}/{key}")
             state = like.clone() if found is None else found
@@ -280,7 +280,7 @@ def _scatter_random_states(states: dict[str, torch.Tensor] | None, group: Proces
                 dist.broadcast(state, src=0)
             if rank == group.rank:
                 own[key] = state
-    random_state.restore(own)
+    random_state.restore(own, group.device)
 
 
 def _agree(group: ProcessGroup, error: str | None, what: str) -> None:

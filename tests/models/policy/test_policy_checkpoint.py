@@ -205,10 +205,18 @@ def test_random_states_are_equal_after_restoring_them() -> None:
     first = draws()
     random_state.seed_everything(5, 0)
     assert draws() == first
-    state = random_state.capture()
+    state = random_state.capture(torch.device("cpu"))
     second = draws()
     assert second != first
-    random_state.restore(state)
+    random_state.restore(state, torch.device("cpu"))
     assert draws() == second
     random_state.seed_everything(5, 1)
     assert draws() != first
+
+
+def test_a_worker_on_a_cpu_asks_no_gpu_for_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leaves all GPUs of a node visible to workers that were given none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    state = random_state.capture(torch.device("cpu"))
+    assert "cuda" not in state
+    random_state.restore({**state, "cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))
