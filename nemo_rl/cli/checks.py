@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -192,6 +193,21 @@ def check_home() -> Iterator[Check]:
     if settings.home_dir() is None:
         found = f"none: user id {os.getuid()} has no account, and HOME is not set"
         yield Check("home", WARNING, found, "set HOME to a directory to write in (containers take -e HOME=/tmp)")
+
+
+def check_compiler() -> Check:
+    """What Triton, which vLLM uses on GPUs, compiles a small module with where it runs."""
+    compiler = settings.snapshot().get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, which Triton does not follow either
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    lacks = [what for what, there in (("no C compiler", compiler), (f"no {header}", header.is_file())) if not there]
+    if not lacks:
+        return Check("compiler", OK, f"{compiler}, with Python's headers")
+    if shutil.which("nvidia-smi") is None:
+        return Check("compiler", OK, f"{', '.join(lacks)}; only GPUs need it")
+    fix = "apt-get install gcc libc6-dev python3-dev (or set CC): vLLM does not start on a GPU without"
+    return Check("compiler", WARNING, ", ".join(lacks), fix)
 
 
 def check_disk() -> Iterator[Check]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nemo_rl.cli.checks import OK, WARNING, check_compiler
 from nemo_rl.cli.cluster_checks import clock_check
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,6 +40,18 @@ def test_a_sound_machine_has_nothing_fatal_and_json_stands_alone(tmp_path: Path)
     assert {"Python", "uv", "lock", "Ray", "GPU", "ports", "clock", "file system", "build locks"} <= found.keys()
     assert all(check["fix"] for check in found.values() if check["state"] != "ok")
     assert list(tmp_path.glob(".clock*")) == list(tmp_path.glob(".lock-*")) == []
+
+
+def test_a_machine_with_gpus_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert check_compiler().state == OK
+    driver = tmp_path / "nvidia-smi"
+    driver.touch(mode=0o755)
+    lacking = check_compiler()
+    assert (lacking.state, "no C compiler" in lacking.found, "install gcc" in lacking.fix) == (WARNING, True, True)
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert "C compiler" not in check_compiler().found
 
 
 @pytest.mark.parametrize(
