@@ -175,7 +175,8 @@ def _write(text: str, stream: Any = None) -> None:
 def _sentence(state: JobState) -> str:
     code = "" if state.exit_code is None else f" with exit code {state.exit_code}"
     # Ray's message repeats the end of the log, which the user has seen.
-    why = "" if state.status == "SUCCEEDED" else f": {state.message.strip().partition(chr(10))[0]}"
+    message = state.message.strip().partition("\n")[0].partition(", last available logs")[0]
+    why = "" if state.status == "SUCCEEDED" else f": {message}"
     return f"{state.job_id} {state.status}{code}{why}"
 
 

@@ -41,6 +41,8 @@ FINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 INTERRUPTED = 130
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_JOB_ID = re.compile(r"[A-Za-z0-9_.-]+")  # it becomes a part of the job server's URLs
+_RAISED = re.compile(r"^[\w.]*(?:Error|Exception): (.+)$", re.MULTILINE)
 _MAX_RECONNECTS = 10
 _RECONNECT_PAUSE_S = 1.0
 
@@ -96,6 +98,12 @@ class Submission:
         """Raise `ConfigError` for what must not, or cannot, be sent."""
         if not self.command:
             raise ConfigError("say what to run after `--`: nemo-rl submit -- python examples/run_grpo_math.py")
+        if self.name and not _JOB_ID.fullmatch(self.name):
+            raise ConfigError(f"--name {self.name!r}: expected letters, digits and any of '_.-'.")
+        for option, paths in (("--working-dir", [self.working_dir or ""]), ("--py-module", self.py_modules)):
+            for path in paths:
+                if "://" in path and not is_remote(path):
+                    raise ConfigError(f"{option} {path}: Ray fetches from {', '.join(REMOTE_SCHEMES)} only.")
         shown = [name for name in self.env if settings.is_secret(name)]
         shown += [key for key, _, value in _assignments(self.command) if value and is_secret_key(key)]
         if shown:
@@ -261,8 +269,8 @@ class JobServer:
             )
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
-        logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         # Ray lets the variable win over the address that it is given.
         with self._explained(), settings.exported({settings.RAY_API_SERVER_ADDRESS.name: self.address}):
             self._client: JobSubmissionClient = JobSubmissionClient(self.address)
@@ -270,7 +278,7 @@ class JobServer:
     def submit(self, submission: Submission, upload: Upload) -> str:
         """Upload and start; return the job's id. What the cluster already has is not sent again."""
         job_id = submission.name or _new_id(submission.command)
-        with self._explained():
+        with self._explained(submitting=job_id):
             return self._client.submit_job(
                 entrypoint=submission.entrypoint,
                 submission_id=job_id,
@@ -319,16 +327,19 @@ class JobServer:
     async def _tail(self, job_id: str, taken: int, on_text: Callable[[str], None]) -> int:
         """Follow until the server closes; return the number of characters of the log that have been passed on."""
         seen = 0
-        try:
-            async for text in self._client.tail_job_logs(job_id):
-                fresh = text[max(0, taken - seen) :]
-                seen += len(text)
-                if fresh:
-                    on_text(fresh)
-                    taken = max(taken, seen)
-        except (TimeoutError, OSError, RuntimeError) as error:
-            raise _TailBroken(taken) from error
-        return taken
+        texts = aiter(self._client.tail_job_logs(job_id))
+        while True:
+            try:
+                text = await anext(texts)
+            except StopAsyncIteration:
+                return taken
+            except (TimeoutError, OSError, RuntimeError) as error:
+                raise _TailBroken(taken) from error
+            fresh = text[max(0, taken - seen) :]
+            seen += len(text)
+            if fresh:
+                on_text(fresh)  # what this raises (nobody reads any more, a full disk) is no lost connection
+                taken = max(taken, seen)
 
     def stop(self, job_id: str) -> bool:
         """Ask the job to end; false when it had ended already."""
@@ -336,7 +347,7 @@ class JobServer:
             return self._client.stop_job(job_id)
 
     @contextlib.contextmanager
-    def _explained(self, job_id: str = "") -> Iterator[None]:
+    def _explained(self, job_id: str = "", *, submitting: str = "") -> Iterator[None]:
         from ray.exceptions import AuthenticationError
 
         try:
@@ -360,6 +371,10 @@ class JobServer:
                 )
             if job_id and "does not exist" in text:
                 raise ConfigError(f"there is no job {job_id!r} at {self.address}. See: nemo-rl status") from None
+            if "already exists" in text and submitting:
+                raise ConfigError(f"there is a job {submitting!r} at {self.address}: choose another --name.") from None
+            if "Traceback" in text and (raised := _RAISED.findall(text)):
+                text = raised[-1]  # the server's own traceback helps nobody
             raise SubmissionError(f"the job server at {self.address} answered: {text.strip()[-800:]}") from None
 
 

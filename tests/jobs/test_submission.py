@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import socketserver
@@ -16,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,6 +52,19 @@ def test_a_secret_is_a_reference_in_the_command() -> None:
 def test_a_reference_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--secret"):
         Secret.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "a b/c"}, "--name 'a b/c': expected letters"),
+        ({"working_dir": "s4://bucket/x.zip"}, "--working-dir s4://bucket/x.zip: Ray fetches from https, s3"),
+        ({"py_modules": ["ftp://host/m.zip"]}, "--py-module ftp://host/m.zip: Ray fetches from"),
+    ],
+)
+def test_what_the_job_server_could_not_serve_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Submission(["true"], **fields).check()
 
 
 def test_variables_are_assignments() -> None:
@@ -184,7 +199,9 @@ def test_a_secret_that_the_head_lacks_fails_before_the_command_starts(cli: Cli, 
 
 
 def test_a_job_can_be_left_looked_at_and_stopped(cli: Cli, head: dict[str, str], sources: Path) -> None:
-    (sources / "long.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
+    (sources / "long.py").write_text(
+        "import time\nprint('begun', flush=True)\nwhile True:\n    time.sleep(0.2)\n    print('on', flush=True)\n"
+    )
     done = cli("submit", "--untracked", "--no-wait", "--name", "long-one", "--", "python", "long.py", cwd=sources)
     assert (done.returncode, done.stdout) == (0, "long-one\n"), done.stderr
     follower = subprocess.Popen(
@@ -198,6 +215,13 @@ def test_a_job_can_be_left_looked_at_and_stopped(cli: Cli, head: dict[str, str],
         assert follower.stdout is not None
         assert any(line == "begun\n" for line in follower.stdout)
         assert "RUNNING" in cli("status", "long-one").stdout
+        again = cli("submit", "--name", "long-one", "--", "python", "long.py", cwd=sources)
+        assert again.returncode == 2
+        assert "there is a job 'long-one' at" in again.stderr
+        assert "Traceback" not in again.stderr
+        some = f"{sys.executable} -m nemo_rl.cli logs -f long-one | head -n 3; exit ${{PIPESTATUS[0]}}"
+        gone = subprocess.run(["bash", "-c", some], env=head, capture_output=True, text=True, timeout=120, check=False)
+        assert (gone.returncode, gone.stderr) == (1, ""), "a reader that has gone is no lost connection"
         assert cli("stop", "long-one").returncode == 0
         assert follower.wait(timeout=60) == 130
     assert cli("stop", "long-one").returncode == 1
