@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl.errors import ConfigError
+from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
 
 if TYPE_CHECKING:
@@ -49,11 +49,12 @@ def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
 
 
 def prepare_model(config: PolicyConfig) -> ModelFiles:
-    """Make the embedded model if it is asked for, load the tokenizer, and check the context length.
+    """Check that the model fits the configuration, make it if it is the embedded one, and load the tokenizer.
 
     Raises:
-        ConfigError: the model or tokenizer cannot be loaded, has no token to pad with, or its context is too short.
+        ConfigError: the model or tokenizer cannot be loaded, has no token to pad with, or `check_model_fits`.
     """
+    check_model_fits(config, load_architecture(config))
     # Two seconds to import, and a job that is refused early need not wait for them.
     from transformers import AutoTokenizer
 
@@ -70,13 +71,36 @@ def prepare_model(config: PolicyConfig) -> ModelFiles:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ConfigError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
-    context = getattr(load_model_config(name), "max_position_embeddings", None)
+    return ModelFiles(name, tokenizer, int(pad))
+
+
+def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
+    """The model's `config.json`; that of the embedded model without making it. Raises as `load_model_config`."""
+    if config.model_name != EMBEDDED_MODEL:
+        return load_model_config(config.model_name, local_only)
+    from nemo_rl.models.embedded import architecture, make_tokenizer
+
+    return architecture(config.embedded, make_tokenizer())
+
+
+def check_model_fits(config: PolicyConfig, model: PretrainedConfig) -> None:
+    """Raise `ConfigError` when the model's context or vocabulary is too small, or a backend cannot divide it."""
+    context = getattr(model, "max_position_embeddings", None)
     if context is not None and config.max_sequence_length > context:
         raise ConfigError(
             f"policy.max_sequence_length={config.max_sequence_length} exceeds the context of {config.model_name}, "
             f"{context} tokens"
         )
-    return ModelFiles(name, tokenizer, int(pad))
+    size = getattr(model, "vocab_size", None)
+    if size is not None and (beyond := [token for token in config.generation.stop_token_ids if token >= size]):
+        raise ConfigError(
+            f"policy.generation.stop_token_ids: {config.model_name} has no token {beyond[0]}; the last is {size - 1}"
+        )
+    try:
+        config.options.check_model(model, config)
+        config.generation.options.check_model(model, config)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:

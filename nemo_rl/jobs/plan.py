@@ -11,10 +11,16 @@ from nemo_rl import settings, venvs
 from nemo_rl.distributed import placement
 from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.model_files import check_model_name, count_parameters, load_model_config, parameters_in_name
+from nemo_rl.jobs.model_files import (
+    check_model_fits,
+    check_model_name,
+    count_parameters,
+    load_architecture,
+    parameters_in_name,
+)
 from nemo_rl.jobs.roles import Role, job_roles
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
-from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.config import PolicyConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -246,16 +252,12 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
 
 
 def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | None, str]:
-    if policy.model_name == EMBEDDED_MODEL:
-        from nemo_rl.models.embedded import make_model, make_tokenizer
-
-        embedded = make_model(policy.embedded, make_tokenizer()).config
-        return embedded, count_parameters(embedded), "counted"
     try:
         # A plan downloads nothing.
-        model = load_model_config(policy.model_name, local_only=True)
+        model = load_architecture(policy, local_only=True)
     except ConfigError:
         return None, parameters_in_name(policy.model_name), "from its name: config.json is not on this machine"
+    check_model_fits(policy, model)
     return model, count_parameters(model), "counted"
 
 

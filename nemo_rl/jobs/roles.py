@@ -8,6 +8,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.environments.registry import environment_fqn
 from nemo_rl.models.generation.registry import generation_backend
+from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.models.policy.registry import policy_backend
 
 
@@ -41,7 +42,11 @@ def job_roles(config: MasterConfig) -> list[Role]:
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     policy_python = trainer.py_executable(policy.py_executable, use_gpus=cluster.use_gpus)
     generation_python = generator.py_executable(generation.py_executable, use_gpus=cluster.of_generation.use_gpus)
-    num_generators = generation.num_workers or cluster.of_generation.num_workers
+    part = cluster.of_generation
+    num_generators = generation.num_workers or part.num_workers
+    replica_bundles(
+        [part.workers_per_node] * part.num_nodes, generation.num_workers, generation.options.workers_per_replica
+    )  # refuses numbers that do not fit
     share = 1 / num_colocated_groups(config)
     environment = environment_fqn(config.env.name)
     return [

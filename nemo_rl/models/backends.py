@@ -17,6 +17,8 @@ from nemo_rl.utils.config import ConfigModel, OpenSection, validate
 from nemo_rl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from nemo_rl.distributed.named_sharding import NamedSharding
     from nemo_rl.models.policy.config import PolicyConfig
 
@@ -38,6 +40,12 @@ class PolicyOptions(OpenSection):
 
     def check(self, policy: PolicyConfig) -> None:
         """Refuse settings of the rest of the section that this backend cannot honour, as `ConfigError`."""
+
+    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        """Refuse a model that this backend cannot compute or divide as configured, as `ModelError`.
+
+        The driver asks as soon as it has read the model's configuration, before workers are started.
+        """
 
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
         """Estimate of what weights, gradients and AdamW take in one worker, without activations."""
@@ -63,6 +71,9 @@ class GenerationOptions(OpenSection):
     def sleeps(self) -> bool:
         """Whether `sleep` gives the memory of GPUs back."""
         return False
+
+    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        """As `PolicyOptions.check_model`, for what generates."""
 
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:

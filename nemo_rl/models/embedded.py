@@ -33,7 +33,7 @@ from nemo_rl.models.policy.config import EmbeddedModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +139,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights that follow from `config.seed` alone; torch's own random state is left as it was."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def architecture(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The model's Hugging Face configuration."""
+    from transformers import LlamaConfig
 
-    llama = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
         intermediate_size=config.hidden_size * 8 // 3 // 8 * 8,
@@ -158,9 +157,16 @@ def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) 
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with random weights that follow from `config.seed` alone; torch's own random state is left as it was."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return LlamaForCausalLM(llama)
+        return LlamaForCausalLM(architecture(config, tokenizer))
 
 
 def supervised_batches(

@@ -1,8 +1,12 @@
 import pytest
 
+from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.model_files import check_model_name, count_parameters, parameters_in_name
+from nemo_rl.jobs.model_files import check_model_name, count_parameters, parameters_in_name, prepare_model
+from nemo_rl.jobs.plan import make_plan
+from nemo_rl.jobs.roles import job_roles
 from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.utils.config import load_config
 
 
 @pytest.mark.parametrize(
@@ -43,3 +47,52 @@ def test_parameters_are_counted_with_tied_ones_once():
         tie_word_embeddings=True,
     )  # fmt: skip
     assert count_parameters(config) == sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["policy.max_sequence_length=513"], "policy.max_sequence_length=513 exceeds the context of embedded, 512"),
+        (["policy.generation.stop_token_ids=[7, 100]"], "embedded has no token 100; the last is 99"),
+        (
+            ["policy.backend=megatron", "policy.options.tensor_parallel_size=3", "cluster.cpu_workers_per_node=3"],
+            "tensor_parallel_size=3 must divide the 4 attention heads",
+        ),
+        (
+            ["policy.backend=megatron", "policy.options.pipeline_parallel_size=4", "cluster.cpu_workers_per_node=4"],
+            "pipeline_parallel_size=4 must divide the 2 layers",
+        ),
+        (
+            [
+                "policy.generation.backend=vllm",
+                "policy.generation.options.tensor_parallel_size=3",
+                "cluster.cpu_workers_per_node=3",
+                "grpo.num_prompts_per_step=3",
+            ],
+            "policy.generation.options.tensor_parallel_size=3 must divide the 4 attention heads",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch, overrides, expected):
+    monkeypatch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path))
+    config = load_config(MasterConfig, None, overrides)
+    with pytest.raises(ConfigError, match=expected):
+        prepare_model(config.policy)
+    with pytest.raises(ConfigError, match=expected):
+        make_plan(config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["policy.generation.num_workers=5"], "num_workers=5, but the cluster has only 1 places"),
+        (
+            ["policy.generation.backend=vllm", "policy.generation.options.tensor_parallel_size=2"],
+            r"\[1\] per node, cannot be divided into replicas of 2 workers",
+        ),
+    ],
+)
+def test_generation_workers_that_have_no_place_are_refused_before_anything_starts(overrides, expected):
+    with pytest.raises(ConfigError, match=expected):
+        job_roles(load_config(MasterConfig, None, overrides))

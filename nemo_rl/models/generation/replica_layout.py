@@ -26,8 +26,15 @@ def _replicas_per_node(bundle_counts: Sequence[int], num_workers: int | None, si
     limits = [count // size for count in bundle_counts]
     uneven = num_workers % size if num_workers is not None else any(count % size for count in bundle_counts)
     if uneven:
-        what = f"policy.generation.num_workers={num_workers}" if num_workers else f"places per node, {bundle_counts},"
-        raise ConfigError(f"{what} cannot be divided into replicas of {size} workers (policy.generation.options)")
+        what = (
+            f"policy.generation.num_workers={num_workers}"
+            if num_workers
+            else f"the places for generation workers, {list(bundle_counts)} per node,"
+        )
+        raise ConfigError(
+            f"{what} cannot be divided into replicas of {size} workers (policy.generation.options): change one of "
+            "them, or the workers per node (cluster.gpus_per_node or cluster.cpu_workers_per_node)"
+        )
     if num_workers is None:
         return limits
     if num_workers > sum(limits) * size:

@@ -34,7 +34,8 @@ from nemo_rl.models.policy.megatron.config import MegatronOptions
 from nemo_rl.models.policy.megatron.cpu import adapt_to_cpu
 from nemo_rl.models.policy.megatron.families import find_family
 from nemo_rl.models.policy.megatron.forward import PipelineForward
-from nemo_rl.models.policy.megatron.model import PolicyModel, build_model, check_model, wrap_for_training
+from nemo_rl.models.policy.megatron.model import PolicyModel, build_model, wrap_for_training
+from nemo_rl.models.policy.megatron.model_check import check_model
 from nemo_rl.models.policy.megatron.optimizer import MegatronOptimizer
 from nemo_rl.models.policy.megatron.parallel import leave_grid, make_grid
 from nemo_rl.models.policy.megatron.state import MegatronState
@@ -92,8 +93,8 @@ class MegatronPolicyWorker:
             raise ConfigError(f"policy.options is a {type(options).__name__}: set policy.backend=megatron")
         options.layout(settings.WORLD_SIZE.get())  # refuses a number of workers that does not divide
         self._hf = load_config(config.model_name, config.attn_implementation)
+        check_model(self._hf, config, options)
         self._family = find_family(self._hf.model_type)
-        check_model(self._hf, self._family, config, options)
         # Of kernels that wait for several streams, the one that was issued first must start first.
         settings.export({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
         self._config = config

@@ -47,7 +47,7 @@ def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
 def test_workers_of_one_replica_are_neighbours_on_one_node() -> None:
     assert replica_bundles([4, 2], None, 2) == [(0, [0, 1]), (0, [2, 3]), (1, [0, 1])]
     assert replica_bundles([3, 3], 4, 2) == [(0, [0, 1]), (1, [0, 1])]
-    with pytest.raises(ConfigError, match=r"places per node, \[3, 3\], cannot be divided into replicas of 2"):
+    with pytest.raises(ConfigError, match=r"\[3, 3\] per node, cannot be divided into replicas of 2"):
         replica_bundles([3, 3], None, 2)
     with pytest.raises(ConfigError, match="num_workers=3 cannot be divided into replicas of 2"):
         replica_bundles([4], 3, 2)

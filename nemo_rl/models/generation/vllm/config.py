@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field, model_validator
 
+from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import GenerationOptions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from nemo_rl.models.policy.config import PolicyConfig
 
 
 class VllmOptions(GenerationOptions):
@@ -51,3 +59,13 @@ class VllmOptions(GenerationOptions):
     @property
     def sleeps(self) -> bool:
         return self.enable_sleep_mode
+
+    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        size, text = self.tensor_parallel_size, model.get_text_config()
+        heads = getattr(text, "num_attention_heads", size)  # other kinds of models are vLLM's to judge
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        if heads % size or (groups % size and size % groups):
+            raise ModelError(
+                f"policy.generation.options.tensor_parallel_size={size} must divide the {heads} attention heads of "
+                f"{policy.model_name!r}, and divide its {groups} key-value heads or be a multiple of them"
+            )

@@ -10,6 +10,8 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from nemo_rl.distributed.named_sharding import NamedSharding
     from nemo_rl.models.policy.config import PolicyConfig
 
@@ -79,6 +81,11 @@ class MegatronOptions(PolicyOptions):
                 "policy.batching.mode=packed and policy.options.context_parallel_size do not go together: "
                 "set the mode to dynamic or fixed"
             )
+
+    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        from nemo_rl.models.policy.megatron.model_check import check_model  # imports transformers
+
+        check_model(model, policy, self)
 
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
         """Weights and gradients are split over stages and tensor-parallel workers, the optimizer as configured."""
