@@ -128,11 +128,14 @@ def hold_lease(path: str | os.PathLike[str]) -> Lease:
 
 
 @contextlib.contextmanager
-def unused(path: Path) -> Iterator[bool]:
-    """Whether no process holds a lease on the venv directory `path`; while the block runs, none can take one."""
+def unused(path: Path, *, may_write: bool = True) -> Iterator[bool]:
+    """Whether no process holds a lease on the venv directory `path`; while the block runs, none can take one.
+
+    Raises `OSError` where that cannot be told; with `may_write` false local disks tell it without the right to write.
+    """
     try:
         # NFS grants an exclusive lock only on a file that is open for writing.
-        descriptor = os.open(path / LEASE_FILE, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path / LEASE_FILE, (os.O_RDWR if may_write else os.O_RDONLY) | os.O_CLOEXEC)
     except FileNotFoundError:
         yield True  # never sealed, so never used
         return

@@ -67,11 +67,10 @@ def _info(store: Store, digest: str, names: tuple[str, ...]) -> VenvInfo:
 
 
 def _free(path: Path) -> bool:
-    try:
-        with unused(path) as free:
+    for may_write in (True, False):  # another user's venv, or a disk that cannot be written: look all the same
+        with contextlib.suppress(OSError), unused(path, may_write=may_write) as free:
             return free
-    except OSError:
-        return False  # a disk that cannot be written: nobody can tell, and nothing will be removed
+    return False  # nobody can tell, and nothing will be removed
 
 
 def _last_used(builds: list[Path]) -> float:

@@ -308,6 +308,15 @@ def test_a_read_only_store_works_when_the_venv_is_sealed(project: Project, store
             venvs.prune(keep_names=[])
 
 
+def test_on_a_read_only_store_a_venv_is_in_use_only_when_it_is(project: Project, store: Store) -> None:
+    venv = venvs.ensure(project.command(), "A")
+    with mounted(store.root, "--bind", str(store.root)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(store.root)], check=True)
+        assert [info.in_use for info in venvs.list_venvs()] == [False]
+        with venvs.hold_lease(venv.path):
+            assert [info.in_use for info in venvs.list_venvs()] == [True]
+
+
 @pytest.mark.parametrize("damage", ["no_manifest", "cut_manifest", "foreign_manifest", "no_python", "dangling_python"])
 def test_a_broken_manifest_or_interpreter_is_repaired(damage: str, project: Project, store: Store) -> None:
     ready = venvs.ensure(project.command(), "A")
