@@ -255,3 +255,9 @@ class StageOutputError(StageError, ValueError):
 def exit_code(error: NemoRLError) -> int:
     """What a command ends with: 2 for a user's mistake, 1 for an operation that failed."""
     return 2 if isinstance(error, ValueError) else 1
+
+
+def sentence(error: NemoRLError) -> str:
+    """What an error says. Of one that a worker raised, Ray's text is the worker's whole traceback."""
+    raised = getattr(error, "cause", None)
+    return str(raised if isinstance(raised, NemoRLError) else error)

@@ -29,7 +29,8 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollouts import Rollout
-from nemo_rl.errors import LogprobMismatchError
+from nemo_rl.errors import CheckpointError, ConfigError, LogprobMismatchError, sentence
+from nemo_rl.utils.names import did_you_mean
 from nemo_rl.utils.timer import Timer
 
 if TYPE_CHECKING:
@@ -89,10 +90,16 @@ class GRPO:
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint instead of from the start."""
-        state = checkpoint.state()
-        self.policy.load_checkpoint(checkpoint.path / "policy")
-        self._pipeline.load(checkpoint.path, state["rollouts"])
+        """Go on from a checkpoint instead of from the start. Raises `CheckpointError` when it cannot be used."""
+        try:
+            state = checkpoint.state()
+            self.policy.load_checkpoint(checkpoint.path / "policy")
+            self._pipeline.load(checkpoint.path, state["rollouts"])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{sentence(error)}. Remove {checkpoint.path} to go on from the checkpoint before it, or set "
+                "logger.log_dir and checkpointing.checkpoint_dir to those of another run"
+            ) from error
         self._last_validation = state["validation"]
         self.step = state["step"]
 
@@ -226,10 +233,22 @@ class GRPO:
                 sampling=self.config.policy.generation.validation,
             )
         metrics = {f"val/{name}": value for name, value in _describe_validation(rollout, count).items()}
+        if not self._last_validation:
+            self._refuse_unmeasured(metrics)
         self._last_validation = {"step": self.step, **metrics}
         timing = {f"timing/{name}_s": value for name, value in (self.timer.seconds() | seconds).items()}
         self.recorder.log_metrics(self.step, metrics | timing)
         self.recorder.log_samples(self.step, _samples(rollout, self.config.logger.num_samples))
+
+    def _refuse_unmeasured(self, measured: dict[str, float]) -> None:
+        """Raise `ConfigError` for the name of a metric that no validation has: a run would never stop early by it."""
+        named = {"checkpointing.metric_name": self.config.checkpointing.metric_name}
+        if self.config.grpo.early_stop is not None:
+            named["grpo.early_stop.metric"] = self.config.grpo.early_stop.metric
+        for key, name in named.items():
+            if name not in measured:
+                hint = did_you_mean(name, measured)
+                raise ConfigError(f"{key}={name} is not measured.{hint} Measured: {', '.join(sorted(measured))}.")
 
     def _save(self) -> None:
         if self.checkpoints is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn
 
 from nemo_rl import settings
-from nemo_rl.errors import NemoRLError, exit_code
+from nemo_rl.errors import NemoRLError, exit_code, sentence
 from nemo_rl.utils.config import ConfigModel, ConfigT, iter_keys, load_config
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run_command(
     except NemoRLError as error:
         if settings.TRACEBACK.get():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return exit_code(error)
     finally:
         signal.signal(signal.SIGTERM, previous)

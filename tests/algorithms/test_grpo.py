@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.grpo import GRPO
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.environments.interfaces import EnvironmentReturn
-from nemo_rl.errors import ConfigError, EnvironmentFailure, LogprobMismatchError, WeightSyncError
+from nemo_rl.errors import CheckpointError, ConfigError, EnvironmentFailure, LogprobMismatchError, WeightSyncError
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.policy.interfaces import TrainResult
 from nemo_rl.models.weights.interfaces import WeightUpdate
@@ -252,6 +253,37 @@ def test_early_stop_ends_the_run_at_the_validation_that_reaches_it():
     job.policy.skill = 1.0
     assert job.run() == "val/accuracy reached 1.000"
     assert job.step == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "grpo.early_stop.metric=val/acuracy",
+            "grpo.early_stop.metric=val/acuracy is not measured. Did you mean",
+        ),
+        ("checkpointing.metric_name=train/reward", "checkpointing.metric_name=train/reward is not measured"),
+    ],
+)
+def test_a_metric_that_nobody_measures_is_refused_before_the_first_step(override, expected):
+    job = build(override)
+    with pytest.raises(ConfigError, match=expected):
+        job.run()
+    assert job.step == 0
+
+
+def test_a_checkpoint_that_cannot_be_used_says_so_in_one_sentence_and_what_to_do(tmp_path):
+    class OtherModel(FakePolicy):
+        def load_checkpoint(self, directory):
+            error = RayTaskError("load_checkpoint", "a long traceback", CheckpointError("of another model"))
+            raise error.as_instanceof_cause()
+
+    build("checkpointing.save_period=1", "grpo.max_num_steps=1", directory=tmp_path).run()
+    job = build(directory=tmp_path, policy=OtherModel())
+    checkpoint = job.checkpoints.latest()
+    with pytest.raises(CheckpointError, match=f"^of another model. Remove {checkpoint.path} to go on") as raised:
+        job.resume(checkpoint)
+    assert "traceback" not in str(raised.value)
 
 
 def test_epochs_limit_the_run():

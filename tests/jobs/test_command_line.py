@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.errors import ConfigError, DataError, EnvironmentFailure
+from nemo_rl.errors import ConfigError, DataError, EnvironmentFailure, NonFiniteError
 from nemo_rl.jobs.command_line import run_command
 
 
@@ -42,6 +43,14 @@ def test_errors_are_one_sentence_and_an_exit_code(config_file, capsys, error, co
 
     assert run_command(MasterConfig, config_file, job, []) == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_the_error_of_a_worker_is_its_own_sentence(config_file, capsys):
+    def job(arguments):
+        raise RayTaskError("train", "a long traceback", NonFiniteError("the loss is nan")).as_instanceof_cause()
+
+    assert run_command(MasterConfig, config_file, job, []) == 1
+    assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
 def test_our_own_bugs_keep_their_traceback(config_file):
