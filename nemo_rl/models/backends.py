@@ -8,7 +8,7 @@ so no other file names a backend.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
@@ -98,6 +98,7 @@ class Backend(Generic[OptionsT]):
         streams_weights: its workers can send a stream of weights (`send_weights`, `weight_endpoint`), or of generation
             workers: their `update_weights` takes a `WeightStream` too, as `receive` does.
         offloads: of policy workers: they have `offload`, after which every call brings back what it needs.
+        gpu_env_vars: of policy workers on GPUs: variables that CUDA reads before a worker could set them.
     """
 
     fqn: str
@@ -106,6 +107,7 @@ class Backend(Generic[OptionsT]):
     replaces: str | None = None
     streams_weights: bool = False
     offloads: bool = False
+    gpu_env_vars: Mapping[str, str] = field(default_factory=dict)
 
     def py_executable_override(self, chosen: str | None, *, use_gpus: bool) -> str | None:
         """What to give `RayWorkerBuilder`: the configuration's choice, that for nodes without GPUs, or None."""

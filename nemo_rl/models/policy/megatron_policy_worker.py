@@ -95,7 +95,7 @@ class MegatronPolicyWorker:
         self._hf = load_config(config.model_name, config.attn_implementation)
         check_model(self._hf, config, options)
         self._family = find_family(self._hf.model_type)
-        # Of kernels that wait for several streams, the one that was issued first must start first.
+        # For processes without Ray; in its workers it is set from the start, see `registry`.
         settings.export({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
         self._config = config
         self._options = options

@@ -102,7 +102,7 @@ class Policy(PolicyInterface):
             builder,
             name_prefix="policy",
             sharding_annotations=self._layout,
-            env_vars={} if cluster.use_gpus else cpu_env_vars(),
+            env_vars=dict(backend.gpu_env_vars) if cluster.use_gpus else cpu_env_vars(),
             stopped=self._stopped,
         )
         threads.shutdown(wait=False)

@@ -17,6 +17,9 @@ BACKENDS: dict[str, Backend[PolicyOptions]] = {
         MegatronOptions,
         streams_weights=True,
         offloads=True,
+        # Of kernels that wait for several streams, the one that was issued first must start first. Importing
+        # megatron-core already asks CUDA for its devices.
+        gpu_env_vars={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     ),
 }
 

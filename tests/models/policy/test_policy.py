@@ -12,12 +12,14 @@ import torch
 from tiny_policy import advantage_loss, assert_equal, make_batch, make_worker, nan_loss, weights
 from transformers import AutoModelForCausalLM
 
+from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
 from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, NonFiniteError, WorkerStartError
+from nemo_rl.models.backends import Backend, PolicyOptions
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
-from nemo_rl.models.policy.registry import policy_backend
+from nemo_rl.models.policy.registry import BACKENDS, policy_backend
 from nemo_rl.models.weights.receiver import receive
 
 WORKERS = 2
@@ -30,7 +32,7 @@ def cluster() -> Iterator[RayVirtualCluster]:
     # The loss is pickled by name, so the workers must find its module.
     patch.setenv("PYTHONPATH", str(Path(__file__).parent))
     assert not ray.is_initialized(), "another test left Ray running"
-    start_local_ray(num_cpus=4, num_gpus=0)
+    start_local_ray(num_cpus=4, num_gpus=1)  # which nobody looks for
     with RayVirtualCluster([WORKERS], use_gpus=False, max_colocated_worker_groups=3) as cluster:
         yield cluster
     ray.shutdown()
@@ -153,3 +155,19 @@ def test_the_embedded_model_is_made_before(cluster: RayVirtualCluster) -> None:
 def test_an_unknown_backend_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'torsh' is unknown\. Did you mean 'torch'\?"):
         policy_backend("torsh")
+
+
+def test_workers_on_gpus_have_their_variables_before_they_import_anything(
+    cluster: RayVirtualCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fqn = "variables_worker.VariablesWorker"
+    wanted = policy_backend("megatron").gpu_env_vars
+    assert wanted == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    monkeypatch.setitem(BACKENDS, "variables", Backend(fqn, PolicyOptions, gpu_env_vars=wanted))
+    monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, fqn, "unused")
+    with RayVirtualCluster([1], use_gpus=True) as on_gpu:
+        policy = make_policy(on_gpu, llama, backend="variables")
+        [found] = policy.attestation()
+        policy.shutdown()
+    assert wanted.items() <= found["variables"].items()
+    assert found["variables"]["CUDA_VISIBLE_DEVICES"].isdigit()  # its own GPU, and no other
