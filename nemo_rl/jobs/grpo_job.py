@@ -27,7 +27,7 @@ from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
-from nemo_rl.jobs.roles import Role, job_roles, num_colocated_groups
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.utils.checkpoint import CheckpointStore
@@ -178,6 +178,7 @@ class _Life:
     def _prepare_inputs(self) -> _Inputs:
         config = self.config
         with self.timeline.phase("model and tokenizer", INPUTS_THREAD):
+            check_weight_route(config)
             model = prepare_model(config.policy)
         with self.timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.data.loader import PromptLoader, validation_batch

@@ -18,7 +18,7 @@ from nemo_rl.jobs.model_files import (
     load_architecture,
     parameters_in_name,
 )
-from nemo_rl.jobs.roles import Role, job_roles
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import PolicyConfig
 
@@ -116,6 +116,7 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     """
     check_model_name(config.policy)
     roles = job_roles(config)
+    check_weight_route(config)
     ray_nodes = _alive_nodes() if on_cluster else None
     plans = {role.fqn: venvs.plan(role.py_executable) for role in roles}
     nodes = _forecasts(plans, ray_nodes)

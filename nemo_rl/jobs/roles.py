@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.environments.registry import environment_fqn
+from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.models.policy.registry import policy_backend
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.config import BundlesConfig
+    from nemo_rl.models.weights.routes import Place
 
 
 @dataclass(frozen=True)
@@ -53,4 +59,32 @@ def job_roles(config: MasterConfig) -> list[Role]:
         Role("policy", trainer.fqn, policy_python, cluster.num_workers, share),
         Role("generation", generator.fqn, generation_python, num_generators, share),
         Role("environment", environment, get_actor_python_env(environment), 1, 0.0),
+    ]
+
+
+def check_weight_route(config: MasterConfig) -> None:
+    """Raise `ConfigError` for a `policy.weight_transport` that is unknown, or that cannot reach all workers.
+
+    Where nodes will be is not known yet: policy, generation and driver are taken to be on the same ones.
+    """
+    chosen, cluster = config.policy.weight_transport, config.cluster
+    if chosen == "auto":
+        return
+    from nemo_rl.models.weights.routes import choose_route  # imports torch
+
+    policy = _places(cluster, "policy")
+    generation = policy if cluster.generation is None else _places(cluster.generation, "generation")
+    try:
+        choose_route(chosen, policy=policy, generation=generation, driver_node_id=policy[0].node_id)
+    except WeightSyncError as error:
+        raise ConfigError(f"policy.weight_transport: {error}") from error
+
+
+def _places(part: BundlesConfig, owner: str) -> list[Place]:
+    from nemo_rl.models.weights.routes import Place
+
+    return [
+        Place(f"node {node}", f"{owner} {index}" if part.use_gpus else None)
+        for node in range(part.num_nodes)
+        for index in range(part.workers_per_node)
     ]

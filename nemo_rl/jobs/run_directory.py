@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -91,6 +92,8 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
             f"run directory {path} cannot be used: {error}. Set logger.log_dir to another place"
         ) from error
     try:
+        if config.checkpointing.enabled:
+            _check_writable(checkpoints)
         is_new = not (path / _CONFIG).exists()
         if not is_new:
             _check_same_run(path, config)
@@ -101,6 +104,18 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
         lock.close()
         raise
     return RunDirectory(path, checkpoints, is_new, lock)
+
+
+def _check_writable(checkpoints: Path) -> None:
+    """Raise `ConfigError` now rather than at the first checkpoint, when hours of training may be lost."""
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=checkpoints).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no checkpoint can be written to {checkpoints}: {error}. Set checkpointing.checkpoint_dir to another "
+            "place, or checkpointing.enabled=false"
+        ) from error
 
 
 def differing_keys(old: MasterConfig, new: MasterConfig) -> dict[str, tuple[Any, Any]]:

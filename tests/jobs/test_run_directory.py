@@ -102,3 +102,11 @@ def current_umask():
     umask = os.umask(0o022)
     os.umask(umask)
     return umask
+
+
+def test_a_place_that_takes_no_checkpoint_is_refused_before_there_is_one_to_write(tmp_path):
+    (tmp_path / "file").touch()
+    taken = f"checkpointing.checkpoint_dir={tmp_path / 'file'}"
+    with pytest.raises(ConfigError, match="no checkpoint can be written to .*file.*checkpointing.checkpoint_dir"):
+        open_run_directory(config_with(taken), "job", tmp_path)
+    open_run_directory(config_with(taken, "checkpointing.enabled=false"), "job", tmp_path).close()

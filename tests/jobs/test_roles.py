@@ -1,0 +1,42 @@
+"""What a configuration says of a job's workers, before anything is started."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.roles import check_weight_route
+from nemo_rl.utils.config import load_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["policy.weight_transport=nccll"], "policy.weight_transport: unknown .* Did you mean 'nccl'"),
+        (["policy.weight_transport=nccl"], "weight_transport=nccl is for workers on GPUs"),
+        (["policy.weight_transport=nccl", "cluster.gpus_per_node=2"], "for generation on GPUs of its own"),
+        (
+            ["policy.weight_transport=cuda_ipc", "cluster={gpus_per_node: 1, generation: {gpus_per_node: 1}}"],
+            "cuda_ipc is for generation on GPUs of the policy",
+        ),
+        (["policy.weight_transport=shared_memory", "cluster.num_nodes=2"], "here they are on several"),
+    ],
+)
+def test_a_transport_that_cannot_reach_the_workers_is_refused(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        check_weight_route(load_config(MasterConfig, None, overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["policy.weight_transport=ray", "cluster.num_nodes=2"],
+        ["policy.weight_transport=gloo"],
+        ["policy.weight_transport=cuda_ipc", "cluster.gpus_per_node=2"],
+        ["policy.weight_transport=nccl", "cluster={gpus_per_node: 1, generation: {gpus_per_node: 1}}"],
+    ],
+)
+def test_a_transport_that_reaches_them_passes(overrides: list[str]) -> None:
+    check_weight_route(load_config(MasterConfig, None, overrides))
