@@ -72,11 +72,16 @@ class _KeyListing(argparse.Action):
         self._schema = schema
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
-        parser.print_help()
-        print("\nconfiguration keys (type = default):")
-        for key in iter_keys(self._schema):
-            default = f" = {key.default}" if key.default else ""
-            print(f"  {key.name}  ({key.type}{default})\n      {key.help}")
+        previous = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as other programs do
+        try:
+            parser.print_help()
+            print("\nconfiguration keys (type = default):")
+            for key in iter_keys(self._schema):
+                default = f" = {key.default}" if key.default else ""
+                print(f"  {key.name}  ({key.type}{default})\n      {key.help}")
+            sys.stdout.flush()
+        finally:
+            signal.signal(signal.SIGPIPE, previous)
         parser.exit()
 
 

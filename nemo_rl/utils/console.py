@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -18,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _HISTORY = 40
@@ -50,6 +54,7 @@ class ConsoleView:
         self._console = console or Console(highlight=False)
         self._lock = threading.Lock()
         self._live: Live | None = None
+        self._is_lost = False
         self._moved_handlers: list[tuple[logging.StreamHandler[Any], IO[str]]] = []
         self._open_phases: dict[tuple[str, str], float] = {}
         self._done_phases: list[tuple[str, float]] = []
@@ -115,7 +120,16 @@ class ConsoleView:
         return (time.monotonic() - started) / (self._step - first) * (self._max_num_steps - self._step)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False)
+        if self._is_lost:
+            return
+        try:
+            self._console.print(line, soft_wrap=True, markup=False)
+        except (OSError, SystemExit) as error:  # rich ends the process when the reader of a pipe has gone
+            self._is_lost = True
+            why = f": {error.strerror}" if isinstance(error, OSError) else ": nobody reads it any more"
+            logger.warning("the output cannot be written%s; the run goes on, its metrics are in its files", why)
+            with contextlib.suppress(OSError, ValueError):  # else Python complains again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
 
     def _step_line(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"step {step:>{len(str(self._max_num_steps))}}/{self._max_num_steps}"]

@@ -99,3 +99,12 @@ def test_help_lists_every_key_without_starting_anything(config_file, capsys):
     output = capsys.readouterr().out
     assert "policy.generation.max_new_tokens  (int = 32)" in output
     assert "Longest completion in tokens." in output
+
+
+def test_a_listing_of_keys_may_be_cut_short():
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = Path(__file__).resolve().parents[2] / "examples" / "run_grpo_math.py"
+    done = subprocess.run([sys.executable, script, "--help"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")

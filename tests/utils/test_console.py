@@ -103,3 +103,24 @@ def test_sparkline(values: list[float], expected: str) -> None:
 )
 def test_duration(seconds: float, expected: str) -> None:
     assert format_duration(seconds) == expected
+
+
+@pytest.mark.parametrize("where", ["a pipe that nobody reads", "a full disk"])
+def test_a_run_goes_on_when_its_output_cannot_be_written(where: str) -> None:
+    program = (
+        "import sys\n"
+        "from nemo_rl.utils.console import ConsoleView\n"
+        "with ConsoleView('run', 3) as view:\n"
+        "    for step in (1, 2, 3):\n"
+        "        view.log_metrics(step, {'train/reward': 0.5})\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    reader, writer = os.pipe() if where.startswith("a pipe") else (-1, os.open("/dev/full", os.O_WRONLY))
+    if reader >= 0:
+        os.close(reader)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writer)
+    warning, last = done.stderr.splitlines()
+    assert (done.returncode, last) == (0, "done"), done.stderr
+    assert "the run goes on" in warning
