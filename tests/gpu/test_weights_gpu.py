@@ -115,6 +115,17 @@ def test_extra_memory_is_a_few_buckets_on_both_sides(peer: Peer) -> None:
     assert torch.cuda.memory_allocated() - before < MIB  # nothing is kept between two streams
 
 
+def test_an_allocator_with_expandable_segments_does_not_matter(peer: Peer) -> None:
+    before = torch._C._accelerator_getAllocatorSettings()
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    try:
+        torch.cuda.empty_cache()
+        found, announced, *_ = peer.load(1.0)
+    finally:
+        torch._C._accelerator_setAllocatorSettings(before)
+    assert found == announced
+
+
 def test_a_receiver_that_is_killed_is_not_waited_for(peer: Peer) -> None:
     digest, *_ = peer.load(1.0, "hang")
     assert digest == digest_tensors([(name, tensor.bfloat16()) for name, tensor in tensors(1.0)], on_gpu=True)
