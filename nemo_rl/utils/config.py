@@ -173,6 +173,8 @@ def _explain(schema: type[ConfigModel], problem: Any) -> str:
         if parent is not None:
             return _unknown(parent, ".".join(location[:-1]), location[-1])
     message = problem["msg"].removeprefix("Value error, ")
+    if location and message.startswith(f"{'.'.join(location)}: "):  # of a section that is checked by its owner
+        return message
     seen = "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f", got {problem['input']!r}"
     return f"{'.'.join(location) or 'configuration'}: {message[:1].lower()}{message[1:]}{seen}"
 

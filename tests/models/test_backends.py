@@ -48,7 +48,7 @@ def test_options_are_those_of_the_chosen_backend(pair, tmp_path):
     [
         (["policy.backend=pair", "policy.options.tensor_paralel_size=2"], "did you mean tensor_parallel_size"),
         (["policy.backend=pair", "policy.options.tensor_parallel_size=0"], "greater than or equal to 1"),
-        (["policy.options.tensor_parallel_size=2"], "policy.options: unknown key tensor_parallel_size"),
+        (["policy.options.tensor_parallel_size=2"], "command line: policy.options: unknown key tensor_parallel_size"),
         (["policy.backend=pear"], "Did you mean 'pair'"),
         (
             ["policy.backend=pair", "policy.options.tensor_parallel_size=2", "cluster.cpu_workers_per_node=3"],
