@@ -24,6 +24,7 @@ import bisect
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -242,9 +243,12 @@ class PolicyMemory:
 
         Kernels would read from address 0 instead.
         """
+        # Weakly: parts know the optimizer, which knows megatron-core's wrapper, whose hooks on gradients are held in
+        # C++. Python's garbage collector does not see that circle: the model would stay as long as the process.
+        memory = weakref.proxy(self)
 
         def check(*_: Any) -> None:
-            if not self.is_here(part):
+            if not memory.is_here(part):
                 raise ModelError(f"the {part} are in the host's memory: this call did not say that it needs them")
 
         module.register_forward_pre_hook(check, prepend=True)  # before FSDP gathers them

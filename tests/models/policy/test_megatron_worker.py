@@ -318,6 +318,12 @@ def test_memory_that_is_given_away_in_between_changes_no_bit(
         assert_equal(state, expected_state)
 
 
+def test_a_worker_that_was_shut_down_leaves_no_model_behind(
+    models: dict[str, Path], megatron_ranks: RankProcesses
+) -> None:
+    assert all(megatron_ranks.run("tiny_megatron.is_gone_after_shutdown", models["llama"], {"options": {}}))
+
+
 @pytest.mark.parametrize("layout", ["pp2", "dp2"])
 def test_checkpoints_of_a_policy_whose_memory_is_given_away(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, layout: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +102,17 @@ def train(
             worker.save_checkpoint(save)
         results += [worker.train(shard, advantage_loss) for _ in range(steps_after_save)]
         return results, state_of(worker)
+
+
+def is_gone_after_shutdown(rank: int, model: Path, config: dict[str, Any]) -> bool:
+    """Whether nothing holds the model, and with it its memory, once its worker has been shut down and let go."""
+    with megatron_worker(model, **config) as worker:
+        worker.train(shard_for(worker), advantage_loss)
+        found = weakref.ref(worker._forward._model)
+    del worker
+    gc.unfreeze()
+    gc.collect()
+    return found() is None
 
 
 def served(rank: int, model: Path, config: dict[str, Any]) -> str:
