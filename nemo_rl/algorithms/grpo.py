@@ -97,8 +97,8 @@ class GRPO:
             self._pipeline.load(checkpoint.path, state["rollouts"])
         except CheckpointError as error:
             raise CheckpointError(
-                f"{sentence(error)}. Remove {checkpoint.path} to go on from the checkpoint before it, or set "
-                "logger.log_dir and checkpointing.checkpoint_dir to those of another run"
+                f"{sentence(error)}. If it is damaged, remove {checkpoint.path}: the run goes on from the checkpoint "
+                "before it. If it is another run's, set another checkpointing.checkpoint_dir"
             ) from error
         self._last_validation = state["validation"]
         self.step = state["step"]

@@ -281,7 +281,9 @@ def test_a_checkpoint_that_cannot_be_used_says_so_in_one_sentence_and_what_to_do
     build("checkpointing.save_period=1", "grpo.max_num_steps=1", directory=tmp_path).run()
     job = build(directory=tmp_path, policy=OtherModel())
     checkpoint = job.checkpoints.latest()
-    with pytest.raises(CheckpointError, match=f"^of another model. Remove {checkpoint.path} to go on") as raised:
+    with pytest.raises(
+        CheckpointError, match=f"^of another model. If it is damaged, remove {checkpoint.path}"
+    ) as raised:
         job.resume(checkpoint)
     assert "traceback" not in str(raised.value)
 
