@@ -1,4 +1,4 @@
-"""Torch threads of workers that share a machine's CPUs."""
+"""What workers on CPUs are started with: torch threads that share a machine's CPUs, and no GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from nemo_rl import settings
 _WAIT_A_LITTLE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "30000"}
 
 
-def cpu_env_vars() -> dict[str, str]:
-    """Variables for workers on CPUs: how the OpenMP threads of a process wait for one another.
+# Since 2.60, Ray leaves a node's GPUs visible to workers that were given none; no library shall start to use them.
+_NO_GPU = {settings.CUDA_VISIBLE_DEVICES.name: ""}
 
-    GNU's OpenMP, which torch's wheels ship, reads both; any other reads the first. What the user sets wins.
+
+def cpu_env_vars() -> dict[str, str]:
+    """Variables for workers on CPUs: no GPU, and how the OpenMP threads of a process wait for one another.
+
+    GNU's OpenMP, which torch's wheels ship, reads both of those; any other reads the first. What the user sets wins.
     """
-    return {} if settings.forwarded().keys() & _WAIT_A_LITTLE.keys() else dict(_WAIT_A_LITTLE)
+    waiting = {} if settings.forwarded().keys() & _WAIT_A_LITTLE.keys() else _WAIT_A_LITTLE
+    return {**_NO_GPU, **waiting}

@@ -157,7 +157,7 @@ def test_an_unknown_backend_names_the_nearest() -> None:
         policy_backend("torsh")
 
 
-def test_workers_on_gpus_have_their_variables_before_they_import_anything(
+def test_workers_have_what_cuda_reads_before_they_import_anything(
     cluster: RayVirtualCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fqn = "variables_worker.VariablesWorker"
@@ -165,9 +165,16 @@ def test_workers_on_gpus_have_their_variables_before_they_import_anything(
     assert wanted == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     monkeypatch.setitem(BACKENDS, "variables", Backend(fqn, PolicyOptions, gpu_env_vars=wanted))
     monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, fqn, "unused")
-    with RayVirtualCluster([1], use_gpus=True) as on_gpu:
-        policy = make_policy(on_gpu, llama, backend="variables")
-        [found] = policy.attestation()
+
+    def variables(place: RayVirtualCluster) -> dict[str, str]:
+        policy = make_policy(place, llama, backend="variables")
+        found = policy.attestation()[0]["variables"]
         policy.shutdown()
-    assert wanted.items() <= found["variables"].items()
-    assert found["variables"]["CUDA_VISIBLE_DEVICES"].isdigit()  # its own GPU, and no other
+        return found
+
+    with RayVirtualCluster([1], use_gpus=True) as on_gpu:
+        found = variables(on_gpu)
+    assert wanted.items() <= found.items()
+    assert found["CUDA_VISIBLE_DEVICES"].isdigit()  # its own GPU, and no other
+    with RayVirtualCluster([1], use_gpus=False) as on_cpu:
+        assert variables(on_cpu)["CUDA_VISIBLE_DEVICES"] == ""
