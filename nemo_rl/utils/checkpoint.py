@@ -84,6 +84,9 @@ class CheckpointStore:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write the checkpoint of step {step} to {final}: {error}") from error
+        except CheckpointError:  # on a disk that is full, half a checkpoint is in the way of everything else
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self._retain()
         return Checkpoint(step, final, dict(metrics))
 
