@@ -306,22 +306,26 @@ class JobServer:
         """Pass on what the job writes until it has ended; survives lost connections without a gap or a repetition."""
         taken = failures = 0
         while True:
+            lost: BaseException | None = None
             try:
                 taken = asyncio.run(self._tail(job_id, taken, on_text))
             except _TailBroken as broken:
                 failures = 0 if broken.taken > taken else failures + 1
-                taken = broken.taken
-                if failures > _MAX_RECONNECTS:
-                    raise SubmissionError(
-                        f"the log of {job_id} cannot be followed: {broken.__cause__}. The job goes on: "
-                        f"nemo-rl status {job_id}"
-                    ) from broken
-            state = self.state(job_id)
-            if state.is_final:
-                rest = self.logs(job_id)[taken:]
+                taken, lost = broken.taken, broken.__cause__
+            try:
+                state = self.state(job_id)
+                rest = self.logs(job_id)[taken:] if state.is_final else ""
+            except SubmissionError as error:  # as long as the server is away, so is what it says of the job
+                failures, lost = failures + (lost is None), error
+            else:
                 if rest:
                     on_text(rest)
-                return state
+                if state.is_final:
+                    return state
+            if failures > _MAX_RECONNECTS:
+                raise SubmissionError(
+                    f"the log of {job_id} cannot be followed: {lost} The job may go on: nemo-rl status {job_id}"
+                ) from lost
             time.sleep(_RECONNECT_PAUSE_S)
 
     async def _tail(self, job_id: str, taken: int, on_text: Callable[[str], None]) -> int:
@@ -348,6 +352,7 @@ class JobServer:
 
     @contextlib.contextmanager
     def _explained(self, job_id: str = "", *, submitting: str = "") -> Iterator[None]:
+        import requests
         from ray.exceptions import AuthenticationError
 
         try:
@@ -357,7 +362,7 @@ class JobServer:
                 f"the job server at {self.address} refuses this user: {str(error).partition(chr(10))[0]} "
                 "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
             ) from None
-        except ConnectionError as error:
+        except (ConnectionError, requests.RequestException) as error:
             raise SubmissionError(
                 f"no Ray job server answers at {self.address}. Give its address with --address, or open a tunnel: "
                 f"ssh -L 8265:127.0.0.1:8265 HEAD. ({str(error).partition(chr(10))[0]})"

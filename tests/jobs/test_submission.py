@@ -15,12 +15,15 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import requests
+from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
+from ray.job_submission import JobStatus
 
 from nemo_rl.errors import ConfigError, SubmissionError
 from nemo_rl.jobs.submission import JobServer, JobState, Secret, Submission, parse_env
@@ -86,6 +89,43 @@ def test_a_server_that_is_not_there_is_one_sentence_with_the_remedy() -> None:
         JobServer("http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="http://host:port"):
         JobServer("127.0.0.1:8265")
+
+
+class LosingClient:
+    """A job server that breaks off its log and is away for some questions; then the job has ended."""
+
+    def __init__(self, num_lost: int) -> None:
+        self.num_lost = num_lost
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "one\n"
+        if self.num_lost > 0:
+            raise ConnectionResetError
+        yield "two\n"
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        self.num_lost -= 1
+        if self.num_lost >= 0:
+            raise requests.ConnectionError("refused")
+        return JobDetails(type=JobType.SUBMISSION, submission_id=job_id, status=JobStatus.SUCCEEDED, entrypoint="x")
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("num_lost", [0, 3, 1000])
+def test_a_server_that_is_away_for_a_while_loses_nothing(num_lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_rl.jobs.submission._RECONNECT_PAUSE_S", 0.0)
+    server = object.__new__(JobServer)
+    server.address, server._client = "http://127.0.0.1:9", LosingClient(num_lost)
+    told: list[str] = []
+    if num_lost < 1000:
+        assert server.follow("job", told.append).status == "SUCCEEDED"
+        assert "".join(told) == "one\ntwo\nthree\n"
+        return
+    with pytest.raises(SubmissionError, match="the log of job cannot be followed: no Ray job server answers"):
+        server.follow("job", told.append)
+    assert "".join(told) == "one\n"
 
 
 def free_ports(count: int) -> list[int]:
