@@ -71,6 +71,10 @@ def test_parameters_are_counted_with_tied_ones_once():
             ],
             "policy.generation.options.tensor_parallel_size=3 must divide the 4 attention heads",
         ),
+        (
+            ["policy.generation.backend=vllm", "policy.generation.options.max_num_batched_tokens=4"],
+            "max_num_batched_tokens=4 must be at least max_num_seqs, which is 1024",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch, overrides, expected):

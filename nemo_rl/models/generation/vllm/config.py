@@ -61,6 +61,12 @@ class VllmOptions(GenerationOptions):
         return self.enable_sleep_mode
 
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        sequences = self.max_num_seqs or policy.generation.max_batch_size
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < sequences:
+            raise ModelError(
+                f"policy.generation.options.max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs, which is {sequences} (null: policy.generation.max_batch_size)"
+            )
         size, text = self.tensor_parallel_size, model.get_text_config()
         heads = getattr(text, "num_attention_heads", size)  # other kinds of models are vLLM's to judge
         groups = getattr(text, "num_key_value_heads", None) or heads
