@@ -158,4 +158,9 @@ def _outcome(target: Target, force: bool, job_id: str, connection: Connection) -
         venv = ensure(target.py_executable, target.name, force_rebuild=force, job_id=job_id, progress=connection.send)
     except NemoRLError as error:
         return Outcome(target, error=error, seconds=time.monotonic() - start)
+    except BrokenPipeError:  # the command line has ended
+        raise
+    except OSError as error:
+        failure = VenvBuildError(f"The venv {target.name!r} cannot be built on {socket.gethostname()}: {error}")
+        return Outcome(target, error=failure, seconds=time.monotonic() - start)
     return Outcome(target, venv, seconds=time.monotonic() - start)

@@ -255,7 +255,7 @@ def _error(what: str, command: str, code: int, tail: str, log: BuildLog | None) 
             f"{what} on {node}: uv.lock does not match pyproject.toml. Run `uv lock` in the project and commit the "
             f"result.\n{tail}\ncommand: {command}"
         )
-    path = str(log.path) if log is not None and log.path.exists() else ""
+    path = str(log.path) if log is not None and os.path.exists(log.path) else ""
     log_line = f"\nfull log: {path}" if path else ""
     fields = {"node": node, "command": command, "output_tail": tail, "log_path": path}
     if "No space left on device" in tail or "os error 28" in tail:
