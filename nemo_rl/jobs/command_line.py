@@ -7,6 +7,7 @@ started); 1 something failed while it ran; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import signal
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def run_command(
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         return exit_code(error)
+    except OSError as error:
+        if error.errno not in _DISK_FULL or settings.TRACEBACK.get():
+            raise
+        print(f"error: {error}; make room, and the same command goes on from the last checkpoint", file=sys.stderr)
+        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0

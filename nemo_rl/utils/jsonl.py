@@ -15,7 +15,7 @@ def append_text(path: Path, text: str) -> None:
     """Append whole lines, in one write where the system allows it.
 
     Lines of several writers do not mix, and a killed writer leaves at most one incomplete line at the end. Such a line
-    is ended first, so that it spoils no other.
+    is ended first, so that it spoils no other. An `OSError` names the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -25,6 +25,8 @@ def append_text(path: Path, text: str) -> None:
         data = memoryview(text.encode("utf-8", errors="replace"))
         while data:
             data = data[os.write(descriptor, data) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 

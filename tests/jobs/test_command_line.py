@@ -10,6 +10,7 @@ from ray.exceptions import RayTaskError
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError, DataError, EnvironmentFailure, NonFiniteError
 from nemo_rl.jobs.command_line import run_command
+from nemo_rl.utils.jsonl import append_text
 
 
 @pytest.fixture
@@ -53,6 +54,17 @@ def test_the_error_of_a_worker_is_its_own_sentence(config_file, capsys):
     assert capsys.readouterr().err == "error: the loss is nan\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_is_one_sentence_with_the_file(config_file, capsys):
+    def job(arguments):
+        append_text(Path("/dev/full"), "{}\n")
+
+    assert run_command(MasterConfig, config_file, job, []) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: [Errno 28] No space left on device: '/dev/full'; make room")
+    assert told.count("\n") == 1
+
+
 def test_our_own_bugs_keep_their_traceback(config_file):
     def job(arguments):
         raise KeyError("bug")
@@ -75,6 +87,7 @@ import sys, time
 from pathlib import Path
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.jobs.command_line import run_command
+from nemo_rl.utils.jsonl import append_text
 def job(arguments):
     try:
         print("started", flush=True)
