@@ -7,6 +7,7 @@ Nothing heavy is imported before a command needs it: `nemo-rl --help` must feel 
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ def run() -> None:
     for name, closed in (("stdout", sys.stdout is None), ("stderr", sys.stderr is None)):
         if closed:  # as after `>&-`: nobody listens
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a log or a path may hold what the locale does not
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     code: int | str | None = 0
     try:

@@ -48,3 +48,9 @@ def test_a_result_that_cannot_be_written_is_a_failure_in_one_sentence(tmp_path: 
 def test_a_closed_standard_output_does_not_matter(tmp_path: Path) -> None:
     done = shell(f"{COMMAND} >&-", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_locale_does_not_have_is_written_all_the_same(tmp_path: Path) -> None:
+    done = shell(f"{COMMAND.rpartition(' ')[0]} why base n\u00fcmpy", tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "base does not have n\\xfcmpy." in done.stdout
