@@ -59,7 +59,9 @@ class ValidationConfig(ConfigModel):
     at_start: bool = Field(True, description="Validate before the first step.")
     at_end: bool = Field(True, description="Validate after the last step.")
     max_num_problems: int = Field(256, ge=1, description="Validation problems used.")
-    num_generations: int = Field(1, ge=1, description="Completions per problem; pass@k is reported for k up to this.")
+    num_generations: int = Field(
+        1, ge=1, description="Completions per problem; pass@k is reported for k = 1, 2, 4, ... up to this."
+    )
 
 
 class LogprobCheckConfig(ConfigModel):
