@@ -11,7 +11,7 @@ from tiny_generation import assert_same, reference_logprobs
 from vllm_groups import WIDE, batch, local_cluster, published, torch_results, vllm_generation
 
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
-from nemo_rl.errors import WeightSyncError, WorkerError
+from nemo_rl.errors import WeightSyncError, WorkerError, WorkerStartError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
 from nemo_rl.models.policy.weight_offer import PolicyWeights
@@ -24,6 +24,15 @@ pytestmark = pytest.mark.slow  # vLLM is imported by two processes at a time
 def cluster():
     with local_cluster(2) as cluster:
         yield cluster
+
+
+def test_a_cache_that_holds_no_sequence_is_refused_with_the_option_for_cpus(cluster, tiny) -> None:
+    options = {"cpu_kv_cache_gib": 1e-6}
+    with (
+        pytest.raises(WorkerStartError, match=r"set policy\.generation\.options\.cpu_kv_cache_gib"),
+        vllm_generation(cluster, tiny("qwen2", **WIDE), options=options),
+    ):
+        pass
 
 
 def test_neither_the_number_of_workers_nor_a_death_changes_what_is_generated(cluster, tiny) -> None:

@@ -20,6 +20,14 @@ from vllm.v1.engine.llm_engine import LLMEngine
 Listener = Callable[[Any], None]
 
 
+def explained(refusal: Exception, *, on_cpu: bool) -> str:
+    """What vLLM says when it does not start, and the option for it: of too little memory it names that for GPUs."""
+    said = str(refusal)
+    if not on_cpu or "gpu_memory_utilization" not in said:
+        return said
+    return f"{said} On CPUs, set policy.generation.options.cpu_kv_cache_gib instead"
+
+
 class SharedEngine:
     """The engine and the requests that it works on. Everything but `turn` is for whoever has it."""
 

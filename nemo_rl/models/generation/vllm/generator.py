@@ -34,7 +34,7 @@ from nemo_rl.models.generation.sampling import Sampler
 from nemo_rl.models.generation.stop import StopRules, end_of_sequence_ids
 from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.draws import ROW, Draws, RowSampler
-from nemo_rl.models.generation.vllm.engine import SharedEngine
+from nemo_rl.models.generation.vllm.engine import SharedEngine, explained
 from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
 from nemo_rl.models.generation.vllm.weights import OwnTensors, ReadBack, keep_plain_weights
 from nemo_rl.models.weights.digest import check_digest
@@ -134,7 +134,8 @@ class VllmGenerator:
         try:
             self.engine = SharedEngine(arguments)
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
-            raise ModelError(f"vLLM {vllm.__version__} does not take the model {model_name!r}: {error}") from error
+            why = explained(error, on_cpu=not use_gpu)
+            raise ModelError(f"vLLM {vllm.__version__} does not take the model {model_name!r}: {why}") from error
         self._own = OwnTensors(self.engine.model)
         self._was_read_as_a_whole = False
         self._row_sampler = _row_sampler(self.engine.worker)
