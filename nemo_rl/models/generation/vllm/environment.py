@@ -14,6 +14,8 @@ _UNLESS_SET = {
     # Its warnings are about what is chosen here on purpose: no compilation on CPUs, the engine in this process.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # Ranks of a tied group see one GPU each, which FlashInfer's all-reduce takes for all that the node has.
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
 
 
