@@ -80,7 +80,9 @@ class Slurm:
         self._cpus = cpus_per_node
         self._network = Network(num_nodes)
         self._nodes: list[subprocess.Popen[bytes]] = []
-        self._environment = {**os.environ, "SLURM_CONF": str(scratch / "slurm.conf")}
+        # As on a node where no Ray runs: what one that runs here has set for its own processes stays out.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = {**inherited, "SLURM_CONF": str(scratch / "slurm.conf")}
 
     def __enter__(self) -> Slurm:
         try:
