@@ -44,6 +44,7 @@ from nemo_rl.models.policy.metric_sums import MetricSums
 from nemo_rl.models.policy.microbatching import microbatches
 from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, borrows, needs
 from nemo_rl.models.policy.process_group import join_process_group
+from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.policy.worker_process import prepare_process, stack
 from nemo_rl.models.policy.worker_steps import (
     count_globally,
@@ -95,8 +96,8 @@ class MegatronPolicyWorker:
         self._hf = load_config(config.model_name, config.attn_implementation)
         check_model(self._hf, config, options)
         self._family = find_family(self._hf.model_type)
-        # For processes without Ray; in its workers it is set from the start, see `registry`.
-        settings.export({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+        # For processes without Ray; its workers have them from the start.
+        settings.export(policy_backend(config.backend).gpu_env_vars)
         self._config = config
         self._options = options
         self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
