@@ -52,8 +52,8 @@ def main() -> None:
 
 
 def _group(scratch: Path) -> Any:
+    from nemo_rl.distributed.cluster.session import start_local_ray
     from nemo_rl.distributed.named_sharding import NamedSharding
-    from nemo_rl.distributed.ray_session import start_local_ray
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 

@@ -74,7 +74,7 @@ def session(settings: Settings) -> None:
     """One run of our side; prints what it took, and where the workers' time went."""
     import ray
 
-    from nemo_rl.distributed.ray_session import start_local_ray
+    from nemo_rl.distributed.cluster.session import start_local_ray
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.generation.generation import Generation

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that is published (the policy's: float32)")
     parser.add_argument("--cases", default="", help="only those whose name begins like that: streamed, published")
     arguments = parser.parse_args()
-    from nemo_rl.distributed.ray_session import start_local_ray
+    from nemo_rl.distributed.cluster.session import start_local_ray
     from nemo_rl.models.cpu_threads import cpu_env_vars
 
     start_local_ray(num_cpus=2)

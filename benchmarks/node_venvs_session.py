@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed import node_venv_campaign, node_venvs
+from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
-from nemo_rl.distributed.ray_session import init_ray
 
 SETTLE_S = 3.0  # processes that Ray starts in the background must not compete with what is measured
 NUM_PRETENDED = 64

@@ -43,7 +43,7 @@ def megabytes_per_venv(directory: Path) -> float:
 
 
 def ours(executor: str, part: str) -> dict[str, float]:
-    from nemo_rl.distributed.ray_session import init_ray
+    from nemo_rl.distributed.cluster.session import init_ray
     from nemo_rl.pipelines import (
         FunctionStage,
         Pipeline,
@@ -111,9 +111,9 @@ def curation(num_cores: str, num_lines: str) -> dict[str, float]:
     cores = sorted(os.sched_getaffinity(0))[: int(num_cores)]
     os.sched_setaffinity(0, cores)  # Ray, and whatever it starts, inherit it
 
-    from nemo_rl.distributed.ray_session import start_local_ray
+    from nemo_rl.data.sample_math import write_messy_math
+    from nemo_rl.distributed.cluster.session import start_local_ray
     from nemo_rl.jobs.curate_math import CurateConfig, curation_pipeline
-    from nemo_rl.pipelines.messy_math import write_messy_math
 
     start_local_ray(num_cpus=len(cores), num_gpus=0)
     with tempfile.TemporaryDirectory(prefix="bench-curation-") as scratch:

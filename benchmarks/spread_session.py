@@ -13,9 +13,9 @@ import time
 import ray
 from spread_hosts import cpu_seconds
 
+from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
-from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
-from nemo_rl.distributed.ray_session import init_ray
 
 STARTS_WITHIN_S = 300.0
 # Ray goes on starting agents after a node has joined; eight nodes' agents would hold up everything on two cores.
@@ -55,7 +55,7 @@ def main(project: str, accounting: list[str]) -> None:
 
 
 def _imported() -> bool:
-    import nemo_rl.distributed.venv_spread_host  # noqa: F401
+    import nemo_rl.distributed.provisioning.broadcast_peer  # noqa: F401
 
     return True
 

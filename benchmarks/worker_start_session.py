@@ -23,7 +23,7 @@ def main(case: str, python: str, project: str, sources: str) -> None:
 
 
 def _ours(project: str, sources: str) -> Callable[[int], float]:
-    from nemo_rl.distributed.ray_session import start_local_ray
+    from nemo_rl.distributed.cluster.session import start_local_ray
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 
@@ -50,7 +50,7 @@ def _actors(case: str, python: str, project: str) -> Callable[[int], float]:
     import ray
 
     if case == "ready venv, our session":
-        from nemo_rl.distributed.ray_session import start_local_ray
+        from nemo_rl.distributed.cluster.session import start_local_ray
 
         start_local_ray(num_cpus=8)
     else:

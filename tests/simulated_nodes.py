@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from nemo_rl.distributed import ray_session
-from nemo_rl.distributed.ray_session import init_ray
+from nemo_rl.distributed.cluster import session as ray_session
+from nemo_rl.distributed.cluster.session import init_ray
 
 
 @contextlib.contextmanager

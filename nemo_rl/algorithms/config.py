@@ -10,8 +10,9 @@ from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
 from nemo_rl.environments.config import EnvironmentConfig
 from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyConfig
+from nemo_rl.observability.logger_config import LoggerConfig
+from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
-from nemo_rl.utils.logger_config import CheckpointingConfig, LoggerConfig
 
 
 class AdvantageConfig(ConfigModel):

@@ -30,8 +30,8 @@ from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollouts import Rollout
 from nemo_rl.errors import CheckpointError, ConfigError, LogprobMismatchError, sentence
+from nemo_rl.observability.timer import Timer
 from nemo_rl.utils.names import did_you_mean
-from nemo_rl.utils.timer import Timer
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict

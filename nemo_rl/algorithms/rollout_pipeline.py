@@ -38,7 +38,7 @@ from nemo_rl.algorithms.config import GRPOConfig
 from nemo_rl.algorithms.rollouts import Rollout, draw_seed
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import WeightSyncError
-from nemo_rl.utils.timer import Timer
+from nemo_rl.observability.timer import Timer
 
 if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface

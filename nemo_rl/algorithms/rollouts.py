@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
-    from nemo_rl.utils.timer import Timer
+    from nemo_rl.observability.timer import Timer
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def check_python() -> Check:
 
 def check_uv() -> Check:
     """uv starts."""
-    from nemo_rl.venvs.installer import find_uv
+    from nemo_rl.venvs.uv import find_uv
 
     try:
         path = find_uv()

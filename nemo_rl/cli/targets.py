@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, InvalidPyExecutableError, LockMismatchError
-from nemo_rl.venvs.requirements import normalized_name
+from nemo_rl.venvs.planning.requirements import normalized_name
 
 BASE = "base"
 

@@ -125,7 +125,7 @@ def _chosen(names: list[str] | None, all_workers: bool, verb: str) -> list[Targe
 def _sources(bundle: Path | None, offline: bool, targets: list[Target]) -> AbstractContextManager[object]:
     """Where packages come from while the block runs."""
     from nemo_rl.cli.targets import is_interpreter
-    from nemo_rl.venvs.bundle import opened_bundle
+    from nemo_rl.venvs.transfer.bundle import opened_bundle
 
     if bundle is None:
         return settings.exported({"UV_OFFLINE": "1"} if offline else {})
@@ -144,7 +144,7 @@ def bundle(
     """Write one archive from which venvs can be built without a registry, and prove that they can."""
     from nemo_rl.cli import display
     from nemo_rl.cli.targets import is_interpreter
-    from nemo_rl.venvs.bundle import write_bundle
+    from nemo_rl.venvs.transfer.bundle import write_bundle
 
     wanted = {t.name: t.py_executable for t in _chosen(targets, all_workers, "bundle")}
     wanted = {name: text for name, text in wanted.items() if not is_interpreter(text)}

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeAlias, overload
 import torch
 import torch.distributed as dist
 
-from nemo_rl.distributed.batch_values import (
+from nemo_rl.distributed.batches.batch_values import (
     divided,
     from_pickled,
     gather_tensor,
@@ -25,7 +25,7 @@ from nemo_rl.distributed.batch_values import (
     take,
     to_pickled,
 )
-from nemo_rl.distributed.sequence_packing import (
+from nemo_rl.distributed.batches.sequence_packing import (
     DynamicBatchingArgs,
     Microbatch,
     MicrobatchPlan,

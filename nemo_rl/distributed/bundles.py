@@ -8,7 +8,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from nemo_rl.distributed.nodes import natural_order
+from nemo_rl.distributed.cluster.nodes import natural_order
 
 
 @dataclass(frozen=True)

@@ -24,19 +24,19 @@ from dataclasses import replace
 import ray
 
 from nemo_rl import settings
-from nemo_rl.distributed.node_venv_campaign import Campaign
-from nemo_rl.distributed.node_venv_host import Request, driver_variables, is_ready
-from nemo_rl.distributed.node_venv_report import (
+from nemo_rl.distributed.cluster.nodes import alive_nodes
+from nemo_rl.distributed.cluster.placement import NodeResources
+from nemo_rl.distributed.cluster.session import init_ray, job_name
+from nemo_rl.distributed.provisioning.coordinator import Campaign
+from nemo_rl.distributed.provisioning.node_task import Request, driver_variables, is_ready
+from nemo_rl.distributed.provisioning.report import (
     NodeProgress,
     NodeProgressCallback,
     NodeVenv,
     NodeVenvReport,
     raise_for_failures,
 )
-from nemo_rl.distributed.nodes import alive_nodes
-from nemo_rl.distributed.placement import NodeResources
-from nemo_rl.distributed.project_source import bring_source
-from nemo_rl.distributed.ray_session import init_ray, job_name
+from nemo_rl.distributed.provisioning.source_sync import bring_source
 from nemo_rl.errors import ClusterError
 from nemo_rl.venvs import Spec, Store, VenvPlan, plan
 

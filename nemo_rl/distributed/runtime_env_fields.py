@@ -19,7 +19,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.runtime_env import RuntimeEnv
 
-from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
 from nemo_rl.errors import ClusterError, RuntimeEnvError
 from nemo_rl.venvs import parse_py_executable, spec_from_runtime_env
 

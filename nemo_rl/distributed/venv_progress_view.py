@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nemo_rl.distributed.node_venv_report import NodeProgress
+from nemo_rl.distributed.provisioning.report import NodeProgress
 
 logger = logging.getLogger(__name__)
 

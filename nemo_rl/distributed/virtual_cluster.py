@@ -21,13 +21,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from nemo_rl import settings
-from nemo_rl.distributed import placement
 from nemo_rl.distributed.bundles import Bundle, ordered_bundles
-from nemo_rl.distributed.nodes import alive_nodes
-from nemo_rl.distributed.placement import NodeResources
-from nemo_rl.distributed.ports import free_ports_on_nodes
+from nemo_rl.distributed.cluster import placement
+from nemo_rl.distributed.cluster.nodes import alive_nodes
+from nemo_rl.distributed.cluster.placement import NodeResources
+from nemo_rl.distributed.cluster.ports import free_ports_on_nodes
+from nemo_rl.distributed.cluster.session import can_grow, init_ray
 from nemo_rl.distributed.py_executables import PY_EXECUTABLES
-from nemo_rl.distributed.ray_session import can_grow, init_ray
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
 
 __all__ = ["PY_EXECUTABLES", "Bundle", "RayVirtualCluster", "ResourceInsufficientError", "alive_nodes", "init_ray"]

@@ -33,11 +33,11 @@ from nemo_rl.distributed.bundles import Bundle
 from nemo_rl.distributed.futures import MultiWorkerFuture
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.distributed.worker_builder import MAX_DESCRIPTIONS, RayWorkerBuilder, configure_call, keeps_changing
-from nemo_rl.distributed.worker_calls import WorkerCalls
-from nemo_rl.distributed.worker_launch import IsolatedWorkerInitializer, LaunchPlan, configure_workers
-from nemo_rl.distributed.worker_layout import Seat, WorkerMetadata, plan_seats
-from nemo_rl.distributed.worker_start import (
+from nemo_rl.distributed.workers.builder import MAX_DESCRIPTIONS, RayWorkerBuilder, configure_call, keeps_changing
+from nemo_rl.distributed.workers.calls import WorkerCalls
+from nemo_rl.distributed.workers.launch_plan import IsolatedWorkerInitializer, LaunchPlan, configure_workers
+from nemo_rl.distributed.workers.layout import Seat, WorkerMetadata, plan_seats
+from nemo_rl.distributed.workers.startup import (
     StaleDescription,
     StartingWorker,
     all_dead,

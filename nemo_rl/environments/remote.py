@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
-from nemo_rl.distributed.worker_host import ATTEST_METHOD
+from nemo_rl.distributed.workers.host import ATTEST_METHOD
 from nemo_rl.environments.config import EnvironmentConfig
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 from nemo_rl.environments.registry import environment_fqn

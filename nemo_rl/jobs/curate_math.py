@@ -15,13 +15,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from nemo_rl.data.sample_math import SampleKind, write_messy_math
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
 from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor, XennaExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import SingleParquetWriter
-from nemo_rl.pipelines.messy_math import SampleKind, write_messy_math
 from nemo_rl.pipelines.report import write_report
 from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
 from nemo_rl.pipelines.stages.grading import SolutionEffortGrade

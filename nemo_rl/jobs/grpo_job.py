@@ -30,11 +30,11 @@ from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
+from nemo_rl.observability.console import ConsoleView
+from nemo_rl.observability.logger import Logger
+from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.checkpoint import CheckpointStore
-from nemo_rl.utils.console import ConsoleView
 from nemo_rl.utils.garbage import without_collecting
-from nemo_rl.utils.logger import Logger
-from nemo_rl.utils.timer import Timeline, TimelineEvent
 
 if TYPE_CHECKING:
     from nemo_rl.data.loader import PromptLoader
@@ -79,7 +79,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
     run.finish(step, reason)
     logger.info("finished after step %d: %s", step, reason)
     if config.logger.report:
-        from nemo_rl.utils.report import write_report
+        from nemo_rl.observability.report import write_report
 
         logger.info("report: %s", write_report(run.path))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemo_rl import settings, venvs
-from nemo_rl.distributed import placement
-from nemo_rl.distributed.placement import NodeResources
+from nemo_rl.distributed.cluster import placement
+from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_files import (
     check_model_fits,
@@ -176,7 +176,7 @@ def addresses_on(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> tupl
 
 
 def _alive_nodes() -> list[NodeResources]:
-    from nemo_rl.distributed.nodes import alive_nodes  # imports ray, which a plan for this machine need not
+    from nemo_rl.distributed.cluster.nodes import alive_nodes  # imports ray, which a plan for this machine need not
 
     return [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]
 
@@ -187,8 +187,8 @@ def _forecasts(plans: dict[str, venvs.VenvPlan], nodes: list[NodeResources] | No
         return [NodeForecast(THIS_MACHINE, forecast_venvs(plans, sizes, {}))]
     from ray.exceptions import RayError
 
-    from nemo_rl.distributed.node_venv_host import driver_variables
-    from nemo_rl.distributed.nodes import ask_nodes
+    from nemo_rl.distributed.cluster.nodes import ask_nodes
+    from nemo_rl.distributed.provisioning.node_task import driver_variables
 
     answers = ask_nodes(forecast_venvs, nodes, plans, sizes, driver_variables(), timeout_s=_NODE_TIMEOUT_S)
     found = [

@@ -23,9 +23,9 @@ from typing import IO, Any
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.config import dump_yaml, load_config
 from nemo_rl.utils.files import write_atomically
-from nemo_rl.utils.masking import mask_secrets
 
 # What may differ between the lives of one run: when it stops, and what is told to whom. Everything else decides
 # what the numbers mean.

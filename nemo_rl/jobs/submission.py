@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, SubmissionError
-from nemo_rl.utils.masking import is_secret_key, mask_secrets
+from nemo_rl.secrets import is_secret_key, mask_secrets
 from nemo_rl.utils.source_archive import SourceTree, collect, unpack_zip, write_zip
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from nemo_rl import settings
-from nemo_rl.distributed.node_venv_host import variables_here
+from nemo_rl.distributed.provisioning.node_task import variables_here
 from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, VenvSpec, find_sealed, list_venvs
 from nemo_rl.venvs.masking import mask_secrets
-from nemo_rl.venvs.requirements import normalized_name
-from nemo_rl.venvs.resolve import lock_root
+from nemo_rl.venvs.planning.requirements import normalized_name
+from nemo_rl.venvs.planning.resolve import lock_root
 
 READY, BUILT, REFUSED, IGNORED = "ready", "would be built", "would be refused", "an older one would be used"
 RECEIVED = "would come from another node"

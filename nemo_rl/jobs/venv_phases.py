@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.node_venvs import NodeProgress
-    from nemo_rl.utils.console import ConsoleView
-    from nemo_rl.utils.timer import Timeline
+    from nemo_rl.observability.console import ConsoleView
+    from nemo_rl.observability.timer import Timeline
 
 # What a warm start does in passing is not worth a line.
 _SHORTEST_SHOWN_S = 0.1

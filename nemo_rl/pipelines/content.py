@@ -14,7 +14,7 @@ from typing import Any
 from nemo_rl.pipelines.spool import dumps
 from nemo_rl.pipelines.stage import AnyStage
 from nemo_rl.pipelines.tasks import DocumentBatch, Task
-from nemo_rl.venvs.requirements import requirements_of_field
+from nemo_rl.venvs.planning.requirements import requirements_of_field
 
 _NOT_CONTENT = ("name", "resources", "batch_size", "num_workers", "max_retries", "runtime_env")
 _NOT_INPUT = ("_stage_perf", "_lineage", "_frame", "_table")

@@ -19,11 +19,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from nemo_rl import settings
+from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.node_venvs import NodeProgressCallback
-from nemo_rl.distributed.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.runtime_env_fields import check_values, ray_chooses_python, require_tools_on_each_node
-from nemo_rl.distributed.worker_launch import WorkerPython, activation, ray_runtime_env, ready_pythons
-from nemo_rl.distributed.worker_options import checked_runtime_env, merged_runtime_env
+from nemo_rl.distributed.workers.launch_plan import WorkerPython, activation, ray_runtime_env, ready_pythons
+from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, merged_runtime_env
 from nemo_rl.errors import PipelineDefinitionError, ResourceInsufficientError, VenvError
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, driver_search_path
 from nemo_rl.pipelines.runner import StageJob

@@ -10,12 +10,12 @@ from typing import Any
 
 import nemo_rl
 from nemo_rl.errors import ConfigError
+from nemo_rl.observability.console import format_duration
+from nemo_rl.observability.report import report_template
 from nemo_rl.pipelines.failures import FailedTask, failed_tasks
 from nemo_rl.pipelines.progress import Counts
 from nemo_rl.pipelines.run_directory import STAGES_FILE
-from nemo_rl.utils.console import format_duration
 from nemo_rl.utils.files import write_atomically
-from nemo_rl.utils.report import report_template
 
 REPORT_FILE = "report.html"
 _MAX_FAILURES = 20

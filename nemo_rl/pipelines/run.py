@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
+from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.futures import WORKER_DEATHS
-from nemo_rl.distributed.ray_session import init_ray
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.bootstrap import StageWorker
 from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, WorkersDied, stage_error

@@ -22,14 +22,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from nemo_rl.errors import CheckpointError
-from nemo_rl.utils.logger_config import CheckpointingConfig
+from nemo_rl.utils.config import ConfigModel
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "checkpoint.json"
 _STATE = "state.json"
 _PARTIAL = ".partial-"
+
+
+class CheckpointingConfig(ConfigModel):
+    """When checkpoints are written and which are kept."""
+
+    enabled: bool = Field(True, description="Write checkpoints.")
+    checkpoint_dir: str | None = Field(None, description="Null: log_dir/checkpoints.")
+    save_period: int = Field(10, ge=1, description="Write a checkpoint every N steps, and at the end.")
+    keep_top_k: int | None = Field(
+        3, ge=1, description="Keep the k best by metric_name, besides the latest. Null: all."
+    )
+    metric_name: str = Field("val/accuracy", description="Metric that ranks checkpoints.")
+    higher_is_better: bool = Field(True, description="Whether a higher metric is better.")
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 from nemo_rl import settings
 from nemo_rl.errors import VenvDriftError
-from nemo_rl.venvs.layout import DIGEST_PREFIX
-from nemo_rl.venvs.manifest import Manifest
 from nemo_rl.venvs.masking import mask_secrets
-from nemo_rl.venvs.plans import VenvPlan
-from nemo_rl.venvs.requirements import normalized_name
+from nemo_rl.venvs.planning.plan import VenvPlan
+from nemo_rl.venvs.planning.requirements import normalized_name
+from nemo_rl.venvs.storage.layout import DIGEST_PREFIX
+from nemo_rl.venvs.storage.manifest import Manifest
 
 _MAX_LISTED = 40
 

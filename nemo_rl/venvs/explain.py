@@ -18,15 +18,15 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
 
 from nemo_rl.errors import VenvError
-from nemo_rl.venvs.build import site_packages_of
+from nemo_rl.venvs.building.build import site_packages_of
+from nemo_rl.venvs.ensure import SealedVenv, find_sealed
 from nemo_rl.venvs.interpreter import query_python_cached
-from nemo_rl.venvs.layout import Store
 from nemo_rl.venvs.lock_graph import LockGraph, Selection
-from nemo_rl.venvs.plans import Package, VenvPlan
-from nemo_rl.venvs.requirements import normalized_name
-from nemo_rl.venvs.resolve import lock_root, python_of
-from nemo_rl.venvs.spec import InterpreterSpec, VenvSpec
-from nemo_rl.venvs.store import SealedVenv, find_sealed
+from nemo_rl.venvs.planning.plan import Package, VenvPlan
+from nemo_rl.venvs.planning.requirements import normalized_name
+from nemo_rl.venvs.planning.resolve import lock_root, python_of
+from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
+from nemo_rl.venvs.storage.layout import Store
 
 # Where a version comes from.
 LOCK, ADDED, INTERPRETER = "lock", "added", "interpreter"

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from packaging.markers import Marker
 
 from nemo_rl.errors import LockMismatchError
-from nemo_rl.venvs.requirements import normalized_name
+from nemo_rl.venvs.planning.requirements import normalized_name
 
 _EXTRA_ATOM = re.compile(r"""extra\s*(==|!=)\s*(?:'([^']*)'|"([^"]*)")""")
 _TRUE, _FALSE = "python_version != '0'", "python_version == '0'"

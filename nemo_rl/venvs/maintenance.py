@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl.errors import VenvError, VenvLockTimeoutError
-from nemo_rl.venvs.build import site_packages_of
-from nemo_rl.venvs.layout import DIGEST_PREFIX, UNPACKED_PREFIX, Store, remove_tree
-from nemo_rl.venvs.locks import LEASE_FILE, build_lock, unused
-from nemo_rl.venvs.manifest import BrokenManifestError, Manifest, read_manifest
-from nemo_rl.venvs.site_hook import MODULE, PTH_FILE
+from nemo_rl.venvs.building.build import site_packages_of
+from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE
+from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, UNPACKED_PREFIX, Store, remove_tree
+from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock, unused
+from nemo_rl.venvs.storage.manifest import BrokenManifestError, Manifest, read_manifest
 
 _DAY_S = 86400.0
 _KEPT_RESOLUTIONS_S = 30 * _DAY_S

@@ -9,7 +9,7 @@ from nemo_rl.algorithms.rollouts import Rollout, collect, concatenate, draw_seed
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.environments.interfaces import EnvironmentReturn
 from nemo_rl.models.generation.interfaces import GenerationResult
-from nemo_rl.utils.timer import Timer
+from nemo_rl.observability.timer import Timer
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (4, 1, 2), (5, 2, 3), (6, 6, 6), (6, 0, 6), (7, 3, 1)])

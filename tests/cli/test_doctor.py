@@ -144,7 +144,7 @@ def on_a_cluster(*arguments: str, **env: str) -> subprocess.CompletedProcess[str
     program = (
         "import sys\n"
         "import ray\n"
-        "from nemo_rl.distributed.ray_session import start_local_ray\n"
+        "from nemo_rl.distributed.cluster.session import start_local_ray\n"
         "address = start_local_ray(num_cpus=2, num_gpus=0)\n"
         f"sys.argv = ['nemo-rl', *{list(arguments)!r}, '--address', address]\n"
         "from nemo_rl.cli import main\n"

@@ -10,7 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 from simulated_nodes import simulated_nodes
 
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 
 
 @pytest.fixture(scope="module")

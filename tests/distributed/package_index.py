@@ -17,7 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.venvs.installer import find_uv
+from nemo_rl.venvs.uv import find_uv
 
 
 @dataclass

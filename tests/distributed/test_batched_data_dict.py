@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
-from nemo_rl.distributed.sequence_packing import DynamicBatchingArgs, SequencePackingArgs
+from nemo_rl.distributed.batches.sequence_packing import DynamicBatchingArgs, SequencePackingArgs
 
 
 def numbered(size: int, width: int = 3) -> BatchedDataDict:

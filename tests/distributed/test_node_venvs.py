@@ -19,16 +19,16 @@ from ray.cluster_utils import Cluster
 
 from nemo_rl import venvs
 from nemo_rl.distributed import node_venv_campaign, node_venv_host, node_venvs
-from nemo_rl.distributed.node_venv_host import Request
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import (
     NodeProgress,
     create_local_venv_on_each_node,
     ensure_venv_on_node,
     ensure_venvs_on_each_node,
 )
-from nemo_rl.distributed.nodes import alive_nodes
+from nemo_rl.distributed.provisioning.node_task import Request
 from nemo_rl.errors import ClusterError, NodeVenvError, UnknownExtraError, VenvBuildError, VenvError
-from nemo_rl.venvs.installer import find_uv
+from nemo_rl.venvs.uv import find_uv
 
 _PYPROJECT = """
 [project]

@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from nemo_rl import settings
-from nemo_rl.distributed.ports import free_ports
+from nemo_rl.distributed.cluster.ports import free_ports
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES, RayVirtualCluster
 from nemo_rl.errors import ClusterError, ResourceInsufficientError
 

@@ -42,7 +42,7 @@ def test_every_name_of_the_api_reference_is_defined_where_it_says() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    from nemo_rl.venvs.installer import find_uv
+    from nemo_rl.venvs.uv import find_uv
 
     env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_PYTHON")}
     env |= {"UV_PROJECT_ENVIRONMENT": str(tmp_path / "venv"), "NO_MKDOCS_2_WARNING": "1"}

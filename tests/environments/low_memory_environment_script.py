@@ -10,7 +10,7 @@ import sys
 
 from own_memory import short_of_memory
 
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.environments.config import EnvironmentConfig
 from nemo_rl.environments.remote import RemoteEnvironment
 from nemo_rl.errors import EnvironmentFailure

@@ -17,7 +17,7 @@ PLUGIN = REPOSITORY / "examples" / "plugin"
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory for sys.path with the plugin as a wheel installs it: metadata and all."""
-    from nemo_rl.venvs.installer import find_uv
+    from nemo_rl.venvs.uv import find_uv
 
     folder = tmp_path_factory.mktemp("site")
     command = [find_uv(), "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(PLUGIN)]

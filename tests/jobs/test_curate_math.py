@@ -12,9 +12,9 @@ import pytest
 
 from nemo_rl.data.config import DataConfig, DatasetConfig
 from nemo_rl.data.datasets import open_dataset
+from nemo_rl.data.sample_math import write_messy_math
 from nemo_rl.jobs.command_line import run_command
 from nemo_rl.jobs.curate_math import CurateConfig, run_curate
-from nemo_rl.pipelines.messy_math import write_messy_math
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "configs" / "curate_math.yaml"

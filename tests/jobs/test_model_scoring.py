@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.py_executables import PY_EXECUTABLES
-from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
 from nemo_rl.models.embedded import ensure_embedded_model

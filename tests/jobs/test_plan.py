@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
-from nemo_rl.distributed.placement import NodeResources
 from nemo_rl.jobs.plan import NodeForecast, addresses_on, with_sources
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast
 

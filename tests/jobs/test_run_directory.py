@@ -7,8 +7,8 @@ import pytest
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.run_directory import open_run_directory
+from nemo_rl.observability.report import write_report
 from nemo_rl.utils.config import load_config
-from nemo_rl.utils.report import write_report
 
 
 def config_with(*overrides):
@@ -57,7 +57,7 @@ import os, signal
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.config import load_config
-from nemo_rl.utils.report import write_report
+from nemo_rl.observability.report import write_report
 run = open_run_directory(load_config(MasterConfig, None, ["logger.log_dir={tmp_path / "run"}"]), "job")
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from nemo_rl import venvs
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.errors import VenvBuildError
 from nemo_rl.pipelines import Executor, RayActorPoolExecutor, RayDataExecutor
 

@@ -14,7 +14,7 @@ from typing import Any
 from own_memory import OwnMemory
 from sample_stages import TINY, AddOne, batches, numbers
 
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.pipelines import DocumentBatch, GatherStage, Pipeline, ProcessingStage, RayActorPoolExecutor, failed_tasks
 
 

@@ -10,7 +10,7 @@ import pytest
 import ray
 from sample_stages import AddOne, KeepFirstOfEach, batches, numbers
 
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.errors import ResourceInsufficientError
 from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, RayActorPoolExecutor, RayDataExecutor, Resources
 

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from nemo_rl.data.sample_math import write_messy_math
 from nemo_rl.errors import PipelineDefinitionError, StageStartError
 from nemo_rl.pipelines import DocumentBatch, Pipeline
-from nemo_rl.pipelines.messy_math import write_messy_math
 from nemo_rl.pipelines.stages.dedup import ExactDuplicateFilter, NearDuplicates
 from nemo_rl.pipelines.stages.grading import SolutionEffortGrade
 from nemo_rl.pipelines.stages.language import LanguageFilter

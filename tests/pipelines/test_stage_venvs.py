@@ -15,7 +15,7 @@ from sample_stages import AddOne, PackagingVersion, batches
 
 from nemo_rl.errors import ClusterError, RuntimeEnvError, UnknownExtraError, VenvBuildError
 from nemo_rl.pipelines import DocumentBatch, Executor, Pipeline, ProcessingStage, RayActorPoolExecutor
-from nemo_rl.venvs.installer import find_uv
+from nemo_rl.venvs.uv import find_uv
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

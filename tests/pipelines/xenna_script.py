@@ -17,7 +17,7 @@ from sample_stages import (
     numbers,
 )
 
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.errors import StageError
 from nemo_rl.pipelines import Pipeline, XennaExecutor, failed_tasks
 

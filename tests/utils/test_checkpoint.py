@@ -3,8 +3,7 @@ import json
 import pytest
 
 from nemo_rl.errors import CheckpointError
-from nemo_rl.utils.checkpoint import CheckpointStore
-from nemo_rl.utils.logger_config import CheckpointingConfig
+from nemo_rl.utils.checkpoint import CheckpointingConfig, CheckpointStore
 
 
 def store_in(path, **options):

@@ -13,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_rl.venvs.installer import find_uv
+from nemo_rl.venvs.uv import find_uv
 
 BUILD_SYSTEM = '[build-system]\nrequires = ["uv_build>=0.9,<0.15"]\nbuild-backend = "uv_build"\n'
 

@@ -11,9 +11,9 @@ from packaging.markers import Marker
 from sample_projects import Project
 
 from nemo_rl.errors import LockMismatchError
-from nemo_rl.venvs.installer import find_uv, uv_environment
 from nemo_rl.venvs.interpreter import this_environment
 from nemo_rl.venvs.lock_graph import LockGraph, Selection
+from nemo_rl.venvs.uv import find_uv, uv_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

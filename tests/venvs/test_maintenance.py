@@ -13,10 +13,10 @@ from sample_projects import Project, run_in
 from nemo_rl import venvs
 from nemo_rl.errors import VenvError
 from nemo_rl.venvs import Store
-from nemo_rl.venvs.build import site_packages_of
-from nemo_rl.venvs.layout import UNPACKED_PREFIX
-from nemo_rl.venvs.locks import LEASE_FILE, build_lock
-from nemo_rl.venvs.site_hook import PTH_FILE
+from nemo_rl.venvs.building.build import site_packages_of
+from nemo_rl.venvs.building.site_hook import PTH_FILE
+from nemo_rl.venvs.storage.layout import UNPACKED_PREFIX
+from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock
 
 
 def rewrite(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from ray import cloudpickle
 from ray.exceptions import ObjectLostError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
-from nemo_rl.distributed.project_source import outside_python, search_path
+from nemo_rl.distributed.provisioning.source_sync import outside_python, search_path
 from nemo_rl.errors import PipelineDefinitionError, PipelineError, ResourceInsufficientError, StageError
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure

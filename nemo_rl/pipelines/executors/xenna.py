@@ -22,7 +22,7 @@ import psutil
 import ray
 from ray._private.state import actors
 
-from nemo_rl.distributed.nodes import start_on_nodes
+from nemo_rl.distributed.cluster.nodes import start_on_nodes
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.executors.base import (
     Cluster,

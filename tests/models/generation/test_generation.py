@@ -12,7 +12,7 @@ import torch
 from tiny_generation import TinyModel, assert_same
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError, WorkerStartError
 from nemo_rl.models.generation.config import GenerationConfig

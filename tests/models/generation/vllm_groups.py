@@ -11,7 +11,7 @@ import ray
 from tiny_generation import TinyModel
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.distributed.ray_session import start_local_ray
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation

@@ -12,8 +12,8 @@ import torch
 from tiny_policy import advantage_loss, assert_equal, make_batch, make_worker, nan_loss, weights
 from transformers import AutoModelForCausalLM
 
+from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
-from nemo_rl.distributed.ray_session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, NonFiniteError, WorkerStartError
 from nemo_rl.models.backends import Backend, PolicyOptions

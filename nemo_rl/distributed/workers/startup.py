@@ -1,0 +1,179 @@
+"""Waiting for workers to start, and ending them.
+
+::
+
+    all handles created ──▶ one attestation call each ──▶ first failure, or all answers, or the time-out
+                                                              │
+                     kill every worker of the group  ◀── failure, time-out or Ctrl-C; then raise
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+
+from nemo_rl import settings
+from nemo_rl.distributed.cluster.nodes import alive_nodes
+from nemo_rl.distributed.futures import WORKER_DEATHS
+from nemo_rl.distributed.workers import host as worker_host
+from nemo_rl.distributed.workers.class_description import ClassDescription
+from nemo_rl.errors import AttestationError, NodeLostError, WorkerStartError
+
+_KILL_TIMEOUT_S = 10.0
+_POLL_S = 0.02
+_LIVENESS_INTERVAL_S = 1.0
+_LAST_LINES = 20
+
+
+@dataclass(frozen=True)
+class StartingWorker:
+    """A worker whose actor has been created and may not be running yet.
+
+    Attributes:
+        label: for messages, such as "rank 3 (policy-0-3)".
+        secrets: texts that no message may show.
+        node_id: where it has to run; None where Ray chooses.
+    """
+
+    handle: ActorHandle
+    fqn: str
+    label: str
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    node_id: str | None = None
+
+
+class StaleDescription(Exception):
+    """The class is not the one that was described; holds its description."""
+
+    def __init__(self, description: ClassDescription) -> None:
+        super().__init__(description.fqn)
+        self.description = description
+
+
+def await_started(
+    workers: Sequence[StartingWorker], timeout_s: float | None = None, *, stopped: threading.Event | None = None
+) -> list[dict[str, Any]]:
+    """Wait until every worker's constructor has returned and its attestation is right.
+
+    Args:
+        stopped: nobody waits for them any more, once it is set.
+
+    Returns:
+        The attestations, in the order of `workers`.
+
+    Raises:
+        WorkerStartError: a worker died (with its own traceback), not all have answered in `timeout_s`, or `stopped`.
+        NodeLostError: the node of one that has not answered is no more.
+        AttestationError: a worker runs in another venv or ray than it should.
+        StaleDescription: see there.
+        In every case, and for Ctrl-C, all of `workers` are dead by then.
+    """
+    timeout_s = settings.WORKER_START_TIMEOUT_S.get() if timeout_s is None else timeout_s
+    deadline = time.monotonic() + timeout_s
+    pending = {getattr(worker.handle, worker_host.ATTEST_METHOD).remote(): i for i, worker in enumerate(workers)}
+    answers: dict[int, dict[str, Any]] = {}
+    try:
+        while pending:
+            if stopped is not None and stopped.is_set():
+                raise WorkerStartError(f"worker {workers[0].label} was stopped while it started")
+            left_s = deadline - time.monotonic()
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, left_s), _LIVENESS_INTERVAL_S))
+            if not ready:
+                missing = [workers[i] for i in pending.values()]
+                refuse_lost_nodes((worker.label, worker.node_id) for worker in missing)
+                if left_s <= 0:
+                    raise WorkerStartError(_timeout_message(missing, len(workers), timeout_s))
+                continue
+            index = pending.pop(ready[0])
+            answers[index] = _checked_answer(workers[index], ready[0])
+    except BaseException:
+        kill_and_wait([worker.handle for worker in workers])
+        raise
+    return [answers[index] for index in range(len(workers))]
+
+
+def refuse_lost_nodes(places: Iterable[tuple[str, str | None]]) -> None:
+    """Raise `NodeLostError` if a worker's node is no more; `places` holds workers' labels and node ids.
+
+    A bundle belongs to its node: Ray would keep its workers waiting for the node to come back.
+    """
+    alive = {node.node_id for node in alive_nodes()}
+    for label, node_id in places:
+        if node_id is not None and node_id not in alive:
+            raise NodeLostError(f"worker {label} cannot start: node {node_id} has left the Ray cluster.")
+
+
+def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[str, Any]:
+    try:
+        answer = ray.get(reference)
+    except RayError as error:
+        shown = f"worker {worker.label} of {worker.fqn} died while starting: {error}{_last_words(error)}"
+        masked = shown
+        for secret in worker.secrets:
+            masked = masked.replace(secret, settings.MASK)
+        # Ray's own error says it all over again, so it is chained only if it may be shown.
+        raise WorkerStartError(masked) from (error if masked == shown else None)
+    if "description" in answer:
+        raise StaleDescription(ClassDescription.from_plain(answer["description"]))
+    if answer["verdict"] != "ok":
+        raise AttestationError(
+            f"worker {worker.label} of {worker.fqn} on node {answer['node_ip']} runs {answer['executable']}: "
+            f"{answer['verdict']}. Its venv was changed or replaced while the job started; start the job again."
+        )
+    return answer
+
+
+def _last_words(error: RayError) -> str:
+    """The last lines that a process without a Python traceback wrote, if it ran on this machine."""
+    pid = re.search(r"\bpid: (\d+)", str(error))
+    node = ray._private.worker._global_node
+    if pid is None or node is None:
+        return ""
+    logs = sorted(Path(node.get_session_dir_path(), "logs").glob(f"worker-*-{pid[1]}.err"))
+    try:
+        lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
+    except OSError:
+        return ""
+    return "\nThe last lines that it wrote:\n" + "\n".join(lines[-_LAST_LINES:]) if lines else ""
+
+
+def _timeout_message(missing: Sequence[StartingWorker], total: int, timeout_s: float) -> str:
+    labels = ", ".join(worker.label for worker in missing[:8]) + (", ..." if len(missing) > 8 else "")
+    return (
+        f"{len(missing)} of {total} workers of {missing[0].fqn} did not start within {timeout_s:.0f} s: {labels}. "
+        "Either their constructors wait for something, or their share of the bundles is taken (see `ray status`). "
+        f"{settings.WORKER_START_TIMEOUT_S.name} sets the limit."
+    )
+
+
+def kill_and_wait(handles: Sequence[ActorHandle], timeout_s: float = _KILL_TIMEOUT_S) -> bool:
+    """Kill actors at once, and wait until Ray knows that they are dead. Returns whether all are."""
+    for handle in handles:
+        ray.kill(handle, no_restart=True)
+    return all_dead(handles, timeout_s)
+
+
+def all_dead(handles: Sequence[ActorHandle], timeout_s: float) -> bool:
+    """Wait until every actor has ended. Returns whether all have within `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    for handle in handles:
+        while True:
+            try:
+                ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
+            except ActorUnavailableError:  # its node does not answer; Ray has not decided yet
+                pass
+            except WORKER_DEATHS:
+                break
+            except GetTimeoutError:
+                return False
+            time.sleep(_POLL_S)
+    return True

@@ -1,0 +1,203 @@
+"""What a run writes down: `metrics.jsonl` and `samples.jsonl` always, and whatever backends are enabled.
+
+::
+
+    training loop ──log_metrics──► metrics.jsonl                        at once, in the loop's thread
+                        ├────────► listeners (console)                  at once, in the loop's thread
+                        └────────► queue ──► thread ──► TensorBoard     one queue and thread per backend; one that
+                        └────────► queue ──► thread ──► W&B, MLflow     fails or falls behind is dropped, once, loudly
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from nemo_rl.errors import ConfigError
+from nemo_rl.observability.logger_backends import BACKENDS, Backend, RunInfo, check_packages
+from nemo_rl.observability.logger_config import LoggerConfig
+from nemo_rl.secrets import flatten, mask_secrets
+from nemo_rl.utils.jsonl import append_text, keep_lines
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+_MAX_QUEUED = 1000
+_CLOSE_TIMEOUT_S = 30.0
+
+
+class Listener(Protocol):
+    """Is told about metrics at once, in the loop's thread."""
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See `Logger.log_metrics`."""
+
+
+class Logger:
+    """Writes a run's metrics and samples, and passes metrics on. Not for several threads."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: LoggerConfig,
+        *,
+        resume_step: int | None = None,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        """Open the files and the enabled backends.
+
+        Args:
+            directory: the run's directory; it exists.
+            resume_step: the step of the checkpoint that the run goes on from: what is on file for later steps is
+                dropped, so that the file becomes what an undisturbed run would have written. None: the run starts from
+                the beginning, and everything on file is dropped.
+
+        Raises:
+            ConfigError: an enabled backend is not installed, or cannot be opened.
+        """
+        check_packages(config)
+        self._metrics_path, self._samples_path = directory / METRICS_FILE, directory / SAMPLES_FILE
+        for path in (self._metrics_path, self._samples_path):
+            dropped = keep_lines(path, lambda record: _is_before(record, resume_step))
+            if dropped:
+                logger.info("%s: dropped %d lines that the checkpoint does not know of", path.name, dropped)
+        self._listeners = list(listeners)
+        run = RunInfo(directory, config, resume_step)
+        self._backends: list[_BackendThread] = []
+        try:
+            for name, entry in BACKENDS.items():
+                if entry.enabled(config):
+                    self._backends.append(_BackendThread(name, _open(name, entry.open, run)))
+        except BaseException:
+            self.close()
+            raise
+        self._warned_names: set[str] = set()
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line: `step`, then the metrics by flat name.
+
+        A value that is not finite becomes null in the file, with one warning per name, and goes nowhere else.
+
+        Raises:
+            TypeError: a value is not a number.
+            ValueError: a metric is called "step".
+        """
+        if "step" in metrics:
+            raise ValueError("a metric cannot be called 'step': that is the line's own key")
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        for name in numbers.keys() - finite.keys() - self._warned_names:
+            self._warned_names.add(name)
+            logger.warning("step %d: %s is %s; %s keeps it as null", step, name, numbers[name], METRICS_FILE)
+        line = {"step": step} | {name: finite.get(name) for name in numbers}
+        append_text(self._metrics_path, json.dumps(line, allow_nan=False) + "\n")
+        for listener in list(self._listeners):
+            try:
+                listener.log_metrics(step, finite)
+            except Exception:
+                # What only looks at the run must not end it.
+                logger.exception("%s failed and is told nothing more", type(listener).__name__)
+                self._listeners.remove(listener)
+        for backend in self._backends:
+            backend.put(lambda b: b.log_metrics(step, finite))
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Keep completions for the report: one line each, `step` first. Values are JSON data."""
+        append_text(self._samples_path, "".join(json.dumps({"step": step, **sample}) + "\n" for sample in samples))
+
+    def log_hyperparameters(self, config: Mapping[str, Any]) -> None:
+        """Tell the backends the configuration (nested plain data); what looks secret is masked."""
+        values = dict(flatten(mask_secrets(config)))
+        for backend in self._backends:
+            backend.put(lambda b: b.log_hyperparameters(values))
+
+    def close(self) -> None:
+        """Wait, within bounds, until the backends have written everything. Idempotent."""
+        for backend in self._backends:
+            backend.close()
+        self._backends = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _is_before(record: Mapping[str, Any], resume_step: int | None) -> bool:
+    step = record.get("step")
+    return resume_step is not None and isinstance(step, int) and step <= resume_step
+
+
+def _number(name: str, value: Any) -> float | int:
+    item = value.item() if hasattr(value, "item") else value  # scalars of numpy and torch
+    if isinstance(item, (bool, int, float)):
+        return int(item) if isinstance(item, bool) else item
+    raise TypeError(f"metric {name!r} must be a number, not {type(value).__name__} {value!r}")
+
+
+def _open(name: str, make: Callable[[RunInfo], Backend], run: RunInfo) -> Backend:
+    try:
+        return make(run)
+    except Exception as error:
+        raise ConfigError(f"logger.{name} is enabled, but cannot be opened: {error}") from error
+
+
+class _BackendThread:
+    """A backend in a thread of its own; the first failure ends it."""
+
+    def __init__(self, name: str, backend: Backend) -> None:
+        self._name = name
+        self._backend = backend
+        self._queue: queue.Queue[Callable[[Backend], None] | None] = queue.Queue(_MAX_QUEUED)
+        self._dropped = False
+        # A daemon: a server that never answers must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name=f"logger-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, call: Callable[[Backend], None]) -> None:
+        """Have the backend called, soon."""
+        if self._dropped:
+            return
+        try:
+            self._queue.put_nowait(call)
+        except queue.Full:
+            self._drop(f"it is {_MAX_QUEUED} records behind")
+
+    def close(self) -> None:
+        """Wait until the backend is done, at most `_CLOSE_TIMEOUT_S`."""
+        if not self._dropped:
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=_CLOSE_TIMEOUT_S)
+            self._thread.join(_CLOSE_TIMEOUT_S)
+            if self._thread.is_alive():
+                self._drop(f"it was not done {_CLOSE_TIMEOUT_S:g} s after the run")
+
+    def _work(self) -> None:
+        while not self._dropped:
+            call = self._queue.get()
+            try:
+                if call is None:
+                    self._backend.close()
+                    return
+                call(self._backend)
+            except Exception as error:
+                # Network, disk or server: the run goes on, `metrics.jsonl` has everything.
+                self._drop(f"{type(error).__name__}: {error}")
+
+    def _drop(self, reason: str) -> None:
+        if not self._dropped:
+            self._dropped = True
+            logger.error("logger.%s is switched off for the rest of the run: %s", self._name, reason)

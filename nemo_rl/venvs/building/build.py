@@ -1,0 +1,287 @@
+"""One build of one venv: a new directory goes in, a sealed one comes out, or an error and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from nemo_rl import settings
+from nemo_rl.errors import LockMismatchError, VenvBuildError, VenvError
+from nemo_rl.venvs.building.bytecode import add_bytecode
+from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
+from nemo_rl.venvs.interpreter import start_python
+from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.venvs.planning.overlay import install_lines, installed_distributions
+from nemo_rl.venvs.planning.plan import VenvPlan
+from nemo_rl.venvs.planning.relocation import located, name_originals
+from nemo_rl.venvs.planning.resolve import lock_root, plan, project_inputs
+from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
+from nemo_rl.venvs.progress import PhaseClock
+from nemo_rl.venvs.scripts import add_base_scripts
+from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
+from nemo_rl.venvs.storage.locks import LEASE_FILE
+from nemo_rl.venvs.storage.manifest import Manifest, write_manifest
+from nemo_rl.venvs.uv import BuildLog, is_no_space, no_space_error, run_uv
+
+_DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
+
+# Fills the new directory with packages, bytecode and hook that were built elsewhere.
+Receive = Callable[[VenvPlan, Path, PhaseClock, BuildLog], None]
+
+
+def build(
+    the_plan: VenvPlan,
+    venv_name: str,
+    store: Store,
+    clock: PhaseClock,
+    *,
+    job_id: str | None,
+    donors: Sequence[Path],
+    receive: Receive | None = None,
+) -> Path:
+    """Build the plan's venv, seal it and publish it; return its directory. The caller holds the build lock.
+
+    With `receive` nothing is installed; what it fills in is checked and sealed like what was installed here.
+
+    Raises `VenvBuildError`, `NoSpaceError`, `LockMismatchError` or `IncompatibleVenvError`. What was published before
+    stays published then.
+    """
+    started_at = time.time()
+    root = store.new_directory(the_plan.digest)
+    log = BuildLog(store.new_log(the_plan.digest[:DIGEST_PREFIX]))
+    with _cleaned_up(root, venv_name, log, clock):
+        what = mask_secrets(f"Building the venv {venv_name!r} (`{the_plan.spec}`)")
+        if receive is not None:
+            receive(the_plan, root, clock, log)
+        else:
+            _install(the_plan, root, store, clock, log, what)
+        site_packages = site_packages_of(root)
+        if the_plan.base is not None:
+            add_base_scripts(root / "bin", _scripts_of(the_plan.base, store))
+        (root / LEASE_FILE).touch()
+        if receive is None:
+            clock.start("compile")
+            if settings.COMPILE_BYTECODE.get():
+                clock.tell(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
+        clock.start("check")
+        ray = _check(the_plan, root, site_packages, what)
+        if receive is None:
+            _check_inputs(the_plan, store)  # the lock may have changed while uv was reading it
+        clock.start("seal")
+        manifest = _manifest(the_plan, root, site_packages, clock, job_id, started_at, ray, log)
+        write_manifest(root, manifest)
+        point(store.link(the_plan.digest), root.name)
+        clock.end()
+    return root
+
+
+def site_packages_of(root: Path) -> Path:
+    """The site-packages directory of a venv."""
+    found = sorted(root.glob("lib/python*/site-packages"))
+    if not found:
+        raise VenvError(f"{root} has no site-packages directory.")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _cleaned_up(root: Path, venv_name: str, log: BuildLog, clock: PhaseClock) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        remove_tree(root)
+        clock.end("failed", str(error).partition("\n")[0])
+        if isinstance(error, OSError) and is_no_space(error):
+            raise no_space_error(f"Building the venv {venv_name!r}", log_path=str(log.path)) from error
+        raise
+    finally:
+        log.close()
+
+
+def _install(the_plan: VenvPlan, root: Path, store: Store, clock: PhaseClock, log: BuildLog, what: str) -> None:
+    _check_inputs(the_plan, store)
+    if the_plan.base is None:
+        _sync_project(the_plan, root, clock, log, what)
+    else:
+        _install_overlay(the_plan, root, clock, log, what)
+    name_originals(site_packages_of(root))
+    _write_hook(the_plan, site_packages_of(root))
+
+
+def _check_inputs(the_plan: VenvPlan, store: Store) -> None:
+    """The project on this node must be the one that was planned, or the venv would not be what its digest says."""
+    spec = the_plan.spec
+    if the_plan.base is not None or not isinstance(spec, VenvSpec):
+        return
+    if project_inputs(spec, lock_root(spec.project)) == the_plan.inputs:
+        return
+    here = plan(spec, store=store, expected=the_plan.expected)
+    if here.digest != the_plan.digest:
+        found, planned = here.digest[:DIGEST_PREFIX], the_plan.digest[:DIGEST_PREFIX]
+        raise LockMismatchError(
+            f"The project {spec.project} on {socket.gethostname()} is not the one that was planned: the packages of "
+            f"`{spec}` have digest {found}, planned were {planned}. Bring the same pyproject.toml and uv.lock to every "
+            "node, and start the job again if they changed meanwhile."
+        )
+
+
+def _sync_project(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
+    spec = the_plan.spec
+    assert isinstance(spec, VenvSpec)
+    # Planning has checked the lock against pyproject.toml for these very bytes, so it is not checked again here.
+    project = str(located(spec.project))
+    arguments = ["sync", "--frozen", "--project", project, "--python", the_plan.python.executable]
+    arguments += ["--no-compile-bytecode", "--no-python-downloads", *spec.selection()]
+    for package in the_plan.packages:
+        if package.local is not None and not package.local.editable:
+            arguments += ["--reinstall-package", package.name]  # uv's cache does not notice changed code
+    clock.start("fetch")
+    run_uv(
+        arguments,
+        what=what,
+        cwd=project,
+        extra_env={"UV_PROJECT_ENVIRONMENT": str(root)},
+        log=log,
+        on_line=lambda line: _follow(line, clock),
+    )
+
+
+def _install_overlay(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
+    clock.start("fetch")
+    project = ["--project", str(located(the_plan.spec.project))] if isinstance(the_plan.spec, VenvSpec) else []
+    python = ["--python", the_plan.python.executable, "--no-python-downloads"]
+    run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
+    if not the_plan.packages:
+        return  # the base has everything that the list asks for
+    listing = root / ".nemo_rl_requirements"
+    listing.write_text("\n".join(install_lines(the_plan)) + "\n")
+    hashed = all(any(value.startswith("sha") for value in package.hashes) for package in the_plan.packages)
+    arguments = [
+        "pip",
+        "install",
+        "--python",
+        str(root / "bin" / "python"),
+        "--no-deps",
+        "--no-compile-bytecode",
+        *project,
+    ]
+    arguments += ["--require-hashes"] if hashed else []
+    arguments += [
+        word
+        for package in the_plan.packages
+        if package.local is not None
+        for word in ("--refresh-package", package.name)
+    ]
+    run_uv([*arguments, "-r", str(listing)], what=what, cwd=root, log=log, on_line=lambda line: _follow(line, clock))
+    listing.unlink()
+
+
+def _follow(line: str, clock: PhaseClock) -> None:
+    """Phases from what uv prints: it has fetched and built ("Prepared"), then linked ("Installed")."""
+    if line.startswith("Prepared ") and clock.phase == "fetch":
+        clock.start("link")
+    elif line.startswith("Installed "):
+        if clock.phase == "fetch":  # all was in the cache; uv says how long the linking took
+            clock.start("link")
+            match = _DURATION.search(line)
+            seconds = (int(match[1] or 0) * 60 + float(match[2]) / (1000 if match[3] == "ms" else 1)) if match else 0.0
+            clock.shift("fetch", "link", seconds)
+        clock.tell(line)
+    elif line and not line.startswith((" +", " -", " ~")):
+        clock.tell(line.strip())
+
+
+def _write_hook(the_plan: VenvPlan, site_packages: Path) -> None:
+    base = the_plan.base
+    if base is None:
+        write_site_hook(site_packages)
+    elif base.is_interpreter:
+        write_site_hook(site_packages, base_paths=base.base_paths)
+    else:
+        write_site_hook(site_packages, base=f"../{base.digest[:DIGEST_PREFIX]}")
+
+
+def _scripts_of(base: VenvPlan, store: Store) -> Path:
+    if isinstance(base.spec, InterpreterSpec):
+        return Path(base.spec.path).parent
+    return store.link(base.digest) / "bin"
+
+
+def _check(the_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
+    """The interpreter starts, from this very directory; versions are the driver's; what was planned is there."""
+    version, prefix = start_python(str(root / "bin" / "python"))
+    if prefix != str(root.resolve()):
+        raise VenvBuildError(f"{what}: its interpreter runs in {prefix} instead of {root}.")
+    planned = {package.name: package.version for package in the_plan.packages}
+    installed = installed_distributions(site_packages)
+    wrong = [
+        f"{name} is {installed.get(name, 'missing')} instead of {planned.get(name) or 'absent'}"
+        for name in sorted(planned.keys() | installed.keys())
+        if name not in installed or name not in planned or planned[name] not in (None, installed[name])
+    ]
+    if wrong:
+        raise VenvBuildError(f"{what}: what uv installed is not what was planned: {'; '.join(wrong[:5])}.")
+    ray = installed.get("ray") or (the_plan.base.ray if the_plan.base is not None else None)
+    the_plan.expected.check(what, version, ray)
+    return ray
+
+
+def _manifest(
+    the_plan: VenvPlan,
+    root: Path,
+    site_packages: Path,
+    clock: PhaseClock,
+    job_id: str | None,
+    started_at: float,
+    ray: str | None,
+    log: BuildLog,
+) -> Manifest:
+    records, num_files, num_bytes = read_records(site_packages)
+    base = the_plan.base
+    return Manifest(
+        digest=the_plan.digest,
+        spec=mask_secrets(str(the_plan.spec)),
+        packages=tuple(mask_secrets(str(package)) for package in the_plan.packages),
+        python=the_plan.python.version,
+        implementation=the_plan.python.implementation,
+        platform=the_plan.python.platform,
+        base_python=the_plan.python.executable,
+        uv=_pyvenv_value(root, "uv"),
+        host=socket.gethostname(),
+        built_at=time.strftime("%FT%T%z"),
+        started_at=started_at,
+        base_digest=base.digest if base is not None and not base.is_interpreter else None,
+        base_paths=base.base_paths if base is not None else (),
+        ray=ray,
+        records=records,
+        num_files=num_files,
+        num_bytes=num_bytes,
+        seconds={**clock.seconds},
+        job_id=job_id,
+        log_path=str(log.path),
+    )
+
+
+def read_records(site_packages: Path) -> tuple[dict[str, str], int, int]:
+    """(metadata directory -> sha256 of its RECORD, number of files, bytes) of everything installed, and of the hook."""
+    records: dict[str, str] = {}
+    num_files = num_bytes = 0
+    for path in sorted(site_packages.glob("*.dist-info/RECORD")):
+        content = path.read_bytes()
+        records[path.parent.name] = hashlib.sha256(content).hexdigest()
+        for row in csv.reader(content.decode("utf-8").splitlines()):
+            num_files += 1
+            num_bytes += int(row[2]) if len(row) > 2 and row[2].isdigit() else 0
+    for name in (f"{MODULE}.py", PTH_FILE):
+        records[name] = hashlib.sha256((site_packages / name).read_bytes()).hexdigest()
+    return records, num_files, num_bytes
+
+
+def _pyvenv_value(root: Path, key: str) -> str:
+    match = re.search(rf"^{key} = (.*)$", (root / "pyvenv.cfg").read_text(), flags=re.MULTILINE)
+    return match[1] if match else ""

@@ -1,0 +1,119 @@
+"""Additive venvs: a list of requirements laid over a base venv or interpreter.
+
+The additive venv holds only what the base does not already have in the version that the list resolves to. Its
+site-packages comes first on `sys.path`, the base's after it, so what the list names wins and the rest of the base
+stays importable. Requirements of base packages on an overridden one are not looked at: that is what overriding means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+import tomllib
+from pathlib import Path
+
+from nemo_rl import settings
+from nemo_rl.errors import RuntimeEnvError
+from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
+from nemo_rl.venvs.planning.relocation import located
+from nemo_rl.venvs.planning.requirements import is_option, normalized_name
+from nemo_rl.venvs.planning.spec import Spec, VenvSpec
+from nemo_rl.venvs.storage.layout import Store
+from nemo_rl.venvs.storage.manifest import FORMAT
+from nemo_rl.venvs.uv import BuildLog, run_uv
+
+_DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
+
+
+def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
+    """The plan of `spec.requirements` over `base`.
+
+    The list is resolved once per store and base, preferring the base's versions, and kept: a name without a version
+    does not drift, and a warm call needs no network.
+    """
+    pins = {package.name: package.version for package in base.packages if package.version is not None}
+    key = hashlib.sha256(json.dumps([FORMAT, base.digest, spec.requirements]).encode()).hexdigest()
+    packages = load_resolution(store, key)
+    if packages is None:
+        packages = _resolve(spec, base, pins, store)
+        save_resolution(store, key, packages)
+    return VenvPlan(
+        spec=spec,
+        python=base.python,
+        packages=tuple(packages),
+        expected=base.expected,
+        base=base,
+        index_options=tuple(line for line in spec.requirements if is_option(line)),
+    )
+
+
+def installed_distributions(site_packages: Path) -> dict[str, str]:
+    """Name -> version of the distributions in a directory, from the names of their metadata directories."""
+    try:
+        names = sorted(entry.name for entry in site_packages.iterdir())
+    except OSError:
+        return {}
+    matches = [_DIST_INFO.fullmatch(name) for name in names]
+    return {normalized_name(match[1]): match[2] for match in matches if match}
+
+
+def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> list[Package]:
+    listed = [line for line in spec.requirements if not is_option(line)]
+    if not listed:
+        raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} names no package.")
+    with tempfile.TemporaryDirectory(prefix="nemo_rl_resolve_") as directory:
+        requirements, lock = Path(directory, "requirements.in"), Path(directory, "pylock.toml")
+        requirements.write_text("\n".join(spec.requirements) + "\n")
+        # uv prefers the versions of an output file that exists: what the base has and the list allows stays as it is.
+        lock.write_text(_lock_of(pins))
+        arguments = ["pip", "compile", str(requirements), "-o", str(lock), "--python", base.python.executable]
+        project = ["--project", str(located(spec.project))] if isinstance(spec, VenvSpec) else []
+        what = f"Resolving {', '.join(listed)} over `{base.spec}`"
+        arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
+        run_uv_to_resolve(arguments, what=what, cwd=directory, store=store)
+        entries = tomllib.loads(lock.read_text()).get("packages", [])
+        packages = [package_from_lock(entry, Path(directory)) for entry in entries]
+    return [package for package in packages if _differs(package, pins)]
+
+
+def run_uv_to_resolve(arguments: list[str], *, what: str, cwd: str | Path, store: Store) -> str:
+    """`run_uv`, keeping the log only when it fails."""
+    log = BuildLog(store.new_log("resolve"))
+    try:
+        output = run_uv(arguments, what=what, cwd=cwd, log=log)
+    finally:
+        log.close()
+    log.discard()
+    return output
+
+
+def _lock_of(pins: dict[str, str]) -> str:
+    tables = [f'[[packages]]\nname = "{name}"\nversion = "{version}"\n' for name, version in pins.items()]
+    return "\n".join(['lock-version = "1.0"', 'created-by = "nemo_rl"', *(tables or ["packages = []"])])
+
+
+def _differs(package: Package, pins: dict[str, str]) -> bool:
+    """Whether the base does not hold the package as it was resolved."""
+    if package.local is not None or package.location is not None:
+        return True
+    return pins.get(package.name) != package.version
+
+
+def install_lines(plan: VenvPlan) -> list[str]:
+    """The requirements file that installs an additive venv's packages: exact versions, with hashes."""
+    return [*plan.index_options, *(_install_line(package, plan.spec) for package in plan.packages)]
+
+
+def _install_line(package: Package, spec: Spec) -> str:
+    if package.local is not None:
+        return f"{'-e ' if package.local.editable else ''}{located(package.local.path)}"
+    hashes = [f"--hash={value}" for value in package.hashes if not value.startswith("url:")]
+    if package.location is None:
+        return " ".join([f"{package.name}=={package.version}", *hashes])
+    if settings.MASK in package.location:  # the credentials are only in what the user wrote
+        for line in spec.requirements:
+            if normalized_name(line.partition("@")[0].strip()) == package.name:
+                return line if "--hash" in line else " ".join([line, *hashes])
+    return " ".join([f"{package.name} @ {package.location}", *hashes])

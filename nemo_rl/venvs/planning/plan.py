@@ -1,0 +1,212 @@
+"""A plan: what a venv holds, resolved, and the digest of that. Plans travel between nodes; resolutions are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_rl.venvs.interpreter import DriverVersions, PythonInfo
+from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.venvs.planning.local_packages import LocalPackage, file_digest
+from nemo_rl.venvs.planning.relocation import original
+from nemo_rl.venvs.planning.requirements import normalized_name
+from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec
+from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store
+from nemo_rl.venvs.storage.manifest import FORMAT, write_atomically
+
+
+@dataclass(frozen=True)
+class Package:
+    """One resolved distribution.
+
+    Attributes:
+        name: normalised. version: None for a local directory whose build decides it.
+        location: where it comes from if not from an index (URL, path); credentials are masked.
+        hashes: `sha256:...` of every file that the lock allows (`url:...` of one without a hash).
+        artifacts: paths of wheels and archives on this machine that it may be installed from.
+        local: set when it is built or linked from a directory.
+    """
+
+    name: str
+    version: str | None = None
+    location: str | None = None
+    hashes: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    local: LocalPackage | None = None
+
+    def __str__(self) -> str:
+        if self.location is not None:
+            return f"{self.name} @ {self.location}"
+        return f"{self.name}=={self.version}" if self.version else self.name
+
+
+@dataclass(frozen=True)
+class VenvPlan:
+    """A resolved spec. Picklable; valid on every node with the same Python version and platform.
+
+    Attributes:
+        spec: what was asked for.
+        python: the interpreter that the venv is made with, as it is on the node that planned.
+        packages: what the venv itself holds (of an additive venv: only the difference).
+        expected: the driver's versions, which the venv must have.
+        base: the plan of the venv that this one is laid over.
+        base_paths: site-packages of the interpreter that this one is laid over.
+        inputs: digest of the project's files that were read, to notice a change while building.
+        index_options: index options of the requirements list, used for installing and never stored.
+    """
+
+    spec: Spec
+    python: PythonInfo
+    packages: tuple[Package, ...]
+    expected: DriverVersions
+    base: VenvPlan | None = None
+    base_paths: tuple[str, ...] = ()
+    inputs: str = ""
+    index_options: tuple[str, ...] = ()
+
+    @property
+    def is_interpreter(self) -> bool:
+        """Whether there is nothing to build: the spec is an interpreter's path."""
+        return isinstance(self.spec, InterpreterSpec) and not self.spec.requirements
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """Everything importable, as `name==version` or `name @ location`; an additive venv's own packages win."""
+        merged = {normalized_name(package.name): str(package) for package in self.packages}
+        for line in self.base.requirements if self.base is not None else ():
+            merged.setdefault(normalized_name(line.partition("==")[0].partition(" @ ")[0]), line)
+        return tuple(merged[name] for name in sorted(merged))
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the venv's content, 64 hexadecimal digits."""
+        content = {
+            "format": FORMAT,
+            "python": self.python.identity(),
+            "packages": sorted(_identity(package) for package in self.packages),
+            "base": self.base.digest if self.base is not None else None,
+            "base_paths": self.base_paths,
+        }
+        if self.is_interpreter:
+            content["prefix"] = self.python.executable
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def ray(self) -> str | None:
+        """The version of ray that the venv will have, as far as the packages say."""
+        for package in self.packages:
+            if package.name == "ray":
+                return package.version
+        return self.base.ray if self.base is not None else None
+
+    def check_compatible(self) -> None:
+        """Raise `IncompatibleVenvError` when Python or ray cannot be the driver's: before anything is built."""
+        self.expected.check(f"The venv of `{self.spec}`", self.python.version, self.ray)
+
+    def made_with(self, python: PythonInfo) -> VenvPlan:
+        """The same plan with an equal interpreter that stands elsewhere on this node."""
+        base = self.base.made_with(python) if self.base is not None else None
+        return replace(self, python=python, base=base)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "digest"}
+
+
+def _identity(package: Package) -> str:
+    local = package.local.identity() if package.local is not None else None
+    location = None if package.hashes or local else package.location
+    return json.dumps([package.name, package.version, location, sorted(package.hashes), local])
+
+
+def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
+    """One `[[packages]]` table of a pylock.toml whose relative paths start at `root`."""
+    name, version = normalized_name(entry["name"]), entry.get("version")
+    if "directory" in entry:
+        directory = str(original(os.path.normpath(root / entry["directory"]["path"])))
+        local = LocalPackage.read(directory, editable=bool(entry["directory"].get("editable")))
+        return Package(name, version, directory, local=local)
+    if "vcs" in entry:
+        vcs = entry["vcs"]
+        where = f"{vcs['type']}+{vcs.get('url') or vcs.get('path')}@{vcs['commit-id']}"
+        if vcs.get("subdirectory"):
+            where += f"#subdirectory={vcs['subdirectory']}"
+        return Package(name, version, mask_secrets(where))
+    location = None
+    files = [*entry.get("wheels", []), *([entry["sdist"]] if "sdist" in entry else [])]
+    if "archive" in entry:
+        files.append(entry["archive"])
+        location = mask_secrets(str(entry["archive"].get("url") or root / entry["archive"]["path"]))
+    hashes = {f"{kind}:{value}" for file in files for kind, value in file.get("hashes", {}).items()}
+    # An index that gives no hashes: then a file's address must do.
+    hashes |= {
+        f"url:{mask_secrets(str(file.get('url')))}" for file in files if not file.get("hashes") and "url" in file
+    }
+    artifacts = [path for file in files if (path := _local_path(file, root)) is not None]
+    return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts))
+
+
+def _local_path(file: Mapping[str, Any], root: Path) -> str | None:
+    if "path" in file:
+        return os.path.normpath(root / file["path"])
+    url = urllib.parse.urlsplit(file.get("url", ""))
+    return urllib.parse.unquote(url.path) if url.scheme == "file" else None
+
+
+def save_resolution(store: Store, key: str, packages: list[Package]) -> None:
+    """Keep a resolution, with the state of the local files that it depends on.
+
+    A store that cannot be written is no error.
+    """
+    metadata = [path for package in packages if package.local is not None for path in package.local.metadata_files()]
+    data = {
+        "packages": [asdict(package) for package in packages],
+        "metadata": [[str(path), file_digest(path)] for path in metadata],
+        "artifacts": [[path, _stamp(path)] for package in packages for path in package.artifacts],
+    }
+    with contextlib.suppress(OSError):
+        store.resolved.mkdir(parents=True, exist_ok=True)
+        write_atomically(_resolution_path(store, key), json.dumps(data).encode())
+
+
+def _resolution_path(store: Store, key: str) -> Path:
+    return store.resolved / f"{key[: 2 * DIGEST_PREFIX]}.json"
+
+
+def load_resolution(store: Store, key: str) -> list[Package] | None:
+    """A kept resolution; None when there is none, or a file that it depends on has changed."""
+    try:
+        data = json.loads(_resolution_path(store, key).read_bytes())
+        if any(file_digest(Path(path)) != digest for path, digest in data["metadata"]):
+            return None
+        # A file that is gone changes nothing about a venv that was built from it.
+        if any(_stamp(path) not in (stamp, None) for path, stamp in data["artifacts"]):
+            return None
+        return [_package(raw) for raw in data["packages"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _stamp(path: str) -> str | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return f"{status.st_mtime_ns}:{status.st_size}"
+
+
+def _package(raw: dict[str, Any]) -> Package:
+    local = raw.pop("local")
+    package = Package(**{**raw, "hashes": tuple(raw["hashes"]), "artifacts": tuple(raw["artifacts"])})
+    if local is None:
+        return package
+    # Read again: its files may have changed since.
+    fresh = LocalPackage.read(local["path"], editable=local["editable"])
+    return replace(package, local=fresh)

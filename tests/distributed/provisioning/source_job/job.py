@@ -1,0 +1,55 @@
+"""A driver on the first of several hosts; the others have neither this directory nor the project's checkout.
+
+Prints what its workers, on all hosts, say of themselves, and where a venv of this project was built, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+import ray
+
+from nemo_rl.cli.cluster_checks import check_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes
+from nemo_rl.distributed.node_venvs import ensure_venv_on_node
+from nemo_rl.distributed.ray_actor_environment_registry import register_actor_environment
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES, RayVirtualCluster, init_ray
+from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
+
+FQN = "mine.worker.Worker"
+
+
+def main(project: str, num_hosts: int) -> None:
+    logging.basicConfig(level=logging.INFO)
+    init_ray()
+    while len(alive_nodes()) < num_hosts:
+        time.sleep(0.5)
+    register_actor_environment(FQN, PY_EXECUTABLES.SYSTEM)
+    cluster = RayVirtualCluster([1] * num_hosts, use_gpus=False)
+    said = {"system": answers(cluster, {}), "small": answers(cluster, {"uv": ["small==1.0"]})}
+    cluster.shutdown()
+    here = ray.get_runtime_context().get_node_id()
+    other = next(node.node_id for node in alive_nodes() if node.node_id != here)
+    checked = {
+        node.node_id: [f"{check.name}: {check.found}" for check in node.checks if check.state == "fatal"]
+        for node in check_nodes()
+    }
+    entry = ensure_venv_on_node(other, f"uv run --locked --project {project}", "mine.Project")
+    print(json.dumps({**said, "here": here, "built": entry.built, "checked": checked}))
+    ray.shutdown()
+
+
+def answers(cluster: RayVirtualCluster, runtime_env: dict[str, Any]) -> list[dict[str, Any]]:
+    group = RayWorkerGroup(cluster, RayWorkerBuilder(FQN, runtime_env=runtime_env))
+    try:
+        return ray.get(group.run_all_workers_single_data("answer"))
+    finally:
+        group.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,177 @@
+"""A source that arrives on a node: compared, unpacked whole or not at all, and found before anything else."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nemo_rl.distributed.provisioning import source_sync as project_source
+from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, SourceListing, missing_here, unpack_here
+from nemo_rl.distributed.provisioning.source_sync import _archive, _read, _source_root
+from nemo_rl.errors import SpreadError
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NEMO_RL_VENV_DIR", str(tmp_path / "venvs"))
+    root = tmp_path / "project"
+    (root / "mine").mkdir(parents=True)
+    (root / "pyproject.toml").write_text("")
+    (root / "mine" / "__init__.py").write_text("SAYS = 'sent'\n")
+    (root / "run.sh").write_text("")
+    (root / "run.sh").chmod(0o755)
+    return root
+
+
+def read(root: Path) -> project_source._Source:
+    source = _read(str(root))
+    assert source is not None
+    return source
+
+
+def elsewhere(listing: SourceListing, root: Path) -> SourceListing:
+    """What a node sees where the driver's directory is another one."""
+    return listing._replace(root=str(root))
+
+
+def test_a_node_with_the_same_files_lacks_nothing(project: Path, tmp_path: Path) -> None:
+    listing = read(project).listing
+    assert missing_here([listing], "ray") == ([False], [False], True)
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", project, copy], check=True)
+    assert missing_here([elsewhere(listing, copy)], "ray") == ([False], [False], True)
+    (copy / "mine" / "__init__.py").write_text("SAYS = 'late'\n")  # as many bytes
+    assert missing_here([elsewhere(listing, copy)], "ray") == ([True], [True], True)
+
+
+def test_a_node_says_whether_its_own_python_finds_the_package(project: Path) -> None:
+    listing = read(project).listing
+    assert missing_here([listing], "nobody_has_this") == ([False], [False], False)
+
+
+def test_what_arrives_is_the_same_and_is_found_before_older_files(project: Path, tmp_path: Path) -> None:
+    source = read(project)
+    there = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_here(there, _archive(source))
+    assert missing_here([there], "ray") == ([True], [False], True)
+    target = Path(there.target)
+    assert os.access(target / "run.sh", os.X_OK)
+    assert (target / "mine" / "__init__.py").stat().st_mode & 0o022 == 0
+    old = tmp_path / "old"
+    (old / "mine").mkdir(parents=True)
+    (old / "mine" / "__init__.py").write_text("SAYS = 'old'\n")
+    (old / "sitecustomize.py").write_text("import builtins\nbuiltins.HIDDEN = 'ran'\n")
+    path = os.pathsep.join(map(str, (target.parent / HOOK_DIRECTORY, target, old)))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import mine; print(mine.SAYS, HIDDEN)"
+    command = [sys.executable, "-c", code, str(old)]
+    said = subprocess.run(command, env={"PYTHONPATH": path}, cwd=old, check=True, capture_output=True, text=True)
+    assert said.stdout.split() == ["sent", "ran"], said.stderr
+
+
+def test_a_submodule_travels(project: Path, tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "code.py").touch()
+    (project / "lib-b").touch()  # sorts before lib/code.py, and after lib
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always")
+    for command in (
+        ["init", "-q", library],
+        ["-C", library, "add", "."],
+        ["-C", library, "commit", "-qm", "library"],
+        ["init", "-q", project],
+        ["-C", project, "submodule", "--quiet", "add", library, "lib"],
+        ["-C", project, "add", "."],
+    ):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    source = read(project)
+    there = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_here(there, _archive(source))
+    assert (Path(there.target) / "lib" / "code.py").is_file()
+    assert missing_here([there], "ray") == ([True], [False], True)
+
+
+def test_a_damaged_source_is_replaced(project: Path, tmp_path: Path) -> None:
+    source = read(project)
+    there = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_here(there, _archive(source))
+    unpack_here(there, _archive(source))  # another job was quicker: nothing to do
+    (Path(there.target) / "mine" / "__init__.py").write_text("")
+    assert missing_here([there], "ray") == ([True], [True], True)
+    unpack_here(there, _archive(source))
+    assert missing_here([there], "ray") == ([True], [False], True)
+    assert sorted(path.name for path in Path(there.target).parent.iterdir()) == [Path(there.target).name, "path"]
+
+
+@pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "a\\..\\out"])
+def test_an_archive_with_a_way_out_is_refused(project: Path, tmp_path: Path, name: str) -> None:
+    listing = elsewhere(read(project).listing, tmp_path / "nothing")
+    listing = listing._replace(files=(listing.files[0]._replace(path=name),))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr(name, "")
+    with pytest.raises(ValueError, match="would lead out"):
+        unpack_here(listing, archive.getvalue())
+    assert [path.name for path in Path(listing.target).parent.iterdir()] == [HOOK_DIRECTORY]
+
+
+def test_a_file_that_is_edited_meanwhile_arrives_as_it_was_read(project: Path, tmp_path: Path) -> None:
+    source = read(project)
+    (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
+    there = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_here(there, _archive(source))
+    assert (Path(there.target) / "mine" / "__init__.py").read_text() == "SAYS = 'sent'\n"
+    assert missing_here([source.listing], "ray") == ([True], [False], True)
+
+
+def test_a_file_that_changed_on_the_way_is_refused(project: Path, tmp_path: Path) -> None:
+    source = read(project)
+    (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
+    with pytest.raises(ValueError, match=r"mine/__init__\.py changed while"):
+        unpack_here(elsewhere(source.listing, tmp_path / "nothing"), _archive(read(project)))
+    assert not Path(source.listing.target).exists()
+
+
+def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "weights.bin").write_bytes(bytes(1_100_000))
+    monkeypatch.setenv("NEMO_RL_SOURCE_MAX_MB", "1")
+    with pytest.raises(SpreadError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
+        _archive(read(project))
+    assert missing_here([read(project).listing], "ray").lacking == [False]
+    copy = project.with_name("copy")
+    subprocess.run(["cp", "-r", project, copy], check=True)
+    assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [False]
+    (copy / "weights.bin").write_bytes(b"")
+    assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [True]
+
+
+def test_what_jobs_write_is_no_source(project: Path, tmp_path: Path) -> None:
+    before = read(project).listing
+    (project / "results" / "001").mkdir(parents=True)
+    (project / "results" / "001" / "ray").symlink_to(tmp_path)  # as a run leaves it
+    (project / "data").symlink_to(tmp_path)
+    (project / "mine" / "__pycache__").mkdir()
+    (project / "mine" / "__pycache__" / "x.pyc").touch()
+    assert read(project).listing == before
+    (project / ".gitignore").write_text("models/\n")
+    (project / "models").mkdir()
+    (project / "models" / "config.json").touch()
+    assert {file.path for file in read(project).listing.files} - {file.path for file in before.files} == {".gitignore"}
+
+
+def test_the_source_of_a_directory_is_the_project_around_it(tmp_path: Path) -> None:
+    workspace, member = tmp_path / "workspace", tmp_path / "workspace" / "member"
+    script = member / "src" / "deep"
+    script.mkdir(parents=True)
+    (member / "pyproject.toml").touch()
+    assert _source_root(script) == member
+    (workspace / "uv.lock").touch()
+    assert _source_root(script) == workspace  # its lock is needed to build a venv of the member
+    (member / ".git").mkdir()
+    assert _source_root(script) == member
+    assert _source_root(tmp_path) is None

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_rl.errors import ConfigError
+from nemo_rl.observability import report
+from nemo_rl.observability.logger import METRICS_FILE, SAMPLES_FILE, Logger
+from nemo_rl.observability.logger_config import LoggerConfig
+from nemo_rl.observability.report_figures import phase_names, series, smoothed
+from nemo_rl.observability.timer import FIRST_STEP, Timeline
+
+HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[2J{{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """What a browser would see: sections, texts outside of SVG, and everything that it would fetch or run."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "path", "use", "rect"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.text = ""
+        self.active: list[str] = []
+        self.fetched: list[str] = []
+        self.num_svgs = 0
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self._open.append(tag)
+        self.num_svgs += tag == "svg"
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value or "")
+            if name.startswith("on") or tag in ("script", "iframe", "object", "embed"):
+                self.active.append(f"{tag} {name}")
+            if name in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith("#"):
+                self.fetched.append(value or "")
+        if tag in ("script", "iframe", "object", "embed", "link"):
+            self.active.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "svg" not in self._open and "style" not in self._open:
+            self.text += data
+
+
+def make_run(directory: Path, num_steps: int = 30) -> None:
+    """A run as the real writers leave it."""
+    timeline = Timeline(directory)
+    timeline.record("ray", 100.0, 104.0)
+    timeline.record("import torch", 104.5, 109.0, process="policy-0", node="node-7")
+    timeline.record(FIRST_STEP, 110.0, 110.0)
+    with Logger(directory, LoggerConfig(tensorboard=False)) as log:
+        log.log_metrics(0, {"val/accuracy": 0.25, "timing/validation_s": 1.0})
+        log.log_samples(0, [{"prompt": "1+1=", "completion": "7", "reward": 0.0}])
+        for step in range(1, num_steps + 1):
+            log.log_metrics(
+                step,
+                {
+                    "train/reward": step / num_steps,
+                    "train/kl": float("nan") if step == 3 else 0.001 * step,
+                    "train/completion_length": 4.0,
+                    "perf/samples_per_s": 1234.0,
+                    "timing/generation_s": 0.5,
+                    "timing/train_s": 0.25,
+                    "timing/step_s": 20.0 if step == 1 else 1.0,
+                },
+            )
+        log.log_metrics(num_steps, {"val/accuracy": 0.75, "timing/validation_s": 1.0})
+        samples = [
+            {"prompt": "1+1=", "completion": "2", "reward": 1.0},
+            {"prompt": HOSTILE, "completion": HOSTILE * 200, "reward": -0.5},
+        ]
+        log.log_samples(num_steps, samples)
+    worker = {"fqn": "a.b.Worker", "venv_digest": "0123456789abcdef", "python": "3.11.7", "ray": "2.60.0", "pid": 42}
+    attestation: dict[str, Any] = {
+        "policy": [{**worker, "hostname": "node-7", "verdict": "ok"}, {**worker, "verdict": "python: expected 3.12"}]
+    }
+    (directory / "attestation.json").write_text(json.dumps(attestation))
+    (directory / "config.yaml").write_text("grpo:\n  seed: 7\nhub:\n  api_key: topsecret\n")
+    (directory / "finished.json").write_text(json.dumps({"step": num_steps, "reason": "all 30 steps are done"}))
+
+
+def test_a_whole_run_on_one_page(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    path = report.write_report(tmp_path)
+    assert path == tmp_path / "report.html"
+    page = Page(path.read_text())
+    for section in ("learning", "time", "health", "startup", "samples", "workers", "config"):
+        assert section in page.ids
+    assert page.num_svgs == 4
+    for text in (
+        "finished: all 30 steps are done",
+        "0.250 → 0.750",
+        "1,234",
+        "Start-up: 10.0 s",
+        "import torch",
+        "not recorded",
+        "seed: 7",
+        "0123456789ab",
+        "python: expected 3.12",
+    ):
+        assert text in page.text
+    assert "topsecret" not in path.read_text()
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    text = report.write_report(tmp_path).read_text()
+    page = Page(text)
+    assert page.active == []
+    assert page.fetched == []
+    assert "@import" not in text
+    assert "url(http" not in text
+    # Hostile text is shown as text, and bounded.
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}" in page.text
+    assert "\x1b" not in text
+    assert "\x00" not in text
+    assert len(page.text) < 30_000
+
+
+def test_identifiers_of_different_figures_do_not_clash(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    text = report.write_report(tmp_path).read_text()
+    clip_paths = [line for line in text.splitlines() if "<clipPath" in line]
+    assert clip_paths
+    assert len(clip_paths) == len(set(clip_paths))
+
+
+SECTIONS_OF_FILE = {
+    METRICS_FILE: {"learning", "time", "health"},
+    SAMPLES_FILE: {"samples"},
+    "timeline.jsonl": {"startup"},
+    "attestation.json": {"workers"},
+    "config.yaml": {"config"},
+}
+
+
+@pytest.mark.parametrize("missing", SECTIONS_OF_FILE)
+def test_a_missing_file_leaves_its_section_out(tmp_path: Path, missing: str) -> None:
+    make_run(tmp_path, num_steps=2)
+    (tmp_path / missing).unlink()
+    sections = set().union(*SECTIONS_OF_FILE.values())
+    assert sections - set(Page(report.render(tmp_path)).ids) == SECTIONS_OF_FILE[missing]
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.98])
+def test_files_that_end_anywhere_still_make_a_report(tmp_path: Path, kept: float) -> None:
+    make_run(tmp_path, num_steps=4)
+    (tmp_path / "finished.json").unlink()
+    for name in SECTIONS_OF_FILE:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: int(len(content) * kept)])
+    assert "not finished; last step on file:" in Page(report.render(tmp_path)).text
+
+
+def test_a_single_step_and_a_single_validation_can_be_drawn(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text(
+        '{"step": 1, "train/reward": 0.5, "timing/step_s": 1.0}\n{"step": 1, "val/accuracy": 0.5}\n'
+    )
+    page = Page(report.render(tmp_path))
+    assert {"learning", "time"} <= set(page.ids)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    command = [sys.executable, "-m", "nemo_rl.observability.report"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "report.html"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run([*command, str(empty)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not a run directory" in done.stderr
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither"):
+        report.write_report(tmp_path / "nowhere")
+
+
+def test_series_and_phases() -> None:
+    records = [
+        {"step": 1, "train/kl": 1.0, "timing/a_s": 1.0, "timing/b_s": 2.0, "timing/b/c_s": 2.0, "timing/step_s": 3.0},
+        {"step": 2, "train/kl": None},
+        {"step": 3, "train/kl": 2.0},
+    ]
+    assert series(records, "train/kl").steps == [1, 3]
+    assert phase_names(records) == ["b", "a"]
+    assert smoothed([5.0]) == [5.0]
+    assert smoothed(list(range(40)))[:3] == [0.5, 1.0, 2.0]

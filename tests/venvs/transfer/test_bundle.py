@@ -1,0 +1,184 @@
+"""Bundles: written with a registry at hand, built from where there is none at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from sample_projects import make_wheel, run_in, uv
+
+from nemo_rl.errors import BundleError
+from nemo_rl.venvs import Store, ensure
+from nemo_rl.venvs.transfer.bundle import opened_bundle, read_index, write_bundle
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def publish(wheel: Path) -> None:
+    """Make this wheel the only one of its package in the index."""
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    link = f'<a href="{wheel.name}#sha256={sha256}">{wheel.name}</a>'
+    (wheel.parent / "index.html").write_text(link)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[str]:
+    """A package index over HTTP on loopback with alpha, and beta, which needs alpha."""
+    root = tmp_path / "registry"
+    for name, requires in (("alpha", ()), ("beta", ("alpha",))):
+        wheel = make_wheel(root / name, name, "1.0", requires=requires, num_modules=3)
+        publish(wheel)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def command(tmp_path: Path, registry: str) -> str:
+    """A project that takes beta from the registry; the value is its py_executable."""
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "pyproject.toml").write_text(
+        '[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\ndependencies = ["beta"]\n'
+        '[project.optional-dependencies]\nmore = ["alpha"]\n'
+        f'[tool.uv]\npackage = false\n[[tool.uv.index]]\nurl = "{registry}"\ndefault = true\n'
+    )
+    uv("lock", cwd=root)
+    return f"uv run --locked --project {root}"
+
+
+def without_a_network() -> list[str]:
+    """What starts a command in a network namespace that has no route to anywhere; a skip where none can be made."""
+    for prefix in (["unshare", "--net"], ["unshare", "--map-root-user", "--net"]):
+        with contextlib.suppress(FileNotFoundError):
+            if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
+                return prefix
+    pytest.skip("this machine lets nobody make a network namespace")
+
+
+def test_a_bundle_builds_in_a_network_namespace_without_any_route(tmp_path: Path, command: str, registry: str) -> None:
+    prefix, archive = without_a_network(), tmp_path / "bundle.tar.gz"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
+    env |= {"NEMO_RL_VENV_DIR": str(tmp_path / "there"), "NEMO_RL_PROJECT_ROOT": str(tmp_path / "project")}
+    env |= {"PYTHONPATH": str(REPOSITORY), "UV_CACHE_DIR": str(tmp_path / "empty")}
+
+    def run(*arguments: str, where: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        cli = [*where, sys.executable, "-m", "nemo_rl.cli", "venvs", *arguments, "--json"]
+        return subprocess.run(cli, env=env, capture_output=True, text=True, check=False)
+
+    written = run("bundle", "base", "--output", str(archive))
+    assert written.returncode == 0, written.stderr
+    assert json.loads(written.stdout)["venvs"] == {"base": ["alpha==1.0", "beta==1.0"]}
+    look = f"import urllib.request as u; u.urlopen({registry!r}, timeout=5)"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
+    assert subprocess.run([*prefix, sys.executable, "-c", look], capture_output=True, check=False).returncode != 0
+    assert run("build", "base", "--offline", where=prefix).returncode == 1, "the build has to need the bundle"
+    done = run("build", "base", "--offline", "--from-bundle", str(archive), where=prefix)
+    assert done.returncode == 0, done.stderr
+    python = json.loads(done.stdout)[0]["python"]
+    assert run_in(python, "import alpha, beta; print(alpha.VERSION, beta.VERSION)") == "1.0 1.0"
+    assert not list((tmp_path / "there").glob(".nemo_rl-bundle-*")), "the unpacked cache stays behind"
+
+
+def test_a_bundle_does_not_hold_what_another_lock_asks_for(tmp_path: Path, command: str, registry: str) -> None:
+    archive = tmp_path / "bundle.tar.gz"
+    write_bundle({"worker": command}, archive)
+    root = tmp_path / "registry" / "alpha"
+    publish(make_wheel(root, "alpha", "2.0"))
+    uv("lock", "--upgrade", "--no-cache", cwd=tmp_path / "project")
+    with (
+        pytest.raises(BundleError, match=r"alpha 1\.0 -> 2\.0"),
+        opened_bundle(archive, {"worker": command}, Store(tmp_path / "there")),
+    ):
+        pass
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    never = {"p": "uv run --locked --project /nowhere"}
+    for archive, why in ((tmp_path, "is no file"), (tmp_path / "file" / "b.tar.gz", "cannot be written")):
+        with pytest.raises(BundleError, match=why):
+            write_bundle(never, archive)
+    with pytest.raises(BundleError, match="nothing to bundle"):
+        write_bundle({}, tmp_path / "b.tar.gz")
+
+
+def test_a_bundle_for_another_python_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    archive = forged(tmp_path, python="3.9")
+    with pytest.raises(BundleError, match=r"for Python 3\.9"), opened_bundle(archive, {}, Store(tmp_path / "there")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "link"),
+    [("/etc/evil", None), ("../evil", None), ("cache/../../evil", None), ("cache/l", "/etc"), ("cache/l", "../../x")],
+)
+def test_a_bundle_with_a_way_out_is_not_safe(tmp_path: Path, name: str, link: str | None) -> None:
+    entry = tarfile.TarInfo(name)
+    if link is not None:
+        entry.type, entry.linkname = tarfile.SYMTYPE, link
+    archive = forged(tmp_path, extra=entry)
+    with (
+        pytest.raises(BundleError, match="not safe to unpack"),
+        opened_bundle(archive, {}, Store(tmp_path / "there")),
+    ):
+        pass
+    assert not (tmp_path / "evil").exists()
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_bundle_that_is_cut_short_or_is_none_is_told(tmp_path: Path, command: str) -> None:
+    archive = tmp_path / "bundle.tar.gz"
+    write_bundle({"worker": command}, archive)
+    (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[:-2000])
+    with (
+        pytest.raises(BundleError, match="not whole"),
+        opened_bundle(tmp_path / "cut.tar.gz", {"worker": command}, Store(tmp_path / "there")),
+    ):
+        pass
+    (tmp_path / "none.tar.gz").write_text("no archive")
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_index(tmp_path / "none.tar.gz")
+
+
+def test_building_from_a_bundle_leaves_the_process_as_it_was(tmp_path: Path, command: str) -> None:
+    archive = tmp_path / "bundle.tar.gz"
+    write_bundle({"worker": command}, archive)
+    store, before = Store(tmp_path / "there"), dict(os.environ)
+    with opened_bundle(archive, {"worker": command}, store):
+        assert ensure(command, "worker", store=store).built
+    assert dict(os.environ) == before
+
+
+def forged(folder: Path, *, python: str | None = None, extra: tarfile.TarInfo | None = None) -> Path:
+    """An archive that begins like a bundle of this machine."""
+    index = {
+        "python": python or f"{sys.version_info.major}.{sys.version_info.minor}",
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "venvs": {},
+        "num_bytes": 0,
+        "format": 1,
+    }
+    content = json.dumps(index).encode()
+    with tarfile.open(folder / "forged.tar.gz", "w:gz") as archive:
+        first = tarfile.TarInfo("bundle.json")
+        first.size = len(content)
+        archive.addfile(first, io.BytesIO(content))
+        if extra is not None:
+            archive.addfile(extra)
+    return folder / "forged.tar.gz"
