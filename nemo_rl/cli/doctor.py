@@ -80,11 +80,11 @@ def plan(
             from nemo_rl.cli.cluster_checks import joined_cluster
 
             stack.enter_context(joined_cluster(address))
-        the_plan = make_plan(checked, on_cluster=cluster or address is not None)
+        venv_plan = make_plan(checked, on_cluster=cluster or address is not None)
     if json:
-        display.print_json(dataclasses.asdict(the_plan))
+        display.print_json(dataclasses.asdict(venv_plan))
     else:
-        print_plan(the_plan, Console(width=None if sys.stdout.isatty() else 160))
+        print_plan(venv_plan, Console(width=None if sys.stdout.isatty() else 160))
 
 
 @contextlib.contextmanager

@@ -65,12 +65,12 @@ def _worker_state(fqn: str, py_executable: str) -> dict[str, str]:
 
     digest = ""
     try:
-        the_plan = plan(py_executable)
-        digest = the_plan.digest[:16]
-        if the_plan.is_interpreter:
+        venv_plan = plan(py_executable)
+        digest = venv_plan.digest[:16]
+        if venv_plan.is_interpreter:
             state = "interpreter"
         else:
-            state = "ready" if find_sealed(the_plan.digest) is not None else "not built"
+            state = "ready" if find_sealed(venv_plan.digest) is not None else "not built"
     except NemoRLError as error:
         state = f"cannot be resolved: {str(error).partition(chr(10))[0]}"
     return {"worker": fqn, "state": state, "digest": digest, "py_executable": py_executable}
@@ -246,17 +246,17 @@ def path(target: Annotated[str, typer.Argument(metavar="FQN|EXTRA")], json: Json
     from nemo_rl.venvs import InterpreterSpec, Store, find_sealed, plan
 
     found = find_target(target)
-    the_plan = plan(found.py_executable)
-    if the_plan.is_interpreter:
-        assert isinstance(the_plan.spec, InterpreterSpec)
-        python, built = the_plan.spec.path, True
+    venv_plan = plan(found.py_executable)
+    if venv_plan.is_interpreter:
+        assert isinstance(venv_plan.spec, InterpreterSpec)
+        python, built = venv_plan.spec.path, True
     else:
-        store, sealed = Store.default(), find_sealed(the_plan.digest)
-        is_named = store.names().get(found.name) == the_plan.digest[:16]
-        python = str((store.name_path(found.name) if is_named else store.link(the_plan.digest)) / "bin" / "python")
+        store, sealed = Store.default(), find_sealed(venv_plan.digest)
+        is_named = store.names().get(found.name) == venv_plan.digest[:16]
+        python = str((store.name_path(found.name) if is_named else store.link(venv_plan.digest)) / "bin" / "python")
         built = sealed is not None
     if json:
-        display.print_json({"name": found.name, "python": python, "built": built, "digest": the_plan.digest})
+        display.print_json({"name": found.name, "python": python, "built": built, "digest": venv_plan.digest})
     elif built:
         display.print_line(python)
     if not built:

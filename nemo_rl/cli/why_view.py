@@ -43,11 +43,11 @@ class Answer:
 
 def answer(mine: Target, others: Sequence[Target], package: str) -> Answer:
     """Explain a package of one target, and why the others differ. Raises what `plan` and `explain` raise for `mine`."""
-    the_plan = plan(mine.py_executable)
-    explanation = explain(mine.name, the_plan, package)
+    venv_plan = plan(mine.py_executable)
+    explanation = explain(mine.name, venv_plan, package)
     near: list[str] = []
     if explanation.version is None:
-        names = {line.partition("==")[0].partition(" @ ")[0] for line in the_plan.requirements}
+        names = {line.partition("==")[0].partition(" @ ")[0] for line in venv_plan.requirements}
         near = difflib.get_close_matches(explanation.package, sorted(names), n=3)
     groups: dict[str, list[str]] = {}
     for other in others:

@@ -136,14 +136,14 @@ def _ensure(
             found = Campaign(requests, here, progress, addresses=addresses, sources=sources).run()
         entries = []
         for node in nodes:
-            for name, the_plan in plans.items():
-                entry = found.get((node.node_id, name)) or known.get((scope, node.node_id, name, the_plan.digest))
+            for name, venv_plan in plans.items():
+                entry = found.get((node.node_id, name)) or known.get((scope, node.node_id, name, venv_plan.digest))
                 if entry is None:
                     logger.warning("node %s left the cluster while its venvs were made ready", node.address)
                     break
                 entries.append(entry)
                 if entry.error is None:
-                    _proven[scope, node.node_id, name, the_plan.digest] = replace(
+                    _proven[scope, node.node_id, name, venv_plan.digest] = replace(
                         entry, built=False, seconds={}, received_from=""
                     )
     raise_for_failures(entries)
@@ -172,10 +172,10 @@ def _sources(
     """Who is known to have these contents: digest -> node id -> interpreter there. The driver's node comes first."""
     sources: dict[str, dict[str, str]] = {}
     store = Store.default()
-    for the_plan in plans.values():
+    for venv_plan in plans.values():
         request = Request(here, "", {}, scope[0], settings.FORCE_REBUILD_VENVS.get())
-        if not the_plan.is_interpreter and is_ready(the_plan, store, request):
-            sources[the_plan.digest] = {here: str(store.link(the_plan.digest) / "bin" / "python")}
+        if not venv_plan.is_interpreter and is_ready(venv_plan, store, request):
+            sources[venv_plan.digest] = {here: str(store.link(venv_plan.digest) / "bin" / "python")}
     for (_, node_id, _, digest), entry in _proven.items():
         if node_id in alive and entry.digest == digest:
             sources.setdefault(digest, {}).setdefault(node_id, entry.stable_python)

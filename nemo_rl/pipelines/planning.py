@@ -207,7 +207,7 @@ def planned_stages(
         require_tools_on_each_node(stage_fields)
     names = [job.stage.name for job in jobs]
     plans = _plans(dict(zip(names, fields)))
-    pythons = ready_pythons({_venv_name(the_plan): the_plan for the_plan in plans.values()}, progress)
+    pythons = ready_pythons({_venv_name(venv_plan): venv_plan for venv_plan in plans.values()}, progress)
     search_path = driver_search_path()
     result = []
     for job, own, (cpus, gpus) in zip(jobs, fields, resources):
@@ -249,9 +249,9 @@ def _plans(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, VenvPlan]:
     return {name: by_spec[spec] for name, spec in specs.items()}
 
 
-def _venv_name(the_plan: VenvPlan) -> str:
+def _venv_name(venv_plan: VenvPlan) -> str:
     """One name for one request, whichever stage makes it."""
-    requirements = getattr(the_plan.spec, "requirements", ())
+    requirements = getattr(venv_plan.spec, "requirements", ())
     readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", line) for line in requirements if not line.startswith("-"))
-    digest = hashlib.sha256(str(the_plan.spec).encode()).hexdigest()[:8]
-    return f"stage-{readable[:60] or Path(getattr(the_plan.spec, 'project', 'python')).name}-{digest}"
+    digest = hashlib.sha256(str(venv_plan.spec).encode()).hexdigest()[:8]
+    return f"stage-{readable[:60] or Path(getattr(venv_plan.spec, 'project', 'python')).name}-{digest}"

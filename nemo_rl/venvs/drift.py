@@ -31,11 +31,11 @@ def differences(held: Iterable[str], asked: Iterable[str]) -> list[str]:
     ]
 
 
-def refusal(the_plan: VenvPlan, venv_name: str, held: Manifest, held_packages: Iterable[str]) -> VenvDriftError:
+def refusal(venv_plan: VenvPlan, venv_name: str, held: Manifest, held_packages: Iterable[str]) -> VenvDriftError:
     """The error of the policy `refuse`: every package that differs, and the two commands that resolve it."""
-    changed = differences(held_packages, map(mask_secrets, the_plan.requirements))
+    changed = differences(held_packages, map(mask_secrets, venv_plan.requirements))
     python = (held.python, held.implementation, held.platform)
-    asked = (the_plan.python.version, the_plan.python.implementation, the_plan.python.platform)
+    asked = (venv_plan.python.version, venv_plan.python.implementation, venv_plan.python.platform)
     if python != asked:
         changed.insert(0, f"Python {' '.join(python)} -> {' '.join(asked)}")
     if not changed:
@@ -46,7 +46,7 @@ def refusal(the_plan: VenvPlan, venv_name: str, held: Manifest, held_packages: I
     listing = "\n  ".join(shown)
     return VenvDriftError(
         f"The venv {venv_name!r} on {socket.gethostname()} is not what the code asks for (digest "
-        f"{held.digest[:DIGEST_PREFIX]} -> {the_plan.digest[:DIGEST_PREFIX]}):\n  {listing}\n"
+        f"{held.digest[:DIGEST_PREFIX]} -> {venv_plan.digest[:DIGEST_PREFIX]}):\n  {listing}\n"
         f"Either build it here, and then run the same command: `export {settings.VENV_DRIFT.name}=rebuild`; or make an "
         "image of this code: `docker buildx build --target release -f docker/Dockerfile --tag nemo-rl:latest .` "
         f"({settings.VENV_DRIFT.name}=ignore goes on with the packages that are there.)"

@@ -106,18 +106,18 @@ def ensure(
     store = store or Store.default()
     name_path = store.name_path(venv_name)
     clock = PhaseClock(venv_name, progress)
-    the_plan = _planned(py_executable, store, expected, clock)
-    the_plan.check_compatible()
-    if the_plan.is_interpreter:
-        assert isinstance(the_plan.spec, InterpreterSpec)
-        path = Path(the_plan.spec.path)
-        return SealedVenv(str(path), path.parent.parent, path.parent.parent, the_plan.digest, None)
+    venv_plan = _planned(py_executable, store, expected, clock)
+    venv_plan.check_compatible()
+    if venv_plan.is_interpreter:
+        assert isinstance(venv_plan.spec, InterpreterSpec)
+        path = Path(venv_plan.spec.path)
+        return SealedVenv(str(path), path.parent.parent, path.parent.parent, venv_plan.digest, None)
     force = _force(force_rebuild, job_id)
-    venv = _ready(the_plan, venv_name, store, clock, force, receive)
+    venv = _ready(venv_plan, venv_name, store, clock, force, receive)
     if venv.manifest is not None:  # a sealed venv may have been checked against another driver's versions
-        the_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
+        venv_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
     # A venv that has drifted, and is used all the same, gets no name: the name says what was asked for.
-    is_asked = venv.digest == the_plan.digest
+    is_asked = venv.digest == venv_plan.digest
     named = _named(store, name_path, venv.digest) if is_asked else venv.stable_path
     return SealedVenv(
         str(named / "bin" / "python"), venv.path, venv.stable_path, venv.digest, venv.manifest, venv.built
@@ -155,19 +155,19 @@ def _planned(
 ) -> VenvPlan:
     clock.start("resolve")
     try:
-        the_plan = plan(py_executable, store=store, expected=expected)
-        if isinstance(py_executable, VenvPlan) and isinstance(the_plan.spec, VenvSpec):
-            python, _ = python_of(the_plan.spec)
-            if python.identity() != the_plan.python.identity():  # another platform or Python than the planning node's
-                the_plan = plan(the_plan.spec, store=store, expected=the_plan.expected)
-            elif python != the_plan.python:
-                the_plan = the_plan.made_with(python)
-        clock.digest = the_plan.digest
+        venv_plan = plan(py_executable, store=store, expected=expected)
+        if isinstance(py_executable, VenvPlan) and isinstance(venv_plan.spec, VenvSpec):
+            python, _ = python_of(venv_plan.spec)
+            if python.identity() != venv_plan.python.identity():  # another platform or Python than the planning node's
+                venv_plan = plan(venv_plan.spec, store=store, expected=venv_plan.expected)
+            elif python != venv_plan.python:
+                venv_plan = venv_plan.made_with(python)
+        clock.digest = venv_plan.digest
     except BaseException as error:
         clock.end("failed", str(error).partition("\n")[0])
         raise
     clock.end()
-    return the_plan
+    return venv_plan
 
 
 def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
@@ -193,45 +193,45 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
 
 
 def _ready(
-    the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _Force, receive: Receive | None
+    venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _Force, receive: Receive | None
 ) -> SealedVenv:
-    sealed = find_sealed(the_plan.digest, store)
+    sealed = find_sealed(venv_plan.digest, store)
     if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
-        if the_plan.base is not None and force.wanted and not the_plan.base.is_interpreter:
-            _ready(the_plan.base, venv_name, store, clock, force, receive)
+        if venv_plan.base is not None and force.wanted and not venv_plan.base.is_interpreter:
+            _ready(venv_plan.base, venv_name, store, clock, force, receive)
         return sealed
-    earlier = None if force.wanted or sealed is not None else _drifted_from(the_plan, venv_name, store)
+    earlier = None if force.wanted or sealed is not None else _drifted_from(venv_plan, venv_name, store)
     if earlier is not None:
         return earlier
     with contextlib.ExitStack() as stack:
-        if the_plan.base is not None and not the_plan.base.is_interpreter:
+        if venv_plan.base is not None and not venv_plan.base.is_interpreter:
             resolving = dict(clock.seconds)
-            clock.digest = the_plan.base.digest
-            base = _ready(the_plan.base, venv_name, store, clock, force, receive)
+            clock.digest = venv_plan.base.digest
+            base = _ready(venv_plan.base, venv_name, store, clock, force, receive)
             stack.enter_context(hold_lease(base.path))
-            clock.digest, clock.seconds = the_plan.digest, resolving
-        stack.enter_context(_locked(the_plan, venv_name, store, clock))
-        sealed = find_sealed(the_plan.digest, store)
+            clock.digest, clock.seconds = venv_plan.digest, resolving
+        stack.enter_context(_locked(venv_plan, venv_name, store, clock))
+        sealed = find_sealed(venv_plan.digest, store)
         if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
             return sealed  # another process built it while this one waited
-        _remove_leftovers(store, the_plan.digest)
+        _remove_leftovers(store, venv_plan.digest)
         donors = _donors(store) if receive is None else []
-        path = build(the_plan, venv_name, store, clock, job_id=force.job_id, donors=donors, receive=receive)
-        _remove_leftovers(store, the_plan.digest)
+        path = build(venv_plan, venv_name, store, clock, job_id=force.job_id, donors=donors, receive=receive)
+        _remove_leftovers(store, venv_plan.digest)
     return SealedVenv(
-        str(store.link(the_plan.digest) / "bin" / "python"),
+        str(store.link(venv_plan.digest) / "bin" / "python"),
         path,
-        store.link(the_plan.digest),
-        the_plan.digest,
+        store.link(venv_plan.digest),
+        venv_plan.digest,
         read_manifest(path),
         built=True,
     )
 
 
-def _drifted_from(the_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
+def _drifted_from(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
     """The venv to use although it is not what was asked for; None to build. Raises `VenvDriftError` by policy."""
     policy = settings.venv_drift()
-    earlier = _earlier(the_plan, venv_name, store) if policy != "rebuild" else None
+    earlier = _earlier(venv_plan, venv_name, store) if policy != "rebuild" else None
     if earlier is None or earlier.manifest is None:
         return None
     if policy == "ignore":
@@ -242,29 +242,29 @@ def _drifted_from(the_plan: VenvPlan, venv_name: str, store: Store) -> SealedVen
     while layer is not None and layer.manifest is not None:  # an additive venv's own packages win
         packages = [*layer.manifest.packages, *packages]
         layer = find_sealed(layer.manifest.base_digest, store) if layer.manifest.base_digest else None
-    raise refusal(the_plan, venv_name, earlier.manifest, packages)
+    raise refusal(venv_plan, venv_name, earlier.manifest, packages)
 
 
-def _earlier(the_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
+def _earlier(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
     """The sealed venv that this name, or else the newest that this very spec, used to mean."""
     named = store.names().get(venv_name)
     if named is not None and (sealed := find_sealed(named, store)) is not None:
         return sealed
-    spec = mask_secrets(str(the_plan.spec))
+    spec = mask_secrets(str(venv_plan.spec))
     found = [sealed for digest in store.digests() if (sealed := find_sealed(digest, store)) is not None]
     same = [sealed for sealed in found if sealed.manifest is not None and sealed.manifest.spec == spec]
     return max(same, key=lambda sealed: sealed.manifest.started_at if sealed.manifest else 0.0, default=None)
 
 
 @contextlib.contextmanager
-def _locked(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock) -> Iterator[None]:
+def _locked(venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock) -> Iterator[None]:
     def on_wait(holder: str) -> None:
         clock.start("wait", holder)
 
     with contextlib.ExitStack() as stack:
         try:
             store.directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(build_lock(store.lock(the_plan.digest), venv_name, on_wait=on_wait))
+            stack.enter_context(build_lock(store.lock(venv_plan.digest), venv_name, on_wait=on_wait))
         except OSError as error:
             clock.end("failed", str(error))
             if isinstance(error, VenvError):  # the lock's time-out
@@ -274,7 +274,7 @@ def _locked(the_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock)
             raise VenvError(
                 f"The venv {venv_name!r} is not ready and {store.root} cannot be written on {socket.gethostname()}: "
                 f"{error.strerror}. Build it where the directory can be written, or set "
-                f"{settings.VENV_DIR.name} to one that can. It was asked for as `{mask_secrets(str(the_plan.spec))}`."
+                f"{settings.VENV_DIR.name} to one that can. It was asked for as `{mask_secrets(str(venv_plan.spec))}`."
             ) from error
         if clock.phase == "wait":
             clock.end()

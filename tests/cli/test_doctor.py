@@ -209,10 +209,10 @@ def test_a_token_that_others_may_read_or_that_is_not_there_is_told(tmp_path: Pat
 def test_a_plan_for_a_running_cluster_says_where_bundles_would_be_and_what_its_nodes_lack(tmp_path: Path) -> None:
     done = on_a_cluster("plan", str(CONFIG), "cluster.cpu_workers_per_node=2", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    the_plan = json.loads(done.stdout)
-    assert [place["address"] for place in the_plan["placements"]] == ["127.0.0.1", "127.0.0.1", ""]
-    assert the_plan["obstacle"] == ""
-    (node,) = the_plan["nodes"]
+    venv_plan = json.loads(done.stdout)
+    assert [place["address"] for place in venv_plan["placements"]] == ["127.0.0.1", "127.0.0.1", ""]
+    assert venv_plan["obstacle"] == ""
+    (node,) = venv_plan["nodes"]
     assert (node["address"], node["problem"]) == ("127.0.0.1", "")
     assert {venv["state"] for venv in node["venvs"]} == {"would be built"}
     assert all(venv["installed_bytes"] > 10**9 and venv["basis"] for venv in node["venvs"])
@@ -227,10 +227,10 @@ def test_a_cluster_must_be_named() -> None:
 def test_a_plan_starts_nothing_and_says_which_venvs_would_be_built(tmp_path: Path) -> None:
     done = run("plan", str(CONFIG), "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    the_plan = json.loads(done.stdout)
-    assert [role["name"] for role in the_plan["roles"]] == ["policy", "generation", "environment"]
-    assert "would be built" in {venv["state"] for venv in the_plan["venvs"]}
-    (node,) = the_plan["nodes"]
+    venv_plan = json.loads(done.stdout)
+    assert [role["name"] for role in venv_plan["roles"]] == ["policy", "generation", "environment"]
+    assert "would be built" in {venv["state"] for venv in venv_plan["venvs"]}
+    (node,) = venv_plan["nodes"]
     assert node["address"] == "this machine"
     for venv in node["venvs"]:
         assert venv["seconds"] > 0

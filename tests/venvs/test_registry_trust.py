@@ -90,10 +90,10 @@ def test_a_wheel_that_is_not_the_one_that_was_resolved_is_refused_in_an_additive
     (root / "pyproject.toml").write_text('[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\n')
     uv("lock", cwd=root)
     monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://{registry.url}/")
-    the_plan = plan(f"uv run --locked --project {root} --with alpha==1.0")
+    venv_plan = plan(f"uv run --locked --project {root} --with alpha==1.0")
     registry.publish(num_modules=5)
     with pytest.raises(VenvBuildError, match="(?i)hash mismatch"):
-        ensure(the_plan, "worker")
+        ensure(venv_plan, "worker")
     assert "worker" not in store.names()
 
 

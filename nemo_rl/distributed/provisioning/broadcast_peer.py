@@ -26,7 +26,7 @@ import ray
 
 from nemo_rl.distributed.provisioning.node_task import Request, ending_with_raylet, serve
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeVenv
-from nemo_rl.errors import SpreadError
+from nemo_rl.errors import BroadcastError
 from nemo_rl.venvs import Store, VenvPlan, hold_lease
 from nemo_rl.venvs.progress import PhaseClock
 from nemo_rl.venvs.storage.manifest import read_manifest
@@ -95,15 +95,15 @@ class VenvSpreadHost:
         by_digest = {listing.digest: listing for listing in listings}
         upstream = _Upstream(above)
 
-        def fill(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog) -> None:
-            listing = by_digest.get(the_plan.digest)
+        def fill(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog) -> None:
+            listing = by_digest.get(venv_plan.digest)
             if listing is None:
-                raise SpreadError(f"{above[-1].node} has another venv than the one that this node needs.")
+                raise BroadcastError(f"{above[-1].node} has another venv than the one that this node needs.")
             store = Store(root.parent.parent)
             spool = Spool(listing, store)
             self._set_feed(listing.key, spool)
             receive_venv(
-                the_plan,
+                venv_plan,
                 root,
                 clock,
                 log,
@@ -181,7 +181,7 @@ class _Upstream:
         They are awaited, checked and decompressed by as many threads as there are chunks under way.
 
         Raises:
-            SpreadError: no node has a chunk whole.
+            BroadcastError: no node has a chunk whole.
         """
         rest = iter(wanted)
         with concurrent.futures.ThreadPoolExecutor(_WINDOW) as threads:
@@ -197,7 +197,7 @@ class _Upstream:
     def _ask(self, key: str, chunk: int) -> tuple[Above, ray.ObjectRef[bytes | None]]:
         with self._lock:
             if not self._above:
-                raise SpreadError(f"chunk {chunk} of a venv cannot come: no node above has the whole venv.")
+                raise BroadcastError(f"chunk {chunk} of a venv cannot come: no node above has the whole venv.")
             nearest = self._above[0]
         return nearest, nearest.host.chunk.remote(key, chunk)
 
@@ -217,12 +217,12 @@ class _Upstream:
                     keep(chunk, data)
                     return raw
                 reason = "it does not have it"
-            except (ray.exceptions.RayError, SpreadError) as error:
+            except (ray.exceptions.RayError, BroadcastError) as error:
                 reason = str(error).partition("\n")[0] or type(error).__name__
             logger.warning("chunk %d of a venv did not come from %s: %s", chunk, node.node, reason)
             with self._lock:
                 if node in self._above:
                     self._above.remove(node)
                 if not self._above:
-                    raise SpreadError(f"chunk {chunk} of a venv did not come from {node.node}: {reason}")
+                    raise BroadcastError(f"chunk {chunk} of a venv did not come from {node.node}: {reason}")
             node, reference = self._ask(key, chunk)

@@ -28,7 +28,7 @@ from nemo_rl.distributed.provisioning.broadcast import Content, VenvSpread
 from nemo_rl.distributed.provisioning.node_task import Request, Survey, python_identity
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeProgressCallback, NodeVenv, SharedFailureError
 from nemo_rl.distributed.provisioning.source_sync import task_options
-from nemo_rl.errors import NoSpaceError, SpreadError, VenvBuildError, VenvError
+from nemo_rl.errors import NoSpaceError, BroadcastError, VenvBuildError, VenvError
 from nemo_rl.venvs import Progress
 
 logger = logging.getLogger(__name__)
@@ -118,10 +118,10 @@ class Campaign:
 
     def _add_known_sources(self, sources: Mapping[str, Mapping[str, str]]) -> None:
         for request in self._requests.values() if self._spread is not None else ():
-            for the_plan in request.plans.values():
-                for node_id, python in sources.get(the_plan.digest, {}).items():
+            for venv_plan in request.plans.values():
+                for node_id, python in sources.get(venv_plan.digest, {}).items():
                     assert self._spread is not None
-                    self._spread.add_source((the_plan.digest, python_identity(the_plan)), node_id, python)
+                    self._spread.add_source((venv_plan.digest, python_identity(venv_plan)), node_id, python)
 
     def _submit(self, task: Any, request: Request) -> Any:
         names = tuple(request.plans)
@@ -256,9 +256,9 @@ class Campaign:
     # --- from node to node -------------------------------------------------------------------------------------------
 
     def _content(self, node_id: str, name: str) -> Content:
-        the_plan = self._requests[node_id].plans[name]
-        python = self._pythons.get((node_id, name), python_identity(the_plan))
-        return the_plan.digest, python if python is not None else node_id
+        venv_plan = self._requests[node_id].plans[name]
+        python = self._pythons.get((node_id, name), python_identity(venv_plan))
+        return venv_plan.digest, python if python is not None else node_id
 
     def _add_source(self, entry: NodeVenv) -> None:
         if self._spread is not None and entry.error is None:
@@ -344,10 +344,10 @@ class Campaign:
             self._replace_builder(request.node_id)
             return
         cause = getattr(error, "cause", None) or error
-        for name, the_plan in request.plans.items():
+        for name, venv_plan in request.plans.items():
             if (request.node_id, name) not in self._found:
                 reason = VenvError(f"its task there failed: {type(cause).__name__}: {cause}")
-                self._take(NodeVenv(name, request.node_id, request.node, the_plan.digest, error=reason))
+                self._take(NodeVenv(name, request.node_id, request.node, venv_plan.digest, error=reason))
 
     def _has_left(self, node_id: str, error: ray.exceptions.RayError) -> bool:
         return isinstance(error, _NODE_IS_GONE) or node_id not in {node.node_id for node in alive_nodes()}
@@ -374,4 +374,4 @@ class Campaign:
 
 def _may_work_otherwise(error: Exception | None) -> bool:
     """Whether a venv that could not be received may still come from elsewhere, or be built."""
-    return isinstance(error, SpreadError | VenvBuildError) and not isinstance(error, NoSpaceError)
+    return isinstance(error, BroadcastError | VenvBuildError) and not isinstance(error, NoSpaceError)

@@ -38,7 +38,7 @@ from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.session import can_grow, job_name
 from nemo_rl.distributed.provisioning import source_receiver as source_arrival
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, FileEntry, SourceListing
-from nemo_rl.errors import ConfigError, SpreadError
+from nemo_rl.errors import ConfigError, BroadcastError
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
 
@@ -103,7 +103,7 @@ def bring_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ())
     What a node was asked in this job it is not asked again; a local cluster is not asked at all.
 
     Raises:
-        SpreadError: a node cannot store it, or it is larger than `NEMO_RL_SOURCE_MAX_MB`.
+        BroadcastError: a node cannot store it, or it is larger than `NEMO_RL_SOURCE_MAX_MB`.
     """
     global _state
     if settings.SOURCE_SPREAD.get() == "off" or not can_grow():
@@ -162,10 +162,10 @@ def task_options(node_id: str) -> dict[str, Any]:
 
 def _roots(plans: Iterable[VenvPlan]) -> list[str]:
     directories = [Path(entry) for entry in _driver_directories()]
-    for the_plan in (layer for top in plans for layer in (top, top.base) if layer is not None):
-        if not isinstance(the_plan.spec, InterpreterSpec):
-            directories.append(Path(the_plan.spec.project))
-        directories += [Path(package.local.path) for package in the_plan.packages if package.local is not None]
+    for venv_plan in (layer for top in plans for layer in (top, top.base) if layer is not None):
+        if not isinstance(venv_plan.spec, InterpreterSpec):
+            directories.append(Path(venv_plan.spec.project))
+        directories += [Path(package.local.path) for package in venv_plan.packages if package.local is not None]
     roots = {str(root) for directory in directories if (root := _source_root(directory)) is not None}
     return sorted(roots)
 
@@ -291,7 +291,7 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
     for node, answer in answers.items():
         if isinstance(answer, RayTaskError):
             reason = str(getattr(answer, "cause", answer))
-            raise SpreadError(
+            raise BroadcastError(
                 f"the source in {source.listing.root} did not reach node {node.address} "
                 f"({source.listing.target} there): {reason}. Set NEMO_RL_VENV_DIR to a directory that every node can "
                 "write, or bring the source to every node yourself and set NEMO_RL_SOURCE_SPREAD=off."
@@ -321,7 +321,7 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
 def _archive(source: _Source) -> bytes:
     if not source.archive:
         largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_NAMED))
-        raise SpreadError(
+        raise BroadcastError(
             f"the source in {source.listing.root} has {source.tree.num_bytes / 1e6:.1f} MB in "
             f"{len(source.tree.files)} files, more than "
             f"NEMO_RL_SOURCE_MAX_MB={settings.SOURCE_MAX_MB.get()} allows to be sent to nodes that lack it. Its "

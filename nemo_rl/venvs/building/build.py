@@ -36,7 +36,7 @@ Receive = Callable[[VenvPlan, Path, PhaseClock, BuildLog], None]
 
 
 def build(
-    the_plan: VenvPlan,
+    venv_plan: VenvPlan,
     venv_name: str,
     store: Store,
     clock: PhaseClock,
@@ -53,30 +53,30 @@ def build(
     stays published then.
     """
     started_at = time.time()
-    root = store.new_directory(the_plan.digest)
-    log = BuildLog(store.new_log(the_plan.digest[:DIGEST_PREFIX]))
+    root = store.new_directory(venv_plan.digest)
+    log = BuildLog(store.new_log(venv_plan.digest[:DIGEST_PREFIX]))
     with _cleaned_up(root, venv_name, log, clock):
-        what = mask_secrets(f"Building the venv {venv_name!r} (`{the_plan.spec}`)")
+        what = mask_secrets(f"Building the venv {venv_name!r} (`{venv_plan.spec}`)")
         if receive is not None:
-            receive(the_plan, root, clock, log)
+            receive(venv_plan, root, clock, log)
         else:
-            _install(the_plan, root, store, clock, log, what)
+            _install(venv_plan, root, store, clock, log, what)
         site_packages = site_packages_of(root)
-        if the_plan.base is not None:
-            add_base_scripts(root / "bin", _scripts_of(the_plan.base, store))
+        if venv_plan.base is not None:
+            add_base_scripts(root / "bin", _scripts_of(venv_plan.base, store))
         (root / LEASE_FILE).touch()
         if receive is None:
             clock.start("compile")
             if settings.COMPILE_BYTECODE.get():
                 clock.tell(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
         clock.start("check")
-        ray = _check(the_plan, root, site_packages, what)
+        ray = _check(venv_plan, root, site_packages, what)
         if receive is None:
-            _check_inputs(the_plan, store)  # the lock may have changed while uv was reading it
+            _check_inputs(venv_plan, store)  # the lock may have changed while uv was reading it
         clock.start("seal")
-        manifest = _manifest(the_plan, root, site_packages, clock, job_id, started_at, ray, log)
+        manifest = _manifest(venv_plan, root, site_packages, clock, job_id, started_at, ray, log)
         write_manifest(root, manifest)
-        point(store.link(the_plan.digest), root.name)
+        point(store.link(venv_plan.digest), root.name)
         clock.end()
     return root
 
@@ -103,26 +103,26 @@ def _cleaned_up(root: Path, venv_name: str, log: BuildLog, clock: PhaseClock) ->
         log.close()
 
 
-def _install(the_plan: VenvPlan, root: Path, store: Store, clock: PhaseClock, log: BuildLog, what: str) -> None:
-    _check_inputs(the_plan, store)
-    if the_plan.base is None:
-        _sync_project(the_plan, root, clock, log, what)
+def _install(venv_plan: VenvPlan, root: Path, store: Store, clock: PhaseClock, log: BuildLog, what: str) -> None:
+    _check_inputs(venv_plan, store)
+    if venv_plan.base is None:
+        _sync_project(venv_plan, root, clock, log, what)
     else:
-        _install_overlay(the_plan, root, clock, log, what)
+        _install_overlay(venv_plan, root, clock, log, what)
     name_originals(site_packages_of(root))
-    _write_hook(the_plan, site_packages_of(root))
+    _write_hook(venv_plan, site_packages_of(root))
 
 
-def _check_inputs(the_plan: VenvPlan, store: Store) -> None:
+def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
     """The project on this node must be the one that was planned, or the venv would not be what its digest says."""
-    spec = the_plan.spec
-    if the_plan.base is not None or not isinstance(spec, VenvSpec):
+    spec = venv_plan.spec
+    if venv_plan.base is not None or not isinstance(spec, VenvSpec):
         return
-    if project_inputs(spec, lock_root(spec.project)) == the_plan.inputs:
+    if project_inputs(spec, lock_root(spec.project)) == venv_plan.inputs:
         return
-    here = plan(spec, store=store, expected=the_plan.expected)
-    if here.digest != the_plan.digest:
-        found, planned = here.digest[:DIGEST_PREFIX], the_plan.digest[:DIGEST_PREFIX]
+    here = plan(spec, store=store, expected=venv_plan.expected)
+    if here.digest != venv_plan.digest:
+        found, planned = here.digest[:DIGEST_PREFIX], venv_plan.digest[:DIGEST_PREFIX]
         raise LockMismatchError(
             f"The project {spec.project} on {socket.gethostname()} is not the one that was planned: the packages of "
             f"`{spec}` have digest {found}, planned were {planned}. Bring the same pyproject.toml and uv.lock to every "
@@ -130,14 +130,14 @@ def _check_inputs(the_plan: VenvPlan, store: Store) -> None:
         )
 
 
-def _sync_project(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
-    spec = the_plan.spec
+def _sync_project(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
+    spec = venv_plan.spec
     assert isinstance(spec, VenvSpec)
     # Planning has checked the lock against pyproject.toml for these very bytes, so it is not checked again here.
     project = str(located(spec.project))
-    arguments = ["sync", "--frozen", "--project", project, "--python", the_plan.python.executable]
+    arguments = ["sync", "--frozen", "--project", project, "--python", venv_plan.python.executable]
     arguments += ["--no-compile-bytecode", "--no-python-downloads", *spec.selection()]
-    for package in the_plan.packages:
+    for package in venv_plan.packages:
         if package.local is not None and not package.local.editable:
             arguments += ["--reinstall-package", package.name]  # uv's cache does not notice changed code
     clock.start("fetch")
@@ -151,16 +151,16 @@ def _sync_project(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildL
     )
 
 
-def _install_overlay(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
+def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     clock.start("fetch")
-    project = ["--project", str(located(the_plan.spec.project))] if isinstance(the_plan.spec, VenvSpec) else []
-    python = ["--python", the_plan.python.executable, "--no-python-downloads"]
+    project = ["--project", str(located(venv_plan.spec.project))] if isinstance(venv_plan.spec, VenvSpec) else []
+    python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
     run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
-    if not the_plan.packages:
+    if not venv_plan.packages:
         return  # the base has everything that the list asks for
     listing = root / ".nemo_rl_requirements"
-    listing.write_text("\n".join(install_lines(the_plan)) + "\n")
-    hashed = all(any(value.startswith("sha") for value in package.hashes) for package in the_plan.packages)
+    listing.write_text("\n".join(install_lines(venv_plan)) + "\n")
+    hashed = all(any(value.startswith("sha") for value in package.hashes) for package in venv_plan.packages)
     arguments = [
         "pip",
         "install",
@@ -173,7 +173,7 @@ def _install_overlay(the_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bui
     arguments += ["--require-hashes"] if hashed else []
     arguments += [
         word
-        for package in the_plan.packages
+        for package in venv_plan.packages
         if package.local is not None
         for word in ("--refresh-package", package.name)
     ]
@@ -196,8 +196,8 @@ def _follow(line: str, clock: PhaseClock) -> None:
         clock.tell(line.strip())
 
 
-def _write_hook(the_plan: VenvPlan, site_packages: Path) -> None:
-    base = the_plan.base
+def _write_hook(venv_plan: VenvPlan, site_packages: Path) -> None:
+    base = venv_plan.base
     if base is None:
         write_site_hook(site_packages)
     elif base.is_interpreter:
@@ -212,12 +212,12 @@ def _scripts_of(base: VenvPlan, store: Store) -> Path:
     return store.link(base.digest) / "bin"
 
 
-def _check(the_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
+def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
     """The interpreter starts, from this very directory; versions are the driver's; what was planned is there."""
     version, prefix = start_python(str(root / "bin" / "python"))
     if prefix != str(root.resolve()):
         raise VenvBuildError(f"{what}: its interpreter runs in {prefix} instead of {root}.")
-    planned = {package.name: package.version for package in the_plan.packages}
+    planned = {package.name: package.version for package in venv_plan.packages}
     installed = installed_distributions(site_packages)
     wrong = [
         f"{name} is {installed.get(name, 'missing')} instead of {planned.get(name) or 'absent'}"
@@ -226,13 +226,13 @@ def _check(the_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> st
     ]
     if wrong:
         raise VenvBuildError(f"{what}: what uv installed is not what was planned: {'; '.join(wrong[:5])}.")
-    ray = installed.get("ray") or (the_plan.base.ray if the_plan.base is not None else None)
-    the_plan.expected.check(what, version, ray)
+    ray = installed.get("ray") or (venv_plan.base.ray if venv_plan.base is not None else None)
+    venv_plan.expected.check(what, version, ray)
     return ray
 
 
 def _manifest(
-    the_plan: VenvPlan,
+    venv_plan: VenvPlan,
     root: Path,
     site_packages: Path,
     clock: PhaseClock,
@@ -242,15 +242,15 @@ def _manifest(
     log: BuildLog,
 ) -> Manifest:
     records, num_files, num_bytes = read_records(site_packages)
-    base = the_plan.base
+    base = venv_plan.base
     return Manifest(
-        digest=the_plan.digest,
-        spec=mask_secrets(str(the_plan.spec)),
-        packages=tuple(mask_secrets(str(package)) for package in the_plan.packages),
-        python=the_plan.python.version,
-        implementation=the_plan.python.implementation,
-        platform=the_plan.python.platform,
-        base_python=the_plan.python.executable,
+        digest=venv_plan.digest,
+        spec=mask_secrets(str(venv_plan.spec)),
+        packages=tuple(mask_secrets(str(package)) for package in venv_plan.packages),
+        python=venv_plan.python.version,
+        implementation=venv_plan.python.implementation,
+        platform=venv_plan.python.platform,
+        base_python=venv_plan.python.executable,
         uv=_pyvenv_value(root, "uv"),
         host=socket.gethostname(),
         built_at=time.strftime("%FT%T%z"),

@@ -30,7 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from nemo_rl.errors import SpreadError
+from nemo_rl.errors import BroadcastError
 from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.storage.locks import LEASE_FILE
 from nemo_rl.venvs.storage.manifest import MANIFEST_FILE, read_manifest, write_atomically
@@ -149,7 +149,7 @@ def _recorded(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_chunk(listing: Listing, chunk: int) -> bytes:
-    """A chunk, compressed and with its hash. Raises `SpreadError` when the venv is not what was listed any more."""
+    """A chunk, compressed and with its hash. Raises `BroadcastError` when the venv is not what was listed any more."""
     parts = []
     for index, begin, end in listing.pieces(chunk):
         path = os.path.join(listing.root, listing.entries[index].path)
@@ -158,9 +158,9 @@ def read_chunk(listing: Listing, chunk: int) -> bytes:
                 file.seek(begin)
                 part = file.read(end - begin)
         except OSError as error:
-            raise SpreadError(f"{path} cannot be read any more: {error.strerror}.") from None
+            raise BroadcastError(f"{path} cannot be read any more: {error.strerror}.") from None
         if len(part) != end - begin:
-            raise SpreadError(f"{path} has changed since it was listed.")
+            raise BroadcastError(f"{path} has changed since it was listed.")
         parts.append(part)
     return encode_chunk(b"".join(parts))
 
@@ -179,18 +179,18 @@ def encode_chunk(raw: bytes) -> bytes:
 
 
 def decode_chunk(data: bytes) -> bytes:
-    """The raw bytes of a chunk. Raises `SpreadError` for one that is not what was sent."""
+    """The raw bytes of a chunk. Raises `BroadcastError` for one that is not what was sent."""
     if len(data) < _HEADER.size:
-        raise SpreadError("a chunk is cut short.")
+        raise BroadcastError("a chunk is cut short.")
     digest, codec, length = _HEADER.unpack_from(data)
     if hashlib.sha256(memoryview(data)[_HASH_BYTES:]).digest() != digest or length > CHUNK_BYTES:
-        raise SpreadError("a chunk is not what was sent: its sha256 differs.")
+        raise BroadcastError("a chunk is not what was sent: its sha256 differs.")
     try:
         raw = _decompressed(codec, memoryview(data)[_HEADER.size :], length)
     except (OSError, zlib.error) as error:
-        raise SpreadError(f"a chunk cannot be decompressed: {error}") from None
+        raise BroadcastError(f"a chunk cannot be decompressed: {error}") from None
     if len(raw) != length:
-        raise SpreadError("a chunk has another length than it says.")
+        raise BroadcastError("a chunk has another length than it says.")
     return raw
 
 
@@ -202,7 +202,7 @@ def _decompressed(codec: bytes, payload: memoryview, length: int) -> bytes:
     if codec == _ZSTD and (zstd := _zstd()) is not None:
         raw: bytes = zstd.decompress(payload, decompressed_size=length, asbytes=True)
         return raw
-    raise SpreadError(f"a chunk is compressed in a way ({codec!r}) that cannot be undone here.")
+    raise BroadcastError(f"a chunk is compressed in a way ({codec!r}) that cannot be undone here.")
 
 
 def _zstd() -> Any:
@@ -222,7 +222,7 @@ class Unpacker:
     Chunks may come in rising order only, and only those in `needed` have to. Files that are there already stay.
 
     Raises:
-        SpreadError: from any method; a listing with a path that leads out is refused before anything is written.
+        BroadcastError: from any method; a listing with a path that leads out is refused before anything is written.
     """
 
     def __init__(self, listing: Listing, root: Path) -> None:
@@ -236,7 +236,7 @@ class Unpacker:
         for directory in sorted({os.path.dirname(listing.entries[i].path) for i in self._wanted}):
             (root / directory).mkdir(mode=0o755, parents=True, exist_ok=True)
             if not (root / directory).resolve().is_relative_to(root.resolve()):
-                raise SpreadError(f"the venv is not unpacked: its entries in {directory!r} would lead out of it.")
+                raise BroadcastError(f"the venv is not unpacked: its entries in {directory!r} would lead out of it.")
         for index in [i for i in self._wanted if listing.entries[i].size == 0]:
             (root / listing.entries[index].path).touch()
             self._finish_file(index)
@@ -287,7 +287,7 @@ class Unpacker:
             if index in self._wanted:
                 self._write(index, begin, part)
         if offset != len(raw):
-            raise SpreadError(f"chunk {chunk} has {len(raw)} bytes instead of {offset}.")
+            raise BroadcastError(f"chunk {chunk} has {len(raw)} bytes instead of {offset}.")
 
     def _write(self, index: int, begin: int, part: memoryview) -> None:
         entry = self._listing.entries[index]
@@ -295,14 +295,14 @@ class Unpacker:
             self.close()
             self._file, self._hash, self._done = open(self._root / entry.path, "xb"), hashlib.sha256(), 0  # noqa: SIM115
         if self._file is None or begin != self._done:
-            raise SpreadError(f"the part of {entry.path} before byte {begin} is missing.")
+            raise BroadcastError(f"the part of {entry.path} before byte {begin} is missing.")
         self._file.write(part)
         self._hash.update(part)
         self._done += len(part)
         if self._done == entry.size:
             self.close()
             if entry.sha256 not in (None, self._hash.hexdigest()):
-                raise SpreadError(f"{entry.path} is not what its package's RECORD says.")
+                raise BroadcastError(f"{entry.path} is not what its package's RECORD says.")
             self._finish_file(index)
 
     def _finish_file(self, index: int) -> None:
@@ -316,7 +316,7 @@ class Unpacker:
         """Everything is here: let the scripts start this venv's interpreter."""
         if self._wanted:
             missing = self._listing.entries[min(self._wanted)].path
-            raise SpreadError(f"{len(self._wanted)} files have not arrived, {missing} among them.")
+            raise BroadcastError(f"{len(self._wanted)} files have not arrived, {missing} among them.")
         changed = {}
         for entry in self._listing.entries:
             if entry.path.startswith("bin/") and (content := self._moved(self._root / entry.path)) is not None:
@@ -345,9 +345,9 @@ class Unpacker:
 def _check_path(path: str) -> None:
     parts = path.split("/")
     if path.startswith("/") or "\0" in path or "\\" in path or {"", ".", ".."} & set(parts):
-        raise SpreadError(f"the venv is not unpacked: its entry {path!r} would lead out of it.")
+        raise BroadcastError(f"the venv is not unpacked: its entry {path!r} would lead out of it.")
     if path in _LEFT_OUT:
-        raise SpreadError(f"the venv is not unpacked: its entry {path!r} is this node's to write.")
+        raise BroadcastError(f"the venv is not unpacked: its entry {path!r} is this node's to write.")
 
 
 def _update_records(root: Path, changed: dict[str, bytes]) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
-from nemo_rl.errors import SpreadError, VenvError
+from nemo_rl.errors import BroadcastError, VenvError
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.relocation import located
 from nemo_rl.venvs.progress import PhaseClock
@@ -61,7 +61,7 @@ class Spool:
             decode_chunk(self._path(chunk).read_bytes())
         except FileNotFoundError:
             return False
-        except SpreadError:
+        except BroadcastError:
             self._path(chunk).unlink()
             return False
         return True
@@ -117,7 +117,7 @@ def _remove_abandoned(current: Path) -> None:
 
 
 def receive_venv(
-    the_plan: VenvPlan,
+    venv_plan: VenvPlan,
     root: Path,
     clock: PhaseClock,
     log: BuildLog,
@@ -130,11 +130,11 @@ def receive_venv(
 ) -> None:
     """Fill `root` with the venv of `listing`; what this disk has already is linked and not fetched.
 
-    Raises `SpreadError` for what does not arrive as it was sent, and `VenvError` for what could not work here at all.
+    Raises `BroadcastError` for what does not arrive as it was sent, and `VenvError` for what could not work here at all.
     """
     clock.start("fetch", f"from {source}")
-    _check_local_packages(the_plan)
-    python = ["--python", the_plan.python.executable, "--no-python-downloads"]
+    _check_local_packages(venv_plan)
+    python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
     run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what="Receiving a venv", cwd=root.parent, log=log)
     try:
         with contextlib.ExitStack() as stack:
@@ -152,13 +152,13 @@ def receive_venv(
     except OSError as error:
         if is_no_space(error):
             raise no_space_error(f"Receiving the venv {listing.digest[:DIGEST_PREFIX]}") from error
-        raise SpreadError(f"a venv could not be unpacked on {socket.gethostname()}: {error}") from error
+        raise BroadcastError(f"a venv could not be unpacked on {socket.gethostname()}: {error}") from error
     finally:
         spool.end()
 
 
-def _check_local_packages(the_plan: VenvPlan) -> None:
-    for package in the_plan.packages:
+def _check_local_packages(venv_plan: VenvPlan) -> None:
+    for package in venv_plan.packages:
         if package.local is not None and package.local.editable and not located(package.local.path).is_dir():
             raise VenvError(
                 f"{package.name} is an editable package: the venv only links to {package.local.path}, which is not "

@@ -142,8 +142,8 @@ def _package_lines(name: str, py_executable: str, store: Store) -> list[str]:
 
 
 def _remote_packages(py_executable: str, store: Store) -> list[str]:
-    the_plan = plan(py_executable, store=store)
-    layers = [the_plan] if the_plan.base is None else [the_plan, the_plan.base]
+    venv_plan = plan(py_executable, store=store)
+    layers = [venv_plan] if venv_plan.base is None else [venv_plan, venv_plan.base]
     return [str(package) for layer in layers for package in layer.packages if package.local is None]
 
 

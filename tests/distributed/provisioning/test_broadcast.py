@@ -24,7 +24,7 @@ from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import NodeProgress, ensure_venv_on_node, ensure_venvs_on_each_node
 from nemo_rl.distributed.provisioning.broadcast import VenvSpread
 from nemo_rl.distributed.provisioning.broadcast_peer import CONCURRENCY_GROUPS, Above, VenvSpreadHost, _Upstream
-from nemo_rl.errors import SpreadError
+from nemo_rl.errors import BroadcastError
 from nemo_rl.venvs import Store
 from nemo_rl.venvs.storage.manifest import read_manifest
 from nemo_rl.venvs.transfer.archive import CHUNK_BYTES, Listing, decode_chunk
@@ -251,7 +251,7 @@ def test_a_chunk_comes_from_further_up_when_the_node_above_is_gone_or_spoils_it(
     raw = b"".join(upstream.fetch(listing.key, wanted, kept.__setitem__))
     assert len(raw) == sum(entry.size for entry in listing.entries)
     assert b"".join(decode_chunk(kept[chunk]) for chunk in wanted) == raw
-    with pytest.raises(SpreadError, match="spoiler.*sha256 differs"):
+    with pytest.raises(BroadcastError, match="spoiler.*sha256 differs"):
         list(_Upstream([Above("spoiler", spoiler)]).fetch(listing.key, wanted[:1], kept.__setitem__))
     for actor in (source, spoiler):
         ray.kill(actor)

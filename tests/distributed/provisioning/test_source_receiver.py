@@ -14,7 +14,7 @@ import pytest
 from nemo_rl.distributed.provisioning import source_sync as project_source
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, SourceListing, missing_here, unpack_here
 from nemo_rl.distributed.provisioning.source_sync import _archive, _read, _source_root
-from nemo_rl.errors import SpreadError
+from nemo_rl.errors import BroadcastError
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_file_that_changed_on_the_way_is_refused(project: Path, tmp_path: Path
 def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "weights.bin").write_bytes(bytes(1_100_000))
     monkeypatch.setenv("NEMO_RL_SOURCE_MAX_MB", "1")
-    with pytest.raises(SpreadError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
+    with pytest.raises(BroadcastError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
         _archive(read(project))
     assert missing_here([read(project).listing], "ray").lacking == [False]
     copy = project.with_name("copy")

@@ -10,7 +10,7 @@ import pytest
 from sample_projects import Project, run_in
 
 from nemo_rl import venvs
-from nemo_rl.errors import SpreadError, VenvError
+from nemo_rl.errors import BroadcastError, VenvError
 from nemo_rl.venvs import Store, archive
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock
@@ -46,11 +46,11 @@ class _Sender:
         self.stop_after = stop_after
         self.asked: list[int] = []
 
-    def receive(self, the_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog) -> None:
+    def receive(self, venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog) -> None:
         spool = Spool(self.listing, self.store)
         try:
             receive_venv(
-                the_plan,
+                venv_plan,
                 root,
                 clock,
                 log,
@@ -68,7 +68,7 @@ class _Sender:
     def _fetch(self, wanted: Sequence[int], spool: Spool) -> Generator[bytes]:
         for chunk in wanted:
             if len(self.asked) == self.stop_after:
-                raise SpreadError("the line is dead")
+                raise BroadcastError("the line is dead")
             self.asked.append(chunk)
             data = read_chunk(self.listing, chunk)
             spool.put(chunk, data)
@@ -105,7 +105,7 @@ def _texts(root: Path) -> Iterator[str]:
 def test_what_had_arrived_is_not_sent_again(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
     there = Store(tmp_path / "elsewhere")
     broken = _Sender(built, there, stop_after=3)
-    with pytest.raises(SpreadError, match="the line is dead"):
+    with pytest.raises(BroadcastError, match="the line is dead"):
         venvs.ensure(project.command("--extra", "one"), "a.Worker", store=there, receive=broken.receive)
     assert not there.builds(built.digest)
     (spool,) = there.arriving.iterdir()
@@ -138,11 +138,11 @@ def test_what_is_on_the_disk_already_is_linked(project: Project, built: venvs.Se
 def test_an_editable_package_that_is_not_there_is_named(
     project: Project, built: venvs.SealedVenv, tmp_path: Path
 ) -> None:
-    the_plan = venvs.plan(project.command("--extra", "one"))
+    venv_plan = venvs.plan(project.command("--extra", "one"))
     project.root.rename(tmp_path / "moved")
     there = Store(tmp_path / "elsewhere")
     with pytest.raises(VenvError, match=f"sample is an editable package.*{project.root}"):
-        venvs.ensure(the_plan, "a.Worker", store=there, receive=_Sender(built, there).receive)
+        venvs.ensure(venv_plan, "a.Worker", store=there, receive=_Sender(built, there).receive)
     assert not there.builds(built.digest)
 
 
@@ -151,7 +151,7 @@ def test_an_editable_package_that_is_not_there_is_named(
 )
 def test_a_path_that_leads_out_is_refused_before_anything_is_written(path: str, tmp_path: Path) -> None:
     entries = (Entry("lib/fine.py", 3, False, 0, None), Entry(path, 3, False, 0, None))
-    with pytest.raises(SpreadError, match="is not unpacked"):
+    with pytest.raises(BroadcastError, match="is not unpacked"):
         Unpacker(Listing("d", "/root", entries), tmp_path / "venv")
     assert not (tmp_path / "venv").exists()
 
@@ -172,7 +172,7 @@ def test_a_directory_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
     root.mkdir()
     outside.mkdir()
     (root / "lib").symlink_to(outside)
-    with pytest.raises(SpreadError, match="would lead out"):
+    with pytest.raises(BroadcastError, match="would lead out"):
         Unpacker(Listing("d", "/root", (Entry("lib/x.py", 3, False, 0, None),)), root)
 
 
@@ -183,9 +183,9 @@ def test_a_chunk_comes_back_and_any_change_of_it_is_refused(raw: bytes) -> None:
     for position in {0, 1, 5, len(data) - 1}:
         spoiled = bytearray(data)
         spoiled[position] ^= 0x55
-        with pytest.raises(SpreadError):
+        with pytest.raises(BroadcastError):
             decode_chunk(bytes(spoiled))
-    with pytest.raises(SpreadError):
+    with pytest.raises(BroadcastError):
         decode_chunk(data[:-1])
 
 
@@ -199,7 +199,7 @@ def test_zlib_serves_where_there_is_no_zstd(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_file_that_changes_while_it_is_sent_is_an_error(built: venvs.SealedVenv) -> None:
     listing = list_venv(built.path)
     (built.path / listing.entries[0].path).write_text("")
-    with pytest.raises(SpreadError, match="has changed"):
+    with pytest.raises(BroadcastError, match="has changed"):
         read_chunk(listing, 0)
 
 
