@@ -17,7 +17,7 @@
     │   ├── IncompatibleVenvError       the venv's Python or ray is not the driver's
     │   ├── VenvDriftError              the code asks for other packages than the venv that is there
     │   ├── BundleError (ValueError)    a bundle for offline builds is not safe, not whole, or for another machine
-    │   └── BroadcastError                 a venv or the source that was to come from another node did not arrive as sent
+    │   └── BroadcastError              a venv or source archive from another node arrived incomplete or changed
     ├── ClusterError                    the Ray cluster cannot do what was asked
     │   ├── SubmissionError             the job server cannot be reached, or refuses
     │   ├── ResourceInsufficientError (ValueError)  more CPUs, GPUs or nodes asked for than there are

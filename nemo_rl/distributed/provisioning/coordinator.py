@@ -28,7 +28,7 @@ from nemo_rl.distributed.provisioning.broadcast import Content, VenvSpread
 from nemo_rl.distributed.provisioning.node_task import Request, Survey, python_identity
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeProgressCallback, NodeVenv, SharedFailureError
 from nemo_rl.distributed.provisioning.source_sync import task_options
-from nemo_rl.errors import NoSpaceError, BroadcastError, VenvBuildError, VenvError
+from nemo_rl.errors import BroadcastError, NoSpaceError, VenvBuildError, VenvError
 from nemo_rl.venvs import Progress
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.session import can_grow, job_name
 from nemo_rl.distributed.provisioning import source_receiver as source_arrival
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, FileEntry, SourceListing
-from nemo_rl.errors import ConfigError, BroadcastError
+from nemo_rl.errors import BroadcastError, ConfigError
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
 

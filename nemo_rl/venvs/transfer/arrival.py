@@ -130,7 +130,7 @@ def receive_venv(
 ) -> None:
     """Fill `root` with the venv of `listing`; what this disk has already is linked and not fetched.
 
-    Raises `BroadcastError` for what does not arrive as it was sent, and `VenvError` for what could not work here at all.
+    Raises `BroadcastError` if what arrives differs from what was sent, and `VenvError` if this node cannot unpack it.
     """
     clock.start("fetch", f"from {source}")
     _check_local_packages(venv_plan)
