@@ -1,31 +1,44 @@
 """Matrix products of the decoder.
 
-On the CPU they go to oneDNN, weights as they are: on processors that are not Intel's, torch's default (MKL) reaches
-less than half of oneDNN's speed (97 against 200 GFLOP/s on one core of an EPYC, 256 x 96 x 512 in float32).
-The operators are those that torch's own compiler emits; where a build of torch lacks them, `F.linear` does.
+On the CPU they go to oneDNN where it has them, weights as they are: on processors that are not Intel's, torch's default
+for float32 (MKL) reaches less than half of oneDNN's speed (97 against 200 GFLOP/s on one core of an EPYC,
+256 x 96 x 512). Everywhere else they go to torch's public operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from nemo_rl.models import onednn
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [N, in] times weight [out, in] transposed, plus bias."""
-    if _ONEDNN and x.device.type == "cpu":
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+@dataclass(frozen=True)
+class LinearOps:
+    """The operators of one device and dtype.
+
+    Attributes:
+        linear: x [N, in], weight [out, in], bias [out] or None: x times weight transposed, plus bias.
+        linear_add: the same, and a residual [N, out] that is added.
+    """
+
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    linear_add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
 
-def linear_add(
+def linear_ops(device: torch.device, dtype: torch.dtype) -> LinearOps:
+    """The fastest operators that work there. Call it once, where the model is made."""
+    if device.type == "cpu" and onednn.is_usable(dtype):
+        return LinearOps(onednn.linear, onednn.linear_add)
+    return LinearOps(F.linear, _linear_add)
+
+
+def _linear_add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
-    """`linear(x, weight, bias) + residual` in one operation."""
-    if _ONEDNN and x.device.type == "cpu":
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     if bias is None:
         return torch.addmm(residual, x, weight.t())
     return F.linear(x, weight, bias).add_(residual)

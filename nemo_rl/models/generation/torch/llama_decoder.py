@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
-from nemo_rl.models.generation.linear import linear, linear_add
+from nemo_rl.models.generation.linear import linear_ops
 from nemo_rl.models.generation.torch.decoder import Decoder, Decoding, PromptBatch, parameter_shapes
 from nemo_rl.models.generation.torch.kv_cache import KVCache
 
@@ -86,6 +86,7 @@ class LlamaDecoder(Decoder):
         with torch.device("meta"):
             super().__init__(*parameter_shapes(AutoModelForCausalLM.from_config(config)))
         self.device, self.dtype = device, dtype
+        self._ops = linear_ops(device, dtype)
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
@@ -194,7 +195,7 @@ class LlamaDecoder(Decoder):
         return self.logits(hidden)
 
     def _qkv(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        return linear(self._norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
+        return self._ops.linear(self._norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
 
     def _rotate(
         self, heads: torch.Tensor, layer: _Layer, cos: torch.Tensor, sin: torch.Tensor
@@ -211,10 +212,10 @@ class LlamaDecoder(Decoder):
 
     def _finish(self, hidden: torch.Tensor, attended: torch.Tensor, layer: _Layer) -> torch.Tensor:
         """Everything of a layer after attention."""
-        hidden = linear_add(attended, layer.out, layer.out_bias, hidden)
-        gate_up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
+        hidden = self._ops.linear_add(attended, layer.out, layer.out_bias, hidden)
+        gate_up = self._ops.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
         gate, up = gate_up.chunk(2, dim=-1)
-        return linear_add(F.silu(gate).mul_(up), layer.down, layer.down_bias, hidden)
+        return self._ops.linear_add(F.silu(gate).mul_(up), layer.down, layer.down_bias, hidden)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight, computed as x * sqrt(n) / sqrt(|x|^2 + n eps) * weight."""
@@ -229,7 +230,7 @@ class LlamaDecoder(Decoder):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [b, hidden] to [b, V] float32."""
         assert self._weights is not None
-        return linear(self._norm(hidden, self._weights.norm), self._weights.head, None).float()
+        return self._ops.linear(self._norm(hidden, self._weights.norm), self._weights.head, None).float()
 
 
 class LlamaDecoding(Decoding):

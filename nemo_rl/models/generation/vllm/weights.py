@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from nemo_rl.errors import WeightSyncError
-from nemo_rl.models.generation.linear import linear
+from nemo_rl.models.generation.linear import linear_ops
 from nemo_rl.models.weights.digest import WeightDigest, digest_tensors, dtype_name
 from nemo_rl.models.weights.interfaces import TensorSpec
 
@@ -152,8 +152,9 @@ def keep_plain_weights() -> None:
 
 
 def _use_plain_weight(layer: Any, remove_weight: bool) -> None:
-    is_float32 = layer.weight.dtype == torch.float32
-    layer.cpu_linear = linear if is_float32 and not layer.weight.is_meta else torch.nn.functional.linear
+    weight = layer.weight
+    is_float32 = weight.dtype == torch.float32
+    layer.cpu_linear = linear_ops(weight.device, weight.dtype).linear if is_float32 else torch.nn.functional.linear
 
 
 def _own_tensors(model: torch.nn.Module) -> Iterator[tuple[str, OwnTensor]]:
