@@ -45,6 +45,14 @@ def is_usable(dtype: torch.dtype) -> bool:
     return correct
 
 
+@functools.cache
+def warn_if_emulated(device_type: str, dtype: torch.dtype) -> None:
+    """Log a warning, once in a process, if a model in `dtype` on this device has to do without oneDNN."""
+    if device_type == "cpu" and dtype != torch.float32 and not is_usable(dtype):
+        name = str(dtype).removeprefix("torch.")
+        logger.warning("%s is emulated on this CPU, many times slower than float32: prefer precision=float32", name)
+
+
 def _is_correct(num_rows: int, dtype: torch.dtype) -> bool:
     """Compare with `F.linear` on small integers, whose sums every floating-point dtype represents exactly."""
 

@@ -22,9 +22,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def fresh_cache() -> Iterator[None]:
-    onednn.is_usable.cache_clear()
+    caches = (onednn.is_usable, onednn.warn_if_emulated)
+    for function in caches:
+        function.cache_clear()
     yield
-    onednn.is_usable.cache_clear()
+    for function in caches:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -90,3 +93,16 @@ def test_a_cpu_with_avx2_only_multiplies_bfloat16_with_the_public_operators() ->
     environment = {**os.environ, **AVX2, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_bfloat16_that_is_emulated_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(onednn, "is_usable", lambda dtype: dtype != torch.bfloat16)
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        onednn.warn_if_emulated(device, dtype)
+    assert not caplog.messages
+    for _ in range(2):
+        onednn.warn_if_emulated("cpu", torch.bfloat16)
+    [message] = caplog.messages
+    assert message.startswith("bfloat16 is emulated on this CPU")

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from nemo_rl import settings
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ConfigError
+from nemo_rl.models import onednn
 from nemo_rl.models.policy import policy_checkpoint
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.hf_loading import empty_model, load_config, load_model
@@ -105,6 +106,7 @@ class MegatronPolicyWorker:
         world = join_process_group(device_type=device_type, needs_collectives=True)
         if world.device.type == "cpu":
             adapt_to_cpu()
+        onednn.warn_if_emulated(world.device.type, getattr(torch, config.precision))
         prepare_process(world, config.num_threads, num_local_workers, seed)
         self._grid = make_grid(world, options)
         self._skeleton = empty_model(self._hf)

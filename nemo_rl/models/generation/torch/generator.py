@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nemo_rl.errors import ModelError, WeightSyncError
+from nemo_rl.models import onednn
 from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
@@ -73,9 +74,9 @@ class TorchGenerator:
         self.device = torch.device(device)
         self.precision = config.precision or precision
         self.max_sequence_length = max_sequence_length
-        self.decoder: Decoder = make_decoder(
-            model_config, self.device, getattr(torch, self.precision), max_sequence_length
-        )
+        dtype: torch.dtype = getattr(torch, self.precision)
+        onednn.warn_if_emulated(self.device.type, dtype)
+        self.decoder: Decoder = make_decoder(model_config, self.device, dtype, max_sequence_length)
         stop_ids = set(config.stop_token_ids) | end_of_sequence_ids(model_config, self.tokenizer)
         self._stop = StopRules(self.tokenizer, stop_ids, config.stop_strings)
         self.version: int | None = None

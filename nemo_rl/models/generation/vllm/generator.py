@@ -26,6 +26,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from nemo_rl.errors import ModelError, WeightSyncError
+from nemo_rl.models import onednn
 from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.interfaces import GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
@@ -127,6 +128,7 @@ class VllmGenerator:
         stop_ids = set(config.stop_token_ids) | end_of_sequence_ids(model_config, self.tokenizer)
         self._stop = StopRules(self.tokenizer, stop_ids, config.stop_strings)
         if not use_gpu:
+            onednn.warn_if_emulated("cpu", getattr(torch, self.precision))
             keep_plain_weights()
             _check_head_size(model_name, model_config)
         _inspect_here(model_config.architectures or [])
