@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nemo_rl.cli.checks import OK, WARNING, check_compiler
+from nemo_rl.cli.checks import OK, WARNING, check_compiler, cpu_check
 from nemo_rl.cli.cluster_checks import clock_check
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_a_sound_machine_has_nothing_fatal_and_json_stands_alone(tmp_path: Path)
     done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     found = checks(done)
     assert done.returncode == 0, done.stdout
-    assert {"Python", "uv", "lock", "Ray", "GPU", "ports", "clock", "file system", "build locks"} <= found.keys()
+    assert {"Python", "uv", "lock", "Ray", "CPU", "GPU", "ports", "clock", "file system", "build locks"} <= found.keys()
     assert all(check["fix"] for check in found.values() if check["state"] != "ok")
     assert list(tmp_path.glob(".clock*")) == list(tmp_path.glob(".lock-*")) == []
 
@@ -52,6 +52,41 @@ def test_a_machine_with_gpus_needs_a_compiler(tmp_path: Path, monkeypatch: pytes
     assert (lacking.state, "no C compiler" in lacking.found, "install gcc" in lacking.fix) == (WARNING, True, True)
     (tmp_path / "gcc").touch(mode=0o755)
     assert "C compiler" not in check_compiler().found
+
+
+AVX512 = "avx2 avx512f avx512bw avx512dq avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpu_info", "means"),
+    [
+        ("x86_64", f"model name\t: EPYC\nflags\t\t: {AVX512} avx512_bf16", "EPYC: AVX-512 with bfloat16"),
+        (
+            "x86_64",
+            f"model name\t: Xeon\nflags\t\t: {AVX512} avx512_bf16 amx_bf16",
+            "Xeon: AMX and AVX-512 with bfloat16",
+        ),
+        ("x86_64", f"flags\t\t: fpu {AVX512}", "x86_64: AVX-512 without bfloat16"),
+        ("x86_64", "flags\t\t: fpu avx avx2 avx_ne_convert", "converts bfloat16"),
+        ("x86_64", "flags\t\t: fpu avx avx2 fma\nflags\t\t: other", "AVX2 only; bfloat16 is emulated"),
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd sve bf16", "aarch64: Arm with bfloat16"),
+        ("aarch64", "processor\t: 0\nFeatures\t: fp asimd", "Arm without bfloat16"),
+        ("aarch64", "", "Arm without bfloat16"),
+        ("x86_64", "", "instruction sets unknown"),
+    ],
+)
+def test_the_cpu_and_what_it_means_for_precision(machine: str, cpu_info: str, means: str) -> None:
+    check = cpu_check(cpu_info, machine)
+    assert (check.state, check.fix) == (OK, "")
+    assert means in check.found
+    native = " with bfloat16" in check.found or "unknown" in check.found
+    assert ("policy.precision=float32" in check.found) is not native
+
+
+def test_a_cpu_without_avx2_is_a_warning() -> None:
+    check = cpu_check("model name\t: old\nflags\t\t: fpu sse4_2 avx", "x86_64")
+    assert (check.state, check.found) == (WARNING, "old: no AVX2")
+    assert "policy.generation.backend=torch" in check.fix
 
 
 @pytest.mark.parametrize(
