@@ -283,7 +283,7 @@ class StageRunner:
         if self._job.spools and len(batch) > 1 and flat:
             raise _MergedError(
                 f"process_batch returned {len(returned)} entries for {len(batch)} tasks. A run with a run_dir, or one "
-                "with a GatherStage, needs one entry per task (a task, a list or None). Use a GatherStage to merge tasks"
+                "with a GatherStage, needs one entry per task (a task, list or None). Use a GatherStage to merge tasks"
             )
         return [(batch, flat)]
 

@@ -72,8 +72,7 @@ def test_incompatible_stages() -> None:
         run(AddOne(), AddOne(), tasks=batches(1))
     with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the column 'text'.*available: number"):
         run(NeedsText(), tasks=batches(1))
-    with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the attribute 'data', which no earlier
-    stage"):
+    with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the attribute 'data', which no earlier"):
         run(NeedsText())
     with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the column 'text'"):
         run(Reads("a", "b"), NeedsText())
