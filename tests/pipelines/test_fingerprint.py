@@ -84,7 +84,7 @@ def test_other_packages_are_not_resumed(tmp_path: Path) -> None:
         directory.begin()
     with pytest.raises(NotPrepared):
         start("packaging==23.2")
-    with pytest.raises(ResumeError, match="other stages or other options"):
+    with pytest.raises(ResumeError, match="other stages or other stage options"):
         start("packaging==24.0")
 
 

@@ -203,7 +203,7 @@ def test_finished_run_returns_its_result(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_foreign_run_directory_is_refused(tmp_path: Path) -> None:
     Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
-    with pytest.raises(ResumeError, match="other stages or other options of a stage"):
+    with pytest.raises(ResumeError, match="other stages or other stage options"):
         Pipeline("p", stages=[KeepFirstOfEach(3)]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
     with pytest.raises(ResumeError, match=r"inputs of the run.*have changed.*input 2 of 2, now 3"):
         Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(3), run_dir=tmp_path)
