@@ -95,9 +95,7 @@ def collect(
         commit = git.commit(has_new_files=bool(new & chosen))
     files = [file for name in sorted(chosen) for file in _files_at(root, name, excludes, skip_links)]
     if not files:
-        raise ConfigError(
-            f"{root} has no file to upload: --exclude matches all tracked files. Try --untracked."
-        )
+        raise ConfigError(f"{root} has no file to upload: --exclude matches all tracked files. Try --untracked.")
     return SourceTree(root, tuple(files), tuple(sorted(others)), commit)
 
 
