@@ -69,7 +69,7 @@ class CheckpointStore:
     Example::
 
         store = CheckpointStore(Path("checkpoints"), CheckpointingConfig(keep_top_k=1))
-        store.save(20, {"step": 20}, {"val/accuracy": 0.5}, policy.save_checkpoint)
+        store.save(20, {"step": 20}, {"val/accuracy": 0.5}, write_policy)
         state = store.latest().state()
     """
 

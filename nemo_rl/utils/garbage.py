@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def without_collecting() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Disable garbage collection in the block, and exclude the objects that exist at its end from later collections.
 
     Imports create millions of permanent objects, and the collector traverses them again and again. It takes a quarter

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from nemo_rl.utils.garbage import without_collecting
+from nemo_rl.utils.garbage import gc_paused
 
 
 class Node:
@@ -19,7 +19,7 @@ class Node:
 
 def test_block_is_not_collected_and_then_frozen() -> None:
     before = gc.get_freeze_count()
-    with without_collecting():
+    with gc_paused():
         assert not gc.isenabled()
         alive, unreachable = Node(), weakref.ref(Node())
         assert unreachable() is not None
@@ -37,7 +37,7 @@ def test_collector_state_is_restored(was_enabled: bool) -> None:
     if not was_enabled:
         gc.disable()
     try:
-        with pytest.raises(KeyError), without_collecting():
+        with pytest.raises(KeyError), gc_paused():
             raise KeyError
         assert gc.isenabled() == was_enabled
     finally:
