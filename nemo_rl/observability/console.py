@@ -132,7 +132,9 @@ class ConsoleView:
         except (OSError, SystemExit) as error:  # rich raises SystemExit if the reader of a pipe exited
             self._is_closed = True
             reason = error.strerror if isinstance(error, OSError) else "the reader closed the pipe"
-            logger.warning("the output cannot be written: %s; the run continues and writes its metrics to files", reason)
+            logger.warning(
+                "the output cannot be written: %s; the run continues and writes its metrics to files", reason
+            )
             with contextlib.suppress(OSError, ValueError):  # avoids another error when Python exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
 
