@@ -207,7 +207,7 @@ class Pairs(ProcessingStage[DocumentBatch, DocumentBatch]):
         return [tasks[0].with_data(pd.concat([task.to_pandas() for task in tasks]))]
 
 
-def test_merging_tasks_needs_no_run_dir(executor: Executor, tmp_path: Path) -> None:
+def test_merging_tasks_is_refused_with_run_dir(executor: Executor, tmp_path: Path) -> None:
     pipeline = Pipeline("p", stages=[Pairs(), AddOne()])
     merged = pipeline.run(executor, batches(8))
     assert numbers(merged) == list(range(1, 17))
