@@ -1,16 +1,16 @@
-"""Calls to a worker group: against raw Ray calls, and against the speed of copying memory.
+"""Compares calls to a worker group with raw Ray calls, and with copying memory.
 
     uv run benchmarks/bench_dispatch.py
 
-Eight workers in the driver's Python. Each round repeats every kind of call a few times and takes the fastest.
+Eight workers run in the driver's Python. Each round repeats every kind of call a few times and takes the fastest.
 
-| case | metric | what is called |
+| case | metric | call |
 | --- | --- | --- |
 | ours | same data, small | `run_all_workers_single_data(x=1)` |
 | | same data, 64 MB | the same with one array of 64 MB for all |
 | | sharded, 64 MB | `run_all_workers_sharded_data` with 8 slices of one array |
-| raw ray | | `handle.method.remote(...)` on the same actors: the array put once; one slice each |
-| copy | 64 MB | copying the array into fresh memory: the least that a call with it can cost |
+| raw ray | | `handle.method.remote(...)` on the same actors: one `ray.put` of the array, or one slice each |
+| copy | 64 MB | copying the array into new memory: the minimum cost of a call with the array |
 """
 
 from __future__ import annotations

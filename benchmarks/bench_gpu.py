@@ -1,21 +1,21 @@
-"""Training, generation and weights on one CUDA device, in this process and without Ray.
+"""Measures training, generation and weight transfer on one CUDA device, in this process and without Ray.
 
-    python benchmarks/bench_gpu.py                            # everything that this Python has packages for
+    python benchmarks/bench_gpu.py                            # all topics for which packages are installed
     python benchmarks/bench_gpu.py --only train --sizes 0.5B 1.5B
-    python benchmarks/bench_gpu.py --device cpu --tiny        # no measurement: shows that all of it runs
+    python benchmarks/bench_gpu.py --device cpu --tiny        # not a measurement: shows that every topic runs
 
 | topic | measures | against |
 | --- | --- | --- |
-| `train` | an optimizer step of the torch policy, and of Megatron's where `megatron.core` is there, in bfloat16 | the chip's own rate of one large bfloat16 matrix product: the ratio is the model FLOPs utilisation (MFU) |
+| `train` | an optimizer step in bfloat16, of the torch policy and, if `megatron.core` is installed, of the Megatron policy | the chip's rate for one large bfloat16 matrix product: the ratio is the model FLOPs utilisation (MFU) |
 | `offload` | weights and optimizer state to the host and back | a plain copy between pinned memory and the device |
-| `generate` | tokens per second of the torch engine, and of vLLM where it is there | |
+| `generate` | tokens per second of the torch engine and, if it is installed, of vLLM | |
 | `weights` | weights to another process on the same GPU, by CUDA IPC | a copy on the device |
-| `grpo` | whole GRPO steps: sync, rollout, rewards, log-probabilities, training; seconds per phase | |
+| `grpo` | complete GRPO steps: sync, rollout, rewards, log-probabilities, training; seconds per phase | |
 
-FLOPs of a step are 6 per token and weight of a matrix (2 forward, 4 backward), and 6 T h per token and layer for causal
-attention over T tokens with h channels: Chowdhery et al. 2022, "PaLM", appendix B, which counts 12 for attention without
-a mask. The embedding is a look-up and does not count, the output matrix does where the loss counts a token, and what is
-recomputed counts once.
+The FLOPs of a step are 6 per token and matrix weight (2 forward, 4 backward), plus 6 T h per token and layer for causal
+attention over T tokens with h channels. Source: Chowdhery et al. 2022, "PaLM", appendix B, which counts 12 for
+attention without a mask. The embedding is a look-up and is not counted. The output matrix is counted for tokens in the
+loss. Recomputation is not counted.
 """  # noqa: E501 - a table
 
 from __future__ import annotations
@@ -24,39 +24,12 @@ import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import harness
 import torch
+from gpu_plan import Plan
 from harness import Measurements, Ratio
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        sizes: names in `one_process.SIZES`.
-        num_tokens: of one sequence.
-        batch: sequences of one optimizer step.
-        micro_batch: sequences of one forward pass.
-        matmul: rows and columns of the large matrices.
-    """
-
-    device: str
-    sizes: tuple[str, ...]
-    repeats: int
-    num_tokens: int = 2048
-    batch: int = 16
-    micro_batch: int = 4
-    matmul: int = 8192
-
-    @property
-    def precision(self) -> str:
-        return "bfloat16"
-
 
 Topic = Callable[[Plan, Path], tuple[Measurements, list[Ratio], list[str]]]
 
@@ -69,20 +42,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=topics, default=list(topics), metavar="TOPIC")
     parser.add_argument("--sizes", nargs="+", default=["0.1B", "0.5B", "1.5B"], choices=["0.1B", "0.5B", "1.5B"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="the smallest model and matrices there are")
+    parser.add_argument("--tiny", action="store_true", help="use the smallest model and matrices")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device; --device cpu --tiny shows that the benchmark runs")
+        raise SystemExit("torch finds no CUDA device. --device cpu --tiny shows that the benchmark runs.")
     results, ratios, notes = Measurements(), [], []
     for topic in arguments.only:
         with tempfile.TemporaryDirectory() as directory:
-            found, compared, said = topics[topic](_plan(arguments), Path(directory))
-        gpu_topics.let_memory_go()
-        results.merge(found)
-        ratios += compared
-        notes += said
+            topic_results, topic_ratios, topic_notes = topics[topic](_plan(arguments), Path(directory))
+        gpu_topics.release_memory()
+        results.merge(topic_results)
+        ratios += topic_ratios
+        notes += topic_notes
     if arguments.device == "cpu":
-        notes.append("on a CPU: a trial of the benchmark, not a measurement")
+        notes.append("on a CPU: a test of the benchmark, not a measurement")
     details = {"device": _device_name(arguments.device), "megatron": _has("megatron.core"), "vllm": _has("vllm")}
     harness.report("gpu", results, ratios, arguments.json, title=details["device"], notes=notes, details=details)
 

@@ -1,20 +1,22 @@
-"""One GRPO step on a tiny model: the job of examples/run_grpo_math.py against TRL's GRPOTrainer.
+"""Compares GRPO steps of the job in examples/run_grpo_math.py with TRL's GRPOTrainer, on a tiny model.
 
     uv run benchmarks/bench_grpo_step.py                  # 3 rounds, 2 threads
     uv run benchmarks/bench_grpo_step.py --cases trl      # one side
 
-Both train the same Llama of 624 k parameters (tiny_llama.py), from the same directory, on the same prompts: 8 prompts x
-8 completions of exactly 32 tokens, float32, one AdamW step over all 64 samples, no reference model. What each really
-did (parameters, steps, lengths of prompts and completions) is compared, and unequal work is no result.
+Both sides train the same Llama with 624 k parameters (tiny_llama.py), from the same directory, on the same prompts:
+8 prompts x 8 completions of exactly 32 tokens, float32, one AdamW step over all 64 samples, no reference model. The
+benchmark compares the work of both sides (parameters, steps, lengths of prompts and completions) and rejects the result
+if it differs.
 
-Ours is also run with two data-parallel workers of one thread each, and asynchronously: one thread trains while the
-other generates the next step's completions. `trl, passive` is TRL with OMP_WAIT_POLICY=PASSIVE: threads that wait sleep
-instead of spinning. Where others compute on the same cores that helps it; on a quiet machine it should not.
-The better of the two is the rival.
+Our side also runs with two data-parallel workers of one thread each, and asynchronously: one thread trains while the
+other generates the completions of the next step. `trl, passive` is TRL with OMP_WAIT_POLICY=PASSIVE: waiting threads
+sleep instead of spinning. This helps if other processes compute on the same cores; on an idle machine it should not.
+Take the faster of the two as the baseline.
 
-Ours runs as users run it, its workers in their venvs behind Ray; TRL runs in one process, in an environment that
-`uv run --with` makes. Times are taken after the warm-up steps. `samples_per_s` is samples over wall-clock time from the
-end of one step to the end of the last, so that nothing between the steps is left out.
+Our side runs as users run it, with workers in their venvs behind Ray. TRL runs in one process, in an environment that
+`uv run --with` creates. Times exclude the warm-up steps. `samples_per_s` is the number of samples divided by the
+wall-clock time from the end of the last warm-up step to the end of the last step, so it includes the time between
+steps.
 """
 
 from __future__ import annotations
@@ -39,25 +41,25 @@ from harness import Case, Metrics, Ratio
 from transformers import AutoTokenizer
 
 TRL = "trl==1.16.0"
-RIVAL = Path(__file__).parent / "rivals" / "trl_grpo.py"
+BASELINE = Path(__file__).parent / "baselines" / "trl_grpo.py"
 JOB = harness.REPOSITORY / "examples" / "run_grpo_math.py"
 NUM_PROBLEMS = 64
-# Ways to spread ours over the same threads, by configuration alone.
+# Configurations that distribute our side over the same threads.
 ONE_THREAD = ("policy.num_threads=1", "policy.generation.num_threads=1")
-SPREAD = {
+OURS = {
     "ours": (),
     "ours, 2 workers": (*ONE_THREAD, "cluster.cpu_workers_per_node=2", "policy.train_micro_batch_size=32"),
     "ours, async": (*ONE_THREAD, "grpo.max_trajectory_age=1", "cluster.generation.cpu_workers_per_node=1"),
 }
-CASES = (*SPREAD, "trl", "trl, passive")
+CASES = (*OURS, "trl", "trl, passive")
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-# What has to be equal for a comparison.
+# Facts that must be equal for a comparison.
 FACTS = ("num_parameters", "prompt_length", "completion_length_mean", "steps")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides are told; the rival reads it as JSON."""
+    """Holds the settings of both sides. The baseline reads them as JSON."""
 
     model: str
     problems: str
@@ -72,17 +74,17 @@ class Settings:
 
     @property
     def num_samples(self) -> int:
-        """Samples of one step."""
+        """Number of samples per step."""
         return self.num_prompts * self.num_generations
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads that compute at a time (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads that compute at the same time (default: 2)")
     parser.add_argument("--steps", type=int, default=40, help="steps of one run (default: 40)")
-    parser.add_argument("--warmup-steps", type=int, default=10, help="of these, not counted (default: 10)")
+    parser.add_argument("--warmup-steps", type=int, default=10, help="of these, uncounted steps (default: 10)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration of ours")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration of our side")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     facts: dict[str, dict[str, Any]] = {}
@@ -94,37 +96,40 @@ def main() -> None:
 
         def ours(name: str) -> Callable[[], Metrics]:
             def run() -> Metrics:
-                overrides = [*SPREAD[name], *arguments.overrides]
+                overrides = [*OURS[name], *arguments.overrides]
                 metrics, facts[name] = run_ours(settings, Path(directory), overrides)
                 facts[name]["num_parameters"] = num_parameters
                 return metrics
 
             return run
 
-        def rival(name: str, variables: Mapping[str, str]) -> Callable[[], Metrics]:
+        def baseline(name: str, variables: Mapping[str, str]) -> Callable[[], Metrics]:
             def run() -> Metrics:
                 metrics, facts[name] = run_trl(settings, variables)
                 return metrics
 
             return run
 
-        runs = {name: ours(name) for name in SPREAD} | {
-            "trl": rival("trl", {}),
-            "trl, passive": rival("trl, passive", PASSIVE),
+        runs = {name: ours(name) for name in OURS} | {
+            "trl": baseline("trl", {}),
+            "trl, passive": baseline("trl, passive", PASSIVE),
         }
         results = harness.measure([Case(name, runs[name]) for name in arguments.cases], arguments.repeats)
-    mine = [name for name in arguments.cases if name in SPREAD]
-    pairs = [(own, rival) for rival in arguments.cases if rival not in SPREAD for own in mine]
-    pairs += [(own, "ours") for own in mine if own != "ours" and "ours" in mine]
-    for own, rival in pairs:
-        check_equal_work(facts[own], facts[rival])
+    ours_cases = [name for name in arguments.cases if name in OURS]
+    pairs = [(name, baseline) for baseline in arguments.cases if baseline not in OURS for name in ours_cases]
+    pairs += [(name, "ours") for name in ours_cases if name != "ours" and "ours" in ours_cases]
+    for name, baseline in pairs:
+        check_equal_work(facts[name], facts[baseline])
     harness.report(
         "grpo_step",
         results,
-        [Ratio("samples_per_s", own, rival, at_least=3.0 if rival not in SPREAD else None) for own, rival in pairs],
+        [
+            Ratio("samples_per_s", name, baseline, at_least=None if baseline in OURS else 3.0)
+            for name, baseline in pairs
+        ],
         arguments.json,
         title=f"A GRPO step of {settings.num_prompts} prompts x {settings.num_generations} completions",
-        notes=[f"{side} did: {json.dumps(known)}" for side, known in facts.items()],
+        notes=[f"work of {side}: {json.dumps(work)}" for side, work in facts.items()],
         details={
             "settings": {**asdict(settings), "model": "tiny_llama.py", "problems": NUM_PROBLEMS},
             "overrides": arguments.overrides,
@@ -133,19 +138,19 @@ def main() -> None:
     )
 
 
-def check_equal_work(ours: Mapping[str, Any], rival: Mapping[str, Any]) -> None:
-    """End the benchmark when the two sides did not do the same."""
-    unequal = [name for name in FACTS if ours[name] != rival[name]]
+def check_equal_work(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
+    """Exit if the two sides did different work."""
+    unequal = [name for name in FACTS if ours[name] != baseline[name]]
     if unequal:
-        raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps([ours, rival])}")
+        raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps([ours, baseline])}")
 
 
 def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run the rival with further environment variables; returns its metrics and the facts about its work."""
+    """Run TRL with further environment variables. Returns its metrics and the facts about its work."""
     command = [harness.uv(), "run", "--quiet", "--no-project", "--python", sys.executable, "--with", TRL]
     for package in ("torch", "transformers"):
         command += ["--with", f"{package}=={importlib.metadata.version(package)}"]
-    command += ["python", str(RIVAL), json.dumps(asdict(settings))]
+    command += ["python", str(BASELINE), json.dumps(asdict(settings))]
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | dict(variables)
     answer = harness.run_json(command, env=environment)
     metrics = {name: answer[name] for name in ("samples_per_s", "step_s", "startup_s")}
@@ -155,14 +160,14 @@ def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str,
 
 
 def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run the job; returns its metrics and the facts about its work."""
+    """Run our job. Returns its metrics and the facts about its work."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix="run_") as directory:
         config = scratch / "bench_grpo_step.yaml"
         config.write_text(json.dumps(job_config(settings, directory)), encoding="utf-8")  # JSON is YAML
         command = [sys.executable, str(JOB), "--config", str(config), *overrides]
         started = time.perf_counter()
         with watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
-            # A cluster of its own: joining one that is there would measure what else runs in it.
+            # A separate cluster: an existing one may run other work.
             harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
         lines = Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
@@ -179,9 +184,9 @@ def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tup
         "startup_s": arrivals[0] - started,
         **{f"phase {name.removeprefix('timing/')}": seconds for name, seconds in phases.items()},
     }
-    # Both what is between the phases of a step and what is between the steps.
-    of_step = [seconds for name, seconds in phases.items() if "/" not in name.removeprefix("timing/")]
-    metrics["phase rest_s"] = wall / len(counted) - sum(of_step)
+    # The time between the phases of a step, and between steps.
+    top_level = [seconds for name, seconds in phases.items() if "/" not in name.removeprefix("timing/")]
+    metrics["phase rest_s"] = wall / len(counted) - sum(top_level)
     facts = {
         "steps": len(steps),
         "prompt_length": statistics.fmean(map(len, tokenizer(problems)["input_ids"])),
@@ -193,7 +198,7 @@ def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tup
 
 
 def job_config(settings: Settings, log_dir: str) -> dict[str, Any]:
-    """The configuration of ours: defaults, apart from what has to be as with the rival."""
+    """Return the configuration of our side: defaults, except for the settings of the baseline."""
     return {
         "grpo": {
             "seed": settings.seed,
@@ -220,7 +225,7 @@ def job_config(settings: Settings, log_dir: str) -> dict[str, Any]:
 
 @contextmanager
 def watched_lines(path: Path) -> Iterator[list[float]]:
-    """Yield a list of the times at which the lines of a file, which may not exist yet, were seen (within 10 ms)."""
+    """Yield a list of the times at which lines appear in a file, within 10 ms. The file need not exist yet."""
     arrivals: list[float] = []
     ended = threading.Event()
 

@@ -1,21 +1,21 @@
-"""Venvs on every node of a cluster: many nodes on one file system against one node.
+"""Measures providing venvs on every node of a cluster: many nodes on one file system against one node.
 
     uv run benchmarks/bench_node_venvs.py                  # 1 and 8 simulated nodes
-    uv run benchmarks/bench_node_venvs.py --no-64          # without the check of 64 nodes (63 Ray processes, 4 GB)
+    uv run benchmarks/bench_node_venvs.py --no-64          # skip the check of 64 nodes (63 Ray processes, 4 GB)
 
-| column | is |
+| column | meaning |
 | --- | --- |
-| Ray's processes | Ray starts its first process on every node but the driver's; not part of the following |
-| first | the first venv of a job, 60 packages with bytecode, all in uv's cache, none in the store |
+| Ray's processes | Ray starts its first process on every node except the driver's; not included in the other columns |
+| first | the first venv of a job: 60 packages with bytecode, all in uv's cache, none in the store |
 | second | another venv of the same job: the same packages and one more |
-| warm | the same call again |
-| warm, next job | a new driver on the same cluster: every node is asked once, and Ray starts a process for it |
-| 64 x 4 asked | 64 nodes, 4 venvs each, all ready: what the first check of a job costs |
-| 64 x 4 known | the same again in the same job: what every further worker group costs |
+| warm | the first call, repeated |
+| warm, next job | a new driver on the same cluster: every node is queried once, and Ray starts a process for it |
+| 64 x 4 asked | 64 nodes with 4 ready venvs each: the cost of a job's first check |
+| 64 x 4 known | the same call again in the same job: the cost of every further worker group |
 
-Nodes are simulated (`ray.cluster_utils.Cluster`), so all of them share this machine's cores, which real ones do not.
-For 64 nodes the driver's own code runs against 8 simulated nodes that answer for 8 each, with a process for each answer
-that Ray has to start here: only the driver's CPU time is what 64 real nodes would cost.
+Nodes are simulated (`ray.cluster_utils.Cluster`) and share this machine's cores, unlike real nodes. For 64 nodes, the
+driver's code runs against 8 simulated nodes that each answer for 8 nodes. Ray starts a process for each answer on this
+machine, so only the driver's CPU time is the same as with 64 real nodes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SESSION = Path(__file__).with_name("node_venvs_session.py")
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--nodes", type=int, default=8, help="how many nodes to compare with one (default: 8)")
-    parser.add_argument("--no-64", action="store_true", help="leave out the check of 64 nodes")
+    parser.add_argument("--nodes", type=int, default=8, help="number of nodes to compare with one node (default: 8)")
+    parser.add_argument("--no-64", action="store_true", help="skip the check of 64 nodes")
     arguments = parser.parse_args()
     cache = Path(
         subprocess.run([harness.uv(), "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
@@ -52,8 +52,8 @@ def main() -> None:
         results = harness.measure(cases, arguments.repeats)
     ratios = [Ratio("first", many, "1 node", at_most=1.2), Ratio("second", many, "1 node", at_most=1.2)]
     notes = [
-        "All simulated nodes share this machine's cores; real nodes bring their own.",
-        "64 x 4 asked: 8 simulated nodes answer for 8 each; most of the time goes into starting 63 processes here. "
+        "All simulated nodes share this machine's cores; real nodes have separate cores.",
+        "64 x 4 asked: 8 simulated nodes answer for 8 nodes each. Most of the time is spent on starting 63 processes. "
         "The goal is under one second of the driver's time.",
     ]
     harness.report("bench_node_venvs", results, ratios, arguments.json, title="Venvs on every node", notes=notes)
@@ -76,7 +76,7 @@ def _project(root: Path) -> Path:
         '[project.optional-dependencies]\nsecond = ["iniconfig"]\n[tool.uv]\npackage = false\n'
     )
     subprocess.run([harness.uv(), "lock", "--quiet", "--python", sys.executable], cwd=root, check=True)
-    # Fetch everything into uv's cache, and forget the result.
+    # Download everything into uv's cache, and delete the venv.
     for extra in ([], ["--extra", "second"]):
         sync = [harness.uv(), "sync", "--locked", "--quiet", "--python", sys.executable, *extra]
         subprocess.run(sync, cwd=root, check=True, env=os.environ | {"UV_PROJECT_ENVIRONMENT": str(root / "warm")})

@@ -1,20 +1,25 @@
-"""Three versions of one library in one pipeline, and many small tasks: our executors against plain Ray.
+"""Compares our pipeline executors with plain Ray: three versions of one library in a pipeline, and many small tasks.
 
     uv run benchmarks/bench_pipelines.py
     uv run benchmarks/bench_pipelines.py --cases "actor pool" "ray pip" --repeats 1
 
-Every case has a process and a Ray session of its own. `first` is a pipeline whose stages see `packaging` of the base,
-23.2 and 24.0, with no venvs yet; `second` is the same again in the same session; `after restart` the same in a new
-session, with what the first one left on disk. `MB per venv` is what each of the two extra versions takes on disk.
-`2000 tasks` is three stages over 2,000 small tasks, start of the workers included. `GB/h` is how fast the curation of
-math problems (`examples/run_curate_math.py`) takes raw input, all its stages together, on so many cores.
+Every case runs in a separate process and Ray session.
 
-| case | what it is |
+| metric | meaning |
 | --- | --- |
-| actor pool, ray data, xenna | our executors; lists by pip and by uv. Xenna where the extra `xenna` is installed |
+| first | a pipeline whose stages use `packaging` of the base, 23.2 and 24.0; no venv exists yet |
+| second | the same pipeline again in the same session |
+| after restart | the same pipeline in a new session, with the files of the first session on disk |
+| MB per venv | disk space of each of the two extra versions |
+| 2000 tasks | three stages over 2,000 small tasks, including the start of the workers |
+| GB/h | rate at which the curation of math problems (`examples/run_curate_math.py`) processes raw input |
+
+| case | what runs |
+| --- | --- |
+| actor pool, ray data, xenna | our executors, with `pip` and `uv` lists. Xenna only if the extra `xenna` is installed |
 | ray pip, ray uv | actors with Ray's own `runtime_env`, one per version, called one after another |
 | plain ray data | `map_batches` with actors on the same 2,000 rows |
-| curation, 1 core; curation, 2 cores | the job on a messy sample of `--lines`, pinned to cores |
+| curation, 1 core; curation, 2 cores | the job on a messy sample of `--lines` lines, pinned to the cores |
 """
 
 from __future__ import annotations
@@ -39,39 +44,39 @@ SESSION = Path(__file__).with_name("pipelines_session.py")
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--lines", type=int, default=20_000, help="raw problems of the curation (default: 20000)")
+    parser.add_argument("--lines", type=int, default=20_000, help="raw problems for the curation (default: 20000)")
     arguments = parser.parse_args()
-    notes = [f"the curation reads {arguments.lines:,} lines"] if set(CURATION) & set(arguments.cases) else []
+    notes = [f"the curation job reads {arguments.lines:,} lines"] if set(CURATION) & set(arguments.cases) else []
     if "xenna" in arguments.cases and importlib.util.find_spec("cosmos_xenna") is None:
         arguments.cases = [name for name in arguments.cases if name != "xenna"]
         notes.append("xenna is skipped: cosmos-xenna is not installed here (`uv sync --extra xenna`)")
         if not arguments.cases:
             parser.exit(message=f"{notes[-1]}\n")
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
-        rival_python = python_with_pip(Path(scratch)) if "ray pip" in arguments.cases else sys.executable
+        baseline_python = python_with_pip(Path(scratch)) if "ray pip" in arguments.cases else sys.executable
         cases = [
-            Case(name, functools.partial(run, name, arguments.lines, rival_python if name == "ray pip" else None))
+            Case(name, functools.partial(run, name, arguments.lines, baseline_python if name == "ray pip" else None))
             for name in arguments.cases
         ]
         results = harness.measure(cases, repeats=arguments.repeats)
     ours = [name for name in OURS if name in arguments.cases]
-    rivals = [name for name in ("ray pip", "ray uv") if name in arguments.cases]
+    baselines = [name for name in ("ray pip", "ray uv") if name in arguments.cases]
     ratios = [
-        Ratio(metric, name, rival, at_most=0.2 if metric == "first" and rival == "ray pip" else None)
+        Ratio(metric, name, baseline, at_most=0.2 if metric == "first" and baseline == "ray pip" else None)
         for name in ours
         for metric in ("first", "second", "after restart")
-        for rival in rivals
+        for baseline in baselines
     ]
-    ratios += [Ratio("after restart", name, name, at_most=1.5, rival_metric="second") for name in ours]
-    ratios += [Ratio("MB per venv", name, rival) for name in ours for rival in rivals]
+    ratios += [Ratio("after restart", name, name, at_most=1.5, baseline_metric="second") for name in ours]
+    ratios += [Ratio("MB per venv", name, baseline) for name in ours for baseline in baselines]
     ratios += [Ratio("2000 tasks", name, "plain ray data") for name in ours if "plain ray data" in arguments.cases]
     if set(CURATION) <= set(arguments.cases):
         ratios.append(Ratio("GB/h", "curation, 2 cores", "curation, 1 core"))
-    harness.report("pipelines", results, ratios, arguments.json, title="seconds, where not said", notes=notes)
+    harness.report("pipelines", results, ratios, arguments.json, title="seconds, unless noted", notes=notes)
 
 
 def python_with_pip(scratch: Path) -> str:
-    """The interpreter of a venv like this project's that has pip as well: Ray's `pip` copies it and needs that."""
+    """Create a venv like this project's, with pip, and return its interpreter. Ray's `pip` copies it and needs pip."""
     environment = {**os.environ, "UV_PROJECT_ENVIRONMENT": str(scratch / "venv")}
     python = str(scratch / "venv" / "bin" / "python")
     harness.run(["uv", "sync", "--locked", "--quiet", "--group", "dev"], env=environment, cwd=harness.REPOSITORY)
@@ -80,7 +85,7 @@ def python_with_pip(scratch: Path) -> str:
 
 
 def run(name: str, num_lines: int, python: str | None) -> Metrics:
-    """One case: a first session, and a second one that finds what the first left on disk."""
+    """Run one case: a session, and a second session with the files of the first one on disk."""
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
         environment = {**os.environ, "NEMO_RL_VENV_DIR": str(Path(scratch, "venvs")), "RAY_ADDRESS": "local"}
         if name in CURATION:
@@ -93,7 +98,7 @@ def run(name: str, num_lines: int, python: str | None) -> Metrics:
 
 
 def session(name: str, part: str, environment: dict[str, str], python: str | None) -> dict[str, float]:
-    """What one Ray session measured; in this process's Python unless another is given."""
+    """Run one Ray session and return its metrics. Uses this process's Python by default."""
     command = [python or sys.executable, str(SESSION), name, part]
     written = harness.run(command, env=environment)
     return json.loads(next(line for line in reversed(written.splitlines()) if line.startswith("{")))

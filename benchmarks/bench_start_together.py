@@ -1,10 +1,11 @@
-"""A vLLM group and a Megatron group, started together, against each of them alone as a plain process.
+"""Compares starting a vLLM group and a Megatron group together with each of them alone as a plain process.
 
     uv run benchmarks/bench_start_together.py
 
-All venvs are ready, Ray runs. `ready_s` of the groups is from the first constructor until both have attested all their
-workers; that of a plain process is from its first line until engine or worker can be called, without Ray, attestation
-and (vLLM) tokenizer. Everything is on one machine: groups that start together share its cores.
+All venvs are ready, and Ray runs. `ready_s` of the groups is the time from the first constructor until both groups have
+attested all workers. `ready_s` of a plain process is the time from its first line until the engine or worker can be
+called, without Ray, without attestation and (vLLM) without a tokenizer. Everything runs on one machine, so groups that
+start together share its cores.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tiny_llama
 from bench_vllm_generation import Settings
 from harness import Case, Metrics, Ratio
 
-RIVAL = Path(__file__).parent / "rivals" / "megatron_direct.py"
+BASELINE = Path(__file__).parent / "baselines" / "megatron_direct.py"
 MEGATRON = "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker"
 
 
@@ -46,12 +47,12 @@ def main() -> None:
         results,
         [Ratio("ready_s", "both groups", "vLLM alone", at_most=1.2), Ratio("ready_s", "both groups", "Megatron alone")],
         arguments.json,
-        title="seconds until ready, venvs made before",
+        title="seconds until ready, with existing venvs",
     )
 
 
 def ready_venv() -> str:
-    """The interpreter of Megatron's venv, built now if need be."""
+    """Return the interpreter of Megatron's venv. Builds the venv if it is missing."""
     from nemo_rl import venvs
     from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 
@@ -59,19 +60,19 @@ def ready_venv() -> str:
 
 
 def run_megatron(python: str, settings: Settings) -> Metrics:
-    """The worker's class in a process of its own."""
+    """Run the worker class in a plain process."""
     environment = {**os.environ, "PYTHONPATH": str(harness.REPOSITORY)}
-    return harness.run_json([python, str(RIVAL), json.dumps(asdict(settings))], env=environment)
+    return harness.run_json([python, str(BASELINE), json.dumps(asdict(settings))], env=environment)
 
 
 def run_groups(settings: Settings) -> Metrics:
-    """Both groups, in a process of its own: every run starts from nothing, as the rivals' do."""
+    """Run both groups in a new process, so that every run starts from the same state as the baselines."""
     command = [sys.executable, __file__, "--session", json.dumps(asdict(settings))]
     return {"ready_s": harness.run_json(command, env=dict(os.environ))["ready_s"]}
 
 
 def session(settings: Settings) -> None:
-    """One run of our side; prints what it took, and where the workers' time went."""
+    """Run our side once. Prints the seconds until ready and the phases of the workers."""
     import ray
 
     from nemo_rl.distributed.cluster.session import start_local_ray

@@ -1,9 +1,10 @@
-"""vLLM through a worker group, against vLLM called directly by a plain process of the same venv.
+"""Compares vLLM in a worker group with vLLM in a plain process of the same venv.
 
-Both sides complete the same prompts with the embedded model, in float32, on the same threads, with the same limits of
-vLLM's; a run is some warm-up rounds and then the median round. The group's side includes everything a job pays: sending
-prompts to the worker, drawing by (seed, row, token), both log-probabilities, the results on their way back. The direct
-side asks for the log-probabilities of the sampled tokens, which a job needs, in one case; in the other for tokens only.
+Both sides complete the same prompts with the embedded model, in float32, on the same threads, with the same vLLM
+limits. A run has warm-up rounds, and reports the median of the following rounds. The group's side includes all costs of
+a job: sending prompts to the worker, sampling by (seed, row, token), both log-probabilities, and returning the results.
+The direct side returns the log-probabilities of the sampled tokens, which a job needs, in one case, and only tokens in
+the other case.
 
     uv run python benchmarks/bench_vllm_generation.py
 """
@@ -25,12 +26,12 @@ import tiny_llama
 import torch
 from harness import Case, Metrics, Ratio
 
-RIVAL = Path(__file__).parent / "rivals" / "vllm_direct.py"
+BASELINE = Path(__file__).parent / "baselines" / "vllm_direct.py"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides are told; the rival reads it as JSON."""
+    """Holds the settings of both sides. The baseline reads them as JSON."""
 
     model: str
     num_threads: int
@@ -44,17 +45,17 @@ class Settings:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one round: nothing ends a completion early."""
+        """Tokens per round. No completion ends early."""
         return self.num_prompts * self.num_generations * self.max_new_tokens
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="of the engine (default: 2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the engine (default: 2)")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5, help="counted in one run (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds of one run (default: 5)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nemo_rl_bench_") as directory:
         model = Path(directory, "model")
@@ -94,9 +95,9 @@ def main() -> None:
 
 
 def ready_venv() -> str:
-    """The interpreter of the CPU build's venv, built now if need be."""
+    """Return the interpreter of the venv with vLLM's CPU build. Builds the venv if it is missing."""
     from nemo_rl import venvs
-    from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+    from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
 
     return venvs.create_local_venv(
         PY_EXECUTABLES.VLLM_CPU, "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker"
@@ -104,17 +105,17 @@ def ready_venv() -> str:
 
 
 def run_direct(python: str, settings: Settings, *, logprobs: bool) -> Metrics:
-    """A process that uses nothing but vLLM's own `LLM`."""
-    return harness.run_json([python, str(RIVAL), json.dumps(asdict(settings) | {"logprobs": logprobs})])
+    """Run a process that uses only vLLM's own `LLM`."""
+    return harness.run_json([python, str(BASELINE), json.dumps(asdict(settings) | {"logprobs": logprobs})])
 
 
 def run_group(settings: Settings) -> Metrics:
-    """The same through `Generation`, in a process of its own: every run starts from nothing, as the rival's does."""
+    """Run the same with `Generation` in a new process, so that every run starts from the same state as the baseline."""
     return harness.run_json([sys.executable, __file__, "--session", json.dumps(asdict(settings))], env=dict(os.environ))
 
 
 def session(settings: Settings) -> None:
-    """One run of the group's side; prints its metrics."""
+    """Run the group's side once and print its metrics."""
     import ray
     from transformers import AutoModelForCausalLM
 
@@ -151,7 +152,7 @@ def session(settings: Settings) -> None:
     )
     seconds, tokens = [], []
     for index in range(settings.num_warmup_rounds + settings.num_rounds):
-        # A sync before every round, as in a job: no keys and values are left from the round before.
+        # A weight sync before every round, as in a job, so that the KV cache of the previous round is not reused.
         generation.update_weights(update)
         began = time.perf_counter()
         result = generation.generate(prompts, seed=index, num_generations=settings.num_generations)
@@ -165,7 +166,7 @@ def session(settings: Settings) -> None:
 
 
 def prompt_tokens(settings: Settings) -> list[list[int]]:
-    """[num_prompts, prompt_length]: different prompts, the same for both sides."""
+    """Return token ids of shape [num_prompts, prompt_length]. Prompts differ, but are the same for both sides."""
     return [
         [4 + (7 * prompt + 3 * position) % 90 for position in range(settings.prompt_length)]
         for prompt in range(settings.num_prompts)

@@ -1,23 +1,23 @@
-"""Weights from a policy process to a generation process on one node: gigabytes per second, against copying memory.
+"""Measures the weight sync from a policy process to a generation process on one node, against copying memory.
 
     uv run benchmarks/bench_weight_sync.py                         # 0.1 B parameters in float32
     uv run benchmarks/bench_weight_sync.py --parameters 1.5 --dtype bfloat16 --cases streamed
 
-1.5 B parameters take 20 GB in float32. Between GPUs: `bench_gpu.py --only weights`.
+Rates are in gigabytes per second. 1.5 B parameters take 20 GB in float32. For GPUs, use `bench_gpu.py --only weights`.
 
-The tensors have the shapes of a Llama. The policy copies them into the transport's memory, with the cast and the digest
-on the way, and the generator does one of two things: it multiplies with that memory (in place: the torch backend), or
-copies it into memory of its own (vLLM); either computes the digest over what it multiplies with.
+The tensors have the shapes of a Llama. The policy copies them into the transport's memory, and casts and digests them
+on the way. The generator either uses that memory (in place: the torch backend) or copies it into its own memory (vLLM).
+In both cases it computes the digest over the memory that it uses.
 
-| case | how |
+| case | method |
 | --- | --- |
-| streamed, in place / own memory | both sides at once, bucket by bucket: synchronous training on one node |
-| streamed by gloo, own memory | the same over TCP (here of loopback), as between nodes |
+| streamed, in place / own memory | both sides at the same time, bucket by bucket: synchronous training on one node |
+| streamed by gloo, own memory | the same over TCP (here on loopback), as between nodes |
 | published, in place / own memory | first one side, then the other: asynchronous training |
 | published, own memory, Ray | the same through Ray's object store, as between nodes |
-| copy | one plain copy of as many bytes by one thread: the least that handing weights over can cost |
+| copy | one plain copy of the same number of bytes by one thread: the minimum cost of a transfer |
 
-Each side computes with as many threads as the machine has cores, as the workers of a job do.
+Each side uses as many threads as the machine has cores, like the workers of a job.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HIDDEN = {0.1: 768, 0.5: 1280, 1.5: 2048}
 VOCABULARY = 32_000
 DTYPES = ("float32", "bfloat16")
 GIGA = 1e9
-CASES = [  # what, its transport, whether the receiver copies
+CASES = [  # name, transport, whether the receiver copies
     ("streamed, in place", "shared_memory", False),
     ("streamed, own memory", "shared_memory", True),
     ("streamed by gloo, own memory", "gloo", True),
@@ -54,8 +54,10 @@ GOAL = {"streamed, in place": 0.7, "streamed, own memory": 0.7}
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--parameters", nargs="+", type=float, choices=HIDDEN, default=[0.1], help="billions")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that is published (the policy's: float32)")
-    parser.add_argument("--cases", default="", help="only those whose name begins like that: streamed, published")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the sent weights (the policy's: float32)"
+    )
+    parser.add_argument("--cases", default="", help="only cases whose name starts with this: streamed, published")
     arguments = parser.parse_args()
     from nemo_rl.distributed.cluster.session import start_local_ray
     from nemo_rl.models.cpu_threads import cpu_env_vars
@@ -63,14 +65,14 @@ def main() -> None:
     start_local_ray(num_cpus=2)
     cases, ratios = [], []
     for billions in arguments.parameters:
-        variables = {"runtime_env": {"env_vars": cpu_env_vars()}}  # as a job's workers have them
+        variables = {"runtime_env": {"env_vars": cpu_env_vars()}}  # the same as for the workers of a job
         policy, start_generator = Sender.options(**variables).remote(billions), Receiver.options(**variables).remote
         size = ray.get(policy.num_bytes.remote(arguments.dtype))
         name = f"{billions} B"
         chosen = [case for case in CASES if case[0].startswith(arguments.cases)]
         for label, transport, copies in chosen:
-            hand_over = functools.partial(stream if label.startswith("streamed") else publish, transport=transport)
-            case = functools.partial(sync, hand_over, policy, start_generator, arguments.dtype, size, copies)
+            transfer = functools.partial(stream if label.startswith("streamed") else publish, transport=transport)
+            case = functools.partial(sync, transfer, policy, start_generator, arguments.dtype, size, copies)
             cases.append(Case(f"{name}: {label}", case))
         cases.append(Case(f"{name}: copy", functools.partial(copy, policy, start_generator, size)))
         ratios += [
@@ -80,25 +82,25 @@ def main() -> None:
     harness.report("weight_sync", results, ratios, arguments.json, title=f"gigabytes per second, {arguments.dtype}")
 
 
-def sync(hand_over: Any, policy: Any, start_generator: Any, dtype: str, num_bytes: int, copies: bool) -> Metrics:
-    """One sync, as the driver of a job does it, after two that are not counted: in place takes two sets of memory."""
-    with generator_without_memory(policy, start_generator) as generator:
+def sync(transfer: Any, policy: Any, start_generator: Any, dtype: str, num_bytes: int, copies: bool) -> Metrics:
+    """Measure one sync as in a job, after two uncounted syncs, because the in-place case uses two sets of memory."""
+    with new_generator(policy, start_generator) as generator:
         for _ in range(2):
-            hand_over(policy, generator, dtype, copies)
+            transfer(policy, generator, dtype, copies)
         started = time.perf_counter()
-        hand_over(policy, generator, dtype, copies)
+        transfer(policy, generator, dtype, copies)
         return {"sync GB/s": num_bytes / (time.perf_counter() - started) / GIGA}
 
 
 def copy(policy: Any, start_generator: Any, num_bytes: int) -> Metrics:
-    with generator_without_memory(policy, start_generator) as generator:
+    with new_generator(policy, start_generator) as generator:
         return {"sync GB/s": ray.get(generator.copy.remote(num_bytes))}
 
 
 @contextlib.contextmanager
-def generator_without_memory(policy: Any, start_generator: Any) -> Iterator[Any]:
-    """Neither side has memory of the last case: several models would not fit."""
-    ray.get(policy.forget.remote())
+def new_generator(policy: Any, start_generator: Any) -> Iterator[Any]:
+    """Start a generator, and free the memory of the previous case, because several models would not fit."""
+    ray.get(policy.release.remote())
     generator = start_generator()
     try:
         yield generator
@@ -118,7 +120,7 @@ def stream(policy: Any, generator: Any, dtype: str, copies: bool, *, transport: 
 
 
 def llama_tensors(billions: float) -> list[tuple[str, torch.Tensor]]:
-    """Float32 tensors with the names and shapes of a Llama of about that size."""
+    """Return float32 tensors with the names and shapes of a Llama of about `billions` parameters."""
     hidden = HIDDEN[billions]
     shapes = {
         "self_attn.q_proj": (hidden, hidden),
@@ -141,7 +143,7 @@ def llama_tensors(billions: float) -> list[tuple[str, torch.Tensor]]:
 
 @ray.remote(num_cpus=0)
 class Sender:
-    """The policy's side."""
+    """Runs the policy's side."""
 
     def __init__(self, billions: float) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -149,7 +151,7 @@ class Sender:
         self._version = 0
         self._sender: Any = None
 
-    def forget(self) -> None:
+    def release(self) -> None:
         self._sender = None
 
     def num_bytes(self, dtype: str) -> int:
@@ -177,11 +179,11 @@ class Sender:
 
 @ray.remote(num_cpus=0)
 class Receiver:
-    """The generator's side."""
+    """Runs the generator's side."""
 
     def __init__(self) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self._own: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, torch.Tensor] = {}
         self._views: dict[str, torch.Tensor] = {}
 
     def load(self, update: Any, copies: bool) -> None:
@@ -197,7 +199,7 @@ class Receiver:
         check_digest(version=update.version, expected=expected, found=digest, where="the receiver")
 
     def _copied(self, update: Any) -> tuple[str, str]:
-        """As vLLM's worker does it: each bucket is read back when it has been loaded."""
+        """Copy the weights like vLLM's worker: each bucket is read back after it is loaded."""
         from nemo_rl.models.weights.digest import WeightDigest
         from nemo_rl.models.weights.receiver import receive
 
@@ -205,13 +207,13 @@ class Receiver:
 
         def read(specs: Any) -> None:
             for spec in specs:
-                digest.add_tensor(spec.name, self._own[spec.name])
+                digest.add_tensor(spec.name, self._weights[spec.name])
 
         weights = receive(update, verify=False, on_loaded=read)
         for name, tensor in weights:
-            if name not in self._own:
-                self._own[name] = torch.empty_like(tensor)
-            self._own[name].copy_(tensor)
+            if name not in self._weights:
+                self._weights[name] = torch.empty_like(tensor)
+            self._weights[name].copy_(tensor)
         return digest.hexdigest(), weights.digest
 
     def copy(self, num_bytes: int) -> float:

@@ -1,20 +1,20 @@
-"""Starting workers with a warm venv: a worker group against plain Ray actors.
+"""Compares starting workers of a worker group, with a warm venv, with starting plain Ray actors.
 
     uv run benchmarks/bench_worker_start.py
     uv run benchmarks/bench_worker_start.py --cases ours "ready venv" --repeats 5
 
-From creation to the last worker's first result. Every case has a Ray session of its own in a process of its own; the
-sessions of one round follow one another. For `ours` this includes looking at the venv, reserving the bundles, finding
-ports, and the attestation of every worker.
+Times are from the creation to the first result of the last worker. Every case runs in a separate process and Ray
+session; the sessions of a round run one after another. `ours` includes checking the venv, reserving the bundles,
+finding ports, and the attestation of every worker.
 
-| case | how the worker gets its Python |
+| case | Python of the worker |
 | --- | --- |
 | ours | `RayWorkerGroup`, in the session that `init_ray` starts |
-| plain | a Ray actor in the driver's own Python: Ray has started processes for it beforehand |
-| ready venv | a Ray actor whose `py_executable` is a finished venv's python, bytecode compiled |
+| plain | a Ray actor in the driver's Python, for which Ray prestarts processes |
+| ready venv | a Ray actor whose `py_executable` is the python of an existing venv with compiled bytecode |
 | ready venv, our session | the same in the session that `init_ray` starts |
-| ray uv | Ray's `runtime_env={"uv": ["packaging==23.2"]}`, from a driver's venv with pip, which Ray asks for |
-| uv run | `py_executable="uv run --locked --project P"`, `P/.venv` being there |
+| ray uv | Ray's `runtime_env={"uv": ["packaging==23.2"]}`, from a driver's venv with pip, which Ray requires |
+| uv run | `py_executable="uv run --locked --project P"`, with an existing `P/.venv` |
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-start-") as scratch:
         bench = _Bench(Path(scratch))
-        bench.run("ours")  # builds the venv, describes the class
+        bench.run("ours")  # builds the venv and describes the worker class
         results = harness.measure([bench.case(name) for name in arguments.cases], repeats=arguments.repeats)
     ratios = [
-        Ratio(metric, "ours", rival, at_most=1.15 if rival == "ready venv" and metric == "8 workers" else None)
+        Ratio(metric, "ours", baseline, at_most=1.15 if baseline == "ready venv" and metric == "8 workers" else None)
         for metric in ("first", "second", "8 workers")
-        for rival in arguments.cases
-        if rival != "ours" and "ours" in arguments.cases
+        for baseline in arguments.cases
+        if baseline != "ours" and "ours" in arguments.cases
     ]
     harness.report(
-        "worker_start", results, ratios, arguments.json, title="seconds from creation to the last first result"
+        "worker_start", results, ratios, arguments.json, title="seconds from creation to the last worker's first result"
     )
 
 
@@ -91,7 +91,7 @@ class _Bench:
         return json.loads(done.stdout.splitlines()[-1])
 
     def _driver_with_pip(self) -> str:
-        """Ray clones the driver's venv and installs uv into the clone with pip, which uv's own venvs do not have."""
+        """Create a driver's venv with pip. Ray clones it and installs uv with pip, which venvs of uv do not have."""
         venv = self._scratch / "with-pip"
         if not venv.exists():
             python = str(venv / "bin" / "python")

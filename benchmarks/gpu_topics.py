@@ -1,4 +1,4 @@
-"""The topics of `bench_gpu.py`; how FLOPs are counted is said there."""
+"""Implements the topics of `bench_gpu.py`, whose docstring explains how FLOPs are counted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gpu_weights
 import harness
 import torch
+from gpu_plan import Plan
 from harness import Case, Measurements, Metrics, Ratio
 from one_process import SIZES, ModelSize, OneWorkerPolicy, make_job, write_llama
 
@@ -27,52 +28,49 @@ from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.offload import Part
 from nemo_rl.models.weights.sender import publish
 
-if TYPE_CHECKING:
-    from bench_gpu import Plan
-
 GIGA, TERA = 1e9, 1e12
 MATMUL = "matrix product"
 COPY = "copy, pinned memory"
 _PRODUCTS = 20
-Found = tuple[Measurements, list[Ratio], list[str]]
+TopicResult = tuple[Measurements, list[Ratio], list[str]]
 
 
-def train(plan: Plan, directory: Path) -> Found:
-    """Optimizer steps, as tokens per second and as a share of the chip's own rate.
+def train(plan: Plan, directory: Path) -> TopicResult:
+    """Measure optimizer steps in tokens per second, and as a share of the chip's matrix product rate.
 
-    One worker at a time, each beside matrix products of its own: none is in the memory of another, and megatron-core
-    has one process group per process.
+    Only one worker exists at a time, interleaved with matrix products, so workers do not share memory. megatron-core
+    also supports only one process group per process.
     """
     results, ratios, notes = Measurements(), [], []
     backends = ["torch"]
     if importlib.util.find_spec("megatron") is not None:
         backends.append("megatron")
     else:
-        notes.append("train: megatron.core is not installed here; left out")
+        notes.append("train: megatron.core is not installed here; skipped")
     for size in plan.sizes:
         model = directory / size
         write_llama(model, SIZES[size], plan.num_tokens, device=plan.device)
         for backend in backends:
             name = f"train {backend} {size}"
-            rival = f"{MATMUL}, beside {name}"
+            baseline = f"{MATMUL}, beside {name}"
             with _worker(backend, plan, model) as worker:
                 step = partial(_train_step, worker, plan, SIZES[size])
-                cases = [Case(rival, partial(_matmul, plan)), Case(name, step)]
+                cases = [Case(baseline, partial(_matmul, plan)), Case(name, step)]
                 results.merge(harness.measure(cases, plan.repeats, warmups=2))
             del worker, step, cases
-            let_memory_go()
-            ratios.append(Ratio("TFLOP/s", name, rival))
+            release_memory()
+            ratios.append(Ratio("TFLOP/s", name, baseline))
     return results, ratios, notes
 
 
-def offload(plan: Plan, directory: Path) -> Found:
-    """What `policy.offload` costs per step: the same bytes out and in again."""
+def offload(plan: Plan, directory: Path) -> TopicResult:
+    """Measure the cost of `policy.offload` per step: the same bytes to the host and back."""
     size = plan.sizes[-1]
     write_llama(directory, SIZES[size], plan.num_tokens, device=plan.device)
     with _worker("torch", plan, directory) as worker:
-        _train_step(worker, plan, SIZES[size])  # makes the optimizer's state
+        _train_step(worker, plan, SIZES[size])  # creates the optimizer state
         cases = [
-            Case(f"offload {size}", partial(_leave_and_come_back, worker, plan)),
+            Case(f"offload {size}", partial(_offload_and_reload, worker, plan)),
             Case(COPY, partial(_plain_copies, plan)),
         ]
         results = harness.measure(cases, plan.repeats, warmups=1)
@@ -80,15 +78,15 @@ def offload(plan: Plan, directory: Path) -> Found:
     return results, ratios, []
 
 
-def generate(plan: Plan, directory: Path) -> Found:
-    """Completions of a fixed length."""
+def generate(plan: Plan, directory: Path) -> TopicResult:
+    """Measure the generation of completions of a fixed length."""
     size, notes = plan.sizes[0], []
     write_llama(directory, SIZES[size], plan.num_tokens, device=plan.device)
     engines: dict[str, Any] = {"torch": _torch_engine(plan, directory)}
     if importlib.util.find_spec("vllm") is not None:
         engines["vllm"] = _vllm_engine(plan, directory)
     else:
-        notes.append("generate: vllm is not installed here; left out")
+        notes.append("generate: vllm is not installed here; skipped")
     for engine in engines.values():
         _load_random_weights(engine, directory)
     cases = [Case(f"generate {name} {size}", partial(_complete, plan, engine)) for name, engine in engines.items()]
@@ -98,8 +96,8 @@ def generate(plan: Plan, directory: Path) -> Found:
     return results, [], notes
 
 
-def grpo(plan: Plan, directory: Path) -> Found:
-    """Whole steps of the real loop, phase by phase."""
+def grpo(plan: Plan, directory: Path) -> TopicResult:
+    """Measure complete steps of the real training loop, per phase."""
     size = plan.sizes[0]
     write_llama(directory, SIZES[size], plan.num_tokens, device=plan.device)
     config = MasterConfig.model_validate(
@@ -125,7 +123,7 @@ def grpo(plan: Plan, directory: Path) -> Found:
     job.run()
     job.policy.shutdown()
     results = Measurements()
-    for step in recorder.of_step[1:]:  # the first one allocates
+    for step in recorder.steps[1:]:  # the first step allocates memory
         metrics = {name: value for name, value in step.items() if name.startswith(("timing/", "perf/"))}
         results.add(f"grpo step {size}", metrics | {"logprob error": step["train/logprob_error"]})
     return results, [], []
@@ -144,7 +142,7 @@ TOPICS = {
 
 
 def _matmul(plan: Plan) -> Metrics:
-    """2 n^3 FLOPs per product of random matrices (on zeros, chips are faster)."""
+    """Measure products of random matrices, with 2 n^3 FLOPs each. Chips are faster on zeros."""
     a, b = (torch.randn(plan.matmul, plan.matmul, dtype=torch.bfloat16, device=plan.device) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -204,7 +202,7 @@ def _train_step(worker: Any, plan: Plan, size: ModelSize) -> Metrics:
 
 
 def _flops(size: ModelSize, plan: Plan) -> float:
-    """Of one token, forward and backward."""
+    """Return the FLOPs per token, forward and backward."""
     hidden = size.hidden
     attention = 2 * hidden * hidden + 2 * hidden * hidden // 4  # q and o; k and v have a quarter of the heads
     mlp = 3 * hidden * 4 * hidden
@@ -215,18 +213,18 @@ def _flops(size: ModelSize, plan: Plan) -> float:
 # --- offload ---------------------------------------------------------------------------------------------------------
 
 
-def _leave_and_come_back(worker: Any, plan: Plan) -> Metrics:
+def _offload_and_reload(worker: Any, plan: Plan) -> Metrics:
     memory = worker._memory
-    here = _allocated(plan)
+    resident = _allocated(plan)
     out = _seconds(plan, worker.offload)
-    left = _allocated(plan)
+    remaining = _allocated(plan)
     back = _seconds(plan, lambda: memory.need(Part.WEIGHTS, Part.OPTIMIZER))
     num_bytes = sum(place.num_bytes for part in (Part.WEIGHTS, Part.OPTIMIZER) for place in memory._parts[part]._places)
     return {
         "to host GB/s": num_bytes / out / GIGA,
         "to device GB/s": num_bytes / back / GIGA,
-        "here GiB": here / 2**30,
-        "away GiB": left / 2**30,
+        "here GiB": resident / 2**30,
+        "away GiB": remaining / 2**30,
     }
 
 
@@ -269,7 +267,7 @@ def _load_random_weights(engine: Any, model: Path) -> None:
 
 
 def _complete(plan: Plan, engine: Any) -> Metrics:
-    """Tokens of completions; a model with random weights ends hardly any before the limit."""
+    """Measure tokens per second. A model with random weights rarely ends a completion before the limit."""
     rows = [make_tokenizer()(f"{number}+{number}=")["input_ids"] for number in range(10, 10 + plan.batch)]
     ids, lengths = torch.tensor(rows), torch.full((len(rows),), len(rows[0]))
     results: list[Any] = []
@@ -279,7 +277,7 @@ def _complete(plan: Plan, engine: Any) -> Metrics:
 
 
 def _seconds(plan: Plan, function: Callable[[], object]) -> float:
-    """Seconds until all that `function` asks the device for is done."""
+    """Return the seconds until all work that `function` submits to the device is done."""
     if plan.device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -289,9 +287,9 @@ def _seconds(plan: Plan, function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def let_memory_go() -> None:
-    """What one measurement leaves behind must not be in another's way."""
-    gc.unfreeze()  # workers freeze what they hold
+def release_memory() -> None:
+    """Release the memory of one measurement before the next one."""
+    gc.unfreeze()  # workers freeze their objects
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

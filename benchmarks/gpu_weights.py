@@ -1,4 +1,4 @@
-"""The topic `weights` of `bench_gpu.py`: a policy's process sends, a generator's process on the same GPU loads."""
+"""Implements the topic `weights` of `bench_gpu.py`: one process sends weights to another one on the same GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import harness
 import torch
+from gpu_plan import Plan
 from harness import Case, Measurements, Metrics, Ratio
 from one_process import SIZES, write_llama
 
@@ -21,16 +22,13 @@ from nemo_rl.models.weights.interfaces import WeightStream
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.models.weights.stream import WeightStreamer
 
-if TYPE_CHECKING:
-    from bench_gpu import Plan
-
 GIGA = 1e9
 COPY = "copy on the device"
 TRANSPORTS = {"cuda": "cuda_ipc", "cpu": "shared_memory"}
 
 
 def measure_weights(plan: Plan, directory: Path) -> tuple[Measurements, list[Ratio], list[str]]:
-    """Gather, cast, digest, load and read back, against one copy of as many bytes."""
+    """Measure gather, cast, digest, load and read back, against one copy of the same number of bytes."""
     from transformers import AutoModelForCausalLM
 
     size = plan.sizes[-1]
@@ -49,7 +47,7 @@ def measure_weights(plan: Plan, directory: Path) -> tuple[Measurements, list[Rat
 
 @dataclass
 class _Generator:
-    """The other process, and the policy's side of the way to it."""
+    """Manages the generator process, and the policy's end of the transport."""
 
     process: Any
     pipe: Connection
@@ -60,11 +58,11 @@ class _Generator:
     @classmethod
     def started(cls, device: str) -> Any:
         context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_load_all, args=(there, device), daemon=True)
+        parent, child = context.Pipe()
+        process = context.Process(target=_load_all, args=(child, device), daemon=True)
         process.start()
         transport = TRANSPORTS[device]
-        return cls(process, here, transport, WeightStreamer(transport))
+        return cls(process, parent, transport, WeightStreamer(transport))
 
     def __enter__(self) -> _Generator:
         return self
@@ -76,13 +74,13 @@ class _Generator:
 
 
 def _sync(model: Any, generator: _Generator, num_bytes: int) -> Metrics:
-    """One update, from the first tensor gathered to the digests compared."""
+    """Measure one update, from gathering the first tensor to comparing the digests."""
     generator.num_streams += 1
     number = generator.num_streams
     address, key = generator.streamer.endpoint()
     stream = WeightStream(number, generator.transport, address, key, number, 0)
 
-    def hand_over() -> None:
+    def transfer() -> None:
         with ThreadPoolExecutor(1) as threads:
             generator.pipe.send(stream)
             sent = threads.submit(
@@ -95,11 +93,11 @@ def _sync(model: Any, generator: _Generator, num_bytes: int) -> Metrics:
             )
             while not generator.pipe.poll(1):
                 if not generator.process.is_alive():
-                    raise SystemExit("the generator's process has ended; its error is above")
-            found = generator.pipe.recv()
-            check_digest(version=number, expected=sent.result(), found=found, where="the other process")
+                    raise SystemExit("the generator process exited; see its error above")
+            digest = generator.pipe.recv()
+            check_digest(version=number, expected=sent.result(), found=digest, where="the generator process")
 
-    return {"sync GB/s": num_bytes / harness.timed(hand_over) / GIGA}
+    return {"sync GB/s": num_bytes / harness.timed(transfer) / GIGA}
 
 
 def _copy(plan: Plan, num_bytes: int) -> Metrics:
@@ -116,13 +114,13 @@ def _copy(plan: Plan, num_bytes: int) -> Metrics:
 
 
 def _load_all(pipe: Connection, device: str) -> None:
-    """The generator's process: loads every stream into memory of its own, which is what it digests."""
-    own: dict[str, torch.Tensor] = {}
+    """Run the generator process: load every stream into separate tensors and return their digest."""
+    loaded: dict[str, torch.Tensor] = {}
     streams: Iterator[WeightStream] = iter(pipe.recv, None)
     for stream in streams:
         weights = receive(stream, device=device, verify=False)
         for name, tensor in weights:
-            if name not in own:
-                own[name] = torch.empty_like(tensor)
-            own[name].copy_(tensor)
-        pipe.send(weights.digest_of(own.items()))
+            if name not in loaded:
+                loaded[name] = torch.empty_like(tensor)
+            loaded[name].copy_(tensor)
+        pipe.send(weights.digest_of(loaded.items()))

@@ -1,22 +1,22 @@
-"""What every benchmark shares: interleaved repetition, medians, ratios per round, one table and one JSON file.
+"""Runs benchmarks: interleaved rounds, medians, ratios per round, tables and a JSON file.
 
 ::
 
-    round 1:  A  B  C      A ratio is taken within a round (A1/B1, A2/B2, ...) and its median is quoted: what slows the
-    round 2:  C  B  A      machine for a while slows both sides of a ratio. Every other round runs backwards, so that
-    round 3:  A  B  C      nobody always comes after the same case and pays for what it left behind.
+    round 1:  A  B  C      A ratio is taken within a round (A1/B1, A2/B2, ...), and the median ratio is reported. If the
+    round 2:  C  B  A      machine is slow for a while, both sides of a ratio are slow. Every other round runs in
+    round 3:  A  B  C      reverse, so that no case always runs after the same other case.
 
-Absolute times hold for one machine on one day; ratios are what to compare.
+Absolute times are valid for one machine on one day. Compare ratios instead.
 
 A benchmark is a script in this directory::
 
     def main() -> None:
         arguments = harness.parser(__doc__).parse_args()
-        cases = [Case("ours", ours), Case("rival", rival)]          # each returns {"seconds": 1.2, ...}
+        cases = [Case("ours", ours), Case("baseline", baseline)]          # each returns {"seconds": 1.2, ...}
         results = harness.measure(cases, repeats=arguments.repeats)
-        harness.report("my_benchmark", results, [Ratio("seconds", "ours", "rival", at_most=1.1)], arguments.json)
+        harness.report("my_benchmark", results, [Ratio("seconds", "ours", "baseline", at_most=1.1)], arguments.json)
 
-`report` prints whether a goal is met; it never fails: how fast a machine is, is no test.
+`report` prints whether a goal is met, but never fails: the speed of a machine is not a test.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("ray", "torch", "transformers", "numpy")
-# Set in many containers. Without bytecode every fresh process compiles what it imports, and that would be measured.
+# Set in many containers. Without bytecode, every new process compiles its imports, and the times would include that.
 UNSET = ("PYTHONDONTWRITEBYTECODE",)
 
 Metrics = Mapping[str, float]
@@ -55,11 +55,11 @@ _progress = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Case:
-    """One side of a comparison.
+    """Describes one side of a comparison.
 
     Attributes:
-        name: as the table shows it.
-        run: does it once and returns what was measured; preparing and cleaning up within it are its own business.
+        name: name in the table.
+        run: runs the case once and returns the measured metrics. It prepares and cleans up by itself.
     """
 
     name: str
@@ -68,24 +68,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Compare `metric` of the case `of` with `rival_metric` (default: the same) of the case `to`, within each round."""
+    """Compares `metric` of case `of` with `baseline_metric` (default: the same) of case `to`, within each round."""
 
     metric: str
     of: str
     to: str
     at_most: float | None = None
     at_least: float | None = None
-    rival_metric: str | None = None
+    baseline_metric: str | None = None
 
     @property
     def goal(self) -> str:
-        """The goal as text, empty without one."""
+        """The goal as text; empty if there is no goal."""
         if self.at_most is not None:
             return f"at most {self.at_most:g}x"
         return "" if self.at_least is None else f"at least {self.at_least:g}x"
 
     def met(self, value: float) -> bool | None:
-        """Whether a value reaches the goal; None without one."""
+        """Return whether a value meets the goal, or None if there is no goal."""
         if self.at_most is not None:
             return value <= self.at_most
         return None if self.at_least is None else value >= self.at_least
@@ -93,7 +93,7 @@ class Ratio:
 
 @dataclass
 class Measurements:
-    """What every case gave in every round: `rounds[case][i][metric]`."""
+    """Holds the metrics of all cases and rounds: `rounds[case][i][metric]`."""
 
     rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
@@ -102,59 +102,60 @@ class Measurements:
         self.rounds.setdefault(case, []).append(dict(metrics))
 
     def merge(self, other: Measurements) -> None:
-        """Add the rounds of another group of cases, which were interleaved among themselves."""
+        """Add the rounds of another group of cases, which were interleaved separately."""
         for case, rounds in other.rounds.items():
             self.rounds.setdefault(case, []).extend(rounds)
 
     def values(self, case: str, metric: str) -> list[float]:
-        """One number per round."""
+        """Return one value per round."""
         return [round_[metric] for round_ in self.rounds[case]]
 
     def median(self, case: str, metric: str) -> float:
-        """Median over the rounds."""
+        """Return the median over the rounds."""
         return statistics.median(self.values(case, metric))
 
     def ratios(self, ratio: Ratio) -> list[float]:
-        """One ratio per round."""
-        rivals = self.values(ratio.to, ratio.rival_metric or ratio.metric)
-        return [own / rival for own, rival in zip(self.values(ratio.of, ratio.metric), rivals, strict=True)]
+        """Return one ratio per round."""
+        values = self.values(ratio.of, ratio.metric)
+        baselines = self.values(ratio.to, ratio.baseline_metric or ratio.metric)
+        return [value / baseline for value, baseline in zip(values, baselines, strict=True)]
 
     def rows(self) -> Iterator[tuple[str, str, list[float]]]:
-        """(case, metric, values) in the order in which they were first seen."""
+        """Yield (case, metric, values) in the order of the first round."""
         for case, rounds in self.rounds.items():
             for metric in rounds[0]:
                 yield case, metric, self.values(case, metric)
 
 
 def parser(description: str | None, repeats: int = 3) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; parsing happens after `prepare_environment`."""
+    """Return a parser with the options that all benchmarks share. Calls `prepare_environment` first."""
     prepare_environment()
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=_positive, default=repeats, help=f"rounds (default: {repeats})")
-    made.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<name>.json")
-    return made
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--repeats", type=_positive, default=repeats, help=f"rounds (default: {repeats})")
+    result.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<name>.json")
+    return result
 
 
 def prepare_environment() -> None:
-    """Unset what would make every process slow, here and in all children; the report says that it was unset."""
+    """Unset variables that slow down every process, here and in all children. The report lists them."""
     for name in UNSET:
         if os.environ.pop(name, None) is not None:
             _unset.append(name)
     sys.dont_write_bytecode = False
-    # So that scratch directories and clusters are cleaned up also when a time limit ends a benchmark.
+    # Cleans up scratch directories and clusters if a time limit ends the benchmark.
     signal.signal(signal.SIGTERM, _stop)
 
 
 def _stop(signal_number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice; the second must not end the cleaning up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice; do not interrupt the cleanup
     sys.exit(128 + signal_number)
 
 
 def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
-    """Run a child to its end and return its standard output.
+    """Run a child process and return its standard output.
 
-    The child is asked to end, and waited for, when the benchmark is ended: a killed job would leave its workers behind.
-    When it fails, the benchmark ends with the last lines that it wrote.
+    If the benchmark is interrupted, the child is terminated gracefully, because a killed job would leave its workers
+    behind. If the child fails, the benchmark exits with the last lines of the child's output.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         child = subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -168,13 +169,13 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Pa
             raise
         if child.returncode:
             errors.seek(0)
-            told = (written + errors.read())[-4000:]
-            raise SystemExit(f"{' '.join(command)[:300]} ended with {child.returncode}:\n{told}")
+            output = (written + errors.read())[-4000:]
+            raise SystemExit(f"{' '.join(command)[:300]} failed with exit status {child.returncode}:\n{output}")
     return written
 
 
 def run_json(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run a child as `run` does; the JSON object on the last line of what it wrote."""
+    """Run a child as `run` does, and return the JSON object on the last line of its output."""
     answer: dict[str, Any] = json.loads(run(command, env=env).splitlines()[-1])
     return answer
 
@@ -183,7 +184,7 @@ _unset: list[str] = []
 
 
 def measure(cases: Sequence[Case], repeats: int, warmups: int = 0) -> Measurements:
-    """Run all cases in turn, `repeats` times over, every other time backwards, after `warmups` uncounted rounds."""
+    """Run all cases for `repeats` rounds, every other round backwards, after `warmups` uncounted rounds."""
     results = Measurements({case.name: [] for case in cases})
     for index in range(-warmups, repeats):
         for case in cases if index % 2 == 0 else reversed(cases):
@@ -207,10 +208,15 @@ def report(
     notes: Sequence[str] = (),
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Print tables on standard output and write `benchmarks/results/<name>.json` (or `path`); returns what it wrote.
+    """Print tables and write `benchmarks/results/<name>.json`. Returns the content of the file.
 
     Args:
-        notes: sentences that a reader needs to judge the numbers.
+        name: name of the benchmark.
+        results: the measurements.
+        ratios: the ratios to report.
+        path: another file to write.
+        title: title of the table.
+        notes: sentences that explain the numbers.
         details: further JSON data, such as settings.
     """
     where = machine()
@@ -244,7 +250,7 @@ def report(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, memory, versions, and the load that others put on it."""
+    """Return the facts on which the numbers depend: processor, memory, versions and load."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -259,7 +265,7 @@ def machine() -> dict[str, Any]:
 
 
 def find_uv() -> str | None:
-    """Path of uv, if there is one. Not through a version manager's shim: starting that would be measured with it."""
+    """Return the path of uv, if it is installed. Avoids a version manager's shim, whose start would be measured."""
     for directory in (Path(sys.executable).parent, Path(sys.base_prefix) / "bin"):
         if (directory / "uv").exists():
             return str(directory / "uv")
@@ -267,20 +273,20 @@ def find_uv() -> str | None:
 
 
 def uv() -> str:
-    """Path of uv; ends the benchmark where there is none."""
-    found = find_uv()
-    if found is None:
+    """Return the path of uv. Exits if uv is not installed."""
+    path = find_uv()
+    if path is None:
         raise SystemExit("uv is not installed: pip install uv")
-    return found
+    return path
 
 
 def uv_version() -> str:
-    """Version of uv."""
+    """Return the version of uv."""
     return subprocess.run([uv(), "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
+    """Return the seconds that one call takes."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
@@ -306,7 +312,7 @@ def _comparison(results: Measurements, ratio: Ratio) -> dict[str, Any]:
         "of": ratio.of,
         "to": ratio.to,
         "metric": ratio.metric,
-        "rival_metric": ratio.rival_metric or ratio.metric,
+        "baseline_metric": ratio.baseline_metric or ratio.metric,
         "per_round": values,
         "median": value,
         "goal": ratio.goal,
@@ -315,7 +321,7 @@ def _comparison(results: Measurements, ratio: Ratio) -> dict[str, Any]:
 
 
 def _ratio_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("ratio, per round", "metric", title="against the rival", title_justify="left")
+    table = Table("ratio, per round", "metric", title="against the baseline", title_justify="left")
     for column in ("median", "min", "max"):
         table.add_column(column, justify="right")
     table.add_column("goal")

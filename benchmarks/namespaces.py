@@ -1,4 +1,4 @@
-"""Hosts on one machine: each a network namespace with an address, and namespaces for mounts, processes and its name.
+"""Simulates hosts on one machine with namespaces for network, mounts, processes and host name.
 
 ::
 
@@ -6,7 +6,7 @@
                                      ── 10.88.0.2  host 1
                                      ── ...
 
-Needs root and iproute2. What runs in a host dies with the process that `start` gave back.
+Needs root and iproute2. All processes of a host end with the process that `start` returns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SUBNET = "10.88.0"
 
 
 class Network:
-    """So many hosts that reach one another and nothing else, from `with` to its end."""
+    """Connects `count` hosts to each other, and to nothing else, for the duration of a `with` block."""
 
     def __init__(self, count: int) -> None:
         self.names = [f"nrl{os.getpid() % 10000}h{i}" for i in range(count)]
@@ -69,9 +69,12 @@ class Network:
         """Start a host's first process.
 
         Args:
-            setup: shell commands, in the host's own mounts, before `command`.
-            log: a file for its output.
-            within: a command line that runs the whole host, such as in a control group.
+            host: number of the host.
+            setup: shell commands that run in the host's mount namespace before `command`.
+            command: the process to start.
+            environment: its environment variables.
+            log: file for its output.
+            within: command line that wraps the host, for example to run it in a control group.
         """
         shell = " && ".join([*setup, "cd /", f"exec {shlex.join(command)}"])
         isolated = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", shell]
@@ -86,10 +89,10 @@ class Network:
 
 
 def inside(first: subprocess.Popen[bytes], command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` in the host of a process that `start` gave back."""
+    """Return the command line that runs `command` in the host whose first process `start` returned."""
     while not (children := Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()):
         if first.poll() is not None:
-            raise SystemExit("a host ended early; see its log")
+            raise SystemExit("the first process of a host exited early; see its log")
         time.sleep(0.05)
     return ["nsenter", f"--target={children[0]}", "--net", "--mount", "--uts", "--pid", *command]
 

@@ -1,4 +1,4 @@
-"""A GRPO job in one process, without Ray: the real loop, policy worker and generator, on whatever device there is."""
+"""Assembles a GRPO job in one process, without Ray, from the real training loop, policy worker and generator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A Llama with four times as wide MLPs and four query heads per key-value head."""
+    """Describes a Llama whose MLPs are four times as wide, with four query heads per key-value head."""
 
     hidden: int
     num_layers: int
@@ -48,9 +48,9 @@ SIZES = {
 
 
 def write_llama(directory: Path, size: ModelSize, max_length: int, *, device: str = "cpu") -> int:
-    """Write a model with random weights, and the tokenizer of characters; returns the number of parameters.
+    """Write a model with random weights and a character tokenizer. Returns the number of parameters.
 
-    Its words beyond the tokenizer's are unknown ones, and it hardly ever ends a completion by itself.
+    Token ids beyond the tokenizer's vocabulary decode to unknown tokens. The model rarely ends a completion.
     """
     tokenizer = make_tokenizer()
     config = LlamaConfig(
@@ -75,7 +75,7 @@ def write_llama(directory: Path, size: ModelSize, max_length: int, *, device: st
 
 
 class OneWorkerPolicy(PolicyInterface):
-    """A policy that is one worker in this process."""
+    """Implements a policy with one worker in this process."""
 
     def __init__(self, config: PolicyConfig, *, total_steps: int, device: str) -> None:
         self.worker = TorchPolicyWorker(
@@ -83,18 +83,18 @@ class OneWorkerPolicy(PolicyInterface):
         )
         self._batching = config.batching
 
-    def _whole(self, batch: BatchedDataDict) -> SlicedDataDict:
-        made = batch.shard_by_batch_size(1, None, **sharding_args(self._batching))
-        return (made[0] if isinstance(made, tuple) else made)[0]
+    def _single_shard(self, batch: BatchedDataDict) -> SlicedDataDict:
+        shards = batch.shard_by_batch_size(1, None, **sharding_args(self._batching))
+        return (shards[0] if isinstance(shards, tuple) else shards)[0]
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self.worker.get_logprobs(self._whole(batch))
+        return self.worker.get_logprobs(self._single_shard(batch))
 
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self.worker.get_reference_policy_logprobs(self._whole(batch))
+        return self.worker.get_reference_policy_logprobs(self._single_shard(batch))
 
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
-        return self.worker.train(self._whole(batch), loss_fn)
+        return self.worker.train(self._single_shard(batch), loss_fn)
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
         update = self.worker.publish_weights(version, dtype)
@@ -118,7 +118,7 @@ class OneWorkerPolicy(PolicyInterface):
 
 
 class OneGenerator(GenerationInterface):
-    """Generation that is one engine in this process."""
+    """Implements generation with one engine in this process."""
 
     def __init__(self, generator: TorchGenerator) -> None:
         self.generator = generator
@@ -149,11 +149,11 @@ class OneGenerator(GenerationInterface):
         return [self.generator.attestation()]
 
     def shutdown(self) -> None:
-        """It goes with the process."""
+        """Do nothing. The engine ends with the process."""
 
 
 class Coin(EnvironmentInterface):
-    """A reward of 0 or 1 that follows from the text alone: models with random weights have groups with signal, too."""
+    """Rewards completions with 0 or 1 by a hash of the text, so models with random weights get different rewards."""
 
     def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
         tosses = np.array([zlib.crc32(text.encode()) % 2 for text in completions], np.float32)
@@ -164,23 +164,23 @@ class Coin(EnvironmentInterface):
         return result, {"heads": float(result.rewards.mean())}
 
     def shutdown(self) -> None:
-        """Nothing has been started."""
+        """Do nothing. The environment has started nothing."""
 
 
 @dataclass
 class Metrics:
-    """Records of the steps."""
+    """Records the metrics of each step."""
 
-    of_step: list[dict[str, float]] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        self.of_step.append(metrics)
+        self.steps.append(metrics)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None: ...
 
 
 def make_job(model: Path, config: MasterConfig, device: str) -> GRPO:
-    """The loop with its parts; `recorder` is a `Metrics`. Nothing is validated or saved."""
+    """Create the training loop with its parts. `recorder` is a `Metrics`. The job does not validate or save."""
     policy = config.policy.model_copy(update={"model_name": str(model)})
     tokenizer = make_tokenizer()
     problems = TokenizedProblems(ArithmeticDataset("train", 1000), tokenizer, config.data)

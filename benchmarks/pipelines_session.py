@@ -1,4 +1,4 @@
-"""One Ray session of bench_pipelines: runs a case, prints seconds, as JSON."""
+"""Runs one Ray session of bench_pipelines, and prints seconds as JSON."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def megabytes_per_venv(directory: Path) -> float:
-    """What the two extra venvs take on disk, each."""
+    """Return the disk space of each of the two extra venvs."""
     blocks = {}
     for path in directory.rglob("*"):
         status = path.lstat()
@@ -56,7 +56,7 @@ def ours(executor: str, part: str) -> dict[str, float]:
 
     init_ray()
     chosen = {"actor pool": RayActorPoolExecutor, "ray data": RayDataExecutor, "xenna": XennaExecutor}[executor]
-    # Xenna counts CPUs itself, and starts only what all has room at the same time.
+    # Xenna accounts for CPUs itself, and needs enough CPUs for all stages at the same time.
     options = {"resources": Resources(cpus=0.5)} if executor == "xenna" else {}
     fields = [None, {"pip": [VERSIONS["23.2"]]}, {"uv": [VERSIONS["24.0"]]}]
     stages = [FunctionStage(version_seen, name=str(i), runtime_env=env, **options) for i, env in enumerate(fields)]
@@ -75,7 +75,7 @@ def ours(executor: str, part: str) -> dict[str, float]:
     return seconds
 
 
-def rays_own(field: str, part: str) -> dict[str, float]:
+def ray_runtime_env(field: str, part: str) -> dict[str, float]:
     import ray
 
     ray.init("local", include_dashboard=False, log_to_driver=False)
@@ -107,9 +107,9 @@ def rays_own(field: str, part: str) -> dict[str, float]:
 
 
 def curation(num_cores: str, num_lines: str) -> dict[str, float]:
-    """The curation job, start of its workers included, on so many cores; its venvs are made ready before."""
+    """Measure the curation job on `num_cores` cores, including the start of its workers. Its venvs are built before."""
     cores = sorted(os.sched_getaffinity(0))[: int(num_cores)]
-    os.sched_setaffinity(0, cores)  # Ray, and whatever it starts, inherit it
+    os.sched_setaffinity(0, cores)  # Ray and its processes inherit the affinity
 
     from nemo_rl.data.sample_math import write_messy_math
     from nemo_rl.distributed.cluster.session import start_local_ray
@@ -154,7 +154,7 @@ def main(case: str, part: str) -> None:
     elif case == "curation":
         seconds = curation(*part.split("/"))
     elif case.startswith("ray ") and case != "ray data":
-        seconds = rays_own(case.removeprefix("ray "), part)
+        seconds = ray_runtime_env(case.removeprefix("ray "), part)
     else:
         seconds = ours(case, part)
     sys.stdout.write("\n" + json.dumps(seconds) + "\n")

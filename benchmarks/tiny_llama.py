@@ -1,9 +1,9 @@
-"""A tiny Llama and its tokenizer for benchmarks, in a directory that any Hugging Face framework loads.
+"""Writes a tiny Llama and its tokenizer for benchmarks, in a directory that any Hugging Face framework can load.
 
-Llama with 624 k parameters: hidden 128, 4 layers, 4 heads, 2 key-value heads, intermediate 256, vocabulary 128 (one
-token per character), random weights. It **never ends a completion by itself**, so that two frameworks generate equally
-many tokens without being told to: one residual channel is constant (every token writes it, no layer does), and the row
-of the output layer that belongs to end-of-sequence reads that channel alone, negatively.
+The model has 624 k parameters: hidden 128, 4 layers, 4 heads, 2 key-value heads, intermediate 256, vocabulary 128 (one
+token per character), random weights. It **never ends a completion by itself**, so two frameworks generate the same
+number of tokens without further settings. One residual channel is constant, because every token writes to it and no
+layer does. The output row of end-of-sequence reads only that channel, with a negative weight.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 VOCABULARY = 128
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CONTEXT = 256
-_CHANNEL = 0  # the constant one
+_CHANNEL = 0  # the constant channel
 _EOS_WEIGHT = -6.0  # -44 as a logit: probability below 1e-21
 
 
 def make_model(directory: Path, seed: int = 0) -> int:
-    """Write model and tokenizer to `directory`; returns the number of parameters."""
+    """Write the model and tokenizer to `directory`. Returns the number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -57,10 +57,12 @@ def make_model(directory: Path, seed: int = 0) -> int:
 
 
 def write_problems(path: Path, count: int) -> list[dict[str, str]]:
-    """Write `count` subtractions of two-digit numbers with answers of one digit as JSON lines; all prompts are equally
-    long, so that neither framework pads. Returns the records."""
+    """Write `count` subtractions of two-digit numbers with one-digit answers as JSON lines. Returns the records.
+
+    All prompts have the same length, so neither framework pads.
+    """
     pairs = [(a, b) for a in range(20, 100) for b in range(a - 9, a + 1) if b >= 10]
-    stride = 7  # coprime to the number of pairs: neighbours differ
+    stride = 7  # coprime to the number of pairs, so consecutive problems differ
     chosen = [pairs[index * stride % len(pairs)] for index in range(count)]
     records = [{"problem": f"What is {a} - {b}? ", "answer": str(a - b)} for a, b in chosen]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

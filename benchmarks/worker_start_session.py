@@ -1,4 +1,4 @@
-"""One Ray session of bench_worker_start: starts workers in one way, prints how long each start took, as JSON."""
+"""Runs one Ray session of bench_worker_start: starts workers in one way, and prints the seconds per start as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SETTLE_S = 3.0  # Ray's own prestarted processes must not compete with what is measured
+SETTLE_S = 3.0  # processes that Ray prestarts must not compete with the measurement
 PLAIN_RAY = {"address": "local", "include_dashboard": False, "num_cpus": 8, "log_to_driver": False}
 
 

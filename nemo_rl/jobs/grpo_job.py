@@ -34,7 +34,7 @@ from nemo_rl.observability.console import ConsoleView
 from nemo_rl.observability.logger import Logger
 from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.checkpoint import CheckpointStore
-from nemo_rl.utils.garbage import without_collecting
+from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
     from nemo_rl.data.loader import PromptLoader
@@ -136,7 +136,7 @@ class _Life:
                 listeners=[self.view],
             )
         )
-        with without_collecting():
+        with gc_paused():
             inputs, workers = self._start()
         recorder.log_hyperparameters(config.model_dump(mode="json"))
         records = _attest(workers)

@@ -30,7 +30,7 @@ from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, EmbeddedModelConfig
 from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Resources
-from nemo_rl.pipelines.stages.text import kept
+from nemo_rl.pipelines.stages.text import drop_rows
 from nemo_rl.utils.config import ConfigModel
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
             rates[row] = num_right / num_samples
             levels[row] = 1 + min(NUM_LEVELS - 1, NUM_LEVELS * (num_samples - num_right) // num_samples)
             faults[row] = self._fault(rates[row])
-        return kept(self, task.with_data(frame.assign(pass_rate=rates, difficulty=levels)), faults)
+        return drop_rows(self, task.with_data(frame.assign(pass_rate=rates, difficulty=levels)), faults)
 
     def teardown(self) -> None:
         self._worker.shutdown()

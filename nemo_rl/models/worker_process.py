@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 
 import torch
 
-from nemo_rl.utils.garbage import without_collecting
+from nemo_rl.utils.garbage import gc_paused
 
 Parameters = ParamSpec("Parameters")
 
@@ -24,11 +24,11 @@ def take_cpu_share(num_threads: int | None, num_local_workers: int) -> None:
 
 
 def starts_without_collecting(constructor: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """Let the constructor of a worker run `without_collecting`."""
+    """Let the constructor of a worker run `gc_paused`."""
 
     @functools.wraps(constructor)
     def construct(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
-        with without_collecting():
+        with gc_paused():
             constructor(*args, **kwargs)
 
     return construct

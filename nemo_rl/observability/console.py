@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: one live panel on a terminal, one line per step anywhere else."""
+"""Shows the progress of a run: a live panel on a terminal, and one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _SPARKS = "▁▂▃▄▅▆▇█"
 _HISTORY = 40
 _PHASE_BAR = 24
-# Rows of the panel: metric, label, format. A metric that the run does not log has no row.
+# Rows of the panel: metric, label, format. Metrics that the run does not log have no row.
 _ROWS = (
     ("train/reward", "reward", "{:.3f}"),
     ("train/env_accuracy", "accuracy", "{:.3f}"),
@@ -39,13 +39,18 @@ _ROWS = (
     ("train/logprob_error", "logprob error", "{:.2g}"),
     ("perf/tokens_per_s", "speed", "{:,.0f} tokens/s"),
 )
-_WHOLES = ("step", "validation")
+_TOTALS = ("step", "validation")
 
 
 class ConsoleView:
-    """Shows start-up phases, steps and validations. A `Listener` of the logger, a `PhaseListener` of the time line.
+    """Shows start-up phases, steps and validations. Implements `Listener` and `PhaseListener`.
 
-    Used as a context manager. On a terminal, log messages and prints appear above the panel.
+    Use it as a context manager. On a terminal, log messages and prints appear above the panel.
+
+    Example::
+
+        with ConsoleView("grpo", max_num_steps=100) as view, Logger(directory, config, listeners=[view]) as logger:
+            logger.log_metrics(1, {"train/reward": 0.25, "timing/step_s": 1.8})
     """
 
     def __init__(self, title: str, max_num_steps: int, console: Console | None = None) -> None:
@@ -54,7 +59,7 @@ class ConsoleView:
         self._console = console or Console(highlight=False)
         self._lock = threading.Lock()
         self._live: Live | None = None
-        self._is_lost = False
+        self._is_closed = False
         self._moved_handlers: list[tuple[logging.StreamHandler[Any], IO[str]]] = []
         self._open_phases: dict[tuple[str, str], float] = {}
         self._done_phases: list[tuple[str, float]] = []
@@ -83,12 +88,12 @@ class ConsoleView:
         self._moved_handlers = []
 
     def phase_started(self, name: str, process: str) -> None:
-        """A phase of the start-up begins."""
+        """Show that a phase of the start-up has begun."""
         with self._lock:
             self._open_phases[name, process] = time.monotonic()
 
     def phase_ended(self, name: str, process: str, duration_s: float) -> None:
-        """A phase of the start-up is over."""
+        """Show that a phase of the start-up has ended."""
         with self._lock:
             self._open_phases.pop((name, process), None)
             self._done_phases.append((name, duration_s))
@@ -96,7 +101,7 @@ class ConsoleView:
             self._print(f"start-up  {name}: {duration_s:.1f} s")
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step or a validation is done."""
+        """Show the metrics of a step or of a validation."""
         is_validation = any(name.startswith("val/") for name in metrics)
         with self._lock:
             if is_validation:
@@ -107,7 +112,7 @@ class ConsoleView:
                 for name, value in metrics.items():
                     self._history.setdefault(name, deque(maxlen=_HISTORY)).append(value)
             if self._clock is None:
-                # The first step of this process starts about now, or one step ago.
+                # The first step of this process starts now, after a validation, or started one step ago.
                 started = time.monotonic() - (0.0 if is_validation else metrics.get("timing/step_s", 0.0))
                 self._clock = (step if is_validation else step - 1, started)
         if self._live is None:
@@ -120,15 +125,17 @@ class ConsoleView:
         return (time.monotonic() - started) / (self._step - first) * (self._max_num_steps - self._step)
 
     def _print(self, line: str) -> None:
-        if self._is_lost:
+        if self._is_closed:
             return
         try:
             self._console.print(line, soft_wrap=True, markup=False)
-        except (OSError, SystemExit) as error:  # rich ends the process when the reader of a pipe has gone
-            self._is_lost = True
-            why = f": {error.strerror}" if isinstance(error, OSError) else ": nobody reads it any more"
-            logger.warning("the output cannot be written%s; the run goes on, its metrics are in its files", why)
-            with contextlib.suppress(OSError, ValueError):  # else Python complains again when it ends
+        except (OSError, SystemExit) as error:  # rich raises SystemExit if the reader of a pipe exited
+            self._is_closed = True
+            reason = error.strerror if isinstance(error, OSError) else "the reader closed the pipe"
+            logger.warning(
+                "the output cannot be written: %s; the run continues and writes its metrics to files", reason
+            )
+            with contextlib.suppress(OSError, ValueError):  # avoids another error when Python exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._console.file.fileno())
 
     def _step_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -182,10 +189,10 @@ class ConsoleView:
                 trend = sparkline(list(self._history[name])[-24:])
                 metrics.add_row(f"[dim]{label}", form.format(self._metrics[name]), f"[cyan]{trend}")
         phases = Table.grid(padding=(0, 2))
-        whole = self._metrics.get("timing/step_s", 0.0)
-        phases.add_row("[dim]step", f"{whole:.2f} s", "")
+        step_s = self._metrics.get("timing/step_s", 0.0)
+        phases.add_row("[dim]step", f"{step_s:.2f} s", "")
         for name, seconds in _phases(self._metrics):
-            bar = "█" * round(_PHASE_BAR * seconds / whole) if whole else ""
+            bar = "█" * round(_PHASE_BAR * seconds / step_s) if step_s else ""
             phases.add_row(f"[dim]{name}", f"{seconds:.2f} s", f"[green]{bar}")
         grid = Table.grid(padding=(0, 4))
         grid.add_row(metrics, phases)
@@ -211,7 +218,7 @@ class ConsoleView:
         return Group(*rows) if rows else Text("starting", "dim")
 
     def _move_log_handlers(self) -> None:
-        """Live replaces `sys.stderr`; handlers hold the old one and would write into the panel."""
+        """Let log handlers write to the `sys.stderr` that Live installs. The old stream would write into the panel."""
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.__stderr__, sys.__stdout__):
                 self._moved_handlers.append((handler, handler.stream))
@@ -219,7 +226,12 @@ class ConsoleView:
 
 
 def sparkline(values: list[float]) -> str:
-    """One block character per value, from the least to the largest."""
+    """Draw values as block characters, scaled from the minimum to the maximum.
+
+    Example:
+        >>> sparkline([0.0, 1.0, 7.0])
+        '▁▂█'
+    """
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -229,23 +241,28 @@ def sparkline(values: list[float]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`42 s`, `3m20s`, `2h05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    """Format a duration.
+
+    Example:
+        >>> [format_duration(seconds) for seconds in (42, 200, 7500)]
+        ['42 s', '3m20s', '2h05m']
+    """
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
 
 
 def _phases(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
-    """The parts of a step, the longest first."""
+    """Return the phases of a step with their seconds, longest first."""
     parts = [
         (name.removeprefix("timing/").removesuffix("_s"), seconds)
         for name, seconds in metrics.items()
         if name.startswith("timing/")
     ]
-    return sorted(((n, s) for n, s in parts if n not in _WHOLES and "/" not in n), key=lambda part: -part[1])
+    return sorted(((n, s) for n, s in parts if n not in _TOTALS and "/" not in n), key=lambda part: -part[1])
 
 
 def _is_headline(name: str) -> bool:

@@ -1,11 +1,12 @@
-"""What a run writes down: `metrics.jsonl` and `samples.jsonl` always, and whatever backends are enabled.
+"""Writes the metrics and samples of a run to `metrics.jsonl`, `samples.jsonl` and the enabled backends.
 
 ::
 
-    training loop ──log_metrics──► metrics.jsonl                        at once, in the loop's thread
-                        ├────────► listeners (console)                  at once, in the loop's thread
-                        └────────► queue ──► thread ──► TensorBoard     one queue and thread per backend; one that
-                        └────────► queue ──► thread ──► W&B, MLflow     fails or falls behind is dropped, once, loudly
+    training loop ──log_metrics──► metrics.jsonl                        synchronous, in the loop's thread
+                        ├────────► listeners (console)                  synchronous, in the loop's thread
+                        └────────► queue ──► thread ──► TensorBoard     one queue and thread per backend; a backend
+                        └────────► queue ──► thread ──► W&B, MLflow     that fails or falls behind is disabled, with
+                                                                        an error in the log
 """
 
 from __future__ import annotations
@@ -37,14 +38,20 @@ _CLOSE_TIMEOUT_S = 30.0
 
 
 class Listener(Protocol):
-    """Is told about metrics at once, in the loop's thread."""
+    """Receives metrics synchronously, in the thread of the training loop."""
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Logger.log_metrics`."""
 
 
 class Logger:
-    """Writes a run's metrics and samples, and passes metrics on. Not for several threads."""
+    """Writes a run's metrics and samples to files, listeners and backends. Not thread-safe.
+
+    Example::
+
+        with Logger(directory, LoggerConfig(tensorboard=False)) as logger:
+            logger.log_metrics(1, {"train/reward": 0.25})
+    """
 
     def __init__(
         self,
@@ -57,20 +64,21 @@ class Logger:
         """Open the files and the enabled backends.
 
         Args:
-            directory: the run's directory; it exists.
-            resume_step: the step of the checkpoint that the run goes on from: what is on file for later steps is
-                dropped, so that the file becomes what an undisturbed run would have written. None: the run starts from
-                the beginning, and everything on file is dropped.
+            directory: the run's directory, which must exist.
+            config: the `logger` section.
+            resume_step: step of the checkpoint from which the run resumes. Records of later steps are dropped, so the
+                file is the same as without an interruption. None starts a new run and drops all records.
+            listeners: called synchronously with every record.
 
         Raises:
-            ConfigError: an enabled backend is not installed, or cannot be opened.
+            ConfigError: an enabled backend is not installed or cannot be opened.
         """
         check_packages(config)
         self._metrics_path, self._samples_path = directory / METRICS_FILE, directory / SAMPLES_FILE
         for path in (self._metrics_path, self._samples_path):
-            dropped = keep_lines(path, lambda record: _is_before(record, resume_step))
-            if dropped:
-                logger.info("%s: dropped %d lines that the checkpoint does not know of", path.name, dropped)
+            num_dropped = keep_lines(path, lambda record: _is_before(record, resume_step))
+            if num_dropped:
+                logger.info("%s: dropped %d records that are newer than the checkpoint", path.name, num_dropped)
         self._listeners = list(listeners)
         run = RunInfo(directory, config, resume_step)
         self._backends: list[_BackendThread] = []
@@ -84,45 +92,46 @@ class Logger:
         self._warned_names: set[str] = set()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line: `step`, then the metrics by flat name.
+        """Write one record: `step` and the metrics by flat name.
 
-        A value that is not finite becomes null in the file, with one warning per name, and goes nowhere else.
+        A value that is not finite becomes null in the file, with one warning per name. Listeners and backends do not
+        receive it.
 
         Raises:
             TypeError: a value is not a number.
-            ValueError: a metric is called "step".
+            ValueError: a metric is named "step".
         """
         if "step" in metrics:
-            raise ValueError("a metric cannot be called 'step': that is the line's own key")
+            raise ValueError("a metric cannot be named 'step': every record has this key")
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         for name in numbers.keys() - finite.keys() - self._warned_names:
             self._warned_names.add(name)
-            logger.warning("step %d: %s is %s; %s keeps it as null", step, name, numbers[name], METRICS_FILE)
+            logger.warning("step %d: %s is %s; %s stores null", step, name, numbers[name], METRICS_FILE)
         line = {"step": step} | {name: finite.get(name) for name in numbers}
         append_text(self._metrics_path, json.dumps(line, allow_nan=False) + "\n")
         for listener in list(self._listeners):
             try:
                 listener.log_metrics(step, finite)
             except Exception:
-                # What only looks at the run must not end it.
-                logger.exception("%s failed and is told nothing more", type(listener).__name__)
+                # An observer must not end the run.
+                logger.exception("%s failed and is disabled for the rest of the run", type(listener).__name__)
                 self._listeners.remove(listener)
         for backend in self._backends:
             backend.put(lambda b: b.log_metrics(step, finite))
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Keep completions for the report: one line each, `step` first. Values are JSON data."""
+        """Store completions for the report, one record each. Values must be JSON data."""
         append_text(self._samples_path, "".join(json.dumps({"step": step, **sample}) + "\n" for sample in samples))
 
     def log_hyperparameters(self, config: Mapping[str, Any]) -> None:
-        """Tell the backends the configuration (nested plain data); what looks secret is masked."""
+        """Send the configuration (nested plain data) to the backends. Values that look like secrets are masked."""
         values = dict(flatten(mask_secrets(config)))
         for backend in self._backends:
             backend.put(lambda b: b.log_hyperparameters(values))
 
     def close(self) -> None:
-        """Wait, within bounds, until the backends have written everything. Idempotent."""
+        """Wait up to 30 s per backend until everything is written. Idempotent."""
         for backend in self._backends:
             backend.close()
         self._backends = []
@@ -152,41 +161,41 @@ def _open(name: str, make: Callable[[RunInfo], Backend], run: RunInfo) -> Backen
     try:
         return make(run)
     except Exception as error:
-        raise ConfigError(f"logger.{name} is enabled, but cannot be opened: {error}") from error
+        raise ConfigError(f"logger.{name} is enabled but cannot be opened: {error}") from error
 
 
 class _BackendThread:
-    """A backend in a thread of its own; the first failure ends it."""
+    """Runs a backend in a separate thread, and disables it at the first failure."""
 
     def __init__(self, name: str, backend: Backend) -> None:
         self._name = name
         self._backend = backend
         self._queue: queue.Queue[Callable[[Backend], None] | None] = queue.Queue(_MAX_QUEUED)
-        self._dropped = False
-        # A daemon: a server that never answers must not keep the process from ending.
+        self._disabled = False
+        # A daemon thread: a server that does not answer must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"logger-{name}", daemon=True)
         self._thread.start()
 
     def put(self, call: Callable[[Backend], None]) -> None:
-        """Have the backend called, soon."""
-        if self._dropped:
+        """Queue a call of the backend."""
+        if self._disabled:
             return
         try:
             self._queue.put_nowait(call)
         except queue.Full:
-            self._drop(f"it is {_MAX_QUEUED} records behind")
+            self._disable(f"it is {_MAX_QUEUED} records behind")
 
     def close(self) -> None:
-        """Wait until the backend is done, at most `_CLOSE_TIMEOUT_S`."""
-        if not self._dropped:
+        """Wait up to `_CLOSE_TIMEOUT_S` until the backend has processed its queue."""
+        if not self._disabled:
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=_CLOSE_TIMEOUT_S)
             self._thread.join(_CLOSE_TIMEOUT_S)
             if self._thread.is_alive():
-                self._drop(f"it was not done {_CLOSE_TIMEOUT_S:g} s after the run")
+                self._disable(f"it did not finish within {_CLOSE_TIMEOUT_S:g} s after the run")
 
     def _work(self) -> None:
-        while not self._dropped:
+        while not self._disabled:
             call = self._queue.get()
             try:
                 if call is None:
@@ -194,10 +203,10 @@ class _BackendThread:
                     return
                 call(self._backend)
             except Exception as error:
-                # Network, disk or server: the run goes on, `metrics.jsonl` has everything.
-                self._drop(f"{type(error).__name__}: {error}")
+                # Network, disk or server failed. The run continues, because `metrics.jsonl` has all metrics.
+                self._disable(f"{type(error).__name__}: {error}")
 
-    def _drop(self, reason: str) -> None:
-        if not self._dropped:
-            self._dropped = True
-            logger.error("logger.%s is switched off for the rest of the run: %s", self._name, reason)
+    def _disable(self, reason: str) -> None:
+        if not self._disabled:
+            self._disabled = True
+            logger.error("logger.%s is disabled for the rest of the run: %s", self._name, reason)

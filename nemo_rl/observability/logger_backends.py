@@ -1,7 +1,7 @@
-"""Who hears of a run's metrics besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow.
+"""Sends metrics to logging backends: TensorBoard, Weights & Biases and MLflow.
 
-A new backend is one class and one line in `BACKENDS`. A backend's package is imported when it is enabled, and the
-backend works in a thread of its own (see `logger.Logger`), so that a slow server does not slow training down.
+A new backend is one class and one line in `BACKENDS`. Its package is imported only if the backend is enabled. Each
+backend runs in a separate thread (see `logger.Logger`), so a slow server does not slow down training.
 """
 
 from __future__ import annotations
@@ -22,70 +22,70 @@ Metrics = Mapping[str, float]
 
 
 class Backend(Protocol):
-    """Receives what is logged, in a thread of its own. One that raises, whatever it raises, is told nothing more."""
+    """Receives metrics in a separate thread. After any exception, the backend is disabled for the rest of the run."""
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """Finite metrics by flat name. The same step may be logged several times, with other names."""
+        """Log finite metrics by flat name. A step may be logged several times, with different names."""
 
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """The configuration by dotted name, secrets masked."""
+        """Log the configuration by dotted name, with secrets masked."""
 
     def close(self) -> None:
-        """Everything is logged."""
+        """Finish. No call follows."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a backend is opened with.
+    """Holds the arguments for opening a backend.
 
     Attributes:
         directory: the run's directory.
         config: the `logger` section.
-        resume_step: the step that a resumed run goes on from; None for a new one.
+        resume_step: step from which the run resumes; None for a new run.
     """
 
     directory: Path
     config: LoggerConfig
     resume_step: int | None
 
-    def remembered_id(self, backend: str) -> str | None:
-        """The id under which an earlier life of the run was logged to `backend`."""
+    def load_id(self, backend: str) -> str | None:
+        """Return the backend's id of this run if an earlier start of the run stored it."""
         path = self.directory / f"{backend}_run_id.txt"
         return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
-    def remember_id(self, backend: str, run_id: str) -> None:
-        """Keep the id for the next life of the run."""
+    def save_id(self, backend: str, run_id: str) -> None:
+        """Store the backend's id of this run for a later resume."""
         (self.directory / f"{backend}_run_id.txt").write_text(run_id + "\n", encoding="utf-8")
 
 
 class TensorBoardBackend:
-    """Event files in `directory/tensorboard`, by TensorBoard's own writer, which imports no torch."""
+    """Writes event files to `directory/tensorboard` with TensorBoard's own writer, which does not import torch."""
 
     def __init__(self, run: RunInfo) -> None:
         self._run = run
         self._writer: Any = None
 
     def _open(self) -> None:
-        # At first use, which is in the backend's thread: the imports cost a third of a second.
+        # Opened at first use, in the backend's thread: the imports take a third of a second.
         from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary, self._tensor, self._types = event_pb2, summary_pb2, tensor_pb2, types_pb2
         self._writer = EventFileWriter(str(self._run.directory / "tensorboard"), flush_secs=10)
         if self._run.resume_step is not None:
-            # Tells TensorBoard to forget what an earlier life of the run logged beyond the checkpoint.
+            # Makes TensorBoard discard what was logged after the checkpoint before the run was resumed.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(self._run.resume_step + 1, session_log=start)
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """One scalar per metric."""
+        """Write one scalar per metric."""
         if self._writer is None:
             self._open()
         values = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(step, summary=self._summary.Summary(value=values))
 
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """The configuration as text."""
+        """Write the configuration as text."""
         if self._writer is None:
             self._open()
         text = "\n".join(f"    {name}: {json.dumps(value, default=str)}" for name, value in values.items())
@@ -107,13 +107,13 @@ class TensorBoardBackend:
 
 
 class WandbBackend:
-    """Weights & Biases. A resumed run goes on as the same W&B run."""
+    """Logs to Weights & Biases. A resumed run continues the same W&B run."""
 
     def __init__(self, run: RunInfo) -> None:
         import wandb
 
         options = run.config.wandb
-        run_id = run.remembered_id("wandb") or uuid.uuid4().hex[:8]
+        run_id = run.load_id("wandb") or uuid.uuid4().hex[:8]
         self._run = wandb.init(
             project=options.project,
             name=options.name or run.directory.name,
@@ -121,17 +121,17 @@ class WandbBackend:
             resume="allow",
             dir=str(run.directory),
         )
-        run.remember_id("wandb", run_id)
-        # W&B's own step may only grow; ours repeats (training and validation) and goes back when a run resumes.
+        run.save_id("wandb", run_id)
+        # W&B's step must increase. Our steps repeat (training and validation) and go back when a run resumes.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """One history record."""
+        """Log one history record."""
         self._run.log({**metrics, "step": step})
 
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """The run's config."""
+        """Update the run's config."""
         self._run.config.update(dict(values), allow_val_change=True)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class WandbBackend:
 
 
 class MlflowBackend:
-    """MLflow, through its client: no global state. A resumed run goes on as the same MLflow run."""
+    """Logs to MLflow through its client, without global state. A resumed run continues the same MLflow run."""
 
     _PARAMS_PER_CALL = 100
     _MAX_PARAM_CHARS = 500
@@ -152,7 +152,7 @@ class MlflowBackend:
         options = run.config.mlflow
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient(tracking_uri=options.tracking_uri)
-        run_id = run.remembered_id("mlflow")
+        run_id = run.load_id("mlflow")
         self._is_new = run_id is None
         if run_id is None:
             experiment = self._client.get_experiment_by_name(options.experiment_name)
@@ -161,11 +161,11 @@ class MlflowBackend:
             )
             name = options.run_name or run.directory.name
             run_id = self._client.create_run(experiment_id, run_name=name).info.run_id
-            run.remember_id("mlflow", run_id)
+            run.save_id("mlflow", run_id)
         self._run_id = run_id
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """One request. MLflow's names know no @: pass@1 becomes pass_at_1."""
+        """Log all metrics in one request. MLflow does not allow @ in names, so pass@1 becomes pass_at_1."""
         now_ms = int(time.time() * 1000)
         values = [
             self._entities.Metric(name.replace("@", "_at_"), float(value), now_ms, step)
@@ -174,7 +174,7 @@ class MlflowBackend:
         self._client.log_batch(self._run_id, metrics=values)
 
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """The run's parameters, of its first life: MLflow lets none be changed."""
+        """Log the run's parameters when the run is new. MLflow does not allow changing them later."""
         if not self._is_new:
             return
         params = [
@@ -190,7 +190,13 @@ class MlflowBackend:
 
 @dataclass(frozen=True)
 class BackendEntry:
-    """A backend: whether the configuration asks for it, how it is made, and the package that it needs."""
+    """Registers a backend.
+
+    Attributes:
+        enabled: returns whether the configuration enables the backend.
+        open: creates the backend.
+        package: the package that the backend needs, unless it is always installed.
+    """
 
     enabled: Callable[[LoggerConfig], bool]
     open: Callable[[RunInfo], Backend]
@@ -205,7 +211,7 @@ BACKENDS: dict[str, BackendEntry] = {
 
 
 def check_packages(config: LoggerConfig) -> None:
-    """Raise `ConfigError`, with the command that helps, if an enabled backend's package is missing. Imports none."""
+    """Raise `ConfigError` with the install command if an enabled backend's package is missing. Imports no package."""
     for name, entry in BACKENDS.items():
         if entry.enabled(config) and entry.package and not _is_installed(entry.package):
             raise ConfigError(
@@ -217,5 +223,5 @@ def check_packages(config: LoggerConfig) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # a module that is there, but without a spec
+    except ValueError:  # the module is loaded but has no spec
         return False

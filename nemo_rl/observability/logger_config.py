@@ -1,4 +1,4 @@
-"""The `logger` section of a configuration."""
+"""Defines the `logger` section of a configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_rl.utils.config import ConfigModel
 
 
 class WandbConfig(ConfigModel):
-    """Weights & Biases."""
+    """Configures Weights & Biases."""
 
     enabled: bool = Field(False, description="Log to Weights & Biases (`uv run --extra wandb ...`).")
     project: str = Field("nemo_rl", description="Project name.")
@@ -16,7 +16,7 @@ class WandbConfig(ConfigModel):
 
 
 class MlflowConfig(ConfigModel):
-    """MLflow."""
+    """Configures MLflow."""
 
     enabled: bool = Field(False, description="Log to MLflow (`uv run --extra mlflow ...`).")
     experiment_name: str = Field("nemo_rl", description="Experiment name.")
@@ -25,14 +25,14 @@ class MlflowConfig(ConfigModel):
 
 
 class LoggerConfig(ConfigModel):
-    """Where a run's files go and who else hears of its metrics."""
+    """Configures a run's directory and logging backends."""
 
     log_dir: str | None = Field(
         None,
-        description="Directory of all the run's files. Null: results/<config>/<number>; an unfinished run is resumed.",
+        description="Directory of the run's files. Null: results/<config>/<number>; an unfinished run is resumed.",
     )
     tensorboard: bool = Field(True, description="Write TensorBoard event files to log_dir/tensorboard.")
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     mlflow: MlflowConfig = Field(default_factory=MlflowConfig)
-    num_samples: int = Field(8, ge=0, description="Completions kept per validation for the report.")
+    num_samples: int = Field(8, ge=0, description="Completions per validation that are stored for the report.")
     report: bool = Field(True, description="Write report.html at the end of the run.")

@@ -1,8 +1,7 @@
-"""`report.html`: a run on one page, from nothing but the files in its directory.
+"""Writes `report.html`, a one-page report of a run, from the files in its directory.
 
-`python -m nemo_rl.observability.report DIR` makes it at any time, also while the job runs or after it was killed.
-Files that are missing, or end in the middle of a line, leave a section out and are no error. The page needs no other
-file.
+`python -m nemo_rl.observability.report DIR` writes it at any time, also while the job runs or after it was killed. If a
+file is missing, its section is left out. Incomplete lines are skipped. The page does not refer to other files.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _ANCHORS = {"phases": "time", "panels": "health"}
 
 @dataclass(frozen=True)
 class Tile:
-    """A number worth seeing first."""
+    """Holds a headline number of the report."""
 
     value: str
     label: str
@@ -58,7 +57,7 @@ def write_report(directory: Path) -> Path:
     """Write `directory/report.html`, atomically, and return its path.
 
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: the directory is not a run directory.
     """
     if not any((directory / name).exists() for name in (METRICS_FILE, "config.yaml")):
         raise ConfigError(f"{directory} is not a run directory: it has neither {METRICS_FILE} nor config.yaml")
@@ -68,7 +67,7 @@ def write_report(directory: Path) -> Path:
 
 
 def render(directory: Path) -> str:
-    """The page as text."""
+    """Return the page as HTML."""
     metrics = [record for record in read_jsonl(directory / METRICS_FILE) if isinstance(record.get("step"), int)]
     finished = _read_json(directory / "finished.json")
     context: dict[str, Any] = {
@@ -87,15 +86,15 @@ def render(directory: Path) -> str:
     }
     context["tiles"] = _tiles(metrics, context["startup_s"])
     context["contents"] = [(_ANCHORS.get(key, key), name) for key, name in _SECTIONS if context[key]]
-    return report_template("nemo_rl.utils").render(context)
+    return report_template("nemo_rl.observability").render(context)
 
 
 def report_template(package: str) -> Template:
-    """The file `report_template.html` of a package; it may extend `report_page.html`, the frame of every report."""
+    """Load `report_template.html` of a package. It may extend `report_page.html`, the frame of all reports."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(name, package_path="") for name in (package, "nemo_rl.utils")]),
+        loader=ChoiceLoader([PackageLoader(name, package_path="") for name in (package, "nemo_rl.observability")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -104,7 +103,7 @@ def report_template(package: str) -> Template:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`python -m nemo_rl.observability.report DIR`."""
+    """Run `python -m nemo_rl.observability.report DIR`. Returns the exit status."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m nemo_rl.observability.report DIR\n")
         return 2
@@ -121,7 +120,7 @@ def _status(finished: Any, metrics: Sequence[Mapping[str, Any]]) -> str:
     if finished:
         return f"finished: {finished.get('reason', '')}"
     last = max((record["step"] for record in metrics), default=0)
-    return f"not finished; last step on file: {last}"
+    return f"not finished; last logged step: {last}"
 
 
 def _tiles(metrics: Sequence[Mapping[str, Any]], startup_s: float) -> list[Tile]:
@@ -145,11 +144,11 @@ def _tiles(metrics: Sequence[Mapping[str, Any]], startup_s: float) -> list[Tile]
 
 
 def _phase_summary(metrics: Sequence[Mapping[str, Any]]) -> str:
-    whole = sum(figures.series(metrics, "timing/step_s").values)
-    if not whole:
+    total_s = sum(figures.series(metrics, "timing/step_s").values)
+    if not total_s:
         return ""
     shares = [
-        f"{name} {sum(figures.series(metrics, f'timing/{name}_s').values) / whole:.0%}"
+        f"{name} {sum(figures.series(metrics, f'timing/{name}_s').values) / total_s:.0%}"
         for name in figures.phase_names([record for record in metrics if "timing/step_s" in record])
     ]
     return f"Over the run: {', '.join(shares[:5])}." if shares else ""
@@ -177,7 +176,7 @@ def _critical_row(segment: Segment, zero: float) -> dict[str, Any]:
 
 
 def _samples(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Prompts with their completions at the first and the last step on file (one column if they are the same)."""
+    """Return prompts with their completions at the first and the last logged step; one column if they are the same."""
     usable = [r for r in records if isinstance(r.get("step"), int) and isinstance(r.get("reward"), (int, float))]
     if not usable:
         return {"samples": [], "samples_before": 0, "samples_after": 0}
@@ -198,13 +197,13 @@ def _completion(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _shown(text: str) -> str:
-    """Printable and not longer than anybody reads; a completion may hold anything."""
+    """Replace unprintable characters and shorten long text. A completion may contain any character."""
     text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= _MAX_SAMPLE_CHARS else text[:_MAX_SAMPLE_CHARS] + " …"
 
 
 def _workers(content: Any, group: str = "") -> Iterator[dict[str, Any]]:
-    """Rows of the attestation map: records by group, however deep they are nested."""
+    """Yield table rows for the attestation records of all worker groups. Records may be nested at any depth."""
     if isinstance(content, list):
         for item in content:
             yield from _workers(item, group)
@@ -220,7 +219,7 @@ def _workers(content: Any, group: str = "") -> Iterator[dict[str, Any]]:
             "executable": content.get("executable", ""),
             "python": content.get("python", ""),
             "ray": content.get("ray", ""),
-            "verdict": content.get("verdict", "ok"),
+            "status": content.get("verdict", "ok"),
         }
     elif isinstance(content, dict):
         for name, item in content.items():
@@ -235,7 +234,7 @@ def _config(path: Path) -> str:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except yaml.YAMLError:
-        return "config.yaml cannot be read"  # cut off, perhaps; the rest of the report is worth having
+        return "config.yaml cannot be read"  # it may be truncated; the rest of the report is still useful
     return yaml.safe_dump(mask_secrets(content), sort_keys=False, allow_unicode=True).rstrip()
 
 

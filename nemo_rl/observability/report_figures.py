@@ -1,4 +1,4 @@
-"""The report's figures, as SVG text that stands in the page itself: no files, no scripts, no fonts to fetch."""
+"""Draws the report's figures as inline SVG, without external files, scripts or fonts."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ BLUE, ORANGE, PALE = "#2563eb", "#ea580c", "#cbd5e1"
 PHASE_COLORS = ("#2563eb", "#ea580c", "#059669", "#7c3aed", "#d97706", "#db2777", "#0891b2", "#65a30d")
 WIDTH_IN = 9.6
 
-# Metric, title. A metric that the run did not log has no panel.
+# Metric, title. Metrics that the run did not log have no panel.
 PANELS = (
     ("train/kl", "KL to the reference"),
     ("train/approx_kl", "KL of one step"),
     ("train/completion_length", "Completion length, tokens"),
-    ("train/truncated", "Cut off at the length limit"),
+    ("train/truncated", "Truncated at the length limit"),
     ("train/entropy_estimate", "Entropy, nats per token"),
     ("train/grad_norm", "Gradient norm"),
-    ("train/groups_with_signal", "Groups with signal"),
-    ("train/logprob_error", "Generation and policy, nats apart"),
+    ("train/groups_with_signal", "Groups with reward signal"),
+    ("train/logprob_error", "Logprob error, generation vs policy, nats"),
     ("perf/tokens_per_s", "Tokens per second"),
 )
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values of one metric over steps, where it is known."""
+    """Holds the values of a metric at the steps that logged it."""
 
     steps: list[int]
     values: list[float]
 
 
 def series(records: Sequence[Record], name: str) -> Series:
-    """All finite values of the metric `name`, in the order of the file."""
+    """Return all finite values of a metric, in the order of the file."""
     points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
     return Series([step for step, _ in points], [value for _, value in points])
 
 
 def learning_curve(records: Sequence[Record]) -> str | None:
-    """Reward of the training batches, and accuracy on the validation problems."""
+    """Plot the reward of the training batches and the accuracy on the validation problems."""
     reward, accuracy = series(records, "train/reward"), series(records, "val/accuracy")
     if not reward.steps and not accuracy.steps:
         return None
@@ -75,15 +75,15 @@ def learning_curve(records: Sequence[Record]) -> str | None:
 
 
 def phase_durations(records: Sequence[Record]) -> str | None:
-    """Seconds per step, stacked by phase; what no phase accounts for is "other"."""
+    """Plot the seconds per step, stacked by phase. Time outside all phases is labelled "other"."""
     steps = [record for record in records if isinstance(record.get("timing/step_s"), (int, float))]
     if not steps:
         return None
     x = [record["step"] for record in steps]
-    whole = [float(record["timing/step_s"]) for record in steps]
+    totals = [float(record["timing/step_s"]) for record in steps]
     names = phase_names(steps)
     parts = [[float(record.get(f"timing/{name}_s") or 0.0) for record in steps] for name in names]
-    other = [max(0.0, total - sum(column)) for total, column in zip(whole, zip(*parts))] if parts else whole
+    other = [max(0.0, total - sum(column)) for total, column in zip(totals, zip(*parts))] if parts else totals
     with _figure(3.1) as (figure, output):
         axes = figure.subplots()
         base = [0.0] * len(x)
@@ -96,18 +96,18 @@ def phase_durations(records: Sequence[Record]) -> str | None:
             axes.set_xlim(x[0] - 1, x[0] + 1)
         else:
             axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
-        limit = 2.5 * median(whole)
-        if max(whole) > limit:
+        limit = 2.5 * median(totals)
+        if max(totals) > limit:
             axes.set_ylim(0, limit)
-            slowest = whole.index(max(whole))
-            text = f"step {x[slowest]}: {whole[slowest]:.1f} s"
+            slowest = totals.index(max(totals))
+            text = f"step {x[slowest]}: {totals[slowest]:.1f} s"
             axes.annotate(text, (x[slowest], limit), xytext=(6, -12), textcoords="offset points", color=MUTED)
         _finish(axes, xlabel="step", ylabel="seconds")
     return output[0]
 
 
 def phase_names(records: Sequence[Record]) -> list[str]:
-    """Phases that are direct parts of a step, the longest first."""
+    """Return the top-level phases of a step, longest first."""
     totals: dict[str, float] = {}
     for record in records:
         for key, value in record.items():
@@ -118,31 +118,31 @@ def phase_names(records: Sequence[Record]) -> list[str]:
 
 
 def panels(records: Sequence[Record]) -> str | None:
-    """Small curves of what tells a healthy run from a sick one."""
-    known = [(title, found) for name, title in PANELS if (found := series(records, name)).steps]
-    if not known:
+    """Plot the metrics that show whether training is healthy, in small panels."""
+    logged = [(title, curve) for name, title in PANELS if (curve := series(records, name)).steps]
+    if not logged:
         return None
     columns = 3
-    rows = -(-len(known) // columns)
+    rows = -(-len(logged) // columns)
     with _figure(1.85 * rows) as (figure, output):
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)  # type: ignore[union-attr, call-arg]
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, (title, found) in zip(grid.flat, known):
-            marker = "o" if len(found.steps) < 40 else ""
-            axes.plot(found.steps, found.values, marker=marker, markersize=2.5, color=BLUE, linewidth=0.8, alpha=0.35)
-            axes.plot(found.steps, smoothed(found.values), color=BLUE, linewidth=1.6)
+        for axes, (title, curve) in zip(grid.flat, logged):
+            marker = "o" if len(curve.steps) < 40 else ""
+            axes.plot(curve.steps, curve.values, marker=marker, markersize=2.5, color=BLUE, linewidth=0.8, alpha=0.35)
+            axes.plot(curve.steps, smoothed(curve.values), color=BLUE, linewidth=1.6)
             axes.set_title(title, loc="left", fontsize=9.5, color=INK)
-            if min(found.values) >= 0:
+            if min(curve.values) >= 0:
                 axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
             _finish(axes, legend=False)
-        for axes in list(grid.flat)[len(known) :]:
+        for axes in list(grid.flat)[len(logged) :]:
             axes.set_visible(False)
     return output[0]
 
 
 def startup_chart(events: Sequence[TimelineEvent], path: Sequence[Segment]) -> str | None:
-    """The events of a start-up: a row per process, nested events below each other, the critical path in colour."""
+    """Plot the events of a start-up: one row per process, nested events below each other, critical path in color."""
     if not path:
         return None
     zero, length = path[0].start, path[-1].end - path[0].start
@@ -158,7 +158,7 @@ def startup_chart(events: Sequence[TimelineEvent], path: Sequence[Segment]) -> s
                         axes.barh(
                             number, piece.duration_s, left=piece.start - zero, height=0.74, color=BLUE, alpha=0.35
                         )
-                # About 0.065 inch per character at this size.
+                # A character is about 0.065 inch wide at this font size.
                 if width / length * (WIDTH_IN - 1.6) > 0.065 * len(event.name):
                     axes.text(start + width / 2, number, event.name, ha="center", va="center", fontsize=8, color=INK)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
@@ -172,14 +172,14 @@ def startup_chart(events: Sequence[TimelineEvent], path: Sequence[Segment]) -> s
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of the values within a fortieth of the run on either side: no lag."""
+    """Return centered moving averages over a fortieth of the run on either side. A centered average has no lag."""
     reach = len(values) // 40
     windows = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def _rows(events: Sequence[TimelineEvent]) -> list[tuple[str, list[TimelineEvent]]]:
-    """Rows of events that do not overlap, the driver's first; only a process's first row has its name."""
+    """Arrange events in rows without overlaps, the driver's rows first. Only a process's first row is labelled."""
     by_process: dict[str, list[TimelineEvent]] = {}
     for event in sorted(events, key=lambda e: (e.start, -e.end)):
         by_process.setdefault(event.process, []).append(event)
@@ -201,8 +201,8 @@ def _within(piece: Segment, event: TimelineEvent) -> bool:
 
 
 def _mark(axes: Axes, x: float, y: float, text: str) -> None:
-    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 9, "fontweight": "bold"}
-    axes.annotate(text, (x, y), color=ORANGE, **place)  # type: ignore[arg-type]
+    style = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 9, "fontweight": "bold"}
+    axes.annotate(text, (x, y), color=ORANGE, **style)  # type: ignore[arg-type]
 
 
 def _finish(axes: Axes, xlabel: str = "", ylabel: str = "", legend: bool = True) -> None:
@@ -217,7 +217,7 @@ def _finish(axes: Axes, xlabel: str = "", ylabel: str = "", legend: bool = True)
 
 @contextmanager
 def _figure(height_in: float) -> Iterator[tuple[Figure, list[str]]]:
-    """A figure in the report's style; its SVG is appended to the list when the block ends."""
+    """Create a figure in the report's style. Its SVG is appended to the list when the block ends."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -232,7 +232,7 @@ def _figure(height_in: float) -> Iterator[tuple[Figure, list[str]]]:
         "ytick.color": MUTED,
         "xtick.major.size": 3,
         "ytick.major.size": 0,
-        # Identifiers inside one page must differ between its figures.
+        # SVG ids must be unique within the page.
         "svg.hashsalt": f"nemo-rl-{height_in}",
     }
     output: list[str] = []
@@ -245,7 +245,7 @@ def _figure(height_in: float) -> Iterator[tuple[Figure, list[str]]]:
 
 
 def _for_page(svg: str) -> str:
-    """Only the svg element, as wide as its container, with the page's fonts."""
+    """Extract the svg element and make it as wide as its container."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', svg, count=1, flags=re.DOTALL)

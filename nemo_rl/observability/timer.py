@@ -1,7 +1,7 @@
-"""Where the time goes: phases of a step, and a time line of the start-up over all processes.
+"""Measures the phases of a step, and records a timeline of the start-up over all processes.
 
-`Timer` sums durations within one process. `Timeline` keeps intervals with wall-clock stamps in a file, one JSON object
-per line, which several processes and several lives of a run may append to.
+`Timer` sums durations within one process. `Timeline` appends intervals with wall-clock timestamps to a JSONL file,
+which several processes and several starts of a run can share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 from nemo_rl.utils.jsonl import append_text, read_jsonl
 
 TIMELINE_FILE = "timeline.jsonl"
-# An event of this name, of no duration, ends the start-up.
+# The event with this name and zero duration ends the start-up.
 FIRST_STEP = "first step"
 
 DRIVER = "driver"
@@ -29,8 +29,15 @@ DRIVER = "driver"
 class Timer:
     """Sums the durations of named phases. Phases may be nested and repeated; a duration includes nested phases.
 
-    By convention the whole is called "step" or "validation", and a part of another part is named with a slash
-    ("generation/prefill"), so that the phases without a slash add up to the whole. Not for several threads.
+    By convention, the total is named "step" or "validation", and a part of a phase has a slash in its name
+    ("generation/prefill"). Phases without a slash add up to the total. Not thread-safe.
+
+    Example:
+        >>> timer = Timer()
+        >>> with timer.phase("generation"):
+        ...     pass
+        >>> list(timer.metrics())
+        ['timing/generation_s']
     """
 
     def __init__(self) -> None:
@@ -39,10 +46,10 @@ class Timer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time spent in the block for `name`, also when the block raises.
+        """Add the duration of the block to `name`, also if the block raises.
 
         Raises:
-            ValueError: the phase `name` is already open, so that its time would count twice.
+            ValueError: the phase `name` is already open, so its time would count twice.
         """
         if name in self._open:
             raise ValueError(f"phase {name!r} is already open: {' > '.join(self._open)}")
@@ -53,30 +60,30 @@ class Timer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - self._open.pop(name)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per phase since the last reset, in the order of their first end. Open phases are not in it."""
+        """Return the seconds per phase since the last reset, in the order of their first end, without open phases."""
         return dict(self._seconds)
 
     def metrics(self) -> dict[str, float]:
-        """The same under the names that metrics use: `timing/<phase>_s`."""
+        """Return the seconds per phase as metrics, named `timing/<phase>_s`."""
         return {f"timing/{name}_s": seconds for name, seconds in self._seconds.items()}
 
     def reset(self) -> None:
-        """Forget the sums. Phases that are open go on and count from their start."""
+        """Reset the sums. Open phases continue and count from their start."""
         self._seconds.clear()
 
 
 @dataclass(frozen=True)
 class TimelineEvent:
-    """One interval.
+    """Describes an interval of a process.
 
     Attributes:
-        name: what was done, such as "import torch".
-        process: who did it: "driver", or a worker's name.
+        name: the activity, such as "import torch".
+        process: "driver", or the name of a worker.
         node: host name.
-        start: seconds since the epoch.
-        end: the same; equal to `start` for an instant.
-        life: which life of the run, counted from 1: a resumed run starts up again.
-        waits: the process did nothing itself, but waited for what other processes did meanwhile.
+        start: Unix time in seconds.
+        end: Unix time in seconds; equal to `start` for an instant.
+        life: number of the start of the run, counted from 1. A resumed run starts again.
+        waits: whether the process only waited for other processes.
     """
 
     name: str
@@ -94,21 +101,28 @@ class TimelineEvent:
 
 
 class PhaseListener(Protocol):
-    """Is told about phases while they run; may be called from several threads."""
+    """Receives the start and end of phases. May be called from several threads."""
 
     def phase_started(self, name: str, process: str) -> None:
-        """The phase begins."""
+        """Handle the start of a phase."""
 
     def phase_ended(self, name: str, process: str, duration_s: float) -> None:
-        """The phase is over, well or not."""
+        """Handle the end of a phase, with or without an error."""
 
 
 class Timeline:
-    """The time line in `directory/timeline.jsonl`, as the driver writes it. Thread-safe.
+    """Records the timeline of a run in `directory/timeline.jsonl`. Used by the driver; thread-safe.
 
-    Workers measure their own phases as `TimelineEvent`s, hand them to the driver with their other results, and the
-    driver adds them with `extend`. Stamps of other hosts are as good as their clocks agree. Driver threads that work
-    side by side take different process names ("driver", "driver: inputs").
+    Workers measure their phases as `TimelineEvent`s and return them to the driver, which adds them with `extend`. The
+    timestamps of different hosts are comparable as far as their clocks agree. Concurrent threads of the driver use
+    different process names ("driver", "driver: inputs").
+
+    Example::
+
+        timeline = Timeline(directory)
+        with timeline.phase("load data"):
+            dataset = load_dataset()
+        timeline.mark_first_step()
     """
 
     def __init__(self, directory: Path, listener: PhaseListener | None = None) -> None:
@@ -118,7 +132,7 @@ class Timeline:
 
     @contextlib.contextmanager
     def phase(self, name: str, process: str = DRIVER, waits: bool = False) -> Iterator[None]:
-        """Record the block as one event, also when it raises. `waits`: see `TimelineEvent`."""
+        """Record the block as one event, also if it raises. See `TimelineEvent` for `waits`."""
         start = time.time()
         if self._listener is not None:
             self._listener.phase_started(name, process)
@@ -131,16 +145,16 @@ class Timeline:
                 self._listener.phase_ended(name, process, end - start)
 
     def record(self, name: str, start: float, end: float, process: str = DRIVER, node: str | None = None) -> None:
-        """Add one event of this life."""
+        """Add one event of the current start."""
         self.extend([TimelineEvent(name, process, node or socket.gethostname(), start, end)])
 
     def mark_first_step(self) -> None:
-        """The start-up is over."""
+        """Record the end of the start-up."""
         now = time.time()
         self.record(FIRST_STEP, now, now)
 
     def record_process_start(self) -> None:
-        """Add what happened before anybody could measure it: `uv run` until Python started, and imports until now."""
+        """Add the events before this call: `uv run` until Python started, and the imports until now."""
         process = psutil.Process()
         started = process.create_time()
         parent = process.parent()
@@ -150,13 +164,13 @@ class Timeline:
         self.record("Python and imports", started, time.time())
 
     def extend(self, events: Iterable[TimelineEvent]) -> None:
-        """Add events, of workers for instance, to this life."""
+        """Add events, for example of workers, to the current start."""
         lines = "".join(json.dumps({**asdict(event), "life": self.life}) + "\n" for event in events)
         append_text(self._path, lines)
 
 
 def read_timeline(directory: Path) -> list[TimelineEvent]:
-    """All events in the directory, oldest first; a line that a killed writer left incomplete is skipped."""
+    """Read all events of a run directory, sorted by start. Incomplete lines of killed writers are skipped."""
     events = []
     for record in read_jsonl(directory / TIMELINE_FILE):
         with contextlib.suppress(TypeError):

@@ -1,6 +1,6 @@
-"""Data pipelines whose stages may need different versions of the same library. See docs/pipelines.md.
+"""Runs data pipelines whose stages may need different versions of the same library. See docs/pipelines.md.
 
-The names below are loaded when they are used: a stage's worker needs only a few of them.
+The names below are imported on first use, because a stage's worker needs only a few of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from nemo_rl.pipelines.tasks import DocumentBatch, EmptyTask, FileGroupTask, StagePerf, Task
 
-_PLACES = {
+_NAMES_OF_MODULE = {
     "nemo_rl.pipelines.executors.actor_pool": ("RayActorPoolExecutor",),
     "nemo_rl.pipelines.executors.base": ("Executor",),
     "nemo_rl.pipelines.executors.ray_data": ("RayDataExecutor",),
@@ -46,7 +46,7 @@ _PLACES = {
     ),
     "nemo_rl.pipelines.tasks": ("DocumentBatch", "EmptyTask", "FileGroupTask", "StagePerf", "Task"),
 }
-_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 
 __all__ = [
     "ANY_COLUMN",
@@ -73,6 +73,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACE_OF:
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACE_OF[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)

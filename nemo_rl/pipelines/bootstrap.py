@@ -1,7 +1,8 @@
-"""The process of a stage's worker, before this package can be imported there. Always pickled by value.
+"""Starts a stage's worker before this package can be imported in its process. Always pickled by value.
 
-The driver's own modules are found through the driver's search path, which comes last here: it cannot hide a package of
-the stage's venv. (Ray passes on the script's directory only.) Imports nothing but the standard library at the top.
+The worker finds the driver's own modules through the driver's search path. Its entries are appended to `sys.path`, so
+they cannot hide a package of the stage's venv. (Ray passes on only the directory of the driver's script.) At the top,
+this module imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 
 def extend_search_path(entries: list[str]) -> None:
-    """Append what is not there yet."""
+    """Append the entries that `sys.path` does not have yet."""
     sys.path += [entry for entry in entries if entry not in sys.path]
 
 
 def end_when_orphaned() -> None:
-    """End this process when its parent, Ray's raylet, has ended; for workers that other threads keep alive then."""
+    """Exit this process when its parent, Ray's raylet, exits. For workers whose own threads would keep them alive."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -32,7 +33,7 @@ def end_when_orphaned() -> None:
 
 
 class StageWorker:
-    """Runs one stage: a Ray actor of the actor pool, and what the other executors wrap."""
+    """Runs one stage. The actor pool uses it as a Ray actor; the other executors wrap it."""
 
     def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
         self._began = time.monotonic()
@@ -47,12 +48,12 @@ class StageWorker:
         self._runner = StageRunner(cloudpickle.loads(payload))
 
     def start(self) -> float:
-        """Set the stage up; returns the seconds since this object was made, imports included."""
+        """Set the stage up. Returns the seconds since this object was created, including imports."""
         self._runner.start()
         return time.monotonic() - self._began
 
     def run(self, *groups: list[Any]) -> Iterator[Any]:
-        """Yield the groups that `groups` become, and at the end how many tasks each holds."""
+        """Process the tasks of `groups`. Yields groups of results, then a list with the number of tasks in each."""
         sizes = []
         for output in self._runner.run([item for group in groups for item in group]):
             sizes.append(len(output))
@@ -72,7 +73,7 @@ class StageWorker:
 
 
 class DataStage:
-    """A stage as a callable class of Ray Data: a batch holds rows, and a row a pickled group of tasks."""
+    """Runs a stage as a callable class for Ray Data. Each row of a batch holds a pickled group of tasks."""
 
     def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
         self._worker = StageWorker(payload, search_path, env_vars)
@@ -80,7 +81,7 @@ class DataStage:
         try:
             self._worker.start()
         except Exception as error:
-            # Ray would turn it into text, and the worker's death into the news.
+            # Raised in __call__: an error in the constructor would reach the driver as text, behind an actor death.
             self._failed_start = error
 
     def __call__(self, batch: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Tasks that failed, kept with their input and traceback: nothing is lost, nothing is silently dropped."""
+"""Stores tasks that failed, with their input and traceback."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.errors import ResumeError
-from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.spool import dumps
 from nemo_rl.pipelines.tasks import Task
+from nemo_rl.pipelines.trusted_files import read_trusted
 from nemo_rl.utils.files import write_atomically
 
 FAILED_DIR = "failed"
@@ -24,13 +24,16 @@ _RECORDS = "*/*.json"
 
 @dataclass(frozen=True)
 class FailedTask:
-    """One task that was set aside.
+    """Describes one task that was set aside.
 
     Attributes:
-        stage, task_id, error, traceback: as they were.
-        lineage: where in the run's input the task came from.
-        attempts: how often it was tried.
-        path: of the file with all this as JSON; the task itself lies beside it.
+        stage: name of the stage that failed.
+        task_id: id of the stage's input.
+        lineage: position in the run's input that the task came from.
+        error: class and message of the exception.
+        traceback: its traceback as text.
+        attempts: how often the task was tried.
+        path: JSON file with these fields. The pickled task is beside it.
     """
 
     stage: str
@@ -42,20 +45,22 @@ class FailedTask:
     path: Path
 
     def load(self) -> Task[Any]:
-        """The stage's input, for another try with `Pipeline.run(initial_tasks=...)`.
+        """Load the stage's input, for example to retry it with `Pipeline.run(initial_tasks=...)`.
 
         Raises:
-            PipelineError: another user could have written it.
+            PipelineError: another user could have written the file.
         """
-        return pickle.loads(read_own(self.path.with_suffix(".task")))
+        return pickle.loads(read_trusted(self.path.with_suffix(".task")))
 
 
 def write_failure(directory: Path, record: Mapping[str, Any], task: Task[Any], place: Sequence[int]) -> Path:
-    """Keep a failure below `directory/<stage>`; the record appears last, and only whole.
+    """Write a failure to `directory/<stage>`: first the task, then the record. Returns the record's path.
 
     Args:
-        record: as `FailedTask`.
-        place: the segment and the task's key in it.
+        directory: the run's `failed` directory.
+        record: the fields of `FailedTask`.
+        task: the stage's input.
+        place: the segment's number, followed by the task's key in it.
     """
     path = stage_directory(directory, record["stage"]) / f"{record['lineage']}.json"
     write_atomically(path.with_suffix(".task"), dumps(task), private=True)
@@ -63,26 +68,31 @@ def write_failure(directory: Path, record: Mapping[str, Any], task: Task[Any], p
     return path
 
 
-def withdraw_failures(directory: Path, segment: int, gone: Callable[[], Set[tuple[int, ...]]]) -> None:
-    """Forget failures of a segment whose tasks went through after all: in a later attempt, or on another worker.
+def withdraw_failures(directory: Path, segment: int, removed_keys: Callable[[], Set[tuple[int, ...]]]) -> None:
+    """Delete the failures of a segment whose tasks succeeded later, in another attempt or on another worker.
 
     Args:
-        gone: gives the keys of the tasks that are not in the segment's result.
+        directory: the run's `failed` directory.
+        segment: the segment's number.
+        removed_keys: returns the keys of the tasks that are not in the segment's result.
     """
     recorded = [(path, tuple(_content(path)["place"])) for path in sorted(directory.glob(_RECORDS))]
-    ours = [(path, key) for path, (number, *key) in recorded if number == segment]
-    final = gone() if ours else set()
-    for path, key in ours:
-        if tuple(key) not in final:
+    in_segment = [(path, key) for path, (number, *key) in recorded if number == segment]
+    removed = removed_keys() if in_segment else set()
+    for path, key in in_segment:
+        if tuple(key) not in removed:
             path.unlink()
             path.with_suffix(".task").unlink(missing_ok=True)
 
 
 def write_records(directory: Path, stage: str, lineages: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Path:
-    """Keep records of tasks that themselves go on, such as broken lines of a file.
+    """Write records that a stage set aside while its task continued, such as broken lines of a file.
 
     Args:
-        lineages: of the tasks of one call; records of another call, with other tasks, are kept beside them.
+        directory: the run's `failed` directory.
+        stage: name of the stage.
+        lineages: lineages of the tasks of one call. They name the file, so each call has its own.
+        records: JSON objects.
     """
     name = lineages[0]
     if len(lineages) > 1:
@@ -94,19 +104,26 @@ def write_records(directory: Path, stage: str, lineages: Sequence[str], records:
 
 
 def failed_tasks(run_dir: str | os.PathLike[str]) -> list[FailedTask]:
-    """The tasks that a run set aside.
+    """Return the tasks that a run set aside.
 
     Raises:
-        ResumeError: there is no such run directory.
+        ResumeError: `run_dir` does not exist.
+
+    Example::
+
+        failed = failed_tasks("results/curation")
+        for task in failed:
+            print(task.stage, task.task_id, task.error)
+        Pipeline("retry", stages=[...]).run(initial_tasks=[task.load() for task in failed])
     """
     root = Path(run_dir)
     if not root.is_dir():
-        raise ResumeError(f"{root} is no run directory")
+        raise ResumeError(f"{root} is not a run directory: it does not exist")
     return list(_read(root / FAILED_DIR))
 
 
 def stage_directory(directory: Path, stage: str) -> Path:
-    """Where a stage's failures are kept."""
+    """Return the directory of a stage's failures."""
     return directory / re.sub(r"[^\w.-]+", "_", stage)
 
 

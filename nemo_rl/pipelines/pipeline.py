@@ -1,21 +1,21 @@
-"""Pipelines: stages in a row, each in the Python that it asks for, in one job.
+"""Defines pipelines: sequences of stages that run in one job, each in the Python that it asks for.
 
 ::
 
     Pipeline.run ─▶ check names, needs, runtime_envs          nothing has been started
-                 ─▶ stages that run in the driver list what there is to do
+                 ─▶ run the leading stages in the driver       they list the input
                  ─▶ Ray, resources                             (a finished run returns before this)
-                 ─▶ all stages' venvs made ready, in parallel  by the venv engine; sealed and kept
+                 ─▶ build all stages' venvs in parallel        with the venv engine; sealed and reused
                  ─▶ segments ─▶ results in the order of the input
 
     stages:    [list files]  read  repair  sign │ remove duplicates │ verify  write
     segments:   in driver    executor           │ one worker        │ executor
                                                  a GatherStage sees all tasks
 
-Within a segment an executor moves tasks from stage to stage. What happens to a task is decided in one place, the
-`StageRunner` in the stage's worker, so that all executors give the same result. Every task has a key that says where it
-came from; keys put results in order, name a writer's shards, and let a repeated piece of work replace itself instead of
-appearing twice. With a run directory what became of every task is recorded on disk, and a run that was killed goes on.
+Within a segment, an executor moves tasks from stage to stage. The `StageRunner` in the stage's worker decides what a
+task becomes, so all executors give the same result. Every task has a key that records its origin. Keys order the
+results and name a writer's shards, so repeated work replaces its earlier output instead of duplicating it. With a run
+directory, the outcome of every task is recorded on disk, and a run that was killed can be resumed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,21 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """Stages in a row.
+    """Runs tasks through a sequence of stages.
+
+    Example::
+
+        stages = [JsonlReader("raw.jsonl"), TextFilter("text", min_chars=20), JsonlWriter("out")]
+        pipeline = Pipeline("clean", stages=stages)
+        print(pipeline.describe())
+        results = pipeline.run(run_dir="results/clean")
 
     Args:
-        name: for messages and the run's record.
-        description: for people.
+        name: shown in messages and stored in the run's record.
+        description: free text for `describe`.
         stages: `ProcessingStage`s, `CompositeStage`s, or functions of one task.
-        runtime_env: for all stages but those that run in the driver; a stage's own comes on top of it.
+        runtime_env: fields of Ray's `RuntimeEnv` for all stages, except those that run in the driver. A stage's own
+            `runtime_env` takes precedence.
     """
 
     def __init__(
@@ -58,12 +66,12 @@ class Pipeline:
         self.runtime_env = runtime_env
 
     def add_stage(self, stage: Any) -> Self:
-        """Append a stage; returns the pipeline."""
+        """Append a stage and return the pipeline."""
         self.stages.append(stage)
         return self
 
     def describe(self) -> str:
-        """The pipeline as text: every stage with what it needs, adds, holds and runs in."""
+        """Return the pipeline as text: the inputs, outputs, resources and Python of each stage."""
         lines = [f"Pipeline {self.name!r}" + (f": {self.description}" if self.description else "")]
         for number, stage in enumerate(expanded(self.stages), start=1):
             resources = stage.resources
@@ -96,51 +104,56 @@ class Pipeline:
         max_retries: int = 0,
         progress: ProgressListener | None = None,
     ) -> list[Task[Any]]:
-        """Run the pipeline; returns what leaves the last stage, in the order of the input.
+        """Run the pipeline and return the results of the last stage, in the order of the input.
 
         Args:
-            executor: default: `RayActorPoolExecutor()`.
-            initial_tasks: default: one `EmptyTask`.
-            run_dir: keeps what the run must not lose. The same call with the same directory goes on where a run that
-                was killed stopped, and returns the result of one that is finished. On several nodes it must be on a
-                file system that all of them share.
-            on_failure: what to do when a task still raises after its retries: "stop", or "set_aside" to go on and keep
-                the task with its traceback in `run_dir/failed`. Default: "set_aside" with a run_dir, else "stop". A
-                `GatherStage` that raises always ends the run.
-            max_retries: for stages that do not say themselves.
+            executor: defaults to `RayActorPoolExecutor()`.
+            initial_tasks: defaults to one `EmptyTask`.
+            run_dir: directory for the run's state. The same call with the same directory resumes a run that was killed,
+                and returns the result of a run that is finished. With several nodes, it must be on a file system that
+                all of them share.
+            on_failure: what to do with a task that still raises after its retries. "stop" ends the run. "set_aside"
+                stores the task and its traceback in `run_dir/failed` and continues. Defaults to "set_aside" with a
+                `run_dir`, else to "stop". A `GatherStage` that raises always ends the run.
+            max_retries: retries per task, for stages that do not set `max_retries`.
             progress: called every few seconds with the state of all stages.
 
         Raises:
-            PipelineDefinitionError, RuntimeEnvError: the stages do not go together. Nothing has been started.
+            PipelineDefinitionError, RuntimeEnvError: the stages do not fit together. Nothing has been started.
             ResumeError: `run_dir` belongs to another run.
-            ResourceInsufficientError, VenvError, ClusterError: the cluster, or a stage's Python, cannot be had. No
-                task has run.
-            DataError: an input or output cannot be used.
+            ResourceInsufficientError, VenvError, ClusterError: the cluster lacks resources, or a stage's Python cannot
+                be provided. No task has run.
+            DataError: an input cannot be read, or an output cannot be written.
             StageError: a stage failed.
         """
+        from nemo_rl.pipelines.executors.actor_pool import RayActorPoolExecutor
         from nemo_rl.pipelines.io.overlaps import refuse_overlaps, refuse_process_memory
-        from nemo_rl.pipelines.run import RunOptions, run_pipeline
+        from nemo_rl.pipelines.run import RunRequest, run_pipeline
 
         if on_failure == "set_aside" and run_dir is None:
-            raise PipelineDefinitionError("on_failure='set_aside' needs a run_dir: failed tasks are kept there")
+            raise PipelineDefinitionError("on_failure='set_aside' needs a run_dir, where failed tasks are stored")
         if on_failure not in (None, "stop", "set_aside"):
             raise PipelineDefinitionError(f"on_failure must be 'stop' or 'set_aside', not {on_failure!r}")
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
-            raise PipelineDefinitionError(f"max_retries must be a whole number of at least 0, not {max_retries!r}")
+            raise PipelineDefinitionError(f"max_retries must be an integer of at least 0, not {max_retries!r}")
         tasks: list[Task[Any]] = [EmptyTask()] if initial_tasks is None else list(initial_tasks)
         for task in tasks:
             if not isinstance(task, Task):
-                raise PipelineDefinitionError(f"initial_tasks holds {task!r}, which is no Task")
-        options = RunOptions(
+                raise PipelineDefinitionError(f"initial_tasks holds {task!r}, which is not a Task")
+        stages = expanded(self.stages)
+        lacking = [stage.name for stage in stages if stage.needs_run_dir()] if run_dir is None else []
+        if lacking:
+            raise PipelineDefinitionError(f"stage {lacking[0]!r} sets records aside and needs a run_dir to store them")
+        refuse_process_memory(stages)
+        refuse_overlaps(stages, run_dir)
+        request = RunRequest(
+            name=self.name,
+            stages=stages,
+            runtime_env=self.runtime_env,
+            executor=executor or RayActorPoolExecutor(),
             run_dir=run_dir,
             on_failure=on_failure or ("stop" if run_dir is None else "set_aside"),
             max_retries=max_retries,
             progress=progress,
         )
-        stages = expanded(self.stages)
-        keeps = [stage.name for stage in stages if stage.needs_run_dir()] if run_dir is None else []
-        if keeps:
-            raise PipelineDefinitionError(f"stage {keeps[0]!r} sets records aside and needs a run_dir to keep them")
-        refuse_process_memory(stages)
-        refuse_overlaps(stages, run_dir)
-        return run_pipeline(self, stages, executor, tasks, options)
+        return run_pipeline(request, tasks)

@@ -1,7 +1,7 @@
-"""From a list of stages to stages that can run: checked, and every Python ready.
+"""Checks a pipeline's stages and provides their Pythons, before the first task runs.
 
-Three steps, each before the next costs anything: `checked_stages` looks at nothing but the stages, `checked_cluster`
-at what the nodes have, and `planned_stages` makes all venvs ready, in parallel, before the first task.
+The steps run from cheap to expensive: `checked_stages` needs only the stages, `checked_cluster` compares them with the
+resources of the nodes, and `planned_stages` builds all venvs in parallel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, merged_
 from nemo_rl.errors import PipelineDefinitionError, ResourceInsufficientError, VenvError
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, driver_search_path
 from nemo_rl.pipelines.runner import StageJob
-from nemo_rl.pipelines.stage import ANY_COLUMN, AnyStage, GatherStage, ProcessingStage, Resources, useless_attributes
+from nemo_rl.pipelines.stage import (
+    ANY_COLUMN,
+    AnyStage,
+    GatherStage,
+    ProcessingStage,
+    Resources,
+    unsupported_attributes,
+)
 from nemo_rl.pipelines.tasks import DocumentBatch, Task
 from nemo_rl.venvs import VenvPlan, plan, spec_from_runtime_env
 
@@ -38,20 +45,21 @@ _GPU_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,n
 _GPU_QUERY_TIMEOUT_S = 60.0
 
 
-# --- what needs nothing but the stages ----------------------------------------------------------------------------
+# --- checks of the stages alone ------------------------------------------------------------------------------------
 
 
 def checked_stages(
     stages: Sequence[AnyStage], initial_tasks: Sequence[Task[Any]], runtime_env: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """Check what can be checked without a cluster.
+    """Check everything that needs no cluster.
 
     Returns:
-        Each stage's `runtime_env` fields, with the pipeline's below them.
+        The `runtime_env` fields of each stage, merged with the pipeline's.
 
     Raises:
-        PipelineDefinitionError: no stages, equal names, wrong attributes, or a need that nothing before a stage meets.
-        RuntimeEnvError: an unknown, malformed or clashing field.
+        PipelineDefinitionError: there are no stages, two stages share a name, an attribute is invalid, or no earlier
+            stage provides an input of a stage.
+        RuntimeEnvError: a field is unknown, malformed, or conflicts with another field.
     """
     if not stages:
         raise PipelineDefinitionError("the pipeline has no stages: add_stage(...)")
@@ -70,11 +78,11 @@ def checked_stages(
         if stage.runs_in_driver:
             raise PipelineDefinitionError(f"stage {stage.name!r} runs in the driver and must come first")
     _check_needs(stages, initial_tasks)
-    whole = checked_runtime_env(runtime_env, "runtime_env of the pipeline")
+    pipeline_fields = checked_runtime_env(runtime_env, "runtime_env of the pipeline")
     result = []
     for stage in stages:
         where = f"runtime_env of stage {stage.name!r}"
-        fields = merged_runtime_env(whole, checked_runtime_env(stage.runtime_env, where))
+        fields = merged_runtime_env(pipeline_fields, checked_runtime_env(stage.runtime_env, where))
         check_values(fields, where)
         result.append(fields)
     return result
@@ -82,19 +90,21 @@ def checked_stages(
 
 def _check_attributes(stage: AnyStage) -> None:
     if not isinstance(stage.name, str) or not stage.name.strip():
-        raise PipelineDefinitionError(f"{type(stage).__name__} has the name {stage.name!r}: expected a text")
+        raise PipelineDefinitionError(
+            f"{type(stage).__name__} has the name {stage.name!r}: expected a non-empty string"
+        )
     what = f"stage {stage.name!r}"
     if not isinstance(stage.resources, Resources):
         raise PipelineDefinitionError(f"{what}: resources must be Resources(...), not {stage.resources!r}")
     for name, least in (("batch_size", 1), ("num_workers", 1), ("max_retries", 0)):
         value = getattr(stage, name)
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not is_whole and (value is not None or name == "batch_size"):
-            raise PipelineDefinitionError(f"{what}: {name} must be a whole number of at least {least}, not {value!r}")
-    for name, harmless in useless_attributes(stage).items():
-        if getattr(stage, name) not in harmless:
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not is_valid and (value is not None or name == "batch_size"):
+            raise PipelineDefinitionError(f"{what}: {name} must be an integer of at least {least}, not {value!r}")
+    for name, defaults in unsupported_attributes(stage).items():
+        if getattr(stage, name) not in defaults:
             kind = "a stage that runs in the driver" if stage.runs_in_driver else "a GatherStage"
-            raise PipelineDefinitionError(f"{what}: {name}={getattr(stage, name)!r} means nothing for {kind}")
+            raise PipelineDefinitionError(f"{what}: {name}={getattr(stage, name)!r} is not supported by {kind}")
     base = GatherStage if isinstance(stage, GatherStage) else ProcessingStage
     methods = ("process_all",) if base is GatherStage else ("process", "process_batch")
     if all(getattr(type(stage), method) is getattr(base, method) for method in methods):
@@ -113,39 +123,39 @@ def _check_needs(stages: Sequence[AnyStage], initial_tasks: Sequence[Task[Any]])
         if ANY_COLUMN not in columns:
             lacking += [f"column {name!r}" for name in needed_columns if name not in columns]
         if lacking:
-            there = ", ".join(sorted(columns)) or "no columns"
+            available = ", ".join(sorted(columns)) or "no columns"
             raise PipelineDefinitionError(
-                f"stage {stage.name!r} needs the {lacking[0]}, which nothing before it produces (there: {there})"
+                f"stage {stage.name!r} needs the {lacking[0]}, which no earlier stage produces (available: {available})"
             )
-        made_attributes, made_columns = _declared(stage, "outputs")
-        attributes |= set(made_attributes)
-        columns |= set(made_columns)
+        new_attributes, new_columns = _declared(stage, "outputs")
+        attributes |= set(new_attributes)
+        columns |= set(new_columns)
 
 
 def _declared(stage: AnyStage, which: str) -> tuple[list[str], list[str]]:
     value = getattr(stage, which)()
-    right = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, list) for part in value)
-    if not right:
+    is_pair_of_lists = isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, list) for part in value)
+    if not is_pair_of_lists:
         raise PipelineDefinitionError(
             f"stage {stage.name!r}: {which}() must return (list of task attributes, list of columns), not {value!r}"
         )
     return value
 
 
-# --- what the nodes have -----------------------------------------------------------------------------------------
+# --- resources of the nodes ---------------------------------------------------------------------------------------
 
 
 def cluster_totals() -> Cluster:
-    """CPUs and GPUs of all alive nodes."""
+    """Return the CPUs and GPUs of all alive nodes."""
     nodes = alive_nodes()
     return Cluster(*(sum(node.total.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")))
 
 
 def checked_cluster(stages: Sequence[AnyStage]) -> list[tuple[float, float]]:
-    """The CPUs and GPUs of one worker of each stage.
+    """Return the CPUs and GPUs of one worker of each stage.
 
     Raises:
-        ResourceInsufficientError: no node has room for a stage's worker.
+        ResourceInsufficientError: no node is large enough for a stage's worker.
     """
     gpu_gb = _gpu_memory_gb() if any(stage.resources.gpu_memory_gb for stage in stages) else None
     nodes = alive_nodes()
@@ -155,9 +165,9 @@ def checked_cluster(stages: Sequence[AnyStage]) -> list[tuple[float, float]]:
         gpus = wanted.gpus
         if wanted.gpu_memory_gb:
             if gpu_gb is None or wanted.gpu_memory_gb > gpu_gb:
-                there = "there is no GPU" if gpu_gb is None else f"the smallest GPU has {gpu_gb:.0f} GB"
+                limit = "the cluster has no GPU" if gpu_gb is None else f"the smallest GPU has {gpu_gb:.0f} GB"
                 raise ResourceInsufficientError(
-                    f"stage {stage.name!r} asks for {wanted.gpu_memory_gb:g} GB of a GPU's memory; {there}"
+                    f"stage {stage.name!r} asks for {wanted.gpu_memory_gb:g} GB of a GPU's memory; {limit}"
                 )
             gpus = round(wanted.gpu_memory_gb / gpu_gb, 4)
         if not any(n.total.get("CPU", 0) >= wanted.cpus and n.total.get("GPU", 0) >= gpus for n in nodes):
@@ -171,17 +181,17 @@ def checked_cluster(stages: Sequence[AnyStage]) -> list[tuple[float, float]]:
 
 
 def _gpu_memory_gb() -> float | None:
-    """The memory of the cluster's smallest GPU; None when there is no GPU."""
+    """Return the memory of the cluster's smallest GPU, or None without GPUs."""
     with_gpus = [node for node in alive_nodes() if node.total.get("GPU", 0) > 0]
     sizes: list[float] = []
-    for node, answer in ask_nodes(_gpu_memory_here, with_gpus, timeout_s=_GPU_QUERY_TIMEOUT_S):
+    for node, answer in ask_nodes(_local_gpu_memory_gb, with_gpus, timeout_s=_GPU_QUERY_TIMEOUT_S):
         if isinstance(answer, RayError):
-            raise ResourceInsufficientError(f"cannot ask node {node.address} about its GPUs: {answer}") from answer
+            raise ResourceInsufficientError(f"cannot query the GPUs of node {node.address}: {answer}") from answer
         sizes += answer
     return min(sizes, default=None)
 
 
-def _gpu_memory_here() -> list[float]:
+def _local_gpu_memory_gb() -> list[float]:
     output = subprocess.run(_GPU_QUERY, capture_output=True, text=True, check=True).stdout
     return [float(line) * 2**20 / 1e9 for line in output.split("\n") if line.strip()]
 
@@ -195,13 +205,19 @@ def planned_stages(
     resources: Sequence[tuple[float, float]],
     progress: NodeProgressCallback | None = None,
 ) -> list[PlannedStage]:
-    """Make every stage's Python ready on every node, all at once, and say how Ray starts it.
+    """Build the venvs of all stages on every node in parallel, and return how Ray starts each stage.
+
+    Args:
+        jobs: the stages.
+        fields: the merged `runtime_env` of each stage.
+        resources: CPUs and GPUs of one worker of each stage.
+        progress: called with the progress per node and venv.
 
     Raises:
-        VenvError: a stage's venv cannot be planned, for instance because uv finds no versions that go together; names
-            the stage. No venv has been built then.
-        NodeVenvError: a venv could not be made ready on some node.
-        ClusterError: conda or podman is asked for and missing on a node.
+        VenvError: a stage's venv cannot be planned, for instance because uv finds no compatible versions. The message
+            names the stage. No venv has been built.
+        NodeVenvError: a venv could not be built on a node.
+        ClusterError: a stage asks for conda or podman, and a node lacks it.
     """
     for stage_fields in fields:
         require_tools_on_each_node(stage_fields)
@@ -210,28 +226,28 @@ def planned_stages(
     pythons = ready_pythons({_venv_name(venv_plan): venv_plan for venv_plan in plans.values()}, progress)
     search_path = driver_search_path()
     result = []
-    for job, own, (cpus, gpus) in zip(jobs, fields, resources):
+    for job, stage_fields, (cpus, gpus) in zip(jobs, fields, resources):
         name = job.stage.name
         runtime_env: dict[str, Any] = {}
-        if not own:
+        if not stage_fields:
             env_vars = settings.forwarded()
-        elif ray_chooses_python(own):
-            runtime_env, env_vars = ray_runtime_env(WorkerPython(), own)
+        elif ray_chooses_python(stage_fields):
+            runtime_env, env_vars = ray_runtime_env(WorkerPython(), stage_fields)
         elif name in plans:
-            runtime_env, env_vars = ray_runtime_env(pythons[_venv_name(plans[name])], own)
+            runtime_env, env_vars = ray_runtime_env(pythons[_venv_name(plans[name])], stage_fields)
         else:
-            drivers = WorkerPython(python=sys.executable, activation=activation(sys.executable))
-            runtime_env, env_vars = ray_runtime_env(drivers, own)
+            driver_python = WorkerPython(python=sys.executable, activation=activation(sys.executable))
+            runtime_env, env_vars = ray_runtime_env(driver_python, stage_fields)
         result.append(PlannedStage(job, cpus, gpus, runtime_env, env_vars, search_path))
     return result
 
 
 def _plans(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, VenvPlan]:
-    """Stage -> plan of its venv; equal requests are planned once, different ones at the same time."""
+    """Plan the venv of each stage that asks for one. Equal requests are planned once, different ones in parallel."""
     specs = {
-        name: spec_from_runtime_env(own, own.get("py_executable") or sys.executable)
-        for name, own in fields.items()
-        if any(field in own for field in _CHOOSES_VENV)
+        name: spec_from_runtime_env(stage_fields, stage_fields.get("py_executable") or sys.executable)
+        for name, stage_fields in fields.items()
+        if any(field in stage_fields for field in _CHOOSES_VENV)
     }
     first_of = {spec: name for name, spec in reversed(specs.items())}
 
@@ -250,7 +266,7 @@ def _plans(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, VenvPlan]:
 
 
 def _venv_name(venv_plan: VenvPlan) -> str:
-    """One name for one request, whichever stage makes it."""
+    """Return a venv name that depends only on the request, so stages with equal requests share the venv."""
     requirements = getattr(venv_plan.spec, "requirements", ())
     readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", line) for line in requirements if not line.startswith("-"))
     digest = hashlib.sha256(str(venv_plan.spec).encode()).hexdigest()[:8]

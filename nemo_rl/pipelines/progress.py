@@ -1,6 +1,6 @@
-"""How far a run is: every worker keeps a small file of counts, which anybody may add up at any time.
+"""Tracks the progress of a run. Each worker writes its counts to a small file; readers add up the files.
 
-One way for all executors, and one that survives the death of a worker and of the driver.
+This works the same for all executors, and the counts survive the death of workers and of the driver.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _RECENT_S = 5.0
 
 @dataclass
 class Dropped:
-    """Documents left out for one reason."""
+    """Counts the documents that were dropped for one reason, with a few examples."""
 
     count: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, count: int, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Count them, and keep a few."""
+        """Add documents, and keep the first few as examples."""
         self.count += count
         for example in examples[: MAX_EXAMPLES - len(self.examples)]:
             self.examples.append({str(k): _shown(v) for k, v in example.items()})
@@ -51,15 +51,18 @@ def _shown(value: Any) -> Any:
 
 @dataclass
 class Counts:
-    """What a worker, or all workers of a stage together, have done: tasks that ran again, because a worker or the run
-    died, count again.
+    """Counts the work of one worker, or of all workers of a stage.
+
+    Tasks that run again, because a worker or the run died, are counted again.
 
     Attributes:
-        tasks_in, tasks_out, items_in, items_out: taken and made.
-        failed: tasks set aside.
-        busy_s, setup_s: seconds in the stage's own code.
-        first, last: Unix time of the first and the last group of tasks; 0 before there was one.
-        num_workers: that have reported.
+        tasks_in, items_in: tasks and items that the stage received.
+        tasks_out, items_out: tasks and items that it returned.
+        failed: tasks that were set aside.
+        busy_s, setup_s: seconds spent in the stage's own code.
+        first, last: Unix time of the first and the last group of tasks; 0 before the first group.
+        num_workers: workers that have reported.
+        dropped: reason -> dropped documents.
     """
 
     tasks_in: int = 0
@@ -85,20 +88,20 @@ class Counts:
 
     @staticmethod
     def from_plain(plain: dict[str, Any]) -> Counts:
-        """From what `asdict` gives."""
+        """Create counts from the result of `asdict`."""
         dropped = {reason: Dropped(**value) for reason, value in plain.pop("dropped").items()}
         return Counts(**plain, dropped=dropped)
 
 
 class WorkerCounts:
-    """The counts of this process for one stage, kept in a file."""
+    """Stores this process's counts for one stage in a file."""
 
     def __init__(self, directory: Path) -> None:
         self.counts = Counts(num_workers=1)
         self._path = directory / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
 
     def save(self) -> None:
-        """Write them; not where the directory has gone since the last time, with the run."""
+        """Write the counts, unless the run's directory has been deleted since the last call."""
         if self.counts.last and not self._path.parent.is_dir():
             return
         now = time.time()
@@ -108,7 +111,7 @@ class WorkerCounts:
 
 
 def read_counts(directory: Path) -> Counts:
-    """The counts of all workers of a stage."""
+    """Add up the counts of all workers of a stage."""
     total = Counts()
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
@@ -118,11 +121,13 @@ def read_counts(directory: Path) -> Counts:
 
 @dataclass(frozen=True)
 class StageProgress:
-    """One stage at one moment.
+    """Describes the progress of one stage at one moment.
 
     Attributes:
-        queued: tasks that the stage before has made and this one has not taken; None for a first stage.
-        tasks_per_s: over the last seconds.
+        stage: name of the stage.
+        counts: the sum over its workers.
+        queued: tasks that the previous stage has returned and this stage has not received; None for the first stage.
+        tasks_per_s: rate over the last few seconds.
     """
 
     stage: str
@@ -143,7 +148,13 @@ ProgressListener = Callable[[list[StageProgress]], None]
 
 
 class ProgressMonitor:
-    """Reads the counts now and then while its block runs, and passes them on. `stages` are (name, directory)."""
+    """Reads the counts periodically while its `with` block runs, logs them and calls the listener.
+
+    Args:
+        stages: the name and the counts directory of each stage.
+        listener: called with the progress of all stages.
+        interval_s: seconds between two reads.
+    """
 
     def __init__(
         self, stages: Sequence[tuple[str, Path]], listener: ProgressListener | None, interval_s: float = 2.0
@@ -165,23 +176,23 @@ class ProgressMonitor:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._tell()
+        self._report()
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_s):
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         progress = self.now()
         for stage in progress:
-            if self._logged.get(stage.stage, Counts()) != stage.counts:  # the others have nothing to tell
+            if self._logged.get(stage.stage, Counts()) != stage.counts:  # log only changes
                 logger.info("%s", stage)
                 self._logged[stage.stage] = stage.counts
         if self._listener is not None:
             self._listener(progress)
 
     def now(self) -> list[StageProgress]:
-        """All stages as they are now."""
+        """Return the current progress of all stages."""
         counts = [read_counts(directory) for _, directory in self._stages]
         now = time.monotonic()
         self._history.append((now, [c.tasks_in for c in counts]))

@@ -1,4 +1,4 @@
-"""`report.html`: what a pipeline's run did, on one page, from the files of its run directory."""
+"""Writes `report.html`, a one-page summary of a pipeline run, from the files in its run directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_CHARS = 1200
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage in the report. `share`: of the busiest stage's seconds, in percent."""
+    """Holds one row of the stage table. `share` is the stage's time in percent of the slowest stage's time."""
 
     name: str
     counts: Counts
@@ -40,20 +40,26 @@ class StageRow:
 
 
 def write_report(run_dir: Path, target: Path | None = None, *, title: str = "", summary: str = "") -> Path:
-    """Write the report of a run that has ended; atomically. Returns its path (default: `run_dir/report.html`).
+    """Write the report of a finished run atomically and return its path.
+
+    Args:
+        run_dir: directory of the run.
+        target: file to write; defaults to `run_dir/report.html`.
+        title: defaults to the pipeline's name.
+        summary: text below the title.
 
     Raises:
-        ConfigError: the directory holds no run that has ended.
+        ConfigError: the directory does not hold a run that has ended.
     """
     if not (run_dir / STAGES_FILE).exists():
-        raise ConfigError(f"{run_dir} holds no run of a pipeline that has ended: it has no {STAGES_FILE}")
+        raise ConfigError(f"{run_dir} does not hold a pipeline run that has ended: {STAGES_FILE} is missing")
     path = target or run_dir / REPORT_FILE
     write_atomically(path, render(run_dir, title=title, summary=summary))
     return path
 
 
 def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
-    """The page as text."""
+    """Return the page as HTML."""
     record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     rows = _rows(json.loads((run_dir / STAGES_FILE).read_text(encoding="utf-8")))
     failed = failed_tasks(run_dir)
@@ -76,7 +82,7 @@ def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
         record=record,
         tiles=tiles,
         rows=rows,
-        failed=[_shown(one) for one in failed[:_MAX_FAILURES]],
+        failed=[_failure_row(task) for task in failed[:_MAX_FAILURES]],
         num_failed=len(failed),
         version=nemo_rl.__version__,
         shorten=_shorten,
@@ -89,7 +95,7 @@ def _rows(stages: list[dict[str, Any]]) -> list[StageRow]:
     return [StageRow(name, counts, 100 * counts.busy_s / longest) for name, counts in named]
 
 
-def _shown(failed: FailedTask) -> dict[str, str]:
+def _failure_row(failed: FailedTask) -> dict[str, str]:
     return {"stage": failed.stage, "task": failed.task_id, "error": _shorten(failed.error), "path": str(failed.path)}
 
 

@@ -1,4 +1,4 @@
-"""One run of a pipeline, from its checks to its results; see the picture at the top of `pipeline`."""
+"""Runs a pipeline once, from its checks to its results. The diagram in `pipeline` shows the steps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -31,79 +31,59 @@ from nemo_rl.pipelines.stage import AnyStage, GatherStage
 from nemo_rl.pipelines.tasks import Task
 from nemo_rl.utils.files import write_atomically
 
-if TYPE_CHECKING:
-    from nemo_rl.pipelines.pipeline import Pipeline
-
 logger = logging.getLogger(__name__)
 
-# In the spool of a segment that is done: how many sources it had.
+# File in the spool of a finished segment. Holds the number of its sources.
 _COMPLETE = "complete"
 _MAX_GATHER_ATTEMPTS = 2
-# So many times in a row may workers die before a single further input is done.
-_MAX_VAIN_ATTEMPTS = 3
+# Consecutive attempts in which workers die and no further input is finished.
+_MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """See `Pipeline.run`."""
+class RunRequest:
+    """Holds the arguments of one run. See `Pipeline` and `Pipeline.run`; `stages` are expanded."""
 
+    name: str
+    stages: list[AnyStage]
+    runtime_env: Mapping[str, Any] | None
+    executor: Executor
     run_dir: str | os.PathLike[str] | None
     on_failure: OnFailure
     max_retries: int
     progress: ProgressListener | None
 
 
-def run_pipeline(
-    pipeline: Pipeline,
-    stages: list[AnyStage],
-    executor: Executor | None,
-    tasks: list[Task[Any]],
-    options: RunOptions,
-) -> list[Task[Any]]:
-    """See `Pipeline.run`."""
+def run_pipeline(request: RunRequest, tasks: list[Task[Any]]) -> list[Task[Any]]:
+    """Run the pipeline over `tasks`. See `Pipeline.run`."""
     if not tasks:
         return []
-    fields = checked_stages(stages, tasks, pipeline.runtime_env)
-    executor = _default_executor() if executor is None else executor
-    # The steps in which a run's results are kept must be the same when it is resumed.
-    kind = "stage by stage" if getattr(executor, "stage_by_stage", False) else "streaming"
-    with RunDirectory.opened(options.run_dir, pipeline.name, stages, kind, fields) as directory:
-        for stage in stages:
+    fields = checked_stages(request.stages, tasks, request.runtime_env)
+    # A resumed run must have the same segments, which depend on the kind of executor.
+    kind = "stage by stage" if getattr(request.executor, "stage_by_stage", False) else "streaming"
+    with RunDirectory.opened(request.run_dir, request.name, request.stages, kind, fields) as directory:
+        for stage in request.stages:
             stage.prepare(directory.is_resumed)
         directory.begin()
-        run = _Run(stages, fields, executor, directory, options)
-        results = run.results(tasks)
+        results = _Run(request, fields, directory).results(tasks)
         failed = failed_tasks(directory.path)
         if failed:
             logger.warning("%d tasks failed and were set aside in %s", len(failed), directory.path / FAILED_DIR)
         return results
 
 
-def _default_executor() -> Executor:
-    from nemo_rl.pipelines.executors.actor_pool import RayActorPoolExecutor
-
-    return RayActorPoolExecutor()
-
-
 class _Run:
-    """The state of a run: where it is, and what goes into the next segment."""
+    """Runs the segments of a request, with the state that a run directory holds."""
 
-    def __init__(
-        self,
-        stages: list[AnyStage],
-        fields: list[dict[str, Any]],
-        executor: Executor,
-        directory: RunDirectory,
-        options: RunOptions,
-    ) -> None:
-        self._stages = stages
+    def __init__(self, request: RunRequest, fields: list[dict[str, Any]], directory: RunDirectory) -> None:
+        self._request = request
+        self._stages = request.stages
         self._fields = fields
-        self._executor = executor
+        self._executor = request.executor
         self._directory = directory
-        self._options = options
 
     def results(self, tasks: list[Task[Any]]) -> list[Task[Any]]:
-        """Run everything that is not done yet."""
+        """Run every segment that is not finished."""
         num_in_driver = sum(stage.runs_in_driver for stage in self._stages)
         for index in range(num_in_driver):
             tasks = self._run_in_driver(index, tasks)
@@ -120,10 +100,10 @@ class _Run:
         return [item.task.load() if isinstance(item.task, SpooledTask) else item.task for item in items]
 
     def _segments(self, start: int) -> list[list[int]]:
-        """Consecutive stages that an executor runs together; a gathering stage is a segment of its own.
+        """Return the segments: indices of consecutive stages that an executor runs together.
 
-        An executor that runs one stage after another has no input through all stages before the last one runs. So that
-        a run that is killed need not start anew, each stage is then a segment, whose results are kept.
+        A gathering stage is a segment by itself. An executor that runs stage by stage finishes no input before the last
+        stage runs. In a resumable run, each of its stages is therefore a segment, whose results are stored.
         """
         indices = range(start, len(self._stages))
         if self._directory.resumable and getattr(self._executor, "stage_by_stage", False):
@@ -132,7 +112,7 @@ class _Run:
         return [[index for _, index in group] for _, group in groupby(marked, key=lambda pair: pair[0])]
 
     def _run_in_driver(self, index: int, tasks: list[Task[Any]]) -> list[Task[Any]]:
-        # It runs in every attempt: only the last one counts.
+        # These stages run in every attempt, and only the counts of the last attempt are kept.
         self._directory.clear_segment(counts_directory(self._directory.path, index))
         withdraw_failures(self._directory.path / FAILED_DIR, 0, set)
         runner = StageRunner(self._job(index, 0, spools=False, is_last=False, num_cpus=1.0, on_failure="stop"))
@@ -151,7 +131,7 @@ class _Run:
             segment=segment,
             index=index,
             attempt=self._directory.attempt,
-            max_retries=self._options.max_retries,
+            max_retries=self._request.max_retries,
             on_failure=on_failure,
             spools=spools,
             is_last=is_last,
@@ -161,7 +141,7 @@ class _Run:
     # --- segments -----------------------------------------------------------------------------------------------------
 
     def _spools(self, number: int, segments: list[list[int]]) -> bool:
-        """Whether a segment's results go to disk: to resume the run, or for a gathering stage before or after."""
+        """Return whether a segment's results go to disk: in a resumable run, and before and after a gathering stage."""
         following = segments[number] if number < len(segments) else []
         return self._directory.resumable or self._gathers(segments[number - 1]) or self._gathers(following)
 
@@ -169,42 +149,44 @@ class _Run:
         return bool(segment) and isinstance(self._stages[segment[0]], GatherStage)
 
     def _finished(self, number: int) -> list[Item] | None:
-        """The results of a segment that an earlier attempt finished; else None."""
+        """Return the results of a segment that an earlier attempt finished, else None."""
         num_sources = self._num_sources(number) if self._directory.is_resumed else None
         return None if num_sources is None else self._results(number, num_sources)
 
     def _num_sources(self, number: int) -> int | None:
-        """Of a segment that is done; else None."""
+        """Return the number of sources of a finished segment, else None."""
         path = spool_directory(self._directory.path, number) / _COMPLETE
         return int(path.read_text()) if path.exists() else None
 
     def _finish(self, number: int, num_sources: int) -> list[Item]:
-        """Mark a segment as finished, and forget the one before it."""
+        """Mark a segment as finished, and delete the results of the segment before it."""
         items = self._results(number, num_sources)
-        place = spool_directory(self._directory.path, number)
-        withdraw_failures(self._directory.path / FAILED_DIR, number, lambda: Spool.read(place).gone(num_sources))
-        write_atomically(place / _COMPLETE, str(num_sources))
+        spool_dir = spool_directory(self._directory.path, number)
+        withdraw_failures(
+            self._directory.path / FAILED_DIR, number, lambda: Spool.read(spool_dir).removed_keys(num_sources)
+        )
+        write_atomically(spool_dir / _COMPLETE, str(num_sources))
         self._directory.clear_segment(spool_directory(self._directory.path, number - 1))
         return items
 
     def _results(self, number: int, num_sources: int) -> list[Item]:
-        """Raises `PipelineError` when a source is not accounted for."""
-        place = spool_directory(self._directory.path, number)
-        entries, missing = Spool.read(place).results(num_sources)
+        """Read a segment's results. Raises `PipelineError` when a source is not accounted for."""
+        spool_dir = spool_directory(self._directory.path, number)
+        entries, missing = Spool.read(spool_dir).results(num_sources)
         if missing:
             raise PipelineError(
-                f"{len(missing)} of {num_sources} inputs are not accounted for in {place}. If workers run on other "
-                "nodes, Pipeline.run(run_dir=...) must be on a file system that all of them share; else run the "
-                "pipeline again to go on."
+                f"{len(missing)} of {num_sources} inputs are not accounted for in {spool_dir}. If workers run on "
+                "other nodes, Pipeline.run(run_dir=...) must be on a file system that all nodes share. Otherwise run "
+                "the pipeline again to resume it."
             )
-        return _numbered([SpooledTask.of(entry) for entry in entries])
+        return _numbered([SpooledTask.from_entry(entry) for entry in entries])
 
     def _run_segments(self, segments: list[list[int]], first: int, items: list[Item]) -> list[Item]:
         init_ray()
         cluster = cluster_totals()
         indices = [index for segment in segments[first - 1 :] for index in segment]
         resources = checked_cluster([self._stages[index] for index in indices])
-        self._check_room(segments[first - 1 :], dict(zip(indices, resources)), cluster)
+        self._check_capacity(segments[first - 1 :], dict(zip(indices, resources)), cluster)
         jobs = []
         for number, segment in enumerate(segments[first - 1 :], start=first):
             jobs += [
@@ -214,13 +196,13 @@ class _Run:
                     spools=self._spools(number, segments),
                     is_last=index == segment[-1],
                     num_cpus=cluster.num_cpus,
-                    on_failure=self._options.on_failure,
+                    on_failure=self._request.on_failure,
                 )
                 for index in segment
             ]
         planned = dict(zip(indices, planned_stages(jobs, [self._fields[index] for index in indices], resources)))
-        places = [(self._stages[index].name, counts_directory(self._directory.path, index)) for index in indices]
-        with ProgressMonitor(places, self._options.progress):
+        counts_dirs = [(self._stages[index].name, counts_directory(self._directory.path, index)) for index in indices]
+        with ProgressMonitor(counts_dirs, self._request.progress):
             for number, segment in enumerate(segments[first - 1 :], start=first):
                 if not items:
                     break
@@ -231,9 +213,11 @@ class _Run:
                     items = self._run_segment(number, stages, items, cluster)
         return items
 
-    def _check_room(self, segments: list[list[int]], wanted: dict[int, tuple[float, float]], cluster: Cluster) -> None:
-        """Ask an executor that runs several stages at once whether it can, before the first segment starts."""
-        check = getattr(self._executor, "check_room", None)
+    def _check_capacity(
+        self, segments: list[list[int]], wanted: dict[int, tuple[float, float]], cluster: Cluster
+    ) -> None:
+        """Let an executor that runs several stages at once check the cluster before the first segment starts."""
+        check = getattr(self._executor, "check_capacity", None)
         if check is None:
             return
         for segment in segments:
@@ -241,78 +225,78 @@ class _Run:
                 check([(self._stages[index], wanted[index]) for index in segment], cluster)
 
     def _run_segment(self, number: int, stages: list[PlannedStage], items: list[Item], cluster: Cluster) -> list[Item]:
-        """Run the stages over what is not done, and again over what still is not when workers died."""
+        """Run the stages over the unfinished inputs. If workers die, run them again over what is still unfinished."""
         spools = stages[0].job.spools
-        waiting = self._waiting(number, items) if spools else items
-        num_vain = 0
+        waiting = self._unfinished(number, items) if spools else items
+        num_without_progress = 0
         while True:
             try:
-                found = self._executor.run(self._of_this_attempt(stages), waiting, cluster)
+                results = self._executor.run(self._for_this_attempt(stages), waiting, cluster)
                 break
             except WorkersDied as died:
                 self._directory.next_attempt()
-                before, waiting = waiting, self._waiting(number, items) if spools else items
-                num_vain = num_vain + 1 if len(waiting) == len(before) else 0
-                if num_vain == _MAX_VAIN_ATTEMPTS:
+                before, waiting = waiting, self._unfinished(number, items) if spools else items
+                num_without_progress = num_without_progress + 1 if len(waiting) == len(before) else 0
+                if num_without_progress == _MAX_ATTEMPTS_WITHOUT_PROGRESS:
                     raise died.error from died
                 logger.warning("%s. %d of %d inputs run again", died.error, len(waiting), len(before))
         if spools:
             return self._finish(number, len(items))
-        results = {item.key: item.task for item in found}
-        return _numbered([results[key] for key in sorted(results)])
+        by_key = {item.key: item.task for item in results}
+        return _numbered([by_key[key] for key in sorted(by_key)])
 
-    def _waiting(self, number: int, items: list[Item]) -> list[Item]:
-        """What the spool of a segment does not account for."""
+    def _unfinished(self, number: int, items: list[Item]) -> list[Item]:
+        """Return the inputs that the spool of a segment does not account for."""
         _, missing = Spool.read(spool_directory(self._directory.path, number)).results(len(items))
         if len(missing) < len(items):
-            logger.info("%d of %d inputs were done before", len(items) - len(missing), len(items))
+            logger.info("%d of %d inputs are already done", len(items) - len(missing), len(items))
         return [items[index] for index in missing]
 
-    def _of_this_attempt(self, stages: Sequence[PlannedStage]) -> list[PlannedStage]:
+    def _for_this_attempt(self, stages: Sequence[PlannedStage]) -> list[PlannedStage]:
         return [replace(stage, job=replace(stage.job, attempt=self._directory.attempt)) for stage in stages]
 
-    def _spool_input(self, place: Path, items: list[Item]) -> int:
-        """Put a run's input where a gathering stage reads it; what an attempt that was killed left is made anew."""
-        self._directory.clear_segment(place)
-        writer = SpoolWriter(place, self._directory.attempt)
+    def _spool_input(self, spool_dir: Path, items: list[Item]) -> int:
+        """Write a run's input to the spool that a gathering stage reads. Replaces what a killed attempt wrote there."""
+        self._directory.clear_segment(spool_dir)
+        writer = SpoolWriter(spool_dir, self._directory.attempt)
         writer.write([], items)
         writer.close()
-        write_atomically(place / _COMPLETE, str(len(items)))
+        write_atomically(spool_dir / _COMPLETE, str(len(items)))
         return len(items)
 
     def _gather(self, number: int, stage: PlannedStage, items: list[Item]) -> list[Item]:
-        (stage,) = self._of_this_attempt([stage])
-        place = spool_directory(self._directory.path, number)
+        (stage,) = self._for_this_attempt([stage])
+        spool_dir = spool_directory(self._directory.path, number)
         num_sources = self._num_sources(number - 1)
-        if num_sources is None:  # the first segment: its input is still here
+        if num_sources is None:  # the first segment: its input is not in a spool yet
             num_sources = self._spool_input(spool_directory(self._directory.path, number - 1), items)
         options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
         if stage.runtime_env:
             options["runtime_env"] = stage.runtime_env
         for attempt in range(1, _MAX_GATHER_ATTEMPTS + 1):
-            self._directory.clear_segment(place)
+            self._directory.clear_segment(spool_dir)
             self._directory.clear_segment(stage.job.counts_directory)
             worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
             try:
                 ray.get(worker.start.remote())
                 num_gathered = ray.get(worker.gather.remote(num_sources))
-                with contextlib.suppress(*WORKER_DEATHS):  # it exits by itself
+                with contextlib.suppress(*WORKER_DEATHS):  # the actor exits in close()
                     ray.get(worker.close.remote())
                 return self._finish(number, num_gathered)
             except RayError as error:
-                ours = stage_error(error)
-                if ours is None and isinstance(error, WORKER_DEATHS) and attempt < _MAX_GATHER_ATTEMPTS:
-                    logger.warning("the worker of stage %r died, it runs again: %s", stage.name, error)
+                cause = stage_error(error)
+                if cause is None and isinstance(error, WORKER_DEATHS) and attempt < _MAX_GATHER_ATTEMPTS:
+                    logger.warning("the worker of stage %r died; the stage runs again: %s", stage.name, error)
                     continue
                 text = f"stage {stage.name!r} failed: {error}"
-                raise ours or StageError(text, stage=stage.name) from error
+                raise cause or StageError(text, stage=stage.name) from error
             finally:
                 ray.kill(worker)
         raise AssertionError("unreachable")
 
 
 def _sources(tasks: Sequence[Task[Any]]) -> list[Task[Any]]:
-    """What a run starts from, without touching what it was given: a task of another run has that one's lineage."""
+    """Return copies of the tasks with the lineage of this run. The caller's tasks may be results of another run."""
     result = []
     for index, task in enumerate(tasks):
         frozen = task.frozen()

@@ -1,14 +1,14 @@
-"""Where a run keeps what it must not lose, or a scratch directory that ends with the run.
+"""Stores the state of a run, so that it can be resumed. Without a run directory, the state is temporary.
 
 ::
 
     <run_dir>/
       run.json         name, fingerprint, attempts, state
-      sources.pickle   the tasks that the run started from, and what they are compared by
-      spool/NN/        what became of every task, see `spool`; NN is the segment
+      sources.pickle   the initial tasks of the run and their digests
+      spool/NN/        the outcome of every task of segment NN, see `spool`
       failed/<stage>/  tasks that were set aside, see `failures`
-      progress/NNN/    counts of every worker, see `progress`
-      stages.json      counts per stage, when the run ends
+      progress/NNN/    the counts of every worker, see `progress`
+      stages.json      the counts per stage, written when the run ends
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.errors import ResumeError
-from nemo_rl.pipelines.content import fingerprint, identity
-from nemo_rl.pipelines.own_files import read_own
+from nemo_rl.pipelines.fingerprint import run_fingerprint, task_digest
 from nemo_rl.pipelines.progress import read_counts
 from nemo_rl.pipelines.runner import counts_directory
 from nemo_rl.pipelines.spool import dumps, freeze
 from nemo_rl.pipelines.stage import AnyStage
 from nemo_rl.pipelines.tasks import Task
+from nemo_rl.pipelines.trusted_files import read_trusted
 from nemo_rl.utils.files import write_atomically
 
 _RECORD = "run.json"
@@ -43,11 +43,15 @@ STAGES_FILE = "stages.json"
 
 
 class RunDirectory:
-    """The directory of one run, held by one process at a time. Use `opened`.
+    """Manages the directory of one run. One process holds it at a time; open it with `opened`.
 
     Attributes:
-        attempt: counts calls of `Pipeline.run`, and from within one those in which dead workers' tasks ran again.
-        is_resumed: whether an earlier call left something here.
+        path: the directory.
+        resumable: whether the directory outlives the run.
+        attempt: number of the attempt. Each call of `Pipeline.run` starts one, and so does each repetition after
+            workers died.
+        is_resumed: whether an earlier call used the directory.
+        run_id: unique id of the run.
     """
 
     def __init__(self, path: Path, resumable: bool, attempt: int, record: dict[str, Any]) -> None:
@@ -68,13 +72,17 @@ class RunDirectory:
         executor_kind: str = "",
         fields: Sequence[Mapping[str, Any]] | None = None,
     ) -> Iterator[RunDirectory]:
-        """Take a directory for a run; with None a scratch directory that is removed afterwards.
+        """Open and lock the directory of a run. With `path=None`, use a temporary directory.
 
         Args:
-            fields: each stage's `runtime_env`, see `fingerprint`.
+            path: the directory; created if it is missing.
+            name: name of the pipeline.
+            stages: the expanded stages.
+            executor_kind: "stage by stage" or "streaming".
+            fields: the `runtime_env` of each stage, see `run_fingerprint`.
 
         Raises:
-            ResumeError: another run holds it, or it belongs to other stages or to another kind of executor.
+            ResumeError: another run holds the directory, or it belongs to other stages or another kind of executor.
         """
         if path is None:
             with tempfile.TemporaryDirectory(prefix="nemo_rl_pipeline_", ignore_cleanup_errors=True) as scratch:
@@ -91,7 +99,7 @@ class RunDirectory:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ResumeError(f"the run directory {root} is in use by another run") from None
-            record = _record(root, name, fingerprint(name, stages, fields), executor_kind)
+            record = _record(root, name, run_fingerprint(name, stages, fields), executor_kind)
             directory = RunDirectory(root, True, record["attempts"] + 1, record)
             freeze(root / "spool", directory.attempt)
             try:
@@ -102,47 +110,49 @@ class RunDirectory:
             directory._close("finished", stages)
 
     def begin(self) -> None:
-        """From here on another run in this directory resumes this one."""
+        """Record the attempt. From now on, another call with this directory resumes this run."""
         if self.resumable:
             self._record = {**self._record, "attempts": self.attempt, "state": "running"}
             _write_json(self.path / _RECORD, self._record)
             self._begun = True
 
     def next_attempt(self) -> None:
-        """Run on as another attempt: what workers of this one still write is not read."""
+        """Start another attempt. What workers of earlier attempts still write is ignored."""
         self.attempt += 1
         freeze(self.path / "spool", self.attempt)
         self.begin()
 
     def sources(self, tasks: list[Task[Any]]) -> list[Task[Any]]:
-        """The tasks that the first attempt started from; kept by it.
+        """Return the initial tasks of the first attempt, which stores them.
 
         Raises:
-            ResumeError: `tasks`, what this attempt would start from, are others.
+            ResumeError: `tasks`, the initial tasks of this attempt, differ from them.
         """
         if not self.resumable:
             return tasks
         path = self.path / _SOURCES
-        now = [identity(task) for task in tasks]
+        digests = [task_digest(task) for task in tasks]
         if not path.exists():
-            write_atomically(path, dumps((now, tasks)), private=True)
+            write_atomically(path, dumps((digests, tasks)), private=True)
             return tasks
-        before, kept = pickle.loads(read_own(path))
-        if before != now:
-            changed = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+        old_digests: list[str]
+        old_tasks: list[Task[Any]]
+        old_digests, old_tasks = pickle.loads(read_trusted(path))
+        if old_digests != digests:
+            shorter = min(len(old_digests), len(digests))
+            changed = next((i for i, (a, b) in enumerate(zip(old_digests, digests)) if a != b), shorter)
             raise ResumeError(
                 f"the inputs of the run in {self.path} have changed since it was started (first difference: input "
-                f"{changed} of {len(before)}, now {len(now)}). Start a new run in another run_dir."
+                f"{changed} of {len(old_digests)}, now {len(digests)}). Start a new run in another run_dir."
             )
-        result: list[Task[Any]] = kept
-        return result
+        return old_tasks
 
     def clear_segment(self, directory: Path) -> None:
-        """Forget what an attempt that did not finish wrote for a segment that is done as a whole."""
+        """Delete what an unfinished attempt wrote for a segment that runs as a whole."""
         shutil.rmtree(directory, ignore_errors=True)
 
     def _close(self, state: str, stages: Sequence[AnyStage]) -> None:
-        """Write the counts of all stages, and how the run ended."""
+        """Write the counts of all stages and the final state of the run."""
         if not self._begun:
             return
         counts = [
@@ -171,12 +181,12 @@ def _record(root: Path, name: str, digest: str, executor_kind: str) -> dict[str,
         if record.get("fingerprint") != digest:
             raise ResumeError(
                 f"the run directory {root} holds a run of the pipeline {record.get('name')!r} with other stages or "
-                "other options of a stage. Give another run_dir, or remove it."
+                "other stage options. Use another run_dir, or remove this one."
             )
         if record["executor"] != executor_kind:
             raise ResumeError(
                 f"the run in {root} was started on an executor that is {record['executor']}; this one is "
-                f"{executor_kind}. Go on with an executor of the same kind, or give another run_dir."
+                f"{executor_kind}. Use an executor of the same kind, or another run_dir."
             )
     return record
 

@@ -1,11 +1,11 @@
-"""A stage at work in its own process: the same for every executor.
+"""Runs a stage in its worker process. All executors use this code.
 
 ::
 
     group of tasks ──▶ per batch: check needs ─▶ process_batch ─▶ children, with keys ──▶ groups of tasks
-                                     │ raised: each task alone, up to its retries
-                                     └─▶ failed/ (input, traceback), then go on or stop
-    last stage of a segment with a spool: results are appended to the spool instead of being passed on
+                                     │ raised: run each task alone, with retries
+                                     └─▶ failed/ (input, traceback), then continue or stop
+    last stage of a segment with a spool: results are appended to the spool instead of being sent on
 """
 
 from __future__ import annotations
@@ -32,23 +32,26 @@ from nemo_rl.pipelines.tasks import DocumentBatch, StagePerf, Task
 from nemo_rl.utils.files import write_atomically
 
 OnFailure = Literal["stop", "set_aside"]
-# Another try gives the same for these.
-_HOPELESS = (StageInputError, StageOutputError)
+# A retry cannot succeed after these errors.
+_NOT_RETRIED = (StageInputError, StageOutputError)
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """Everything that a worker must know about its stage. Pickled by value, so it holds plain data and the stage.
+    """Describes a stage for its workers. Pickled by value, so it holds plain data and the stage only.
 
     Attributes:
-        stage: the object.
-        directory: of the run; shared by all nodes where it must outlive the run.
-        run_id: of the run, and of no other that ever was in the same directory.
-        segment, index: which stage of the pipeline it is.
-        attempt: number of this run in its directory.
-        spools: whether tasks that are dropped, or leave the last stage, are recorded on disk.
-        is_last: of its segment.
-        num_cpus: of the cluster; decides how large groups of tasks are.
+        stage: the stage.
+        directory: the run's directory. All nodes share it if it must outlive the run.
+        run_id: unique id of the run, also among earlier runs in the same directory.
+        segment: number of the segment.
+        index: position of the stage in the pipeline.
+        attempt: number of the attempt in the run's directory.
+        max_retries: retries per task if the stage sets none.
+        on_failure: what to do with a task that fails.
+        spools: whether dropped tasks and the results of the last stage are recorded on disk.
+        is_last: whether the stage is the last of its segment.
+        num_cpus: CPUs of the cluster. They determine the size of task groups.
     """
 
     stage: AnyStage
@@ -73,22 +76,22 @@ class StageJob:
 
 
 def stop_file(job: StageJob) -> Path:
-    """Holds the error with which a worker stopped the run."""
+    """Return the file in which a worker stores the error that stops the run."""
     return Path(job.directory) / f"stopped-{job.attempt:04d}.pickle"
 
 
 def spool_directory(run_dir: Path, segment: int) -> Path:
-    """Where a segment's spool is."""
+    """Return the directory of a segment's spool."""
     return run_dir / "spool" / f"{segment:02d}"
 
 
 def counts_directory(run_dir: Path, index: int) -> Path:
-    """Where the workers of a stage keep their counts."""
+    """Return the directory of the counts of a stage's workers."""
     return run_dir / "progress" / f"{index:03d}"
 
 
 class _MergedError(Exception):
-    """A batch became results that belong to no task of it, which a run that can be resumed does not know again."""
+    """A batch returned results that cannot be assigned to its tasks. A resumable run does not support this."""
 
 
 class StageRunner:
@@ -100,13 +103,13 @@ class StageRunner:
         self._stage._reporter = self
         self._counts = WorkerCounts(job.counts_directory)
         self._spool = SpoolWriter(job.spool_directory, job.attempt)
-        # What the call that runs has told; it counts when the call succeeds.
+        # Reported by the current call of the stage. Counted only if the call succeeds.
         self._records: list[Mapping[str, Any]] = []
         self._dropped: list[tuple[str, int, Sequence[Mapping[str, Any]]]] = []
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def start(self) -> None:
-        """Set the stage up. Raises `StageStartError`."""
+        """Set the stage up. Raises `StageStartError` if that fails."""
         began = time.perf_counter()
         try:
             self._setup_on_node()
@@ -117,37 +120,37 @@ class StageRunner:
                 stage=self._stage.name,
                 traceback_text=traceback.format_exc(),
             )
-            raise self._stop(failure) from None  # the cause may be of a class that only this Python has
+            raise self._stop(failure) from None  # only this Python may have the class of the cause
         self._counts.counts.setup_s = time.perf_counter() - began
         self._counts.save()
 
     def run(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Process a group of tasks; yields groups of what they became, none for what was spooled.
+        """Process a group of tasks and yield groups of results. Results that go to the spool are not yielded.
 
         Raises:
-            StageError: a task failed and the run is to stop.
+            StageError: a task failed, and `on_failure` is "stop".
         """
         yield from grouped(self._batches(items), len(items), self._job.num_cpus)
         self._counts.save()
 
     def gather(self, num_sources: int) -> int:
-        """Run a `GatherStage` over the spool of the segment before; its results go to this segment's spool.
+        """Run a `GatherStage` over the spool of the previous segment, and write its results to this segment's spool.
 
         Args:
-            num_sources: of the segment before, all of which must be accounted for in its spool.
+            num_sources: number of sources of the previous segment. Its spool must account for all of them.
 
         Returns:
-            How many results there are.
+            The number of results.
 
         Raises:
-            StageInputError: some are not.
+            StageInputError: the spool does not account for every source.
         """
         assert isinstance(self._stage, GatherStage)
-        before = spool_directory(Path(self._job.directory), self._job.segment - 1)
-        entries, missing = Spool.read(before).results(num_sources)
+        previous = spool_directory(Path(self._job.directory), self._job.segment - 1)
+        entries, missing = Spool.read(previous).results(num_sources)
         if missing:
             raise StageInputError(
-                f"stage {self._stage.name!r}: {len(missing)} of {num_sources} inputs are not in {before} on "
+                f"stage {self._stage.name!r}: {len(missing)} of {num_sources} inputs are not in {previous} on "
                 f"{socket.gethostname()}. On several nodes the run directory (Pipeline.run(run_dir=...)) must be on a "
                 "file system that all of them share.",
                 stage=self._stage.name,
@@ -157,8 +160,7 @@ class StageRunner:
         counts.tasks_in = len(entries)
         number = 0
         try:
-            given = _CountingTasks(entries, counts)
-            for number, task in enumerate(self._stage.process_all(given), start=1):
+            for number, task in enumerate(self._stage.process_all(_CountingTasks(entries, counts)), start=1):
                 frozen = self._checked_output(task, None)
                 counts.tasks_out, counts.items_out = number, counts.items_out + frozen.num_items
                 key = (number - 1,)
@@ -181,7 +183,7 @@ class StageRunner:
         self._spool.close()
         self._counts.save()
 
-    # --- what a stage tells -------------------------------------------------------------------------------------------
+    # --- Reporter: called by the stage --------------------------------------------------------------------------------
 
     def dropped(self, reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> None:
         self._dropped.append((reason, count, examples))
@@ -194,13 +196,13 @@ class StageRunner:
     def _batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         for batch in chunks(items, self._stage.batch_size):
             loaded = [Item(i.task.load(), i.key) if isinstance(i.task, SpooledTask) else i for i in batch]
-            outputs = self._outputs(loaded)
+            outputs = self._process(loaded)
             if self._job.is_last and self._job.spools:
                 self._spool.write([], outputs)
             else:
                 yield outputs
 
-    def _outputs(self, batch: list[Item]) -> list[Item]:
+    def _process(self, batch: list[Item]) -> list[Item]:
         counts = self._counts.counts
         counts.tasks_in += len(batch)
         counts.items_in += sum(item.task.num_items for item in batch)
@@ -208,29 +210,29 @@ class StageRunner:
         accepted = [item for item in batch if self._accepts(item)]
         outputs: list[Item] = []
         if len(accepted) == 1:
-            outputs = self._alone(accepted[0])
+            outputs = self._process_one(accepted[0])
         elif accepted:
             try:
                 outputs = self._call(accepted)
             except _MergedError as error:
                 raise self._stop(self._output_error(str(error))) from None
             except Exception:
-                self._forget()
-                # Which of them is to blame shows when each is alone.
-                outputs = [output for item in accepted for output in self._alone(item)]
+                self._discard_reports()
+                # Run each task alone to find the one that fails.
+                outputs = [output for item in accepted for output in self._process_one(item)]
         counts.busy_s += time.perf_counter() - began
         counts.tasks_out += len(outputs)
         counts.items_out += sum(output.task.num_items for output in outputs)
         return outputs
 
-    def _alone(self, item: Item) -> list[Item]:
+    def _process_one(self, item: Item) -> list[Item]:
         retries = self._job.max_retries if self._stage.max_retries is None else self._stage.max_retries
         for attempt in range(1, retries + 2):
             try:
                 return self._call([item])
             except Exception as error:
-                self._forget()
-                if attempt > retries or isinstance(error, _HOPELESS):
+                self._discard_reports()
+                if attempt > retries or isinstance(error, _NOT_RETRIED):
                     self._fail(item, error, attempt)
                     break
         return []
@@ -244,8 +246,8 @@ class StageRunner:
         perf = StagePerf(self._stage.name, time.perf_counter() - began, len(batch), self._worker)
         results = self._matched(batch, returned)
         outputs, entries = _children(results)
-        for (inputs, made), children in zip(results, outputs):
-            for task, child in zip(made, children):
+        for (inputs, returned_tasks), children in zip(results, outputs):
+            for task, child in zip(returned_tasks, children):
                 frozen = self._checked_output(task, child)
                 frozen._stage_perf = [*inputs[0].task._stage_perf, perf]
                 frozen._lineage = child_lineage(inputs[0], child.key)
@@ -257,7 +259,7 @@ class StageRunner:
         return [child for children in outputs for child in children]
 
     def _write_records(self, lineages: Sequence[str]) -> None:
-        """Keep what the stage set aside."""
+        """Store the records that the stage set aside."""
         if self._records:
             write_records(Path(self._job.directory, FAILED_DIR), self._stage.name, lineages, self._records)
             self._records = []
@@ -267,12 +269,12 @@ class StageRunner:
             self._counts.counts.dropped.setdefault(reason, Dropped()).add(count, examples)
         self._dropped = []
 
-    def _forget(self) -> None:
-        """What a stage told before it raised: another try tells it again."""
+    def _discard_reports(self) -> None:
+        """Discard what a stage reported before it raised. A retry reports it again."""
         self._records, self._dropped = [], []
 
     def _matched(self, batch: list[Item], returned: Any) -> list[tuple[list[Item], list[Any]]]:
-        """Which inputs gave which outputs."""
+        """Assign the returned tasks to the inputs that they came from."""
         if not isinstance(returned, list):
             raise self._output_error(f"process_batch returned {_shown(returned)}, not a list")
         if len(returned) == len(batch):
@@ -281,7 +283,7 @@ class StageRunner:
         if self._job.spools and len(batch) > 1 and flat:
             raise _MergedError(
                 f"process_batch returned {len(returned)} entries for {len(batch)} tasks. A run with a run_dir, or one "
-                "with a GatherStage, needs one entry per task (a task, a list or None); a GatherStage sees all tasks"
+                "with a GatherStage, needs one entry per task (a task, list or None). Use a GatherStage to merge tasks"
             )
         return [(batch, flat)]
 
@@ -294,7 +296,7 @@ class StageRunner:
         if not isinstance(task, Task):
             raise self._output_error(f"returned {_shown(task)}, not a task")
         try:
-            # Another object: the stage may have returned one task twice.
+            # Copy: the stage may have returned the same object twice.
             return task.fresh().frozen()
         except DataError as error:
             raise self._output_error(str(error)) from error
@@ -310,9 +312,9 @@ class StageRunner:
         if missing:
             error = f"the task ({type(task).__name__} {task.task_id!r}) has no attribute {missing[0]!r}"
         elif columns and isinstance(task, DocumentBatch):
-            lacking = [name for name in columns if name not in task.columns]
-            if lacking:
-                error = f"batch {task.task_id!r} has no column {lacking[0]!r}; there are {task.columns}"
+            missing = [name for name in columns if name not in task.columns]
+            if missing:
+                error = f"batch {task.task_id!r} has no column {missing[0]!r}; its columns are {task.columns}"
         if error:
             self._fail(item, StageInputError(f"stage {self._stage.name!r}: {error}"), 1)
         return not error
@@ -365,7 +367,7 @@ class StageRunner:
 
 
 class _CountingTasks(SpooledTasks):
-    """Counts the items of each task when it is read for the first time."""
+    """Counts the items of each task when the task is first read."""
 
     def __init__(self, entries: Sequence[Entry], counts: Counts) -> None:
         super().__init__(entries)
@@ -373,25 +375,25 @@ class _CountingTasks(SpooledTasks):
         self._seen: set[int] = set()
 
     def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
+        result = super().__getitem__(index)
         if isinstance(index, int) and index not in self._seen:
             self._seen.add(index)
-            self._counts.items_in += found.num_items
-        return found
+            self._counts.items_in += result.num_items
+        return result
 
 
 def _children(results: list[tuple[list[Item], list[Any]]]) -> tuple[list[list[Item]], list[Entry]]:
-    """Keys for what tasks became, and the entries that say so."""
+    """Assign keys to the returned tasks, and create the spool entries for their inputs."""
     outputs: list[list[Item]] = []
     entries: list[Entry] = []
-    for inputs, made in results:
+    for inputs, tasks in results:
         first = inputs[0]
-        if not made:
+        if not tasks:
             entries += [Entry("gone", item.key) for item in inputs]
-        elif len(made) > 1:
-            entries.append(Entry("fan", first.key, len(made)))
-        keys = [first.key] if len(made) == 1 else [(*first.key, index) for index in range(len(made))]
-        outputs.append([Item(task, key) for task, key in zip(made, keys)])
+        elif len(tasks) > 1:
+            entries.append(Entry("fan", first.key, len(tasks)))
+        keys = [first.key] if len(tasks) == 1 else [(*first.key, index) for index in range(len(tasks))]
+        outputs.append([Item(task, key) for task, key in zip(tasks, keys)])
     return outputs, entries
 
 

@@ -1,13 +1,14 @@
-"""The record of what became of every task of a segment, on disk, appended by all of its workers.
+"""Records on disk what became of every task of a segment.
 
-Each worker appends to a file of its own, so nobody waits for anybody; a worker that is killed leaves at most one
-incomplete entry at the end of its file, which is not read. A source task is done when its whole tree is accounted for::
+Each worker appends to a separate file, so workers do not wait for each other. A worker that is killed leaves at most
+one incomplete entry at the end of its file, which is ignored. A source task is done when every leaf of its tree is
+recorded::
 
-    source 3 ──fan-out 2──┬── 3.0 ── result (its task is kept here)
+    source 3 ──fan-out 2──┬── 3.0 ── result (its task is stored here)
                           └── 3.1 ── dropped
 
-Only then do its results count. A worker that died after it wrote an entry, and whose tasks ran again, wrote the same
-keys: results are taken once per key. So every input is in the output exactly once, whoever dies when.
+Its results count only then. If a worker dies after it wrote an entry and its tasks run again, the same keys are written
+again. Results are read once per key, so every input is in the output exactly once, no matter when workers die.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import IO, Any, Literal
 
 from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines.items import Item, Key
-from nemo_rl.pipelines.own_files import append_own, open_own
 from nemo_rl.pipelines.tasks import Task
+from nemo_rl.pipelines.trusted_files import append_private, open_trusted
 from nemo_rl.utils.files import write_atomically
 
 Kind = Literal["result", "gone", "fan"]
@@ -36,11 +37,13 @@ _FROZEN = "frozen.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of the task with a key.
+    """Records what became of one task.
 
     Attributes:
-        kind: "result": it left the last stage; "gone": dropped or failed; "fan": it became `detail` tasks.
-        place: file, offset and length of the result's task.
+        kind: "result": the last stage returned it. "gone": it was dropped or failed. "fan": it became `detail` tasks.
+        key: key of the task.
+        detail: number of child tasks, for "fan".
+        place: file, offset and length of the pickled task, for "result".
     """
 
     kind: Kind
@@ -50,17 +53,17 @@ class Entry:
 
 
 class SpoolWriter:
-    """Appends entries. Whole groups are written at once."""
+    """Appends entries to this worker's file. Each call of `write` is atomic."""
 
     def __init__(self, directory: Path, attempt: int) -> None:
         self._path = directory / f"{attempt:04d}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.log"
         self._file: IO[bytes] | None = None
 
     def write(self, entries: Sequence[Entry], results: Sequence[Item] = ()) -> None:
-        """Append entries, and a "result" for each item: all of them, or none.
+        """Append entries, and a "result" entry for each item: all of them or none.
 
         Raises:
-            DataError: they cannot be written, for example because the disk is full.
+            DataError: the file cannot be written, for example because the disk is full.
         """
         frames = [_framed(entry, b"") for entry in entries]
         frames += [_framed(Entry("result", item.key), dumps(item.task)) for item in results]
@@ -69,13 +72,13 @@ class SpoolWriter:
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = append_own(self._path)
+                self._file = append_private(self._path)
             _append(self._file, b"".join(frames))
         except OSError as error:
             raise DataError(f"{self._path} cannot be written: {error}") from error
 
     def close(self) -> None:
-        """Make what was written last."""
+        """Flush the file to disk and close it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -83,7 +86,7 @@ class SpoolWriter:
 
 
 def _append(file: IO[bytes], content: bytes) -> None:
-    """Write all of it or nothing: what comes later could not be read behind a part of an entry."""
+    """Write everything or nothing. Entries after an incomplete one could not be read."""
     size = os.fstat(file.fileno()).st_size
     data = memoryview(content)
     try:
@@ -101,7 +104,7 @@ def _framed(entry: Entry, body: bytes) -> bytes:
 
 @dataclass
 class Spool:
-    """The entries of all workers of a segment, as they are on disk now. Tasks stay there until they are asked for.
+    """Holds the entries of all workers of a segment. The tasks stay on disk until they are loaded.
 
     Attributes:
         attempts: attempt -> key -> entry.
@@ -111,7 +114,7 @@ class Spool:
 
     @staticmethod
     def read(directory: Path) -> Spool:
-        """Read the entries of a segment; none when there is no such directory."""
+        """Read the entries of a segment. A missing directory has none."""
         spool = Spool()
         attempt, sizes = _frozen(directory.parent)
         for path in sorted(directory.glob("*.log")) if directory.is_dir() else []:
@@ -121,34 +124,34 @@ class Spool:
                 entries.setdefault(entry.key, entry)
         return spool
 
-    def ends_of(self, source: int) -> list[Entry] | None:
-        """What a source task became, each of it either "result" or "gone"; None when it is not done."""
+    def leaves_of(self, source: int) -> list[Entry] | None:
+        """Return the leaf entries ("result" or "gone") of a source task, or None if it is not done."""
         for entries in self.attempts.values():
-            found = _ends(entries, (source,))
-            if found is not None:
-                return found
+            leaves = _leaves(entries, (source,))
+            if leaves is not None:
+                return leaves
         return None
 
-    def gone(self, num_sources: int) -> set[Key]:
-        """Keys of tasks that were dropped or failed, of the sources that are done."""
-        ends = [entry for source in range(num_sources) for entry in self.ends_of(source) or []]
-        return {entry.key for entry in ends if entry.kind == "gone"}
+    def removed_keys(self, num_sources: int) -> set[Key]:
+        """Return the keys of dropped and failed tasks, among the sources that are done."""
+        leaves = [entry for source in range(num_sources) for entry in self.leaves_of(source) or []]
+        return {entry.key for entry in leaves if entry.kind == "gone"}
 
     def results(self, num_sources: int) -> tuple[list[Entry], list[int]]:
-        """The results of all sources that are done, in order, and the numbers of the others."""
-        found: dict[Key, Entry] = {}
+        """Return the results of all sources that are done, in order, and the numbers of the unfinished sources."""
+        results: dict[Key, Entry] = {}
         missing: list[int] = []
         for source in range(num_sources):
-            entries = self.ends_of(source)
+            entries = self.leaves_of(source)
             if entries is None:
                 missing.append(source)
             else:
-                found.update((entry.key, entry) for entry in entries if entry.kind == "result")
-        return [found[key] for key in sorted(found)], missing
+                results.update((entry.key, entry) for entry in entries if entry.kind == "result")
+        return [results[key] for key in sorted(results)], missing
 
 
-def _ends(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
-    found: list[Entry] = []
+def _leaves(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
+    leaves: list[Entry] = []
     waiting = [root]
     while waiting:
         key = waiting.pop()
@@ -159,14 +162,14 @@ def _ends(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
             assert entry.detail is not None
             waiting += [(*key, index) for index in range(entry.detail)]
         else:
-            found.append(entry)
-    return found
+            leaves.append(entry)
+    return leaves
 
 
 def freeze(root: Path, attempt: int) -> None:
-    """Read nothing from now on that workers of attempts before `attempt` append to the spools below `root`.
+    """Ignore everything that workers of attempts before `attempt` append to the spools below `root` from now on.
 
-    They may outlive their driver for a while, and what they say would then contradict what this attempt does.
+    Such workers may outlive their driver for a while, and their entries could contradict those of this attempt.
     """
     before, sizes = _frozen(root)
     for path in root.glob("*/*.log"):
@@ -177,7 +180,7 @@ def freeze(root: Path, attempt: int) -> None:
 
 
 def _frozen(root: Path) -> tuple[int, dict[str, int]]:
-    """The first attempt that is not frozen, and up to where the spools of those before it are read."""
+    """Return the first attempt that is not frozen, and the size in bytes up to which each older file is read."""
     path = root / _FROZEN
     if not path.exists():
         return 0, {}
@@ -194,7 +197,7 @@ def _name(log: Path) -> str:
 
 
 def _read_entries(path: Path, size: int) -> Iterator[Entry]:
-    with open_own(path) as file:
+    with open_trusted(path) as file:
         while True:
             start = file.tell()
             frame = file.read(_FRAME.size)
@@ -203,7 +206,7 @@ def _read_entries(path: Path, size: int) -> Iterator[Entry]:
             head_bytes, body_bytes = _FRAME.unpack(frame)
             body_start = start + _FRAME.size + head_bytes
             if body_start + body_bytes > size:
-                return  # its writer was killed
+                return  # incomplete: its writer was killed
             kind, key, detail = pickle.loads(file.read(head_bytes))
             place = (str(path), body_start, body_bytes) if kind == "result" else None
             yield Entry(kind, key, detail, place)
@@ -211,10 +214,10 @@ def _read_entries(path: Path, size: int) -> Iterator[Entry]:
 
 
 class SpooledTask(Task[tuple[str, int, int]]):
-    """A task that is on disk: file, offset, length."""
+    """Refers to a task on disk by file, offset and length."""
 
     @staticmethod
-    def of(entry: Entry) -> SpooledTask:
+    def from_entry(entry: Entry) -> SpooledTask:
         assert entry.place is not None
         return SpooledTask("spooled", "", entry.place)
 
@@ -223,21 +226,21 @@ class SpooledTask(Task[tuple[str, int, int]]):
         return self.data[2]
 
     def load(self) -> Task[Any]:
-        """Read it. Raises `PipelineError` when the file is not there."""
+        """Read the task. Raises `PipelineError` if the file cannot be read."""
         path, offset, length = self.data
         try:
-            with open_own(path) as file:
+            with open_trusted(path) as file:
                 file.seek(offset)
                 return pickle.loads(file.read(length))
         except OSError as error:
             raise PipelineError(
-                f"a task that an earlier stage kept in {path} cannot be read: {error}. On several nodes the run "
+                f"a task that an earlier stage stored in {path} cannot be read: {error}. On several nodes the run "
                 "directory (Pipeline.run(run_dir=...)) must be on a file system that all of them share."
             ) from error
 
 
 class SpooledTasks(Sequence[Task[Any]]):
-    """Results that are read when they are asked for."""
+    """A sequence of results, each read from disk on access."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries = entries
@@ -248,11 +251,11 @@ class SpooledTasks(Sequence[Task[Any]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return SpooledTasks(self._entries[index])
-        return SpooledTask.of(self._entries[index]).load()
+        return SpooledTask.from_entry(self._entries[index]).load()
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle, with classes of the main script and the like by value."""
+    """Pickle a value. Classes of the main script and other modules that cannot be imported are pickled by value."""
     from ray import cloudpickle
 
     return cloudpickle.dumps(value)

@@ -1,4 +1,4 @@
-"""Stages: what a pipeline does to its tasks."""
+"""Defines stages, which process the tasks of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ AnyStage: TypeAlias = "ProcessingStage[Any, Any]"
 # What `process` may return.
 Returned: TypeAlias = Task[Any] | list[Any] | None
 
-# Among the columns that a stage says it produces: it cannot know them before it has seen the data.
+# In `outputs`, stands for columns that a stage cannot name before it has seen the data.
 ANY_COLUMN = "*"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker of a stage holds.
+    """Declares the resources of one worker of a stage.
+
+    Example:
+        >>> Resources(cpus=0.5)
+        Resources(cpus=0.5, gpus=0.0, gpu_memory_gb=0.0)
 
     Attributes:
         cpus, gpus: may be fractions.
-        gpu_memory_gb: a share of one GPU, in GB of its memory, instead of `gpus`.
+        gpu_memory_gb: share of one GPU, in GB of its memory. Use it instead of `gpus`.
     """
 
     cpus: float = 1.0
@@ -44,25 +48,35 @@ class Resources:
 
 
 class Reporter(Protocol):
-    """Where a running stage tells what it left out."""
+    """Receives what a running stage drops and sets aside."""
 
     def dropped(self, reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> None: ...
     def set_aside(self, records: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 class ProcessingStage(Generic[In, Out]):
-    """One step of a pipeline. Subclass it and write `process` (or `process_batch`, to see several tasks at once).
+    """Processes tasks as one step of a pipeline. Subclass it and define `process`, or `process_batch` for batches.
 
-    The object is pickled and sent to each of its workers, which run in the stage's own Python. What is expensive or
-    cannot be pickled belongs into `setup`, and so does the import of libraries that only the stage's Python has.
+    The stage is pickled and sent to its workers, which run in the stage's Python. Create expensive objects and objects
+    that cannot be pickled in `setup`. Import libraries that only the stage's Python has in `setup` or `process`.
 
-    Class attributes, all of which `with_` changes in a copy:
-        name: unique in its pipeline; default: the name of the class.
-        resources: of one worker.
-        batch_size: at most so many tasks are given to `process_batch` at once.
-        runtime_env: fields of Ray's `RuntimeEnv`; None: the driver's Python, at no extra cost.
-        num_workers: how many; None: as many as the cluster has room for and the tasks are worth.
-        max_retries: how often a task that raised is tried again; None: as the run says.
+    Example::
+
+        class Shout(ProcessingStage[DocumentBatch, DocumentBatch]):
+            def inputs(self):
+                return ["data"], ["text"]
+
+            def process(self, task):
+                frame = task.to_pandas()
+                return task.with_data(frame.assign(text=frame["text"].str.upper()))
+
+    Class attributes, which `with_` changes in a copy:
+        name: unique in its pipeline. Defaults to the name of the class.
+        resources: resources of one worker.
+        batch_size: maximum number of tasks per call of `process_batch`.
+        runtime_env: fields of Ray's `RuntimeEnv`. None uses the driver's Python, without extra cost.
+        num_workers: number of workers. None uses as many as the cluster can run and the number of tasks justifies.
+        max_retries: retries for a task that raises. None uses the value of the run.
     """
 
     name: str = ""
@@ -72,9 +86,8 @@ class ProcessingStage(Generic[In, Out]):
     num_workers: int | None = None
     max_retries: int | None = None
 
-    # Run in the driver, before anything else: for leading stages that only list what there is to do. It runs in the
-    # driver's Python, also when the pipeline has a `runtime_env`; one of its own, `resources` and `num_workers` are
-    # refused.
+    # Whether the stage runs in the driver, before anything else starts. For leading stages that only list the input.
+    # Such a stage ignores the pipeline's `runtime_env`, and must not set `runtime_env`, `resources` or `num_workers`.
     runs_in_driver: ClassVar[bool] = False
     _reporter: Reporter | None = None
 
@@ -84,63 +97,63 @@ class ProcessingStage(Generic[In, Out]):
             cls.name = cls.__name__
 
     def inputs(self) -> tuple[list[str], list[str]]:
-        """What a task must have: (attributes, columns of its data). Checked before the run, and again per task."""
+        """Return the (attributes, columns) that a task must have. Checked before the run and for every task."""
         return [], []
 
     def outputs(self) -> tuple[list[str], list[str]]:
-        """What the stage adds: (attributes, columns). Include `ANY_COLUMN` where columns depend on the data."""
+        """Return the (attributes, columns) that the stage adds. Include `ANY_COLUMN` if columns depend on the data."""
         return [], []
 
     def prepare(self, resumes: bool) -> None:
-        """Called in the driver before anything starts: raise what is wrong with paths and the like.
+        """Check paths and other options. Called in the driver before anything starts.
 
         Args:
-            resumes: an earlier attempt of the same run may have left something behind.
+            resumes: whether an earlier attempt of the same run may have left files behind.
         """
 
     def needs_run_dir(self) -> bool:
-        """Whether what it sets aside would be lost without a `run_dir`: a run without one is then refused."""
+        """Return whether the stage may set records aside. If so, the run must have a `run_dir`."""
         return False
 
     def reads_from(self) -> list[str]:
-        """Files and directories that the stage reads. No writer of the pipeline may write, or empty, any of them."""
+        """Return the files and directories that the stage reads. No stage of the pipeline may write to them."""
         return []
 
     def would_read(self, place: str) -> bool:
-        """Whether the stage would read a file (its real path, or URL) if it were there."""
+        """Return whether the stage would read a file, given by its real path or URL, if the file existed."""
         return False
 
     def writes_to(self) -> list[str]:
-        """Files that the stage writes, and directories that it has for itself, which end with a slash."""
+        """Return the files that the stage writes, and the directories that only it writes to, with a trailing slash."""
         return []
 
     def setup_on_node(self) -> None:
-        """Called once per node and run, before the first `setup` there: downloads and the like."""
+        """Prepare a node, for example with downloads. Called once per node and run, before the first `setup`."""
 
     def setup(self) -> None:
-        """Called once per worker, before its first task."""
+        """Prepare a worker. Called once per worker, before its first task."""
 
     def process(self, task: In) -> Returned:
-        """Turn one task into a task, a list of tasks, or None (it is dropped)."""
+        """Process one task. Returns a task, a list of tasks, or None to drop the task."""
         raise NotImplementedError(f"{type(self).__name__} has neither process nor process_batch")
 
     def process_batch(self, tasks: list[In]) -> list[Any]:
-        """Turn up to `batch_size` tasks into a list with one entry per task, each what `process` may return.
+        """Process up to `batch_size` tasks. Returns a list with one entry per task, each as returned by `process`.
 
-        A list of another length is taken as the results of the batch as a whole, in a run with neither a `run_dir` nor
-        a `GatherStage`. Those must know of every task when it is done, which nobody could say of one that is in a
-        result together with others: they end with a `StageOutputError`. A `GatherStage` may make one task of many.
+        A list of another length holds the results of the batch as a whole. This is supported only in runs with neither
+        a `run_dir` nor a `GatherStage`, because those track each task; they raise `StageOutputError`. Use a
+        `GatherStage` to merge tasks.
         """
         return [self.process(task) for task in tasks]
 
     def teardown(self) -> None:
-        """Called once per worker, after its last task; not when the worker is killed, and never by Xenna."""
+        """Release a worker's resources. Called after its last task, unless the worker is killed; never by Xenna."""
 
     def with_(self, **changes: Any) -> Self:
-        """A copy with other values of the attributes that the class documents.
+        """Return a copy with other values of the documented class attributes.
 
         Raises:
-            PipelineDefinitionError: a name that is none of them.
+            PipelineDefinitionError: an attribute is unknown.
         """
         result = copy.copy(self)
         for name, value in checked_changes(self.name, changes).items():
@@ -148,14 +161,14 @@ class ProcessingStage(Generic[In, Out]):
         return result
 
     def dropped(self, reason: str, count: int = 1, examples: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Tell the run's report how many documents this stage leaves out and why, with a few of them."""
+        """Report to the run how many documents the stage drops and why, with a few examples."""
         if count and self._reporter is not None:
             self._reporter.dropped(reason, count, examples)
 
     def set_aside(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keep records that cannot be processed in the run's `failed/`, as JSON lines.
+        """Store records that cannot be processed in the run's `failed/` directory, as JSON lines.
 
-        Without a `run_dir` they are gone when the run ends; see `needs_run_dir`.
+        Without a `run_dir`, they are deleted when the run ends; see `needs_run_dir`.
         """
         if records and self._reporter is not None:
             self._reporter.set_aside(records)
@@ -165,7 +178,7 @@ _CHANGEABLE = ("name", "resources", "batch_size", "runtime_env", "num_workers", 
 
 
 def checked_changes(stage: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes`, if `with_` knows all of them."""
+    """Return `changes` if `with_` supports all of them, else raise `PipelineDefinitionError`."""
     for name in changes:
         if name not in _CHANGEABLE:
             raise PipelineDefinitionError(f"stage {stage!r}: with_({name}=...) is unknown. Known: {_CHANGEABLE}")
@@ -173,31 +186,32 @@ def checked_changes(stage: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class GatherStage(ProcessingStage[In, Out]):
-    """A stage that needs all tasks of the pipeline at once, such as removing duplicates across a whole data set.
+    """Processes all tasks of the pipeline at once, for example to remove duplicates across a data set.
 
-    One worker sees all of them. They are kept on disk in between, so neither it nor the driver holds them in memory.
-    `batch_size`, `num_workers` and `max_retries` mean nothing here and are refused. What `process_all` raises ends the
-    run, also with `on_failure="set_aside"`: no single task is to blame. If its worker dies it starts anew, once.
+    One worker processes all tasks. They are stored on disk, so neither the worker nor the driver holds them in memory.
+    Setting `batch_size`, `num_workers` or `max_retries` is an error. An exception in `process_all` always ends the run,
+    even with `on_failure="set_aside"`, because it cannot be assigned to one task. If the worker dies, the stage is
+    restarted once.
     """
 
     def process_all(self, tasks: Sequence[In]) -> Any:
-        """Yield the tasks that go on.
+        """Yield the resulting tasks.
 
         Args:
-            tasks: in the order of the pipeline's input; each is read from disk when it is asked for.
+            tasks: all tasks, in the order of the pipeline's input. Each is read from disk on access.
         """
         raise NotImplementedError(f"{type(self).__name__} has no process_all")
 
 
 class CompositeStage(ProcessingStage[In, Out]):
-    """Several stages under one name. Subclass it and write `decompose`."""
+    """Groups several stages under one name. Subclass it and define `decompose`."""
 
     def decompose(self) -> list[Any]:
-        """The stages (also functions and composite stages) that it stands for."""
+        """Return the stages of the group. They may include functions and other composite stages."""
         raise NotImplementedError(f"{type(self).__name__} has no decompose")
 
     def with_(self, **changes: Any) -> Self:
-        """A copy. Everything but a new name is for each of its stages for which it means something."""
+        """Return a copy. Apart from `name`, changes apply to each stage of the group that supports them."""
         result = copy.copy(self)
         changes = checked_changes(self.name, changes)
         result.name = changes.pop("name", self.name)
@@ -208,7 +222,7 @@ class CompositeStage(ProcessingStage[In, Out]):
 
 
 class FunctionStage(ProcessingStage[Task[Any], Task[Any]]):
-    """A plain function of one task as a stage. Unless `outputs` is given it may add anything."""
+    """Wraps a function of one task as a stage. By default it may add any column."""
 
     def __init__(
         self,
@@ -235,9 +249,17 @@ class FunctionStage(ProcessingStage[Task[Any], Task[Any]]):
 
 
 def processing_stage(**options: Any) -> Callable[[Callable[[Any], Returned]], FunctionStage]:
-    """Decorator that makes a function a stage: `@processing_stage(name="lower", batch_size=8)`.
+    """Decorate a function to turn it into a stage.
 
-    Takes what `with_` takes, and `inputs=` and `outputs=`.
+    Takes the arguments of `with_`, and `inputs` and `outputs`.
+
+    Example:
+        >>> @processing_stage(name="count", outputs=([], ["length"]))
+        ... def count(task):
+        ...     frame = task.to_pandas()
+        ...     return task.with_data(frame.assign(length=frame["text"].str.len()))
+        >>> count.name
+        'count'
     """
 
     def decorate(function: Callable[[Any], Returned]) -> FunctionStage:
@@ -246,8 +268,8 @@ def processing_stage(**options: Any) -> Callable[[Callable[[Any], Returned]], Fu
     return decorate
 
 
-def useless_attributes(stage: AnyStage) -> dict[str, tuple[Any, ...]]:
-    """Attributes that mean nothing for a stage, each with the values that say so."""
+def unsupported_attributes(stage: AnyStage) -> dict[str, tuple[Any, ...]]:
+    """Return the attributes that a stage does not support, each with its permitted default values."""
     if stage.runs_in_driver:
         return {"runtime_env": (None, {}), "num_workers": (None, 1), "resources": (Resources(),)}
     if isinstance(stage, GatherStage):
@@ -256,16 +278,16 @@ def useless_attributes(stage: AnyStage) -> dict[str, tuple[Any, ...]]:
 
 
 def _changed(stage: AnyStage, changes: Mapping[str, Any]) -> AnyStage:
-    """The part of a composite stage with those of its changes that mean something for the part."""
-    useful = {name: value for name, value in changes.items() if name not in useless_attributes(stage)}
-    return stage.with_(**useful) if useful else stage
+    """Apply a composite stage's changes to one of its stages, as far as that stage supports them."""
+    supported = {name: value for name, value in changes.items() if name not in unsupported_attributes(stage)}
+    return stage.with_(**supported) if supported else stage
 
 
 def expanded(stages: Sequence[Any]) -> list[AnyStage]:
-    """All stages as `ProcessingStage`s: functions wrapped, composite stages replaced by their parts.
+    """Return all stages as `ProcessingStage`s: wrap functions, and replace composite stages by their parts.
 
     Raises:
-        PipelineDefinitionError: something that is no stage.
+        PipelineDefinitionError: an element is not a stage.
     """
     result: list[AnyStage] = []
     for stage in stages:
@@ -277,8 +299,8 @@ def expanded(stages: Sequence[Any]) -> list[AnyStage]:
         elif callable(stage) and not inspect.isclass(stage):
             result.append(FunctionStage(stage))
         else:
-            hint = " (the class itself: make an object of it)" if inspect.isclass(stage) else ""
+            hint = " (a class: pass an instance)" if inspect.isclass(stage) else ""
             raise PipelineDefinitionError(
-                f"{stage!r}{hint} is no stage: expected a ProcessingStage, a CompositeStage or a function of one task"
+                f"{stage!r}{hint} is not a stage: expected a ProcessingStage, CompositeStage or function of one task"
             )
     return result

@@ -1,7 +1,8 @@
-"""What travels through a pipeline.
+"""Defines tasks, the units of work that stages exchange.
 
-A task is pickled whenever it goes from one stage to the next. The two processes may run different versions of the same
-library, so a `DocumentBatch` travels as an Arrow stream, whose format does not change, and never as a pickled frame.
+A task is pickled whenever it is sent from one stage to the next. The two processes may run different versions of the
+same library. A `DocumentBatch` is therefore sent as an Arrow stream, whose format is stable, and not as a pickled
+frame.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StagePerf:
-    """What one stage did for one task.
+    """Records the time that one stage spent on a task.
 
     Attributes:
-        stage: its name.
-        process_s: seconds of the call that the task was part of.
-        num_tasks: tasks in that call.
+        stage: name of the stage.
+        process_s: seconds of the call that processed the task.
+        num_tasks: number of tasks in that call.
         worker: host and process id.
     """
 
@@ -39,11 +40,15 @@ class StagePerf:
 
 @dataclass
 class Task(Generic[T]):
-    """A unit of work. Subclass it (with defaults for new fields, or `kw_only=True`) for data of another kind.
+    """Represents a unit of work. Subclass it for other kinds of data; new fields need defaults or `kw_only=True`.
+
+    Example:
+        >>> Task("t1", "demo", [1, 2, 3]).num_items
+        3
 
     Attributes:
-        task_id: yours to choose; for messages and file names. It need not be unique.
-        dataset_name: where the data came from.
+        task_id: name chosen by the user, for messages and file names. It need not be unique.
+        dataset_name: name of the data set.
         data: the content.
     """
 
@@ -52,33 +57,33 @@ class Task(Generic[T]):
     data: T
     _metadata: dict[str, Any] = field(default_factory=dict)
     _stage_perf: list[StagePerf] = field(default_factory=list)
-    # Set by the framework: unique in a run, the same when the run is repeated or resumed. Names a writer's shard.
+    # Set by the framework. Unique in a run, and the same when the run is repeated or resumed. Names a writer's shard.
     _lineage: str = field(default="", kw_only=True, compare=False)
 
     @property
     def num_items(self) -> int:
-        """Documents, files, ... in the task; 1 when it cannot be counted."""
+        """Number of items in the task, such as documents or files; 1 if the data has no length."""
         return len(self.data) if isinstance(self.data, Sized) and not isinstance(self.data, str | bytes) else 1
 
     @property
     def num_bytes(self) -> int:
-        """Roughly what it takes in memory; 0 when it is small or not known."""
+        """Approximate size in memory; 0 if it is small or unknown."""
         if isinstance(self.data, str | bytes):
             return len(self.data)
         return int(getattr(self.data, "nbytes", 0))
 
     def fresh(self) -> Self:
-        """A copy for a stage to work on: whatever it changes in it leaves this task alone."""
+        """Return a copy that a stage may modify."""
         return copy.deepcopy(self)
 
     def frozen(self) -> Self:
-        """The task in the form in which it travels. Raises `DataError` when its data cannot."""
+        """Return the task in the form in which it is sent. Raises `DataError` if its data cannot be sent."""
         return self
 
 
 @dataclass
 class EmptyTask(Task[None]):
-    """Holds nothing: what the first stage of a pipeline gets when there are no initial tasks."""
+    """Holds no data. The first stage receives it if the run has no initial tasks."""
 
     task_id: str = "empty"
     dataset_name: str = "empty"
@@ -91,24 +96,29 @@ class EmptyTask(Task[None]):
 
 @dataclass
 class FileGroupTask(Task[list[str]]):
-    """Data on disk.
+    """Refers to files, or parts of files.
 
     Attributes:
         data: paths or fsspec URLs.
-        parts: which part of each file: `(start, stop)` in bytes (JSONL) or row groups (Parquet); None for all of it.
-            Empty: all of every file.
+        parts: the part of each file: `(start, stop)` in bytes (JSONL) or row groups (Parquet), or None for the entire
+            file. An empty list selects every file entirely.
     """
 
     parts: list[tuple[int, int] | None] = field(default_factory=list)
 
 
 class DocumentBatch(Task[Any]):
-    """Documents: the rows of a pandas frame or an Arrow table.
+    """Holds documents as the rows of a pandas frame or an Arrow table.
 
-    `data` is what was given (frame or table), also after it has travelled. A frame's index does not travel.
+    `data` keeps its type (frame or table) when the batch is sent to another process. A frame's index is not sent.
+
+    Example:
+        >>> import pyarrow
+        >>> DocumentBatch("b1", "demo", pyarrow.table({"text": ["one", "two"]}))
+        DocumentBatch('b1', 2 rows, columns=['text'])
     """
 
-    # One of them is there, or both; a frame may be changed by whoever holds it, so it is the one that counts.
+    # At least one is set. If both are, the frame counts, because a caller may have modified it.
     _frame: Any
     _table: Any
 
@@ -142,7 +152,7 @@ class DocumentBatch(Task[Any]):
 
     @property
     def data(self) -> Any:
-        """The frame or table."""
+        """The documents as a pandas frame or an Arrow table."""
         if self._frame is None and self._is_pandas:
             self._frame = self._table.to_pandas()
         return self._frame if self._is_pandas else self._table
@@ -158,15 +168,15 @@ class DocumentBatch(Task[Any]):
         self._frame, self._table = (data, None) if self._is_pandas else (None, data)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The documents as a frame; the batch's own one if it holds a frame."""
+        """Return the documents as a frame. If the batch holds a frame, returns that frame, not a copy."""
         frame: pandas.DataFrame = self.data if self._is_pandas else self._table.to_pandas()
         return frame
 
     def to_pyarrow(self) -> pyarrow.Table:
-        """The documents as a table, without a frame's index.
+        """Return the documents as a table, without the frame's index.
 
         Raises:
-            DataError: a frame holds a column that Arrow has no type for, such as numbers mixed with text.
+            DataError: Arrow has no type for a column of the frame, such as numbers mixed with text.
         """
         if self._frame is None:
             return self._table
@@ -193,7 +203,7 @@ class DocumentBatch(Task[Any]):
         return int(self.to_pyarrow().nbytes)
 
     def with_data(self, data: pandas.DataFrame | pyarrow.Table) -> DocumentBatch:
-        """The same batch (id, metadata, history) with other documents."""
+        """Return a copy of the batch (id, metadata, history) with other documents."""
         result = self.fresh()
         result.data = data
         return result

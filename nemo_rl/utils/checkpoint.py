@@ -1,13 +1,13 @@
-"""Checkpoints on disk: complete or not there, the latest and the best kept, damaged ones never loaded.
+"""Writes checkpoints atomically, keeps the latest and the best, and ignores damaged ones.
 
     checkpoints/
       step_000020/
         policy/...          written by the policy workers
-        state.json          step, data position, metrics: whatever the loop needs to go on
-        checkpoint.json     every file with its size; written last
-      .partial-step_000030  being written; becomes step_000030 by one rename
+        state.json          step, data position and metrics, which the loop needs to resume
+        checkpoint.json     all files with their sizes; written last
+      .partial-step_000030  being written; renamed to step_000030 when it is complete
 
-A process killed at any moment leaves only complete checkpoints under their final names.
+If the process is killed at any moment, only complete checkpoints have their final names.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ _PARTIAL = ".partial-"
 
 
 class CheckpointingConfig(ConfigModel):
-    """When checkpoints are written and which are kept."""
+    """Configures when checkpoints are written and which are kept."""
 
     enabled: bool = Field(True, description="Write checkpoints.")
     checkpoint_dir: str | None = Field(None, description="Null: log_dir/checkpoints.")
     save_period: int = Field(10, ge=1, description="Write a checkpoint every N steps, and at the end.")
     keep_top_k: int | None = Field(
-        3, ge=1, description="Keep the k best by metric_name, besides the latest. Null: all."
+        3, ge=1, description="Keep the k best checkpoints by metric_name, and the latest. Null: keep all."
     )
-    metric_name: str = Field("val/accuracy", description="Metric that ranks checkpoints.")
-    higher_is_better: bool = Field(True, description="Whether a higher metric is better.")
+    metric_name: str = Field("val/accuracy", description="Metric by which checkpoints are ranked.")
+    higher_is_better: bool = Field(True, description="Whether higher values of the metric are better.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete checkpoint: its step, its directory, and the metrics known when it was written."""
+    """Describes a complete checkpoint: its step, its directory, and the latest metrics when it was written."""
 
     step: int
     path: Path
     metrics: Mapping[str, float]
 
     def state(self) -> dict[str, Any]:
-        """What the loop saved, as it was. Raises `CheckpointError` when it cannot be read."""
+        """Return the state that the loop saved. Raises `CheckpointError` if it cannot be read."""
         try:
             return json.loads((self.path / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -64,7 +64,14 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. One process writes at a time: the run directory's lock sees to it."""
+    """Manages the checkpoints of one run. The lock of the run directory ensures that only one process writes.
+
+    Example::
+
+        store = CheckpointStore(Path("checkpoints"), CheckpointingConfig(keep_top_k=1))
+        store.save(20, {"step": 20}, {"val/accuracy": 0.5}, write_policy)
+        state = store.latest().state()
+    """
 
     def __init__(self, directory: Path, config: CheckpointingConfig) -> None:
         self.directory = directory
@@ -73,16 +80,16 @@ class CheckpointStore:
     def save(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float], write: Callable[[Path], None]
     ) -> Checkpoint:
-        """Write a checkpoint and drop those that need not be kept.
+        """Write a checkpoint, and delete those that need not be kept.
 
         Args:
             step: the training step that has been completed.
-            state: JSON data that `Checkpoint.state` gives back.
-            metrics: latest metrics; `checkpointing.metric_name` among them ranks the checkpoint.
-            write: writes the policy's files into the directory that it is given.
+            state: JSON data that `Checkpoint.state` returns.
+            metrics: the latest metrics. `checkpointing.metric_name` ranks the checkpoint.
+            write: writes the policy's files to the directory that it receives.
 
         Raises:
-            CheckpointError: the files cannot be written; earlier checkpoints are as they were.
+            CheckpointError: the files cannot be written. Earlier checkpoints are unchanged.
         """
         final = self.directory / _name(step)
         partial = self.directory / f"{_PARTIAL}{final.name}"
@@ -92,36 +99,36 @@ class CheckpointStore:
             write(partial)
             (partial / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
             _seal(partial, step, metrics)
-            if final.exists():  # an older life of this run wrote the same step
+            if final.exists():  # the run wrote the same step before it was resumed
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(self.directory)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"cannot write the checkpoint of step {step} to {final}: {error}") from error
-        except CheckpointError:  # on a disk that is full, half a checkpoint is in the way of everything else
+        except CheckpointError:  # frees the space of the incomplete checkpoint, because the disk may be full
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self._retain()
         return Checkpoint(step, final, dict(metrics))
 
     def complete(self) -> list[Checkpoint]:
-        """Complete checkpoints, oldest first; a damaged one is left out with a warning that names the fault."""
-        found = []
+        """Return complete checkpoints, oldest first. Damaged checkpoints are skipped with a warning."""
+        checkpoints = []
         for path in sorted(self.directory.glob("step_*")):
             try:
-                found.append(_open(path))
+                checkpoints.append(_open(path))
             except CheckpointError as error:
-                logger.warning("%s: it is not used", error)
-        return found
+                logger.warning("%s: the checkpoint is ignored", error)
+        return checkpoints
 
     def latest(self) -> Checkpoint | None:
-        """The complete checkpoint of the highest step, or None."""
+        """Return the complete checkpoint of the highest step, or None."""
         checkpoints = self.complete()
         return checkpoints[-1] if checkpoints else None
 
     def best(self) -> Checkpoint | None:
-        """The complete checkpoint with the best `checkpointing.metric_name`, or None if none has it."""
+        """Return the complete checkpoint with the best `checkpointing.metric_name`, or None if none has the metric."""
         ranked = self._ranked(self.complete())
         return ranked[0] if ranked else None
 
@@ -134,11 +141,11 @@ class CheckpointStore:
         if self._config.keep_top_k is None:
             return
         checkpoints = self.complete()
-        # The one before the latest stays too, to fall back on if the latest turns out to be damaged.
+        # The checkpoint before the latest is kept as well, in case the latest turns out to be damaged.
         keep = {c.path for c in (*self._ranked(checkpoints)[: self._config.keep_top_k], *checkpoints[-2:])}
         for checkpoint in checkpoints:
             if checkpoint.path not in keep:
-                # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
+                # Renamed first: a kill during the removal must not leave an incomplete checkpoint under its name.
                 doomed = self.directory / f"{_PARTIAL}old-{checkpoint.path.name}"
                 checkpoint.path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)

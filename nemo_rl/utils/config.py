@@ -1,8 +1,8 @@
-"""Typed configuration: YAML files and dotted overrides in, one checked object out.
+"""Loads typed configuration from YAML files and dotted overrides.
 
-A section of the configuration is a subclass of `ConfigModel`, kept in the room that uses it. `load_config` merges
-files and command-line overrides with OmegaConf (so `${...}` interpolation works), then checks every key and value.
-Whatever is wrong is a `ConfigError` that names the key, the value seen and the nearest valid name.
+A section of the configuration is a subclass of `ConfigModel` in the package that uses it. `load_config` merges files
+and command-line overrides with OmegaConf, so `${...}` interpolation works, and then validates every key and value.
+Every error is a `ConfigError` that names the key, the value, and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -27,20 +27,27 @@ DEFAULTS_KEY = "defaults"
 
 
 class ConfigModel(BaseModel):
-    """Base class of every section: unknown keys are refused, defaults are checked like given values."""
+    """Base class of all sections. Rejects unknown keys, and validates default values.
+
+    Example:
+        >>> class ServerConfig(ConfigModel):
+        ...     port: int = 80
+        >>> load_config(ServerConfig, overrides=["port=8080"]).port
+        8080
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True, frozen=True)
 
 
 class OpenSection(ConfigModel):
-    """A section whose keys depend on another key, which chooses one of its subclasses.
+    """Base class of sections whose keys depend on another key, which selects a subclass.
 
-    The section that holds it turns what was given into the subclass when it is validated.
+    The parent section converts the given values to the selected subclass when it is validated.
     """
 
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
-        """The subclasses and what chooses them ("policy.backend=megatron"), for `--help`."""
+        """Return the subclasses with the settings that select them ("policy.backend=megatron"), for `--help`."""
         return ()
 
 
@@ -48,15 +55,15 @@ ConfigT = TypeVar("ConfigT", bound=ConfigModel)
 
 
 def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a configuration.
+    """Load and validate a configuration.
 
     Args:
         schema: the root section.
-        path: a YAML file. Its key `defaults: other.yaml` (relative to the file) names a file that it extends.
-        overrides: `section.key=value` strings; values are YAML. They win over the file.
+        path: a YAML file. Its key `defaults: other.yaml` names a file that it extends, relative to the file.
+        overrides: `section.key=value` strings with YAML values. They take precedence over the file.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+        ConfigError: the file is missing or not valid YAML, a key is unknown, or a value has the wrong type or range.
     """
     for override in overrides:
         key, sign, _ = override.partition("=")
@@ -75,7 +82,7 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
 
 
 def validate(schema: type[ConfigT], content: Any, where: str) -> ConfigT:
-    """Check plain data against a section; `where` says in messages what is being read."""
+    """Validate plain data against a section. `where` names the source of the data in error messages."""
     try:
         return schema.model_validate(content)
     except ValidationError as error:
@@ -84,7 +91,7 @@ def validate(schema: type[ConfigT], content: Any, where: str) -> ConfigT:
 
 
 def dump_yaml(config: ConfigModel) -> str:
-    """The whole resolved configuration as YAML that `load_config` reads back to an equal object."""
+    """Return the resolved configuration as YAML. `load_config` reads it back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -93,7 +100,7 @@ def check_key(schema: type[ConfigModel], key: str, where: str) -> None:
     current: type[ConfigModel] | None = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if current is None or issubclass(current, OpenSection):  # its owner checks what is below it
+        if current is None or issubclass(current, OpenSection):  # the parent section validates its keys
             return
         if part not in current.model_fields:
             raise ConfigError(f"{where}: {_unknown(current, '.'.join(parts[:depth]), part)}")
@@ -105,7 +112,7 @@ def check_key(schema: type[ConfigModel], key: str, where: str) -> None:
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """One documented key: dotted name, type as text, default as text, one line of help."""
+    """Documents a key: its dotted name, its type and default as text, and one line of help."""
 
     name: str
     type: str
@@ -114,7 +121,7 @@ class KeyInfo:
 
 
 def iter_keys(schema: type[ConfigModel], prefix: str = "") -> Iterator[KeyInfo]:
-    """Every leaf key of a schema, in the order of its definition."""
+    """Yield all leaf keys of a schema, in the order of definition."""
     for name, field in schema.model_fields.items():
         dotted = f"{prefix}{name}"
         section = _section(field.annotation)
@@ -152,12 +159,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(content).__name__}")
+        raise ConfigError(f"{path} must contain a mapping of sections, not {type(content).__name__}")
     parent = content.pop(DEFAULTS_KEY, None)
-    own = OmegaConf.create(content)
+    config = OmegaConf.create(content)
     if parent is None:
-        return own
-    return OmegaConf.merge(_read(path.parent / str(parent), (*seen, path)), own)
+        return config
+    return OmegaConf.merge(_read(path.parent / str(parent), (*seen, path)), config)
 
 
 def _nearest_file(path: Path) -> str:
@@ -173,7 +180,7 @@ def _explain(schema: type[ConfigModel], problem: Any) -> str:
         if parent is not None:
             return _unknown(parent, ".".join(location[:-1]), location[-1])
     message = problem["msg"].removeprefix("Value error, ")
-    if location and message.startswith(f"{'.'.join(location)}: "):  # of a section that is checked by its owner
+    if location and message.startswith(f"{'.'.join(location)}: "):  # from a section that its parent validates
         return message
     seen = "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f", got {problem['input']!r}"
     return f"{'.'.join(location) or 'configuration'}: {message[:1].lower()}{message[1:]}{seen}"
@@ -197,7 +204,7 @@ def _descend(schema: type[ConfigModel], location: Sequence[str]) -> type[ConfigM
 
 
 def _section(annotation: Any) -> type[ConfigModel] | None:
-    """The section class in an annotation such as `Section` or `Section | None`; None for a plain value."""
+    """Return the section class of an annotation such as `Section` or `Section | None`; None for a plain value."""
     candidates = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     for candidate in candidates:
         if isinstance(candidate, type) and issubclass(candidate, ConfigModel):

@@ -1,4 +1,4 @@
-"""Writing a file so that whoever reads it finds the old content or the new one, never a part."""
+"""Writes files atomically: a reader sees the old content or the new content, but never a part."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
-    """Write a file beside `path` and rename it, so that a writer that is killed leaves what was there.
+    """Write a temporary file in the directory of `path` and rename it to `path`.
 
-    The directory is made where it is missing. Several writers may write at once: one of them wins. Not flushed to the
-    disk, so this is no shield against a power failure.
+    If the writer is killed, the old content remains. Several processes may write at the same time; the last rename
+    wins. The file is not flushed to disk, so a power failure may lose it.
 
     Args:
-        content: text is written as UTF-8, with a question mark for what UTF-8 does not have (lone surrogates).
-        private: nobody else may read or write the file, whatever the umask.
+        path: the file. Missing directories are created.
+        content: text is written as UTF-8. Lone surrogates are replaced by question marks.
+        private: allow only this user to read and write the file, regardless of the umask.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the file cannot be written. The temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
-    # Hidden, and with another suffix: no listing of finished files takes it for one.
+    # Hidden, with another suffix, so that listings of finished files skip it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     mode = 0o600 if private else 0o666
     try:

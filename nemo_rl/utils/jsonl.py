@@ -1,4 +1,4 @@
-"""Files with one JSON object per line that survive the death of their writer at any moment."""
+"""Reads and appends JSONL files that remain readable if a writer is killed at any moment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append whole lines, in one write where the system allows it.
+    """Append complete lines, with a single write if the system allows it.
 
-    Lines of several writers do not mix, and a killed writer leaves at most one incomplete line at the end. Such a line
-    is ended first, so that it spoils no other. An `OSError` names the file.
+    The lines of several writers do not mix. A killed writer leaves at most one incomplete line at the end of the file,
+    which the next call terminates with a newline. An `OSError` names the file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -32,15 +32,19 @@ def append_text(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of the file, in order. Lines that hold no whole object are skipped; no file reads as an empty one."""
+    """Return the objects of a file in order. Lines without a complete object are skipped; a missing file has none."""
     return [record for _, record in _lines(path) if record is not None]
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> int:
-    """Drop, in one atomic step, the lines whose object is not wanted and those that hold none.
+    """Remove atomically the lines whose object is not wanted, and those without a complete object.
+
+    Args:
+        path: the file.
+        wanted: returns whether to keep an object's line.
 
     Returns:
-        How many lines were dropped. The others stay as they are, byte for byte.
+        The number of lines that were removed. The other lines are unchanged.
     """
     lines = _lines(path)
     kept = [line for line, record in lines if record is not None and wanted(record)]
@@ -61,14 +65,14 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> int:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """Every line that is not empty, with its object."""
+    """Return every line that is not empty, with its object."""
     if not path.exists():
         return []
-    found: list[tuple[str, dict[str, Any] | None]] = []
+    lines: list[tuple[str, dict[str, Any] | None]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if line:
             record = None
             with contextlib.suppress(json.JSONDecodeError):
                 record = json.loads(line)
-            found.append((line, record if isinstance(record, dict) else None))
-    return found
+            lines.append((line, record if isinstance(record, dict) else None))
+    return lines

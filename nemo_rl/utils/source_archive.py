@@ -1,11 +1,11 @@
-"""Which files of a working directory a submitted job gets, how large they are, and the archive of exactly those.
+"""Selects the files of a working directory that a job submission uploads, and archives them.
 
-git answers both questions, so that a pattern means what it means in `.gitignore`: tracked files are taken as they are
-on disk now, and with them new Python files, which the job would run here as well; the user's `--exclude` patterns are
-taken out again. What else is new may be data, results or a secret, and stays unless it is asked for. A directory that
-is in no repository is asked in the same way, through an empty repository beside it.
+git lists the files, so patterns have the same meaning as in `.gitignore`. The selection consists of tracked files with
+their current content, and new Python files, which a local run would import as well. The user's `--exclude` patterns
+remove files from it. Other new files may be data, results or secrets; they are uploaded only on request. A directory
+outside a repository is listed in the same way, through an empty temporary repository.
 
-The archive is a function of names, contents and executable bits alone: the same sources have the same name on the
+The archive depends only on names, contents and executable bits. The same sources therefore have the same name on the
 cluster and are uploaded once.
 """
 
@@ -23,15 +23,15 @@ from pathlib import Path
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can store
 _CODE = ".py"
-# Without a repository there is no .gitignore to rely on.
-_NEVER = (".git/", ".venv/", "venvs/", "__pycache__/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/")
+# Excluded from directories outside a repository, which have no .gitignore.
+_EXCLUDED = (".git/", ".venv/", "venvs/", "__pycache__/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file: its path below the root, with `/`, and its size."""
+    """Describes a file: its path below the root, with `/` as separator, and its size in bytes."""
 
     path: str
     num_bytes: int
@@ -39,13 +39,14 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceTree:
-    """The files of a directory that travel.
+    """Lists the files of a directory that are uploaded.
 
     Attributes:
         root: the directory.
-        files: sorted by path.
-        untracked: files that git neither tracks nor ignores, which stay behind.
-        commit: of the repository, with `+changes` when what travels differs from it; None outside of one.
+        files: the files, sorted by path.
+        untracked: files that git neither tracks nor ignores and that are not uploaded.
+        commit: commit of the repository, with the suffix `+changes` if the files differ from it. None outside a
+            repository.
     """
 
     root: Path
@@ -55,24 +56,28 @@ class SourceTree:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files, before compression."""
+        """Total size of the files before compression."""
         return sum(file.num_bytes for file in self.files)
 
     def largest(self, count: int) -> list[SourceFile]:
-        """The largest files, largest first."""
+        """Return the `count` largest files, largest first."""
         return sorted(self.files, key=lambda file: (-file.num_bytes, file.path))[:count]
 
 
 def collect(
-    root: Path, excludes: Sequence[str] = (), *, include_untracked: bool = False, leave_out_links: bool = False
+    root: Path, excludes: Sequence[str] = (), *, include_untracked: bool = False, skip_links: bool = False
 ) -> SourceTree:
-    """The files of `root` that git tracks and new Python files, less `excludes`; what git ignores never.
+    """Select tracked files and new Python files below `root`, without `excludes` and files that git ignores.
 
-    With `include_untracked` also all other new files.
+    Args:
+        root: the directory.
+        excludes: patterns as in `.gitignore`.
+        include_untracked: select all other new files as well.
+        skip_links: skip links that lead out of the directory, instead of raising an error.
 
     Raises:
-        ConfigError: no such directory, no file left, git missing, or a link that leads out of the directory (with
-            `leave_out_links` those are left out instead).
+        ConfigError: the directory does not exist, no file is selected, git is missing, or a link leads out of the
+            directory.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
@@ -88,14 +93,14 @@ def collect(
             excluded |= set(git.names("--others", "--ignored", *patterns))
             chosen, others = chosen - excluded, others - excluded
         commit = git.commit(has_new_files=bool(new & chosen))
-    files = [file for name in sorted(chosen) for file in _files_at(root, name, excludes, leave_out_links)]
+    files = [file for name in sorted(chosen) for file in _files_at(root, name, excludes, skip_links)]
     if not files:
-        raise ConfigError(f"{root} has no file to upload: git tracks none that --exclude leaves. Try --untracked.")
+        raise ConfigError(f"{root} has no file to upload: --exclude matches all tracked files. Try --untracked.")
     return SourceTree(root, tuple(files), tuple(sorted(others)), commit)
 
 
 def write_zip(tree: SourceTree, target: Path, *, prefix: str = "") -> None:
-    """Write the files into a zip, each below `prefix`. Equal sources make equal bytes."""
+    """Write the files to a zip file, below `prefix`. Equal sources give identical bytes."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for file in tree.files:
             path = tree.root / file.path
@@ -106,51 +111,57 @@ def write_zip(tree: SourceTree, target: Path, *, prefix: str = "") -> None:
 
 
 def unpack_zip(archive: Path, target: Path) -> None:
-    """Unpack a zip that somebody else made. Raises `ConfigError`, and writes nothing, when an entry would lead out."""
+    """Unpack a zip file that is not trusted.
+
+    Raises:
+        ConfigError: the file cannot be read, or an entry would lead out of `target`. Nothing is written in that case.
+    """
     try:
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
                 parts = entry.filename.replace("\\", "/").split("/")
                 is_link = (entry.external_attr >> 16) & 0o170000 == 0o120000
                 if entry.filename.startswith("/") or ".." in parts or ":" in parts[0] or is_link:
-                    raise ConfigError(f"{archive} is not unpacked: its entry {entry.filename!r} would lead out of it.")
+                    raise ConfigError(
+                        f"{archive} is not unpacked: its entry {entry.filename!r} would lead out of the target."
+                    )
             opened.extractall(target)
     except (OSError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{archive} cannot be unpacked: {error}") from None
 
 
-def _files_at(root: Path, name: str, excludes: Sequence[str], leave_out_links: bool) -> Iterator[SourceFile]:
+def _files_at(root: Path, name: str, excludes: Sequence[str], skip_links: bool) -> Iterator[SourceFile]:
     path = root / name
     if path.is_symlink():
         target = path.resolve()
         if not target.is_file() or not target.is_relative_to(root.resolve()):
-            if leave_out_links:
+            if skip_links:
                 return
             raise ConfigError(
-                f"{path} links to {os.readlink(path)}, which is no file of {root}: the cluster would not have it. "
-                f"Leave it out with --exclude {name!r}."
+                f"{path} links to {os.readlink(path)}, which is not a file below {root} and would be missing on the "
+                f"cluster. Use --exclude {name!r} to skip it."
             )
     if path.is_dir():  # a submodule
-        for file in collect(path, excludes, leave_out_links=leave_out_links).files:
+        for file in collect(path, excludes, skip_links=skip_links).files:
             yield SourceFile(f"{name}/{file.path}", file.num_bytes)
-    elif path.exists():  # else deleted, and not yet committed
+    elif path.exists():  # otherwise deleted, but not committed yet
         yield SourceFile(name, path.stat().st_size)
 
 
 @dataclass(frozen=True)
 class _Git:
-    """`git` for one directory."""
+    """Runs git in one directory."""
 
     root: Path
     variables: dict[str, str]
     is_repository: bool
 
     def names(self, *options: str) -> list[str]:
-        """What `git ls-files` lists."""
-        never = () if self.is_repository else [word for pattern in _NEVER for word in ("-x", pattern)]
+        """Return the files that `git ls-files` lists."""
+        excludes = () if self.is_repository else [word for pattern in _EXCLUDED for word in ("-x", pattern)]
         if "--ignored" in options:
-            never = ()
-        output = self.run("ls-files", "-z", *options, *never)
+            excludes = ()
+        output = self.run("ls-files", "-z", *options, *excludes)
         return [name for name in output.split("\0") if name and not name.endswith("/")]
 
     def commit(self, has_new_files: bool) -> str | None:
@@ -173,13 +184,13 @@ class _Git:
 
 @contextlib.contextmanager
 def _git_for(root: Path) -> Iterator[_Git]:
-    # GIT_DIR and its kin, which a git hook sets, would send every question to another repository.
+    # A git hook sets GIT_DIR and similar variables. They would redirect git to another repository.
     variables = {name: value for name, value in settings.snapshot().items() if not name.startswith("GIT_")}
     try:
         probe = ["git", "-C", str(root), "rev-parse", "--is-inside-work-tree"]
         inside = subprocess.run(probe, env=variables, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise ConfigError("git is needed to say which files are uploaded, and is not on PATH. Install git.") from None
+        raise ConfigError("git is needed to select the files to upload, and is not on PATH. Install git.") from None
     if inside.returncode == 0 and inside.stdout.strip() == "true":
         yield _Git(root, variables, is_repository=True)
         return

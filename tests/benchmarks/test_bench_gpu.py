@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs where there is none, so that nothing but the device is new to it there."""
+"""The GPU benchmark runs on a CPU, so that only the device is untested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests" / "models" / "policy"))
 from rank_processes import megatron_python  # noqa: E402
 
 
-def test_every_topic_runs_and_is_reported(tmp_path: Path) -> None:
+def test_all_topics_run_on_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny", "--repeats", "1"]
     done = subprocess.run(
@@ -46,16 +46,16 @@ def test_every_topic_runs_and_is_reported(tmp_path: Path) -> None:
 
 
 TRAIN_TWO_SIZES = """
-import pathlib, sys, one_process, gpu_topics, bench_gpu
+import pathlib, sys, one_process, gpu_plan, gpu_topics
 one_process.SIZES["next"] = one_process.SIZES["tiny"]
-plan = bench_gpu.Plan("cpu", ("tiny", "next"), 1, num_tokens=16, batch=2, micro_batch=2, matmul=32)
+plan = gpu_plan.Plan("cpu", ("tiny", "next"), 1, num_tokens=16, batch=2, micro_batch=2, matmul=32)
 results, ratios, _ = gpu_topics.train(plan, pathlib.Path(sys.argv[1]))
 assert len(ratios) == 4, ratios
 """
 
 
 @pytest.mark.slow
-def test_several_sizes_train_one_after_the_other_with_megatron_too(tmp_path: Path) -> None:
+def test_several_sizes_train_in_one_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [megatron_python(), "-c", TRAIN_TWO_SIZES, str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}"},

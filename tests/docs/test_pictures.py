@@ -1,4 +1,4 @@
-"""Pictures in the documentation that a command draws are what it draws now."""
+"""Generated pictures of the documentation are up to date."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_the_picture_of_the_spread_model_is_up_to_date(tmp_path: Path) -> None:
+def test_broadcast_model_picture_is_up_to_date(tmp_path: Path) -> None:
     target = tmp_path / "model.svg"
-    command = [sys.executable, REPOSITORY / "benchmarks" / "spread_model.py", "--picture", target]
+    command = [sys.executable, REPOSITORY / "benchmarks" / "broadcast_model.py", "--picture", target]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "4,096" in done.stdout
-    assert target.read_bytes() == (REPOSITORY / "docs" / "images" / "spread_model.svg").read_bytes()
+    assert target.read_bytes() == (REPOSITORY / "docs" / "images" / "broadcast_model.svg").read_bytes()
     altered = subprocess.run([*command, "--unpack", "0.4"], capture_output=True, text=True, check=True)
     assert altered.stdout != done.stdout
-    assert target.read_bytes() != (REPOSITORY / "docs" / "images" / "spread_model.svg").read_bytes()
+    assert target.read_bytes() != (REPOSITORY / "docs" / "images" / "broadcast_model.svg").read_bytes()

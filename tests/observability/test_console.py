@@ -1,3 +1,5 @@
+"""Console output on a terminal and in a pipe."""
+
 from __future__ import annotations
 
 import io
@@ -26,7 +28,7 @@ STEP = {
 }
 
 
-def test_without_a_terminal_every_event_is_one_line(tmp_path: Path) -> None:
+def test_pipe_output_has_one_line_per_event(tmp_path: Path) -> None:
     stream = io.StringIO()
     with ConsoleView("run [1]", 200, Console(file=stream, width=40)) as view:
         with Timeline(tmp_path, view).phase("ray"):
@@ -60,33 +62,33 @@ logging.info("after")
 """
 
 
-def test_on_a_terminal_one_panel_stays_and_messages_scroll_above_it() -> None:
-    ours, theirs = pty.openpty()
+def test_terminal_shows_panel_and_messages() -> None:
+    parent, terminal = pty.openpty()
     child = subprocess.Popen(
         [sys.executable, "-c", CODE],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
     )
-    os.close(theirs)
+    os.close(terminal)
     output = b""
     while True:
         try:
-            part = os.read(ours, 65536)
+            part = os.read(parent, 65536)
         except OSError:  # the other end is closed
             break
         if not part:
             break
         output += part
     assert child.wait() == 0
-    os.close(ours)
+    os.close(parent)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode()).replace("\r", "")
-    text = text.replace("╯", "╯\n")  # without the cursor's moves, what is drawn over the panel stands behind it
+    text = text.replace("╯", "╯\n")  # without cursor moves, text drawn over the panel follows it
     last_panel = text[text.rindex("the title") :]
     for expected in ("step 1 of 10", "reward", "0.250", "validation at step 1: accuracy 0.875", "train", "0.50 s"):
         assert expected in last_panel
-    # Not drawn over, and not swallowed.
+    # Messages are neither overwritten nor lost.
     for message in ("LOG one message", "one print", "LOG after"):
         assert [line for line in text.splitlines() if line.strip() == message] == [message]
 
@@ -101,12 +103,12 @@ def test_sparkline(values: list[float], expected: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1m00s"), (200, "3m20s"), (7505, "2h05m")]
 )
-def test_duration(seconds: float, expected: str) -> None:
+def test_format_duration(seconds: float, expected: str) -> None:
     assert format_duration(seconds) == expected
 
 
-@pytest.mark.parametrize("where", ["a pipe that nobody reads", "a full disk"])
-def test_a_run_goes_on_when_its_output_cannot_be_written(where: str) -> None:
+@pytest.mark.parametrize("where", ["a pipe without a reader", "a full disk"])
+def test_run_continues_without_output(where: str) -> None:
     program = (
         "import sys\n"
         "from nemo_rl.observability.console import ConsoleView\n"
@@ -123,4 +125,4 @@ def test_a_run_goes_on_when_its_output_cannot_be_written(where: str) -> None:
     os.close(writer)
     warning, last = done.stderr.splitlines()
     assert (done.returncode, last) == (0, "done"), done.stderr
-    assert "the run goes on" in warning
+    assert "the run continues" in warning

@@ -1,3 +1,5 @@
+"""The critical path of a start-up."""
+
 from __future__ import annotations
 
 import itertools
@@ -24,7 +26,7 @@ def names(segments: list[Segment]) -> list[tuple[str, float, float]]:
     return [(segment.name, segment.start, segment.end) for segment in segments]
 
 
-def test_one_after_the_other_with_a_gap() -> None:
+def test_sequential_events_with_a_gap() -> None:
     assert names(path_of([event("a", 0, 2), event("b", 3, 5)])) == [
         ("a", 0, 2),
         (NOT_RECORDED, 2, 3),
@@ -32,7 +34,7 @@ def test_one_after_the_other_with_a_gap() -> None:
     ]
 
 
-def test_an_inner_phase_replaces_the_outer_one_while_it_lasts() -> None:
+def test_nested_event_replaces_the_outer_one() -> None:
     assert names(path_of([event("ray", 0, 10), event("store", 2, 5)])) == [
         ("ray", 0, 2),
         ("store", 2, 5),
@@ -40,7 +42,7 @@ def test_an_inner_phase_replaces_the_outer_one_while_it_lasts() -> None:
     ]
 
 
-def test_the_driver_waits_for_the_last_of_several_workers() -> None:
+def test_path_follows_the_last_worker() -> None:
     events = [
         event("start workers", 0, 10, waits=True),
         event("load model", 1, 9.5, "policy-0"),
@@ -57,7 +59,7 @@ def test_the_driver_waits_for_the_last_of_several_workers() -> None:
     assert {segment.process for segment in path_of(events)[1:4]} == {"policy-0"}
 
 
-def test_work_beside_the_driver_counts_only_while_the_driver_waits_for_it() -> None:
+def test_parallel_work_counts_while_the_driver_waits() -> None:
     inputs = [event("model", 1, 4, "driver: inputs"), event("data", 4, 9, "driver: inputs")]
     busy = [event("ray", 0, 8), event("train", 8, 12)]
     assert names(path_of([*inputs, *busy])) == [("ray", 0, 8), ("train", 8, 12)]
@@ -71,7 +73,7 @@ def test_work_beside_the_driver_counts_only_while_the_driver_waits_for_it() -> N
     ]
 
 
-def test_only_the_last_life_until_its_first_step() -> None:
+def test_startup_events_of_the_latest_start() -> None:
     events = [
         event("old", 0, 5),
         event("ray", 100, 104, life=2),
@@ -79,17 +81,17 @@ def test_only_the_last_life_until_its_first_step() -> None:
         event("later", 111, 112, life=2),
         event(FIRST_STEP, 110, 110, life=2),
     ]
-    found, end = startup_events(events)
-    assert [(e.name, e.end) for e in found] == [("ray", 104), ("worker", 110)]
+    startup, end = startup_events(events)
+    assert [(e.name, e.end) for e in startup] == [("ray", 104), ("worker", 110)]
     assert end == 110
-    found, end = startup_events(events[:3])
-    assert [e.name for e in found] == ["ray", "worker"]
+    startup, end = startup_events(events[:3])
+    assert [e.name for e in startup] == ["ray", "worker"]
     assert end == 120
     assert startup_events([]) == ([], 0.0)
     assert critical_path([], 0.0) == []
 
 
-def test_what_nobody_recorded_before_the_first_step_is_part_of_the_path() -> None:
+def test_unrecorded_time_is_part_of_the_path() -> None:
     assert names(critical_path([event("ray", 0, 4)], 6.0)) == [("ray", 0, 4), (NOT_RECORDED, 4, 6)]
 
 
@@ -101,10 +103,10 @@ def test_what_nobody_recorded_before_the_first_step_is_part_of_the_path() -> Non
         min_size=1,
     )
 )
-def test_the_path_is_complete_and_has_no_overlap(intervals: list[tuple[int, int, str, bool]]) -> None:
+def test_path_has_no_gaps_and_no_overlap(intervals: list[tuple[int, int, str, bool]]) -> None:
     events = [
-        event(f"e{i}", start, start + length, who, waits=waits)
-        for i, (start, length, who, waits) in enumerate(intervals)
+        event(f"e{i}", start, start + length, process, waits=waits)
+        for i, (start, length, process, waits) in enumerate(intervals)
     ]
     path = path_of(events)
     assert path[0].start == min(e.start for e in events)

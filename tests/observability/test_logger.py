@@ -1,3 +1,5 @@
+"""Metrics files, listeners and backends of the logger."""
+
 from __future__ import annotations
 
 import json
@@ -27,7 +29,7 @@ QUIET = LoggerConfig(tensorboard=False)
 
 
 class Memory:
-    """A backend that keeps what it is told, and fails when it is told to."""
+    """A backend and listener that stores what it receives, and calls `fail` for every record."""
 
     def __init__(self, fail: Callable[[], None] = lambda: None) -> None:
         self.metrics: list[tuple[int, dict[str, float]]] = []
@@ -58,13 +60,13 @@ def test_one_line_per_record(tmp_path: Path) -> None:
     with Logger(tmp_path, QUIET) as log:
         log.log_metrics(0, {"val/accuracy": 0.25})
         log.log_metrics(1, {"train/loss": np.float32(0.5), "train/n": torch.tensor(3), "train/flag": True})
-        # A reader sees every line at once, with the logger still open.
+        # Readers see every line immediately, while the logger is still open.
         assert (tmp_path / METRICS_FILE).read_text() == (
             '{"step": 0, "val/accuracy": 0.25}\n{"step": 1, "train/loss": 0.5, "train/n": 3, "train/flag": 1}\n'
         )
 
 
-def test_values_that_are_not_finite_become_null_with_one_warning(
+def test_non_finite_values_become_null(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, register: Callable[[Memory], None]
 ) -> None:
     backend = Memory()
@@ -79,12 +81,12 @@ def test_values_that_are_not_finite_become_null_with_one_warning(
         "train/reward": 1.0,
     }
     assert [r.message for r in caplog.records if "train/loss" in r.message] == [
-        "step 1: train/loss is nan; metrics.jsonl keeps it as null"
+        "step 1: train/loss is nan; metrics.jsonl stores null"
     ]
     assert backend.metrics == [(1, {"train/reward": 1.0}), (2, {"train/reward": 1.0})]
 
 
-def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
+def test_non_numeric_metrics_are_refused(tmp_path: Path) -> None:
     with Logger(tmp_path, QUIET) as log:
         with pytest.raises(TypeError, match=r"'train/loss' must be a number, not str"):
             log.log_metrics(1, {"train/loss": "low"})  # type: ignore[dict-item]
@@ -102,21 +104,21 @@ def _write_run(directory: Path, steps: range, resume_step: int | None) -> None:
                 log.log_samples(step, [{"prompt": "1+1=", "completion": str(step), "reward": 0.0}])
 
 
-def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"
-    for directory in (disturbed, calm):
+def test_resumed_run_has_the_same_files(tmp_path: Path) -> None:
+    resumed, uninterrupted = tmp_path / "resumed", tmp_path / "uninterrupted"
+    for directory in (resumed, uninterrupted):
         directory.mkdir()
-    _write_run(calm, range(1, 9), None)
-    _write_run(disturbed, range(1, 8), None)
-    with (disturbed / METRICS_FILE).open("a") as file:
-        file.write('{"step": 8, "train/lo')  # killed within a write
-    _write_run(disturbed, range(5, 9), resume_step=4)
+    _write_run(uninterrupted, range(1, 9), None)
+    _write_run(resumed, range(1, 8), None)
+    with (resumed / METRICS_FILE).open("a") as file:
+        file.write('{"step": 8, "train/lo')  # killed during a write
+    _write_run(resumed, range(5, 9), resume_step=4)
     for name in (METRICS_FILE, SAMPLES_FILE):
-        assert (disturbed / name).read_bytes() == (calm / name).read_bytes()
-    assert not [path for path in disturbed.iterdir() if path.name.startswith(".")]
+        assert (resumed / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert not [path for path in resumed.iterdir() if path.name.startswith(".")]
 
 
-def test_a_run_that_starts_again_from_the_beginning_keeps_nothing(tmp_path: Path) -> None:
+def test_restart_drops_all_records(tmp_path: Path) -> None:
     _write_run(tmp_path, range(1, 5), None)
     with Logger(tmp_path, QUIET):
         pass
@@ -124,7 +126,7 @@ def test_a_run_that_starts_again_from_the_beginning_keeps_nothing(tmp_path: Path
     assert read_jsonl(tmp_path / SAMPLES_FILE) == []
 
 
-def test_killed_while_it_writes(tmp_path: Path) -> None:
+def test_sigkill_leaves_readable_metrics(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from nemo_rl.observability.logger import Logger
@@ -151,7 +153,7 @@ while True:
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 52))
 
 
-def test_backends_hear_everything_in_order(tmp_path: Path, register: Callable[[Memory], None]) -> None:
+def test_backends_receive_metrics_in_order(tmp_path: Path, register: Callable[[Memory], None]) -> None:
     backend = Memory()
     register(backend)
     with Logger(tmp_path, QUIET) as log:
@@ -163,7 +165,7 @@ def test_backends_hear_everything_in_order(tmp_path: Path, register: Callable[[M
     assert backend.closed
 
 
-def test_a_backend_that_fails_is_switched_off_once_and_training_goes_on(
+def test_failing_backend_is_disabled(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, register: Callable[[Memory], None]
 ) -> None:
     def fail() -> None:
@@ -175,10 +177,10 @@ def test_a_backend_that_fails_is_switched_off_once_and_training_goes_on(
             log.log_metrics(step, {"train/loss": 1.0})
     assert len(read_jsonl(tmp_path / METRICS_FILE)) == 5
     errors = [record.message for record in caplog.records if record.levelno >= logging.ERROR]
-    assert errors == ["logger.memory is switched off for the rest of the run: ConnectionError: no route to host"]
+    assert errors == ["logger.memory is disabled for the rest of the run: ConnectionError: no route to host"]
 
 
-def test_a_backend_that_hangs_holds_nothing_up(
+def test_hanging_backend_does_not_block(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,19 +195,19 @@ def test_a_backend_that_hangs_holds_nothing_up(
             log.log_metrics(step, {"train/loss": 1.0})
     assert len(read_jsonl(tmp_path / METRICS_FILE)) == 50
     assert [r.message for r in caplog.records] == [
-        "logger.memory is switched off for the rest of the run: it is 10 records behind"
+        "logger.memory is disabled for the rest of the run: it is 10 records behind"
     ]
     forever.set()
 
 
-def test_a_listener_that_fails_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_listener_is_disabled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
-        raise RuntimeError("terminal gone")
+        raise RuntimeError("no terminal")
 
     with Logger(tmp_path, QUIET, listeners=[Memory(fail)]) as log:
         for step in range(3):
             log.log_metrics(step, {"train/loss": 1.0})
-    assert [r.message for r in caplog.records] == ["Memory failed and is told nothing more"]
+    assert [r.message for r in caplog.records] == ["Memory failed and is disabled for the rest of the run"]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_a_listener_that_fails_is_dropped(tmp_path: Path, caplog: pytest.LogCapt
         (LoggerConfig(mlflow=MlflowConfig(enabled=True)), "mlflow"),
     ],
 )
-def test_a_missing_package_is_named_with_its_remedy(
+def test_missing_package_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: LoggerConfig, name: str
 ) -> None:
     monkeypatch.setattr(logger_backends, "_is_installed", lambda package: package != name)
@@ -223,7 +225,7 @@ def test_a_missing_package_is_named_with_its_remedy(
         Logger(tmp_path, config)
 
 
-def test_a_backend_that_cannot_be_opened_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_open_error_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(run: RunInfo) -> Memory:
         raise PermissionError("api key is not valid")
 
@@ -232,7 +234,7 @@ def test_a_backend_that_cannot_be_opened_is_a_config_error(tmp_path: Path, monke
         Logger(tmp_path, QUIET)
 
 
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+def test_tensorboard_reads_the_event_files(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with Logger(tmp_path, LoggerConfig()) as log:
@@ -254,7 +256,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert b"grpo.seed: 7" in text.tensor_proto.string_val[0]
 
 
-def test_importing_the_logger_imports_no_backend() -> None:
+def test_logger_import_loads_no_backend() -> None:
     heavy = "('torch', 'tensorboard', 'wandb', 'mlflow', 'ray')"
     code = f"import sys, nemo_rl.observability.logger; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,3 +1,5 @@
+"""The HTML report of a run."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,7 @@ HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[2
 
 
 class Page(HTMLParser):
-    """What a browser would see: sections, texts outside of SVG, and everything that it would fetch or run."""
+    """Parses a page: its sections, its text outside SVG, and everything that a browser would fetch or run."""
 
     VOID = frozenset({"meta", "br", "img", "link", "path", "use", "rect"})
 
@@ -34,7 +36,7 @@ class Page(HTMLParser):
         self._open: list[str] = []
         self.feed(text)
         self.close()
-        assert self._open == [], "every element is closed"
+        assert self._open == [], "an element is not closed"
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag not in self.VOID:
@@ -65,7 +67,7 @@ class Page(HTMLParser):
 
 
 def make_run(directory: Path, num_steps: int = 30) -> None:
-    """A run as the real writers leave it."""
+    """Write the files of a run with the real writers."""
     timeline = Timeline(directory)
     timeline.record("ray", 100.0, 104.0)
     timeline.record("import torch", 104.5, 109.0, process="policy-0", node="node-7")
@@ -101,7 +103,7 @@ def make_run(directory: Path, num_steps: int = 30) -> None:
     (directory / "finished.json").write_text(json.dumps({"step": num_steps, "reason": "all 30 steps are done"}))
 
 
-def test_a_whole_run_on_one_page(tmp_path: Path) -> None:
+def test_report_of_a_complete_run(tmp_path: Path) -> None:
     make_run(tmp_path)
     path = report.write_report(tmp_path)
     assert path == tmp_path / "report.html"
@@ -125,7 +127,7 @@ def test_a_whole_run_on_one_page(tmp_path: Path) -> None:
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
+def test_report_is_self_contained_and_inert(tmp_path: Path) -> None:
     make_run(tmp_path)
     text = report.write_report(tmp_path).read_text()
     page = Page(text)
@@ -133,7 +135,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
     assert page.fetched == []
     assert "@import" not in text
     assert "url(http" not in text
-    # Hostile text is shown as text, and bounded.
+    # Hostile text is shown as text and shortened.
     assert "<script>alert(1)</script>" in page.text
     assert "{{ 7*7 }}" in page.text
     assert "\x1b" not in text
@@ -141,7 +143,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
     assert len(page.text) < 30_000
 
 
-def test_identifiers_of_different_figures_do_not_clash(tmp_path: Path) -> None:
+def test_svg_ids_are_unique(tmp_path: Path) -> None:
     make_run(tmp_path)
     text = report.write_report(tmp_path).read_text()
     clip_paths = [line for line in text.splitlines() if "<clipPath" in line]
@@ -159,24 +161,24 @@ SECTIONS_OF_FILE = {
 
 
 @pytest.mark.parametrize("missing", SECTIONS_OF_FILE)
-def test_a_missing_file_leaves_its_section_out(tmp_path: Path, missing: str) -> None:
+def test_missing_file_omits_its_section(tmp_path: Path, missing: str) -> None:
     make_run(tmp_path, num_steps=2)
     (tmp_path / missing).unlink()
     sections = set().union(*SECTIONS_OF_FILE.values())
     assert sections - set(Page(report.render(tmp_path)).ids) == SECTIONS_OF_FILE[missing]
 
 
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.98])
-def test_files_that_end_anywhere_still_make_a_report(tmp_path: Path, kept: float) -> None:
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_truncated_files_give_a_report(tmp_path: Path, share: float) -> None:
     make_run(tmp_path, num_steps=4)
     (tmp_path / "finished.json").unlink()
     for name in SECTIONS_OF_FILE:
         content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: int(len(content) * kept)])
-    assert "not finished; last step on file:" in Page(report.render(tmp_path)).text
+        (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+    assert "not finished; last logged step:" in Page(report.render(tmp_path)).text
 
 
-def test_a_single_step_and_a_single_validation_can_be_drawn(tmp_path: Path) -> None:
+def test_single_step_can_be_plotted(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text(
         '{"step": 1, "train/reward": 0.5, "timing/step_s": 1.0}\n{"step": 1, "val/accuracy": 0.5}\n'
     )
@@ -184,7 +186,7 @@ def test_a_single_step_and_a_single_validation_can_be_drawn(tmp_path: Path) -> N
     assert {"learning", "time"} <= set(page.ids)
 
 
-def test_the_command_line(tmp_path: Path) -> None:
+def test_report_command_line(tmp_path: Path) -> None:
     make_run(tmp_path)
     command = [sys.executable, "-m", "nemo_rl.observability.report"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -197,7 +199,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode == 2
 
 
-def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+def test_report_needs_a_run_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither"):
         report.write_report(tmp_path / "nowhere")
 

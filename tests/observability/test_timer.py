@@ -1,3 +1,5 @@
+"""Phase timers and the timeline."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +14,7 @@ import pytest
 from nemo_rl.observability.timer import FIRST_STEP, TIMELINE_FILE, Timeline, TimelineEvent, Timer, read_timeline
 
 
-def test_nested_phases_are_part_of_the_whole() -> None:
+def test_nested_phases() -> None:
     timer = Timer()
     with timer.phase("step"):
         with timer.phase("generation"):
@@ -27,7 +29,7 @@ def test_nested_phases_are_part_of_the_whole() -> None:
     assert timer.metrics()["timing/train/backward_s"] == seconds["train/backward"]
 
 
-def test_repeated_phases_add_up_until_the_reset() -> None:
+def test_repeated_phases_add_up() -> None:
     timer = Timer()
     for _ in range(3):
         with timer.phase("reward"):
@@ -37,22 +39,22 @@ def test_repeated_phases_add_up_until_the_reset() -> None:
     assert timer.seconds() == {}
 
 
-def test_a_phase_that_raises_counts() -> None:
+def test_raising_phase_counts() -> None:
     timer = Timer()
     with pytest.raises(RuntimeError), timer.phase("train"):
         raise RuntimeError
     assert "train" in timer.seconds()
-    with timer.phase("train"):  # and can be entered again
+    with timer.phase("train"):  # the phase can be entered again
         pass
 
 
-def test_a_phase_within_itself_is_refused() -> None:
+def test_recursive_phase_is_refused() -> None:
     timer = Timer()
     with timer.phase("step"), pytest.raises(ValueError, match="'step' is already open"), timer.phase("step"):
         pass
 
 
-def test_timeline_keeps_events_of_all_processes_and_lives(tmp_path: Path) -> None:
+def test_timeline_keeps_all_processes_and_starts(tmp_path: Path) -> None:
     first = Timeline(tmp_path)
     with pytest.raises(RuntimeError), first.phase("ray"):
         raise RuntimeError
@@ -71,7 +73,7 @@ def test_timeline_keeps_events_of_all_processes_and_lives(tmp_path: Path) -> Non
     assert abs(events[2].end - time.time()) < 60
 
 
-def test_timeline_knows_what_happened_before_it(tmp_path: Path) -> None:
+def test_timeline_records_process_start(tmp_path: Path) -> None:
     code = f"""
 import time; time.sleep(0.3)
 from pathlib import Path
@@ -81,12 +83,12 @@ Timeline(Path({str(tmp_path)!r})).record_process_start()
     before = time.time()
     subprocess.run([sys.executable, "-c", code], check=True)
     (event,) = [e for e in read_timeline(tmp_path) if e.name == "Python and imports"]
-    # The kernel counts process starts in ticks since a boot time in whole seconds.
+    # The kernel records process starts in ticks since the boot time, which has a resolution of one second.
     assert before - 1.1 <= event.start < event.end <= time.time()
     assert event.duration_s >= 0.3
 
 
-def test_an_incomplete_line_is_skipped_and_spoils_no_other(tmp_path: Path) -> None:
+def test_incomplete_timeline_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / TIMELINE_FILE
     Timeline(tmp_path).record("a", 1.0, 2.0)
     path.write_bytes(path.read_bytes() + b'{"name": "b", "proc')
@@ -97,7 +99,7 @@ def test_an_incomplete_line_is_skipped_and_spoils_no_other(tmp_path: Path) -> No
     assert read_timeline(tmp_path / "nowhere") == []
 
 
-def test_writers_in_several_processes_do_not_mix_lines(tmp_path: Path) -> None:
+def test_concurrent_writers_do_not_mix_lines(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from nemo_rl.observability.timer import Timeline

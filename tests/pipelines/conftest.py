@@ -1,4 +1,4 @@
-"""Ray for the tests of this room, and a venv directory that its tests share."""
+"""Fixtures for the pipeline tests: a Ray cluster, and a venv directory that all tests share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_rl.pipelines import Executor, RayActorPoolExecutor, RayDataExecutor
 
 @pytest.fixture(scope="session")
 def shared_venvs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the venvs of all tests of this room are kept."""
+    """The venv directory of all pipeline tests."""
     return tmp_path_factory.mktemp("venvs")
 
 
@@ -28,17 +28,17 @@ def _venv_dir(shared_venvs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def xenna_python() -> str:
-    """The interpreter of a venv that has cosmos-xenna over the tests' own."""
+    """The interpreter of an additive venv with cosmos-xenna over the tests' venv."""
     spec = venvs.spec_from_runtime_env({"uv": ["cosmos-xenna==0.3.0"]}, sys.executable)
     try:
         return venvs.ensure(spec, "with-xenna").python
     except VenvBuildError as error:
-        pytest.skip(f"cosmos-xenna cannot be had here: {error}")
+        pytest.skip(f"cosmos-xenna cannot be installed here: {error}")
 
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[str]:
-    """A local cluster with 4 CPUs that no other process joins; the value is its address."""
+    """The address of a local cluster with 4 CPUs that no other process joins."""
     assert not ray.is_initialized(), "another test left Ray running"
     yield start_local_ray(num_cpus=4, num_gpus=0)
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""Pipelines in which Ray's memory monitor kills workers, for test_low_memory: prints what came out as JSON.
+"""Runs pipelines in which Ray's memory monitor kills workers, and prints the results as JSON. See test_low_memory.
 
 `low_memory_script.py MEMINFO FOLDER`
 """
@@ -22,7 +22,7 @@ class Hungry(ProcessingStage[DocumentBatch, DocumentBatch]):
     """Uses up the memory for batches with the number 9, the first `num_times` times."""
 
     resources = TINY
-    num_workers = 1  # the monitor may kill every worker that there is
+    num_workers = 1  # the monitor may kill every worker
 
     def __init__(self, memory: OwnMemory, num_times: int) -> None:
         self.memory = memory
@@ -55,11 +55,11 @@ def main(meminfo: str, folder: Path) -> None:
     once = Pipeline("p", stages=[Hungry(memory, 1).with_(name="once"), AddOne()])
     always = Pipeline("p", stages=[Hungry(memory, 99).with_(name="always")])
     gather = Pipeline("p", stages=[HungryGather(memory).with_(name="gather"), AddOne()])
-    kept = always.run(RayActorPoolExecutor(), batches(8), run_dir=folder / "run")
+    remaining = always.run(RayActorPoolExecutor(), batches(8), run_dir=folder / "run")
     result = {
         "once": numbers(once.run(RayActorPoolExecutor(), batches(16))),
-        "always": numbers(kept),
-        "failed": [(one.task_id, one.error) for one in failed_tasks(folder / "run")],
+        "always": numbers(remaining),
+        "failed": [(task.task_id, task.error) for task in failed_tasks(folder / "run")],
         "gather": numbers(gather.run(RayActorPoolExecutor(), batches(4))),
         "deaths": {name: memory.num_deaths(name) for name in ("once", "always", "gather")},
     }

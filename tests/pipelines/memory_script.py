@@ -1,4 +1,4 @@
-"""A pipeline over ten times more data than shared memory holds, for test_memory: prints sums and peaks as JSON."""
+"""Runs a pipeline over ten times more data than shared memory holds, and prints sums and peak memory as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline that is killed and started again by test_resume.
+"""Runs a pipeline that test_resume kills and starts again.
 
 `resume_script.py FOLDER EXECUTOR SECONDS [gathers|late]`
 """

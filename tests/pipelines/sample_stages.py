@@ -1,4 +1,4 @@
-"""Stages for the tests, importable by the workers through the driver's search path."""
+"""Stages for the tests. Workers import them through the driver's search path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = Resources(cpus=0.5)
 
 
 def batches(num_batches: int, rows: int = 2) -> list[DocumentBatch]:
-    """Batches whose column `number` counts through all of them."""
+    """Return batches whose `number` column counts continuously."""
     return [
         DocumentBatch(f"b{i}", "numbers", pd.DataFrame({"number": range(i * rows, (i + 1) * rows)}))
         for i in range(num_batches)
@@ -27,13 +27,13 @@ def batches(num_batches: int, rows: int = 2) -> list[DocumentBatch]:
 
 
 def numbers(tasks: Sequence[Any]) -> list[int]:
-    """All values of `number`, in order."""
+    """Return all values of `number`, in order."""
     return [int(value) for task in tasks for value in task.to_pandas()["number"]]
 
 
 @contextmanager
 def full_disk(num_bytes: int) -> Iterator[None]:
-    """Within this block no file of this process grows beyond `num_bytes`; a longer write is done in part."""
+    """Limit the size of the files of this process to `num_bytes`. A longer write is truncated."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -43,7 +43,7 @@ def full_disk(num_bytes: int) -> Iterator[None]:
 
 
 class AddOne(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Adds one to `number`, in the very frame that it is given."""
+    """Adds one to `number`, in place."""
 
     resources = TINY
 
@@ -56,7 +56,7 @@ class AddOne(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 class SplitRows(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """One task per row; none for a batch whose first number is divisible by `drop_divisor`."""
+    """Returns one task per row, and drops a batch whose first number is divisible by `drop_divisor`."""
 
     resources = TINY
     drop_divisor = 0
@@ -69,7 +69,7 @@ class SplitRows(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 class PackagingVersion(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Writes the version of `packaging` that it sees, and its Python, into columns named after the stage."""
+    """Adds its version of `packaging` and its Python as columns named after the stage."""
 
     resources = TINY
 
@@ -87,7 +87,7 @@ class PackagingVersion(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 class Failing(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Raises for batches that hold one of `bad`; the first `num_times` times only, if that is not 0."""
+    """Raises for batches with a number in `bad`. If `num_times` is not 0, only the first `num_times` times."""
 
     resources = TINY
 
@@ -97,17 +97,17 @@ class Failing(ProcessingStage[DocumentBatch, DocumentBatch]):
         self._seen = 0
 
     def process(self, task: DocumentBatch) -> DocumentBatch:
-        found = set(self.bad) & set(task.to_pandas()["number"])
-        if found:
+        matches = set(self.bad) & set(task.to_pandas()["number"])
+        if matches:
             self._seen += 1
-            task.data["number"] = -1  # must not be seen by another try, nor in failed/
+            task.data["number"] = -1  # must reach neither a retry nor failed/
             if not self.num_times or self._seen <= self.num_times:
-                raise ValueError(f"cannot take {min(found)}")
+                raise ValueError(f"cannot take {min(matches)}")
         return task
 
 
 class KillsWorker(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Kills its own process on batches with the number `bad`, the first `num_times` times."""
+    """Kills its process on batches with the number `bad`, the first `num_times` times."""
 
     resources = TINY
 
@@ -126,7 +126,7 @@ class KillsWorker(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 class Slow(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Leaves a file per batch that it has taken, and takes its time."""
+    """Creates a file per batch, and then sleeps."""
 
     resources = TINY
 

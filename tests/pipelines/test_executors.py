@@ -1,4 +1,4 @@
-"""Pipelines on real Ray, on every executor: the same result, whatever fails or dies."""
+"""Pipelines on a real Ray cluster. All executors give the same result, also when tasks fail or workers die."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from nemo_rl.pipelines import (
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-def test_tasks_multiply_and_vanish_and_keep_the_order_of_the_input(executor: Executor) -> None:
+def test_results_keep_the_input_order(executor: Executor) -> None:
     pipeline = Pipeline("p", stages=[AddOne(), SplitRows(), AddOne().with_(name="again", batch_size=3)])
     tasks = pipeline.run(executor, batches(40))
     assert numbers(tasks) == list(range(2, 82))
@@ -54,7 +54,7 @@ def test_tasks_multiply_and_vanish_and_keep_the_order_of_the_input(executor: Exe
     assert numbers(Pipeline("p", stages=[DropEven()]).run(executor, batches(6))) == [2, 3, 6, 7, 10, 11]
 
 
-def test_without_initial_tasks_the_first_stage_makes_them(executor: Executor) -> None:
+def test_first_stage_creates_the_tasks(executor: Executor) -> None:
     @processing_stage(name="count", resources=TINY)
     def count(task: EmptyTask) -> list[DocumentBatch]:
         assert isinstance(task, EmptyTask)
@@ -63,7 +63,7 @@ def test_without_initial_tasks_the_first_stage_makes_them(executor: Executor) ->
     assert numbers(Pipeline("p", stages=[count, AddOne()]).run(executor)) == list(range(1, 11))
 
 
-def test_tasks_of_any_kind_and_functions_of_the_script(executor: Executor) -> None:
+def test_custom_tasks_and_script_functions(executor: Executor) -> None:
     def double(task: Task[int]) -> Task[int]:
         return Task(task.task_id, task.dataset_name, 2 * task.data)
 
@@ -75,7 +75,7 @@ def test_tasks_of_any_kind_and_functions_of_the_script(executor: Executor) -> No
     assert [(task.task_id, task.data) for task in result] == [(str(i), 2 * i) for i in range(6, 20)]
 
 
-def test_a_gathering_stage_sees_the_whole_data_set(executor: Executor, tmp_path: Path) -> None:
+def test_gather_stage_receives_all_tasks(executor: Executor, tmp_path: Path) -> None:
     stages = [AddOne(), KeepFirstOfEach(7), AddOne().with_(name="last")]
     result = Pipeline("p", stages=stages).run(executor, batches(10))
     assert numbers(result) == [n + 1 for n in range(1, 8)]
@@ -83,36 +83,34 @@ def test_a_gathering_stage_sees_the_whole_data_set(executor: Executor, tmp_path:
     assert numbers(first) == [0, 1, 2]
 
 
-def test_a_failing_task_stops_the_run_and_says_which_and_why(executor: Executor) -> None:
+def test_failing_task_stops_the_run(executor: Executor) -> None:
     with pytest.raises(StageError, match=r"'Failing'.*'b3'.*ValueError: cannot take 7") as caught:
         Pipeline("p", stages=[AddOne(), Failing([7])]).run(executor, batches(8))
     assert (caught.value.stage, caught.value.task_id) == ("Failing", "b3")
     assert "in process" in caught.value.traceback_text
-    assert str(caught.value).endswith("cannot take 7\n")  # nobody adds to it
+    assert str(caught.value).endswith("cannot take 7\n")  # no executor adds text
 
 
-def test_a_failing_task_is_set_aside_with_its_input_and_the_others_go_on(
-    executor: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_task_is_set_aside(executor: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = Pipeline("p", stages=[AddOne(), Failing([3, 12]).with_(batch_size=4)])
     result = pipeline.run(executor, batches(8), run_dir=tmp_path, max_retries=1)
     assert f"2 tasks failed and were set aside in {tmp_path}" in caplog.text
     assert numbers(result) == [n for n in range(1, 17) if n not in (3, 4, 11, 12)]
     failed = failed_tasks(tmp_path)
-    assert [(one.stage, one.task_id, one.attempts) for one in failed] == [("Failing", "b1", 2), ("Failing", "b5", 2)]
+    assert [(f.stage, f.task_id, f.attempts) for f in failed] == [("Failing", "b1", 2), ("Failing", "b5", 2)]
     assert "cannot take 3" in failed[0].error
     assert "Traceback" in failed[0].traceback
-    assert numbers([failed[0].load()]) == [3, 4]  # as the stage was given it
-    again = Pipeline("p", stages=[AddOne()]).run(executor, [one.load() for one in failed])
-    assert numbers(again) == [4, 5, 12, 13]
+    assert numbers([failed[0].load()]) == [3, 4]  # the input of the stage
+    retried = Pipeline("p", stages=[AddOne()]).run(executor, [task.load() for task in failed])
+    assert numbers(retried) == [4, 5, 12, 13]
 
 
-def test_retries_see_the_task_as_it_was(executor: Executor) -> None:
+def test_retries_receive_the_original_task(executor: Executor) -> None:
     stage = Failing([5], num_times=2).with_(max_retries=2, num_workers=1)
     assert numbers(Pipeline("p", stages=[stage, AddOne()]).run(executor, batches(4))) == [1, 2, 3, 4, 0, 0, 7, 8]
 
 
-def test_a_worker_that_dies_loses_nothing(executor: Executor, tmp_path: Path) -> None:
+def test_worker_death_loses_no_task(executor: Executor, tmp_path: Path) -> None:
     deaths = tmp_path / "deaths"
     deaths.mkdir()
     stage = KillsWorker(9, str(deaths), num_times=1).with_(batch_size=2)
@@ -121,7 +119,7 @@ def test_a_worker_that_dies_loses_nothing(executor: Executor, tmp_path: Path) ->
     assert len(list(deaths.iterdir())) == 1
 
 
-def test_a_task_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
+def test_task_that_kills_workers_is_set_aside(tmp_path: Path) -> None:
     deaths = tmp_path / "deaths"
     deaths.mkdir()
     stage = KillsWorker(9, str(deaths), num_times=99)
@@ -131,12 +129,12 @@ def test_a_task_that_kills_every_worker_is_set_aside(tmp_path: Path) -> None:
     (failed,) = failed_tasks(tmp_path / "run")
     assert (failed.task_id, failed.attempts) == ("b4", 3)
     assert "its worker died 3 times" in failed.error
-    assert numbers([failed.load()]) == [9, 10]  # also what was on disk between two stages
+    assert numbers([failed.load()]) == [9, 10]  # although the task was on disk between two stages
     assert json.loads((tmp_path / "run" / "stages.json").read_text())[1]["failed"] == 1
 
 
 class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Each task waits until `num_tasks` of them are being processed."""
+    """Makes each task wait until `num_tasks` tasks are being processed."""
 
     resources = Resources(cpus=2)
 
@@ -148,13 +146,13 @@ class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):
         Path(self.folder, f"{task.task_id}").touch()
         deadline = time.monotonic() + 60
         while len(os.listdir(self.folder)) < self.num_tasks:
-            assert time.monotonic() < deadline, "nobody else came"
+            assert time.monotonic() < deadline, "no other task started"
             time.sleep(0.05)
         return task
 
 
-def test_long_tasks_share_all_cpus_however_few_they_are(tmp_path: Path) -> None:
-    """Neither does the first worker take both, nor does one that waits for the next stage keep the other's CPUs."""
+def test_few_long_tasks_use_all_cpus(tmp_path: Path) -> None:
+    """The first worker does not take both tasks, and a waiting worker of the next stage does not hold the CPUs."""
     last = AddOne().with_(resources=Resources(cpus=2))
     result = Pipeline("p", stages=[Meets(str(tmp_path), 2), last]).run(RayActorPoolExecutor(), batches(2))
     assert numbers(result) == [1, 2, 3, 4]
@@ -184,7 +182,7 @@ class MixedColumn(ProcessingStage[DocumentBatch, DocumentBatch]):
         return task.with_data(task.to_pandas().assign(mixed=[1, "one"]))
 
 
-def test_stages_that_break_the_rules_are_named(executor: Executor) -> None:
+def test_invalid_stage_output_names_the_stage(executor: Executor) -> None:
     with pytest.raises(StageOutputError, match=r"'NoTask'.*returned a str \('text'\), not a task"):
         Pipeline("p", stages=[NoTask()]).run(executor, batches(1))
     with pytest.raises(StageStartError, match=r"'BadSetup' could not be set up: OSError: no model here"):
@@ -195,12 +193,12 @@ def test_stages_that_break_the_rules_are_named(executor: Executor) -> None:
     def rename(task: DocumentBatch) -> DocumentBatch:
         return task.with_data(task.to_pandas().rename(columns={"number": "n"}))
 
-    with pytest.raises(StageInputError, match=r"'AddOne': batch 'b0' has no column 'number'; there are \['n'\]"):
+    with pytest.raises(StageInputError, match=r"'AddOne': batch 'b0' has no column 'number'; its columns are \['n'\]"):
         Pipeline("p", stages=[rename, AddOne()]).run(executor, batches(1))
 
 
 class Pairs(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """One task of each batch."""
+    """Merges each batch of tasks into one task."""
 
     resources = TINY
     batch_size = 4
@@ -209,7 +207,7 @@ class Pairs(ProcessingStage[DocumentBatch, DocumentBatch]):
         return [tasks[0].with_data(pd.concat([task.to_pandas() for task in tasks]))]
 
 
-def test_tasks_are_put_together_only_where_nobody_has_to_know_them_again(executor: Executor, tmp_path: Path) -> None:
+def test_merging_tasks_is_refused_with_run_dir(executor: Executor, tmp_path: Path) -> None:
     pipeline = Pipeline("p", stages=[Pairs(), AddOne()])
     merged = pipeline.run(executor, batches(8))
     assert numbers(merged) == list(range(1, 17))
@@ -260,20 +258,20 @@ class FirstTask(GatherStage[DocumentBatch, DocumentBatch]):
         Path(self.folder, "end").touch()
 
 
-def test_a_gathering_stage_is_torn_down(tmp_path: Path) -> None:
+def test_gather_stage_teardown(tmp_path: Path) -> None:
     result = Pipeline("p", stages=[FirstTask(str(tmp_path))]).run(RayActorPoolExecutor(), batches(3))
     assert numbers(result) == [0, 1]
     assert (tmp_path / "end").exists()
 
 
-def test_resources_that_no_node_has(executor: Executor) -> None:
+def test_insufficient_resources(executor: Executor) -> None:
     with pytest.raises(ResourceInsufficientError, match=r"'AddOne' asks for 64 CPUs and 0 GPUs.* have 4 CPUs"):
         Pipeline("p", stages=[AddOne().with_(resources=Resources(cpus=64))]).run(executor, batches(1))
-    with pytest.raises(ResourceInsufficientError, match=r"8 GB of a GPU's memory; there is no GPU"):
+    with pytest.raises(ResourceInsufficientError, match=r"8 GB of a GPU's memory; the cluster has no GPU"):
         Pipeline("p", stages=[AddOne().with_(resources=Resources(gpu_memory_gb=8))]).run(executor, batches(1))
 
 
-def test_progress_and_the_record_of_a_run(executor: Executor, tmp_path: Path) -> None:
+def test_progress_and_stages_file(executor: Executor, tmp_path: Path) -> None:
     seen: list[str] = []
     pipeline = Pipeline("p", stages=[AddOne(), SplitRows(), Failing([5])])
     pipeline.run(executor, batches(6), run_dir=tmp_path, progress=lambda stages: seen.append(str(stages[-1])))

@@ -1,4 +1,4 @@
-"""Readers and writers, in pipelines on real Ray and, where no process is needed, directly."""
+"""Readers and writers. Most tests call them directly; some run pipelines on a real Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sample_stages import full_disk
 
 from nemo_rl.errors import DataError, PipelineDefinitionError, ResumeError, StageError
 from nemo_rl.pipelines import DocumentBatch, EmptyTask, FileGroupTask, Pipeline, RayActorPoolExecutor
-from nemo_rl.pipelines.io.files import list_files, num_bytes, prepare_directory
+from nemo_rl.pipelines.io.files import list_files, parse_size, prepare_directory
 from nemo_rl.pipelines.io.partition import FilePartitioningStage
 from nemo_rl.pipelines.io.readers import JsonlReader, JsonlReadStage, ParquetReader
 from nemo_rl.pipelines.io.writers import JsonlWriter, ParquetWriter, SingleParquetWriter, read_back
@@ -34,26 +34,26 @@ def write_lines(path: Path, records: list[Any]) -> Path:
 
 
 def read_all(reader: Any) -> list[dict[str, Any]]:
-    """What a reader reads, without Ray."""
+    """Return the records of a reader, without Ray."""
     listing, reading = expanded([reader])
     batches = [reading.process(task) for task in listing.process(EmptyTask())]
     return [record for batch in batches if batch is not None for record in batch.to_pyarrow().to_pylist()]
 
 
 @pytest.mark.parametrize("task_size", [1, 7, 23, 64, 1000, "1MiB"])
-def test_every_line_is_read_once_wherever_files_are_split(tmp_path: Path, task_size: int | str) -> None:
+def test_split_files_yield_every_line_once(tmp_path: Path, task_size: int | str) -> None:
     records = [{"n": n, "text": "ä" * (n % 9)} for n in range(50)]
     write_lines(tmp_path / "a.jsonl", records[:30])
     write_lines(tmp_path / "sub" / "b.jsonl.gz", records[30:45])
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(r) for r in records[45:]))  # no newline at the end
     (tmp_path / "_hidden.jsonl").write_text("not read")
     (tmp_path / "other.txt").write_text("not read")
-    found = read_all(JsonlReader(tmp_path, task_size=task_size))
-    assert sorted(record["n"] for record in found) == list(range(50))
-    assert {record["n"]: record["text"] for record in found} == {r["n"]: r["text"] for r in records}
+    result = read_all(JsonlReader(tmp_path, task_size=task_size))
+    assert sorted(record["n"] for record in result) == list(range(50))
+    assert {record["n"]: record["text"] for record in result} == {r["n"]: r["text"] for r in records}
 
 
-def test_tasks_are_of_about_equal_size(tmp_path: Path) -> None:
+def test_tasks_have_similar_sizes(tmp_path: Path) -> None:
     for i in range(20):
         write_lines(tmp_path / f"{i:02}.jsonl", [{"text": "x" * 1000}])
     write_lines(tmp_path / "large.jsonl", [{"text": "x" * 1000}] * 20)
@@ -74,27 +74,27 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     assert [record["text"] for record in read_all(JsonlReader(tmp_path))] == ["eins", "zwei", "drü"]
 
 
-def test_parquet_files_are_split_at_row_groups(tmp_path: Path) -> None:
+def test_parquet_splits_at_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": range(100), "m": [1.5] * 100}), tmp_path / "a.parquet", row_group_size=10)
     listing = expanded([ParquetReader(tmp_path, task_size=300)])[0]
     assert len(listing.process(EmptyTask())) > 3
-    found = read_all(ParquetReader(tmp_path, task_size=300, columns=["n"]))
-    assert [record["n"] for record in found] == list(range(100))
-    assert set(found[0]) == {"n"}
+    records = read_all(ParquetReader(tmp_path, task_size=300, columns=["n"]))
+    assert [record["n"] for record in records] == list(range(100))
+    assert set(records[0]) == {"n"}
 
 
-def test_patterns_leave_out_what_is_hidden_unless_they_ask_for_it(tmp_path: Path) -> None:
+def test_glob_skips_hidden_files(tmp_path: Path) -> None:
     for name in ("a.jsonl", "_SUCCESS", ".b.jsonl", "_tmp/c.jsonl", "d/_e.jsonl", "d/f.jsonl"):
         write_lines(tmp_path / name, [{"n": 1}])
 
-    def found(pattern: str) -> list[str]:
+    def listed(pattern: str) -> list[str]:
         return [Path(info.url).relative_to(tmp_path).as_posix() for info in list_files([f"{tmp_path}/{pattern}"], [])]
 
-    assert found("*") == ["a.jsonl"]
-    assert found("**/*.jsonl") == ["a.jsonl", "d/f.jsonl"]
-    assert found("_*") == ["_SUCCESS"]
-    assert found("_t*/*.jsonl") == ["_tmp/c.jsonl"]
-    assert found("d/_e.jsonl") == ["d/_e.jsonl"]
+    assert listed("*") == ["a.jsonl"]
+    assert listed("**/*.jsonl") == ["a.jsonl", "d/f.jsonl"]
+    assert listed("_*") == ["_SUCCESS"]
+    assert listed("_t*/*.jsonl") == ["_tmp/c.jsonl"]
+    assert listed("d/_e.jsonl") == ["d/_e.jsonl"]
 
 
 def test_fsspec_urls() -> None:
@@ -114,24 +114,24 @@ def broken(tmp_path: Path, content: bytes, **options: Any) -> list[dict[str, Any
     return read_all(JsonlReader(path, **options))
 
 
-def test_broken_lines_are_errors_that_name_file_and_line(tmp_path: Path) -> None:
+def test_broken_line_error_names_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"bad\.jsonl:3: not a JSON object on one line"):
         broken(tmp_path, b'{"a": 1}\n\n{"a": \n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2: expected a JSON object.*got a list"):
         broken(tmp_path, b'{"a": 1}\n[1]\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8 text"):
         broken(tmp_path, b'{"a": "x"}\n{"a": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: no key 'b'; there are: a"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: no key 'b'; the keys are: a"):
         broken(tmp_path, b'{"b": 1}\n{"a": 1}\n', columns=["b"])
     with pytest.raises(DataError, match=r"bad\.jsonl:2: the values of 'a' have no common type"):
         broken(tmp_path, b'{"a": 1}\n{"a": "x"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:4: the values of 'a' have no common type .*too large"):
         broken(tmp_path, b'{"a": 1}\n{"a": null}\n\n{"a": 99999999999999999999}\n{"a": 2}\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:3: the values of 'a' are not all int64"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: the values of 'a' are not all of type int64"):
         broken(tmp_path, b'{"a": 1}\n{"a": null}\n{"a": "x"}\n', columns={"a": "int64"})
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8 text: half of a surrogate pair"):
         broken(tmp_path, b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n')
-    with pytest.raises(DataError, match=r"bad\.jsonl:41: not a JSON"):  # also where the file is split
+    with pytest.raises(DataError, match=r"bad\.jsonl:41: not a JSON"):  # also in a file that is split
         broken(tmp_path, b'{"a": 1}\n' * 40 + b"nonsense\n", task_size=50)
 
 
@@ -144,17 +144,17 @@ def test_broken_lines_are_errors_that_name_file_and_line(tmp_path: Path) -> None
         ({"columns": {"a": "sting"}, "broken_lines": "set_aside"}, r"columns=\{'a': 'sting'\}"),
     ],
 )
-def test_options_of_a_reader_that_do_not_exist(options: dict[str, Any], message: str) -> None:
+def test_invalid_reader_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PipelineDefinitionError, match=message):
         JsonlReader("in", **options)
 
 
-def test_compressions_that_do_not_exist() -> None:
+def test_invalid_compression() -> None:
     with pytest.raises(PipelineDefinitionError, match=r"compression='zip': expected one of \('gz', 'bz2'"):
         JsonlWriter("out", compression="zip")  # type: ignore[arg-type]
 
 
-def test_what_can_be_done_about_broken_lines(tmp_path: Path) -> None:
+def test_broken_lines_can_be_converted_or_set_aside(tmp_path: Path) -> None:
     assert broken(tmp_path, b'{"a": "caf\xe9"}\n', fallback_encoding="cp1252") == [{"a": "café"}]
     mixed = b'{"a": 1}\n{"a": "x"}\n{"a": null}\n{"a": [2]}\n'
     assert [r["a"] for r in broken(tmp_path, mixed, columns={"a": "string"})] == ["1", "x", None, "[2]"]
@@ -185,7 +185,7 @@ def test_what_can_be_done_about_broken_lines(tmp_path: Path) -> None:
     assert sorted(map(str, aside)) == ["('broken line', 3)", "2", "3", "4"]
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_all(JsonlReader(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="there are no files"):
@@ -197,11 +197,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"half\.parquet cannot be read as Parquet"):
         read_all(ParquetReader(tmp_path))
     pq.write_table(pa.table({"n": [1]}), tmp_path / "half.parquet")
-    with pytest.raises(DataError, match=r"half\.parquet: no column 'm'; there are: n"):
+    with pytest.raises(DataError, match=r"half\.parquet: no column 'm'; the columns are: n"):
         read_all(ParquetReader(tmp_path, columns=["m"]))
 
 
-def test_empty_input_gives_nothing(tmp_path: Path) -> None:
+def test_empty_input(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.jsonl").write_text("\n  \n")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b""))
@@ -210,7 +210,7 @@ def test_empty_input_gives_nothing(tmp_path: Path) -> None:
     assert read_all(ParquetReader(tmp_path)) == []
 
 
-def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     table = pa.table({"text": [os.urandom(5000).hex() for _ in range(100)]})
     task = DocumentBatch("t", "d", table, _lineage="0")
     for writer in (JsonlWriter(tmp_path), ParquetWriter(tmp_path)):
@@ -222,11 +222,11 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_outputs(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):
         JsonlWriter(tmp_path / "file" / "below").prepare(resumes=False)
-    with pytest.raises(DataError, match="not empty; choose another, or give overwrite=True"):
+    with pytest.raises(DataError, match="not empty; choose another one, or set overwrite=True"):
         JsonlWriter(tmp_path).prepare(resumes=False)
     JsonlWriter(tmp_path).prepare(resumes=True)
     JsonlWriter(tmp_path, overwrite=True).prepare(resumes=False)
@@ -240,33 +240,33 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
         Pipeline("p", stages=[JsonlReader(tmp_path / "in")]).run(run_dir=tmp_path / "file" / "run")
 
 
-def test_one_file_is_prepared_by_writing_next_to_it(tmp_path: Path) -> None:
+def test_prepare_file_removes_leftovers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"/proc/all\.parquet cannot be written"):
         SingleParquetWriter("/proc/all.parquet").prepare(resumes=False)
     SingleParquetWriter("memory://single/all.parquet").prepare(resumes=False)
     others = tmp_path / "all.parquet", tmp_path / "_writing-all.parquet-2-5f"
-    for path in (*others, tmp_path / "_writing-all.parquet-5f"):  # the last one is of a writer that was killed
+    for path in (*others, tmp_path / "_writing-all.parquet-5f"):  # left by a writer that was killed
         path.touch()
     SingleParquetWriter(tmp_path / "all.parquet").prepare(resumes=False)
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_without_permission(tmp_path: Path) -> None:
+def test_directory_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(DataError, match="cannot be written"):
         ParquetWriter(tmp_path / "out").prepare(resumes=False)
 
 
 def test_sizes() -> None:
-    assert [num_bytes(size) for size in (7, "7B", "2 kib", "1.5MiB", "1GB")] == [7, 7, 2048, 1572864, 10**9]
+    assert [parse_size(size) for size in (7, "7B", "2 kib", "1.5MiB", "1GB")] == [7, 7, 2048, 1572864, 10**9]
     for wrong in (0, "", "MiB", "7 miles", -1, True):
-        with pytest.raises(DataError, match="is no size"):
-            num_bytes(wrong)
+        with pytest.raises(DataError, match="is not a size"):
+            parse_size(wrong)
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_from_many_files_to_shards_and_to_one_file(tmp_path: Path) -> None:
+def test_shards_and_single_file(tmp_path: Path) -> None:
     for i in range(6):
         write_lines(tmp_path / "in" / f"{i}.jsonl", [{"n": 10 * i + j, "text": f"t{j}"} for j in range(10)])
     out = tmp_path / "out"
@@ -282,16 +282,16 @@ def test_from_many_files_to_shards_and_to_one_file(tmp_path: Path) -> None:
     assert [path.name for path in single.parent.iterdir()] == ["all.parquet"]
 
 
-def test_rows_that_are_held_out_stay_so_when_others_come(tmp_path: Path) -> None:
+def test_held_out_rows_are_stable(tmp_path: Path) -> None:
     def split(count: int) -> tuple[list[str], list[str]]:
         train, held_out = tmp_path / f"{count}.parquet", tmp_path / f"{count}-held-out.parquet"
         writer = SingleParquetWriter(train, held_out=held_out, held_out_share=0.25)
         writer.prepare(resumes=False)
         rows = pa.table({"text": [f"row {i}" for i in range(count)], "n": range(count)})
-        done = list(
+        outputs = list(
             writer.process_all([DocumentBatch("t", "d", part) for part in (rows[: count // 2], rows[count // 2 :])])
         )
-        assert [(task.data, task._metadata["num_rows"]) for task in done] == [
+        assert [(task.data, task._metadata["num_rows"]) for task in outputs] == [
             ([str(path)], pq.read_table(path).num_rows) for path in (train, held_out)
         ]
         return pq.read_table(train)["text"].to_pylist(), pq.read_table(held_out)["text"].to_pylist()
@@ -306,44 +306,44 @@ def test_rows_that_are_held_out_stay_so_when_others_come(tmp_path: Path) -> None
         SingleParquetWriter(tmp_path / "x.parquet", held_out_share=1)
 
 
-def test_a_writer_that_fails_leaves_no_part_of_a_file(tmp_path: Path) -> None:
-    writer = SingleParquetWriter(tmp_path / "all.parquet", held_out=tmp_path / "gone" / "held_out.parquet")
+def test_failed_writer_leaves_no_file(tmp_path: Path) -> None:
+    writer = SingleParquetWriter(tmp_path / "all.parquet", held_out=tmp_path / "missing" / "held_out.parquet")
     with pytest.raises(DataError, match=r"held_out\.parquet cannot be written"):
         list(writer.process_all([DocumentBatch("t", "d", pa.table({"text": ["one"]}))]))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_writer_left_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+def test_rewrite_removes_a_killed_writers_file(tmp_path: Path) -> None:
     path = tmp_path / "all.parquet"
     code = (
         "import os, sys, pyarrow as pa\n"
-        "from nemo_rl.pipelines.io.writers import _whole_parquet\n"
-        "with _whole_parquet(sys.argv[1], pa.schema([('n', pa.int64())])):\n"
+        "from nemo_rl.pipelines.io.writers import _atomic_parquet_writer\n"
+        "with _atomic_parquet_writer(sys.argv[1], pa.schema([('n', pa.int64())])):\n"
         "    os.kill(os.getpid(), 9)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False)
     assert killed.returncode == -9
-    assert [left.name.rpartition("-")[0] for left in tmp_path.iterdir()] == ["_writing-all.parquet"]
+    assert [file.name.rpartition("-")[0] for file in tmp_path.iterdir()] == ["_writing-all.parquet"]
     list(SingleParquetWriter(path).process_all([DocumentBatch("t", "d", pa.table({"n": [1]}))]))
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_broken_line_in_a_run_names_stage_file_and_line(tmp_path: Path) -> None:
+def test_run_error_names_stage_file_and_line(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", [{"n": 1}])
     (tmp_path / "in" / "b.jsonl").write_text('{"n": 2}\nbroken\n')
     pipeline = Pipeline("p", stages=[JsonlReader(tmp_path / "in", task_size=1)])
     with pytest.raises(StageError, match=r"'JsonlReadStage'.*b\.jsonl:2: not a JSON object"):
         pipeline.run()
-    kept = Pipeline("p", stages=[JsonlReader(tmp_path / "in", task_size=1, broken_lines="set_aside")])
-    tasks = kept.run(run_dir=tmp_path / "run")
+    lenient = Pipeline("p", stages=[JsonlReader(tmp_path / "in", task_size=1, broken_lines="set_aside")])
+    tasks = lenient.run(run_dir=tmp_path / "run")
     assert [n for task in tasks for n in task.to_pandas()["n"]] == [1, 2]
     (records,) = (tmp_path / "run" / "failed").rglob("*.records.jsonl")
     assert json.loads(records.read_text())["line"] == "broken\n"
 
 
-def test_a_directory_is_prepared_while_a_worker_of_a_killed_run_still_writes(tmp_path: Path) -> None:
-    """What it was about to be removed may have got its name meanwhile."""
+def test_prepare_directory_during_late_writes(tmp_path: Path) -> None:
+    """A worker of a killed run may rename a temporary file while the directory is cleaned."""
     stop = threading.Event()
 
     def write() -> None:

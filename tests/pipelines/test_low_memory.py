@@ -1,4 +1,4 @@
-"""Workers that Ray's memory monitor kills, which it reports in another way than other deaths."""
+"""Workers that Ray's memory monitor kills. Ray reports these deaths with a different error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 SCRIPT = Path(__file__).with_name("low_memory_script.py")
 
 
-def test_workers_that_are_killed_for_lack_of_memory(run_with_own_memory: Callable[..., Any], tmp_path: Path) -> None:
+def test_memory_monitor_kills_workers(run_with_own_memory: Callable[..., Any], tmp_path: Path) -> None:
     result = run_with_own_memory(SCRIPT, tmp_path)
     assert result["once"] == list(range(1, 33))
     assert result["always"] == [n for n in range(16) if n not in (8, 9)]

@@ -1,4 +1,4 @@
-"""What a pipeline reads, writes and keeps may not be in each other's way. Nothing is deleted, and no Ray starts."""
+"""Overlapping inputs, outputs and run directories are refused before anything is deleted or Ray starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(*stages: Any, run_dir: Path | None = None) -> None:
 
 
 @pytest.mark.parametrize("read", ["raw", "raw/sub", "raw/*.jsonl", "raw/sub/../sub/a.jsonl", "link"])
-def test_a_writer_does_not_delete_what_is_read(tmp_path: Path, read: str) -> None:
+def test_writer_cannot_overwrite_input(tmp_path: Path, read: str) -> None:
     source = tmp_path / "raw" / "sub" / "a.jsonl"
     source.parent.mkdir(parents=True)
     source.write_text('{"n": 1}\n')
@@ -33,7 +33,7 @@ def test_a_writer_does_not_delete_what_is_read(tmp_path: Path, read: str) -> Non
     assert not ray.is_initialized()
 
 
-def test_what_is_written_is_not_read(tmp_path: Path) -> None:
+def test_output_cannot_be_input(tmp_path: Path) -> None:
     with pytest.raises(PipelineDefinitionError, match="'JsonlFiles' would read"):
         check(JsonlReader(tmp_path), JsonlWriter(tmp_path / "out", compression="gz"))
     with pytest.raises(PipelineDefinitionError, match="'ParquetFiles' would read"):
@@ -44,19 +44,19 @@ def test_what_is_written_is_not_read(tmp_path: Path) -> None:
         check(ParquetReader("memory://d"), ParquetWriter("memory://d/out"))
     with pytest.raises(PipelineDefinitionError, match=r"all\.parquet, where stage 'ParquetFiles' reads"):
         check(ParquetReader(tmp_path / "all.parquet"), SingleParquetWriter(tmp_path / "all.parquet"))
-    with pytest.raises(PipelineDefinitionError, match="'JsonlFiles' would read what is in run_dir="):
+    with pytest.raises(PipelineDefinitionError, match="'JsonlFiles' would read the files in run_dir="):
         check(JsonlReader(tmp_path), run_dir=tmp_path / "run")
     with pytest.raises(PipelineDefinitionError, match="and so does stage 'SingleParquetWriter'"):
         check(SingleParquetWriter(tmp_path / "x", held_out=tmp_path / "y" / ".." / "x"))
 
 
-def test_a_writer_does_not_delete_the_run_directory(tmp_path: Path) -> None:
+def test_writer_cannot_contain_run_dir(tmp_path: Path) -> None:
     for run_dir in (tmp_path / "out", tmp_path / "out" / "below" / "run"):
-        with pytest.raises(PipelineDefinitionError, match="which holds run_dir="):
+        with pytest.raises(PipelineDefinitionError, match="which contains run_dir="):
             check(JsonlReader(tmp_path / "raw"), JsonlWriter(tmp_path / "out", overwrite=True), run_dir=run_dir)
 
 
-def test_lines_are_not_set_aside_where_nothing_keeps_them(tmp_path: Path) -> None:
+def test_set_aside_lines_need_a_run_dir(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text("broken\n")
     pipeline = Pipeline("p", stages=[JsonlReader(source, broken_lines="set_aside")])
@@ -65,15 +65,15 @@ def test_lines_are_not_set_aside_where_nothing_keeps_them(tmp_path: Path) -> Non
     assert not ray.is_initialized()
 
 
-def test_places_side_by_side_are_all_right(tmp_path: Path) -> None:
+def test_separate_paths_are_accepted(tmp_path: Path) -> None:
     check(JsonlReader(tmp_path / "raw"), JsonlWriter(tmp_path / "raw-clean"), run_dir=tmp_path / "raw-run")
-    check(JsonlReader(tmp_path), SingleParquetWriter(tmp_path / "all.parquet"))  # the reader takes no Parquet
+    check(JsonlReader(tmp_path), SingleParquetWriter(tmp_path / "all.parquet"))  # the reader ignores Parquet files
     check(JsonlReader(f"{tmp_path}/*.jsonl"), JsonlWriter(tmp_path / "out"), run_dir=tmp_path / "run")
     check(JsonlReader(tmp_path / "sample.jsonl"), SingleParquetWriter(tmp_path / "all.parquet"), run_dir=tmp_path / "r")
     check(JsonlReader(tmp_path / "_x" / "raw"), JsonlWriter(tmp_path / "run" / "out"), run_dir=tmp_path / "run")
 
 
-def test_what_only_one_process_sees_is_refused(tmp_path: Path) -> None:
+def test_process_memory_urls_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
     with pytest.raises(PipelineDefinitionError, match=r"'JsonlFiles': memory://a/ is in the memory of one process"):
         Pipeline("p", stages=[JsonlReader("memory://a/*.jsonl")]).run()

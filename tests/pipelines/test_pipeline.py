@@ -1,4 +1,4 @@
-"""What is checked before anything starts, and how a pipeline describes itself. No Ray."""
+"""Checks before a run starts, and `describe`. No test starts Ray."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _nothing_starts() -> Any:
     assert not ray.is_initialized()
 
 
-def test_every_exported_name_is_there() -> None:
+def test_exported_names_resolve() -> None:
     for name in nemo_rl.pipelines.__all__:
         assert getattr(getattr(nemo_rl.pipelines, name), "__name__", name) == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
@@ -65,14 +65,14 @@ def run(*stages: Any, tasks: Any = None) -> None:
     Pipeline("p", stages=stages).run(initial_tasks=tasks)
 
 
-def test_stages_that_do_not_go_together() -> None:
+def test_incompatible_stages() -> None:
     with pytest.raises(PipelineDefinitionError, match="has no stages"):
         run()
     with pytest.raises(PipelineDefinitionError, match="2 stages are named 'AddOne'; give them names"):
         run(AddOne(), AddOne(), tasks=batches(1))
-    with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the column 'text'.*there: number"):
+    with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the column 'text'.*available: number"):
         run(NeedsText(), tasks=batches(1))
-    with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the attribute 'data', which nothing before"):
+    with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the attribute 'data', which no earlier"):
         run(NeedsText())
     with pytest.raises(PipelineDefinitionError, match=r"'NeedsText' needs the column 'text'"):
         run(Reads("a", "b"), NeedsText())
@@ -82,13 +82,13 @@ def test_stages_that_do_not_go_together() -> None:
         run(type("Empty", (ProcessingStage,), {})())
     with pytest.raises(PipelineDefinitionError, match=r"must define process_all"):
         run(type("Empty", (GatherStage,), {})())
-    with pytest.raises(PipelineDefinitionError, match=r"the class itself: make an object of it"):
+    with pytest.raises(PipelineDefinitionError, match=r"a class: pass an instance"):
         run(AddOne)
-    with pytest.raises(PipelineDefinitionError, match=r"3 is no stage"):
+    with pytest.raises(PipelineDefinitionError, match=r"3 is not a stage"):
         run(3)
 
 
-def test_what_a_stage_adds_serves_the_stages_after_it() -> None:
+def test_outputs_satisfy_later_inputs() -> None:
     from nemo_rl.pipelines.planning import checked_stages
 
     stages = expanded([Reads("text"), NeedsText(), NeedsText().with_(name="two")])
@@ -100,7 +100,7 @@ def test_what_a_stage_adds_serves_the_stages_after_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"batch_size": None}, "batch_size must be"),
         ({"num_workers": 0}, "num_workers must be"),
         ({"max_retries": -1}, "max_retries must be"),
@@ -109,7 +109,7 @@ def test_what_a_stage_adds_serves_the_stages_after_it() -> None:
         ({"name": " "}, "has the name ' '"),
     ],
 )
-def test_wrong_attributes(changes: dict[str, Any], message: str) -> None:
+def test_invalid_attributes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PipelineDefinitionError, match=message):
         run(AddOne().with_(**changes), tasks=batches(1))
 
@@ -134,22 +134,22 @@ class Lists(Reads):
         (Lists("number"), {"resources": Resources(cpus=2)}),
     ],
 )
-def test_attributes_that_mean_nothing_for_a_stage(stage: Any, changes: dict[str, Any]) -> None:
+def test_unsupported_attributes(stage: Any, changes: dict[str, Any]) -> None:
     kind = "a stage that runs in the driver" if stage.runs_in_driver else "a GatherStage"
-    with pytest.raises(PipelineDefinitionError, match=f"{next(iter(changes))}=.* means nothing for {kind}"):
+    with pytest.raises(PipelineDefinitionError, match=f"{next(iter(changes))}=.* is not supported by {kind}"):
         run(stage.with_(**changes), tasks=batches(1))
 
     class Both(CompositeStage[Any, Any]):
         def decompose(self) -> list[Any]:
             return [stage, AddOne()]
 
-    # Of a composite stage it is for the other part.
-    part, other = expanded([Both().with_(**changes)])
-    assert part is stage
+    # In a composite stage, the change applies to the other stage only.
+    unchanged, other = expanded([Both().with_(**changes)])
+    assert unchanged is stage
     assert {name: getattr(other, name) for name in changes} == changes
 
 
-def test_wrong_options_of_a_run() -> None:
+def test_invalid_run_options() -> None:
     pipeline = Pipeline("p", stages=[AddOne()])
     with pytest.raises(PipelineDefinitionError, match="needs a run_dir"):
         pipeline.run(initial_tasks=batches(1), on_failure="set_aside")
@@ -157,7 +157,7 @@ def test_wrong_options_of_a_run() -> None:
         pipeline.run(initial_tasks=batches(1), on_failure="ignore")  # type: ignore[arg-type]
     with pytest.raises(PipelineDefinitionError, match="max_retries"):
         pipeline.run(initial_tasks=batches(1), max_retries=-1)
-    with pytest.raises(PipelineDefinitionError, match="holds 7, which is no Task"):
+    with pytest.raises(PipelineDefinitionError, match="holds 7, which is not a Task"):
         pipeline.run(initial_tasks=[7])  # type: ignore[list-item]
     assert pipeline.run(initial_tasks=[]) == []
 
@@ -170,7 +170,7 @@ def test_resources() -> None:
         Resources(gpus=1, gpu_memory_gb=10)
 
 
-def test_with_changes_a_copy() -> None:
+def test_with_returns_a_changed_copy() -> None:
     stage = AddOne()
     changed = stage.with_(name="other", batch_size=4, runtime_env={"uv": ["a"]}, num_workers=2, max_retries=3)
     assert (stage.name, stage.batch_size, stage.runtime_env) == ("AddOne", 1, None)
@@ -191,14 +191,14 @@ class Inner(CompositeStage[DocumentBatch, DocumentBatch]):
         return [len, Failing([1]).with_(num_workers=1)]
 
 
-def test_composite_stages_expand_with_their_changes() -> None:
+def test_composite_stages_apply_changes() -> None:
     stages = expanded([Two().with_(runtime_env={"uv": ["a"]}).with_(batch_size=3, name="mine")])
     assert [stage.name for stage in stages] == ["AddOne", "len", "Failing"]
     assert all(stage.runtime_env == {"uv": ["a"]} and stage.batch_size == 3 for stage in stages)
     assert stages[2].num_workers == 1
 
 
-def test_functions_as_stages() -> None:
+def test_function_stages() -> None:
     @processing_stage(name="lower", batch_size=8, inputs=([], ["text"]), outputs=([], ["low"]))
     def to_lower(task: DocumentBatch) -> DocumentBatch:
         return task
@@ -209,7 +209,7 @@ def test_functions_as_stages() -> None:
     assert expanded([lambda task: task])[0].name == "<lambda>"
 
 
-def test_describe_says_what_each_stage_is_and_shows_no_secret() -> None:
+def test_describe_hides_secrets() -> None:
     stage = NeedsText().with_(
         resources=Resources(cpus=2, gpus=0.5), runtime_env={"uv": ["a==1"], "env_vars": {"KEY": "hidden"}}
     )
@@ -228,7 +228,7 @@ def test_describe_says_what_each_stage_is_and_shows_no_secret() -> None:
     ]
 
 
-def test_a_document_batch_holds_frames_and_tables_only() -> None:
+def test_document_batch_rejects_other_data() -> None:
     with pytest.raises(DataError, match=r"not builtins\.list"):
         DocumentBatch("a", "b", [1])  # type: ignore[arg-type]
     with pytest.raises(DataError, match="cannot be turned into an Arrow table"):

@@ -1,3 +1,5 @@
+"""Counts of workers."""
+
 from __future__ import annotations
 
 import shutil
@@ -6,7 +8,7 @@ from pathlib import Path
 from nemo_rl.pipelines.progress import WorkerCounts, read_counts
 
 
-def test_counts_that_come_late_do_not_bring_a_removed_directory_back(tmp_path: Path) -> None:
+def test_late_counts_do_not_recreate_a_directory(tmp_path: Path) -> None:
     counts = WorkerCounts(tmp_path / "run" / "progress")
     counts.counts.tasks_in = 3
     counts.save()

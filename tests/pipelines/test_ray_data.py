@@ -1,4 +1,4 @@
-"""What is special about Ray Data among the executors."""
+"""Capacity check of the Ray Data executor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, RayActor
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Iterator[None]:
-    """A cluster that says it has a GPU."""
+    """A cluster that reports one GPU."""
     assert not ray.is_initialized(), "another test left Ray running"
     start_local_ray(num_cpus=2, num_gpus=1)
     yield
@@ -34,13 +34,13 @@ class Notes(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_gpus_of_a_later_segment_are_counted_before_anything_runs(tmp_path: Path) -> None:
+def test_later_segments_are_checked_for_gpus(tmp_path: Path) -> None:
     gpu = Resources(cpus=0.5, gpus=1)
     stages: list[Any] = [Notes(tmp_path / "ran"), KeepFirstOfEach(4)]
     stages += [AddOne().with_(name=name, resources=gpu) for name in ("one", "two")]
     with pytest.raises(ResourceInsufficientError, match="one, two need 2 GPUs and the cluster has 1"):
         Pipeline("p", stages=stages).run(RayDataExecutor(), batches(3))
     assert not (tmp_path / "ran").exists()
-    # One stage after another has the GPU for itself.
+    # Stages that run one after another can share the GPU.
     assert len(numbers(Pipeline("p", stages=stages).run(RayActorPoolExecutor(), batches(3)))) == 4
     assert (tmp_path / "ran").exists()

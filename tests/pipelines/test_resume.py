@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it stopped, with every input in the output exactly once."""
+"""A killed run resumes where it stopped, and every input is in the output exactly once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nemo_rl.pipelines import (
     Task,
     failed_tasks,
 )
-from nemo_rl.pipelines.run import RunOptions, _Run
+from nemo_rl.pipelines.run import RunRequest, _Run
 from nemo_rl.pipelines.run_directory import RunDirectory
 from nemo_rl.pipelines.stage import AnyStage, FunctionStage
 
@@ -72,14 +72,14 @@ def write_input(folder: Path) -> None:
     [("actor_pool", []), ("ray_data", []), ("xenna", []), ("actor_pool", ["gathers"])],
     ids=str,
 )
-def test_every_input_is_in_the_output_once_after_two_kills(
+def test_resume_after_two_sigkills(
     tmp_path: Path, executor: str, options: list[str], request: pytest.FixtureRequest
 ) -> None:
     python = request.getfixturevalue("xenna_python") if executor == "xenna" else sys.executable
     taken = tmp_path / "taken"
     taken.mkdir()
     write_input(tmp_path)
-    # Xenna passes a group of tasks on as a whole: the first ones reach the end of the pipeline later.
+    # Xenna sends on groups of tasks as a unit, so the first tasks reach the end of the pipeline later.
     for num_taken in (20, 32) if executor == "xenna" else (8, 20):
         kill_when(start(tmp_path, executor, 0.3, *options, python=python), taken, num_taken)
     before = len(list(taken.iterdir()))
@@ -87,17 +87,17 @@ def test_every_input_is_in_the_output_once_after_two_kills(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert f"{NUM_RECORDS} shards" in output
-    found = [json.loads(p.read_text())["number"] for p in sorted((tmp_path / "out").iterdir())]
-    assert found == list(range(1, NUM_RECORDS + 1))
+    written = [json.loads(p.read_text())["number"] for p in sorted((tmp_path / "out").iterdir())]
+    assert written == list(range(1, NUM_RECORDS + 1))
     redone = len(list(taken.iterdir())) - before
-    assert 0 < redone < NUM_RECORDS  # it went on, it did not start anew
+    assert 0 < redone < NUM_RECORDS  # it resumed instead of starting from the beginning
     again = start(tmp_path, executor, 0.0, *options, python=python).communicate(timeout=120)[0]
     assert f"{NUM_RECORDS} shards" in again
-    assert len(list(taken.iterdir())) - before == redone  # a finished run has nothing to do
+    assert len(list(taken.iterdir())) - before == redone  # a finished run processes nothing
 
 
 @pytest.mark.slow
-def test_a_kill_in_a_late_stage_leaves_the_stages_before_it_alone(tmp_path: Path) -> None:
+def test_resume_keeps_finished_stages(tmp_path: Path) -> None:
     taken, late = tmp_path / "taken", tmp_path / "late"
     taken.mkdir()
     late.mkdir()
@@ -107,16 +107,17 @@ def test_a_kill_in_a_late_stage_leaves_the_stages_before_it_alone(tmp_path: Path
     process = start(tmp_path, "actor_pool", 0.0, "late")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    found = [json.loads(p.read_text())["number"] for p in sorted((tmp_path / "out").iterdir())]
-    assert found == list(range(1, NUM_RECORDS + 1))
+    written = [json.loads(p.read_text())["number"] for p in sorted((tmp_path / "out").iterdir())]
+    assert written == list(range(1, NUM_RECORDS + 1))
     assert len(list(taken.iterdir())) == NUM_RECORDS
-    done_again = len(list(late.iterdir())) - NUM_RECORDS
-    assert 0 <= done_again <= num_begun // 2  # what its two workers had in hand; all of it, if the stage began anew
+    repeated = len(list(late.iterdir())) - NUM_RECORDS
+    # Only the groups of the two workers run again. If the stage restarted, all of its tasks would.
+    assert 0 <= repeated <= num_begun // 2
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_run_that_stopped_goes_on_with_the_inputs_that_are_not_done(tmp_path: Path) -> None:
-    """And what it did again is what it says; the task that stopped it went through and is no failure any more."""
+def test_resume_runs_unfinished_inputs_only(tmp_path: Path) -> None:
+    """The repeated tasks are the unfinished ones, and the task that succeeds is no longer listed as failed."""
     taken, seen = tmp_path / "taken", tmp_path / "seen"
     taken.mkdir()
     seen.mkdir()
@@ -136,10 +137,10 @@ def test_a_run_that_stopped_goes_on_with_the_inputs_that_are_not_done(tmp_path: 
     assert [failed.task_id for failed in failed_tasks(tmp_path / "run")] == ["b9"]
     tasks = pipeline(False).run(RayActorPoolExecutor(), batches(32), run_dir=tmp_path / "run")
     assert numbers(tasks) == list(range(1, 65))
-    assert len(list(taken.iterdir())) == 32  # the stage before was done
+    assert len(list(taken.iterdir())) == 32  # the stage before was finished
     first, second = ({path.name.partition("-")[0] for path in seen.glob(f"*-{which}")} for which in ("first", "second"))
     assert first >= {f"b{i}" for i in range(10)}
-    # Only what its one worker did before the one that stopped it is sure to be done: it may go on for a moment.
+    # Only the tasks before the failing one are certain to be done: the worker may process more before it stops.
     assert "b9" in second
     assert second.isdisjoint(f"b{i}" for i in range(9))
     assert failed_tasks(tmp_path / "run") == []
@@ -147,7 +148,7 @@ def test_a_run_that_stopped_goes_on_with_the_inputs_that_are_not_done(tmp_path: 
 
 
 class Lists(ProcessingStage[Task[Any], DocumentBatch]):
-    """Six tasks, in the driver; two documents are left out."""
+    """Lists six tasks in the driver, and drops two documents."""
 
     runs_in_driver = True
 
@@ -160,7 +161,7 @@ class Lists(ProcessingStage[Task[Any], DocumentBatch]):
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_finished_run_that_is_asked_again_counts_nothing_twice(tmp_path: Path) -> None:
+def test_repeating_a_finished_run_keeps_counts(tmp_path: Path) -> None:
     counts = []
     for _ in range(2):
         Pipeline("p", stages=[Lists(), AddOne()]).run(RayActorPoolExecutor(), run_dir=tmp_path)
@@ -171,8 +172,8 @@ def test_a_finished_run_that_is_asked_again_counts_nothing_twice(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_tasks_are_named_alike_on_every_executor(tmp_path: Path) -> None:
-    """A writer's shards have these names, and a model's draws come from them."""
+def test_lineage_is_the_same_on_every_executor(tmp_path: Path) -> None:
+    """Lineages name the shards of writers and seed the sampling of models."""
 
     class Odd(SplitRows):
         drop_divisor = 4
@@ -191,7 +192,7 @@ def test_tasks_are_named_alike_on_every_executor(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
+def test_finished_run_returns_its_result(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     stages = [Slow(str(taken), 0), KeepFirstOfEach(5), AddOne()]
@@ -204,9 +205,9 @@ def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_run_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_foreign_run_directory_is_refused(tmp_path: Path) -> None:
     Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
-    with pytest.raises(ResumeError, match="other stages or other options of a stage"):
+    with pytest.raises(ResumeError, match="other stages or other stage options"):
         Pipeline("p", stages=[KeepFirstOfEach(3)]).run(RayActorPoolExecutor(), batches(2), run_dir=tmp_path)
     with pytest.raises(ResumeError, match=r"inputs of the run.*have changed.*input 2 of 2, now 3"):
         Pipeline("p", stages=[AddOne()]).run(RayActorPoolExecutor(), batches(3), run_dir=tmp_path)
@@ -218,7 +219,7 @@ def test_a_run_directory_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_first_gathering_stage_reads_its_whole_input_again_after_a_kill(tmp_path: Path) -> None:
+def test_gather_respools_input_after_a_kill(tmp_path: Path) -> None:
     class StopsAtFirst(KeepFirstOfEach):
         def process_all(self, tasks: Sequence[DocumentBatch]) -> Any:
             if not (tmp_path / "go").exists():
@@ -230,20 +231,21 @@ def test_a_first_gathering_stage_reads_its_whole_input_again_after_a_kill(tmp_pa
         pipeline.run(RayActorPoolExecutor(), batches(10), run_dir=tmp_path / "run")
     spool = tmp_path / "run" / "spool" / "00"
     (log,) = spool.glob("*.log")
-    (spool / "complete").unlink()  # killed while it was written
+    (spool / "complete").unlink()  # as if the run had been killed while writing it
     log.write_bytes(log.read_bytes()[: log.stat().st_size // 2])
     (tmp_path / "go").touch()
     result = pipeline.run(RayActorPoolExecutor(), batches(10), run_dir=tmp_path / "run")
     assert numbers(result) == list(range(20))
-    (finished,) = (tmp_path / "run" / "spool" / "01").glob("*complete*")  # and nothing half written beside it
+    (finished,) = (tmp_path / "run" / "spool" / "01").glob("*complete*")  # and no temporary file
     assert finished.read_text() == "10"
 
 
-def test_a_full_disk_leaves_no_mark_of_an_end(tmp_path: Path) -> None:
-    """An empty mark would end every further attempt."""
+def test_full_disk_does_not_mark_a_segment_complete(tmp_path: Path) -> None:
+    """An empty `complete` file would make every later attempt fail."""
     stages: list[AnyStage] = [AddOne()]
     with RunDirectory.opened(tmp_path, "p", stages) as directory:
-        run = _Run(stages, [{}], RayActorPoolExecutor(), directory, RunOptions(None, "stop", 0, None))
+        request = RunRequest("p", stages, None, RayActorPoolExecutor(), tmp_path, "stop", 0, None)
+        run = _Run(request, [{}], directory)
         with full_disk(0), pytest.raises(OSError, match="too large"):
             run._finish(1, 0)
         assert run._num_sources(1) is None
@@ -251,7 +253,7 @@ def test_a_full_disk_leaves_no_mark_of_an_end(tmp_path: Path) -> None:
         assert run._num_sources(1) == 0
 
 
-def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+def test_run_directory_is_exclusive(tmp_path: Path) -> None:
     with (
         RunDirectory.opened(tmp_path, "p", [AddOne()]),
         pytest.raises(ResumeError, match="in use by another run"),

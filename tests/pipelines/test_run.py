@@ -1,4 +1,4 @@
-"""How often a run calls its executor when workers die."""
+"""Calls of the executor when workers die."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 class DiesAfter(RayActorPoolExecutor):
-    """Does `num_inputs` and dies, as long as there are more."""
+    """Processes `num_inputs` inputs per call, and dies if there are more."""
 
     def __init__(self, num_inputs: int) -> None:
         super().__init__()
@@ -27,13 +27,13 @@ class DiesAfter(RayActorPoolExecutor):
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
         self.calls.append(len(items))
-        found = super().run(stages, items[: self.num_inputs], cluster) if self.num_inputs else []
+        results = super().run(stages, items[: self.num_inputs], cluster) if self.num_inputs else []
         if len(items) > self.num_inputs:
             raise WorkersDied(StageError("the end"))
-        return found
+        return results
 
 
-def test_it_goes_on_with_what_is_not_done_as_long_as_something_gets_done(tmp_path: Path) -> None:
+def test_worker_deaths_restart_unfinished_inputs(tmp_path: Path) -> None:
     executor = DiesAfter(2)
     tasks = Pipeline("p", stages=[AddOne()]).run(executor, batches(10), run_dir=tmp_path)
     assert numbers(tasks) == list(range(1, 21))
@@ -43,7 +43,7 @@ def test_it_goes_on_with_what_is_not_done_as_long_as_something_gets_done(tmp_pat
 
 
 @pytest.mark.parametrize("resumable", [True, False])
-def test_it_ends_when_nothing_gets_done(tmp_path: Path, resumable: bool) -> None:
+def test_deaths_without_progress_end_the_run(tmp_path: Path, resumable: bool) -> None:
     executor = DiesAfter(0)
     with pytest.raises(StageError, match="the end"):
         Pipeline("p", stages=[AddOne()]).run(executor, batches(3), run_dir=tmp_path if resumable else None)

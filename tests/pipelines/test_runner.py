@@ -1,4 +1,4 @@
-"""A stage at work in this process, without Ray."""
+"""The stage runner, in this process and without Ray."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def job(stage: AnyStage, directory: Path, **changes: Any) -> StageJob:
 
 
 def items(num_tasks: int) -> list[Item]:
-    """As a run would number them."""
+    """Return batches as items, numbered like the inputs of a run."""
     return _numbered(_sources(batches(num_tasks)))
 
 
@@ -50,17 +50,17 @@ def spooled(directory: Path, num_sources: int) -> list[Any]:
 
 
 def records(directory: Path) -> list[Any]:
-    """What was set aside, of all files."""
+    """Return the records that were set aside, from all files."""
     lines = [line for path in sorted(directory.rglob("*.records.jsonl")) for line in path.read_text().splitlines()]
     return [json.loads(line) for line in lines]
 
 
-def test_a_gathering_stage_does_not_run_without_all_of_its_input(tmp_path: Path) -> None:
-    """On another node the directory may not be there at all, or hold a part."""
+def test_gather_needs_all_inputs(tmp_path: Path) -> None:
+    """On another node, the directory may be missing or incomplete."""
     stage = KeepFirstOfEach(100)
-    for num_there in (0, 5):
-        SpoolWriter(spool_directory(tmp_path, 0), 1).write([], items(num_there))
-        with pytest.raises(StageInputError, match=rf"{8 - num_there} of 8 inputs are not in .*file system that all"):
+    for num_present in (0, 5):
+        SpoolWriter(spool_directory(tmp_path, 0), 1).write([], items(num_present))
+        with pytest.raises(StageInputError, match=rf"{8 - num_present} of 8 inputs are not in .*file system that all"):
             StageRunner(job(stage, tmp_path)).gather(8)
     SpoolWriter(spool_directory(tmp_path, 0), 1).write([], items(8))
     assert StageRunner(job(stage, tmp_path)).gather(8) == 8
@@ -74,14 +74,14 @@ class SetsAsideOdd(KeepFirstOfEach):
             yield task
 
 
-def test_what_a_gathering_stage_sets_aside_is_kept(tmp_path: Path) -> None:
+def test_gather_stores_set_aside_records(tmp_path: Path) -> None:
     SpoolWriter(spool_directory(tmp_path, 0), 1).write([], items(3))
     StageRunner(job(SetsAsideOdd(1), tmp_path)).gather(3)
     assert [record["number"] for record in records(tmp_path)] == [1, 3, 5]
 
 
 class Changes(ProcessingStage[Task[dict[str, Any]], Task[dict[str, Any]]]):
-    """Changes its task inside, and raises the first `num_times` times."""
+    """Modifies its task in place, and raises the first `num_times` times."""
 
     def __init__(self, num_times: int) -> None:
         self.num_times = num_times
@@ -96,7 +96,7 @@ class Changes(ProcessingStage[Task[dict[str, Any]], Task[dict[str, Any]]]):
         return task
 
 
-def test_every_try_gets_the_task_as_it_was(tmp_path: Path) -> None:
+def test_every_attempt_receives_the_original_task(tmp_path: Path) -> None:
     task = Task("t", "d", {"n": 0}, {"tags": []})
     stage = Changes(2)
     outputs = list(StageRunner(job(stage, tmp_path, max_retries=2, is_last=False)).run([Item(task, (0,))]))
@@ -108,8 +108,8 @@ def test_every_try_gets_the_task_as_it_was(tmp_path: Path) -> None:
     assert (failed.attempts, failed.load().data, failed.load()._metadata) == (3, {"n": 0}, {"tags": []})
 
 
-class Tells(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Tells of each batch, and then raises on the one with `bad`."""
+class Reports(ProcessingStage[DocumentBatch, DocumentBatch]):
+    """Reports each batch, and then raises on the one with `bad`."""
 
     def __init__(self, bad: int) -> None:
         self.bad = bad
@@ -123,18 +123,18 @@ class Tells(ProcessingStage[DocumentBatch, DocumentBatch]):
         return task
 
 
-def test_what_a_call_that_failed_has_told_does_not_count(tmp_path: Path) -> None:
-    stage_job = job(Tells(4).with_(batch_size=4, max_retries=2), tmp_path)
+def test_failed_calls_report_nothing(tmp_path: Path) -> None:
+    stage_job = job(Reports(4).with_(batch_size=4, max_retries=2), tmp_path)
     list(StageRunner(stage_job).run(items(4)))
     counts = read_counts(stage_job.counts_directory)
     assert (counts.failed, counts.dropped["even"].count) == (1, 3)
     assert [record["number"] for record in records(tmp_path)] == [0, 2, 6]
 
 
-def test_records_of_one_call_do_not_replace_those_of_another(tmp_path: Path) -> None:
+def test_records_of_calls_are_separate(tmp_path: Path) -> None:
     given = items(4)
-    for batch in (given, [given[0], given[3]], [given[0]]):  # a resumed run puts what is left into other batches
-        list(StageRunner(job(Tells(99).with_(batch_size=4), tmp_path)).run(batch))
+    for batch in (given, [given[0], given[3]], [given[0]]):  # a resumed run batches the unfinished tasks differently
+        list(StageRunner(job(Reports(99).with_(batch_size=4), tmp_path)).run(batch))
     assert len(list(tmp_path.rglob("*.records.jsonl"))) == 3
     assert {record["number"] for record in records(tmp_path)} == {0, 2, 4, 6}
 
@@ -146,7 +146,7 @@ class CountsNodes(ProcessingStage[DocumentBatch, DocumentBatch]):
         self.num_nodes += 1
 
 
-def test_a_run_in_the_place_of_another_sets_the_node_up_again(tmp_path: Path) -> None:
+def test_new_run_sets_up_the_node_again(tmp_path: Path) -> None:
     stage = CountsNodes()
     for run_id in ("a", "a", "b"):
         StageRunner(job(stage, tmp_path, run_id=f"{tmp_path.parent.name}-{run_id}-{os.getpid()}")).start()
@@ -162,15 +162,15 @@ def test_a_run_in_the_place_of_another_sets_the_node_up_again(tmp_path: Path) ->
     assert ids[0] != ids[1]
 
 
-def test_a_worker_that_outlives_its_driver_does_not_take_part_in_the_next_attempt(tmp_path: Path) -> None:
+def test_late_worker_is_ignored_by_the_next_attempt(tmp_path: Path) -> None:
     given = items(4)
-    stages = [Tells(4)]
+    stages = [Reports(4)]
     with RunDirectory.opened(tmp_path, "p", stages) as directory:
         directory.begin()
-        late = StageRunner(job(Tells(4), tmp_path, attempt=directory.attempt))
+        late = StageRunner(job(Reports(4), tmp_path, attempt=directory.attempt))
         list(late.run(given[:1]))
     with RunDirectory.opened(tmp_path, "p", stages) as directory:
-        list(late.run(given[1:]))  # one of them fails
+        list(late.run(given[1:]))  # one task fails
         assert Spool.read(spool_directory(tmp_path, 1)).results(4)[1] == [1, 2, 3]
-        list(StageRunner(job(Tells(99), tmp_path, attempt=directory.attempt)).run(given[1:]))
+        list(StageRunner(job(Reports(99), tmp_path, attempt=directory.attempt)).run(given[1:]))
     assert numbers(spooled(tmp_path, 4)) == list(range(8))

@@ -1,4 +1,4 @@
-"""The stages of the library, in pipelines with the venvs that they ask for."""
+"""The library's stages, in pipelines with the venvs that they need."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Drops:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_text_is_repaired_in_a_venv_of_its_own() -> None:
+def test_text_repair() -> None:
     rows = [
         {"text": "schÃ¶n &amp; gut  "},
         {"text": "e\u0301te\u0301\x00"},
@@ -55,13 +55,13 @@ def test_text_is_repaired_in_a_venv_of_its_own() -> None:
     assert repaired[0]._metadata["num_repaired"] == 3
 
 
-def test_filters_say_what_they_drop() -> None:
+def test_text_filter_reports_dropped_rows() -> None:
     stage = TextFilter("text", min_chars=3, max_chars=20, min_alphanumeric=0.5, max_repeated_lines=0.3)
     stage._reporter = drops = Drops()
     rows = ["ab", "fine text", "x" * 21, "--- ... +++", "a1\na1\nb1", None, "also fine"]
-    left = stage.process(batch(*({"text": text} for text in rows)))
-    assert left is not None
-    assert texts([left]) == ["fine text", "also fine"]
+    remaining = stage.process(batch(*({"text": text} for text in rows)))
+    assert remaining is not None
+    assert texts([remaining]) == ["fine text", "also fine"]
     assert drops.counts == {
         "shorter than 3 characters": 1,
         "longer than 20 characters": 1,
@@ -75,7 +75,7 @@ def test_filters_say_what_they_drop() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_exact_duplicates_go_across_batches_and_the_first_stays() -> None:
+def test_exact_duplicates() -> None:
     given = [
         batch({"text": "One  two", "n": 1}, {"text": "three", "n": 2}, name="a"),
         batch({"text": "one two", "n": 3}, {"text": "One  two", "n": 4}, {"text": "four", "n": 5}, name="b"),
@@ -88,7 +88,7 @@ def test_exact_duplicates_go_across_batches_and_the_first_stays() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_near_duplicates_go_across_batches_unless_their_numbers_differ() -> None:
+def test_near_duplicates() -> None:
     words = "a train leaves the station at noon and travels north for {} hours while another one waits in the shed"
     given = [
         batch({"text": words.format(3), "n": 1}, {"text": "something else entirely, with other words", "n": 2}),
@@ -100,8 +100,8 @@ def test_near_duplicates_go_across_batches_unless_their_numbers_differ() -> None
     assert texts(near, "n") == [1, 2, 5, 6]
     assert "_minhash" not in near[0].columns
     wordless = [{"text": text, "n": number} for number, text in enumerate(["€ - £", "?!", None, "\n", "?!", "a b"])]
-    kept = Pipeline("p", stages=[stage]).run(initial_tasks=[batch(*wordless)])
-    assert texts(kept, "n") == list(range(6)), "texts without a word are near to none"
+    remaining = Pipeline("p", stages=[stage]).run(initial_tasks=[batch(*wordless)])
+    assert texts(remaining, "n") == list(range(6)), "texts without words have no near duplicates"
     careful = NearDuplicates("text", threshold=0.6, protect_numbers=True)
     assert texts(Pipeline("p", stages=[careful]).run(initial_tasks=given), "n") == [1, 2, 4, 5, 6]
     formulas = ["37+48=", "37 + 48 =", "37*48=", "37-48=", r"37 \times 48=", r"37 \div 48=", r"37 \DIV 48"]
@@ -110,7 +110,7 @@ def test_near_duplicates_go_across_batches_unless_their_numbers_differ() -> None
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_answers_are_checked_by_two_versions_of_sympy() -> None:
+def test_math_answers_with_two_sympy_versions() -> None:
     rows = [
         {"answer": "4", "solution": r"so \boxed{4}"},
         {"answer": r"\frac{1}{2}", "solution": r"so \boxed{0.5}"},
@@ -134,7 +134,7 @@ def test_answers_are_checked_by_two_versions_of_sympy() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_languages_are_told_and_those_not_wanted_go(tmp_path: Path) -> None:
+def test_language_filter(tmp_path: Path) -> None:
     rows = [
         {"text": "How much change does Anna get back when she pays with a note of ten?", "n": 1},
         {"text": "Wie viel Geld bekommt Anna zurück, wenn sie mit einem Schein bezahlt?", "n": 2},
@@ -142,22 +142,22 @@ def test_languages_are_told_and_those_not_wanted_go(tmp_path: Path) -> None:
         {"text": r"\frac{1}{2} + \sqrt{3}", "n": 4},
         {"text": None, "n": 5},
     ]
-    (told,) = Pipeline("p", stages=[LanguageFilter("text")]).run(initial_tasks=[batch(*rows)])
-    assert texts([told], "language") == ["en", "de", "fr", "und", "und"]
-    sure = texts([told], "language_confidence")
-    assert min(sure[:3]) > 0.5 > max(sure[3:]) >= 0
+    (detected,) = Pipeline("p", stages=[LanguageFilter("text")]).run(initial_tasks=[batch(*rows)])
+    assert texts([detected], "language") == ["en", "de", "fr", "und", "und"]
+    confidence = texts([detected], "language_confidence")
+    assert min(confidence[:3]) > 0.5 > max(confidence[3:]) >= 0
     english = LanguageFilter("text", keep=["en", "fr"], output="lang")
-    (left,) = Pipeline("p", stages=[english]).run(initial_tasks=[batch(*rows)], run_dir=tmp_path)
-    assert texts([left], "n") == [1, 3, 4, 5]
+    (remaining,) = Pipeline("p", stages=[english]).run(initial_tasks=[batch(*rows)], run_dir=tmp_path)
+    assert texts([remaining], "n") == [1, 3, 4, 5]
     (counts,) = json.loads((tmp_path / "stages.json").read_text())
-    assert {reason: one["count"] for reason, one in counts["dropped"].items()} == {"in de": 1}
+    assert {reason: dropped["count"] for reason, dropped in counts["dropped"].items()} == {"in de": 1}
     strict = LanguageFilter("text", keep=["de"], keep_undetermined=False)
     assert texts(Pipeline("p", stages=[strict]).run(initial_tasks=[batch(*rows)]), "n") == [2]
-    with pytest.raises(StageStartError, match=r"\['xx'\]: the model does not know them. Known: .*\ben\b"):
+    with pytest.raises(StageStartError, match=r"\['xx'\]: not supported by the model. Known: .*\ben\b"):
         Pipeline("p", stages=[LanguageFilter("text", keep=["en", "xx"])]).run(initial_tasks=[batch(*rows)])
 
 
-def test_options_of_the_language_filter_that_make_no_sense() -> None:
+def test_invalid_language_filter_options() -> None:
     for keep in ("en", []):
         with pytest.raises(PipelineDefinitionError, match="expected codes such as"):
             LanguageFilter("text", keep=keep)
@@ -165,7 +165,7 @@ def test_options_of_the_language_filter_that_make_no_sense() -> None:
         LanguageFilter("text", min_confidence=1)
 
 
-def test_difficulty_grows_with_the_work_that_a_solution_shows() -> None:
+def test_solution_effort_grade() -> None:
     stage = SolutionEffortGrade(levels=(3, 6))
     rows = ["It is 4.", "2 + 2 = 4. So it is 4.", "First 2 * 3 = 6. Then 6 / 2 = 3. At last 3 + 1 = 4.", None]
     graded = stage.process(batch(*({"solution": text} for text in rows)))
@@ -174,7 +174,7 @@ def test_difficulty_grows_with_the_work_that_a_solution_shows() -> None:
         SolutionEffortGrade(levels=(3, 3))
 
 
-def test_tokens_are_counted(tmp_path: Path) -> None:
+def test_token_counter(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -186,7 +186,7 @@ def test_tokens_are_counted(tmp_path: Path) -> None:
     assert texts([stage.process(batch({"text": "a b a"}, {"text": None}))], "num_tokens") == [3, 0]
 
 
-def test_the_messy_sample_is_decided_by_its_seed(tmp_path: Path) -> None:
+def test_messy_sample_depends_on_the_seed(tmp_path: Path) -> None:
     seeds = (("a", 1), ("b", 1), ("c", 2))
     first, again, other = (write_messy_math(tmp_path / name, 300, seed) for name, seed in seeds)
     assert first.path.read_bytes() == again.path.read_bytes() != other.path.read_bytes()

@@ -1,4 +1,4 @@
-"""Stages that see different versions of the same library, in one pipeline."""
+"""Stages of one pipeline that use different versions of the same library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ THREE_VERSIONS = [
 ]
 
 
-def test_three_stages_see_three_versions(executor: Executor, shared_venvs: Path) -> None:
+def test_three_stages_three_versions(executor: Executor, shared_venvs: Path) -> None:
     tasks = Pipeline("versions", stages=[*THREE_VERSIONS, AddOne()]).run(executor, batches(6))
     for task in tasks:
         frame = task.to_pandas()
@@ -37,7 +37,7 @@ def test_three_stages_see_three_versions(executor: Executor, shared_venvs: Path)
         assert Path(frame["by uv python"][0]).is_relative_to(shared_venvs)
 
 
-def test_only_the_difference_is_on_disk_and_equal_lists_share_it(shared_venvs: Path) -> None:
+def test_equal_lists_share_one_overlay(shared_venvs: Path) -> None:
     same = [PackagingVersion().with_(name=name, runtime_env={"uv": ["packaging==24.0"]}) for name in ("one", "two")]
     frame = Pipeline("p", stages=same).run(RayActorPoolExecutor(), batches(1))[0].to_pandas()
     (prefix,) = set(frame["one python"]) | set(frame["two python"])
@@ -47,8 +47,8 @@ def test_only_the_difference_is_on_disk_and_equal_lists_share_it(shared_venvs: P
     assert installed == {"packaging-24.0.dist-info"}
 
 
-def test_a_stage_in_the_python_of_another_project(tmp_path: Path) -> None:
-    """What a `py_executable` names is that project's lock and extra, not the base with something laid over it."""
+def test_stage_in_another_project(tmp_path: Path) -> None:
+    """A `py_executable` selects the lock and extra of that project, not an overlay over the base venv."""
     with_worker = [f"{name}=={metadata.version(name)}" for name in ("ray", "pandas", "pyarrow")]
     (tmp_path / "pyproject.toml").write_text(
         f"""
@@ -75,7 +75,7 @@ def test_a_stage_in_the_python_of_another_project(tmp_path: Path) -> None:
 
 
 class Never(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Leaves a trace if it ever runs."""
+    """Creates a file if it ever runs."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -85,7 +85,7 @@ class Never(ProcessingStage[DocumentBatch, DocumentBatch]):
         return task
 
 
-def test_a_list_that_cannot_be_resolved_gives_uvs_reason_before_any_task(executor: Executor, tmp_path: Path) -> None:
+def test_unresolvable_list_fails_before_any_task(executor: Executor, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     impossible = PackagingVersion().with_(name="impossible", runtime_env={"uv": ["packaging==23.2", "packaging==24.0"]})
     with pytest.raises(VenvBuildError, match=r"(?s)stage 'impossible'.*packaging==23\.2.*packaging==24\.0"):
@@ -93,7 +93,7 @@ def test_a_list_that_cannot_be_resolved_gives_uvs_reason_before_any_task(executo
     assert not trace.exists()
 
 
-def test_what_a_runtime_env_says_is_checked_before_anything_starts() -> None:
+def test_runtime_env_is_checked_before_start() -> None:
     def pipeline(**fields: object) -> Pipeline:
         return Pipeline("p", stages=[AddOne().with_(runtime_env=fields)])
 
@@ -109,7 +109,7 @@ def test_what_a_runtime_env_says_is_checked_before_anything_starts() -> None:
         Pipeline("p", stages=[AddOne()], runtime_env={"nope": 1}).run(initial_tasks=batches(1))
 
 
-def test_tools_that_a_field_needs_are_looked_for_on_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_required_tools_are_checked_on_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=r"runtime_env\['image_uri'\] needs podman, which is not on the PATH of"):
         Pipeline("p", stages=[AddOne().with_(runtime_env={"image_uri": "registry/image:1"})]).run(
             initial_tasks=batches(1)
@@ -117,7 +117,7 @@ def test_tools_that_a_field_needs_are_looked_for_on_the_nodes(monkeypatch: pytes
 
 
 class Shows(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Shows what a runtime_env brought."""
+    """Adds what a runtime_env provided as columns."""
 
     def process(self, task: DocumentBatch) -> DocumentBatch:
         import os
@@ -143,38 +143,38 @@ def set_by_hook() -> None:
     os.environ["SET_BY_HOOK"] = "yes"
 
 
-def test_the_fields_that_ray_carries_out(executor: Executor, tmp_path: Path) -> None:
+def test_fields_passed_to_ray(executor: Executor, tmp_path: Path) -> None:
     work, modules = tmp_path / "work", tmp_path / "modules" / "shipped_module"
     work.mkdir()
     modules.mkdir(parents=True)
     (work / "note.txt").write_text("shipped")
     (modules / "__init__.py").write_text("VALUE = 'imported'\n")
-    own = {
+    fields = {
         "working_dir": str(work),
         "py_modules": [str(modules)],
-        "env_vars": {"STAGE_VARIABLE": "own"},
+        "env_vars": {"STAGE_VARIABLE": "stage"},
         "worker_process_setup_hook": set_by_hook,
     }
     stages = [
-        Shows().with_(runtime_env=own),
-        Shows().with_(name="with packages", runtime_env={**own, "uv": ["packaging==24.0"]}),
+        Shows().with_(runtime_env=fields),
+        Shows().with_(name="with packages", runtime_env={**fields, "uv": ["packaging==24.0"]}),
         Shows().with_(name="plain"),
     ]
-    whole = {"env_vars": {"STAGE_VARIABLE": "whole", "OTHER": "1"}}
-    expected = {"variable": "own", "file": "shipped", "module": "imported", "hook": "yes"}
-    nothing = {"variable": "whole", "file": "none", "module": "none", "hook": "none"}
-    for stage, shown in zip(stages, (expected, expected, nothing)):
-        (task,) = Pipeline("p", stages=[stage], runtime_env=whole).run(executor, batches(1))
-        found = task.to_pandas().iloc[0].to_dict()
-        assert {key: found[key] for key in shown} == shown
+    of_pipeline = {"env_vars": {"STAGE_VARIABLE": "pipeline", "OTHER": "1"}}
+    with_fields = {"variable": "stage", "file": "shipped", "module": "imported", "hook": "yes"}
+    without_fields = {"variable": "pipeline", "file": "none", "module": "none", "hook": "none"}
+    for stage, expected in zip(stages, (with_fields, with_fields, without_fields)):
+        (task,) = Pipeline("p", stages=[stage], runtime_env=of_pipeline).run(executor, batches(1))
+        row = task.to_pandas().iloc[0].to_dict()
+        assert {key: row[key] for key in expected} == expected
 
 
-def test_venvs_are_found_again_after_ray_has_restarted(
+def test_venvs_are_reused_after_a_ray_restart(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Pipeline("versions", stages=THREE_VERSIONS).run(RayActorPoolExecutor(), batches(2))
     ray.shutdown()
-    monkeypatch.setenv("NEMO_RL_UV", "/nowhere/uv")  # nobody may ask for it
+    monkeypatch.setenv("NEMO_RL_UV", "/nowhere/uv")  # uv must not be needed
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with caplog.at_level(logging.INFO):
         tasks = Pipeline("versions", stages=THREE_VERSIONS).run(RayActorPoolExecutor(), batches(2))
@@ -182,7 +182,7 @@ def test_venvs_are_found_again_after_ray_has_restarted(
 
 
 class TokenizerVersion(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Loads a tokenizer that it writes itself, and counts the tokens of a text."""
+    """Saves and loads a tokenizer, and tokenizes a text."""
 
     def setup(self) -> None:
         import tempfile
@@ -204,8 +204,8 @@ class TokenizerVersion(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 @pytest.mark.slow
-def test_two_stages_with_transformers_versions_that_exclude_each_other(executor: Executor) -> None:
-    old = {"uv": ["transformers==4.46.3"]}  # needs tokenizers<0.21, the base's needs a newer one
+def test_incompatible_transformers_versions(executor: Executor) -> None:
+    old = {"uv": ["transformers==4.46.3"]}  # needs tokenizers<0.21; the base's version needs a newer one
     stages = [TokenizerVersion().with_(name="new"), TokenizerVersion().with_(name="old", runtime_env=old)]
     frame = Pipeline("p", stages=stages).run(executor, batches(2))[0].to_pandas()
     assert set(frame["old"]) == {"4.46.3"}

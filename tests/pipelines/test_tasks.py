@@ -1,3 +1,5 @@
+"""Tasks and document batches."""
+
 from __future__ import annotations
 
 import pickle
@@ -12,7 +14,7 @@ FRAME = pd.DataFrame({"text": ["a", "b", "ü"], "n": [1, 2, 3]})
 
 
 @pytest.mark.parametrize("data", [FRAME, pa.Table.from_pandas(FRAME)])
-def test_a_batch_travels_as_what_it_is(data: pd.DataFrame | pa.Table) -> None:
+def test_batch_keeps_its_type_when_pickled(data: pd.DataFrame | pa.Table) -> None:
     batch = DocumentBatch(task_id="t", dataset_name="d", data=data, _metadata={"k": 1}, _stage_perf=[])
     again = pickle.loads(pickle.dumps(batch))
     assert type(again.data) is type(data)
@@ -23,19 +25,19 @@ def test_a_batch_travels_as_what_it_is(data: pd.DataFrame | pa.Table) -> None:
     assert again.to_pyarrow().equals(pa.Table.from_pandas(FRAME, preserve_index=False).cast(again.to_pyarrow().schema))
 
 
-def test_no_frame_is_pickled() -> None:
-    """Another version of pandas could not read it."""
+def test_frames_are_pickled_as_arrow() -> None:
+    """Another version of pandas could not read a pickled frame."""
     content = pickle.dumps(DocumentBatch("t", "d", FRAME))
     assert b"pandas.core" not in content
     assert b"DataFrame" not in content
 
 
-def test_the_index_of_a_frame_does_not_travel() -> None:
+def test_frame_index_is_not_pickled() -> None:
     batch = DocumentBatch("t", "d", FRAME[FRAME["n"] > 1])
     assert list(pickle.loads(pickle.dumps(batch)).to_pandas().index) == [0, 1]
 
 
-def test_a_fresh_copy_may_be_changed() -> None:
+def test_fresh_copy_is_independent() -> None:
     batch = DocumentBatch("t", "d", FRAME.copy(), _metadata={"k": 1})
     for original in (batch, batch.frozen(), pickle.loads(pickle.dumps(batch))):
         copy = original.fresh()
@@ -46,12 +48,12 @@ def test_a_fresh_copy_may_be_changed() -> None:
         assert list(pickle.loads(pickle.dumps(copy)).to_pandas()["n"]) == [2, 3, 4]
 
 
-def test_with_data_keeps_the_rest() -> None:
+def test_with_data_keeps_metadata() -> None:
     batch = DocumentBatch("t", "d", FRAME, _metadata={"k": 1}).with_data(FRAME[:1])
     assert (batch.task_id, batch._metadata, batch.num_items) == ("t", {"k": 1}, 1)
 
 
-def test_counting() -> None:
+def test_num_items_and_num_bytes() -> None:
     assert EmptyTask().num_items == 0
     assert FileGroupTask("t", "d", ["a", "b"]).num_items == 2
     assert [Task("t", "d", data).num_items for data in ([1, 2, 3], "text", 7)] == [3, 1, 1]

@@ -1,4 +1,4 @@
-"""Pipelines on Xenna, for test_xenna: runs in a venv that has cosmos-xenna and prints what came out, as JSON."""
+"""Runs pipelines on Xenna, in a venv with cosmos-xenna, and prints the results as JSON. See test_xenna."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     tasks = Pipeline("versions", stages=versions).run(XennaExecutor(), batches(6))
     frames = [task.to_pandas() for task in tasks]
     aside = Pipeline("p", stages=[Failing([3]), KeepFirstOfEach(4), AddOne()])
-    kept = aside.run(XennaExecutor(), batches(6), run_dir=folder / "run")
+    remaining = aside.run(XennaExecutor(), batches(6), run_dir=folder / "run")
     try:
         Pipeline("p", stages=[AddOne(), Failing([7])]).run(XennaExecutor(), batches(8))
         message = ""
@@ -46,8 +46,8 @@ def main(folder: Path) -> None:
     result = {
         "numbers": numbers(tasks),
         "versions": sorted({tuple(frame[["base", "pip", "uv"]].iloc[0]) for frame in frames}),
-        "kept": numbers(kept),
-        "failed": [one.error for one in failed_tasks(folder / "run")],
+        "remaining": numbers(remaining),
+        "failed": [task.error for task in failed_tasks(folder / "run")],
         "message": message,
         "survived": numbers(survived),
         "deaths": len(list(deaths.iterdir())),

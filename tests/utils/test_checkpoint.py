@@ -1,3 +1,5 @@
+"""Checkpoints on disk."""
+
 import json
 
 import pytest
@@ -19,7 +21,7 @@ def save(store, step, accuracy=None):
     return store.save(step, {"step": step}, metrics, write)
 
 
-def test_the_latest_and_its_state_are_found(tmp_path):
+def test_latest_checkpoint_and_state(tmp_path):
     store = store_in(tmp_path)
     assert store.latest() is None
     save(store, 1)
@@ -30,7 +32,7 @@ def test_the_latest_and_its_state_are_found(tmp_path):
     assert (latest.path / "weights.bin").read_bytes() == b"\x02" * 100
 
 
-def test_the_best_the_latest_and_the_one_before_are_kept(tmp_path):
+def test_best_and_last_two_checkpoints_are_kept(tmp_path):
     store = store_in(tmp_path, keep_top_k=2)
     for step, accuracy in enumerate([0.1, 0.9, 0.8, 0.2, 0.3, 0.4], start=1):
         save(store, step, accuracy)
@@ -38,14 +40,14 @@ def test_the_best_the_latest_and_the_one_before_are_kept(tmp_path):
     assert store.best().step == 2
 
 
-def test_a_lower_metric_can_be_better(tmp_path):
+def test_lower_metric_can_be_better(tmp_path):
     store = store_in(tmp_path, keep_top_k=1, higher_is_better=False)
     for step, accuracy in enumerate([0.5, 0.1, 0.7, 0.8], start=1):
         save(store, step, accuracy)
     assert [c.step for c in store.complete()] == [2, 3, 4]
 
 
-def test_unmeasured_and_non_finite_checkpoints_never_outrank_measured_ones(tmp_path):
+def test_checkpoints_without_metric_rank_last(tmp_path):
     store = store_in(tmp_path, keep_top_k=1)
     save(store, 1, 0.4)
     save(store, 2, float("nan"))
@@ -56,9 +58,9 @@ def test_unmeasured_and_non_finite_checkpoints_never_outrank_measured_ones(tmp_p
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), CheckpointError("a worker says: No space left")], ids=repr
+    "error", [OSError(28, "No space left on device"), CheckpointError("worker 0: No space left")], ids=repr
 )
-def test_a_failed_write_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, error):
+def test_failed_save_leaves_the_previous_checkpoint(tmp_path, error):
     store = store_in(tmp_path)
     save(store, 1)
 
@@ -72,7 +74,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path,
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage):
+def test_damaged_checkpoint_is_ignored(tmp_path, caplog, damage):
     store = store_in(tmp_path)
     save(store, 1)
     broken = save(store, 2).path
@@ -86,7 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
     assert "step_000002" in caplog.text
 
 
-def test_what_a_killed_writer_left_is_not_a_checkpoint_and_is_removed_by_the_next(tmp_path):
+def test_partial_checkpoint_is_removed_by_the_next_save(tmp_path):
     store = store_in(tmp_path)
     leftover = tmp_path / ".partial-step_000001"
     leftover.mkdir()
@@ -96,7 +98,7 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint_and_is_removed_by_the_nex
     assert not leftover.exists()
 
 
-def test_the_same_step_can_be_written_again(tmp_path):
+def test_same_step_can_be_saved_again(tmp_path):
     store = store_in(tmp_path)
     save(store, 1)
     save(store, 1, 0.5)

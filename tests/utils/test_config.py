@@ -1,3 +1,5 @@
+"""Loading and validation of configurations."""
+
 import contextlib
 import subprocess
 import sys
@@ -17,12 +19,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_defaults_are_a_valid_configuration_and_survive_a_round_trip(tmp_path):
+def test_default_config_round_trip(tmp_path):
     config = load_config(MasterConfig)
     assert load_config(MasterConfig, write(tmp_path / "c.yaml", dump_yaml(config))) == config
 
 
-def test_overrides_win_over_the_file_and_the_file_over_what_it_extends(tmp_path):
+def test_precedence_of_overrides_file_and_defaults(tmp_path):
     write(tmp_path / "base.yaml", "grpo: {seed: 1, max_num_steps: 7, num_prompts_per_step: 4}")
     path = write(tmp_path / "job.yaml", "defaults: base.yaml\ngrpo: {seed: 2, max_num_steps: 8}")
     grpo = load_config(MasterConfig, path, ["grpo.seed=3"]).grpo
@@ -55,13 +57,13 @@ def test_interpolation_is_resolved(tmp_path):
         ("logger.log_dir=${nowhere}", "nowhere"),
     ],
 )
-def test_a_wrong_override_is_one_clear_sentence(override, expected):
+def test_override_error_is_one_line(override, expected):
     with pytest.raises(ConfigError, match=expected) as caught:
         load_config(MasterConfig, None, [override])
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_key_in_a_file_names_the_file_and_the_nearest_key(tmp_path):
+def test_unknown_key_names_file_and_known_keys(tmp_path):
     path = write(tmp_path / "job.yaml", "policy: {optimizer: {learning_rate: 1}}")
     with pytest.raises(
         ConfigError, match=r"job.yaml: unknown key policy.optimizer.learning_rate; known here: lr, betas"
@@ -71,20 +73,20 @@ def test_an_unknown_key_in_a_file_names_the_file_and_the_nearest_key(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("a: [", "not valid YAML"), ("- 1", "must hold a mapping"), ("defaults: c.yaml", "leads back to itself")],
+    [("a: [", "not valid YAML"), ("- 1", "must contain a mapping"), ("defaults: c.yaml", "leads back to itself")],
 )
-def test_a_broken_file_is_refused(tmp_path, content, expected):
+def test_invalid_yaml_is_refused(tmp_path, content, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config(MasterConfig, write(tmp_path / "c.yaml", content))
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path):
+def test_binary_file_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00grpo")
     with pytest.raises(ConfigError, match="UTF-8|YAML"):
         load_config(MasterConfig, tmp_path / "c.yaml")
 
 
-def test_a_missing_file_names_the_nearest(tmp_path):
+def test_missing_file_suggests_a_name(tmp_path):
     write(tmp_path / "grpo_math.yaml", "")
     with pytest.raises(ConfigError, match="did you mean grpo_math.yaml"):
         load_config(MasterConfig, tmp_path / "grpo_maths.yaml")
@@ -99,19 +101,19 @@ def test_every_key_is_documented_and_addressable():
 
 
 @given(st.text(max_size=40))
-def test_any_override_is_accepted_or_refused_with_a_config_error(text):
+def test_fuzz_overrides(text):
     with contextlib.suppress(ConfigError):
         load_config(MasterConfig, None, [text])
 
 
 @given(st.sampled_from([key.name for key in iter_keys(MasterConfig)]), st.text(max_size=12))
-def test_any_value_of_a_known_key_is_accepted_or_refused_with_a_config_error(key, value):
+def test_fuzz_values(key, value):
     with contextlib.suppress(ConfigError):
         load_config(MasterConfig, None, [f"{key}={value}"])
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda v: st.dictionaries(st.text(max_size=8), v)))
-def test_any_yaml_document_is_accepted_or_refused_with_a_config_error(tmp_path_factory, content):
+def test_fuzz_yaml_documents(tmp_path_factory, content):
     import yaml
 
     path = tmp_path_factory.mktemp("fuzz") / "c.yaml"
@@ -120,7 +122,7 @@ def test_any_yaml_document_is_accepted_or_refused_with_a_config_error(tmp_path_f
         load_config(MasterConfig, path)
 
 
-def test_reading_a_configuration_imports_neither_torch_nor_ray():
+def test_config_loads_neither_torch_nor_ray():
     code = (
         "import sys; from nemo_rl.algorithms.config import MasterConfig; from nemo_rl.utils.config import load_config;"
         "load_config(MasterConfig); print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"

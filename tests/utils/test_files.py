@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from nemo_rl.utils.files import write_atomically
 
 
-def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
+def test_write_replaces_content(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.json"
     write_atomically(path, "schön")
     assert path.read_bytes() == "schön".encode()
@@ -23,21 +23,21 @@ def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["file.json"]
 
 
-def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+def test_file_mode_follows_umask(tmp_path: Path) -> None:
     write_atomically(tmp_path / "file", "content")
     (tmp_path / "other").write_text("content")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_what_cannot_replace_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
         write_atomically(tmp_path / "taken", "content")
     assert os.listdir(tmp_path) == ["taken"]
 
 
-def test_a_reader_never_sees_a_part_of_a_file(tmp_path: Path) -> None:
-    """Two processes write long files of one letter each, over and over, while this one reads; then they are killed."""
+def test_reader_never_sees_a_partial_file(tmp_path: Path) -> None:
+    """Two processes repeatedly write long files of one letter each while this process reads. Then they are killed."""
     path, size = tmp_path / "file", 4_000_000
     program = (
         "import pathlib, sys\n"

@@ -1,4 +1,4 @@
-"""Start-up without garbage collection."""
+"""Imports without garbage collection."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ import weakref
 
 import pytest
 
-from nemo_rl.utils.garbage import without_collecting
+from nemo_rl.utils.garbage import gc_paused
 
 
 class Node:
-    """Refers to itself, so that only the collector finds out that nobody uses it."""
+    """Refers to itself, so that only the garbage collector can free it."""
 
     def __init__(self) -> None:
-        self.own = self
+        self.myself = self
 
 
-def test_nothing_is_collected_meanwhile_and_what_stays_is_not_looked_at_again() -> None:
+def test_block_is_not_collected_and_then_frozen() -> None:
     before = gc.get_freeze_count()
-    with without_collecting():
+    with gc_paused():
         assert not gc.isenabled()
-        kept, dropped = Node(), weakref.ref(Node())
-        assert dropped() is not None
+        alive, unreachable = Node(), weakref.ref(Node())
+        assert unreachable() is not None
     try:
         assert gc.isenabled()
-        assert dropped() is None
+        assert unreachable() is None
         assert gc.get_freeze_count() > before
-        assert not any(item is kept for item in gc.get_objects())
+        assert not any(item is alive for item in gc.get_objects())
     finally:
         gc.unfreeze()
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])
-def test_the_collector_is_left_as_it_was(was_enabled: bool) -> None:
+def test_collector_state_is_restored(was_enabled: bool) -> None:
     if not was_enabled:
         gc.disable()
     try:
-        with pytest.raises(KeyError), without_collecting():
+        with pytest.raises(KeyError), gc_paused():
             raise KeyError
         assert gc.isenabled() == was_enabled
     finally:

@@ -1,4 +1,4 @@
-"""Which files travel with a submitted job, on real repositories."""
+"""Selection and archives of a job's source files, with real git repositories."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """`a.py`, `data/big.bin` and `data/small.bin` tracked, `notes.txt` not, `secret.env` ignored."""
+    """A repository that tracks `a.py` and two files in `data`, ignores `secret.env`, and has an untracked file."""
     root = tmp_path / "repository"
     root.mkdir()
     git(root, "init", "--quiet")
@@ -42,7 +42,7 @@ def names(root: Path, *excludes: str, include_untracked: bool = False) -> list[s
     return [file.path for file in collect(root, excludes, include_untracked=include_untracked).files]
 
 
-def test_only_tracked_files_travel_as_they_are_on_disk(repository: Path, tmp_path: Path) -> None:
+def test_tracked_files_are_collected_from_disk(repository: Path, tmp_path: Path) -> None:
     (repository / "a.py").write_text("changed")
     tree = collect(repository)
     assert [file.path for file in tree.files] == [".gitignore", "a.py", "data/big.bin", "data/small.bin"]
@@ -53,12 +53,12 @@ def test_only_tracked_files_travel_as_they_are_on_disk(repository: Path, tmp_pat
     assert zipfile.ZipFile(tmp_path / "out.zip").read("a.py") == b"changed"
 
 
-def test_an_ignored_file_never_travels_even_with_untracked_ones(repository: Path) -> None:
+def test_ignored_files_are_never_collected(repository: Path) -> None:
     assert "notes.txt" in names(repository, include_untracked=True)
     assert "secret.env" not in names(repository, include_untracked=True)
 
 
-def test_new_python_files_travel_unless_git_or_the_user_leaves_them_out(repository: Path) -> None:
+def test_new_python_files_are_collected(repository: Path) -> None:
     first = collect(repository).commit
     write(repository, {"mine/worker.py": "W", "mine/secrets.py": "S", ".gitignore": "*.env\nsecrets.py\n"})
     git(repository, "commit", "--quiet", "-am", "second")
@@ -68,14 +68,14 @@ def test_new_python_files_travel_unless_git_or_the_user_leaves_them_out(reposito
     assert first is not None
     assert not first.endswith("+changes")
     assert tree.commit is not None
-    assert tree.commit.endswith("+changes"), "the commit alone does not have the new file"
+    assert tree.commit.endswith("+changes"), "the commit does not contain the new file"
     without = collect(repository, ["mine/"])
     assert "mine/worker.py" not in [file.path for file in without.files]
     assert without.commit == tree.commit.removesuffix("+changes")
 
 
 @pytest.mark.parametrize(
-    ("patterns", "left"),
+    ("patterns", "expected"),
     [
         (["*.bin"], [".gitignore", "a.py"]),
         (["data/"], [".gitignore", "a.py"]),
@@ -84,16 +84,16 @@ def test_new_python_files_travel_unless_git_or_the_user_leaves_them_out(reposito
         (["data/big*", ".gitignore"], ["a.py", "data/small.bin"]),
     ],
 )
-def test_excludes_mean_what_they_mean_in_gitignore(repository: Path, patterns: list[str], left: list[str]) -> None:
-    assert names(repository, *patterns) == left
+def test_excludes_follow_gitignore_rules(repository: Path, patterns: list[str], expected: list[str]) -> None:
+    assert names(repository, *patterns) == expected
 
 
-def test_a_deleted_file_does_not_travel_and_a_directory_below_the_root_is_a_root_of_its_own(repository: Path) -> None:
+def test_deleted_files_and_subdirectories(repository: Path) -> None:
     (repository / "data" / "big.bin").unlink()
     assert names(repository / "data") == ["small.bin"]
 
 
-def test_a_submodule_travels_with_its_tracked_files(repository: Path, tmp_path: Path) -> None:
+def test_submodule_files_are_collected(repository: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init", "--quiet")
@@ -104,7 +104,7 @@ def test_a_submodule_travels_with_its_tracked_files(repository: Path, tmp_path: 
     assert "third/x.py" in names(repository)
 
 
-def test_outside_a_repository_all_files_travel_but_caches_and_venvs(tmp_path: Path) -> None:
+def test_collect_outside_a_repository(tmp_path: Path) -> None:
     unwanted = {".venv/bin/python": "p", "pkg/__pycache__/m.pyc": "c", "pkg/m.py": "m"}
     write(tmp_path, {"a.py": "a", "pkg/n.py": "n", **unwanted})
     tree = collect(tmp_path, ["m.py"])
@@ -112,7 +112,7 @@ def test_outside_a_repository_all_files_travel_but_caches_and_venvs(tmp_path: Pa
     assert tree.commit is None
 
 
-def test_a_link_that_leads_out_is_refused_with_the_option_that_helps(repository: Path, tmp_path: Path) -> None:
+def test_outside_link_is_refused(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("o")
     (repository / "link").symlink_to(tmp_path / "outside")
     (repository / "inside").symlink_to("a.py")
@@ -122,7 +122,7 @@ def test_a_link_that_leads_out_is_refused_with_the_option_that_helps(repository:
     assert "inside" in names(repository, "link")
 
 
-def test_equal_sources_make_equal_archives_whatever_their_times(repository: Path, tmp_path: Path) -> None:
+def test_archives_do_not_depend_on_file_times(repository: Path, tmp_path: Path) -> None:
     write_zip(collect(repository), tmp_path / "one.zip")
     (repository / "a.py").touch()
     git(repository, "commit", "--quiet", "--allow-empty", "-m", "second")
@@ -133,7 +133,7 @@ def test_equal_sources_make_equal_archives_whatever_their_times(repository: Path
     assert (tmp_path / "three.zip").read_bytes() != (tmp_path / "one.zip").read_bytes()
 
 
-def test_nothing_to_upload_and_a_missing_directory_are_told_apart(repository: Path, tmp_path: Path) -> None:
+def test_collect_errors(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file to upload"):
         collect(repository, ["*"])
     with pytest.raises(ConfigError, match="does not exist"):
@@ -141,7 +141,7 @@ def test_nothing_to_upload_and_a_missing_directory_are_told_apart(repository: Pa
 
 
 @pytest.mark.parametrize("name", ["/etc/evil", "../evil", "a/../../evil", "C:/evil"])
-def test_an_archive_with_a_way_out_is_not_unpacked_at_all(tmp_path: Path, name: str) -> None:
+def test_unsafe_archive_is_not_unpacked(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr("good.py", "good")
         archive.writestr(name, "evil")
@@ -150,7 +150,7 @@ def test_an_archive_with_a_way_out_is_not_unpacked_at_all(tmp_path: Path, name: 
     assert not (tmp_path / "target").exists()
 
 
-def test_an_archive_with_a_link_is_not_unpacked(tmp_path: Path) -> None:
+def test_archive_with_a_link_is_not_unpacked(tmp_path: Path) -> None:
     entry = zipfile.ZipInfo("link")
     entry.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:

@@ -216,7 +216,7 @@ def _known(roots: Sequence[str]) -> list[_Source]:
 def _read(root: str) -> _Source | None:
     try:
         excludes = () if _in_repository(Path(root)) else _WRITTEN
-        tree = collect(Path(root), excludes, leave_out_links=True)
+        tree = collect(Path(root), excludes, skip_links=True)
         statuses = [(tree.root / file.path).stat() for file in tree.files]  # before the contents are read
         # Nobody waits until gigabytes are read that may not travel.
         archive = _zip(tree) if tree.num_bytes <= _limit_bytes() else b""

@@ -1,16 +1,16 @@
-"""One stage after another, each with a pool of actors.
+"""Runs one stage after another, each on a pool of actors.
 
 ::
 
-    groups of the stage before ──▶ pending ──▶ the worker with the fewest calls ──▶ groups for the next
+    groups of the last stage   ──▶ pending ──▶ the worker with the fewest calls ──▶ groups for the next
                                       ▲                      │ died
                                       └──── run again ◀──────┘  a replacement starts
-    pending is empty ──▶ idle workers end, the next stage's workers start while the last calls run
+    pending is empty ──▶ idle workers exit, the next stage's workers start while the last calls run
 
-A pool starts with one worker and grows while the work that is left would take longer than starting another one does: a
-process costs about a second of CPU time, which a thousand small tasks are not worth.
+A pool starts with one worker. It grows while the remaining work would take longer than starting another worker: a
+process costs about a second of CPU time, more than a thousand small tasks.
 
-The driver holds references only; Ray keeps what they mean in shared memory, and moves it to disk when that is full.
+The driver holds only references. Ray keeps the groups in shared memory and spills them to disk when that is full.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ from nemo_rl import settings
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.errors import PipelineError, StageError, StageStartError
 from nemo_rl.pipelines.bootstrap import StageWorker
-from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, WorkersDied, blame, stage_error
+from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, WorkersDied, set_aside_task, stage_error
 from nemo_rl.pipelines.items import Item, chunks, group_size
 
 logger = logging.getLogger(__name__)
 
-# So many calls, where they are short, that the next one's input is there when the first ends. Behind a long one nobody
-# queues: another worker may be free before it ends.
+# Short calls are queued, so that the input of the next call is on the worker when a call ends. Nothing is queued behind
+# a long call, because another worker may be free before it ends.
 _CALLS_PER_WORKER = 2
 _SHORT_CALL_S = 0.5
-_PROCESS_START_S = 2.0  # of a process with Ray, before anything of ours runs in it; about
+_PROCESS_START_S = 2.0  # approximate start of a Ray worker process, before the stage's own set-up
 _NUM_RECENT_CALLS = 20
 _POLL_S = 0.2
 _CLOSE_TIMEOUT_S = 30.0
 _MAX_LOST_STARTS = 3  # in a row
-_MAX_REASON_CHARS = 1000  # Ray tells the state of the whole node when memory is short
+_MAX_REASON_CHARS = 1000  # Ray's message includes the state of the entire node when memory is short
 
 
 @dataclass
 class _Group:
-    """Tasks in the object store.
+    """Refers to tasks in the object store.
 
     Attributes:
-        references: to lists of items.
-        num_deaths: workers that died while they ran it.
+        references: references to lists of items.
+        num_tasks: number of tasks in all lists.
+        num_deaths: number of workers that died while they ran the group.
     """
 
     references: list[ray.ObjectRef]
@@ -65,7 +66,7 @@ class _Group:
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor. `calls`: completion -> (its group, the generator of its results), oldest first."""
+    """Tracks an actor. `calls` maps the completion of each call to its group and results generator, oldest first."""
 
     handle: ActorHandle
     started: ray.ObjectRef
@@ -78,9 +79,14 @@ class _Worker:
 class RayActorPoolExecutor:
     """Runs one stage after another, each on a pool of actors that share its tasks.
 
+    Example::
+
+        pipeline.run(RayActorPoolExecutor(max_workers_per_stage=8), run_dir="results/clean")
+
     Args:
-        max_workers_per_stage: None: as many as the cluster has room for. A stage's own `num_workers` comes first.
-        max_worker_deaths: how many workers a task may bring down before it is set aside.
+        max_workers_per_stage: None allows as many workers as fit on the cluster. A stage's `num_workers` takes
+            precedence.
+        max_worker_deaths: how many workers may die on a task before the task is set aside.
     """
 
     stage_by_stage = True
@@ -95,9 +101,9 @@ class RayActorPoolExecutor:
         groups = [_Group([ray.put(chunk)], len(chunk)) for chunk in chunks(items, size)]
         pools = [_Pool(stage, cluster, self._max_workers, self._max_deaths) for stage in stages]
         try:
-            _open_early(pools, len(groups), cluster)
+            _start_early(pools, len(groups), cluster)
             for index, pool in enumerate(pools):
-                groups = pool.run(groups, _Following(pools[index + 1 :], cluster))
+                groups = pool.run(groups, _LaterPools(pools[index + 1 :], cluster))
         finally:
             for pool in pools:
                 pool.kill()
@@ -105,46 +111,46 @@ class RayActorPoolExecutor:
 
 
 def _results(generator: Any) -> list[_Group]:
-    """What a call gave; raises what it raised. Waits for it."""
+    """Wait for a call and return its results. Raises the error that the call raised."""
     references: list[ray.ObjectRef] = list(generator)
     sizes = ray.get(references[-1])
     return [_Group([reference], size) for reference, size in zip(references[:-1], sizes)]
 
 
 def _items(group: _Group, stage: str) -> list[Item]:
-    """The tasks themselves. Raises `WorkersDied` when they went with the node that kept them."""
+    """Fetch the tasks of a group. Raises `WorkersDied` if they were lost with their node."""
     try:
         return [item for reference in group.references for item in ray.get(reference)]
     except ObjectLostError as error:
-        raise _lost(stage, error) from error
+        raise _lost_tasks(stage, error) from error
 
 
-def _lost(stage: str, error: Exception) -> WorkersDied:
-    return WorkersDied(PipelineError(f"tasks of stage {stage!r} were lost with the node that kept them: {error}"))
+def _lost_tasks(stage: str, error: Exception) -> WorkersDied:
+    return WorkersDied(PipelineError(f"tasks of stage {stage!r} were lost with their node: {error}"))
 
 
-class _Following:
-    """The pools of the stages after one that runs."""
+class _LaterPools:
+    """Manages the pools of the stages that follow the running stage."""
 
     def __init__(self, pools: Sequence[_Pool], cluster: Cluster) -> None:
         self._pools = pools
         self._num_cpus = cluster.num_cpus
 
     def open(self, num_groups: int) -> None:
-        """The next stage may start its first workers."""
+        """Start the first workers of the next stage."""
         if self._pools:
             self._pools[0].open(num_groups)
 
-    def make_room(self, num_cpus: float) -> None:
-        """End workers that were opened early and hold CPUs which the running stage, with `num_cpus`, can use now."""
+    def release_cpus(self, num_cpus: float) -> None:
+        """Kill workers that were started early if the running stage, which holds `num_cpus`, needs their CPUs."""
         for pool in reversed(self._pools):
             if num_cpus + sum(other.num_cpus_held for other in self._pools) <= self._num_cpus:
                 return
             pool.kill()
 
 
-def _open_early(pools: Sequence[_Pool], num_groups: int, cluster: Cluster) -> None:
-    """What the first stage leaves free starts a worker of each further one, so that nobody waits for it later."""
+def _start_early(pools: Sequence[_Pool], num_groups: int, cluster: Cluster) -> None:
+    """Start a worker of each later stage on the CPUs that the first stage leaves free, so that it is ready in time."""
     pools[0].open(num_groups)
     free_cpus = cluster.num_cpus - pools[0].num_workers * pools[0].stage.num_cpus
     for pool in pools[1:]:
@@ -154,7 +160,7 @@ def _open_early(pools: Sequence[_Pool], num_groups: int, cluster: Cluster) -> No
 
 
 class _Pool:
-    """The workers of one stage."""
+    """Manages the workers of one stage."""
 
     def __init__(self, stage: PlannedStage, cluster: Cluster, limit: int | None, max_deaths: int) -> None:
         self.stage = stage
@@ -181,7 +187,7 @@ class _Pool:
         return len(self._workers) * self.stage.num_cpus
 
     def open(self, num_groups: int) -> None:
-        """Start the first workers for so many groups; they need not be there yet when this returns."""
+        """Start the first workers for `num_groups` groups, without waiting for them."""
         self._start(min(num_groups, self._max_workers if self.stage.job.stage.num_workers is not None else 1))
 
     def _start(self, num_workers: int) -> None:
@@ -189,17 +195,17 @@ class _Pool:
             handle = self._actor_class.remote(*self._arguments)
             self._workers.append(_Worker(handle, handle.start.remote(), time.monotonic()))
 
-    def run(self, groups: list[_Group], following: _Following) -> list[_Group]:
-        """Run the stage over all groups. The following stage is opened when nothing is left to hand out."""
+    def run(self, groups: list[_Group], following: _LaterPools) -> list[_Group]:
+        """Run the stage over all groups. The next stage is opened once no group is pending."""
         pending = deque(self._sized(groups))
         done: list[_Group] = []
         opened = False
         while pending or any(worker.calls for worker in self._workers):
             num_left = len(pending) + sum(len(worker.calls) for worker in self._workers)
-            self._start(min(num_left, self._max_workers, self._worth(num_left)))
+            self._start(min(num_left, self._max_workers, self._useful_workers(num_left)))
             self._hand_out(pending)
             if pending:
-                following.make_room(self.num_cpus_held)
+                following.release_cpus(self.num_cpus_held)
             else:
                 if not opened:
                     following.open(len(done) + sum(len(worker.calls) for worker in self._workers))
@@ -213,13 +219,13 @@ class _Pool:
         return done
 
     def kill(self) -> None:
-        """End every worker at once."""
+        """Kill all workers immediately."""
         for worker in self._workers:
             ray.kill(worker.handle)
         self._workers = []
 
     def _sized(self, groups: list[_Group]) -> list[_Group]:
-        """Groups that hold whole batches where the stage wants several tasks, and few enough calls."""
+        """Merge small groups, so that they hold whole batches and the number of calls stays small."""
         total = sum(group.num_tasks for group in groups)
         target = max(self.stage.batch_size, group_size(total, self._num_cpus, self.stage.batch_size) // 2)
         result: list[_Group] = []
@@ -231,21 +237,22 @@ class _Pool:
                 result.append(_Group(list(group.references), group.num_tasks))
         return result
 
-    def _worth(self, num_groups: int) -> int:
-        """How many workers so many groups are worth."""
+    def _useful_workers(self, num_groups: int) -> int:
+        """Return the number of workers whose start pays off for `num_groups` groups."""
         if self.stage.job.stage.num_workers is not None:
             return self.stage.job.stage.num_workers
         if self._start_s is None:
             return 1
         now = time.monotonic()
         running = [now - worker.busy_since for worker in self._workers if worker.calls]
-        known = self._mean_call_s
-        mean_s = max(running, default=0.0) if known is None else known
+        mean_s = self._mean_call_s
+        if mean_s is None:
+            mean_s = max(running, default=0.0)
         return max(1, math.ceil(num_groups * mean_s / self._start_s))
 
     @property
     def _mean_call_s(self) -> float | None:
-        """Of recent calls; None before one has ended."""
+        """Mean duration of recent calls; None before the first call has ended."""
         recent = self._call_s[-_NUM_RECENT_CALLS:]
         return sum(recent) / len(recent) if recent else None
 
@@ -272,20 +279,20 @@ class _Pool:
                 ray.kill(worker.handle)
 
     def _await_closed(self) -> None:
-        finished, late = (
-            ray.wait(self._closing, num_returns=len(self._closing), timeout=_CLOSE_TIMEOUT_S)
-            if (self._closing)
-            else ([], [])
-        )
+        if not self._closing:
+            return
+        finished, late = ray.wait(self._closing, num_returns=len(self._closing), timeout=_CLOSE_TIMEOUT_S)
         for reference in finished:
             try:
                 ray.get(reference)
             except RayActorError:
-                pass  # it ended itself
+                pass  # the actor exits in close()
             except RayError as error:
                 logger.warning("teardown of stage %r failed: %s", self.stage.name, error)
         if late:
-            logger.warning("%d workers of stage %r did not end in time", len(late), self.stage.name)
+            logger.warning(
+                "%d workers of stage %r did not exit within %g s", len(late), self.stage.name, _CLOSE_TIMEOUT_S
+            )
         self._closing = []
 
     def _wait(self, pending: deque[_Group], done: list[_Group]) -> None:
@@ -306,12 +313,12 @@ class _Pool:
     def _check_late(self) -> None:
         limit = settings.WORKER_START_TIMEOUT_S.get()
         if any(worker.is_ready for worker in self._workers):
-            return  # the others share what there is to do
+            return  # the workers that are ready can do all the work
         late = [worker for worker in self._workers if time.monotonic() - worker.began > limit]
         if late:
             raise StageStartError(
-                f"stage {self.stage.name!r}: no worker started within {limit:.0f} s. Somebody else may hold the CPUs "
-                f"or GPUs that it asks for (see `ray status`). {settings.WORKER_START_TIMEOUT_S.name} sets the limit.",
+                f"stage {self.stage.name!r}: no worker started within {limit:.0f} s. Other jobs may hold the CPUs or "
+                f"GPUs that it needs (see `ray status`). {settings.WORKER_START_TIMEOUT_S.name} sets the limit.",
                 stage=self.stage.name,
             )
 
@@ -320,12 +327,12 @@ class _Pool:
             in_process_s = ray.get(worker.started)
             worker.is_ready = True
             self._num_lost = 0
-            if self._start_s is None:  # one that was opened early has been ready for longer than it took
+            if self._start_s is None:  # a worker that was started early may have been ready for a while
                 self._start_s = min(time.monotonic() - worker.began, _PROCESS_START_S + in_process_s)
         except RayError as error:
             if isinstance(error, WORKER_DEATHS) and stage_error(error) is None and self._num_lost < _MAX_LOST_STARTS:
                 self._num_lost += 1
-                self._workers.remove(worker)  # its node may have gone; the next one is started elsewhere
+                self._workers.remove(worker)  # its node may have died; Ray starts the next worker on another one
                 return
             raise stage_error(error) or StageStartError(
                 f"stage {self.stage.name!r}: a worker did not start: {error}", stage=self.stage.name
@@ -341,7 +348,7 @@ class _Pool:
             return
         except RayError as error:
             if isinstance(error, ObjectLostError) or isinstance(getattr(error, "cause", None), ObjectLostError):
-                raise _lost(self.stage.name, error) from error
+                raise _lost_tasks(self.stage.name, error) from error
             raise stage_error(error) or StageError(
                 f"stage {self.stage.name!r} failed: {error}", stage=self.stage.name
             ) from error
@@ -359,7 +366,7 @@ class _Pool:
         pending: deque[_Group],
         done: list[_Group],
     ) -> None:
-        """Run a dead worker's groups again; the oldest call that it did not finish is the one that it died in."""
+        """Run a dead worker's groups again. The worker died in the oldest call that it did not finish."""
         self._workers.remove(worker)
         groups: list[_Group] = []
         for completed, (group, generator) in worker.calls.items():
@@ -373,14 +380,16 @@ class _Pool:
         first = groups[0]
         first.num_deaths += 1
         reason = shorten(str(error), _MAX_REASON_CHARS)
-        logger.warning("a worker of stage %r died, its tasks run again: %s", self.stage.name, reason)
+        logger.warning("a worker of stage %r died; its tasks run again: %s", self.stage.name, reason)
         if first.num_deaths <= self._max_deaths // 2:
             pending.appendleft(first)
             return
         items = _items(first, self.stage.name)
-        if len(items) > 1:  # which of them is it?
+        if len(items) > 1:  # run them one by one to find the one that kills its worker
             pending.extendleft(_Group([ray.put([item])], 1, first.num_deaths) for item in reversed(items))
         elif first.num_deaths <= self._max_deaths:
             pending.appendleft(first)
         else:
-            blame(self.stage, items[0], f"its worker died {first.num_deaths} times: {reason}", first.num_deaths)
+            set_aside_task(
+                self.stage, items[0], f"its worker died {first.num_deaths} times: {reason}", first.num_deaths
+            )

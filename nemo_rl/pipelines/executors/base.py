@@ -1,4 +1,4 @@
-"""What an executor is, and what all of them share."""
+"""Defines the executor protocol, and helpers that all executors share."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from nemo_rl.errors import PipelineDefinitionError, PipelineError, ResourceInsuf
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
 from nemo_rl.pipelines.items import Item
-from nemo_rl.pipelines.own_files import read_own
 from nemo_rl.pipelines.progress import WorkerCounts
 from nemo_rl.pipelines.runner import StageJob, stop_file
 from nemo_rl.pipelines.spool import Entry, SpooledTask, SpoolWriter
 from nemo_rl.pipelines.stage import AnyStage
+from nemo_rl.pipelines.trusted_files import read_trusted
 
 logger = logging.getLogger(__name__)
 
-# Whatever runs a stage must not have to find our modules first.
+# A worker must be able to unpickle the bootstrap code before it can import this package.
 cloudpickle.register_pickle_by_value(bootstrap)
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage whose Python is ready.
+    """Describes a stage whose Python is ready.
 
     Attributes:
-        job: for its workers.
-        num_cpus, num_gpus: of one worker.
-        runtime_env: for Ray; empty: the driver's Python.
-        env_vars: that the worker sets by itself: secrets, for Ray logs every runtime_env.
-        search_path: see `bootstrap`.
+        job: the description for the stage's workers.
+        num_cpus, num_gpus: resources of one worker.
+        runtime_env: Ray's `runtime_env`. If it is empty, workers run in the driver's Python.
+        env_vars: variables that the worker itself sets. They may be secrets, and Ray logs every `runtime_env`.
+        search_path: entries that the worker appends to `sys.path`, see `bootstrap`.
     """
 
     job: StageJob
@@ -61,39 +61,39 @@ class PlannedStage:
 
     @property
     def constructor_arguments(self) -> tuple[bytes, list[str], dict[str, str]]:
-        """Of `bootstrap.StageWorker`. Raises `PipelineDefinitionError` when the stage cannot be pickled."""
+        """Arguments of `bootstrap.StageWorker`. Raises `PipelineDefinitionError` if the stage cannot be pickled."""
         try:
             payload = cloudpickle.dumps(self.job)
         except Exception as error:
             raise PipelineDefinitionError(
-                f"stage {self.name!r} cannot be sent to its workers: {type(error).__name__}: {error}. Create what "
-                "cannot be pickled in setup()."
+                f"stage {self.name!r} cannot be sent to its workers: {type(error).__name__}: {error}. Create "
+                "objects that cannot be pickled in setup()."
             ) from error
         return payload, self.search_path, self.env_vars
 
     def max_num_workers(self, cluster: Cluster, limit: int | None = None) -> int:
-        """How many workers the stage may have: what it asks for, else what the whole cluster has room for."""
+        """Return the maximum number of workers: the stage's `num_workers`, else as many as fit on the cluster."""
         if self.job.stage.num_workers is not None:
             return self.job.stage.num_workers
-        room = [cluster.num_cpus / self.num_cpus] if self.num_cpus else []
-        room += [cluster.num_gpus / self.num_gpus] if self.num_gpus else []
-        number = max(1, int(min(room, default=cluster.num_cpus)))
+        capacities = [cluster.num_cpus / self.num_cpus] if self.num_cpus else []
+        capacities += [cluster.num_gpus / self.num_gpus] if self.num_gpus else []
+        number = max(1, int(min(capacities, default=cluster.num_cpus)))
         return number if limit is None else min(number, limit)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the Ray cluster has in total."""
+    """Holds the total resources of the Ray cluster."""
 
     num_cpus: float
     num_gpus: float
 
 
 class WorkersDied(Exception):
-    """Workers died, and the executor cannot go on by itself: what is not done must run again.
+    """Workers died and the executor cannot continue. The run must start it again for the unfinished inputs.
 
     Attributes:
-        error: what the run ends with when it does not.
+        error: the error that ends the run if it does not start the executor again.
     """
 
     def __init__(self, error: PipelineError) -> None:
@@ -104,37 +104,45 @@ class WorkersDied(Exception):
 class Executor(Protocol):
     """Runs the stages of one segment over its tasks.
 
-    All executors give the same result: keys decide the order, and what a task becomes is decided by the stage alone.
-    One that runs a stage over all tasks before it starts the next has an attribute `stage_by_stage = True`. One that
-    needs room for several stages at once has a method `check_room(wanted, cluster)`; `wanted` holds the stages of a
-    segment, each with the CPUs and GPUs of one worker, and it raises `ResourceInsufficientError`. It is called for all
-    segments before anything runs.
+    All executors give the same result, because keys determine the order and stages alone determine what a task becomes.
+
+    Two members are optional. `stage_by_stage = True` marks an executor that runs a stage over all tasks before it
+    starts the next stage. An executor that runs several stages at once can define `check_capacity(wanted, cluster)`,
+    which raises `ResourceInsufficientError`. `wanted` holds the stages of a segment, each with the CPUs and GPUs of one
+    worker. The run calls it for all segments before anything runs.
     """
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
-        """Run all stages over all items and return what they became, in any order; nothing where the last one spools.
+        """Run all stages over all items.
+
+        Returns:
+            The results in any order, or an empty list if the last stage writes its results to the spool.
 
         Raises:
-            StageError: a stage could not start, or a task failed and the run is to stop.
-            PipelineError: anything else that ends the run.
-            WorkersDied: the run calls this again, with what is not done, and as another attempt.
+            StageError: a stage could not start, or a task failed and `on_failure` is "stop".
+            PipelineError: another error ended the run.
+            WorkersDied: workers died. The run calls this method again, as another attempt, with the unfinished items.
         """
         ...
 
 
 def cpu_share(stages: Sequence[PlannedStage], num_cpus: float) -> float:
-    """What part of its CPUs each stage asks for, so that workers of every stage can run on `num_cpus` together."""
+    """Return the factor by which to scale the CPUs of all stages, so that every stage's workers fit on `num_cpus`."""
     wanted = sum(stage.num_cpus * (stage.job.stage.num_workers or 1) for stage in stages)
     if wanted <= num_cpus:
         return 1.0
-    logger.info("the stages need %g CPUs at the same time and share %g", wanted, num_cpus)
+    logger.info("the stages ask for %g CPUs at the same time and share %g", wanted, num_cpus)
     return num_cpus / wanted * 0.99
 
 
 def require_gpus_together(
     wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster, library: str
 ) -> None:
-    """`Executor.check_room` where all stages run at once. Raises `ResourceInsufficientError`: too few GPUs for them."""
+    """Implement `Executor.check_capacity` for executors that run all stages at once.
+
+    Raises:
+        ResourceInsufficientError: the stages need more GPUs together than the cluster has.
+    """
     num_gpus = sum(gpus * (stage.num_workers or 1) for stage, (_, gpus) in wanted)
     if num_gpus > cluster.num_gpus:
         names = ", ".join(stage.name for stage, (_, gpus) in wanted if gpus)
@@ -145,13 +153,15 @@ def require_gpus_together(
 
 
 def driver_search_path() -> list[str]:
-    """Directories of the driver's `sys.path` that are not its Python's or its venv's; first what stands for them on
-    nodes that do not have them."""
+    """Return the entries of the driver's `sys.path` outside its Python and its venv.
+
+    Directories that replace them on nodes without them come first.
+    """
     return [*search_path(), *outside_python(sys.path)]
 
 
 def stage_error(error: BaseException | None) -> PipelineError | None:
-    """The error of ours that caused what Ray or a library on top of it raised; None when there is none."""
+    """Return the `PipelineError` that caused an error of Ray or of a library on top of it, or None."""
     for cause in _causes(error):
         if isinstance(cause, PipelineError) and type(cause).__module__ == PipelineError.__module__:
             return cause
@@ -159,12 +169,12 @@ def stage_error(error: BaseException | None) -> PipelineError | None:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether workers died, or tasks were lost with their node, behind what Ray or a library on top of it raised."""
+    """Return whether an error was caused by the death of workers, or by tasks that were lost with their node."""
     return any(isinstance(cause, (*WORKER_DEATHS, ObjectLostError)) for cause in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error itself, and all that led to it."""
+    """Yield the error and all of its causes."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -177,16 +187,16 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def recorded_error(job: StageJob) -> PipelineError | None:
-    """The error with which a worker stopped this run, for executors that do not hand it on as it is."""
+    """Return the error with which a worker stopped this run. For executors that do not pass it on unchanged."""
     path = stop_file(job)
-    return pickle.loads(read_own(path)) if path.exists() else None
+    return pickle.loads(read_trusted(path)) if path.exists() else None
 
 
-def blame(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:
-    """Set a task aside that brings its workers down, and count it.
+def set_aside_task(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:
+    """Set aside a task whose workers die, and count it as failed.
 
     Raises:
-        StageError: the run is to stop.
+        StageError: `on_failure` is "stop".
     """
     job = stage.job
     task = item.task.load() if isinstance(item.task, SpooledTask) else item.task
@@ -214,14 +224,14 @@ def blame(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:
         writer.close()
 
 
-def loaded(name: str, extra: str) -> ModuleType:
-    """Import an optional library. Raises `PipelineDefinitionError` that says how to get it."""
+def import_optional(name: str, extra: str) -> ModuleType:
+    """Import an optional library. Raises `PipelineDefinitionError` with the install command if it is missing."""
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise PipelineDefinitionError(
-            f"{name} is needed here and cannot be imported ({error}). Install it with the extra {extra!r}: "
+            f"{name} is required and cannot be imported ({error}). Install it with the extra {extra!r}: "
             f"`uv sync --extra {extra}`."
         ) from error

@@ -1,7 +1,7 @@
-"""All stages at once, streaming, on Ray Data: each stage is a pool of actors behind `map_batches`.
+"""Runs all stages at once on Ray Data. Each stage is an actor pool behind `map_batches`, and tasks stream through them.
 
-A row of the data set is a group of tasks, and every row is a block of its own: Ray Data then schedules, holds back and
-spills by group.
+A row of the data set is a group of tasks, and every block holds one row. Ray Data therefore schedules, applies
+backpressure and spills per group.
 """
 
 from __future__ import annotations
@@ -32,21 +32,26 @@ from nemo_rl.pipelines.stage import AnyStage
 
 
 class RayDataExecutor:
-    """Runs all stages at once: tasks stream from stage to stage, and a slow stage holds the ones before it back.
+    """Runs all stages at once on Ray Data. Tasks stream from stage to stage, with backpressure from slow stages.
+
+    Example::
+
+        pipeline.run(RayDataExecutor(max_workers_per_stage=4), run_dir="results/clean")
 
     Args:
-        max_workers_per_stage: None: as many as the cluster has room for. A stage's own `num_workers` comes first.
-        max_worker_deaths: how often Ray starts each worker of a stage anew when it died, and runs its tasks again; the
-            death after that ends Ray Data's run, and what is not done runs once more. Ray Data does not tell which task
-            is to blame.
+        max_workers_per_stage: None allows as many workers as fit on the cluster. A stage's `num_workers` takes
+            precedence.
+        max_worker_deaths: how often Ray restarts each worker that died and runs its tasks again. The next death ends
+            the Ray Data job, and the run starts another one for the unfinished inputs. Ray Data does not report which
+            task caused the death.
     """
 
     def __init__(self, *, max_workers_per_stage: int | None = None, max_worker_deaths: int = 2) -> None:
         self._max_workers = max_workers_per_stage
         self._max_deaths = max_worker_deaths
 
-    def check_room(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
-        """See `Executor.check_room`: every stage needs its GPU workers at the same time."""
+    def check_capacity(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
+        """Check that the cluster has GPUs for all stages together. See `Executor.check_capacity`."""
         require_gpus_together(wanted, cluster, "Ray Data")
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
@@ -62,10 +67,10 @@ class RayDataExecutor:
                 dataset = self._with_stage(dataset, stage, cluster, share)
             try:
                 return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
-            except Exception as error:  # Ray Data wraps what a stage raises, and adds advice of its own
-                ours = recorded_error(stages[0].job) or stage_error(error)
-                if ours is not None:
-                    raise ours from error
+            except Exception as error:  # Ray Data wraps what a stage raises and adds its own advice
+                cause = recorded_error(stages[0].job) or stage_error(error)
+                if cause is not None:
+                    raise cause from error
                 names = ", ".join(stage.name for stage in stages)
                 if is_death(error):
                     raise WorkersDied(StageError(f"a worker of one of the stages {names} died: {error}")) from error
@@ -74,7 +79,7 @@ class RayDataExecutor:
                 raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
 
     def _with_stage(self, dataset: Any, stage: PlannedStage, cluster: Cluster, share: float) -> Any:
-        # Ray Data has no other way to say how often a worker may die, and warns that this one will go with Ray 2.64.
+        # Ray Data has no other option for the number of restarts. It warns that Ray 2.64 removes this one.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=RayDeprecationWarning)
         most = stage.max_num_workers(cluster, self._max_workers)
         least = most if stage.job.stage.num_workers is not None else 1
@@ -88,13 +93,13 @@ class RayDataExecutor:
             num_gpus=stage.num_gpus or None,
             runtime_env=stage.runtime_env or None,
             max_restarts=self._max_deaths,
-            max_task_retries=-1,  # as often as the worker; Ray counts each try to reach a node that is gone
+            max_task_retries=-1,  # limited by max_restarts; Ray counts every attempt to reach a dead node
         )
 
 
 @contextmanager
 def _row_per_block() -> Iterator[None]:
-    """Data sets that are made in this block keep every row in a block of its own."""
+    """Make data sets that are created in this context put every row into a separate block."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

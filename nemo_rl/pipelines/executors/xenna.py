@@ -1,13 +1,13 @@
-"""All stages at once, streaming, with auto-scaling by cosmos-xenna (the extra `xenna`).
+"""Runs all stages at once on cosmos-xenna (the extra `xenna`), which streams tasks and scales workers automatically.
 
-Xenna knows conda environments and variables for a stage, and takes everything else of its `RuntimeEnv` through one
-method, which is overridden here: its workers start in the Python that the venv engine made ready. A stage whose
-`py_executable` is another project needs cosmos-xenna in that project too, because Xenna's own actor runs there.
+Xenna supports conda environments and variables for a stage. All other fields of its `RuntimeEnv` pass through one
+method, which is overridden here, so that workers start in the Python of the venv engine. Xenna's own actor runs in that
+Python too: a stage whose `py_executable` is another project needs cosmos-xenna in that project.
 
-Xenna keeps account of CPUs and GPUs itself, not through Ray: nothing else should run on the cluster meanwhile. It does
-not start a worker that died anew: its run ends, and what is not done runs in another one. Its stages have no hook for
-their end, so `teardown` is not called.
-Everything that reaches into its private modules is in this file (checked with cosmos-xenna 0.3).
+Xenna accounts for CPUs and GPUs itself, not through Ray, so nothing else should run on the cluster at the same time. It
+does not restart a worker that died: its job ends, and the run starts another one for the unfinished inputs. Its stages
+have no hook for their end, so `teardown` is not called. All uses of Xenna's private modules are in this file (checked
+with cosmos-xenna 0.3).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from nemo_rl.pipelines.executors.base import (
     PlannedStage,
     WorkersDied,
     cpu_share,
+    import_optional,
     is_death,
-    loaded,
     recorded_error,
     require_gpus_together,
     stage_error,
@@ -41,29 +41,33 @@ from nemo_rl.pipelines.stage import AnyStage
 logger = logging.getLogger(__name__)
 
 _NEVER_S = 1e9
-_END_TIMEOUT_S = 30.0
-# Xenna looks at its queues so often; its default of three minutes is for jobs of hours.
+_KILL_TIMEOUT_S = 30.0
+# Seconds between two scaling decisions. Xenna's default of three minutes suits jobs that run for hours.
 _AUTOSCALE_INTERVAL_S = 10.0
 
 
 class XennaExecutor:
-    """Runs all stages at once on Xenna, which moves workers to where they are needed.
+    """Runs all stages at once on Xenna, which scales the number of workers per stage.
+
+    Example::
+
+        pipeline.run(XennaExecutor(cpu_share=0.9), run_dir="results/clean")
 
     Args:
-        autoscale_interval_s: how often it thinks about that.
-        cpu_share: of the cluster's CPUs; the rest is for Ray and the driver.
+        autoscale_interval_s: seconds between two scaling decisions.
+        cpu_share: share of the cluster's CPUs for the stages. The rest is for Ray and the driver.
 
     Raises:
         PipelineDefinitionError: cosmos-xenna is not installed.
     """
 
     def __init__(self, *, autoscale_interval_s: float = _AUTOSCALE_INTERVAL_S, cpu_share: float = 1.0) -> None:
-        loaded("cosmos_xenna", "xenna")
+        import_optional("cosmos_xenna", "xenna")
         self._interval_s = autoscale_interval_s
         self._cpu_share = cpu_share
 
-    def check_room(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
-        """See `Executor.check_room`: every stage needs its GPU workers at the same time."""
+    def check_capacity(self, wanted: Sequence[tuple[AnyStage, tuple[float, float]]], cluster: Cluster) -> None:
+        """Check that the cluster has GPUs for all stages together. See `Executor.check_capacity`."""
         require_gpus_together(wanted, cluster, "Xenna")
 
     def run(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
@@ -93,12 +97,12 @@ class XennaExecutor:
             config=config,
         )
         try:
-            with _without_display(), _own_actors_ended():
+            with _monitoring_off(), _actors_killed_at_exit():
                 groups = xenna.run_pipeline(specification) or []
-        except Exception as error:  # it raises RuntimeErrors and whatever Ray raises
-            ours = recorded_error(stages[0].job) or stage_error(error)
-            if ours is not None:
-                raise ours from error
+        except Exception as error:  # Xenna raises RuntimeError and passes on Ray's errors
+            cause = recorded_error(stages[0].job) or stage_error(error)
+            if cause is not None:
+                raise cause from error
             if is_death(error):
                 raise WorkersDied(StageError(f"a worker of a stage died: {error}")) from error
             if "StageWorker" in str(error):
@@ -108,8 +112,8 @@ class XennaExecutor:
 
 
 @contextmanager
-def _without_display() -> Iterator[None]:
-    """Keep Xenna's display from asking Ray's dashboard for all actors: our clusters have none."""
+def _monitoring_off() -> Iterator[None]:
+    """Stop Xenna's monitoring from querying Ray's dashboard for all actors. Our clusters have no dashboard."""
     from cosmos_xenna.pipelines.private import monitoring
 
     before = monitoring.get_ray_actors
@@ -121,27 +125,28 @@ def _without_display() -> Iterator[None]:
 
 
 @contextmanager
-def _own_actors_ended() -> Iterator[None]:
-    """End the processes of this job's Xenna actors, each on its node.
+def _actors_killed_at_exit() -> Iterator[None]:
+    """Kill the processes of this job's Xenna actors when the block ends.
 
-    Their threads keep an actor that Ray has ended alive for ever, also when the cluster is gone. Actors of other jobs
-    on the cluster are left alone.
+    Xenna's threads keep the process of an actor alive after Ray has killed the actor, even after the cluster stopped.
+    Actors of other jobs on the cluster are not touched.
     """
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     before = set(actors(job_id=job))
     try:
         yield
     finally:
-        of_node: dict[str, list[int]] = {}
+        pids_by_node: dict[str, list[int]] = {}
         for actor_id, info in actors(job_id=job).items():
             if actor_id not in before and info["Pid"]:
-                of_node.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
-        tasks = list(start_on_nodes(_end_processes, {node_id: (pids,) for node_id, pids in of_node.items()}).values())
-        ray.wait(tasks, num_returns=len(tasks), timeout=_END_TIMEOUT_S) if tasks else None
+                pids_by_node.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
+        arguments = {node_id: (pids,) for node_id, pids in pids_by_node.items()}
+        tasks = list(start_on_nodes(_kill_processes, arguments).values())
+        ray.wait(tasks, num_returns=len(tasks), timeout=_KILL_TIMEOUT_S) if tasks else None
 
 
-def _end_processes(pids: list[int]) -> None:
-    """Kill those of the processes that are still Xenna's."""
+def _kill_processes(pids: list[int]) -> None:
+    """Kill the processes that are still Xenna's. The system may have reused a process id."""
     for pid in pids:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)
@@ -150,12 +155,13 @@ def _end_processes(pids: list[int]) -> None:
 
 
 def _stage(planned: PlannedStage, share: float) -> Any:
-    """The stage as Xenna wants it. Its classes are made here, so that they are pickled by value."""
+    """Wrap a stage for Xenna. The classes are defined in this function, so that they are pickled by value."""
     import attrs
     from cosmos_xenna.pipelines import v1 as xenna
 
     arguments = planned.constructor_arguments
-    # The classes below take these along, but not `planned`, whose stage could not be found there yet.
+    # The classes below are pickled with these values. They must not refer to `planned`: the worker cannot import the
+    # module of its stage before the search path is set.
     runtime_env = dict(planned.runtime_env)
     wanted = xenna.Resources(cpus=planned.num_cpus * share, gpus=planned.num_gpus)
 
@@ -185,7 +191,7 @@ def _stage(planned: PlannedStage, share: float) -> Any:
             from ray import cloudpickle
 
             worker_class, arguments, end_when_orphaned = cloudpickle.loads(self.worker_bytes)
-            end_when_orphaned()  # Xenna's threads outlive a driver that is killed, and its cluster
+            end_when_orphaned()  # Xenna's threads outlive a killed driver and its cluster
             self.worker = worker_class(*arguments)
             try:
                 self.worker.start()
@@ -203,6 +209,6 @@ def _stage(planned: PlannedStage, share: float) -> Any:
     from nemo_rl.pipelines.bootstrap import StageWorker, end_when_orphaned
 
     stage = XennaStage()
-    # As bytes, so that nothing of it is looked for before the worker has the driver's search path.
+    # Pickled to bytes, so that nothing is imported before the worker has the driver's search path.
     stage.worker_bytes = cloudpickle.dumps((StageWorker, arguments, end_when_orphaned))
     return stage

@@ -1,4 +1,4 @@
-"""Files by path or fsspec URL: listing, opening, and writing so that a file is whole or not there."""
+"""Lists, opens and atomically writes files, given by path or fsspec URL."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _PATTERN = "*?["
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file: path or URL, bytes, and what changes when it is written again."""
+    """Describes a file: path or URL, size in bytes, and a version that changes when the file is rewritten."""
 
     url: str
     size: int
     version: str
 
 
-def num_bytes(size: int | str) -> int:
-    """`67108864` or "64MiB". Raises `DataError`."""
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes, given as a number or as text such as "64MiB". Raises `DataError` for other values."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     text = str(size).strip().lower()
     unit = next((unit for unit in _UNITS if text.endswith(unit)), None)
     number = text.removesuffix(unit or "").strip()
     if unit is None or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-        raise DataError(f"{size!r} is no size: expected a number of bytes or text such as '64MiB'")
+        raise DataError(f"{size!r} is not a size: expected a number of bytes or text such as '64MiB'")
     return int(float(number) * _UNITS[unit])
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path in it. Raises `DataError` for an unknown protocol."""
+    """Return the fsspec file system of a path or URL, and the path in it. Raises `DataError` for unknown protocols."""
     import fsspec
 
     try:
@@ -57,41 +57,42 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def list_files(urls: Sequence[str], suffixes: Sequence[str]) -> list[FileInfo]:
-    """The files that paths, directories and patterns name, in a fixed order, each once.
+    """List the files of paths, directories and glob patterns in a fixed order, each file once.
 
-    Below a directory only files with one of `suffixes` count (also compressed). Files and directories whose name starts
-    with a dot or an underscore (`_SUCCESS`) count only where a path, or a part of a pattern, starts so itself.
+    In a directory, only files with one of `suffixes` are listed, compressed or not. Files and directories whose names
+    start with a dot or an underscore (such as `_SUCCESS`) are skipped, unless a path or a part of a pattern starts with
+    the same character.
 
     Raises:
-        DataError: a path that does not exist or cannot be read, or no files at all.
+        DataError: a path does not exist or cannot be read, or there are no files.
     """
-    found: dict[str, FileInfo] = {}
+    infos: dict[str, FileInfo] = {}
     for url in urls:
         files, path = file_system(url)
         try:
             listed = _listed(files, path, url, suffixes)
         except OSError as error:
             raise DataError(f"{url} cannot be listed: {error}") from error
-        found.update((info.url, info) for info in listed)
-    if not found:
+        infos.update((info.url, info) for info in listed)
+    if not infos:
         raise DataError(f"there are no files ({', '.join(suffixes)}) in {', '.join(urls)}")
-    return list(found.values())
+    return list(infos.values())
 
 
 def would_list(url: str, suffixes: Sequence[str], place: str) -> bool:
-    """Whether `list_files([url], suffixes)` would give the file at `place` (of `place_of`) if it were there."""
+    """Return whether `list_files([url], suffixes)` would list the file at the canonical path `place` if it existed."""
     import fsspec.utils
 
-    start, pattern = fixed_root(url)
-    root = place_of(start)
+    start, pattern = split_glob(url)
+    root = canonical_path(start)
     if not pattern:
         return place == root or (is_below(place, root) and _is_data(place, root, suffixes))
     translated = fsspec.utils.glob_translate(f"{root.rstrip('/')}/{pattern}")
     return re.fullmatch(translated, place) is not None and not _is_hidden(place, root, pattern)
 
 
-def fixed_root(url: str) -> tuple[str, str]:
-    """A path and "", or the directory below which a pattern finds files and the pattern from there on."""
+def split_glob(url: str) -> tuple[str, str]:
+    """Split a glob pattern into its fixed directory and the rest. A plain path gives the path and ""."""
     position = min((url.index(character) for character in _PATTERN if character in url), default=-1)
     if position < 0:
         return url, ""
@@ -99,20 +100,20 @@ def fixed_root(url: str) -> tuple[str, str]:
     return head + slash or ".", url[len(head + slash) :]
 
 
-def place_of(url: str) -> str:
-    """One name for each file or directory, however it is spelled."""
+def canonical_path(url: str) -> str:
+    """Return the real path of a local file or directory, or its full URL, so that different spellings compare equal."""
     files, path = file_system(url)
     return os.path.realpath(path) if _is_local(files) else str(files.unstrip_protocol(path)).rstrip("/")
 
 
 def is_below(place: str, root: str) -> bool:
-    """Whether `place` is somewhere in the directory `root`; both of `place_of`."""
+    """Return whether `place` is below the directory `root`. Both are canonical paths."""
     return place.startswith(root.rstrip("/") + "/")
 
 
 def _listed(files: Any, path: str, url: str, suffixes: Sequence[str]) -> list[FileInfo]:
     if any(character in path for character in _PATTERN):
-        root, pattern = fixed_root(path)
+        root, pattern = split_glob(path)
         infos = {p: i for p, i in files.glob(path, detail=True).items() if not _is_hidden(p, root, pattern)}
     elif not files.exists(path):
         raise DataError(f"{url} does not exist")
@@ -128,10 +129,10 @@ def _is_data(path: str, root: str, suffixes: Sequence[str]) -> bool:
 
 
 def _is_hidden(path: str, root: str, pattern: str = "") -> bool:
-    """Whether something below `root` starts with a dot or an underscore and no part of the pattern does."""
-    asked_for = {part[0] for part in PurePosixPath(pattern).parts}
+    """Return whether a name below `root` starts with a dot or an underscore, and no part of the pattern does."""
+    requested = {part[0] for part in PurePosixPath(pattern).parts}
     parts = PurePosixPath(path[len(root) :].lstrip("/")).parts
-    return any(part.startswith((".", "_")) and part[0] not in asked_for for part in parts)
+    return any(part.startswith((".", "_")) and part[0] not in requested for part in parts)
 
 
 def _info(files: Any, info: dict[str, Any]) -> FileInfo:
@@ -149,13 +150,13 @@ def _protocols(files: Any) -> tuple[str, ...]:
 
 
 def is_in_process(url: str) -> bool:
-    """Whether each process has files of its own there: fsspec's `memory://`."""
+    """Return whether a URL refers to the memory of the current process, as fsspec's `memory://` does."""
     files, _ = file_system(url)
     return "memory" in _protocols(files)
 
 
 def plain_name(path: str) -> str:
-    """The path in lower case without the suffix of a compression."""
+    """Return the path in lower case, without a compression suffix."""
     lowered = path.lower()
     for suffix in COMPRESSED_SUFFIXES:
         lowered = lowered.removesuffix(suffix)
@@ -163,13 +164,17 @@ def plain_name(path: str) -> str:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the name says so."""
+    """Return whether the file name has a compression suffix."""
     return path.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed by its name. Raises `DataError`, also for what goes wrong while it is read."""
+    """Open a file for reading, and decompress it according to its suffix.
+
+    Raises:
+        DataError: the file cannot be opened, or an error occurs while the block reads it.
+    """
     files, path = file_system(url)
     try:
         with files.open(path, "rb") as raw, _decompressed(raw, url) as stream:
@@ -189,18 +194,19 @@ def _decompressed(raw: Any, url: str) -> Any:
     if suffix == ".zst":
         import pyarrow
 
-        # It reads no lines by itself.
+        # CompressedInputStream cannot read lines.
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
     return contextlib.nullcontext(raw)
 
 
-def write_whole(url: str, content: Any) -> None:
-    """Write a file that is whole or not there, replacing what has its name.
+def write_file(url: str, content: Any) -> None:
+    """Write or replace a file atomically.
 
-    On a local disk by renaming; elsewhere in one upload, which object stores make visible at its end.
+    A local file is written under another name and renamed. Elsewhere it is one upload, which object stores make visible
+    when it is complete.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: the file cannot be written.
     """
     files, path = file_system(url)
     try:
@@ -223,34 +229,36 @@ def write_whole(url: str, content: Any) -> None:
 
 
 def prepare_directory(url: str, resumes: bool, overwrite: bool) -> None:
-    """Make sure that a directory exists, can be written, and is empty unless a run resumes or `overwrite` is given.
+    """Create an output directory, and check that it is writable and empty.
+
+    A resumed run may find files in it. `overwrite` deletes them if the run is not resumed.
 
     Raises:
-        DataError: otherwise.
+        DataError: the directory is not empty or cannot be written.
     """
     files, path = file_system(url)
     try:
         files.makedirs(path, exist_ok=True)
-        there = [name for name in files.ls(path, detail=False) if not PurePosixPath(name).name.startswith(".")]
-        for name in [n for n in there if resumes and PurePosixPath(n).name.startswith(TEMPORARY_PREFIX)]:
-            # Of a writer that was killed; one whose driver was killed may still be about to rename it.
+        names = [name for name in files.ls(path, detail=False) if not PurePosixPath(name).name.startswith(".")]
+        for name in [n for n in names if resumes and PurePosixPath(n).name.startswith(TEMPORARY_PREFIX)]:
+            # Left by a writer that was killed. A writer whose driver was killed may rename the file at this moment.
             with contextlib.suppress(FileNotFoundError):
                 files.rm(name)
         if overwrite and not resumes:
-            for name in there:
+            for name in names:
                 files.rm(name, recursive=True)
-        elif there and not resumes:
-            raise DataError(f"the output directory {url} is not empty; choose another, or give overwrite=True")
+        elif names and not resumes:
+            raise DataError(f"the output directory {url} is not empty; choose another one, or set overwrite=True")
         _probe(files, path)
     except OSError as error:
         raise DataError(f"the output directory {url} cannot be written: {error}") from error
 
 
 def prepare_file(url: str) -> None:
-    """Make sure that a file can be written, or replaced; what a writer of it that was killed left behind is removed.
+    """Check that a file can be written or replaced. Removes temporary files of writers that were killed.
 
     Raises:
-        DataError: it cannot, or it is a directory.
+        DataError: the file cannot be written, or the path is a directory.
     """
     files, path = file_system(url)
     try:
@@ -263,23 +271,23 @@ def prepare_file(url: str) -> None:
         raise DataError(f"{url} cannot be written: {error}") from error
 
 
-def temporary_of(path: str) -> str:
-    """A name next to a file, for what becomes that file once it is whole."""
+def temporary_name(path: str) -> str:
+    """Return a temporary name in the directory of `path`, for a file that is renamed to `path` when it is complete."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex}"
 
 
 def remove_temporaries(url: str) -> None:
-    """Remove what has a name of `temporary_of` for this file."""
+    """Remove all files with a `temporary_name` of this file."""
     files, path = file_system(url)
-    prefix = temporary_of(path).rpartition("-")[0] + "-"
+    prefix = temporary_name(path).rpartition("-")[0] + "-"
     for name in files.ls(os.path.dirname(path), detail=False):
         if str(name).startswith(prefix) and "-" not in str(name)[len(prefix) :]:
             files.rm(name)
 
 
 def _probe(files: Any, directory: str) -> None:
-    """Write a file and remove it. Raises `OSError`."""
-    probe = temporary_of(f"{directory.rstrip('/')}/probe")
+    """Check that a directory is writable: create and remove a file. Raises `OSError` if that fails."""
+    probe = temporary_name(f"{directory.rstrip('/')}/probe")
     files.pipe_file(probe, b"")
     files.rm(probe)

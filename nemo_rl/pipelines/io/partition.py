@@ -1,4 +1,4 @@
-"""From paths to tasks of about equal size."""
+"""Lists input files and partitions them into tasks of about equal size."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from nemo_rl.errors import DataError
 from nemo_rl.pipelines.io.files import (
     FileInfo,
     file_system,
-    fixed_root,
     is_compressed,
     list_files,
-    num_bytes,
     opened,
+    parse_size,
+    split_glob,
     would_list,
 )
 from nemo_rl.pipelines.stage import ProcessingStage
 from nemo_rl.pipelines.tasks import EmptyTask, FileGroupTask
 
 DEFAULT_TASK_SIZE = "32MiB"
-# A task's share of a compressed file's size: text shrinks to about a fourth.
+# Assumed ratio of the size of text to its compressed size.
 _COMPRESSION = 4
 
 Part = tuple[str, tuple[int, int] | None, int]
 
 
 class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroupTask]):
-    """Lists files and puts them into groups of about `task_size`; large files are split where they can be.
+    """Lists files and groups them into tasks of about `task_size`. Large files are split if `split` allows it.
 
     Args:
-        paths: files, directories, patterns, or fsspec URLs.
-        suffixes: of the files that count in a directory.
+        paths: files, directories, glob patterns, or fsspec URLs.
+        suffixes: suffixes of the files to list in a directory.
         split: "lines" (by bytes, at line ends), "row_groups" (Parquet), or None. Compressed files are not split.
+        task_size: bytes of input per task, as a number or text such as "32MiB".
+        dataset_name: defaults to the name of the first path.
     """
 
     runs_in_driver = True
@@ -51,7 +53,7 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroupTask]):
         self.paths = [os.fspath(path) for path in several]
         self.suffixes = list(suffixes)
         self.split = split
-        self.task_size = num_bytes(task_size)
+        self.task_size = parse_size(task_size)
         self.dataset_name = dataset_name or os.path.basename(self.paths[0].rstrip("/")) if self.paths else ""
 
     def outputs(self) -> tuple[list[str], list[str]]:
@@ -61,7 +63,7 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroupTask]):
         list_files(self.paths, self.suffixes)
 
     def reads_from(self) -> list[str]:
-        return [fixed_root(path)[0] for path in self.paths]
+        return [split_glob(path)[0] for path in self.paths]
 
     def would_read(self, place: str) -> bool:
         return any(would_list(path, self.suffixes, place) for path in self.paths)
@@ -118,7 +120,7 @@ class FilePartitioningStage(ProcessingStage[EmptyTask, FileGroupTask]):
 
 
 def line_number(url: str, offset: int) -> int:
-    """The number of the line that starts at a byte."""
+    """Return the number, counted from 1, of the line that starts at byte `offset`."""
     files, path = file_system(url)
     count = 1
     with files.open(path, "rb") as file:

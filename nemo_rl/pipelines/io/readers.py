@@ -1,11 +1,11 @@
-"""Reading JSONL and Parquet."""
+"""Reads JSONL and Parquet files."""
 
 from __future__ import annotations
 
 import bisect
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -27,17 +27,22 @@ _MAX_SHOWN = 160
 class JsonlReader(CompositeStage[EmptyTask, DocumentBatch]):
     """Reads files with one JSON object per line, plain or compressed (.gz, .bz2, .xz, .zst).
 
+    Example::
+
+        JsonlReader("data/*.jsonl.gz", columns={"problem": "string", "answer": "string"}, broken_lines="set_aside")
+
     Args:
-        paths: files, directories, patterns, or fsspec URLs.
-        columns: that are read, all others are left out; None: all. With types, a value of another type is converted:
-            numbers for a "string" column become text.
-        task_size: how much a task reads; larger files are split at line ends. A compressed file is one task.
-        fallback_encoding: for lines that are not UTF-8; None: such a line is broken.
-        broken_lines: "error", or "set_aside" to keep them in the run's `failed/` and go on; that needs a `run_dir`.
-        dataset_name: default: the name of the first path.
+        paths: files, directories, glob patterns, or fsspec URLs.
+        columns: names of the columns to read, or names with Arrow types. None reads all columns. With a type, values
+            are converted: numbers in a "string" column become text.
+        task_size: bytes of input per task. Larger files are split at line ends. A compressed file is one task.
+        fallback_encoding: encoding of lines that are not UTF-8. With None, such a line is broken.
+        broken_lines: "error", or "set_aside" to store broken lines in the run's `failed/` directory and continue, which
+            needs a `run_dir`.
+        dataset_name: defaults to the name of the first path.
 
     Raises:
-        PipelineDefinitionError: a type, an encoding or a value of `broken_lines` that does not exist.
+        PipelineDefinitionError: a type, an encoding, or the value of `broken_lines` is unknown.
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class JsonlReader(CompositeStage[EmptyTask, DocumentBatch]):
 
 
 class ParquetReader(CompositeStage[EmptyTask, DocumentBatch]):
-    """Reads Parquet files. `columns` and `task_size` (files are split at row groups): see `JsonlReader`."""
+    """Reads Parquet files. Large files are split at row groups. See `JsonlReader` for the arguments."""
 
     def __init__(
         self,
@@ -98,7 +103,7 @@ class _ReadStage(ProcessingStage[FileGroupTask, DocumentBatch]):
 
 
 class JsonlReadStage(_ReadStage):
-    """Reads the lines of a group of files into one batch; see `JsonlReader`."""
+    """Reads the lines of a group of files into one batch. See `JsonlReader`."""
 
     def __init__(self, columns: Columns, fallback_encoding: str | None, broken_lines: BrokenLines) -> None:
         super().__init__(columns)
@@ -155,11 +160,11 @@ class JsonlReadStage(_ReadStage):
                 raise DataError(f"not UTF-8 text: half of a surrogate pair: {error}") from None
         for name in self.columns or ():
             if name not in record:
-                raise DataError(f"no key {name!r}; there are: {', '.join(record)}")
+                raise DataError(f"no key {name!r}; the keys are: {', '.join(record)}")
         return record
 
     def _fitting(self, records: list[_Record]) -> tuple[list[_Record], list[dict[str, Any]]]:
-        """The records whose values have the types that were given, and the others."""
+        """Split records into those whose values have the given types, and those that are broken."""
         reasons: dict[int, str] = {}
         for name, kind in self.types.items():
             values = [record.values.get(name) for record in records]
@@ -167,9 +172,9 @@ class JsonlReadStage(_ReadStage):
                 for index, value in enumerate(values):
                     error = _conversion_error([value], kind)
                     if error is not None:
-                        reasons.setdefault(index, f"the value of {name!r} is no {kind}: {error}")
-        kept = [record for index, record in enumerate(records) if index not in reasons]
-        return kept, [records[index].broken(reason) for index, reason in sorted(reasons.items())]
+                        reasons.setdefault(index, f"the value of {name!r} is not of type {kind}: {error}")
+        fitting = [record for index, record in enumerate(records) if index not in reasons]
+        return fitting, [records[index].broken(reason) for index, reason in sorted(reasons.items())]
 
     def _table(self, records: list[_Record]) -> Any:
         import pyarrow
@@ -182,9 +187,9 @@ class JsonlReadStage(_ReadStage):
             error = _conversion_error(values, kind)
             if error is not None:
                 where = records[_first_misfit(values, kind)].where
-                what = "have no common type" if kind is None else f"are not all {kind}"
+                what = "have no common type" if kind is None else f"are not all of type {kind}"
                 raise DataError(
-                    f"{where}: the values of {name!r} {what} ({error}). Give one: columns={{{name!r}: 'string', ...}}"
+                    f"{where}: the values of {name!r} {what} ({error}). Set one: columns={{{name!r}: 'string', ...}}"
                 )
             columns[name] = _array(values, kind)
         return pyarrow.table(columns)
@@ -192,7 +197,7 @@ class JsonlReadStage(_ReadStage):
 
 @dataclass
 class _Record:
-    """A line of a file: where it is, and its values once they have been read."""
+    """Holds a line of a file with its position, and its values once they have been parsed."""
 
     url: str
     part: tuple[int, int] | None
@@ -206,12 +211,12 @@ class _Record:
         return f"{self.url}:{self.number if self.part is None else line_number(self.url, self.offset)}"
 
     def broken(self, error: str) -> dict[str, Any]:
-        """What is kept of a line that cannot be used."""
+        """Return the record to store for a broken line."""
         return {"where": self.where, "error": error, "line": self.line.decode("utf-8", "replace")}
 
 
 class ParquetReadStage(_ReadStage):
-    """Reads a group of files, or row groups of one, into one batch; see `ParquetReader`."""
+    """Reads a group of files, or row groups of a file, into one batch. See `ParquetReader`."""
 
     def process(self, task: FileGroupTask) -> DocumentBatch:
         import pyarrow
@@ -220,7 +225,7 @@ class ParquetReadStage(_ReadStage):
         try:
             return self._batch(task, pyarrow.concat_tables(tables, promote_options="permissive"))
         except pyarrow.ArrowException as error:
-            raise DataError(f"the columns of {', '.join(task.data)} do not go together: {error}") from error
+            raise DataError(f"the columns of {', '.join(task.data)} are incompatible: {error}") from error
 
     def _read(self, url: str, part: tuple[int, int] | None) -> Any:
         import pyarrow
@@ -229,10 +234,10 @@ class ParquetReadStage(_ReadStage):
         try:
             with opened(url) as stream:
                 file = pyarrow.parquet.ParquetFile(stream)
-                there = file.schema_arrow.names
-                missing = [name for name in self.columns or () if name not in there]
+                names = file.schema_arrow.names
+                missing = [name for name in self.columns or () if name not in names]
                 if missing:
-                    raise DataError(f"{url}: no column {missing[0]!r}; there are: {', '.join(there)}")
+                    raise DataError(f"{url}: no column {missing[0]!r}; the columns are: {', '.join(names)}")
                 groups = range(file.num_row_groups) if part is None else range(*part)
                 return file.read_row_groups(list(groups), columns=self.columns)
         except pyarrow.ArrowException as error:
@@ -240,14 +245,14 @@ class ParquetReadStage(_ReadStage):
 
 
 def _lines(url: str, part: tuple[int, int] | None) -> Iterator[tuple[int, int, bytes]]:
-    """(byte offset, number within what is read, line) of every line that is not empty and starts in `part`."""
+    """Yield (byte offset, number within the part, line) for every line that is not empty and starts in `part`."""
     with opened(url) as stream:
         start, stop = part or (0, None)
         offset = start
         if start:
             stream.seek(start - 1)
-            offset += len(stream.readline()) - 1  # the line before belongs to the part before
-        for number, line in enumerate(_until(stream), start=1):
+            offset += len(stream.readline()) - 1  # a line that starts before `start` belongs to the previous part
+        for number, line in enumerate(iter(stream.readline, b""), start=1):
             if stop is not None and offset >= stop:
                 return
             content = line[3:] if offset == 0 and line.startswith(b"\xef\xbb\xbf") else line
@@ -256,12 +261,8 @@ def _lines(url: str, part: tuple[int, int] | None) -> Iterator[tuple[int, int, b
             offset += len(line)
 
 
-def _until(stream: Any) -> Iterable[bytes]:
-    return iter(stream.readline, b"")
-
-
 def _check_encoding(name: str | None) -> None:
-    """Raise `PipelineDefinitionError` for what is no encoding of text."""
+    """Raise `PipelineDefinitionError` if `name` is not a text encoding."""
     try:
         b"a".decode("utf-8" if name is None else name)
     except (LookupError, UnicodeError, TypeError) as error:
@@ -269,7 +270,7 @@ def _check_encoding(name: str | None) -> None:
 
 
 def _check_types(types: Mapping[str, str]) -> None:
-    """Raise `PipelineDefinitionError` for a type that Arrow does not know."""
+    """Raise `PipelineDefinitionError` if Arrow does not know a type."""
     import pyarrow
 
     for column, kind in types.items():
@@ -286,7 +287,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def _array(values: list[Any], kind: str | None) -> Any:
-    """The values as an Arrow array. Raises what `_conversion_error` catches."""
+    """Convert values to an Arrow array. Raises the errors that `_conversion_error` catches."""
     import pyarrow
 
     if kind == "string":
@@ -295,7 +296,7 @@ def _array(values: list[Any], kind: str | None) -> Any:
 
 
 def _conversion_error(values: list[Any], kind: str | None) -> Exception | None:
-    """Why the values cannot be an Arrow array of that type (None: of any); None when they can."""
+    """Return the error of converting values to an Arrow array of type `kind` (None: inferred), or None."""
     import pyarrow
 
     try:
@@ -306,6 +307,6 @@ def _conversion_error(values: list[Any], kind: str | None) -> Exception | None:
 
 
 def _first_misfit(values: list[Any], kind: str | None) -> int:
-    """The position of the first value that does not go together with those before it; there is one."""
+    """Return the position of the first value that cannot be converted together with the previous values."""
     lengths = range(1, len(values) + 1)
     return bisect.bisect_left(lengths, True, key=lambda length: _conversion_error(values[:length], kind) is not None)

@@ -1,4 +1,4 @@
-"""Writing JSONL and Parquet: shards that are whole or not there, named by where their content came from."""
+"""Writes JSONL and Parquet files. Shards are written atomically, and their names derive from the input's position."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nemo_rl.pipelines.io.files import (
     prepare_directory,
     prepare_file,
     remove_temporaries,
-    temporary_of,
-    write_whole,
+    temporary_name,
+    write_file,
 )
 from nemo_rl.pipelines.stage import GatherStage, ProcessingStage
 from nemo_rl.pipelines.tasks import DocumentBatch, FileGroupTask
@@ -52,9 +52,9 @@ class _ShardWriter(ProcessingStage[DocumentBatch, FileGroupTask]):
         table = task.to_pyarrow()
         if not table.num_rows:
             return None
-        # A shard that is written again, by a resumed run or for a worker that died, replaces itself.
+        # A task has the same shard name in every attempt, so work that is repeated replaces its earlier output.
         url = f"{self.path}/part-{task._lineage}{self.suffix}"
-        write_whole(url, self._encoded(table if self.columns is None else table.select(self.columns)))
+        write_file(url, self._encoded(table if self.columns is None else table.select(self.columns)))
         metadata = {**task._metadata, "num_rows": table.num_rows}
         return FileGroupTask(task.task_id, task.dataset_name, [url], _metadata=metadata)
 
@@ -63,12 +63,13 @@ class _ShardWriter(ProcessingStage[DocumentBatch, FileGroupTask]):
 
 
 class JsonlWriter(_ShardWriter):
-    """Writes each batch as a file of JSON lines in a directory; the result holds the file's path.
+    """Writes each batch as a file of JSON lines in a directory. The result holds the path of the file.
 
     Args:
-        path: directory or fsspec URL. It must be empty, unless a run is resumed or `overwrite` is given.
-        columns: that are written; None: all.
-        compression: "gz", "bz2", "xz", "zst"; None: plain.
+        path: directory or fsspec URL. It must be empty, unless the run is resumed or `overwrite` is set.
+        columns: columns to write; None writes all.
+        compression: "gz", "bz2", "xz" or "zst"; None writes plain text.
+        overwrite: delete the files in the directory when a new run starts.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class JsonlWriter(_ShardWriter):
 
 
 class ParquetWriter(_ShardWriter):
-    """Writes each batch as a Parquet file in a directory; the result holds the file's path. See `JsonlWriter`."""
+    """Writes each batch as a Parquet file in a directory. The result holds the path of the file. See `JsonlWriter`."""
 
     suffix = ".parquet"
 
@@ -106,16 +107,17 @@ class ParquetWriter(_ShardWriter):
 
 
 class SingleParquetWriter(GatherStage[DocumentBatch, FileGroupTask]):
-    """Writes the whole data set into one Parquet file, in the order of the input; for what fits on one disk.
+    """Writes the entire data set to one Parquet file, in the order of the input.
 
-    Batches are read from disk one after another, so memory holds one at a time.
+    Batches are read from disk one after another, so memory holds one batch at a time.
 
     Args:
-        path: of the file.
-        columns: that are written; None: all.
-        held_out: another file, for a share of the rows that are kept out of the first, such as validation data.
-        held_out_share: which share.
-        key: the column whose text decides where a row goes: a row does not move when others come or go.
+        path: path of the file.
+        columns: columns to write; None writes all.
+        held_out: path of a second file, for a share of the rows that the first file does not get, such as validation
+            data.
+        held_out_share: share of the rows in the second file.
+        key: column whose text selects the file of a row. The choice does not depend on other rows.
     """
 
     def __init__(
@@ -159,16 +161,16 @@ class SingleParquetWriter(GatherStage[DocumentBatch, FileGroupTask]):
         schema = pyarrow.unify_schemas([table.schema for table in selected], promote_options="permissive")
         counts = [0] * len(self._paths())
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(_whole_parquet(url, schema)) for url in self._paths()]
+            writers = [stack.enter_context(_atomic_parquet_writer(url, schema)) for url in self._paths()]
             for task in tasks:
                 for index, part in enumerate(self._parts(task.to_pyarrow())):
-                    writers[index].write_table(_conformed(part, schema))
+                    writers[index].write_table(_with_schema(part, schema))
                     counts[index] += part.num_rows
         for url, num_rows in zip(self._paths(), counts):
             yield FileGroupTask(url, tasks[0].dataset_name, [url], _metadata={"num_rows": num_rows})
 
     def _parts(self, table: Any) -> list[Any]:
-        """The rows for each of the files."""
+        """Split a table into the rows for each file."""
         if self.held_out is None:
             return [table]
         is_held_out = [self._is_held_out(value) for value in table.column(self.key).to_pylist()]
@@ -181,14 +183,14 @@ class SingleParquetWriter(GatherStage[DocumentBatch, FileGroupTask]):
 
 
 @contextlib.contextmanager
-def _whole_parquet(url: str, schema: Any) -> Iterator[Any]:
-    """A writer for a Parquet file that appears when the block has ended well, and otherwise not at all."""
+def _atomic_parquet_writer(url: str, schema: Any) -> Iterator[Any]:
+    """Open a writer for a Parquet file that appears only if the block ends without an error."""
     import pyarrow.parquet
 
     files, path = file_system(url)
-    temporary = temporary_of(path)
+    temporary = temporary_name(path)
     try:
-        remove_temporaries(url)  # of a worker of this stage that died
+        remove_temporaries(url)  # left by a worker of this stage that died
         with files.open(temporary, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
             yield writer
         files.mv(temporary, path)
@@ -200,8 +202,8 @@ def _whole_parquet(url: str, schema: Any) -> Iterator[Any]:
         raise
 
 
-def _conformed(table: Any, schema: Any) -> Any:
-    """The table with the columns of the schema, those that it lacks filled with nulls."""
+def _with_schema(table: Any, schema: Any) -> Any:
+    """Convert a table to the schema. Missing columns are filled with nulls."""
     import pyarrow
 
     for field in schema:
@@ -211,7 +213,7 @@ def _conformed(table: Any, schema: Any) -> Any:
 
 
 def read_back(task: FileGroupTask) -> Any:
-    """The rows that a writer wrote, as an Arrow table; for looking at results."""
+    """Read the rows that a writer wrote as an Arrow table, to inspect results."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,12 +1,12 @@
-"""Removing duplicates across a whole data set, exact and near.
+"""Removes exact and near duplicates across an entire data set.
 
 ::
 
     batches ──▶ MinHashSignatures (parallel): a signature per row
-            ──▶ NearDuplicateFilter (one worker, all batches in order): looks for an earlier row like it
+            ──▶ NearDuplicateFilter (one worker, all batches in order): drops a row with a similar earlier row
 
-Of each group of duplicates the first in the order of the input stays, so the result does not depend on who was faster.
-Memory holds hashes (exact) or signatures (near), never the texts of the whole data set.
+The first row of each group of duplicates is kept, in the order of the input, so the result does not depend on timing.
+Memory holds hashes (exact) or signatures (near), but not the texts of the data set.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 
 from nemo_rl.errors import PipelineDefinitionError
 from nemo_rl.pipelines.stage import CompositeStage, GatherStage, ProcessingStage
-from nemo_rl.pipelines.stages.text import kept
+from nemo_rl.pipelines.stages.text import drop_rows
 from nemo_rl.pipelines.tasks import DocumentBatch
 
 SIGNATURE = "_minhash"
 _WORD = re.compile(r"\w+", re.UNICODE)
-# A number with the sign or operator before it, or a LaTeX command: what makes one problem another.
+# A number with the sign or operator before it, or a LaTeX command. They distinguish similar problems.
 _QUANTITY = re.compile(r"[-+*/^<>=]?\s*\d+|\\[a-z]+")
 _DATASKETCH = {"uv": ["datasketch==1.6.5"]}
 
@@ -34,8 +34,8 @@ class ExactDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
     """Keeps the first of all rows with the same values in `columns`, over all batches.
 
     Args:
-        columns: that are compared.
-        ignore_case_and_spaces: compare words only, in lower case.
+        columns: columns to compare.
+        ignore_case_and_spaces: compare the words only, in lower case.
     """
 
     def __init__(self, columns: Sequence[str], *, ignore_case_and_spaces: bool = False) -> None:
@@ -53,9 +53,9 @@ class ExactDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
                 key = self._key(values)
                 faults.append("duplicate" if key in seen else None)
                 seen.add(key)
-            left = kept(self, task, faults)
-            if left is not None:
-                yield left
+            remaining = drop_rows(self, task, faults)
+            if remaining is not None:
+                yield remaining
 
     def _key(self, values: Sequence[Any]) -> bytes:
         texts = [value if isinstance(value, str) else repr(value) for value in values]
@@ -65,17 +65,17 @@ class ExactDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
 
 
 class NearDuplicates(CompositeStage[DocumentBatch, DocumentBatch]):
-    """Keeps the first of all rows whose texts are nearly the same: MinHash with banded look-up, by datasketch.
+    """Keeps the first of all rows whose texts are nearly the same. Uses datasketch's MinHash with an LSH index.
 
-    A text without a word (signs only, or missing) is near to none and stays.
+    A text without words (only symbols, or missing) has no near duplicates and is kept.
 
     Args:
-        column: the text.
-        threshold: Jaccard similarity of word shingles from which two texts count as near duplicates.
+        column: column of the text.
+        threshold: minimum Jaccard similarity of the word shingles of two near duplicates.
         shingle_words: words per shingle.
-        num_permutations: length of a signature; more is more exact.
-        protect_numbers: texts whose numbers, signs or LaTeX commands differ are never near duplicates. Two problems
-            that differ in one number share most of their words and are still two problems.
+        num_permutations: length of a signature. Longer signatures estimate the similarity more precisely.
+        protect_numbers: keep both texts if their numbers, signs or LaTeX commands differ. Two different problems may
+            differ in one number only.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class NearDuplicates(CompositeStage[DocumentBatch, DocumentBatch]):
 
 
 class MinHashSignatures(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Adds a MinHash signature per row; see `NearDuplicates`."""
+    """Adds a MinHash signature per row. See `NearDuplicates`."""
 
     runtime_env: Mapping[str, Any] | None = _DATASKETCH
 
@@ -130,7 +130,7 @@ class MinHashSignatures(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 class NearDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
-    """Drops rows that are nearly the same as an earlier one; see `NearDuplicates`."""
+    """Drops rows that are near duplicates of an earlier row. See `NearDuplicates`."""
 
     runtime_env: Mapping[str, Any] | None = _DATASKETCH
 
@@ -155,7 +155,7 @@ class NearDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
             for text, signature in zip(frame[self.column], frame[SIGNATURE]):
                 values = np.frombuffer(signature, dtype=np.uint64)
                 minhash = MinHash(num_perm=self.num_permutations, seed=1, hashvalues=values)
-                if not isinstance(text, str) or _WORD.search(text) is None:  # such texts all have one signature
+                if not isinstance(text, str) or _WORD.search(text) is None:  # all such texts have the same signature
                     faults.append(None)
                     continue
                 numbers = _quantities(text) if self.protect_numbers else ""
@@ -168,11 +168,11 @@ class NearDuplicateFilter(GatherStage[DocumentBatch, DocumentBatch]):
                     index.insert(number, minhash)
                     first[number] = (values, numbers)
                     number += 1
-            left = kept(self, task.with_data(frame.drop(columns=[SIGNATURE])), faults)
-            if left is not None:
-                yield left
+            remaining = drop_rows(self, task.with_data(frame.drop(columns=[SIGNATURE])), faults)
+            if remaining is not None:
+                yield remaining
 
 
 def _quantities(text: str) -> str:
-    """Numbers, the signs before them and LaTeX commands, in their order."""
-    return " ".join("".join(found.split()) for found in _QUANTITY.findall(text.lower()))
+    """Return the numbers, the signs before them and the LaTeX commands of a text, in order."""
+    return " ".join("".join(match.split()) for match in _QUANTITY.findall(text.lower()))

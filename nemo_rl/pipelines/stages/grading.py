@@ -1,4 +1,4 @@
-"""Difficulty of problems, from what their solutions look like."""
+"""Estimates the difficulty of problems from their solutions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _OPERATION = re.compile(r"[=+*/^]|\\times|\\frac|\\cdot|(?<=[\w)}]) ?- ?(?=[\w({
 
 
 class SolutionEffortGrade(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Adds a level of difficulty: how much work the solution shows. A guess that needs no model.
+    """Adds a difficulty level that is estimated from the effort in the solution. Needs no model.
 
     The effort is the number of sentences plus the number of operations and equalities.
 
     Args:
-        solution: column with the worked solution.
-        levels: efforts at which the next level begins, ascending: `(4, 8)` makes levels 1, 2 and 3.
-        output: the new column.
+        solution: column of the worked solution.
+        levels: efforts at which the next level begins, in ascending order. `(4, 8)` gives levels 1, 2 and 3.
+        output: name of the new column.
     """
 
     def __init__(

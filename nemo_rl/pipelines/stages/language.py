@@ -1,4 +1,4 @@
-"""Which language a text is in."""
+"""Detects the language of texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_rl.errors import PipelineDefinitionError
 from nemo_rl.pipelines.stage import ProcessingStage
-from nemo_rl.pipelines.stages.text import kept
+from nemo_rl.pipelines.stages.text import drop_rows
 from nemo_rl.pipelines.tasks import DocumentBatch
 
 UNDETERMINED = "und"  # ISO 639-2
@@ -15,17 +15,17 @@ _CONFIDENCE = "_confidence"
 
 
 class LanguageFilter(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Adds each text's language and how sure that is, and drops the rows in languages that are not wanted.
+    """Adds the language of each text with its probability, and drops rows in other languages than `keep`.
 
-    By py3langid, a classifier over byte n-grams whose wheel holds its model: nothing is downloaded while it runs. It is
-    in a venv of its own, laid over the driver's Python.
+    Uses py3langid, a classifier over byte n-grams. Its wheel contains the model, so nothing is downloaded at run time.
+    The stage runs in an additive venv over the driver's Python.
 
     Args:
-        column: the text.
-        keep: ISO 639 codes of the languages that stay, such as "en"; None: all stay, and the column tells.
-        min_confidence: a probability; below it the language is "und". Short texts and formulas come out low.
-        keep_undetermined: whether rows in "und", also those without a text, stay. A formula has no language.
-        output: column for the code; `<output>_confidence` gets the probability.
+        column: column of the text.
+        keep: ISO 639 codes of the languages to keep, such as "en". None keeps all rows.
+        min_confidence: minimum probability; below it, the language is "und". Short texts and formulas score low.
+        keep_undetermined: keep rows in "und", which include rows without text. A formula has no language.
+        output: column for the code. `<output>_confidence` holds the probability.
     """
 
     runtime_env: Mapping[str, Any] | None = {"uv": ["py3langid==0.4.0"]}
@@ -62,18 +62,17 @@ class LanguageFilter(ProcessingStage[DocumentBatch, DocumentBatch]):
         unknown = sorted(set(self.keep or []) - set(self._identifier.labels))
         if unknown:
             known = ", ".join(sorted(self._identifier.labels))
-            raise PipelineDefinitionError(
-                f"LanguageFilter: keep={unknown}: the model does not know them. Known: {known}"
-            )
+            raise PipelineDefinitionError(f"LanguageFilter: keep={unknown}: not supported by the model. Known: {known}")
 
     def process(self, task: DocumentBatch) -> DocumentBatch | None:
         frame = task.to_pandas()
-        found = [self._identified(text) for text in frame[self.column]]
-        added = {
-            self.output: [language for language, _ in found],
-            self.output + _CONFIDENCE: [confidence for _, confidence in found],
+        pairs = [self._identified(text) for text in frame[self.column]]
+        columns = {
+            self.output: [language for language, _ in pairs],
+            self.output + _CONFIDENCE: [confidence for _, confidence in pairs],
         }
-        return kept(self, task.with_data(frame.assign(**added)), [self._fault(language) for language, _ in found])
+        faults = [self._fault(language) for language, _ in pairs]
+        return drop_rows(self, task.with_data(frame.assign(**columns)), faults)
 
     def _identified(self, text: Any) -> tuple[str, float]:
         if not isinstance(text, str) or not text.strip():

@@ -1,4 +1,4 @@
-"""Stages for mathematical problems with answers."""
+"""Checks the answers of mathematical problems."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any
 from nemo_rl.environments.answers import AnswerFormat, compare_cheaply, extract_answer, normalise, to_latex
 from nemo_rl.environments.verify_pool import Question, VerifyPool
 from nemo_rl.pipelines.stage import ProcessingStage
-from nemo_rl.pipelines.stages.text import kept
+from nemo_rl.pipelines.stages.text import drop_rows
 from nemo_rl.pipelines.tasks import DocumentBatch
 
 _MAX_ANSWER_CHARS = 500
 
 
 class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Drops problems whose answer cannot be read as mathematics, or is not what their solution ends with.
+    """Drops problems whose answer cannot be parsed as mathematics, or differs from the answer of their solution.
 
-    Answers are compared as the RL environment compares them, by math-verify and sympy in processes that hostile text
-    may hang or crash without harm. `runtime_env={"uv": ["sympy==1.13.3"]}` checks with another sympy.
+    Answers are compared as in the RL environment: by math-verify and sympy, in separate processes that malicious text
+    may hang or crash. `runtime_env={"uv": ["sympy==1.13.3"]}` selects another version of sympy.
 
     Args:
-        answer: column with the answer.
-        solution: column with a worked solution; None: only whether the answer can be read is checked.
-        solution_format: where a solution has its answer, see `environments.answers.extract_answer`.
-        output: column that gets the version of sympy that accepted the row; None: no such column.
-        num_processes: verify processes per worker.
-        timeout_s: CPU seconds that one answer may take.
+        answer: column of the answer.
+        solution: column of a worked solution. With None, only the answer is parsed.
+        solution_format: where a solution states its answer, see `environments.answers.extract_answer`.
+        output: column for the version of sympy that accepted the row; None adds no column.
+        num_processes: verification processes per worker.
+        timeout_s: CPU seconds per answer.
+        memory_limit_mb: memory limit of each verification process.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
         faults = self._unreadable(list(frame[self.answer]))
         if self.solution:
             self._compare(list(frame[self.answer]), list(frame[self.solution]), faults)
-        return kept(self, task.with_data(frame), faults)
+        return drop_rows(self, task.with_data(frame), faults)
 
     def teardown(self) -> None:
         self._pool.close()
@@ -80,9 +81,9 @@ class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
                 faults[index] = "no answer"
             elif len(answer) > _MAX_ANSWER_CHARS:
                 faults[index] = f"answer longer than {_MAX_ANSWER_CHARS} characters"
-            elif compare_cheaply(normalise(answer), "0") is None:  # not simply a number
+            elif compare_cheaply(normalise(answer), "0") is None:  # not a plain number
                 questions[index] = Question(to_latex(normalise(answer)))
-        for index, outcome in self._asked(questions).items():
+        for index, outcome in self._outcomes(questions).items():
             if outcome != "parsed":
                 faults[index] = f"answer that {self._version} cannot read ({outcome})"
         return faults
@@ -92,20 +93,20 @@ class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
         for index, (answer, solution) in enumerate(zip(answers, solutions)):
             if faults[index] is not None:
                 continue
-            found = extract_answer(solution, self.solution_format) if isinstance(solution, str) else None
-            if found is None:
+            extracted = extract_answer(solution, self.solution_format) if isinstance(solution, str) else None
+            if extracted is None:
                 faults[index] = "solution without an answer"
                 continue
-            truth, other = normalise(answer), normalise(found)
+            truth, other = normalise(answer), normalise(extracted)
             same = compare_cheaply(other, truth)
             if same is None:
                 questions[index] = Question(to_latex(truth), to_latex(other))
             elif not same:
                 faults[index] = "answer is not the solution's"
-        for index, outcome in self._asked(questions).items():
+        for index, outcome in self._outcomes(questions).items():
             if outcome != "equal":
                 faults[index] = f"answer is not the solution's ({outcome})"
 
-    def _asked(self, questions: Mapping[int, Question]) -> dict[int, str]:
-        verdicts = self._pool.ask(list(questions.values()))
-        return {index: verdict.outcome for index, verdict in zip(questions, verdicts)}
+    def _outcomes(self, questions: Mapping[int, Question]) -> dict[int, str]:
+        results = self._pool.ask(list(questions.values()))
+        return {index: result.outcome for index, result in zip(questions, results)}

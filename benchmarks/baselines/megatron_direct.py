@@ -1,8 +1,8 @@
-"""A Megatron policy in a plain process; prints one JSON object with the seconds until it is ready on the last line.
+"""Starts a Megatron policy in a plain process. Prints the seconds until it is ready as JSON on the last line.
 
 It runs with the interpreter of the MCORE venv, without Ray::
 
-    PYTHONPATH=. <venv>/bin/python benchmarks/rivals/megatron_direct.py '{"model": ...}'
+    PYTHONPATH=. <venv>/bin/python benchmarks/baselines/megatron_direct.py '{"model": ...}'
 """
 
 from __future__ import annotations

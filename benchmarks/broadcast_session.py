@@ -1,6 +1,6 @@
-"""One driver of bench_spread, on host 0: makes one venv ready on every node; prints seconds, as JSON.
+"""Runs the driver of bench_broadcast on host 0: provides one venv on every node, and prints seconds as JSON.
 
-python spread_session.py PROJECT ACCOUNTING...    (one path per host, see spread_hosts.cpu_seconds)
+python broadcast_session.py PROJECT ACCOUNTING...    (one path per host, see broadcast_hosts.cpu_seconds)
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import sys
 import time
 
 import ray
-from spread_hosts import cpu_seconds
+from broadcast_hosts import cpu_seconds
 
 from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 
-STARTS_WITHIN_S = 300.0
-# Ray goes on starting agents after a node has joined; eight nodes' agents would hold up everything on two cores.
+START_TIMEOUT_S = 300.0
+# Ray starts agents after a node has joined. The agents of eight nodes would slow down everything on two cores.
 SETTLE_S = 15.0
 
 
 def main(project: str, accounting: list[str]) -> None:
     num_nodes = len(accounting)
     init_ray()
-    deadline = time.monotonic() + STARTS_WITHIN_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while len(alive_nodes()) < num_nodes:
         if time.monotonic() > deadline:
-            raise SystemExit(f"{len(alive_nodes())} of {num_nodes} nodes came up")
+            raise SystemExit(f"{len(alive_nodes())} of {num_nodes} nodes joined within {START_TIMEOUT_S:g} s")
         time.sleep(0.5)
-    # Ray starts a process on every node; on real hosts that does not take from the others' cores.
-    answers = ask_nodes(_imported, alive_nodes(), timeout_s=STARTS_WITHIN_S)
+    # Ray starts a process on every node first. On real hosts, these do not compete for the same cores.
+    answers = ask_nodes(_imported, alive_nodes(), timeout_s=START_TIMEOUT_S)
     assert all(answer is True for _, answer in answers), answers
     time.sleep(SETTLE_S)
     used_before = [cpu_seconds(path) for path in accounting]

@@ -1,7 +1,7 @@
-"""Hosts for bench_spread and tests (see `namespaces`): each with a disk and a raylet.
+"""Simulates hosts with a disk and a raylet each, for bench_broadcast and tests. See `namespaces`.
 
-Host 0 is Ray's head, with the driver and the package registry. Every host sees its own directory under the same path,
-as real hosts do.
+Host 0 runs Ray's head, the driver and the package index. Every host has its own directory under the same path, like
+real hosts.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from pathlib import Path
 from namespaces import Network, inside
 
 _GCS_PORT = 6379
-_STARTS_WITHIN_S = 120.0
+_START_TIMEOUT_S = 120.0
 
 
 class Hosts:
-    """So many hosts, from `with` to its end. `disk` is where every host sees its own directory.
+    """Runs simulated hosts for the duration of a `with` block.
+
+    Attributes:
+        disk: the path at which every host has its own directory.
 
     Args:
-        count: how many; the first one is Ray's head.
-        scratch: a directory for the disks and logs; a short path, for Ray's sockets.
-        python: that runs the raylets.
-        environment: of the raylets.
-        instead: directories that only the first host sees -> what the others see there.
-        kept: directories below those that all hosts see.
+        count: number of hosts. The first host is Ray's head.
+        scratch: directory for the disks and logs. The path must be short, because of Ray's sockets.
+        python: interpreter of the raylets.
+        environment: environment variables of the raylets.
+        instead: maps directories of the first host to the directories that the other hosts see at the same path.
+        kept: directories below those in `instead` that all hosts share.
     """
 
     def __init__(
@@ -77,15 +80,15 @@ class Hosts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for raylet in reversed(self._raylets):  # and with it everything in its process namespace
+        for raylet in reversed(self._raylets):  # which kills all processes of its namespace
             raylet.kill()
             raylet.wait()
         self._network.__exit__()
         _remove([_accounting(name) for name in self._names])
 
     def _start_raylet(self, host: int) -> subprocess.Popen[bytes]:
-        own = self._scratch / f"disk{host}"
-        own.mkdir()
+        disk = self._scratch / f"disk{host}"
+        disk.mkdir()
         ray = [str(self._python), "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--num-gpus=0"]
         ray += [f"--node-ip-address={self.address(host)}", f"--object-store-memory={256 * 2**20}"]
         ray += ["--disable-usage-stats"]
@@ -93,7 +96,7 @@ class Hosts:
             ray += ["--head", f"--port={_GCS_PORT}", "--include-dashboard=false", f"--temp-dir={self.disk}/ray"]
         else:
             ray += [f"--address={self.address(0)}:{_GCS_PORT}"]
-        steps = [f"mount --bind {own} {self.disk}", *(self._replacing(host) if host else ())]
+        steps = [f"mount --bind {disk} {self.disk}", *(self._replacing(host) if host else ())]
         group = _accounting(self._names[host])
         group.mkdir(exist_ok=True)
         counted = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
@@ -101,7 +104,7 @@ class Hosts:
         return self._network.start(host, steps, ray, self._environment, log, within=counted)
 
     def _replacing(self, host: int) -> Iterator[str]:
-        """Shell commands, for a host's mount namespace, that replace directories there."""
+        """Yield shell commands that replace directories in the mount namespace of a host."""
         for number, path in enumerate(self._kept):
             spare = self._scratch / f"kept{host}.{number}"
             spare.mkdir()
@@ -112,7 +115,7 @@ class Hosts:
             yield f"mkdir -p {path} && mount --bind {self._scratch / f'kept{host}.{number}'} {path}"
 
     def _await_head(self) -> None:
-        deadline = time.monotonic() + _STARTS_WITHIN_S
+        deadline = time.monotonic() + _START_TIMEOUT_S
         check = f"import socket; socket.create_connection(('{self.address(0)}', {_GCS_PORT})).close()"
         command = ["ip", "netns", "exec", self._names[0], str(self._python), "-c", check]
         while subprocess.run(command, capture_output=True, check=False).returncode:
@@ -121,27 +124,27 @@ class Hosts:
             time.sleep(0.2)
 
     def on_head(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on host 0, with its disk and processes."""
+        """Return the command line that runs `command` in the namespaces of host 0."""
         return inside(self._raylets[0], command)
 
     def driver_environment(self) -> dict[str, str]:
-        """Of a driver on host 0."""
+        """Return the environment variables of a driver on host 0."""
         return {**self._environment, "RAY_ADDRESS": f"{self.address(0)}:{_GCS_PORT}"}
 
     def sent_bytes(self, host: int) -> int:
-        """What a host has sent over its link since it came up."""
+        """Return the bytes that a host has sent over its link."""
         command = ["ip", "netns", "exec", self._names[host], "cat", "/sys/class/net/eth0/statistics/tx_bytes"]
         with contextlib.suppress(ValueError):
             return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         return 0
 
     def accounting(self) -> list[str]:
-        """For `cpu_seconds`: one path per host."""
+        """Return one path per host, for `cpu_seconds`."""
         return [str(_accounting(name)) for name in self._names]
 
 
 def _remove(groups: list[Path]) -> None:
-    """Remove control groups as soon as the kernel has buried their processes."""
+    """Remove control groups once the kernel has released their processes."""
     for group in groups:
         for _ in range(50):
             with contextlib.suppress(OSError):
@@ -152,7 +155,7 @@ def _remove(groups: list[Path]) -> None:
 
 
 def cpu_seconds(accounting: str) -> float:
-    """What all processes of a host, those that ended included, have used so far."""
+    """Return the CPU seconds of all processes of a host, including those that have ended."""
     group = Path(accounting)
     if (group / "cpuacct.usage").exists():
         return int((group / "cpuacct.usage").read_text()) / 1e9
@@ -160,14 +163,14 @@ def cpu_seconds(accounting: str) -> float:
 
 
 def _accounting(name: str) -> Path:
-    """The control group of a host, which counts its CPU time (version 1 or 2)."""
+    """Return the control group (version 1 or 2) that accounts for the CPU time of a host."""
     first = Path("/sys/fs/cgroup/cpuacct")
     return (first if first.is_dir() else first.parent) / name
 
 
 @contextlib.contextmanager
 def on_network_of_host_0(hosts: Hosts, command: Sequence[str]) -> Iterator[None]:
-    """A server on host 0 while the block runs."""
+    """Run a server on host 0 for the duration of the block."""
     process = subprocess.Popen(hosts.on_head(command))
     try:
         yield

@@ -1,6 +1,6 @@
-"""The package registry of bench_spread: serves a folder at a limited rate and writes down how many bytes it sent.
+"""Runs the package index of bench_broadcast: serves a folder at a limited rate and records the bytes that it sent.
 
-python spread_registry.py FOLDER ADDRESS PORT BYTES_PER_SECOND COUNT_FILE
+python broadcast_registry.py FOLDER ADDRESS PORT BYTES_PER_SECOND COUNT_FILE
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK = 256 * 1024
 
 
 class Uplink:
-    """One line of a certain speed that all requests share."""
+    """Limits the rate that all requests share."""
 
     def __init__(self, bytes_per_s: float, count_file: Path) -> None:
         self._bytes_per_s = bytes_per_s
@@ -27,8 +27,8 @@ class Uplink:
         self._free_at = time.monotonic()
         self._lock = threading.Lock()
 
-    def pass_on(self, block: bytes) -> bytes:
-        """Wait until the line has carried a block."""
+    def throttle(self, block: bytes) -> bytes:
+        """Wait for as long as sending the block takes at the limited rate, and return the block."""
         with self._lock:
             self._sent += len(block)
             self._count_file.write_text(str(self._sent))
@@ -39,7 +39,7 @@ class Uplink:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files, through the uplink. No ranges, as many mirrors."""
+    """Serves files through the uplink. Does not support ranges, like many mirrors."""
 
     protocol_version = "HTTP/1.1"
 
@@ -59,7 +59,7 @@ class _Limited:
         self._source, self._uplink = source, uplink
 
     def read(self, size: int) -> bytes:
-        return self._uplink.pass_on(self._source.read(size))
+        return self._uplink.throttle(self._source.read(size))
 
 
 if __name__ == "__main__":

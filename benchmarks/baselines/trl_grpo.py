@@ -1,11 +1,11 @@
-"""TRL's GRPOTrainer on a given model and problems; prints one JSON object with its times on the last line.
+"""Runs TRL's GRPOTrainer on a given model and problems. Prints its times as a JSON object on the last line.
 
-It runs in an environment of its own and needs nothing of this repository::
+It runs in a separate environment and does not use this repository::
 
-    uv run --no-project --with trl==1.16.0 --with torch==2.13.0 python benchmarks/rivals/trl_grpo.py '{"model": ...}'
+    uv run --no-project --with trl==1.16.0 --with torch==2.13.0 python benchmarks/baselines/trl_grpo.py '{"model": ...}'
 
-Its settings are what makes TRL fast here: no gradient checkpointing, no bf16 emulation, one optimizer step per
-generation, no reference model, nothing saved or sent anywhere.
+Its settings make TRL fast here: no gradient checkpointing, no bf16 emulation, one optimizer step per generation, no
+reference model, no checkpoints, no reporting.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
 class Clock(TrainerCallback):
-    """When each optimizer step had ended, and seconds in `model.generate` and in the reward function until then."""
+    """Records the end of each optimizer step, and the seconds in `model.generate` and in the reward function so far."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -54,9 +54,9 @@ class Clock(TrainerCallback):
 
 
 def reward(completions: list[str], answer: list[str], **unused: object) -> list[float]:
-    """1 where the completion's last digit is the answer."""
+    """Return 1 if the last digit of a completion is the answer, else 0."""
     digits = [[character for character in text if character.isdigit()] for text in completions]
-    return [float(bool(found) and found[-1] == right) for found, right in zip(digits, answer)]
+    return [float(bool(row) and row[-1] == expected) for row, expected in zip(digits, answer)]
 
 
 def trainer_config(directory: str) -> GRPOConfig:
@@ -102,12 +102,12 @@ def main() -> None:
     dataset = Dataset.from_dict({"prompt": prompts, "answer": [record["answer"] for record in records]})
     clock = Clock()
     model.generate = clock.timed("generation", model.generate)
-    judge = clock.timed("reward", reward)
-    judge.__name__ = "reward"
+    timed_reward = clock.timed("reward", reward)
+    timed_reward.__name__ = "reward"
     with tempfile.TemporaryDirectory() as directory:
         trainer = GRPOTrainer(
             model=model,
-            reward_funcs=judge,
+            reward_funcs=timed_reward,
             args=trainer_config(directory),
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def summary(clock: Clock, history: list[dict], started: float, prompt_ids: list[list[int]]) -> dict:
-    """Times after the warm-up steps, and proof of what was computed."""
+    """Return the times after the warm-up steps, and facts about the work that was done."""
     skip, ends = SETTINGS["num_warmup_steps"], clock.ends
     steps = [after - before for before, after in zip(ends[skip - 1 :], ends[skip:])]
     phases = {
