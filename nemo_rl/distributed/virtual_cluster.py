@@ -27,7 +27,7 @@ from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.ports import free_ports_on_nodes
 from nemo_rl.distributed.cluster.session import can_grow, init_ray
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
 
 __all__ = ["PY_EXECUTABLES", "Bundle", "RayVirtualCluster", "ResourceInsufficientError", "alive_nodes", "init_ray"]
