@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from dataclasses import dataclass
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, InvalidPyExecutableError, LockMismatchError
+from nemo_rl.utils.names import nearest_names
 from nemo_rl.venvs.planning.requirements import normalized_name
 
 BASE = "base"
@@ -54,7 +54,7 @@ def find_target(name: str) -> Target:
     by_class = {fqn.rpartition(".")[2]: fqn for fqn in registered_actors()}
     if name in by_class:
         raise ConfigError(f"{name!r} is a class name; give it in full: {by_class[name]}")
-    near = difflib.get_close_matches(name, [*known, *by_class], n=1, cutoff=0.6)
+    near = nearest_names(name, [*known, *by_class])
     hint = f" Did you mean {by_class.get(near[0], near[0])}?" if near else ""
     raise ConfigError(
         f"{name!r} is neither a registered worker class nor an extra of the project.{hint} "

@@ -19,7 +19,6 @@ The first of these that knows an FQN decides:
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import shlex
@@ -29,6 +28,7 @@ from importlib import metadata
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, UnregisteredActorError
+from nemo_rl.utils.names import nearest_names
 
 ENTRY_POINT_GROUP = "nemo_rl.actor_environments"
 
@@ -117,7 +117,7 @@ def _from_entry_points(fqn: str) -> str:
 def _unknown(fqn: str, registered: Mapping[str, object], failures: list[str]) -> str:
     known = sorted({*ACTOR_ENVIRONMENT_REGISTRY, *registered})
     same_class = [name for name in known if name.rpartition(".")[2] == fqn.rpartition(".")[2]]
-    nearest = list(dict.fromkeys([*same_class, *difflib.get_close_matches(fqn, known, n=3, cutoff=0.5)]))
+    nearest = list(dict.fromkeys([*same_class, *nearest_names(fqn, known, 3)]))
     hint = f" Nearest registered names: {', '.join(nearest)}." if nearest else f" Registered: {', '.join(known)}."
     broken = f" These entry points could not be read: {'; '.join(failures)}." if failures else ""
     return (

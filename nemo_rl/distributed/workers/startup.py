@@ -27,6 +27,7 @@ from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.distributed.workers.class_description import ClassDescription
 from nemo_rl.errors import AttestationError, NodeLostError, WorkerStartError
+from nemo_rl.utils.names import abbreviated
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
@@ -147,7 +148,7 @@ def _last_words(error: RayError) -> str:
 
 
 def _timeout_message(missing: Sequence[StartingWorker], total: int, timeout_s: float) -> str:
-    labels = ", ".join(worker.label for worker in missing[:8]) + (", ..." if len(missing) > 8 else "")
+    labels = abbreviated([worker.label for worker in missing], 8)
     return (
         f"{len(missing)} of {total} workers of {missing[0].fqn} did not start within {timeout_s:.0f} s: {labels}. "
         "Either their constructors wait for something, or their share of the bundles is taken (see `ray status`). "
