@@ -91,7 +91,7 @@ def test_worker_share_without_gpus() -> None:
 
 
 def test_a_request_beyond_the_local_cluster_is_refused_at_once() -> None:
-    with pytest.raises(ResourceInsufficientError, match=r"'policy' asks for 1 node\(s\) with \[5\].* of 4 GPU free"):
+    with pytest.raises(ResourceInsufficientError, match=r"'policy' requests 1 node\(s\) with \[5\].* of 4 GPU free"):
         RayVirtualCluster([5], name="policy")
 
 
@@ -100,7 +100,7 @@ def test_resources_that_somebody_holds_are_waited_for_and_then_reported(monkeypa
     with RayVirtualCluster([3]) as holder:
         holder.get_placement_groups()
         second = RayVirtualCluster([2])
-        with pytest.raises(ResourceInsufficientError, match=r"1 of 4 GPU free.*after 1 tries"):
+        with pytest.raises(ResourceInsufficientError, match=r"1 of 4 GPU free.*after 1 attempts"):
             second.get_placement_groups()
         # No half of the request is left behind: what is free can still be had.
         with RayVirtualCluster([1]) as third:

@@ -119,7 +119,7 @@ def test_a_request_that_is_too_large_waits_for_nodes_and_then_says_what_there_is
     monkeypatch.setenv("NRL_VIRTUAL_CLUSTER_MAX_RETRIES", "1")
     virtual = RayVirtualCluster([8], use_gpus=False, name="large")
     with pytest.raises(
-        ResourceInsufficientError, match=r"'large'.*\[8\] bundles of 1 CPU.*3 alive node.*after 1 tries"
+        ResourceInsufficientError, match=r"'large'.*\[8\] bundles of 1 CPU.*3 alive node.*after 1 attempts"
     ):
         virtual.get_placement_groups()
 

@@ -249,7 +249,9 @@ def test_groups_share_gpus(ray_local: str) -> None:
         assert len(set(visible[0])) == 2
         placed = {call(group, "placement_group_id")[0] for group in groups}
         assert placed == {gpus.get_placement_groups()[0].id.hex()}
-        with pytest.raises(ResourceInsufficientError, match="max_colocated_worker_groups=2.*half, half have a worker"):
+        with pytest.raises(
+            ResourceInsufficientError, match="max_colocated_worker_groups=2.*groups with a worker there: half, half"
+        ):
             RayWorkerGroup(gpus, builder(PROBE), name_prefix="third")
         assert all(group.shutdown() for group in groups)
         third = RayWorkerGroup(gpus, builder(PROBE), workers_per_node=1, name_prefix="third")

@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.state import actors
 
 from nemo_rl.distributed.cluster.nodes import start_on_nodes
+from nemo_rl.distributed.ray_private import actor_states
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.executors.base import (
     Cluster,
@@ -128,12 +128,12 @@ def _own_actors_ended() -> Iterator[None]:
     on the cluster are left alone.
     """
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    before = set(actors(job_id=job))
+    before = set(actor_states(job))
     try:
         yield
     finally:
         of_node: dict[str, list[int]] = {}
-        for actor_id, info in actors(job_id=job).items():
+        for actor_id, info in actor_states(job).items():
             if actor_id not in before and info["Pid"]:
                 of_node.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
         tasks = list(start_on_nodes(_end_processes, {node_id: (pids,) for node_id, pids in of_node.items()}).values())

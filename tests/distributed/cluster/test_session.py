@@ -273,4 +273,4 @@ def test_a_record_of_clusters_that_others_may_write_is_not_trusted(start, short_
             tell(error=str(error))
         """
     )
-    assert "can be written by somebody else" in driver.hear()["error"]
+    assert "is writable by other users" in driver.hear()["error"]

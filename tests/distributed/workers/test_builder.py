@@ -19,9 +19,10 @@ import ray
 from nemo_rl.distributed import ray_actor_environment_registry as registry
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerGroup
-from nemo_rl.distributed.workers.builder import RayWorkerBuilder
+from nemo_rl.distributed.workers.builder import RayWorkerBuilder, WorkerRequest
 from nemo_rl.distributed.workers.class_description import ClassDescription
 from nemo_rl.distributed.workers.host import describe_class, load_class
+from nemo_rl.distributed.workers.runtime_env import ConfiguredWorker
 from nemo_rl.distributed.workers.startup import StartingWorker, await_started
 from nemo_rl.errors import AttestationError, RuntimeEnvError, WorkerStartError
 
@@ -175,7 +176,7 @@ def test_a_worker_in_the_wrong_venv_is_refused() -> None:
     plan = probe.plan(runtime_env={"uv": ["packaging==23.2"]})
     assert plan.python.digest is not None
     wrong = replace(plan, python=replace(plan.python, digest="0" * 64))
-    handle = probe.submit(wrong, None, 0, {"num_cpus": 0})
+    handle = probe._create(wrong, WorkerRequest("rank 5", ray_options={"num_cpus": 0}), ConfiguredWorker())
     with pytest.raises(AttestationError, match=f"rank 5.*expected 0+, found {plan.python.digest}"):
         await_started([StartingWorker(handle, plan.fqn, "rank 5")])
     with pytest.raises(ray.exceptions.RayActorError):

@@ -1,4 +1,4 @@
-"""Who gets which part of a call's data."""
+"""Calls of worker groups: which worker receives which part of the data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rl.distributed.named_sharding import NamedSharding
-from nemo_rl.distributed.worker_dispatch import (
+from nemo_rl.distributed.workers.calls import (
     check_list_lengths,
     check_nested_lengths,
     pick,
@@ -52,7 +52,7 @@ def test_replicated_output_keeps_index_zero() -> None:
         (None, ["x"], None, "Unknown axis 'x'"),
         (None, None, ["x"], "Unknown axis 'x'"),
         (["data", "data"], None, None, "twice"),
-        ("data", None, None, "not the text 'data'"),
+        ("data", None, None, "not the string 'data'"),
     ],
 )
 def test_wrong_axes(sharded: list[str], replicated: list[str], output: list[str], message: str) -> None:

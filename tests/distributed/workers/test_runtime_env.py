@@ -14,11 +14,11 @@ from ray.runtime_env import RuntimeEnv
 from nemo_rl import settings
 from nemo_rl.distributed.workers.runtime_env import (
     RUNTIME_ENV_FIELDS,
+    ConfiguredWorker,
     WorkerOptions,
     checked_env_vars,
     checked_runtime_env,
     merged_runtime_env,
-    with_configured,
 )
 from nemo_rl.errors import RuntimeEnvError, WorkerStartError
 
@@ -76,7 +76,7 @@ def test_every_field_of_rays_runtime_env_is_passed_on() -> None:
 def test_malformed_fields() -> None:
     with pytest.raises(RuntimeEnvError, match="unknown field 'env_var'. Did you mean 'env_vars'"):
         checked_runtime_env({"env_var": {}})
-    with pytest.raises(RuntimeEnvError, match=r"env_vars\['N'\] must be a text, not int"):
+    with pytest.raises(RuntimeEnvError, match=r"env_vars\['N'\] must be a string, not int"):
         checked_env_vars({"N": 1})  # type: ignore[dict-item]
     with pytest.raises(RuntimeEnvError, match="must be a mapping"):
         checked_runtime_env(["pip"])  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_configure_worker_wins_and_says_what_it_overrides(caplog: pytest.LogCapt
     )
     configured = ({"num_cpus": 1}, {"A": "class", "A_TOKEN": "hidden-2"}, {"seed": 3}, {"working_dir": "s3://b/a.zip"})
     with caplog.at_level(logging.WARNING):
-        result = with_configured(options, configured, "module.Class")
+        result = options.with_configured(ConfiguredWorker.from_result(configured, "module.Class"), "module.Class")
     assert result.ray == {"num_cpus": 1, "name": "n"}
     assert result.runtime_env["env_vars"] == {"A": "class", "A_TOKEN": "hidden-2", "B": "user"}
     assert result.runtime_env["working_dir"] == "s3://b/a.zip"
@@ -132,4 +132,4 @@ def test_configure_worker_wins_and_says_what_it_overrides(caplog: pytest.LogCapt
 @pytest.mark.parametrize("configured", [None, (), ({},), ([], {}, {}, {}), ({}, {}, {}, "x")])
 def test_what_configure_worker_must_return(configured: Any) -> None:
     with pytest.raises(WorkerStartError, match=r"module\.Class\.configure_worker"):
-        with_configured(WorkerOptions(), configured, "module.Class")
+        ConfiguredWorker.from_result(configured, "module.Class")
