@@ -1,4 +1,4 @@
-"""Which worker sits on which bundle."""
+"""Placement of workers on bundles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_rl.errors import ConfigError
 
 
 def placements(*args: Any) -> list[tuple[int, int, int, int, int, bool]]:
-    return [(s.rank, s.node_idx, s.bundle, s.local_rank, s.tied_group, s.is_leader) for s in place_workers(*args)]
+    return [(p.rank, p.node_idx, p.bundle, p.local_rank, p.tied_group, p.is_leader) for p in place_workers(*args)]
 
 
 def test_one_worker_per_bundle() -> None:
@@ -37,8 +37,8 @@ def test_tied_groups_on_and_across_nodes() -> None:
         (1, 1, 2, 1, 0, False),
         (2, 0, 0, 0, 1, True),
     ]
-    assert [s.node_idx for s in place_workers([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 0, 1, 1]
-    assert [s.local_rank for s in place_workers([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 1, 0, 1]
+    assert [p.node_idx for p in place_workers([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 0, 1, 1]
+    assert [p.local_rank for p in place_workers([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ def test_tied_groups_on_and_across_nodes() -> None:
         (None, [(0, [])], "names no bundles"),
     ],
 )
-def test_impossible_layouts(workers_per_node: Any, bundle_indices_list: Any, message: str) -> None:
+def test_invalid_layouts(workers_per_node: Any, bundle_indices_list: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         place_workers([2, 2], workers_per_node, bundle_indices_list)
