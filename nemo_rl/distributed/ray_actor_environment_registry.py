@@ -72,10 +72,19 @@ def get_actor_python_env(fqn: str) -> str:
             names and the three ways to register a class.
         ConfigError: two distributions register `fqn` with different values.
     """
-    if fqn in ACTOR_ENVIRONMENT_REGISTRY:
-        py_executable = ACTOR_ENVIRONMENT_REGISTRY[fqn]
-    else:
-        py_executable = _from_entry_points(fqn)
+    py_executable = ACTOR_ENVIRONMENT_REGISTRY.get(fqn)
+    if py_executable is None:
+        registered, failures = _entry_points()
+        offers = registered.get(fqn, {})
+        if not offers:
+            raise UnregisteredActorError(_unknown(fqn, registered, failures))
+        if len(set(offers.values())) > 1:
+            listing = "; ".join(f"{distribution}: {value}" for distribution, value in sorted(offers.items()))
+            raise ConfigError(
+                f"installed distributions disagree on the py_executable of {fqn} ({listing}). "
+                "Choose one with register_actor_environment(), which takes precedence."
+            )
+        py_executable = next(iter(offers.values()))
     return PY_EXECUTABLES.SYSTEM if settings.PY_EXECUTABLES_SYSTEM.get() else py_executable
 
 
@@ -100,20 +109,6 @@ def register_actor_environment(fqn: str, py_executable: str) -> None:
         )
     parse_py_executable(py_executable)
     ACTOR_ENVIRONMENT_REGISTRY[fqn] = py_executable
-
-
-def _from_entry_points(fqn: str) -> str:
-    registered, failures = _entry_points()
-    offers = registered.get(fqn, {})
-    if len(set(offers.values())) > 1:
-        listing = "; ".join(f"{distribution}: {value}" for distribution, value in sorted(offers.items()))
-        raise ConfigError(
-            f"installed distributions disagree on the py_executable of {fqn} ({listing}). "
-            "Choose one with register_actor_environment(), which takes precedence."
-        )
-    if not offers:
-        raise UnregisteredActorError(_unknown(fqn, registered, failures))
-    return next(iter(offers.values()))
 
 
 def _unknown(fqn: str, registered: Mapping[str, object], failures: list[str]) -> str:

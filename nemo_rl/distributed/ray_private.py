@@ -17,6 +17,11 @@ from ray._private.node import Node
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 _AUTH_SETUP_LOGGER = "ray._private.authentication.authentication_token_setup"
+_UPLOAD_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 
 def current_node() -> Node | None:
@@ -88,6 +93,12 @@ def reload_config() -> None:
 def hide_auth_notice() -> None:
     """Hide Ray's warning, at each start of a cluster, that token authentication is on."""
     logging.getLogger(_AUTH_SETUP_LOGGER).setLevel(logging.ERROR)
+
+
+def hide_upload_notices() -> None:
+    """Hide the messages that Ray logs while a job is submitted and its directories are uploaded."""
+    for name in _UPLOAD_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 # --- runtime_env ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,11 @@ def test_node_sets_the_attributes_that_are_read() -> None:
         assert f"{attribute} = " in source or f"{attribute}: " in source, f"Node no longer sets {attribute}"
 
 
-def test_auth_notice_comes_from_the_expected_logger() -> None:
-    module = importlib.import_module(ray_private._AUTH_SETUP_LOGGER)
-    assert module.logger.name == ray_private._AUTH_SETUP_LOGGER
+@pytest.mark.parametrize("name", [ray_private._AUTH_SETUP_LOGGER, *ray_private._UPLOAD_LOGGERS])
+def test_hidden_notices_come_from_the_expected_loggers(name: str) -> None:
+    module = importlib.import_module(name)
+    loggers = [value.name for value in vars(module).values() if isinstance(value, logging.Logger)]
+    assert name in loggers, f"Ray {ray.__version__}: {name} no longer logs under its name"
 
 
 def test_actor_class_shows_its_options_and_plain_class() -> None:

@@ -159,6 +159,13 @@ def test_initializers_need_no_cpu(tmp_path: Path) -> None:
         assert group.shutdown()
 
 
+def test_example_of_the_builder() -> None:
+    """The example in the docstring of `RayWorkerBuilder`."""
+    counter = RayWorkerBuilder("collections.Counter", "abracadabra", py_executable=sys.executable)(None, 0, num_gpus=0)
+    assert ray.get(counter.most_common.remote(1)) == [("a", 5)]
+    ray.kill(counter)
+
+
 # --- the Python --------------------------------------------------------------------------------------------------
 
 
