@@ -97,7 +97,7 @@ def main() -> None:
 def ready_venv() -> str:
     """Return the interpreter of the venv with vLLM's CPU build. Builds the venv if it is missing."""
     from nemo_rl import venvs
-    from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+    from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 
     return venvs.create_local_venv(
         PY_EXECUTABLES.VLLM_CPU, "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker"

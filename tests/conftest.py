@@ -1,4 +1,4 @@
-"""For all tests."""
+"""Settings and fixtures for all tests."""
 
 import json
 import os
@@ -12,31 +12,32 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# No test fails because a machine is busy.
+# A busy machine must not fail a test.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-# A shell that starts the tests in the background lets them ignore SIGINT, and every process that they start as well:
-# those that are interrupted by a test would not notice.
+# A shell that starts the tests in the background makes them and their child processes ignore SIGINT. Tests that
+# interrupt a process need the default handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
-def run_with_own_memory(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A function that runs a script where /proc/meminfo is a file of its own, by which Ray judges how much is free.
+def run_with_simulated_memory(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs a script with a private /proc/meminfo, from which Ray reads the free memory.
 
-    The script gets that file's path, then the other arguments, and prints JSON as its last line. See `OwnMemory`.
+    The script receives the path of that file and then the other arguments, and prints JSON as its last line. See
+    `simulated_memory`.
     """
     file = tmp_path / "meminfo"
     file.write_bytes(Path("/proc/meminfo").read_bytes())
     root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    apart = ["unshare", "--mount", *root, "sh", "-c", 'mount --bind "$0" /proc/meminfo && exec "$@"', str(file)]
-    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("nobody may mount anything here")
+    isolated = ["unshare", "--mount", *root, "sh", "-c", 'mount --bind "$0" /proc/meminfo && exec "$@"', str(file)]
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file is not permitted here")
 
     def run(script: Path, *arguments: object) -> dict[str, Any]:
-        command = [*apart, sys.executable, str(script), str(file), *map(str, arguments)]
+        command = [*isolated, sys.executable, str(script), str(file), *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(Path(__file__).parent)])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Which processes run what. They come and go while one looks: one that has just ended is no error but runs nothing."""
+"""Search running processes. A process that ends during the search is skipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 
 
 def command_line(process: psutil.Process) -> str:
-    """The arguments of `process`, or its title where it has set one; empty once it has ended, as a zombie too."""
+    """Return the arguments of `process`, or the title that it has set; empty if it has ended or is a zombie."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -16,5 +16,5 @@ def command_line(process: psutil.Process) -> str:
 
 
 def running(text: str, among: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those of `among` that still run and have `text` in their command line."""
+    """Return those of `among` that are running and have `text` in their command line."""
     return [process for process in among if text in command_line(process)]

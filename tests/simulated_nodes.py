@@ -10,25 +10,26 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from nemo_rl.distributed.cluster import session as ray_session
-from nemo_rl.distributed.cluster.session import init_ray
+from nemo_rl.distributed.cluster.session import LOCAL_RAY_VARIABLES, init_ray
+from nemo_rl.distributed.ray_private import keep_loopback_addresses
 
 
 @contextlib.contextmanager
 def simulated_nodes(*nodes: dict[str, Any], is_joined: bool = True) -> Iterator[Cluster]:
-    """A cluster of one raylet per argument (Ray's node options), of which the first is the head.
+    """Run a cluster with one raylet per argument (Ray's node options). The first is the head.
 
-    `RAY_ADDRESS` names it while the block runs. `env_vars` of a node are its processes' and nobody else's.
+    `RAY_ADDRESS` names the cluster while the block runs. The `env_vars` of a node are set in its processes only.
 
     Args:
-        is_joined: whether this process is its driver, on the head's node.
+        nodes: the options of each node.
+        is_joined: whether this process joins the cluster as a driver, on the head node.
     """
     assert not ray.is_initialized(), "another test left Ray running"
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        for name, value in ray_session.LOCAL_RAY_VARIABLES.items():
+        for name, value in LOCAL_RAY_VARIABLES.items():
             patch.setenv(name, value)
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray_session._keep_loopback_addresses()
+        keep_loopback_addresses()
         cluster = Cluster()
         stack.callback(cluster.shutdown)
         for options in nodes:

@@ -39,6 +39,7 @@ from nemo_rl.algorithms.rollouts import Rollout, draw_seed
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.observability.timer import Timer
+from nemo_rl.utils.futures import completed
 
 if TYPE_CHECKING:
     from nemo_rl.environments.interfaces import EnvironmentInterface
@@ -192,7 +193,7 @@ class RolloutPipeline:
         self._loader.load_state_dict(state["loader"])
         if state["num_rollouts_ahead"]:
             for plain in torch.load(directory / "rollouts.pt", weights_only=True):
-                self._ahead.append(_done(_from_plain(plain)))
+                self._ahead.append(completed(_from_plain(plain)))
             self._last_requested = self._ahead[-1].result().step
 
     def close(self) -> None:
@@ -201,7 +202,7 @@ class RolloutPipeline:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, job: Callable[[], ResultT]) -> Future[ResultT]:
-        return _done(job()) if self._thread is None else self._thread.submit(job)
+        return completed(job()) if self._thread is None else self._thread.submit(job)
 
     def _hand_over(self, version: int, publish: Publish) -> WeightUpdate | WeightOffer | None:
         if self._handed_over == version:
@@ -296,12 +297,6 @@ class RolloutPipeline:
             problems = following
         whole = rollouts.concatenate([r for r in (*useful, *useless) if r.completions], self._pad_token_id)
         return rollouts.select(whole, torch.arange(wanted)), attempt + 1
-
-
-def _done(value: ResultT) -> Future[ResultT]:
-    future: Future[ResultT] = Future()
-    future.set_result(value)
-    return future
 
 
 def _to_plain(item: StepRollout) -> dict[str, Any]:

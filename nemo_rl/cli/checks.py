@@ -121,7 +121,7 @@ def check_uv() -> Check:
 
 def check_project() -> Check:
     """The lock is there and matches pyproject.toml."""
-    from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+    from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
     from nemo_rl.venvs import plan
 
     root = settings.project_root()

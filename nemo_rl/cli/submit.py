@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_rl.errors import ConfigError
+from nemo_rl.utils.names import abbreviated
 
 if TYPE_CHECKING:
     from nemo_rl.jobs.submission import JobState, Upload
@@ -189,9 +190,8 @@ def _report(upload: Upload) -> None:
         for file in tree.largest(_SHOWN_FILES):
             display.note(f"  {display.size(file.num_bytes):>8}  {file.path}")
         if tree.untracked:
-            names = ", ".join(tree.untracked[:_SHOWN_FILES])
-            more = f" and {len(tree.untracked) - _SHOWN_FILES} more" if len(tree.untracked) > _SHOWN_FILES else ""
-            display.note(f"  not uploaded, because git does not track it: {names}{more} (--untracked takes it along)")
+            names = abbreviated(tree.untracked, _SHOWN_FILES)
+            display.note(f"  not uploaded, because git does not track it: {names} (--untracked takes it along)")
 
 
 def _upload_record(upload: Upload) -> dict[str, Any]:

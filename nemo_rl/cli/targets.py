@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from dataclasses import dataclass
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, InvalidPyExecutableError, LockMismatchError
+from nemo_rl.utils.names import nearest_names
 from nemo_rl.venvs.planning.requirements import normalized_name
 
 BASE = "base"
@@ -35,8 +35,12 @@ def registered_targets() -> list[Target]:
 
 def find_target(name: str) -> Target:
     """The target of a name. Raises `UnregisteredActorError` or `ConfigError` that says what there is."""
-    from nemo_rl.distributed.py_executables import PY_EXECUTABLES, uv_run
-    from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env, registered_actors
+    from nemo_rl.distributed.ray_actor_environment_registry import (
+        PY_EXECUTABLES,
+        get_actor_python_env,
+        registered_actors,
+        uv_run,
+    )
 
     if "." in name:
         return Target(name, get_actor_python_env(name))
@@ -50,7 +54,7 @@ def find_target(name: str) -> Target:
     by_class = {fqn.rpartition(".")[2]: fqn for fqn in registered_actors()}
     if name in by_class:
         raise ConfigError(f"{name!r} is a class name; give it in full: {by_class[name]}")
-    near = difflib.get_close_matches(name, [*known, *by_class], n=1, cutoff=0.6)
+    near = nearest_names(name, [*known, *by_class])
     hint = f" Did you mean {by_class.get(near[0], near[0])}?" if near else ""
     raise ConfigError(
         f"{name!r} is neither a registered worker class nor an extra of the project.{hint} "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from nemo_rl.cli import display
 from nemo_rl.cli.targets import Target
 from nemo_rl.errors import NemoRLError
+from nemo_rl.utils.names import abbreviated, nearest_names
 from nemo_rl.venvs import plan
 from nemo_rl.venvs.explain import Explanation, difference, explain
 from nemo_rl.venvs.explain import to_json as explanation_to_json
@@ -48,7 +48,7 @@ def answer(mine: Target, others: Sequence[Target], package: str) -> Answer:
     near: list[str] = []
     if explanation.version is None:
         names = {line.partition("==")[0].partition(" @ ")[0] for line in venv_plan.requirements}
-        near = difflib.get_close_matches(explanation.package, sorted(names), n=3)
+        near = nearest_names(explanation.package, sorted(names), 3)
     groups: dict[str, list[str]] = {}
     for other in others:
         groups.setdefault(other.py_executable, []).append(other.name)
@@ -83,10 +83,8 @@ def show(result: Answer) -> None:
         if mine.replaced:
             display.print_line(f"  in place of {mine.replaced} of the venv below")
         demands = [str(demand) for demand in mine.demands]
-        shown = demands[:_MAX_DEMANDS]
-        more = [f"{len(demands) - len(shown)} more"] if len(demands) > len(shown) else []
         if demands:
-            display.print_line(f"  asked for by {', '.join([*shown, *more])}")
+            display.print_line(f"  asked for by {abbreviated(demands, _MAX_DEMANDS)}")
     if not result.others:
         return
     display.print_line()

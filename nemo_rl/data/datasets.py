@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
-from nemo_rl.data.problem import Problem, ProblemDataset, Role, did_you_mean, problem_from_record
+from nemo_rl.data.problem import Problem, ProblemDataset, Role, problem_from_record
 from nemo_rl.errors import ConfigError, DataError
+from nemo_rl.utils.names import nearest_names, suggest_or_list
 
 if TYPE_CHECKING:
     from nemo_rl.data.config import DataConfig, DatasetConfig
@@ -87,7 +88,7 @@ class TableDataset(ProblemDataset):
         self._num_rows = min(num_rows, config.max_num_problems or num_rows)
         for option, key in (("prompt_key", config.prompt_key), ("answer_key", config.answer_key)):
             if key not in columns:
-                raise DataError(f"{name}: no column {key!r} (data.*.{option}){did_you_mean(key, columns)}")
+                raise DataError(f"{name}: no column {key!r} (data.*.{option}){suggest_or_list(key, columns)}")
         for start in range(0, self._num_rows, 1024):
             for index, record in enumerate(self._rows(start, min(start + 1024, self._num_rows)), start=start):
                 problem_from_record(record, index, config, self.where(index))
@@ -192,7 +193,7 @@ def _dataset_class(kind: str, role: Role) -> type[ProblemDataset]:
         return DATASETS[kind]
     module_name, colon, class_name = kind.partition(":")
     if not colon:
-        hint = did_you_mean(kind, ["auto", *DATASETS])
+        hint = suggest_or_list(kind, ["auto", *DATASETS])
         raise ConfigError(f"data.{role}.kind: unknown kind {kind!r}{hint} A class of your own: package.module:Class.")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
@@ -211,8 +212,8 @@ def _existing_file(config: DatasetConfig) -> Path:
         return path
     if path.exists():
         raise DataError(f"{path} is a directory; name a file in it, or use kind=huggingface for a directory of files")
-    near = did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-    raise DataError(f"data file {path} does not exist{near if 'did you mean' in near else ''}")
+    near = nearest_names(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else []
+    raise DataError(f"data file {path} does not exist{f'; did you mean {near[0]!r}?' if near else ''}")
 
 
 def _open_lines(path: Path) -> IO[bytes]:

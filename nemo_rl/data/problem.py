@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
 
 from nemo_rl.errors import DataError
+from nemo_rl.utils.names import suggest_or_list
 
 if TYPE_CHECKING:
     from nemo_rl.data.config import DataConfig, DatasetConfig
@@ -86,7 +86,7 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
     rest = dict(record)
     for option, key in (("data.*.prompt_key", config.prompt_key), ("data.*.answer_key", config.answer_key)):
         if key not in record:
-            raise DataError(f"{where}: no key {key!r} ({option}){did_you_mean(key, record)}")
+            raise DataError(f"{where}: no key {key!r} ({option}){suggest_or_list(key, record)}")
         rest.pop(key, None)
     prompt = _checked_prompt(record[config.prompt_key], f"{where}: {config.prompt_key!r}")
     where_answer = f"{where}: {config.answer_key!r}"
@@ -94,13 +94,6 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
     if config.answer_pattern is not None:
         answer = _found_answer(config.answer_pattern, answer, where_answer)
     return Problem(prompt, answer, index, rest)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
-    names = [str(candidate) for candidate in known]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(names)) or 'none'}"
 
 
 def _checked_prompt(value: Any, where: str) -> str | list[ChatMessage]:

@@ -1,7 +1,7 @@
-"""A batch as a dict of tensors and lists, and the ways to cut it up for workers and put it together again.
+"""A batch as a dict of tensors and lists, with methods to shard it over workers and to join the parts.
 
-A batch travels through Ray by its bytes: tensors on the CPU are pickled out of band, a view takes only its own bytes
-(torch pickles the whole storage behind a view), and what a worker receives is its own and may be changed in place.
+For Ray, CPU tensors are pickled out of band as raw bytes. A view takes only the bytes of its rows (torch would pickle
+the complete storage behind it). A worker receives a private copy, which it may modify in place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nemo_rl.distributed.batches.batch_values import (
     divided,
     from_pickled,
     gather_tensor,
-    header,
     join,
+    make_header,
     num_rows,
     row_indices,
     take,
@@ -40,9 +40,22 @@ PadValues: TypeAlias = Mapping[str, int | float | bool]
 
 
 class BatchedDataDict(dict[str, Any]):
-    """A dict whose values are tensors (batch first) or lists, all of the same batch size.
+    """Holds a batch as a dict of tensors (batch first) and lists that have the same number of rows.
 
-    Values are checked when the batch is used, not when they are put in: `ValueError` names key and sizes.
+    Values are checked when the batch is used, not when they are inserted; the `ValueError` names keys and sizes.
+
+    Example:
+
+        >>> batch = BatchedDataDict(ids=torch.arange(8).view(4, 2), text=["a", "b", "c", "d"])
+        >>> batch.size
+        4
+        >>> first, second = batch.shard_by_batch_size(2)
+        >>> second["text"]
+        ['c', 'd']
+        >>> BatchedDataDict.from_batches([second, first])["ids"].tolist()
+        [[4, 5], [6, 7], [0, 1], [2, 3]]
+        >>> [part["text"] for part in batch.make_microbatch_iterator(2)]
+        [['a', 'b'], ['c', 'd']]
 
     Attributes:
         microbatch_plan: the micro-batches of a shard made with dynamic batching or sequence packing, else None.
@@ -50,22 +63,22 @@ class BatchedDataDict(dict[str, Any]):
 
     microbatch_plan: MicrobatchPlan | None = None
 
-    # ---- reading
+    # --- rows and keys ----------------------------------------------------------------------------------------------
 
     @property
     def size(self) -> int:
-        """Number of rows; 0 for a batch without keys. Raises `ValueError` when keys disagree."""
+        """Number of rows; 0 for a batch without keys. Raises `ValueError` if the keys have different numbers."""
         sizes = {key: num_rows(key, value) for key, value in self.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"All values of a batch must have the same number of rows, got {sizes}.")
         return next(iter(sizes.values()), 0)
 
     def get_dict(self) -> dict[str, Any]:
-        """The same keys and values as a plain dict."""
+        """Return the keys and values as a plain dict."""
         return dict(self)
 
     def copy(self) -> Self:
-        """A batch of the same kind that shares the values."""
+        """Return a batch of the same type that shares the values."""
         new = type(self)(self)
         new.microbatch_plan = self.microbatch_plan
         return new
@@ -73,27 +86,27 @@ class BatchedDataDict(dict[str, Any]):
     __copy__ = copy
 
     def slice(self, start: int, end: int) -> SlicedDataDict:
-        """Rows `start:end`; tensors are views. Raises `IndexError` unless `0 <= start <= end <= size`."""
+        """Return rows `start:end`; tensors are views. Raises `IndexError` unless `0 <= start <= end <= size`."""
         if not 0 <= start <= end <= self.size:
             raise IndexError(f"Rows {start}:{end} are out of range for a batch of {self.size} rows.")
         return SlicedDataDict({key: value[start:end] for key, value in self.items()})
 
     def select_indices(self, indices: Sequence[int] | torch.Tensor) -> Self:
-        """The rows at `indices` (integers in any order, or a boolean mask `[size]`); tensors are copies."""
-        return type(self)(self._taken(row_indices(indices, self.size)))
+        """Return the rows at `indices` (integers in any order, or a boolean mask `[size]`); tensors are copies."""
+        return type(self)(self._rows(row_indices(indices, self.size)))
 
     def select_keys(self, *keys: str) -> Self:
-        """A batch with only these keys; values are shared. Raises `ValueError` for a key that is not there."""
+        """Return a batch with only these keys, sharing the values. Raises `ValueError` for a missing key."""
         missing = [key for key in keys if key not in self]
         if missing:
             raise ValueError(f"The batch has no keys {missing}, only {sorted(self)}.")
         return type(self)({key: self[key] for key in keys})
 
     def chunk(self, rank: int, chunks: int) -> SlicedDataDict:
-        """The `rank`-th of `chunks` contiguous parts of equal size; tensors are views.
+        """Return the `rank`-th of `chunks` contiguous parts of equal size; tensors are views.
 
         Raises:
-            ValueError: the rows do not divide by `chunks`.
+            ValueError: the number of rows is not divisible by `chunks`.
             IndexError: `rank` is not in `0 <= rank < chunks`.
         """
         size = divided(self.size, "rows", chunks, "chunks")
@@ -102,11 +115,11 @@ class BatchedDataDict(dict[str, Any]):
         return self.slice(rank * size, (rank + 1) * size)
 
     def get_batch(self, batch_idx: int, batch_size: int | None = None) -> SlicedDataDict:
-        """The rows that this (part of a) batch holds of global batch `batch_idx`, with their micro-batches.
+        """Return this shard's rows of global batch `batch_idx`, with their micro-batches.
 
         Args:
-            batch_idx: which global batch.
-            batch_size: rows per global batch *in this shard*; may be left out where a micro-batch plan knows.
+            batch_idx: index of the global batch.
+            batch_size: rows per global batch *in this shard*; not needed with a micro-batch plan.
         """
         plan = self.microbatch_plan
         if plan is None:
@@ -114,24 +127,24 @@ class BatchedDataDict(dict[str, Any]):
                 raise ValueError("get_batch needs batch_size: this batch has no micro-batch plan.")
             return self.slice(batch_idx * batch_size, (batch_idx + 1) * batch_size)
         if not 0 <= batch_idx < len(plan.batches):
-            raise IndexError(f"Global batch {batch_idx} is out of range: this shard holds {len(plan.batches)}.")
+            raise IndexError(f"Global batch {batch_idx} is out of range: this shard has {len(plan.batches)}.")
         start = sum(plan.num_rows(i) for i in range(batch_idx))
         part = self.slice(start, start + plan.num_rows(batch_idx))
         part.microbatch_plan = MicrobatchPlan(plan.packed, plan.input_key, (plan.batches[batch_idx],))
         return part
 
-    # ---- putting together
+    # --- joining ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_batches(cls, batches: Iterable[Mapping[str, Any]], pad_value_dict: PadValues | None = None) -> Self:
-        """The rows of all batches, in order.
+        """Return the rows of all batches, in order.
 
-        Tensors that differ beyond the batch dimension are padded at the end of each dimension to the largest, with
+        If tensors differ in a dimension other than the batch, they are padded at its end to the largest size, with
         `pad_value_dict[key]`, or 0.
 
         Raises:
-            ValueError: no batches, different keys, or values of one key that cannot be joined (a tensor and a list,
-                different dtypes or numbers of dimensions); names the key and the sizes.
+            ValueError: there is no batch, the keys differ, or the values of a key cannot be joined (a tensor and a
+                list, different dtypes or numbers of dimensions); names the key and the sizes.
         """
         parts = [batch if isinstance(batch, BatchedDataDict) else BatchedDataDict(batch) for batch in batches]
         if not parts:
@@ -145,7 +158,7 @@ class BatchedDataDict(dict[str, Any]):
         return cls({key: join(key, [part[key] for part in parts], pad_values.get(key, 0)) for key in parts[0]})
 
     def repeat_interleave(self, num_repeats: int) -> Self:
-        """Each row `num_repeats` times in a row. List items are deep copies, so that repeats can grow apart."""
+        """Return each row `num_repeats` times in succession. List items are deep copies, so repeats are independent."""
         _ = self.size
         if num_repeats < 0:
             raise ValueError(f"num_repeats must be at least 0, got {num_repeats}.")
@@ -161,27 +174,33 @@ class BatchedDataDict(dict[str, Any]):
     def all_gather(
         self, group: dist.ProcessGroup | None = None, pad_value_dict: PadValues | None = None
     ) -> BatchedDataDict:
-        """The rows of all ranks of `group` in rank order, on every rank. A collective: every rank must call it.
+        """Return the rows of all ranks of `group` in rank order. This is a collective: every rank must call it.
 
-        Batch sizes and sequence lengths may differ between ranks; padding as in `from_batches`, whose `ValueError` is
-        raised on every rank alike. Tensors must be where the group's backend can reach them (NCCL: on the GPU).
+        Batch sizes and sequence lengths may differ between ranks. Padding is as in `from_batches`, whose `ValueError`
+        is raised on all ranks. Tensors must be on a device that the group's backend supports (NCCL: the GPU).
         """
         headers: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(headers, {key: header(value) for key, value in self.items()}, group=group)
-        # Ranks that disagree on what is a tensor must all fail here, before they wait for each other.
-        kinds = [{key: "list" if of_key.shape is None else "tensor" for key, of_key in of.items()} for of in headers]
+        dist.all_gather_object(headers, {key: make_header(value) for key, value in self.items()}, group=group)
+        # If ranks disagree on which values are tensors, all must fail here, before they wait for each other.
+        kinds = [
+            {key: "list" if header.shape is None else "tensor" for key, header in rank_headers.items()}
+            for rank_headers in headers
+        ]
         if any(kind != kinds[0] for kind in kinds):
             raise ValueError(f"all_gather needs the same keys and kinds of values on all ranks, got {kinds}.")
         ranks: list[dict[str, Any]] = [{} for _ in headers]
-        # Rank 0's order of keys: all ranks must gather the tensors in the same order.
+        # All ranks must gather the tensors in the same order: that of rank 0's keys.
         for key, kind in kinds[0].items():
-            of_ranks = [of[key] for of in headers]
-            values = gather_tensor(self[key], of_ranks, group) if kind == "tensor" else [of.rows for of in of_ranks]
+            key_headers = [rank_headers[key] for rank_headers in headers]
+            if kind == "tensor":
+                values = gather_tensor(self[key], key_headers, group)
+            else:
+                values = [header.rows for header in key_headers]
             for rank, value in enumerate(values):
                 ranks[rank][key] = value
         return BatchedDataDict.from_batches(ranks, pad_value_dict)
 
-    # ---- sharding
+    # --- sharding ---------------------------------------------------------------------------------------------------
 
     @overload
     def shard_by_batch_size(
@@ -223,26 +242,26 @@ class BatchedDataDict(dict[str, Any]):
         dynamic_batching_args: DynamicBatching | None = None,
         sequence_packing_args: SequencePacking | None = None,
     ) -> list[SlicedDataDict] | tuple[list[SlicedDataDict], list[int]]:
-        """Deal the rows of each global batch to `shards` workers.
+        """Distribute the rows of each global batch over `shards` workers.
 
-        Rows are taken in global batches of `batch_size` (default: all rows); shard i gets the i-th part of each, so
-        that `shard.get_batch(k, batch_size // shards)` is its part of global batch k. With one global batch, tensors
-        are views.
+        Rows are split into global batches of `batch_size` (default: all rows). Shard i gets the i-th part of each, so
+        `shard.get_batch(k, batch_size // shards)` is its part of global batch k. With one global batch, tensors are
+        views.
 
         Args:
             shards: number of shards.
             batch_size: rows per global batch over all shards.
-            allow_uneven_shards: the first shards may hold one row more; for one global batch without a plan.
-            dynamic_batching_args: make padded micro-batches of a bounded number of tokens.
-            sequence_packing_args: pack rows into bins of a bounded number of tokens.
+            allow_uneven_shards: allow the first shards to have one more row; only for one global batch without a plan.
+            dynamic_batching_args: form padded micro-batches with a bounded number of tokens.
+            sequence_packing_args: pack rows into bins with a bounded number of tokens.
 
         Returns:
             The shards; with dynamic batching or packing `(shards, order)`, where `order[i]` is the row of this batch
-            that is row i of the shards laid end to end:
-            `BatchedDataDict.from_batches(results).reorder_data(order)` brings results back into this batch's order.
+            that is row i of the concatenated shards. `BatchedDataDict.from_batches(results).reorder_data(order)`
+            restores this batch's order.
 
         Raises:
-            ValueError: sizes that do not divide, options that exclude each other, lengths that do not fit.
+            ValueError: sizes are not divisible, options conflict, or a row exceeds the token bound.
         """
         size = self.size
         if dynamic_batching_args is not None and sequence_packing_args is not None:
@@ -279,10 +298,10 @@ class BatchedDataDict(dict[str, Any]):
         inverse = [0] * size
         for row, target in enumerate(targets):
             inverse[target] = row
-        self.update(self._taken(inverse))
+        self.update(self._rows(inverse))
         self.microbatch_plan = None
 
-    # ---- micro-batches
+    # --- micro-batches ----------------------------------------------------------------------------------------------
 
     @property
     def num_microbatches(self) -> int:
@@ -290,17 +309,24 @@ class BatchedDataDict(dict[str, Any]):
         return sum(len(batch) for batch in self._plan().batches)
 
     def make_microbatch_iterator(self, microbatch_size: int) -> Iterator[SlicedDataDict]:
-        """Parts of `microbatch_size` rows, in order. Raises `ValueError` at once when the rows do not divide."""
+        """Iterate over parts of `microbatch_size` rows, in order.
+
+        Raises:
+            ValueError: the number of rows is not divisible; raised by the call, not by the first iteration.
+        """
         size = self.size
         if size:
             divided(size, "rows", microbatch_size, "rows per micro-batch (microbatch_size)")
         return (self.slice(start, start + microbatch_size) for start in range(0, size, microbatch_size))
 
     def make_microbatch_iterator_with_dynamic_shapes(self, sequence_dim: int = 1) -> Iterator[SlicedDataDict]:
-        """The micro-batches of a shard made with `dynamic_batching_args`.
+        """Iterate over the micro-batches of a shard made with `dynamic_batching_args`.
 
-        Tensors as wide as the input (in `sequence_dim`) are cut to the micro-batch's padded length; rows must be
-        padded on the right. Raises `ValueError` at once when the shard was not made so.
+        Tensors whose size in `sequence_dim` equals the input's are cut to the micro-batch's padded length. Rows must be
+        padded on the right.
+
+        Raises:
+            ValueError: the shard has no such plan; raised by the call, not by the first iteration.
         """
         plan = self._plan(packed=False)
         width = self[plan.input_key].shape[sequence_dim]
@@ -315,25 +341,26 @@ class BatchedDataDict(dict[str, Any]):
         return (cut(microbatch, start) for microbatch, start in _placed(plan))
 
     def make_microbatch_iterator_for_packable_sequences(self) -> Iterator[SlicedDataDict]:
-        """The bins of a shard made with `sequence_packing_args`: the rows of each, still padded, to be laid end to end.
+        """Iterate over the bins of a shard made with `sequence_packing_args`: the rows of each, not yet concatenated.
 
-        Raises `ValueError` at once when the shard was not made so.
+        Raises:
+            ValueError: the shard has no such plan; raised by the call, not by the first iteration.
         """
         plan = self._plan(packed=True)
         return (self.slice(start + microbatch.start, start + microbatch.end) for microbatch, start in _placed(plan))
 
     def truncate_tensors(self, dim: int, truncated_len: int) -> None:
-        """Cut every tensor that has dimension `dim` (at least 1) to at most `truncated_len` there, in place."""
+        """Truncate every tensor with a dimension `dim` (at least 1) to at most `truncated_len` in it, in place."""
         if dim < 1 or truncated_len < 0:
             raise ValueError(f"dim must be >= 1 and truncated_len >= 0, got dim={dim}, truncated_len={truncated_len}.")
         for key, value in self.items():
             if isinstance(value, torch.Tensor) and value.ndim > dim:
                 self[key] = value.narrow(dim, 0, min(truncated_len, value.shape[dim]))
 
-    # ---- moving
+    # --- devices and pickling ---------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the tensors to `device`, in place, and return this batch."""
+        """Move the tensors to `device` in place and return this batch."""
         for key, value in self.items():
             if isinstance(value, torch.Tensor):
                 self[key] = value.to(device)
@@ -342,16 +369,16 @@ class BatchedDataDict(dict[str, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         return (_unpickled, (type(self), {key: to_pickled(value) for key, value in self.items()}, self.microbatch_plan))
 
-    # ---- parts of the above
+    # --- internals --------------------------------------------------------------------------------------------------
 
-    def _taken(self, rows: Sequence[int]) -> dict[str, Any]:
+    def _rows(self, rows: Sequence[int]) -> dict[str, Any]:
         return {key: take(value, rows) for key, value in self.items()}
 
     def _plan(self, packed: bool | None = None) -> MicrobatchPlan:
         plan = self.microbatch_plan
         if plan is None or packed not in (None, plan.packed):
             need = {None: "a micro-batch plan", True: "sequence_packing_args", False: "dynamic_batching_args"}[packed]
-            raise ValueError(f"This batch was not made by shard_by_batch_size with {need}.")
+            raise ValueError(f"This batch was not created by shard_by_batch_size with {need}.")
         return plan
 
     def _sharded_evenly(self, shards: int, num_batches: int) -> list[SlicedDataDict]:
@@ -374,7 +401,7 @@ class BatchedDataDict(dict[str, Any]):
     ) -> tuple[list[SlicedDataDict], list[int]]:
         lengths = self._sequence_lengths(args.input_key, args.input_lengths_key)
         if not lengths:
-            raise ValueError("An empty batch cannot be cut into micro-batches.")
+            raise ValueError("An empty batch cannot be split into micro-batches.")
         per_batch = len(lengths) // num_batches
         offsets = range(0, len(lengths), per_batch)
         plans = [plan_batches(lengths[offset : offset + per_batch], shards, args) for offset in offsets]
@@ -383,7 +410,7 @@ class BatchedDataDict(dict[str, Any]):
         order: list[int] = []
         for shard in range(shards):
             rows = [offset + row for offset, plan in zip(offsets, plans) for row in plan[shard][0]]
-            part = SlicedDataDict(self._taken(rows))
+            part = SlicedDataDict(self._rows(rows))
             part.microbatch_plan = MicrobatchPlan(packed, args.input_key, tuple(plan[shard][1] for plan in plans))
             parts.append(part)
             order.extend(rows)
@@ -402,18 +429,18 @@ class BatchedDataDict(dict[str, Any]):
         for row, length in enumerate(lengths):
             if not 0 <= length <= width:
                 raise ValueError(
-                    f"{lengths_key!r}[{row}] is {length}, but {input_key!r} holds {width} tokens per row "
+                    f"{lengths_key!r}[{row}] is {length}, but {input_key!r} has {width} tokens per row "
                     f"(shape {list(inputs.shape)})."
                 )
         return lengths
 
 
 class SlicedDataDict(BatchedDataDict):
-    """A part of a batch: a shard, a global batch's part of a shard, or a micro-batch."""
+    """Holds a part of a batch: a shard, a shard's rows of a global batch, or a micro-batch."""
 
 
 def _placed(plan: MicrobatchPlan) -> Iterator[tuple[Microbatch, int]]:
-    """Each micro-batch with the shard's row at which its global batch starts."""
+    """Yield each micro-batch with the row of the shard at which its global batch starts."""
     start = 0
     for batch_idx, batch in enumerate(plan.batches):
         for microbatch in batch:

@@ -1,4 +1,4 @@
-"""Results that are still on their way from several workers."""
+"""Pending results of calls that several workers execute."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from nemo_rl.errors import WorkerError
 
-# What a call raises whose worker is gone: Ray tells a process that was killed for lack of memory apart.
+# What a call raises if its worker has died. Ray has a separate error for a process killed for lack of memory.
 WORKER_DEATHS = (RayActorError, OutOfMemoryError)
 
-# What a remote call returns: one reference, or a generator of references for a streaming method.
+# The result of a remote call: a reference, or a generator of references for a streaming method.
 Reference: TypeAlias = "ray.ObjectRef | ray.ObjectRefGenerator"
 
 
 class TiedWorkers(Protocol):
-    """What a future asks of the worker group that was called."""
+    """The interface of a worker group that its futures use."""
 
     label: str
 
     def tied_group_of(self, rank: int) -> int:
-        """The index of the tied group that a rank belongs to."""
+        """Return the index of the tied group that a rank belongs to."""
         ...
 
-    def rank_of_actor(self, actor_id: str | None) -> int | None:
-        """The rank of the actor with this id (hex); None for one that is not of this group."""
+    def rank_of_actor(self, actor: str | None) -> int | None:
+        """Return the rank of the actor with this id (hex), or None if it is not a worker of this group."""
         ...
 
     def describe_worker(self, rank: int) -> str:
-        """A worker's rank, name and node, for messages."""
+        """Return a worker's rank, name, node and pid, for messages."""
         ...
 
 
 @dataclass(frozen=True)
 class MultiWorkerFuture:
-    """One call that went to several workers.
+    """Holds the pending results of one call of several workers.
 
     Attributes:
-        futures: what the called workers return, in rank order of `called_workers`.
+        futures: the references of the called workers, in the order of `called_workers`.
         called_workers: the global ranks that were called, ascending (dummy calls included).
-        return_from_workers: the ranks among them whose result is kept; None means all.
+        return_from_workers: the ranks whose result is kept; None for all.
     """
 
     futures: list[Reference]
@@ -55,12 +55,12 @@ class MultiWorkerFuture:
             raise ValueError(f"{len(self.futures)} futures for {len(self.called_workers)} called workers")
         unknown = set(self.return_from_workers or ()) - set(self.called_workers)
         if unknown:
-            raise ValueError(f"results are wanted from ranks {sorted(unknown)}, which were not called")
+            raise ValueError(f"return_from_workers contains the ranks {sorted(unknown)}, which were not called")
 
     def get_results(self, worker_group: TiedWorkers, return_generators_as_proxies: bool = False) -> list[Any]:
-        """The results, one per tied group, in rank order. See `RayWorkerGroup.get_all_worker_results`."""
+        """Wait for the results: one per tied group, in rank order. See `RayWorkerGroup.get_all_worker_results`."""
         kept = self._kept(worker_group)
-        # Also wait for the workers whose result is dropped: their failure is a failure of the call.
+        # Wait also for workers whose result is dropped, because their failure is a failure of the call.
         values = get_values(worker_group, self.futures, self.called_workers, return_generators_as_proxies)
         return [value for rank, value in zip(self.called_workers, values) if rank in kept]
 
@@ -75,13 +75,13 @@ class MultiWorkerFuture:
 def get_values(
     worker_group: TiedWorkers, futures: Sequence[Reference], ranks: Sequence[int], generators_as_proxies: bool
 ) -> list[Any]:
-    """Wait for all `futures`; fail as soon as one fails.
+    """Wait for all `futures`; raise as soon as one fails.
 
-    A streaming generator becomes the list of what it yields, or itself with `generators_as_proxies`.
+    The value of a streaming generator is the list of the values it yields, or with `generators_as_proxies` itself.
 
     Raises:
-        WorkerError: a worker died; names its rank and node, and chains Ray's own error.
-        Exception: whatever the worker's method raised, unchanged.
+        WorkerError: a worker died; names its rank and node, and chains Ray's error.
+        Exception: the exception that the worker's method raised, unchanged.
     """
     plain = [future for future in futures if not isinstance(future, ray.ObjectRefGenerator)]
     try:
@@ -100,7 +100,7 @@ def get_values(
 
 
 def worker_error(worker_group: TiedWorkers, error: RayError, ranks: Sequence[int]) -> WorkerError:
-    """The `WorkerError` for one of `WORKER_DEATHS` of one of the called workers."""
+    """Return the `WorkerError` for a `WORKER_DEATHS` error of one of the called workers."""
     rank = worker_group.rank_of_actor(getattr(error, "actor_id", None))
     if rank is None and len(ranks) == 1:
         rank = ranks[0]

@@ -1,4 +1,4 @@
-"""Ranks laid out on named axes, such as data, pipeline and tensor parallelism. Needs numpy only."""
+"""Ranks on named axes, such as data, pipeline and tensor parallelism. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ Layout: TypeAlias = "int | Sequence[Layout] | NDArray[np.integer]"
 
 
 class NamedSharding:
-    """An n-dimensional integer array of ranks whose axes have names. Immutable and hashable.
+    """Arranges ranks in an n-dimensional integer array with named axes. Immutable and hashable.
 
-    Example, eight ranks as 2 (data) x 4 (tensor)::
+    Example, eight ranks as 2 (data) x 4 (tensor):
 
-        sharding = NamedSharding(np.arange(8).reshape(2, 4), ["data_parallel", "tensor_parallel"])
-        sharding.get_ranks(data_parallel=1)                      # NamedSharding([4, 5, 6, 7], ["tensor_parallel"])
-        sharding.get_ranks(data_parallel=1, tensor_parallel=2)   # 6
-        sharding.get_worker_coords(6)                            # {"data_parallel": 1, "tensor_parallel": 2}
+        >>> sharding = NamedSharding(np.arange(8).reshape(2, 4), ["data", "tensor"])
+        >>> sharding.shape
+        {'data': 2, 'tensor': 4}
+        >>> sharding.get_ranks(data=1, tensor=2)
+        6
+        >>> sharding.get_ranks(data=1)
+        NamedSharding(shape={'tensor': 4}, names=['tensor'], layout=[4, 5, 6, 7])
+        >>> sharding.get_ranks_by_coord(tensor=0)
+        [0, 4]
+        >>> sharding.get_worker_coords(6)
+        {'data': 1, 'tensor': 2}
 
     Args:
-        layout: nested sequences or an array; every element is a rank: a whole number, not negative, given once.
+        layout: nested sequences or an array of ranks: distinct integers >= 0.
         names: one distinct, non-empty name per axis of `layout`.
 
     Raises:
-        ValueError: ragged layout, wrong number of names, repeated names, or ranks that are not whole, are negative or
-            are given twice.
+        ValueError: the layout is ragged, the number of names is wrong, names repeat, or ranks are not integers, are
+            negative or repeat.
     """
 
     def __init__(self, layout: Layout, names: Sequence[str]) -> None:
@@ -41,7 +48,7 @@ class NamedSharding:
         self._position_of_rank = {int(rank): position for position, rank in enumerate(self._layout.flat)}
         if len(self._position_of_rank) != self._layout.size:
             values, counts = np.unique(self._layout, return_counts=True)
-            raise ValueError(f"Duplicate ranks in layout: {values[counts > 1].tolist()}. Give every rank once.")
+            raise ValueError(f"Duplicate ranks in layout: {values[counts > 1].tolist()}. Each rank must occur once.")
 
     @property
     def layout(self) -> NDArray[np.int64]:
@@ -50,7 +57,7 @@ class NamedSharding:
 
     @property
     def names(self) -> list[str]:
-        """The axes' names, outermost first."""
+        """The names of the axes, outermost first."""
         return list(self._names)
 
     @property
@@ -69,7 +76,7 @@ class NamedSharding:
         return self._layout.size
 
     def get_axis_index(self, name: str) -> int:
-        """Position of the axis `name`. Raises `ValueError` for an unknown one."""
+        """Return the position of the axis `name`. Raises `ValueError` for an unknown axis."""
         try:
             return self._names.index(name)
         except ValueError:
@@ -77,28 +84,28 @@ class NamedSharding:
             raise ValueError(f"Unknown axis {name!r}; the axes are {list(self._names)}.{hint}") from None
 
     def get_axis_size(self, name: str) -> int:
-        """Size of the axis `name`. Raises `ValueError` for an unknown one."""
+        """Return the size of the axis `name`. Raises `ValueError` for an unknown axis."""
         return self._layout.shape[self.get_axis_index(name)]
 
     def get_ranks(self, **axis_index: int) -> int | NamedSharding:
-        """The ranks at the given axis indices: an int when every axis is given, else a sharding over the other axes.
+        """Return the ranks at the given axis indices: an int if every axis is given, else a sharding over the others.
 
         Raises:
-            ValueError: unknown axis, or an index that is not an integer.
-            IndexError: an index outside `0 <= index < size of its axis`.
+            ValueError: an axis is unknown, or an index is not an integer.
+            IndexError: an index is outside `0 <= index < size of its axis`.
         """
         selection = self._selection(axis_index)
-        picked = self._layout[selection]
+        selected = self._layout[selection]
         if len(axis_index) == self.ndim:
-            return int(picked)
-        return NamedSharding(picked, [name for name in self._names if name not in axis_index])
+            return int(selected)
+        return NamedSharding(selected, [name for name in self._names if name not in axis_index])
 
     def get_ranks_by_coord(self, **coords: int) -> list[int]:
-        """All ranks whose coordinates match `coords`, in layout order. Errors as in `get_ranks`."""
+        """Return all ranks whose coordinates match `coords`, in layout order. Errors as in `get_ranks`."""
         return [int(rank) for rank in self._layout[self._selection(coords)].flat]
 
     def get_worker_coords(self, rank: int) -> dict[str, int]:
-        """Axis name -> index of `rank`. Raises `ValueError` when the layout does not hold it."""
+        """Return axis name -> index of `rank`. Raises `ValueError` if the layout does not contain it."""
         position = self._position_of_rank.get(rank)
         if position is None:
             raise ValueError(f"Rank {rank!r} is not in the layout of {self.size} ranks.")
@@ -110,7 +117,7 @@ class NamedSharding:
             axis = self.get_axis_index(name)
             index = _as_index(name, value)
             size = self._layout.shape[axis]
-            # Numpy would count a negative index from the end; a negative rank coordinate is a bug of the caller.
+            # Numpy counts a negative index from the end, but a negative coordinate is an error of the caller.
             if not 0 <= index < size:
                 raise IndexError(f"Index {index} is out of range for axis {name!r} of size {size}.")
             selection[axis] = index
@@ -143,14 +150,14 @@ def _checked_layout(layout: Layout) -> NDArray[np.int64]:
         array = np.array(layout)
     except ValueError as error:
         raise ValueError(f"A layout must be a full (not ragged) array of ranks: {error}") from None
-    whole = array.size == 0 or np.issubdtype(array.dtype, np.integer)
-    if not whole and np.issubdtype(array.dtype, np.floating):
-        # Whole numbers that came through a float array (as from YAML or a division) are still ranks; NaN is not.
-        whole = bool(np.isfinite(array).all() and (array == np.floor(array)).all())
-    if not whole:
-        raise ValueError(f"A layout must hold integer ranks only, got dtype {array.dtype}: {array.tolist()!r}")
+    is_integer = array.size == 0 or np.issubdtype(array.dtype, np.integer)
+    if not is_integer and np.issubdtype(array.dtype, np.floating):
+        # Integers in a float array, as from YAML or a division, are still ranks; NaN is not.
+        is_integer = bool(np.isfinite(array).all() and (array == np.floor(array)).all())
+    if not is_integer:
+        raise ValueError(f"A layout must contain only integer ranks, got dtype {array.dtype}: {array.tolist()!r}")
     if array.size and array.min() < 0:
-        raise ValueError(f"A layout must hold ranks >= 0, got {int(array.min())}.")
+        raise ValueError(f"A layout must contain only ranks >= 0, got {int(array.min())}.")
     ranks = array.astype(np.int64)
     ranks.setflags(write=False)
     return ranks
@@ -158,12 +165,12 @@ def _checked_layout(layout: Layout) -> NDArray[np.int64]:
 
 def _checked_names(names: Sequence[str], ndim: int) -> tuple[str, ...]:
     if isinstance(names, str):
-        raise ValueError(f"Give the axis names as a list, not as the text {names!r}.")
+        raise ValueError(f"Give the axis names as a list, not as the string {names!r}.")
     checked = tuple(names)
     if len(checked) != ndim:
         raise ValueError(f"The layout has {ndim} axes but {len(checked)} names were given: {list(checked)}.")
     if not all(isinstance(name, str) and name for name in checked):
-        raise ValueError(f"Axis names must be texts that are not empty, got {list(checked)}.")
+        raise ValueError(f"Axis names must be non-empty strings, got {list(checked)}.")
     if len(set(checked)) != len(checked):
-        raise ValueError(f"Axis names must differ from each other, got {list(checked)}.")
+        raise ValueError(f"Axis names must be distinct, got {list(checked)}.")
     return checked

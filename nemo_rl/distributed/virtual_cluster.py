@@ -1,10 +1,10 @@
-"""The nodes and GPUs (or CPUs) that a job reserves on a Ray cluster, and the Pythons that its workers run in.
+"""The nodes and GPUs (or CPUs) that a job reserves on a Ray cluster. Also exports `PY_EXECUTABLES` and `init_ray`.
 
 ::
 
     RayVirtualCluster([2, 2])              bundles, in rank order        Ray nodes
       one placement group ───────────┬──── node 0: bundle 0, bundle 1 ── A
-      (all of it or nothing)         └──── node 1: bundle 2, bundle 3 ── B
+      (all bundles or none)          └──── node 1: bundle 2, bundle 3 ── B
 """
 
 from __future__ import annotations
@@ -21,44 +21,52 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from nemo_rl import settings
-from nemo_rl.distributed.bundles import Bundle, ordered_bundles
 from nemo_rl.distributed.cluster import placement
+from nemo_rl.distributed.cluster.bundles import Bundle, ordered_bundles
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.ports import free_ports_on_nodes
 from nemo_rl.distributed.cluster.session import can_grow, init_ray
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
 
 __all__ = ["PY_EXECUTABLES", "Bundle", "RayVirtualCluster", "ResourceInsufficientError", "alive_nodes", "init_ray"]
 
 logger = logging.getLogger(__name__)
 
-# Ray commits a placement group that fits within milliseconds; one that takes this long lost a race for its resources.
+# Ray commits a placement group that fits within milliseconds. If it takes this long, another job took the resources.
 _COMMIT_TIMEOUT_S = 15.0
 _POLL_INTERVAL_S = 0.2
 
 
 class RayVirtualCluster:
-    """A job's share of the Ray cluster: so many bundles (ranks) on so many nodes.
+    """Reserves a job's bundles (ranks) on the nodes of a Ray cluster.
 
-    A bundle is one CPU, and one GPU with `use_gpus`. All bundles of a node are on one Ray node. They are reserved
-    together, as one placement group, when they are first needed, so that venvs can be made ready while no GPU is
-    held; a request that this Ray cluster can never serve already fails in the constructor.
+    A bundle is one CPU, plus one GPU with `use_gpus`. All bundles of a node of the job are on one Ray node. They are
+    reserved together, as one placement group, when they are first needed, so that no GPU is held while venvs are built.
+    A request that this Ray cluster can never serve fails in the constructor.
+
+    Example::
+
+        init_ray()
+        with RayVirtualCluster([2, 2], use_gpus=False, name="rollout") as cluster:
+            cluster.world_size()  # 4
+            [bundle.node_idx for bundle in cluster.bundles()]  # [0, 0, 1, 1]
+            cluster.get_master_address_and_port()  # ("127.0.0.1", 41231)
 
     Args:
-        bundle_ct_per_node_list: how many bundles on each node.
-        use_gpus: whether a bundle has a GPU.
+        bundle_ct_per_node_list: the number of bundles on each node.
+        use_gpus: whether each bundle has a GPU.
         max_colocated_worker_groups: how many worker groups share the bundles; see `worker_share`.
-        num_gpus_per_node: how many GPUs a node of the Ray cluster has.
-        name: for messages and for Ray's tools.
-        placement_group_strategy: `SPREAD` puts the job's nodes on different Ray nodes while there are any,
-            `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as possible, `STRICT_PACK` one.
+        num_gpus_per_node: the number of GPUs of a node of the Ray cluster.
+        name: shown in messages and in Ray's tools.
+        placement_group_strategy: `SPREAD` puts the job's nodes on different Ray nodes while there are enough,
+            `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as possible, `STRICT_PACK` exactly one.
         port_range_low: the first port that `get_available_*` may return.
-        port_range_high: the last one; both or neither.
+        port_range_high: the last such port. Give both or neither.
 
     Raises:
-        ConfigError: (a `ValueError`) an argument or `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` makes no sense.
+        ConfigError: (a `ValueError`) an argument or `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` is invalid.
         ResourceInsufficientError: the local Ray cluster is too small.
     """
 
@@ -94,13 +102,13 @@ class RayVirtualCluster:
         self._bundle: dict[str, float] = {"GPU": 1.0, "CPU": 1.0} if use_gpus else {"CPU": 1.0}
         self._placement_group: PlacementGroup | None = None
         self._bundles: list[Bundle] | None = None
-        # Who works on which bundles; a group that nobody holds any more is gone, and so are its workers.
-        self._tenants: weakref.WeakKeyDictionary[object, tuple[str, list[int]]] = weakref.WeakKeyDictionary()
-        self._moving = threading.Lock()  # groups start in threads of their own
-        self._promised_ports: dict[str, set[int]] = {}  # by address
+        # Worker group -> its label and bundles. Weak: the workers of a group without references end with it.
+        self._groups: weakref.WeakKeyDictionary[object, tuple[str, list[int]]] = weakref.WeakKeyDictionary()
+        self._groups_lock = threading.Lock()  # groups start in separate threads
+        self._assigned_ports: dict[str, set[int]] = {}  # by address
         self._is_shut_down = False
         if ray.is_initialized():
-            self._refuse_the_impossible(alive_nodes())
+            self._check_possible(alive_nodes())
 
     def __enter__(self) -> RayVirtualCluster:
         return self
@@ -118,112 +126,112 @@ class RayVirtualCluster:
 
     @property
     def bundle_counts(self) -> list[int]:
-        """How many bundles each of the job's nodes has."""
+        """The number of bundles of each of the job's nodes."""
         return list(self._bundle_counts)
 
     @property
     def worker_share(self) -> dict[str, float]:
-        """What a worker takes of its bundle, as Ray actor options: 1/`max_colocated_worker_groups` of it.
+        """The part of its bundle that a worker takes, as Ray actor options: 1/`max_colocated_worker_groups`.
 
-        Rounded down to Ray's resolution of 1/10000, so that all groups fit.
+        It is rounded down to Ray's resolution of 1/10000, so that all groups fit.
         """
         share = int(10_000 / self.max_colocated_worker_groups) / 10_000
         return {"num_cpus": share, "num_gpus": share if self.use_gpus else 0.0}
 
-    def move_in(self, tenant: object, label: str, bundles: list[int]) -> None:
-        """A worker group is about to start one worker on each of `bundles` (indices in rank order).
+    def add_group(self, group: object, label: str, bundles: list[int]) -> None:
+        """Register a worker group before it starts one worker on each of `bundles` (indices in rank order).
 
         Raises:
-            ResourceInsufficientError: all shares of one of them are taken, so that its worker would wait without end.
+            ResourceInsufficientError: all shares of a bundle are taken, so that a worker would wait forever.
         """
-        with self._moving:
-            self._refuse_full_bundles(label, bundles)
-            self._tenants[tenant] = (label, bundles)
+        with self._groups_lock:
+            self._check_shares(label, bundles)
+            self._groups[group] = (label, bundles)
 
-    def _refuse_full_bundles(self, label: str, bundles: list[int]) -> None:
+    def _check_shares(self, label: str, bundles: list[int]) -> None:
         for index in bundles:
-            others = [name for name, taken in self._tenants.values() for bundle in taken if bundle == index]
+            others = [name for name, taken in self._groups.values() for bundle in taken if bundle == index]
             wanted = bundles.count(index)
             if len(others) + wanted > self.max_colocated_worker_groups:
-                taken = f"{', '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else "nobody has"
                 raise ResourceInsufficientError(
                     f"{self!r} has max_colocated_worker_groups={self.max_colocated_worker_groups}: {label} asks for "
-                    f"{wanted} of bundle {index}'s shares, and {taken} a worker there. Raise it, or shut a group down."
+                    f"{wanted} of bundle {index}'s shares; groups with a worker there: {', '.join(others) or 'none'}. "
+                    "Raise the limit, or shut a group down."
                 )
 
-    def move_out(self, tenant: object) -> None:
-        """The group's workers have ended. May be called again."""
-        with self._moving:
-            self._tenants.pop(tenant, None)
+    def remove_group(self, group: object) -> None:
+        """Unregister a worker group whose workers have ended. A repeated call has no effect."""
+        with self._groups_lock:
+            self._groups.pop(group, None)
 
     def world_size(self) -> int:
-        """How many bundles (ranks) there are."""
+        """Return the number of bundles (ranks)."""
         return sum(self._bundle_counts)
 
     def node_count(self) -> int:
-        """How many nodes the job asked for."""
+        """Return the number of nodes that the job has requested."""
         return len(self._bundle_counts)
 
     def get_placement_groups(self) -> list[PlacementGroup]:
-        """The placement groups that hold the bundles: one for the whole cluster. Reserves it at the first call.
+        """Return the placement groups of the bundles: one for the whole cluster. The first call reserves it.
 
         Raises:
-            ResourceInsufficientError: it cannot be reserved, after `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` tries.
+            ResourceInsufficientError: it could not be reserved in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts.
         """
         return [self._reserve()]
 
     def bundles(self) -> list[Bundle]:
-        """All bundles in rank order: by node, then by GPU id. Reserves them at the first call."""
+        """Return all bundles in rank order: by node, then by GPU id. The first call reserves them."""
         if self._bundles is None:
             self._bundles = ordered_bundles(self._reserve(), self._bundle_counts, self.use_gpus)
         return list(self._bundles)
 
     def get_available_address_and_port(self, pg_idx: int, bundle_idx: int) -> tuple[str, int]:
-        """The IP address of a bundle's node, and a TCP port that is free there."""
+        """Return the IP address of a bundle's node and a free TCP port of that node."""
         return self.get_available_addresses_and_ports_batch([(pg_idx, bundle_idx)])[0]
 
     def get_available_addresses_and_ports_batch(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
-        """An address and a free port for each (placement group index, bundle index); no two are equal.
+        """Return a distinct address and free port for each (placement group index, bundle index).
 
-        Every node looks for its own ports, all nodes at once. A port is never returned twice by one virtual cluster.
+        The nodes search their ports in parallel. A virtual cluster never returns a port twice.
 
         Raises:
-            ConfigError: there is no such bundle.
+            ConfigError: a bundle does not exist.
             ClusterError: a node has no free port in the range.
         """
-        by_place = {bundle.bundle_idx: bundle for bundle in self.bundles()}
+        by_index = {bundle.bundle_idx: bundle for bundle in self.bundles()}
         # By address, not by node: simulated nodes on one machine share its ports.
-        wanted: dict[str, list[int]] = {}
+        positions_at: dict[str, list[int]] = {}
         node_at: dict[str, str] = {}
         for position, (pg_idx, bundle_idx) in enumerate(pairs):
-            if pg_idx != 0 or bundle_idx not in by_place:
+            if pg_idx != 0 or bundle_idx not in by_index:
                 raise ConfigError(
                     f"there is no bundle {bundle_idx} in placement group {pg_idx}: this cluster has one placement "
                     f"group, 0, with bundles 0 to {self.world_size() - 1}."
                 )
-            bundle = by_place[bundle_idx]
-            wanted.setdefault(bundle.address, []).append(position)
+            bundle = by_index[bundle_idx]
+            positions_at.setdefault(bundle.address, []).append(position)
             node_at.setdefault(bundle.address, bundle.node_id)
-        found = free_ports_on_nodes(
+        ports_of_node = free_ports_on_nodes(
             {
-                node_at[address]: (len(positions), *self._port_range, self._promised_ports.get(address, set()))
-                for address, positions in wanted.items()
+                node_at[address]: (len(positions), *self._port_range, self._assigned_ports.get(address, set()))
+                for address, positions in positions_at.items()
             }
         )
         result: list[tuple[str, int]] = [("", 0)] * len(pairs)
-        for address, positions in wanted.items():
-            ports = found[node_at[address]]
-            self._promised_ports.setdefault(address, set()).update(ports)
+        for address, positions in positions_at.items():
+            ports = ports_of_node[node_at[address]]
+            self._assigned_ports.setdefault(address, set()).update(ports)
             for position, port in zip(positions, ports, strict=True):
                 result[position] = (address, port)
         return result
 
     def get_master_address_and_port(self) -> tuple[str, int]:
-        """The address of rank 0's node and a port that is free there: a new one with each call."""
+        """Return the address of rank 0's node and a free port of that node, a different one with each call."""
         return self.get_available_address_and_port(0, self.bundles()[0].bundle_idx)
 
     def shutdown(self) -> bool:
-        """Give all resources back. May be called again; true when nothing is reserved any more."""
+        """Release all resources. Returns True once nothing is reserved; a repeated call has no effect."""
         self._is_shut_down = True
         group, self._placement_group, self._bundles = self._placement_group, None, None
         if group is not None and ray.is_initialized():
@@ -234,19 +242,19 @@ class RayVirtualCluster:
 
     def _reserve(self) -> PlacementGroup:
         if self._is_shut_down:
-            raise ClusterError(f"the virtual cluster {self._label()}was shut down; make a new one.")
+            raise ClusterError(f"the virtual cluster {self._label()}was shut down; create a new one.")
         if self._placement_group is None:
             self._placement_group = self._try_to_reserve()
         return self._placement_group
 
     def _try_to_reserve(self) -> PlacementGroup:
-        """Look for room until there is, for 1, 2, 4, ... seconds, `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` times."""
-        began = time.monotonic()
+        """Wait for free resources, for 1, 2, 4, ... seconds in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts."""
+        start_time = time.monotonic()
         for attempt in range(self._max_tries):
             deadline = time.monotonic() + 2.0**attempt
             while True:
                 nodes = alive_nodes()
-                self._refuse_the_impossible(nodes)
+                self._check_possible(nodes)
                 chosen = self._plan([node.free for node in nodes])
                 if chosen is not None:
                     group = self._create([nodes[index] for index in chosen])
@@ -257,22 +265,22 @@ class RayVirtualCluster:
                 time.sleep(_POLL_INTERVAL_S)
             if attempt + 1 < self._max_tries:
                 logger.warning(
-                    "try %d of %d: %s Waiting for resources.",
+                    "attempt %d of %d: %s Waiting for resources.",
                     attempt + 1,
                     self._max_tries,
-                    self._asked_and_there(nodes),
+                    self._describe_request(nodes),
                 )
-        elapsed = time.monotonic() - began
+        elapsed = time.monotonic() - start_time
         raise ResourceInsufficientError(
-            f"{self._asked_and_there(nodes)} Gave up after {self._max_tries} tries in {elapsed:.0f} s. Ask for less, "
-            "add nodes, end what holds the rest (another worker group or job), or raise "
+            f"{self._describe_request(nodes)} Gave up after {self._max_tries} attempts in {elapsed:.0f} s. Request "
+            "less, add nodes, end the worker groups or jobs that hold the resources, or raise "
             f"{settings.VIRTUAL_CLUSTER_MAX_RETRIES.name}."
         )
 
-    def _refuse_the_impossible(self, nodes: list[NodeResources]) -> None:
+    def _check_possible(self, nodes: list[NodeResources]) -> None:
         if not can_grow() and self._plan([node.total for node in nodes]) is None:
             raise ResourceInsufficientError(
-                f"{self._asked_and_there(nodes)} A local Ray cluster does not grow: ask for less, or set RAY_ADDRESS "
+                f"{self._describe_request(nodes)} A local Ray cluster does not grow: request less, or set RAY_ADDRESS "
                 "to a cluster that is large enough."
             )
 
@@ -281,7 +289,7 @@ class RayVirtualCluster:
         return placement.plan(capacities, self._bundle_counts, self._strategy)
 
     def _create(self, nodes: list[NodeResources]) -> PlacementGroup | None:
-        """Reserve the bundles on exactly these nodes, or nothing if somebody was faster."""
+        """Reserve the bundles on exactly these nodes. Returns None if another job took the resources first."""
         pins = [node for node, count in zip(nodes, self._bundle_counts, strict=True) for _ in range(count)]
         group = placement_group(
             [self._bundle] * len(pins),
@@ -297,17 +305,17 @@ class RayVirtualCluster:
     def _label(self) -> str:
         return f"{self.name!r} " if self.name else ""
 
-    def _asked_and_there(self, nodes: list[NodeResources]) -> str:
+    def _describe_request(self, nodes: list[NodeResources]) -> str:
         def show(node: NodeResources) -> str:
             return ", ".join(
                 f"{node.free.get(name, 0.0):g} of {node.total.get(name, 0.0):g} {name} free" for name in self._bundle
             )
 
         each = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle.items())
-        there = "; ".join(f"{node.address}: {show(node)}" for node in nodes) or "none"
+        node_list = "; ".join(f"{node.address}: {show(node)}" for node in nodes) or "none"
         return (
-            f"the virtual cluster {self._label()}asks for {self.node_count()} node(s) with {self._bundle_counts} "
-            f"bundles of {each} ({self._strategy}); the Ray cluster has {len(nodes)} alive node(s): {there}."
+            f"the virtual cluster {self._label()}requests {self.node_count()} node(s) with {self._bundle_counts} "
+            f"bundles of {each} ({self._strategy}); the Ray cluster has {len(nodes)} alive node(s): {node_list}."
         )
 
 

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +31,7 @@ from nemo_rl.observability.console import ConsoleView
 from nemo_rl.observability.logger import Logger
 from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.checkpoint import CheckpointStore
+from nemo_rl.utils.futures import run_in_thread
 from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
@@ -164,7 +162,7 @@ class _Life:
 
     def _start(self) -> tuple[_Inputs, _Workers]:
         """Prepare the inputs and start Ray side by side, then all worker groups at once."""
-        preparing = _in_background(self._prepare_inputs)
+        preparing = run_in_thread(self._prepare_inputs, "inputs")
         clusters = self._start_clusters()
         if preparing.done():
             preparing.result()  # wrong inputs are told before a venv is built
@@ -248,20 +246,6 @@ class _Life:
             with self.timeline.phase(f"{name} ready", waits=True):
                 group.wait_ready()
         return _Workers(policy, generation, environment)
-
-
-def _in_background(function: Callable[[], _Inputs]) -> Future[_Inputs]:
-    """Run in a thread that does not keep the process alive: Ctrl-C must not wait for a model that is being made."""
-    future: Future[_Inputs] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # whatever it is, it belongs to whoever asks for the result
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="inputs", daemon=True).start()
-    return future
 
 
 def _weight_route(chosen: str, clusters: _Clusters) -> Route:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from nemo_rl.data.config import DataConfig
 from nemo_rl.data.problem import Problem
 from nemo_rl.data.processing import PromptFormatter, TokenizedProblem
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.environments.config import MathEnvironmentConfig
 from nemo_rl.environments.math_environment import GROUND_TRUTH, MathEnvironment

@@ -244,7 +244,7 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
     training = policy.options.training_bytes(policy, count, config.cluster.num_workers)
     generation_bytes = _BYTES[policy.generation.precision or policy.precision]
     samples = config.num_samples_per_step
-    workers = policy.generation.num_workers or config.cluster.of_generation.num_workers
+    workers = policy.generation.num_workers or config.cluster.for_generation.num_workers
     rows = min(policy.generation.max_batch_size, -(-samples // workers))
     cache = (
         None if model is None else _kv_numbers_per_token(model) * generation_bytes * rows * policy.max_sequence_length

@@ -47,8 +47,8 @@ def job_roles(config: MasterConfig) -> list[Role]:
     policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     policy_python = trainer.py_executable(policy.py_executable, use_gpus=cluster.use_gpus)
-    generation_python = generator.py_executable(generation.py_executable, use_gpus=cluster.of_generation.use_gpus)
-    part = cluster.of_generation
+    generation_python = generator.py_executable(generation.py_executable, use_gpus=cluster.for_generation.use_gpus)
+    part = cluster.for_generation
     num_generators = generation.num_workers or part.num_workers
     replica_bundles(
         [part.workers_per_node] * part.num_nodes, generation.num_workers, generation.options.workers_per_replica

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import re
 import shlex
@@ -269,8 +268,9 @@ class JobServer:
             )
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
+        from nemo_rl.distributed.ray_private import hide_upload_notices
+
+        hide_upload_notices()
         # Ray lets the variable win over the address that it is given.
         with self._explained(), settings.exported({settings.RAY_API_SERVER_ADDRESS.name: self.address}):
             self._client: JobSubmissionClient = JobSubmissionClient(self.address)

@@ -21,9 +21,14 @@ from ray.exceptions import RayError
 from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
 from nemo_rl.distributed.node_venvs import NodeProgressCallback
-from nemo_rl.distributed.runtime_env_fields import check_values, ray_chooses_python, require_tools_on_each_node
-from nemo_rl.distributed.workers.launch_plan import WorkerPython, activation, ray_runtime_env, ready_pythons
-from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, merged_runtime_env
+from nemo_rl.distributed.workers.launch_plan import WorkerPython, activation, prepare_pythons, ray_runtime_env
+from nemo_rl.distributed.workers.runtime_env import (
+    check_values,
+    checked_runtime_env,
+    merged_runtime_env,
+    ray_chooses_python,
+    require_programs_on_each_node,
+)
 from nemo_rl.errors import PipelineDefinitionError, ResourceInsufficientError, VenvError
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, driver_search_path
 from nemo_rl.pipelines.runner import StageJob
@@ -220,10 +225,10 @@ def planned_stages(
         ClusterError: a stage asks for conda or podman, and a node lacks it.
     """
     for stage_fields in fields:
-        require_tools_on_each_node(stage_fields)
+        require_programs_on_each_node(stage_fields)
     names = [job.stage.name for job in jobs]
     plans = _plans(dict(zip(names, fields)))
-    pythons = ready_pythons({_venv_name(venv_plan): venv_plan for venv_plan in plans.values()}, progress)
+    pythons = prepare_pythons({_venv_name(venv_plan): venv_plan for venv_plan in plans.values()}, progress)
     search_path = driver_search_path()
     result = []
     for job, stage_fields, (cpus, gpus) in zip(jobs, fields, resources):

@@ -7,7 +7,6 @@ Every error is a `ConfigError` that names the key, the value, and the nearest va
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticUndefined
 
 from nemo_rl.errors import ConfigError
+from nemo_rl.utils.names import nearest_names
 
 DEFAULTS_KEY = "defaults"
 
@@ -169,7 +169,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
 
 def _nearest_file(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
+    near = nearest_names(path.name, names)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -188,7 +188,7 @@ def _explain(schema: type[ConfigModel], problem: Any) -> str:
 
 def _unknown(section: type[ConfigModel], prefix: str, name: str) -> str:
     valid = list(section.model_fields)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    near = nearest_names(name, valid)
     dotted = f"{prefix}.{name}" if prefix else name
     hint = f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?" if near else f"known here: {', '.join(valid)}"
     return f"unknown key {dotted}; {hint}"

@@ -202,8 +202,8 @@ def test_two_nodes_of_one_address_are_told_apart(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from ray.cluster_utils import Cluster\n"
-        "from nemo_rl.distributed import ray_session\n"
-        "ray_session._keep_loopback_addresses()\n"
+        "from nemo_rl.distributed import ray_private\n"
+        "ray_private.keep_loopback_addresses()\n"
         "cluster = Cluster()\n"
         "for _ in range(2): cluster.add_node(num_cpus=1, include_dashboard=False)\n"
         "sys.argv = ['nemo-rl', 'doctor', '--json', '--address', cluster.address]\n"

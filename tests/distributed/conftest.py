@@ -1,4 +1,4 @@
-"""Ray for the tests of this room: a small local cluster, or several simulated nodes on this machine."""
+"""Ray for the tests of `nemo_rl.distributed`: a small local cluster, or several simulated nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_rl.distributed.cluster.session import start_local_ray
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[str]:
-    """A local cluster with 8 CPUs and 4 pretended GPUs that no other process joins; the value is its address."""
+    """Start a local cluster with 8 CPUs and 4 simulated GPUs that no other process joins. Yields its address."""
     assert not ray.is_initialized(), "another test left Ray running"
     yield start_local_ray(num_cpus=8, num_gpus=4)
     ray.shutdown()
@@ -23,6 +23,6 @@ def ray_local() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def start_nodes() -> Iterator[Callable[..., Cluster]]:
-    """A function that starts a cluster and connects to it; its arguments are those of `simulated_nodes`."""
+    """Yield a function that starts a cluster and connects to it, with the arguments of `simulated_nodes`."""
     with contextlib.ExitStack() as stack:
         yield lambda *nodes: stack.enter_context(simulated_nodes(*nodes))

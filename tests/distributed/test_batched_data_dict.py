@@ -14,7 +14,7 @@ from nemo_rl.distributed.batches.sequence_packing import DynamicBatchingArgs, Se
 
 
 def numbered(size: int, width: int = 3) -> BatchedDataDict:
-    """Row i of every key says i."""
+    """Create a batch in which row i of every key contains i."""
     ids = torch.arange(size)
     return BatchedDataDict(
         input_ids=ids[:, None].expand(size, width).clone(),
@@ -31,7 +31,7 @@ def rows_of(batch: BatchedDataDict) -> list[int]:
     return rows
 
 
-# ---- reading
+# --- rows and keys
 
 
 def test_size_is_shared_by_all_keys():
@@ -45,7 +45,7 @@ def test_size_is_shared_by_all_keys():
         _ = BatchedDataDict(a="abc").size
 
 
-def test_slice_gives_views_and_checks_bounds():
+def test_slice_returns_views_and_checks_bounds():
     batch = numbered(5)
     part = batch.slice(1, 3)
     assert type(part) is SlicedDataDict
@@ -114,7 +114,7 @@ def test_to_moves_in_place():
     assert batch["text"] == ["row 0", "row 1"]
 
 
-# ---- putting together
+# --- joining
 
 
 def test_from_batches_concatenates_and_pads():
@@ -144,7 +144,7 @@ def test_from_batches_pads_every_dimension_but_the_first():
         ([{"a": torch.zeros(2), "b": [1]}], r"'a': 2, 'b': 1"),
     ],
 )
-def test_from_batches_names_what_does_not_fit(parts, match):
+def test_from_batches_rejects_incompatible_values(parts, match):
     with pytest.raises(ValueError, match=match):
         BatchedDataDict.from_batches(parts)
 
@@ -161,7 +161,7 @@ def test_repeat_interleave_copies_list_items():
         batch.repeat_interleave(-1)
 
 
-def test_truncate_tensors_leaves_narrow_tensors_and_lists():
+def test_truncate_tensors_keeps_narrow_tensors_and_lists():
     batch = numbered(2, width=5)
     batch.truncate_tensors(dim=1, truncated_len=2)
     assert batch["input_ids"].shape == (2, 2)
@@ -172,7 +172,7 @@ def test_truncate_tensors_leaves_narrow_tensors_and_lists():
         batch.truncate_tensors(dim=0, truncated_len=2)
 
 
-def test_reorder_data_moves_rows_to_their_place():
+def test_reorder_data_moves_rows():
     batch = numbered(3)
     batch.reorder_data([2, 0, 1])  # row 0 goes to position 2, row 1 to 0, row 2 to 1
     assert rows_of(batch) == [1, 2, 0]
@@ -181,10 +181,10 @@ def test_reorder_data_moves_rows_to_their_place():
             batch.reorder_data(order)
 
 
-# ---- pickling
+# --- pickling
 
 
-def test_a_view_is_pickled_without_the_rest_of_its_storage():
+def test_view_is_pickled_without_its_storage():
     batch = BatchedDataDict(x=torch.zeros(1_000_000), text=["t"] * 1_000_000)
     assert len(pickle.dumps(batch.slice(10, 20))) < 2_000
 
@@ -212,8 +212,8 @@ def test_pickle_keeps_values_dtypes_and_plan(protocol):
             assert twin[key] == value
 
 
-def test_what_arrives_out_of_band_may_be_changed():
-    """Ray hands out read-only memory that processes share; an in-place operation on a batch must not touch it."""
+def test_unpickled_tensors_are_writable_copies():
+    """Ray returns read-only shared memory, which an in-place operation on a batch must not change."""
     buffers: list[pickle.PickleBuffer] = []
     data = io.BytesIO()
     pickle.Pickler(data, protocol=5, buffer_callback=buffers.append).dump(BatchedDataDict(x=torch.ones(4)))
@@ -231,10 +231,10 @@ def test_deepcopy_is_independent():
     assert batch["score"][0] == 0.0
 
 
-# ---- sharding
+# --- sharding
 
 
-def test_shards_take_their_part_of_each_global_batch():
+def test_shards_get_a_part_of_each_global_batch():
     shards = numbered(8).shard_by_batch_size(2, batch_size=4)
     assert [rows_of(shard) for shard in shards] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert rows_of(shards[1].get_batch(1, 2)) == [6, 7]
@@ -281,7 +281,7 @@ def test_uneven_shards():
         ),
     ],
 )
-def test_shards_that_cannot_be_made(kwargs, match):
+def test_invalid_sharding_arguments(kwargs, match):
     with pytest.raises(ValueError, match=match):
         numbered(8).shard_by_batch_size(**kwargs)
 
@@ -289,15 +289,15 @@ def test_shards_that_cannot_be_made(kwargs, match):
 def with_lengths(lengths: list[int], width: int | None = None) -> BatchedDataDict:
     batch = numbered(len(lengths), width if width is not None else max(lengths))
     batch["input_lengths"] = torch.tensor(lengths)
-    batch["hidden"] = torch.zeros(len(lengths), 7919)  # not a sequence dimension: never cut
+    batch["hidden"] = torch.zeros(len(lengths), 7919)  # not a sequence dimension, so never cut
     return batch
 
 
 @pytest.mark.parametrize("kind", ["dynamic_batching_args", "sequence_packing_args"])
-def test_lengths_that_do_not_fit(kind):
+def test_invalid_lengths(kind):
     with pytest.raises(ValueError, match=r"Row 1 takes 5 tokens.*max_tokens_per_microbatch=4"):
         with_lengths([1, 5]).shard_by_batch_size(1, **{kind: {"max_tokens_per_microbatch": 4}})
-    with pytest.raises(ValueError, match=r"'input_lengths'\[1\] is 5.*3 tokens per row"):
+    with pytest.raises(ValueError, match=r"'input_lengths'\[1\] is 5.*has 3 tokens per row"):
         with_lengths([1, 5], width=3).shard_by_batch_size(1, **{kind: {"max_tokens_per_microbatch": 9}})
     with pytest.raises(ValueError, match="empty batch"):
         with_lengths([], width=3).shard_by_batch_size(1, **{kind: {"max_tokens_per_microbatch": 9}})
@@ -307,7 +307,7 @@ def test_rounding_counts_against_the_bound():
     args = DynamicBatchingArgs(max_tokens_per_microbatch=10, sequence_length_round=4)
     (shard,), _ = with_lengths([1, 5, 2, 4]).shard_by_batch_size(1, dynamic_batching_args=args)
     parts = list(shard.make_microbatch_iterator_with_dynamic_shapes())
-    # padded to 8, 4, 4, 4: the long row alone, then two of width 4, then one
+    # Padded to 8, 4, 4, 4: the long row alone, then two of width 4, then one.
     assert [part["input_ids"].shape for part in parts] == [(1, 5), (2, 4), (1, 4)]
     assert parts[0]["input_lengths"].tolist() == [5]
 
@@ -319,7 +319,7 @@ def test_packing_fills_bins():
     assert sorted(map(sorted, bins)) == [[3, 7], [4, 6], [5, 5]]
 
 
-def test_iterators_refuse_shards_that_were_not_made_for_them():
+def test_iterators_reject_shards_without_their_plan():
     packed, _ = with_lengths([1, 2]).shard_by_batch_size(1, sequence_packing_args={"max_tokens_per_microbatch": 4})
     with pytest.raises(ValueError, match="dynamic_batching_args"):
         packed[0].make_microbatch_iterator_with_dynamic_shapes()
@@ -349,7 +349,7 @@ def sharding_cases(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(sharding_cases(), st.sampled_from(["dynamic", "packed"]))
-def test_planned_shards_hold_every_promise(case, kind):
+def test_properties_of_planned_shards(case, kind):
     lengths, shards, batch_size, multiple, bound = case
     if kind == "dynamic":
         args = {
@@ -369,7 +369,7 @@ def test_planned_shards_hold_every_promise(case, kind):
     assert order == order_again
     assert [part.microbatch_plan for part in parts] == [part.microbatch_plan for part in again]
 
-    # nothing lost or duplicated, and the order comes back
+    # No row is lost or duplicated, and the order can be restored.
     joined = BatchedDataDict.from_batches(parts)
     assert rows_of(joined) == order
     assert sorted(order) == list(range(len(lengths)))
@@ -382,7 +382,7 @@ def test_planned_shards_hold_every_promise(case, kind):
 
     for index in range(len(lengths) // batch_size):
         globals_ = [part.get_batch(index) for part in parts]
-        # each global batch holds its own rows, in as many micro-batches on each shard
+        # Each global batch keeps its rows, in the same number of micro-batches on each shard.
         assert sorted(row for part in globals_ for row in rows_of(part)) == list(
             range(index * batch_size, (index + 1) * batch_size)
         )
@@ -402,7 +402,7 @@ def test_planned_shards_hold_every_promise(case, kind):
             assert all(mb.size for mb in micro)
             assert [row for mb in micro for row in rows_of(mb)] == rows_of(part)
 
-    # a whole shard iterates over all its global batches
+    # A shard iterates over all its global batches.
     for part in parts:
         iterator = (
             part.make_microbatch_iterator_with_dynamic_shapes()
@@ -414,7 +414,7 @@ def test_planned_shards_hold_every_promise(case, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 4), st.integers(1, 3), st.booleans())
-def test_plain_shards_lose_nothing(shards, per_shard, num_batches, uneven):
+def test_plain_shards_contain_all_rows(shards, per_shard, num_batches, uneven):
     if uneven:
         size = shards * per_shard + num_batches
         parts = numbered(size).shard_by_batch_size(shards, allow_uneven_shards=True)
@@ -430,7 +430,7 @@ def test_plain_shards_lose_nothing(shards, per_shard, num_batches, uneven):
         assert rows == list(range(index * batch_size, (index + 1) * batch_size))
 
 
-# ---- collectives, with real processes
+# --- collectives, with real processes
 
 ALL_GATHER = """
 import sys
@@ -440,21 +440,21 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-own = BatchedDataDict(
+local = BatchedDataDict(
     ids=torch.full((rank + 1, rank + 2), rank),
     bf16=torch.full((rank + 1,), 0.5 + rank, dtype=torch.bfloat16),
     flags=torch.tensor([bool(rank)] * (rank + 1)),
     none=torch.zeros(rank + 1, 0),
     text=[f"rank {rank}"] * (rank + 1),
 )
-if rank == 1:  # another order of keys must not mix the tensors up
-    own = BatchedDataDict(dict(reversed(own.items())))
-whole = own.all_gather(dist.group.WORLD, pad_value_dict={"ids": -1})
-assert whole["ids"].tolist() == [[0, 0, -1], [1, 1, 1], [1, 1, 1]], whole
-assert whole["bf16"].dtype == torch.bfloat16 and whole["bf16"].tolist() == [0.5, 1.5, 1.5], whole
-assert whole["flags"].tolist() == [False, True, True], whole
-assert whole["none"].shape == (3, 0), whole
-assert whole["text"] == ["rank 0", "rank 1", "rank 1"], whole
+if rank == 1:  # a different order of keys must not mix up the tensors
+    local = BatchedDataDict(dict(reversed(local.items())))
+gathered = local.all_gather(dist.group.WORLD, pad_value_dict={"ids": -1})
+assert gathered["ids"].tolist() == [[0, 0, -1], [1, 1, 1], [1, 1, 1]], gathered
+assert gathered["bf16"].dtype == torch.bfloat16 and gathered["bf16"].tolist() == [0.5, 1.5, 1.5], gathered
+assert gathered["flags"].tolist() == [False, True, True], gathered
+assert gathered["none"].shape == (3, 0), gathered
+assert gathered["text"] == ["rank 0", "rank 1", "rank 1"], gathered
 
 for bad in (
     BatchedDataDict(a=torch.zeros(2)) if rank else BatchedDataDict(b=torch.zeros(2)),

@@ -12,11 +12,11 @@ from nemo_rl.distributed.named_sharding import NamedSharding
 
 @pytest.fixture
 def sharding():
-    # 2 data x 1 pipeline x 4 tensor, ranks deliberately not in order
+    # 2 data x 1 pipeline x 4 tensor; the ranks are out of order on purpose
     return NamedSharding([[[3, 2, 1, 0]], [[4, 5, 6, 7]]], ["dp", "pp", "tp"])
 
 
-def test_describes_itself(sharding):
+def test_properties_and_repr(sharding):
     assert sharding.shape == {"dp": 2, "pp": 1, "tp": 4}
     assert sharding.names == ["dp", "pp", "tp"]
     assert (sharding.ndim, sharding.size) == (3, 8)
@@ -26,7 +26,7 @@ def test_describes_itself(sharding):
     assert "[3, 2, 1, 0]" in repr(sharding)
 
 
-def test_get_ranks_returns_an_int_or_a_sharding_over_the_other_axes(sharding):
+def test_get_ranks_returns_an_int_or_a_smaller_sharding(sharding):
     assert sharding.get_ranks(dp=0, pp=0, tp=1) == 2
     assert type(sharding.get_ranks(dp=0, pp=0, tp=1)) is int
     assert sharding.get_ranks(dp=1) == NamedSharding([[4, 5, 6, 7]], ["pp", "tp"])
@@ -59,22 +59,22 @@ def test_get_worker_coords(sharding):
         ([0, 1, 1], ["dp"], r"Duplicate ranks.*\[1\]"),
         ([0, -1], ["dp"], ">= 0"),
         ([[0, 1], [2]], ["dp", "tp"], "ragged"),
-        ([[0], [1]], ["dp", "dp"], "differ"),
+        ([[0], [1]], ["dp", "dp"], "distinct"),
         ([0, 1], [""], "empty"),
         ([0, 1], "d", "as a list"),
     ],
 )
-def test_bad_layouts_and_names_are_refused(layout, names, match):
+def test_invalid_layouts_and_names(layout, names, match):
     with pytest.raises(ValueError, match=match):
         NamedSharding(layout, names)
 
 
-def test_whole_floats_are_ranks():
+def test_integral_floats_are_ranks():
     assert NamedSharding([0.0, 1.0], ["dp"]) == NamedSharding([0, 1], ["dp"])
 
 
 @pytest.mark.parametrize("method", ["get_ranks", "get_ranks_by_coord"])
-def test_bad_coordinates_are_refused(sharding, method):
+def test_invalid_coordinates(sharding, method):
     call = getattr(sharding, method)
     with pytest.raises(ValueError, match=r"Unknown axis 'dpx'.*Did you mean 'dp'"):
         call(dpx=0)
@@ -110,7 +110,7 @@ def test_layout_is_a_read_only_copy():
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.randoms(use_true_random=False))
-def test_coordinates_and_ranks_are_inverse(dims, random):
+def test_coordinates_invert_ranks(dims, random):
     ranks = list(range(int(np.prod(dims))))
     random.shuffle(ranks)
     sharding = NamedSharding(np.array(ranks).reshape(dims), [f"axis{i}" for i in range(len(dims))])
@@ -120,7 +120,7 @@ def test_coordinates_and_ranks_are_inverse(dims, random):
         assert sharding.get_ranks_by_coord(**coords) == [rank]
 
 
-def test_importing_it_loads_neither_torch_nor_ray():
+def test_import_loads_neither_torch_nor_ray():
     code = (
         "import sys, nemo_rl.distributed.named_sharding; "
         "print([name for name in ('torch', 'ray') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""Which Python runs which worker class."""
+"""The registry of worker classes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def clean_registry() -> Iterator[None]:
 
 
 def _install(site: Path, distribution: str, entry_points: str, module: str = "") -> None:
-    """Install a distribution with these entry points, as an installer would leave it on `sys.path`."""
+    """Write the metadata of an installed distribution with these entry points."""
     escaped = distribution.replace("-", "_")
     info = site / f"{escaped}-1.0.dist-info"
     info.mkdir(parents=True)
@@ -51,11 +51,11 @@ def _install(site: Path, distribution: str, entry_points: str, module: str = "")
         ("nemo_rl.environments.math_environment.MathEnvironment", PY_EXECUTABLES.SYSTEM),
     ],
 )
-def test_the_projects_own_workers(fqn: str, py_executable: str) -> None:
+def test_workers_of_the_project(fqn: str, py_executable: str) -> None:
     assert get_actor_python_env(fqn) == py_executable
 
 
-def test_system_switch_applies_to_every_entry_at_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_switch_applies_at_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
     assert {get_actor_python_env(fqn) for fqn in ACTOR_ENVIRONMENT_REGISTRY} == {sys.executable}
     with pytest.raises(UnregisteredActorError):
@@ -65,7 +65,7 @@ def test_system_switch_applies_to_every_entry_at_look_up(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("clean_registry")
-def test_entries_may_be_added_and_deleted() -> None:
+def test_entries_can_be_added_and_deleted() -> None:
     ACTOR_ENVIRONMENT_REGISTRY["mine.Worker"] = "anything"
     assert get_actor_python_env("mine.Worker") == "anything"
     del ACTOR_ENVIRONMENT_REGISTRY["mine.Worker"]
@@ -73,23 +73,23 @@ def test_entries_may_be_added_and_deleted() -> None:
         get_actor_python_env("mine.Worker")
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_and_the_three_ways() -> None:
+def test_unknown_name_error_lists_nearest_names_and_remedies() -> None:
     with pytest.raises(ValueError, match="no py_executable") as caught:
         get_actor_python_env("nemo_rl.models.generation.vllm.vllm_worker.VllmGeneratonWorker")
     message = str(caught.value)
     assert "VllmGeneratonWorker" in message
     assert f"Nearest registered names: {VLLM_WORKER}" in message
-    for way in ("ACTOR_ENVIRONMENT_REGISTRY[", "register_actor_environment(", "nemo_rl.actor_environments"):
-        assert way in message
+    for remedy in ("ACTOR_ENVIRONMENT_REGISTRY[", "register_actor_environment(", "nemo_rl.actor_environments"):
+        assert remedy in message
 
 
-def test_the_right_class_in_the_wrong_module_is_the_nearest() -> None:
+def test_class_name_in_another_module_is_suggested() -> None:
     with pytest.raises(ValueError, match=f"Nearest registered names: {VLLM_WORKER}"):
         get_actor_python_env("x.VllmGenerationWorker")
 
 
 @pytest.mark.usefixtures("clean_registry")
-def test_registering_by_function_checks_the_value() -> None:
+def test_register_function_checks_the_py_executable() -> None:
     register_actor_environment("mine.Worker", "uv run --locked --extra vllm")
     assert get_actor_python_env("mine.Worker") == "uv run --locked --extra vllm"
     register_actor_environment("mine.Worker", sys.executable)
@@ -100,13 +100,13 @@ def test_registering_by_function_checks_the_value() -> None:
 
 
 @pytest.mark.parametrize("fqn", ["Worker", "", "mine.", "mine.2Worker", "mine:Worker", "mine. Worker"])
-def test_registering_something_that_is_not_a_class_name(fqn: str) -> None:
+def test_register_function_rejects_invalid_class_names(fqn: str) -> None:
     with pytest.raises(ConfigError, match=r"package\.module\.Class"):
         register_actor_environment(fqn, sys.executable)
 
 
 @pytest.mark.usefixtures("clean_registry")
-def test_another_distribution_registers_through_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_points_of_another_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _install(
         tmp_path,
         "third-party",
@@ -124,7 +124,7 @@ def test_another_distribution_registers_through_entry_points(tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("clean_registry")
-def test_a_broken_entry_point_hurts_nobody_else_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_entry_point_does_not_affect_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _install(
         tmp_path,
         "broken-one",
@@ -136,13 +136,11 @@ def test_a_broken_entry_point_hurts_nobody_else_and_is_named(tmp_path: Path, mon
     assert get_actor_python_env("sound.Worker") == sys.executable
     with pytest.raises(ValueError, match=r"broken\.Worker = no_such_module_anywhere:X of broken-one") as caught:
         get_actor_python_env("broken.Worker")
-    assert "expected a string, found int" in str(caught.value)
+    assert "expected a string, got int" in str(caught.value)
 
 
 @pytest.mark.usefixtures("clean_registry")
-def test_two_distributions_that_disagree_are_an_error_until_decided(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conflicting_distributions_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _install(tmp_path, "dist-a", "shared.Worker = nemo_rl.distributed.virtual_cluster:PY_EXECUTABLES.BASE")
     _install(tmp_path, "dist-b", "shared.Worker = nemo_rl.distributed.virtual_cluster:PY_EXECUTABLES.MCORE")
     monkeypatch.syspath_prepend(tmp_path)
@@ -153,7 +151,7 @@ def test_two_distributions_that_disagree_are_an_error_until_decided(
 
 
 @pytest.mark.usefixtures("clean_registry")
-def test_entry_points_are_read_once_and_only_when_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_points_are_read_lazily_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _install(
         tmp_path,
         "counted",

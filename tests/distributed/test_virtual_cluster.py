@@ -1,4 +1,4 @@
-"""Reserving nodes and ports on a real Ray cluster, and the names of the Pythons that workers run in."""
+"""Virtual clusters on a real local Ray cluster: bundles, ports, and `PY_EXECUTABLES`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nemo_rl.errors import ClusterError, ResourceInsufficientError
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-def _one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NRL_VIRTUAL_CLUSTER_MAX_RETRIES", "1")
 
 
-def test_py_executables_are_the_contracts() -> None:
+def test_py_executables() -> None:
     root = shlex.quote(str(settings.project_root()))
     assert sys.executable == PY_EXECUTABLES.SYSTEM
     assert f"uv run --locked --project {root}" == PY_EXECUTABLES.BASE
@@ -33,7 +33,7 @@ def test_py_executables_are_the_contracts() -> None:
     assert f"uv run --locked --extra mcore --project {root}" == PY_EXECUTABLES.MCORE
 
 
-def test_one_placement_group_holds_one_bundle_per_rank() -> None:
+def test_placement_group_has_one_bundle_per_rank() -> None:
     with RayVirtualCluster([2, 2], use_gpus=False) as cluster:
         (group,) = cluster.get_placement_groups()
         assert group.bundle_specs == [{"CPU": 1.0}] * 4
@@ -44,7 +44,7 @@ def test_one_placement_group_holds_one_bundle_per_rank() -> None:
         assert [bundle.gpu_id for bundle in cluster.bundles()] == [None] * 4
 
 
-def test_nothing_is_reserved_before_it_is_needed() -> None:
+def test_bundles_are_reserved_lazily() -> None:
     before = len(placement_group_table())
     cluster = RayVirtualCluster([2], use_gpus=False)
     assert len(placement_group_table()) == before
@@ -61,7 +61,7 @@ def test_ranks_are_ordered_by_gpu_id() -> None:
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 7])
-def test_every_colocated_group_fits_into_a_bundle(num_groups: int) -> None:
+def test_colocated_groups_fit_into_a_bundle(num_groups: int) -> None:
     with RayVirtualCluster([1], max_colocated_worker_groups=num_groups) as cluster:
         share = cluster.worker_share
         assert share["num_gpus"] == share["num_cpus"] == pytest.approx(1 / num_groups, abs=1e-4)
@@ -90,24 +90,24 @@ def test_worker_share_without_gpus() -> None:
     }
 
 
-def test_a_request_beyond_the_local_cluster_is_refused_at_once() -> None:
-    with pytest.raises(ResourceInsufficientError, match=r"'policy' asks for 1 node\(s\) with \[5\].* of 4 GPU free"):
+def test_request_beyond_the_local_cluster_fails_at_once() -> None:
+    with pytest.raises(ResourceInsufficientError, match=r"'policy' requests 1 node\(s\) with \[5\].* of 4 GPU free"):
         RayVirtualCluster([5], name="policy")
 
 
-def test_resources_that_somebody_holds_are_waited_for_and_then_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    _one_try(monkeypatch)
+def test_occupied_resources_are_awaited_then_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    _one_attempt(monkeypatch)
     with RayVirtualCluster([3]) as holder:
         holder.get_placement_groups()
         second = RayVirtualCluster([2])
-        with pytest.raises(ResourceInsufficientError, match=r"1 of 4 GPU free.*after 1 tries"):
+        with pytest.raises(ResourceInsufficientError, match=r"1 of 4 GPU free.*after 1 attempts"):
             second.get_placement_groups()
-        # No half of the request is left behind: what is free can still be had.
+        # Nothing of the failed request stays reserved: the free GPU is still available.
         with RayVirtualCluster([1]) as third:
             third.get_placement_groups()
 
 
-def test_a_waiting_request_is_served_when_resources_come_free() -> None:
+def test_waiting_request_is_served_when_resources_are_released() -> None:
     holder = RayVirtualCluster([4])
     holder.get_placement_groups()
     release = threading.Timer(1.5, holder.shutdown)
@@ -118,7 +118,7 @@ def test_a_waiting_request_is_served_when_resources_come_free() -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "six", "1.5"])
-def test_an_invalid_number_of_tries_is_a_value_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_invalid_number_of_attempts(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("NRL_VIRTUAL_CLUSTER_MAX_RETRIES", value)
     with pytest.raises(ValueError, match="NRL_VIRTUAL_CLUSTER_MAX_RETRIES.*positive integer"):
         RayVirtualCluster([1], use_gpus=False)
@@ -138,24 +138,24 @@ def test_an_invalid_number_of_tries_is_a_value_error(monkeypatch: pytest.MonkeyP
         ({"port_range_low": 2001, "port_range_high": 2000}, "low first"),
     ],
 )
-def test_wrong_arguments_are_value_errors(arguments: dict, message: str) -> None:
+def test_invalid_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RayVirtualCluster(**{"bundle_ct_per_node_list": [1], **arguments})
 
 
-def test_ports_are_free_distinct_and_never_given_twice() -> None:
+def test_ports_are_free_and_never_returned_twice() -> None:
     with RayVirtualCluster([4], use_gpus=False) as cluster:
         pairs = [(0, bundle.bundle_idx) for bundle in cluster.bundles()]
-        found = cluster.get_available_addresses_and_ports_batch(pairs)
-        found += cluster.get_available_addresses_and_ports_batch(pairs)
-        found += [cluster.get_master_address_and_port(), cluster.get_available_address_and_port(0, 1)]
-        assert len(set(found)) == len(found) == 10
-        for address, port in found:
+        addresses = cluster.get_available_addresses_and_ports_batch(pairs)
+        addresses += cluster.get_available_addresses_and_ports_batch(pairs)
+        addresses += [cluster.get_master_address_and_port(), cluster.get_available_address_and_port(0, 1)]
+        assert len(set(addresses)) == len(addresses) == 10
+        for address, port in addresses:
             with socket.create_server((address, port)):
                 pass
 
 
-def test_ports_stay_inside_their_range() -> None:
+def test_ports_are_within_the_range() -> None:
     (low,) = free_ports(1, 20_000, 40_000)
     with RayVirtualCluster([2], use_gpus=False, port_range_low=low, port_range_high=low + 20) as cluster:
         ports = [port for _, port in cluster.get_available_addresses_and_ports_batch([(0, 0), (0, 1)])]
@@ -163,7 +163,7 @@ def test_ports_stay_inside_their_range() -> None:
         assert len(set(ports)) == 2
 
 
-def test_a_port_in_use_is_passed_over_and_a_full_range_is_reported() -> None:
+def test_range_without_free_ports_is_an_error() -> None:
     with socket.create_server(("", 0)) as listener:
         port = listener.getsockname()[1]
         cluster = RayVirtualCluster([1], use_gpus=False, port_range_low=port, port_range_high=port)
@@ -172,14 +172,14 @@ def test_a_port_in_use_is_passed_over_and_a_full_range_is_reported() -> None:
         cluster.shutdown()
 
 
-def test_an_unknown_bundle_is_refused() -> None:
+def test_unknown_bundle() -> None:
     with RayVirtualCluster([2], use_gpus=False) as cluster:
         for pair in [(0, 2), (1, 0), (0, -1)]:
             with pytest.raises(ValueError, match="bundles 0 to 1"):
                 cluster.get_available_address_and_port(*pair)
 
 
-def test_shutdown_gives_everything_back_and_may_be_repeated() -> None:
+def test_shutdown_releases_all_resources() -> None:
     cluster = RayVirtualCluster([4])
     cluster.get_placement_groups()
     assert cluster.shutdown() is True
@@ -192,7 +192,7 @@ def test_shutdown_gives_everything_back_and_may_be_repeated() -> None:
     assert ray.available_resources()["GPU"] == 4
 
 
-def test_searching_ports_leaves_the_global_random_state_alone() -> None:
+def test_port_search_does_not_change_the_random_state() -> None:
     import random
 
     random.seed(1)

@@ -1,4 +1,4 @@
-"""Worker groups on a real local Ray, in real additive venvs over this interpreter."""
+"""Worker groups on a real local Ray cluster, in real additive venvs on top of this interpreter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def worker_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cluster(ray_local: str) -> Iterator[RayVirtualCluster]:
-    """Four CPU bundles, each shared by up to four groups."""
+    """Reserve four CPU bundles, each shared by up to four groups."""
     with RayVirtualCluster([4], use_gpus=False, max_colocated_worker_groups=4) as virtual_cluster:
         yield virtual_cluster
 
@@ -56,7 +56,7 @@ def builder(fqn: str, *args: Any, **kwargs: Any) -> RayWorkerBuilder:
 
 @pytest.fixture(scope="module")
 def group(cluster: RayVirtualCluster) -> Iterator[RayWorkerGroup]:
-    """Four workers as 2 (data_parallel) x 2 (tensor_parallel)."""
+    """Start four workers as 2 (data_parallel) x 2 (tensor_parallel)."""
     sharding = NamedSharding([[0, 1], [2, 3]], ["data_parallel", "tensor_parallel"])
     group = RayWorkerGroup(cluster, builder(PROBE, runtime_env=OLD), name_prefix="probe", sharding_annotations=sharding)
     yield group
@@ -67,7 +67,7 @@ def call(group: RayWorkerGroup, method: str, **kwargs: Any) -> list[Any]:
     return group.get_all_worker_results(group.run_all_workers_single_data(method, **kwargs))
 
 
-def all_gone(pids: list[int], timeout_s: float = 60.0) -> bool:
+def all_ended(pids: list[int], timeout_s: float = 60.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -81,7 +81,7 @@ def worker_pids(class_name: str) -> list[int]:
 # --- the Python that workers run in ------------------------------------------------------------------------------
 
 
-def test_worker_has_a_package_that_the_driver_has_not(group: RayWorkerGroup) -> None:
+def test_worker_has_a_package_that_the_driver_lacks(group: RayWorkerGroup) -> None:
     import packaging
 
     assert packaging.__version__ != "23.2"
@@ -89,14 +89,12 @@ def test_worker_has_a_package_that_the_driver_has_not(group: RayWorkerGroup) -> 
     assert "sample_workers" not in sys.modules
 
 
-def test_conflicting_groups_run_at_once_and_exchange_arrays_and_tensors(
-    group: RayWorkerGroup, cluster: RayVirtualCluster
-) -> None:
+def test_groups_with_conflicting_venvs_exchange_tensors(group: RayWorkerGroup, cluster: RayVirtualCluster) -> None:
     newer = RayWorkerGroup(cluster, builder(PROBE, runtime_env={"pip": {"packages": ["packaging==24.1"]}}), 1)
     assert call(newer, "version", distribution="packaging") == ["24.1"]
     assert call(group, "version", distribution="packaging") == ["23.2"] * 4
     for value in (np.arange(6.0).reshape(2, 3), torch.arange(6).reshape(2, 3)):
-        # The result of one venv's worker goes straight to the other's, without passing through the driver.
+        # The result passes from one venv's worker to the other's without going through the driver.
         reference = newer.run_single_worker_single_data("echo", 0, x=value)
         _, received, _ = ray.get(group.run_single_worker_single_data("echo", 3, x=reference))
         assert type(received[1]) is type(value)
@@ -117,12 +115,12 @@ def test_py_executable_overrides_the_registry(cluster: RayVirtualCluster, tmp_pa
     assert ACTOR_ENVIRONMENT_REGISTRY[PROBE] == sys.executable
 
 
-def test_unknown_class_is_refused_before_anything_starts(cluster: RayVirtualCluster) -> None:
+def test_unknown_class_fails_before_a_process_starts(cluster: RayVirtualCluster) -> None:
     with pytest.raises(UnregisteredActorError, match=r"sample_workers\.Prob\b.*sample_workers\.Probe"):
         RayWorkerGroup(cluster, builder("sample_workers.Prob"))
 
 
-def test_missing_class_names_what_the_module_has(cluster: RayVirtualCluster) -> None:
+def test_missing_class_error_lists_the_classes_of_the_module(cluster: RayVirtualCluster) -> None:
     with pytest.raises(WorkerStartError, match=r"has no 'Absent'.*Probe"):
         RayWorkerGroup(cluster, builder("sample_workers.Absent", py_executable=sys.executable))
 
@@ -137,10 +135,10 @@ def test_activation_reaches_subprocesses_and_nested_actors(group: RayWorkerGroup
         assert os.path.realpath(os.path.dirname(os.path.dirname(executable))) == prefix
         assert os.path.realpath(virtual_env) == prefix
         assert version == "23.2"
-    assert [own for *_, own in nested] == [None, "yes"]
+    assert [child for *_, child in nested] == [None, "yes"]
 
 
-# --- what each worker is told --------------------------------------------------------------------------------------
+# --- variables and metadata ----------------------------------------------------------------------------------------
 
 
 def test_ranks_and_addresses(group: RayWorkerGroup) -> None:
@@ -200,7 +198,7 @@ def test_variables_of_driver_caller_and_other_groups(
     assert second.shutdown()
 
 
-def test_secrets_reach_workers_and_no_log(cluster: RayVirtualCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_reach_workers_but_no_log(cluster: RayVirtualCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = {"HF_TOKEN": "driver-secret-4711", "MY_PASSWORD": "caller-secret-4712", "DEMO_TOKEN": "dying-secret-4713"}
     monkeypatch.setenv("HF_TOKEN", secrets["HF_TOKEN"])
     given = {name: secrets[name] for name in ("MY_PASSWORD", "DEMO_TOKEN")}
@@ -212,7 +210,7 @@ def test_secrets_reach_workers_and_no_log(cluster: RayVirtualCluster, monkeypatc
     with pytest.raises(WorkerStartError, match="no convergence") as failure:
         RayWorkerGroup(cluster, builder("sample_workers.DiesInConstructor", "raise"), 1, env_vars=given)
     assert secrets["DEMO_TOKEN"] not in "".join(traceback.format_exception(failure.value))
-    # Of the session's logs, those of the dying worker itself are its own affair.
+    # Logs of the dying worker itself are not checked: the worker may write its variables there.
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     logs = [path for path in (session / "logs").rglob("*") if path.is_file() and not path.name.startswith("worker-")]
     assert logs
@@ -234,7 +232,7 @@ def test_tied_groups(cluster: RayVirtualCluster) -> None:
     assert group.shutdown()
 
 
-def test_group_larger_than_its_cluster_is_refused(cluster: RayVirtualCluster) -> None:
+def test_group_larger_than_its_cluster(cluster: RayVirtualCluster) -> None:
     with pytest.raises(ConfigError, match="5 workers on node 0, which has 4"):
         RayWorkerGroup(cluster, builder(PROBE), workers_per_node=5)
     with pytest.raises(ConfigError, match="ranks"):
@@ -249,7 +247,9 @@ def test_groups_share_gpus(ray_local: str) -> None:
         assert len(set(visible[0])) == 2
         placed = {call(group, "placement_group_id")[0] for group in groups}
         assert placed == {gpus.get_placement_groups()[0].id.hex()}
-        with pytest.raises(ResourceInsufficientError, match="max_colocated_worker_groups=2.*half, half have a worker"):
+        with pytest.raises(
+            ResourceInsufficientError, match="max_colocated_worker_groups=2.*groups with a worker there: half, half"
+        ):
             RayWorkerGroup(gpus, builder(PROBE), name_prefix="third")
         assert all(group.shutdown() for group in groups)
         third = RayWorkerGroup(gpus, builder(PROBE), workers_per_node=1, name_prefix="third")
@@ -270,7 +270,7 @@ def test_single_and_multiple_data(group: RayWorkerGroup) -> None:
     assert ray.get(leaders) == [("0", 1, None), ("2", 2, None)]
 
 
-def test_replicated_data_is_stored_once_and_read_without_a_copy(group: RayWorkerGroup) -> None:
+def test_replicated_data_is_stored_once_and_not_copied(group: RayWorkerGroup) -> None:
     array = np.zeros(1_000_000)
     before = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
     results = call(group, "address_of_array", x=array)
@@ -296,7 +296,7 @@ def test_replicated_data_is_stored_once_and_read_without_a_copy(group: RayWorker
         ),
     ],
 )
-def test_wrong_calls(
+def test_invalid_calls(
     group: RayWorkerGroup, bad_call: Callable[[RayWorkerGroup], Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -319,16 +319,16 @@ def test_sharded_data(group: RayWorkerGroup) -> None:
 
 def test_free_axes_and_dummy_calls(group: RayWorkerGroup) -> None:
     axes = {"in_sharded_axes": ["data_parallel"], "x": ["a", "b"], "common_kwargs": {"y": 1}}
-    quiet = group.run_all_workers_sharded_data("echo", **axes)
-    assert quiet.called_workers == [0, 2]
-    assert group.get_all_worker_results(quiet) == [("0", "a", 1), ("2", "b", 1)]
-    loud = group.run_all_workers_sharded_data("echo", make_dummy_calls_to_free_axes=True, **axes)
-    assert loud.called_workers == [0, 1, 2, 3]
-    assert ray.get(loud.futures) == [("0", "a", 1), ("1", None, 1), ("2", "b", 1), ("3", None, 1)]
-    assert group.get_all_worker_results(loud) == [("0", "a", 1), ("2", "b", 1)]
+    without = group.run_all_workers_sharded_data("echo", **axes)
+    assert without.called_workers == [0, 2]
+    assert group.get_all_worker_results(without) == [("0", "a", 1), ("2", "b", 1)]
+    with_dummies = group.run_all_workers_sharded_data("echo", make_dummy_calls_to_free_axes=True, **axes)
+    assert with_dummies.called_workers == [0, 1, 2, 3]
+    assert ray.get(with_dummies.futures) == [("0", "a", 1), ("1", None, 1), ("2", "b", 1), ("3", None, 1)]
+    assert group.get_all_worker_results(with_dummies) == [("0", "a", 1), ("2", "b", 1)]
 
 
-def test_three_axes_nest_in_the_order_of_in_sharded_axes(cluster: RayVirtualCluster) -> None:
+def test_data_is_nested_in_the_order_of_in_sharded_axes(cluster: RayVirtualCluster) -> None:
     sharding = NamedSharding(np.arange(4).reshape(2, 1, 2), ["pipeline", "tensor", "data"])
     group = RayWorkerGroup(cluster, builder(PROBE), sharding_annotations=sharding)
     future = group.run_all_workers_sharded_data(
@@ -338,8 +338,8 @@ def test_three_axes_nest_in_the_order_of_in_sharded_axes(cluster: RayVirtualClus
         x=[["d0p0", "d0p1"], ["d1p0", "d1p1"]],
     )
     assert [x for _, x, _ in group.get_all_worker_results(future)] == ["d0p0", "d1p0", "d0p1", "d1p1"]
-    whole = group.run_all_workers_sharded_data("echo", replicate_on_axes=["pipeline", "tensor", "data"], x=[1, 2])
-    assert [x for _, x, _ in group.get_all_worker_results(whole)] == [[1, 2]] * 4
+    replicated = group.run_all_workers_sharded_data("echo", replicate_on_axes=["pipeline", "tensor", "data"], x=[1, 2])
+    assert [x for _, x, _ in group.get_all_worker_results(replicated)] == [[1, 2]] * 4
     assert group.shutdown()
 
 
@@ -351,12 +351,12 @@ def test_results_of_generators(group: RayWorkerGroup) -> None:
     assert [[ray.get(item) for item in proxy] for proxy in proxies] == [[0, 1], [0, 1, 2]]
 
 
-def test_an_error_of_a_method_is_raised_as_it_is(group: RayWorkerGroup) -> None:
+def test_error_of_a_method_is_raised_unchanged(group: RayWorkerGroup) -> None:
     with pytest.raises(KeyError, match="a bug of the worker"):
         call(group, "fail")
 
 
-def test_results_of_tied_groups_come_from_their_leaders(cluster: RayVirtualCluster) -> None:
+def test_results_of_tied_groups_are_those_of_their_leaders(cluster: RayVirtualCluster) -> None:
     sharding = NamedSharding([[0, 1], [2, 3]], ["data_parallel", "tied"])
     group = RayWorkerGroup(
         cluster, builder(PROBE), bundle_indices_list=[(0, [0, 1]), (0, [2, 3])], sharding_annotations=sharding
@@ -368,44 +368,42 @@ def test_results_of_tied_groups_come_from_their_leaders(cluster: RayVirtualClust
     assert group.shutdown()
 
 
-# --- failures and ends ---------------------------------------------------------------------------------------------
+# --- failures and shutdown ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "message"), [("raise", "no convergence"), ("exit", "about to leave without a word")])
-def test_worker_that_dies_in_its_constructor_ends_the_group(cluster: RayVirtualCluster, how: str, message: str) -> None:
+@pytest.mark.parametrize(("how", "message"), [("raise", "no convergence"), ("exit", "exiting without an exception")])
+def test_death_in_a_constructor_ends_the_group(cluster: RayVirtualCluster, how: str, message: str) -> None:
     with pytest.raises(WorkerStartError, match=message) as failure:
         RayWorkerGroup(cluster, builder("sample_workers.DiesInConstructor", how), 3, name_prefix=f"dying-{how}")
     assert f"rank 2 (dying-{how}-0-2" in str(failure.value)
-    assert all_gone(worker_pids("DiesInConstructor"))
+    assert all_ended(worker_pids("DiesInConstructor"))
 
 
-def test_start_that_takes_too_long_names_the_workers(
-    cluster: RayVirtualCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_start_timeout_names_the_workers(cluster: RayVirtualCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_WORKER_START_TIMEOUT_S", "6")
     with pytest.raises(
         WorkerStartError, match=r"2 of 2 workers .* did not start within 6 s: rank 0 \(late-0-0.*rank 1"
     ):
         RayWorkerGroup(cluster, builder("sample_workers.DiesInConstructor", "late"), 2, "late")
-    assert all_gone(worker_pids("DiesInConstructor"))
+    assert all_ended(worker_pids("DiesInConstructor"))
 
 
-def test_wrong_constructor_arguments_are_found_by_the_driver(cluster: RayVirtualCluster) -> None:
+def test_driver_checks_constructor_arguments(cluster: RayVirtualCluster) -> None:
     with pytest.raises(WorkerStartError, match=r"DiesInConstructor\(\.\.\.\): missing a required argument: 'how'"):
         RayWorkerGroup(cluster, builder("sample_workers.DiesInConstructor"))
 
 
-def test_worker_that_dies_during_a_call(cluster: RayVirtualCluster) -> None:
+def test_death_during_a_call(cluster: RayVirtualCluster) -> None:
     group = RayWorkerGroup(cluster, builder(PROBE), 2, name_prefix="mortal")
     pids = call(group, "pid")
     with pytest.raises(WorkerError, match=r"rank 1 \(mortal-0-1.*on node 127\.0\.0\.1") as failure:
         call(group, "die", rank=1)
     assert isinstance(failure.value.__cause__, ray.exceptions.RayActorError)
     group.shutdown(force=True)
-    assert all_gone(pids)
+    assert all_ended(pids)
 
 
-def test_shutdown_cleans_up_once(cluster: RayVirtualCluster, tmp_path: Path) -> None:
+def test_shutdown_with_cleanup(cluster: RayVirtualCluster, tmp_path: Path) -> None:
     group = RayWorkerGroup(cluster, builder(PROBE), 2)
     pids = call(group, "pid")
     call(group, "mark", directory=str(tmp_path))
@@ -413,19 +411,19 @@ def test_shutdown_cleans_up_once(cluster: RayVirtualCluster, tmp_path: Path) -> 
     assert not group.shutdown(cleanup_method="refuse")
     assert group.shutdown()
     assert group.workers == []
-    assert all_gone(pids)
+    assert all_ended(pids)
     with pytest.raises(WorkerError, match="shut down"):
         group.run_all_workers_single_data("pid")
 
 
-def test_shutdown_does_not_wait_for_ever(cluster: RayVirtualCluster) -> None:
+def test_shutdown_timeout_kills_workers(cluster: RayVirtualCluster) -> None:
     group = RayWorkerGroup(cluster, builder(PROBE), 1)
     (pid,) = call(group, "pid")
     group.run_all_workers_single_data("sleep", seconds=300)
     with pytest.raises(AttributeError, match="no method 'vanish'"):
         group.shutdown(cleanup_method="vanish")
     assert not group.shutdown(timeout=0.5)
-    assert all_gone([pid])
+    assert all_ended([pid])
 
 
 def test_forced_shutdown(cluster: RayVirtualCluster) -> None:
@@ -433,4 +431,4 @@ def test_forced_shutdown(cluster: RayVirtualCluster) -> None:
     (pid,) = call(group, "pid")
     group.run_all_workers_single_data("sleep", seconds=300)
     assert group.shutdown(force=True)
-    assert all_gone([pid])
+    assert all_ended([pid])

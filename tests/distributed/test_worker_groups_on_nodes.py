@@ -1,4 +1,4 @@
-"""Worker groups over several nodes, which share one venv directory."""
+"""Worker groups on several nodes that share a venv directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 SOURCES = Path(__file__).with_name("worker_sources")
 
 
-def test_two_nodes_then_a_third(
+def test_group_on_two_nodes_then_three(
     start_nodes: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RL_VENV_DIR", str(tmp_path / "venvs"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from own_memory import short_of_memory
+from simulated_memory import exhaust_memory
 
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.environments.config import EnvironmentConfig
@@ -21,7 +21,7 @@ def main(meminfo: str) -> None:
     environment = RemoteEnvironment(EnvironmentConfig())
     question = ([r"\boxed{2}"], [{"ground_truth": "2"}])
     result = {"reward": environment.step(*question).rewards.tolist(), "failure": ""}
-    short_of_memory(meminfo)
+    exhaust_memory(meminfo)
     try:
         while True:
             environment.step(*question)

@@ -9,8 +9,10 @@ from typing import Any
 SCRIPT = Path(__file__).with_name("low_memory_environment_script.py")
 
 
-def test_an_environment_that_is_killed_for_lack_of_memory_has_died(run_with_own_memory: Callable[..., Any]) -> None:
-    result = run_with_own_memory(SCRIPT)
+def test_an_environment_that_is_killed_for_lack_of_memory_has_died(
+    run_with_simulated_memory: Callable[..., Any],
+) -> None:
+    result = run_with_simulated_memory(SCRIPT)
     assert result["reward"] == [1.0]
     assert (
         "MathEnvironment has died: 1 worker(s) were killed due to the node running low on memory" in result["failure"]

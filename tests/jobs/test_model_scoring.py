@@ -12,7 +12,7 @@ import ray
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
 from nemo_rl.distributed.cluster.session import start_local_ray
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
 from nemo_rl.models.embedded import ensure_embedded_model

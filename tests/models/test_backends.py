@@ -7,8 +7,7 @@ from pydantic import Field
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.named_sharding import NamedSharding
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
-from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
+from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY, PY_EXECUTABLES
 from nemo_rl.errors import ConfigError
 from nemo_rl.models.backends import DATA_PARALLEL, Backend, PolicyOptions
 from nemo_rl.models.policy.registry import BACKENDS

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from own_memory import OwnMemory
 from sample_stages import TINY, AddOne, batches, numbers
+from simulated_memory import SimulatedMemory
 
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.pipelines import DocumentBatch, GatherStage, Pipeline, ProcessingStage, RayActorPoolExecutor, failed_tasks
@@ -24,7 +24,7 @@ class Hungry(ProcessingStage[DocumentBatch, DocumentBatch]):
     resources = TINY
     num_workers = 1  # the monitor may kill every worker
 
-    def __init__(self, memory: OwnMemory, num_times: int) -> None:
+    def __init__(self, memory: SimulatedMemory, num_times: int) -> None:
         self.memory = memory
         self.num_times = num_times
 
@@ -39,7 +39,7 @@ class HungryGather(GatherStage[DocumentBatch, DocumentBatch]):
 
     resources = TINY
 
-    def __init__(self, memory: OwnMemory) -> None:
+    def __init__(self, memory: SimulatedMemory) -> None:
         self.memory = memory
 
     def process_all(self, tasks: Sequence[DocumentBatch]) -> Any:
@@ -49,7 +49,7 @@ class HungryGather(GatherStage[DocumentBatch, DocumentBatch]):
 
 def main(meminfo: str, folder: Path) -> None:
     (folder / "deaths").mkdir()
-    memory = OwnMemory(meminfo, str(folder / "deaths"))
+    memory = SimulatedMemory(meminfo, str(folder / "deaths"))
     memory.watch()
     start_local_ray(num_cpus=4, num_gpus=0)
     once = Pipeline("p", stages=[Hungry(memory, 1).with_(name="once"), AddOne()])

@@ -9,8 +9,8 @@ from typing import Any
 SCRIPT = Path(__file__).with_name("low_memory_script.py")
 
 
-def test_memory_monitor_kills_workers(run_with_own_memory: Callable[..., Any], tmp_path: Path) -> None:
-    result = run_with_own_memory(SCRIPT, tmp_path)
+def test_memory_monitor_kills_workers(run_with_simulated_memory: Callable[..., Any], tmp_path: Path) -> None:
+    result = run_with_simulated_memory(SCRIPT, tmp_path)
     assert result["once"] == list(range(1, 33))
     assert result["always"] == [n for n in range(16) if n not in (8, 9)]
     ((task_id, error),) = result["failed"]

@@ -1,4 +1,4 @@
-"""What `BatchedDataDict` does with one value, a tensor or a list: count, pick, join, gather and pickle its rows."""
+"""Operations of `BatchedDataDict` on one value, a tensor or a list: count, select, join, gather and pickle its rows."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch.distributed as dist
 
 
 def num_rows(key: str, value: object) -> int:
-    """Size of the batch dimension. Raises `ValueError` for a value that has none."""
+    """Return the size of the batch dimension. Raises `ValueError` for a value without one."""
     if isinstance(value, torch.Tensor):
         if value.ndim == 0:
             raise ValueError(f"{key!r} is a tensor without dimensions; the first dimension must be the batch.")
         return value.shape[0]
     if isinstance(value, list | tuple):
         return len(value)
-    raise ValueError(f"{key!r} is a {type(value).__name__}; a batch holds tensors and lists.")
+    raise ValueError(f"{key!r} is a {type(value).__name__}; a batch contains tensors and lists.")
 
 
 def divided(count: int, what: str, parts: int, part_name: str) -> int:
-    """`count / parts`, or a `ValueError` that names both when that is not a whole number."""
+    """Return `count / parts`. Raises `ValueError`, naming both, unless it is an integer."""
     if parts < 1:
         raise ValueError(f"The number of {part_name} must be at least 1, got {parts}.")
     if count % parts:
@@ -32,7 +32,7 @@ def divided(count: int, what: str, parts: int, part_name: str) -> int:
 
 
 def row_indices(indices: Sequence[int] | torch.Tensor, size: int) -> list[int]:
-    """Indices or a boolean mask `[size]` as checked row numbers (`IndexError`, for a mask `ValueError`)."""
+    """Return checked row numbers for indices (else `IndexError`) or a boolean mask `[size]` (else `ValueError`)."""
     if isinstance(indices, torch.Tensor):
         if indices.dtype == torch.bool:
             if indices.shape != (size,):
@@ -47,14 +47,14 @@ def row_indices(indices: Sequence[int] | torch.Tensor, size: int) -> list[int]:
 
 
 def take(value: Any, rows: Sequence[int]) -> Any:
-    """The given rows, in that order, as a new tensor or list."""
+    """Return the given rows, in that order, as a new tensor or list."""
     if isinstance(value, torch.Tensor):
         return value.index_select(0, torch.tensor(rows, dtype=torch.long, device=value.device))
     return [value[row] for row in rows]
 
 
 def join(key: str, values: Sequence[Any], pad_value: int | float | bool) -> Any:
-    """All rows of `values`, in order; tensors are padded at the end of every dimension but the first to the largest."""
+    """Concatenate the rows of `values`, padding tensors at the end of all dimensions but the first to the largest."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if not tensors:
         return [item for value in values for item in value]
@@ -78,15 +78,15 @@ def join(key: str, values: Sequence[Any], pad_value: int | float | bool) -> Any:
 
 
 class Header(NamedTuple):
-    """What a rank tells the others about one of its values before the tensors themselves are gathered."""
+    """Describes a value of one rank to the other ranks before its tensor is gathered."""
 
-    shape: tuple[int, ...] | None  # None: not a tensor
+    shape: tuple[int, ...] | None  # None for a list
     dtype: torch.dtype | None
-    rows: Any  # the list itself
+    rows: Any  # the list; None for a tensor
 
 
-def header(value: Any) -> Header:
-    """Describe a value; a list is its own description. Checks nothing: all ranks check all headers, and fail alike."""
+def make_header(value: Any) -> Header:
+    """Describe a value; the header of a list contains it. All ranks check all headers, so that all fail together."""
     if isinstance(value, torch.Tensor):
         return Header(tuple(value.shape), value.dtype, None)
     return Header(None, None, value)
@@ -95,23 +95,23 @@ def header(value: Any) -> Header:
 def gather_tensor(
     tensor: torch.Tensor, headers: Sequence[Header], group: dist.ProcessGroup | None
 ) -> list[torch.Tensor]:
-    """The tensor of each rank, as `headers` (one per rank) describe them. A collective."""
-    sizes = [math.prod(of_rank.shape or ()) * (of_rank.dtype or tensor.dtype).itemsize for of_rank in headers]
-    # Bytes, padded to the largest: backends gather equal sizes only, and not every dtype.
+    """Gather the tensor of each rank, as described by `headers` (one per rank). A collective."""
+    sizes = [math.prod(header.shape or ()) * (header.dtype or tensor.dtype).itemsize for header in headers]
+    # Gather bytes padded to the largest size, because backends require equal sizes and do not support every dtype.
     sent = torch.zeros(max(sizes), dtype=torch.uint8, device=tensor.device)
-    own = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    sent[: own.numel()] = own
+    local = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    sent[: local.numel()] = local
     received = [torch.empty_like(sent) for _ in headers]
     if sent.numel():
         dist.all_gather(received, sent, group=group)
     return [
-        part[:size].view(of_rank.dtype or tensor.dtype).view(of_rank.shape or ())
-        for part, size, of_rank in zip(received, sizes, headers)
+        part[:size].view(header.dtype or tensor.dtype).view(header.shape or ())
+        for part, size, header in zip(received, sizes, headers)
     ]
 
 
 class PickledTensor(NamedTuple):
-    """A CPU tensor as its own bytes: numpy pickles them out of band, and Ray then writes them straight to its store."""
+    """A CPU tensor as bytes: numpy pickles them out of band, and Ray writes them directly to its object store."""
 
     data: np.ndarray
     dtype: torch.dtype
@@ -119,16 +119,16 @@ class PickledTensor(NamedTuple):
 
 
 def to_pickled(value: Any) -> Any:
-    """A `PickledTensor` for a plain CPU tensor; any other value as it is. Gradients are not kept."""
-    plain = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
-    if not plain or type(value) is not torch.Tensor:
+    """Return a `PickledTensor` for a plain CPU tensor, any other value unchanged. Gradients are dropped."""
+    is_plain = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+    if not is_plain or type(value) is not torch.Tensor:
         return value
     flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
     return PickledTensor(flat.view(torch.uint8).numpy(), value.dtype, tuple(value.shape))
 
 
 def from_pickled(value: Any) -> Any:
-    """Inverse of `to_pickled`. The tensor has memory of its own: Ray's is shared between processes and read-only."""
+    """Invert `to_pickled`. Copies the data, because Ray's memory is shared between processes and read-only."""
     if not isinstance(value, PickledTensor):
         return value
     if value.data.size == 0:

@@ -1,15 +1,15 @@
-"""Which rows of a batch go to which shard and micro-batch, so that micro-batches hold a bounded number of tokens.
+"""Assigns the rows of a batch to shards and micro-batches, so that each micro-batch has a bounded number of tokens.
 
-Two ways, both pure functions of the sequences' lengths (no torch here, and no randomness):
+There are two methods. Both are pure functions of the sequence lengths, without torch and without randomness:
 
-- *dynamic batching*: rows are padded; a micro-batch costs `rows x longest row`. Rows are sorted by length, so that
-  little is padding. Every shard gets the same number of rows and the same micro-batch boundaries.
-- *sequence packing*: rows are laid end to end; a micro-batch (a bin) costs the sum of its rows' lengths. Best-fit
-  decreasing fills the bins (D. S. Johnson 1973: at most 11/9 of the optimal number of bins, plus a constant), then
-  bins are dealt so that every shard gets the same number of bins and about the same number of tokens.
+- *Dynamic batching* pads rows; a micro-batch costs `rows x longest row`. Rows are sorted by length to reduce padding.
+  Every shard gets the same number of rows and the same micro-batch boundaries.
+- *Sequence packing* concatenates rows; a micro-batch (a bin) costs the sum of its rows' lengths. Best-fit decreasing
+  fills the bins (D. S. Johnson 1973: at most 11/9 of the optimal number of bins, plus a constant). Then the bins are
+  distributed so that every shard gets the same number of bins and about the same number of tokens.
 
-In both, every shard has the same number of micro-batches in each global batch, as ranks that reduce gradients
-together must run in step.
+With both methods, all shards have the same number of micro-batches in each global batch, because ranks that reduce
+gradients together must take the same number of steps.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicBatchingArgs:
-    """How to make padded micro-batches of a bounded number of tokens.
+    """Options of dynamic batching: padded micro-batches with a bounded number of tokens.
 
     Attributes:
-        max_tokens_per_microbatch: bound of `rows x padded length` of one micro-batch.
+        max_tokens_per_microbatch: upper bound of `rows x padded length` of a micro-batch.
         sequence_length_round: a micro-batch's padded length is rounded up to a multiple of this.
-        input_key: key of the `[batch, sequence]` tensor that the lengths belong to (right-padded).
-        input_lengths_key: key of the rows' lengths in tokens, `[batch]`.
+        input_key: key of the right-padded tensor `[batch, sequence]` that the lengths refer to.
+        input_lengths_key: key of the lengths of the rows in tokens, `[batch]`.
     """
 
     max_tokens_per_microbatch: int
@@ -43,13 +43,13 @@ class DynamicBatchingArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class SequencePackingArgs:
-    """How to pack rows into bins of a bounded number of tokens.
+    """Options of sequence packing: bins with a bounded number of tokens.
 
     Attributes:
-        max_tokens_per_microbatch: bound of the sum of the lengths in one bin.
+        max_tokens_per_microbatch: upper bound of the sum of the lengths in a bin.
         sequence_length_pad_multiple: each row's length is rounded up to a multiple of this before it is packed.
-        input_key: key of the `[batch, sequence]` tensor that the lengths belong to (right-padded).
-        input_lengths_key: key of the rows' lengths in tokens, `[batch]`.
+        input_key: key of the right-padded tensor `[batch, sequence]` that the lengths refer to.
+        input_lengths_key: key of the lengths of the rows in tokens, `[batch]`.
     """
 
     max_tokens_per_microbatch: int
@@ -63,12 +63,12 @@ class SequencePackingArgs:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Rows `start:end` of a shard's global batch.
+    """Rows `start:end` of one global batch of a shard.
 
     Attributes:
-        start: first row, counted from the start of its global batch.
+        start: first row, relative to the start of the global batch.
         end: one past the last row.
-        length: tokens per row after padding (dynamic batching), or tokens in the whole bin (packing).
+        length: tokens per row after padding (dynamic batching), or tokens of the bin (packing).
     """
 
     start: int
@@ -82,8 +82,8 @@ class MicrobatchPlan:
 
     Attributes:
         packed: True for sequence packing, False for dynamic batching.
-        input_key: key of the tensor whose width is the sequence dimension.
-        batches: for each global batch, its micro-batches in row order.
+        input_key: key of the tensor that has the sequence dimension.
+        batches: the micro-batches of each global batch, in row order.
     """
 
     packed: bool
@@ -91,18 +91,18 @@ class MicrobatchPlan:
     batches: tuple[tuple[Microbatch, ...], ...]
 
     def num_rows(self, batch_idx: int) -> int:
-        """Number of rows that this shard holds of global batch `batch_idx`."""
+        """Return the number of rows of global batch `batch_idx` in this shard."""
         return self.batches[batch_idx][-1].end
 
 
-# A shard's rows in their new order, each as an index into the batch, and the micro-batches they form.
+# The rows of a shard in their new order, as indices into the batch, and the micro-batches that they form.
 ShardPlan = tuple[list[int], tuple[Microbatch, ...]]
 
 ArgsT = TypeVar("ArgsT", DynamicBatchingArgs, SequencePackingArgs)
 
 
 def parse_args(kind: type[ArgsT], args: ArgsT | Mapping[str, Any]) -> ArgsT:
-    """`args` as a `kind`. Raises `ValueError` for a mapping with unknown or missing keys."""
+    """Convert `args` to a `kind`. Raises `ValueError` for a mapping with unknown or missing keys."""
     if isinstance(args, kind):
         return args
     if not isinstance(args, Mapping):
@@ -119,31 +119,31 @@ def parse_args(kind: type[ArgsT], args: ArgsT | Mapping[str, Any]) -> ArgsT:
 def plan_batches(
     lengths: Sequence[int], num_shards: int, args: DynamicBatchingArgs | SequencePackingArgs
 ) -> list[ShardPlan]:
-    """`plan_dynamic_batches` or `plan_packed_batches`, as the kind of `args` says."""
+    """Call `plan_dynamic_batches` or `plan_packed_batches`, depending on the type of `args`."""
     if isinstance(args, DynamicBatchingArgs):
         return plan_dynamic_batches(lengths, num_shards, args)
     return plan_packed_batches(lengths, num_shards, args)
 
 
 def plan_dynamic_batches(lengths: Sequence[int], num_shards: int, args: DynamicBatchingArgs) -> list[ShardPlan]:
-    """Deal rows to shards and cut each shard's rows into padded micro-batches.
+    """Distribute rows over shards and split the rows of each shard into padded micro-batches.
 
     Args:
-        lengths: tokens of each row. Their number must be a multiple of `num_shards`.
+        lengths: number of tokens of each row. The number of rows must be a multiple of `num_shards`.
         num_shards: number of shards.
         args: the bound and the rounding.
 
     Returns:
-        One `ShardPlan` per shard. Boundaries and padded lengths are equal on all shards.
+        One `ShardPlan` per shard. Boundaries and padded lengths are the same in all shards.
 
     Raises:
-        ValueError: one row alone is over the bound, or the rows cannot be divided evenly.
+        ValueError: a single row exceeds the bound, or the number of rows is not divisible.
     """
     _check_divisible(len(lengths), num_shards)
     padded = [_round_up(length, args.sequence_length_round) for length in lengths]
     _check_bound(padded, args.max_tokens_per_microbatch)
     by_length = sorted(range(len(padded)), key=lambda row: (-padded[row], row))
-    # Group p holds the rows at position p of all shards, the longest of the group first.
+    # groups[p] contains the rows at position p of all shards, the longest first.
     groups = [by_length[start : start + num_shards] for start in range(0, len(by_length), num_shards)]
     microbatches: list[Microbatch] = []
     start = 0
@@ -156,9 +156,9 @@ def plan_dynamic_batches(lengths: Sequence[int], num_shards: int, args: DynamicB
 
 
 def plan_packed_batches(lengths: Sequence[int], num_shards: int, args: SequencePackingArgs) -> list[ShardPlan]:
-    """Pack rows into bins and deal the bins to shards, the same number to each.
+    """Pack rows into bins and distribute the bins over shards, the same number to each.
 
-    Args and errors as in `plan_dynamic_batches`; shards may hold different numbers of rows.
+    Arguments and errors are those of `plan_dynamic_batches`. Shards may have different numbers of rows.
     """
     padded = [_round_up(length, args.sequence_length_pad_multiple) for length in lengths]
     bins = pack(padded, args.max_tokens_per_microbatch, bin_multiple=num_shards)
@@ -169,32 +169,32 @@ def plan_packed_batches(lengths: Sequence[int], num_shards: int, args: SequenceP
     for shard in range(num_shards):
         rows: list[int] = []
         microbatches: list[Microbatch] = []
-        for chosen in _dealt(groups, shard):
-            microbatches.append(Microbatch(len(rows), len(rows) + len(bins[chosen]), tokens[chosen]))
-            rows.extend(bins[chosen])
+        for bin_idx in _dealt(groups, shard):
+            microbatches.append(Microbatch(len(rows), len(rows) + len(bins[bin_idx]), tokens[bin_idx]))
+            rows.extend(bins[bin_idx])
         plans.append((rows, tuple(microbatches)))
     return plans
 
 
 def pack(lengths: Sequence[int], capacity: int, bin_multiple: int = 1) -> list[list[int]]:
-    """Best-fit decreasing bin packing, in O(n log n) comparisons.
+    """Pack items by best-fit decreasing, in O(n log n) comparisons.
 
     Args:
         lengths: size of each item, at least 1.
-        capacity: largest sum of sizes in one bin.
-        bin_multiple: the number of bins is made a multiple of this by halving the fullest bins. The number of items
-            must be such a multiple too, so that no bin stays empty.
+        capacity: largest sum of sizes in a bin.
+        bin_multiple: the fullest bins are split until the number of bins is a multiple of this. The number of items
+            must be a multiple too, so that no bin is empty.
 
     Returns:
-        The bins, each a list of item indices; none is empty.
+        The bins, each a non-empty list of item indices.
 
     Raises:
-        ValueError: one item alone is over the capacity, or the number of items is no such multiple.
+        ValueError: a single item exceeds the capacity, or the number of items is not a multiple of `bin_multiple`.
     """
     _check_divisible(len(lengths), bin_multiple)
     _check_bound(lengths, capacity)
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin), sorted; the first with enough room fits best
+    rooms: list[tuple[int, int]] = []  # (free space, bin), sorted; the first with enough space fits best
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         place = bisect.bisect_left(rooms, (lengths[item], -1))
         if place == len(rooms):
@@ -213,7 +213,7 @@ def pack(lengths: Sequence[int], capacity: int, bin_multiple: int = 1) -> list[l
 
 
 def _halved(items: list[int], lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split a bin (longest item first) into two, neither empty: each item goes to the lighter side."""
+    """Split a bin (longest item first) into two non-empty ones. Each item goes to the lighter one."""
     sides: tuple[list[int], list[int]] = ([], [])
     weights = [0, 0]
     for item in items:
@@ -224,12 +224,12 @@ def _halved(items: list[int], lengths: Sequence[int]) -> tuple[list[int], list[i
 
 
 def _dealt(groups: list[list[int]], shard: int) -> list[int]:
-    """The shard's element of each group; every second group is dealt backwards, which evens out the shards' totals."""
+    """Return the shard's element of each group. Every second group is reversed, which balances the shards' totals."""
     return [group[shard] if position % 2 == 0 else group[-1 - shard] for position, group in enumerate(groups)]
 
 
 def _round_up(length: int, multiple: int) -> int:
-    # An empty row still takes one position, so that no micro-batch has width 0.
+    # An empty row takes one position, so that no micro-batch has width 0.
     return -(-max(length, 1) // multiple) * multiple
 
 

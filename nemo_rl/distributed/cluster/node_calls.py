@@ -1,4 +1,4 @@
-"""Calls of a function on nodes of the cluster, and their answers. `nodes` sees to it that they have the source."""
+"""Calls of a function on nodes of the Ray cluster. The nodes must have the source of this package."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ def call_on_nodes(
     arguments: Mapping[str, tuple[Any, ...]],
     options: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> dict[str, ray.ObjectRef[T]]:
-    """Call a function once on each of some nodes, at the same time.
+    """Call a function once on each of the given nodes, in parallel.
 
-    The calls hold no CPU, so that a node that is full answers too, and are not repeated when their process dies.
+    The calls reserve no CPU, so that fully occupied nodes answer too. They are not retried when their process dies.
 
     Args:
-        arguments: of the call on each node, by node id.
-        options: more options of the Ray task on a node, by its id.
+        function: what to call.
+        arguments: the positional arguments for each node, by node id.
+        options: returns additional Ray task options for a node id.
 
     Returns:
-        The results to come, by node id.
+        The pending results, by node id.
     """
     task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
     return {
         node_id: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             **(options(node_id) if options is not None else {}),
-        ).remote(*own)
-        for node_id, own in arguments.items()
+        ).remote(*node_arguments)
+        for node_id, node_arguments in arguments.items()
     }
 
 
 def collect_answers(calls: Mapping[str, ray.ObjectRef[T]], timeout_s: float) -> dict[str, T | RayError]:
-    """Wait for all calls together, at most `timeout_s` seconds; what is late is given up, and its process ended.
+    """Wait at most `timeout_s` seconds for all calls, then cancel the late ones and end their processes.
 
     Returns:
-        By node id the answer, or why there is none: what the function raised, or `GetTimeoutError`.
+        By node id the answer, or the error: what the function raised, or `GetTimeoutError`.
     """
     pending: list[Any] = list(calls.values())
     if pending:

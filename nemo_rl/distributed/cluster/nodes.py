@@ -1,8 +1,7 @@
-"""The nodes of the Ray cluster that this process is connected to, and questions to them."""
+"""The nodes of the Ray cluster that this process is connected to, and calls on them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -10,27 +9,23 @@ import ray
 from ray.exceptions import RayError
 
 from nemo_rl.distributed.cluster.node_calls import call_on_nodes, collect_answers
-from nemo_rl.distributed.cluster.placement import NodeResources
+from nemo_rl.distributed.cluster.placement import NodeResources, natural_order
 from nemo_rl.distributed.provisioning.source_sync import bring_source, task_options
+from nemo_rl.distributed.ray_private import available_resources
 
 T = TypeVar("T")
 
 
 def alive_nodes() -> list[NodeResources]:
-    """The Ray nodes that are alive: the driver's own first, then by IP address and id."""
-    here = ray.get_runtime_context().get_node_id()
-    free = ray._private.state.available_resources_per_node()
+    """Return the alive Ray nodes: the driver's node first, then by IP address and id."""
+    driver_node_id = ray.get_runtime_context().get_node_id()
+    free = available_resources()
     nodes = [
         NodeResources(node["NodeID"], node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted(nodes, key=lambda node: (node.node_id != here, natural_order(node.address), node.node_id))
-
-
-def natural_order(text: str) -> list[tuple[int, int | str]]:
-    """A sort key under which `10.0.0.9` comes before `10.0.0.10`."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
+    return sorted(nodes, key=lambda node: (node.node_id != driver_node_id, natural_order(node.address), node.node_id))
 
 
 def start_on_nodes(function: Callable[..., T], arguments: Mapping[str, tuple[Any, ...]]) -> dict[str, ray.ObjectRef[T]]:

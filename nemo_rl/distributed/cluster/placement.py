@@ -1,7 +1,8 @@
-"""Which node of a Ray cluster serves which node of a job: plain arithmetic on what each node has, without Ray."""
+"""Assignment of a job's nodes to Ray nodes by the resources of each. Plain arithmetic; does not import Ray."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,7 +16,7 @@ class NodeResources:
     """One alive Ray node.
 
     Attributes:
-        node_id: Ray's id, in hex.
+        node_id: Ray's node id, in hex.
         address: the node's IP address.
         total, free: resource name -> amount.
     """
@@ -26,48 +27,53 @@ class NodeResources:
     free: Mapping[str, float]
 
 
+def natural_order(text: str) -> list[tuple[int, int | str]]:
+    """Return a sort key under which `10.0.0.9` comes before `10.0.0.10`."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
+
+
 def capacity(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
-    """How many bundles fit into `resources`."""
+    """Return how many bundles fit into `resources`."""
     return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in bundle.items())
 
 
 def plan(capacities: Sequence[int], bundle_counts: Sequence[int], strategy: str) -> list[int] | None:
-    """Choose the Ray node of each node of the job.
+    """Choose the Ray node for each node of the job.
 
-    All bundles of one node of the job are on one Ray node. `SPREAD` gives every node of the job a Ray node of its own
-    while there are any, `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as it can, `STRICT_PACK` one.
+    All bundles of one node of the job are placed on one Ray node. `SPREAD` puts the job's nodes on different Ray nodes
+    while there are enough, `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as possible, `STRICT_PACK` exactly one.
 
     Args:
-        capacities: how many bundles each Ray node can take, in order of preference.
+        capacities: how many bundles each Ray node can hold, in order of preference.
         bundle_counts: how many bundles each node of the job needs.
 
     Returns:
-        An index into `capacities` for each item of `bundle_counts`, or None if they do not fit. Equal needs on equal
-        nodes keep their order.
+        An index into `capacities` for each item of `bundle_counts`, or None if they do not fit. Nodes of the job with
+        equal needs keep their order on Ray nodes of equal capacity.
     """
-    left = list(capacities)
+    remaining = list(capacities)
     if strategy == "STRICT_PACK":
-        index = next((i for i, room in enumerate(left) if room >= sum(bundle_counts)), None)
+        index = next((i for i, room in enumerate(remaining) if room >= sum(bundle_counts)), None)
         return None if index is None else [index] * len(bundle_counts)
     used: set[int] = set()
     chosen = [-1] * len(bundle_counts)
-    # Largest first, each on the smallest node that takes it: finds distinct nodes whenever there are any.
+    # The largest first, each on the smallest node that can hold it: this finds distinct nodes whenever they exist.
     for item in sorted(range(len(bundle_counts)), key=lambda i: -bundle_counts[i]):
-        fitting = [i for i, room in enumerate(left) if room >= bundle_counts[item]]
-        fresh = [i for i in fitting if i not in used]
-        again = [i for i in fitting if i in used]
+        fitting = [i for i, room in enumerate(remaining) if room >= bundle_counts[item]]
+        unused = [i for i in fitting if i not in used]
+        reused = [i for i in fitting if i in used]
         if strategy == "STRICT_SPREAD":
-            candidates = fresh
+            candidates = unused
         elif strategy == "SPREAD":
-            candidates = fresh or again
+            candidates = unused or reused
         else:
-            candidates = again or fresh
+            candidates = reused or unused
         if not candidates:
             return None
-        # When packing, the roomiest fresh node leaves most for those that follow.
+        # When packing, the unused node with the most room leaves the most for later items.
         sign = -1 if strategy == "PACK" else 1
-        index = min(candidates, key=lambda i: (sign * left[i], i))
+        index = min(candidates, key=lambda i: (sign * remaining[i], i))
         used.add(index)
-        left[index] -= bundle_counts[item]
+        remaining[index] -= bundle_counts[item]
         chosen[item] = index
     return chosen

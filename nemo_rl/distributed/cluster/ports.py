@@ -1,4 +1,4 @@
-"""Free TCP ports, of the machine this runs on and of the nodes of the Ray cluster."""
+"""Free TCP ports on this machine and on the nodes of the Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from nemo_rl.errors import ClusterError
 
 
 def free_ports(count: int, low: int | None = None, high: int | None = None, taken: Collection[int] = ()) -> list[int]:
-    """`count` distinct TCP ports that nobody on this machine listens on.
+    """Return `count` distinct TCP ports that no process on this machine listens on.
 
-    All are bound at the same moment, so they are distinct; they are free again when this returns, so whoever wants one
-    should bind it soon.
+    All are bound at the same time, which makes them distinct, and released when this returns: bind them soon.
 
     Args:
-        low, high: the first and the last port allowed; None for whatever the kernel offers. `high` itself is offered
-            last.
-        taken: ports that have been promised to others.
+        count: how many ports are needed.
+        low, high: the first and the last allowed port; None for ports that the kernel chooses. `high` is used last.
+        taken: ports that are already assigned to other users.
 
     Raises:
-        ClusterError: there are fewer free ports in the range.
+        ClusterError: the range has fewer free ports.
     """
-    found: list[int] = []
+    ports: list[int] = []
     with contextlib.ExitStack() as stack:
         for port in _candidates(count, low, high, taken):
             listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
@@ -38,13 +37,13 @@ def free_ports(count: int, low: int | None = None, high: int | None = None, take
                 continue
             number = listener.getsockname()[1]
             if number not in taken:
-                found.append(number)
-            if len(found) == count:
-                return found
+                ports.append(number)
+            if len(ports) == count:
+                return ports
     where = "" if low is None else f" from {low} to {high}"
     raise ClusterError(
-        f"{socket.gethostname()} has {len(found)} free ports{where}, {count} are needed ({len(taken)} are promised "
-        "already). Widen port_range_low and port_range_high, or end what listens there."
+        f"{socket.gethostname()} has {len(ports)} free ports{where}, {count} are needed ({len(taken)} are already "
+        "assigned). Widen port_range_low and port_range_high, or end the processes that listen there."
     )
 
 
@@ -53,7 +52,7 @@ def _candidates(count: int, low: int | None, high: int | None, taken: Collection
         return [0] * (2 * count + len(taken) + 16)
     # A random start keeps jobs that share a machine and a range from choosing the same ports.
     inner = [port for port in range(low, high) if port not in taken]
-    # It comes from the system: a job's own seeded generator must not notice.
+    # SystemRandom leaves the job's seeded generator untouched.
     start = random.SystemRandom().randrange(len(inner)) if inner else 0
     last = [] if high in taken else [high]
     return inner[start:] + inner[:start] + last

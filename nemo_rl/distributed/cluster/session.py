@@ -1,17 +1,15 @@
-"""Joining the Ray cluster a job runs on, or starting a local one.
+"""Connects a driver to Ray: joins the cluster that the job runs on, or starts a local one.
 
 ::
 
     init_ray ──RAY_ADDRESS=host:port─────────────► join it
-             ──RAY_ADDRESS=local─────────────────► start one that nobody else joins
+             ──RAY_ADDRESS=local─────────────────► start a cluster that no other driver joins
              ──unset──► lock ─► record, alive? ──► join it
-                              └─► else ──────────► start one, publish its record
+                              └─► else ──────────► start a cluster and publish its record
 
-A local cluster's record is a file per user, machine, interpreter and set of GPUs in the temporary directory. It names
-the GCS process; a record whose process is gone means nothing. So a driver joins the cluster of a running driver of this
-project that sees the same GPUs, and never anybody else's. The cluster ends with the driver that started it.
-
-Everything that reaches into Ray's private modules to do this is in this file (checked with ray 2.60).
+The record of a local cluster is a file in the temporary directory, one per user, machine, interpreter and set of GPUs.
+It names the GCS process; a record whose process has ended is ignored. So a driver joins only the cluster of a running
+driver of this project that sees the same GPUs. The cluster ends with the driver that started it.
 """
 
 from __future__ import annotations
@@ -35,43 +33,49 @@ from pathlib import Path
 
 import psutil
 import ray
-from ray._private import ray_constants
-from ray._private.node import Node
-from ray._raylet import Config  # type: ignore[attr-defined]
 
 from nemo_rl import settings
+from nemo_rl.distributed import ray_private
+from nemo_rl.distributed.ray_private import connected_node
 from nemo_rl.errors import ClusterError
 from nemo_rl.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# What a local cluster is started with, unless the user has set the variable. On two idle cores `ray.init` takes about
-# 4.2 s with Ray's defaults and 2.3 s with these (it looks for its own node once a second, hence the step).
+# Set when a local cluster starts, unless the user has set them. On two idle cores `ray.init` takes about 4.2 s with
+# Ray's defaults and 2.3 s with these (the difference is a multiple of Ray's one-second poll for its node).
 LOCAL_RAY_VARIABLES = {
     # Nothing scrapes a local cluster's metrics; collecting them costs CPU time in every Ray process.
     "RAY_enable_metrics_collection": "0",
-    # Ray would start one process of the driver's Python per core and make the driver wait for them.
-    # Almost all of our workers run in another Python, and would find the cores busy.
+    # By default Ray starts one process of the driver's Python per core and makes the driver wait for them.
+    # Almost all workers of this project run in another Python and would compete with those processes for the cores.
     "RAY_prestart_worker_first_driver": "0",
 }
 
-# A socket's path has at most 107 bytes; Ray adds `/ray/session_<time>_<pid>/sockets/plasma_store`.
+# The path of a socket has at most 107 bytes; Ray appends `/ray/session_<time>_<pid>/sockets/plasma_store`.
 _MAX_TEMP_DIR_BYTES = 107 - 72
 
-_KNOCK_TIMEOUT_S = 5.0
+_CONNECT_TIMEOUT_S = 5.0
 
 _process_lock = threading.Lock()
 
 
 def init_ray(log_dir: str | None = None) -> None:
-    """Connect this process to Ray: `RAY_ADDRESS`, or this project's running local cluster, or a new local one.
+    """Connect this process to Ray: to `RAY_ADDRESS`, to this project's running local cluster, or to a new local one.
 
-    A second call in the same process changes nothing. No working directory is shipped, Ray's own `uv run` hook is off,
-    and a cluster started here listens on the loopback interface only, with token authentication, and has no dashboard
-    (`NEMO_RL_RAY_DASHBOARD=1` starts it).
+    A second call in the same process has no effect. No working directory is uploaded, and Ray's `uv run` hook is off.
+    A cluster started here listens on the loopback interface only, uses token authentication, and has no dashboard
+    (`NEMO_RL_RAY_DASHBOARD=1` starts one).
+
+    Example::
+
+        from nemo_rl.distributed.virtual_cluster import init_ray
+
+        init_ray(log_dir="results/run1")  # results/run1/ray -> /tmp/ray/session_...
 
     Args:
-        log_dir: where to leave a symbolic link `ray` to Ray's session directory, which holds the logs of every worker.
+        log_dir: directory in which to create a symbolic link `ray` to Ray's session directory, which holds the logs of
+            all workers.
 
     Raises:
         ClusterError: the cluster named by `RAY_ADDRESS` cannot be joined.
@@ -86,20 +90,20 @@ def init_ray(log_dir: str | None = None) -> None:
 def start_local_ray(num_cpus: int | None = None, num_gpus: int | None = None) -> str:
     """Start a local cluster that no other driver joins, connect to it, and return its address.
 
-    For tests and benchmarks; `num_cpus` and `num_gpus` may claim more than the machine has.
+    For tests and benchmarks. `num_cpus` and `num_gpus` may be more than the machine has.
     """
     with _process_lock:
         return _start_local(num_cpus, num_gpus)
 
 
 def can_grow() -> bool:
-    """Whether more nodes may still join: false for a local cluster, which has one node for ever."""
-    return not _node().ray_init_cluster and _joined_local_cluster is None
+    """Return whether more nodes may join the cluster. A local cluster always has one node."""
+    return not connected_node().ray_init_cluster and _joined_local_cluster is None
 
 
 def job_name() -> str:
-    """This driver's job, by a name that no job of another cluster has."""
-    return f"{_node().session_name}/{ray.get_runtime_context().get_job_id()}"
+    """Return a name of this driver's job that is unique across clusters."""
+    return f"{connected_node().session_name}/{ray.get_runtime_context().get_job_id()}"
 
 
 def _connect() -> None:
@@ -123,14 +127,13 @@ _joined_local_cluster: _LocalCluster | None = None
 
 def _join(address: str) -> None:
     global _joined_local_cluster
-    _disable_uv_run_hook()
-    _keep_loopback_addresses()
+    _set_switches()
     try:
-        _knock(address)
+        _check_reachable(address)
         ray.init(address=address, logging_level=logging.WARNING)
     except (OSError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
-            f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Check that it runs and can be reached. "
+            f"cannot join the Ray cluster at RAY_ADDRESS={address}: {error}. Check that it is running and reachable. "
             "If it was started with token authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to its token "
             "(`ray get-auth-token` on the head node). RAY_ADDRESS=local starts a local cluster instead."
         ) from error
@@ -138,15 +141,15 @@ def _join(address: str) -> None:
     logger.info("joined the Ray cluster at %s", address)
 
 
-def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens at `host:port`. Ray itself would end this process, without an exception."""
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` if nothing listens at `host:port`. Ray would end this process without an exception."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "://" in address:
-        return  # `auto`, or a client's address
-    deadline = time.monotonic() + _KNOCK_TIMEOUT_S  # a head node may be about to start
+        return  # `auto`, or the address of a Ray client server
+    deadline = time.monotonic() + _CONNECT_TIMEOUT_S  # the head node may still be starting
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
             return
         except OSError:
             if time.monotonic() > deadline:
@@ -155,23 +158,22 @@ def _knock(address: str) -> None:
 
 
 def _join_local(cluster: _LocalCluster) -> bool:
-    """Join another driver's local cluster; false if it ended in the meantime."""
+    """Join another driver's local cluster. Returns whether it was still running."""
     global _joined_local_cluster
-    _disable_uv_run_hook()
-    _keep_loopback_addresses()
+    _set_switches()
     if cluster.auth_mode is not None:
-        # Ray looks for a token by itself only where it looks for the cluster by itself.
+        # Ray looks for a token only when it discovers the cluster itself.
         settings.export({"RAY_AUTH_MODE": cluster.auth_mode})
-        Config.initialize("")
+        ray_private.reload_config()
     try:
         ray.init(address=cluster.address, logging_level=logging.WARNING)
     except (ConnectionError, ray.exceptions.RayError) as error:
-        logger.info("the local Ray cluster at %s cannot be joined any more: %s", cluster.address, error)
+        logger.info("the local Ray cluster at %s can no longer be joined: %s", cluster.address, error)
         return False
     _joined_local_cluster = cluster
     logger.warning(
         "joined the local Ray cluster of process %d, which sees the same GPUs; it ends when that process ends. "
-        "RAY_ADDRESS=local starts a cluster of your own.",
+        "RAY_ADDRESS=local starts a separate cluster.",
         cluster.owner.pid,
     )
     return True
@@ -182,16 +184,14 @@ def _join_local(cluster: _LocalCluster) -> bool:
 
 def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> str:
     global _joined_local_cluster
-    _disable_uv_run_hook()
-    _keep_loopback_addresses()
-    settings.export({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})  # for Ray's own processes
+    _set_switches()
+    settings.export({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})  # for the processes that Ray starts
     environment = settings.snapshot()
     settings.export({name: value for name, value in LOCAL_RAY_VARIABLES.items() if name not in environment})
     _ensure_auth_token(environment)
-    # Ray's own script costs every worker the CPU time of one more `import ray`; see setup_worker.py.
-    ray_constants.SETUP_WORKER_FILENAME = str(Path(__file__).with_name("setup_worker.py"))
-    # Ray warns at every start that token authentication is on, which is what we want.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # Ray's script costs each worker the CPU time of a second `import ray`; see setup_worker.py.
+    ray_private.use_setup_worker(str(Path(__file__).with_name("setup_worker.py")))
+    ray_private.hide_auth_notice()
     try:
         with settings.only_inheritable():
             ray.init(
@@ -204,23 +204,17 @@ def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> st
             )
     except Exception as error:  # Ray raises plain `Exception` for a node that does not come up
         raise ClusterError(
-            f"a local Ray cluster cannot be started: {error} Ray's own logs are in its session directory "
-            "(`logs/raylet.out`, `logs/gcs_server.out`); a machine that is very busy is a common cause."
+            f"cannot start a local Ray cluster: {error} Ray's logs are in its session directory (`logs/raylet.out`, "
+            "`logs/gcs_server.out`). A very busy machine is a common cause."
         ) from error
     _joined_local_cluster = None
-    node = _node()
+    node = connected_node()
     logger.info("started a local Ray cluster at %s; dashboard: %s", node.gcs_address, node.webui_url or "off")
     return node.gcs_address
 
 
-def _node() -> Node:
-    node = ray._private.worker._global_node
-    assert node is not None, "not connected to Ray"
-    return node
-
-
 def _ensure_auth_token(environment: Mapping[str, str]) -> None:
-    """Make a token where Ray would fail to: it keeps one in the home directory, which may be read-only."""
+    """Generate a token if Ray cannot: Ray keeps its token in the home directory, which may be read-only."""
     if environment.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
     home, writable = settings.home_dir(), False
@@ -234,26 +228,20 @@ def _ensure_auth_token(environment: Mapping[str, str]) -> None:
 
 
 def _short_temp_dir(environment: Mapping[str, str]) -> str | None:
-    """A directory for Ray's session where `TMPDIR` is too deep for the paths of its sockets; else None, its default."""
+    """Return a directory for Ray's session if `TMPDIR` is too long for socket paths; else None (Ray's default)."""
     default = environment.get("RAY_TMPDIR") or environment.get("TMPDIR", "/tmp")
     return "/tmp/ray" if len(os.fsencode(default)) > _MAX_TEMP_DIR_BYTES else None
 
 
-def _disable_uv_run_hook() -> None:
-    """Keep Ray from shipping the directory of a driver started by `uv run` and running every worker with `uv run`."""
-    settings.export({"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})  # for child processes
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # Ray has read the variable when it was imported
+def _set_switches() -> None:
+    """Set what Ray has to know before `ray.init`: no `uv run` hook, and 127.0.0.1 stays the address of a node.
 
-
-def _keep_loopback_addresses() -> None:
-    """Let Ray take 127.0.0.1 for what it is, as it does on a laptop's other operating systems.
-
-    Otherwise it replaces the address, given or found, by one that other machines can reach. A local cluster has no use
-    for that: on loopback no port of it can be reached from outside, and it survives a change of network. Clusters with
-    other addresses are joined as before. Ray offers this through a variable, `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER`, that
-    it reads when it is imported.
+    A local cluster on loopback opens no port to other machines and survives a change of network. Clusters with other
+    addresses are joined as before.
     """
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    settings.export({"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})  # for child processes; Ray has already read it in this one
+    ray_private.disable_uv_run_hook()
+    ray_private.keep_loopback_addresses()
 
 
 # --- the record of a local cluster --------------------------------------------------------------------------
@@ -261,7 +249,7 @@ def _keep_loopback_addresses() -> None:
 
 @dataclass(frozen=True)
 class _Process:
-    """A process, told apart from a later one with the same id."""
+    """A process, identified by id and start time because ids are reused."""
 
     pid: int
     created: float
@@ -280,14 +268,14 @@ class _Process:
 
 @dataclass(frozen=True)
 class _LocalCluster:
-    """A local cluster as its owner published it.
+    """The record of a local cluster, as its owner published it.
 
     Attributes:
         address: host and port of the GCS.
         owner: the driver that started it; the cluster ends with it.
-        gcs: the cluster's central process.
-        auth_mode: Ray's authentication mode, None for Ray's default.
-        ray_version: of the owner; Ray refuses to mix versions.
+        gcs: the GCS server, the cluster's central process.
+        auth_mode: Ray's authentication mode; None for Ray's default.
+        ray_version: the owner's version of Ray; Ray refuses to mix versions.
     """
 
     address: str
@@ -302,20 +290,23 @@ class _LocalCluster:
         return _LocalCluster(**{**fields, "owner": _Process(**fields["owner"]), "gcs": _Process(**fields["gcs"])})
 
     def can_be_joined(self) -> bool:
-        # Both: a dead owner's GCS lives a moment longer, and a driver may go on after it shut its cluster down.
-        # Ray ends a driver that connects to a dying GCS, without an exception.
+        # Check both: the GCS outlives its owner by a moment, and a driver may continue after it has shut its cluster
+        # down. Ray ends a driver that connects to a dying GCS, without an exception.
         return self.ray_version == ray.__version__ and self.owner.is_running() and self.gcs.is_running()
 
 
 @contextlib.contextmanager
 def _local_cluster_lock() -> Iterator[Path]:
-    """Hold the lock of this user's local cluster for these GPUs, so that two drivers started together share one."""
+    """Lock the record of this user's local cluster for these GPUs, so that two drivers started together share one.
+
+    Yields the path of the record.
+    """
     directory = Path(tempfile.gettempdir()) / f"nemo_rl-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise ClusterError(
-            f"{directory} can be written by somebody else, so its records of running Ray clusters cannot be trusted. "
+            f"{directory} is writable by other users, so its records of running Ray clusters cannot be trusted. "
             "Remove it, or set RAY_ADDRESS."
         )
     visible = settings.CUDA_VISIBLE_DEVICES.get()
@@ -331,32 +322,30 @@ def _read_record(path: Path) -> _LocalCluster | None:
     try:
         cluster = _LocalCluster.from_json(path.read_text())
     except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None  # none yet, or written by another version of this project
+        return None  # no record, or one of another version of this project
     return cluster if cluster.can_be_joined() else None
 
 
 def _write_record(path: Path) -> None:
-    node = _node()
-    gcs_pid = node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER][0].process.pid
     record = _LocalCluster(
-        address=node.gcs_address,
+        address=connected_node().gcs_address,
         owner=_Process.of(os.getpid()),
-        gcs=_Process.of(gcs_pid),
+        gcs=_Process.of(ray_private.gcs_pid()),
         auth_mode=settings.snapshot().get("RAY_AUTH_MODE"),
         ray_version=ray.__version__,
     )
     write_atomically(path, json.dumps(asdict(record)))
-    # Runs before Ray's own exit handler, which was registered when Ray was imported.
-    atexit.register(_withdraw_record, path, record)
+    # Runs before Ray's exit handler, which was registered when Ray was imported.
+    atexit.register(_remove_record, path, record)
 
 
-def _withdraw_record(path: Path, record: _LocalCluster) -> None:
+def _remove_record(path: Path, record: _LocalCluster) -> None:
     if os.getpid() == record.owner.pid and _read_record(path) == record:
         path.unlink(missing_ok=True)
 
 
 def _link_session(log_dir: Path) -> None:
-    session = Path(_node().get_session_dir_path())
+    session = Path(connected_node().get_session_dir_path())
     log_dir.mkdir(parents=True, exist_ok=True)
     link = log_dir / "ray"
     temporary = log_dir / f".ray.{os.getpid()}"

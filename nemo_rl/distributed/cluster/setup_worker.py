@@ -1,13 +1,13 @@
-"""Starts the processes of workers in local Ray clusters; a script that the raylet runs, never imported.
+"""Starts the worker processes of a local Ray cluster. The raylet runs this script; it is never imported.
 
-A raylet starts every process that has a `runtime_env` with Ray's own `setup_worker.py`, which imports all of ray in the
-driver's Python, only to set some variables and replace itself with the real worker, which imports all of ray once more
-in the worker's Python. That is half of the CPU time that starting a worker costs (0.45 of 0.95 s, ray 2.60). This
-script does the same without the import. Anything it does not know is left to Ray's script.
+A raylet starts every process that has a `runtime_env` with Ray's `setup_worker.py`. That script imports all of ray in
+the driver's Python, sets some variables and replaces itself with the real worker, which imports all of ray again in the
+worker's Python. The first import is half of the CPU time that starting a worker costs (0.45 of 0.95 s, Ray 2.60). This
+script does the same without the import and falls back to Ray's script for anything that it does not know.
 
-`ray_session` points Ray to this file for the local clusters that it starts. The raylet looks for the file's name in the
-command line, so it must stay `setup_worker.py`. It does what `ray._private.runtime_env.context.RuntimeEnvContext` does
-(checked with ray 2.60).
+`session` points Ray to this file for the local clusters that it starts. The raylet looks for the file's name in the
+command line, so it must stay `setup_worker.py`. The script follows
+`ray._private.runtime_env.context.RuntimeEnvContext` (checked with Ray 2.60; `tests/distributed/test_ray_private.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KNOWN_FIELDS = {"command_prefix", "env_vars", "py_executable", "override_worker
 
 
 def _split(arguments: list[str]) -> tuple[dict, str, list[str]]:
-    """The context, the language, and the worker's own command line."""
+    """Return the context, the language, and the command line of the worker."""
     context: dict = {}
     language = ""
     rest: list[str] = []
@@ -40,16 +40,16 @@ def _split(arguments: list[str]) -> tuple[dict, str, list[str]]:
 
 def _set_variables(env_vars: dict[str, str]) -> None:
     for name, value in env_vars.items():
-        # Like Ray: `${NAME}` is replaced, by nothing if there is no such variable.
+        # As in Ray, `${NAME}` is expanded, to the empty string if there is no such variable.
         os.environ[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", os.path.expandvars(value))
 
 
 def main(arguments: list[str]) -> None:
-    """Become the worker's process."""
+    """Replace this process with the worker's."""
     context, language, command = _split(arguments)
     if language != "PYTHON" or not command or set(context) - _KNOWN_FIELDS:
-        rays_own = os.path.join(os.path.dirname(command[0]), "setup_worker.py") if command else ""
-        os.execv(sys.executable, [sys.executable, rays_own, *arguments])
+        ray_script = os.path.join(os.path.dirname(command[0]), "setup_worker.py") if command else ""
+        os.execv(sys.executable, [sys.executable, ray_script, *arguments])
     _set_variables(context.get("env_vars") or {})
     if context.get("override_worker_entrypoint"):
         command[0] = context["override_worker_entrypoint"]
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     prefix = context.get("command_prefix") or []
     if not prefix and os.path.isfile(python):
         os.execv(python, [python, *command])
-    # Whatever a plugin or a user writes there is for a shell.
+    # A prefix or an executable given by a plugin or a user may use shell syntax.
     line = " ".join([*prefix, "exec", python, *map(shlex.quote, command)])
     os.execvp("bash", ["bash", "-c", line])
 

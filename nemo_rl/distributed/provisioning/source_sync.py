@@ -39,6 +39,7 @@ from nemo_rl.distributed.cluster.session import can_grow, job_name
 from nemo_rl.distributed.provisioning import source_receiver as source_arrival
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, FileEntry, SourceListing
 from nemo_rl.errors import BroadcastError, ConfigError
+from nemo_rl.utils.names import abbreviated
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
 
@@ -309,12 +310,10 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
         source.tree.num_bytes / 1e6,
     )
     if source.tree.untracked:
-        named = ", ".join(source.tree.untracked[:_NUM_NAMED])
         logger.warning(
-            "new files of %s that are no Python stay behind, because git does not track them: %s%s",
+            "new files of %s that are no Python stay behind, because git does not track them: %s",
             source.listing.root,
-            named,
-            ", ..." if len(source.tree.untracked) > _NUM_NAMED else "",
+            abbreviated(source.tree.untracked, _NUM_NAMED),
         )
 
 

@@ -1,51 +1,94 @@
-"""Starting one worker: a Ray actor that runs in its class's own venv."""
+"""The builder of workers: Ray actors that run in their class's venv."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 
-from nemo_rl.distributed.workers.launch_plan import (
-    IsolatedWorkerInitializer,
-    LaunchPlan,
-    configure_workers,
-    plan_launch,
-)
+from nemo_rl.distributed.workers.launch_plan import IsolatedWorkerInitializer, LaunchPlan, plan_launch
 from nemo_rl.distributed.workers.runtime_env import (
-    Configured,
+    ConfiguredWorker,
     WorkerOptions,
     checked_env_vars,
     checked_runtime_env,
     is_early,
     merged_runtime_env,
     scheduled,
-    with_configured,
 )
-from nemo_rl.distributed.workers.startup import StaleDescription, StartingWorker, await_started
-from nemo_rl.errors import RuntimeEnvError, WorkerError, WorkerStartError
+from nemo_rl.distributed.workers.startup import StaleDescription, StartingWorker, await_started, kill_and_wait
+from nemo_rl.errors import WorkerError, WorkerStartError
+from nemo_rl.utils.futures import run_in_thread
 
-# A class that differs from its description more often than this changes while it is being started.
-MAX_DESCRIPTIONS = 3
-# Options of a class that Ray does not take per actor, or that the plan holds already.
+logger = logging.getLogger(__name__)
+
+# A class that differs from its description more often than this is being edited while it starts.
+_MAX_DESCRIPTIONS = 3
+# Options of a class that Ray does not accept per actor, or that the plan already holds.
 _NOT_PER_ACTOR = ("runtime_env", "concurrency_groups")
 
 
+@dataclass(frozen=True)
+class WorkerRequest:
+    """One worker to start.
+
+    Attributes:
+        label: its name in messages, such as "rank 3 (policy-0-3)".
+        placement_group, bundle_index: the bundle that it runs in; None and -1 where Ray chooses a node.
+        node_id: the node of the bundle; None where Ray chooses.
+        ray_options: Ray's actor options of the call.
+        configure_arguments: the arguments of the class's `configure_worker`.
+        env_vars: variables of this worker only, such as RANK, set before its module is imported.
+    """
+
+    label: str
+    placement_group: PlacementGroup | None = None
+    bundle_index: int = -1
+    node_id: str | None = None
+    ray_options: Mapping[str, Any] = field(default_factory=dict)
+    configure_arguments: dict[str, Any] = field(default_factory=dict)
+    env_vars: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StartedWorkers:
+    """Workers whose constructors have returned.
+
+    Attributes:
+        plan: the plan they were started with.
+        handles: the actors' handles, in the order of the requests.
+        attestations: what each worker reported before its first task, in the same order.
+    """
+
+    plan: LaunchPlan
+    handles: list[ActorHandle]
+    attestations: list[dict[str, Any]]
+
+
 class RayWorkerBuilder:
-    """How to start a worker class, named by its FQN, in its own venv.
+    """Starts workers of a class in the class's venv. The driver names the class by string and never imports it.
+
+    Example::
+
+        init_ray()
+        builder = RayWorkerBuilder("collections.Counter", "abracadabra", py_executable=sys.executable)
+        counter = builder(None, 0, num_gpus=0)
+        ray.get(counter.most_common.remote(1))  # [("a", 5)]
 
     Args:
         ray_actor_class_fqn: `package.module.Class`; a plain class or one with `@ray.remote`.
-        *args: for the class's constructor, in the worker.
-        **kwargs: the same.
-        py_executable: instead of what the registry says for the class.
+        *args: positional arguments of the class's constructor, in the worker.
+        **kwargs: keyword arguments of the class's constructor.
+        py_executable: overrides the registry's entry for the class.
         runtime_env: fields of Ray's `RuntimeEnv` for all workers of this builder.
 
-    Calls may override `py_executable` and `runtime_env`, and take any other of Ray's actor options.
+    A call may override `py_executable` and `runtime_env`, and takes any other of Ray's actor options.
     """
 
     IsolatedWorkerInitializer = IsolatedWorkerInitializer
@@ -61,26 +104,7 @@ class RayWorkerBuilder:
         self.ray_actor_class_fqn = ray_actor_class_fqn
         self.args = args
         self.kwargs = kwargs
-        self._fields = _fields(py_executable, runtime_env)
-
-    def plan(
-        self,
-        py_executable: str | None = None,
-        runtime_env: Mapping[str, Any] | None = None,
-        env_vars: Mapping[str, str] | None = None,
-    ) -> LaunchPlan:
-        """Make the venv ready and describe the class; see `worker_launch.plan_launch` for the errors."""
-        of_group = {"env_vars": checked_env_vars(env_vars)} if env_vars else {}
-        fields = merged_runtime_env(self._fields, _fields(py_executable, runtime_env), of_group)
-        plan = plan_launch(self.ray_actor_class_fqn, fields)
-        try:
-            # `configure_worker` may add arguments later.
-            is_partial = plan.description.configure_worker is not None
-            plan.description.check_init_arguments(self.args, self.kwargs, is_partial)
-        except WorkerStartError:
-            # A kept description may be older than the class: whether the arguments are wrong, only the class can tell.
-            return plan.described_anew()
-        return plan
+        self._fields = checked_runtime_env(runtime_env, py_executable=py_executable)
 
     def __call__(
         self,
@@ -95,124 +119,124 @@ class RayWorkerBuilder:
         """Start one worker and wait until its constructor has returned.
 
         Args:
-            placement_group, placement_group_bundle_index: where; None for wherever Ray likes.
+            placement_group, placement_group_bundle_index: the bundle to run in; None to let Ray choose a node.
             num_gpus: may be a fraction.
-            bundle_indices: passed on to the class's `configure_worker`.
-            stopped: set it from another thread to give up a start that is under way.
+            bundle_indices: passed to the class's `configure_worker`.
+            stopped: set it from another thread to abort the start.
             **extra_options: `py_executable`, `runtime_env`, `num_gpus_per_node` (for `configure_worker`), or Ray's.
 
         Raises:
-            WorkerStartError, AttestationError: see `worker_start.await_started`; the worker is dead by then.
+            WorkerStartError, AttestationError: see `startup.await_started`; the worker is dead.
         """
-        python_options = {name: extra_options.pop(name, None) for name in ("py_executable", "runtime_env")}
-        call = configure_call(num_gpus, bundle_indices, extra_options.pop("num_gpus_per_node", None))
-        plan = self.plan(**python_options)
-        for _ in range(MAX_DESCRIPTIONS):
-            configured = configure_workers(plan, [call])[0]
-            options = {"num_gpus": num_gpus, **_fractional_cpu(num_gpus), **extra_options}
-            handle = self.submit(plan, placement_group, placement_group_bundle_index, options, configured)
-            try:
-                label = extra_options.get("name") or "without a name"
-                await_started([StartingWorker(handle, plan.fqn, label, plan.secrets)], stopped=stopped)
-            except StaleDescription as stale:
-                plan = plan.redescribed(stale.description)
-            else:
-                return handle
-        raise WorkerError(keeps_changing(self.ray_actor_class_fqn))
+        plan = self.plan(extra_options.pop("py_executable", None), extra_options.pop("runtime_env", None))
+        num_gpus_per_node = extra_options.pop("num_gpus_per_node", None)
+        # For a fraction of a GPU, Ray would reserve a whole CPU and keep other workers out of the bundle.
+        fractional_cpu = {"num_cpus": num_gpus} if 0 < num_gpus < 1 else {}
+        request = WorkerRequest(
+            extra_options.get("name") or "without a name",
+            placement_group,
+            placement_group_bundle_index,
+            ray_options={"num_gpus": num_gpus, **fractional_cpu, **extra_options},
+            configure_arguments=configure_arguments(num_gpus, bundle_indices, num_gpus_per_node),
+        )
+        return self.start(plan, [request], stopped).handles[0]
 
     def create_worker_async(self, *args: Any, **kwargs: Any) -> Future[ActorHandle]:
-        """Start one worker without blocking. Takes what a call takes; the future holds its result or its error.
+        """Start one worker without blocking. Takes the arguments of a call; the future holds its result or error.
 
-        The future cannot be cancelled: set `stopped`, and wait for it before Ray is shut down.
+        The future cannot be cancelled: set `stopped`, and wait for the future before Ray is shut down.
         """
-        future: Future[ActorHandle] = Future()
-        future.set_running_or_notify_cancel()
+        return run_in_thread(lambda: self(*args, **kwargs), f"start {self.ray_actor_class_fqn}")
 
-        def start() -> None:
-            try:
-                future.set_result(self(*args, **kwargs))
-            except BaseException as error:  # whatever it is, it belongs to whoever asks for the result
-                future.set_exception(error)
-
-        threading.Thread(target=start, name=f"start {self.ray_actor_class_fqn}", daemon=True).start()
-        return future
-
-    def submit(
+    def plan(
         self,
-        plan: LaunchPlan,
-        placement_group: PlacementGroup | None,
-        placement_group_bundle_index: int,
-        ray_options: Mapping[str, Any],
-        configured: Configured = (None, None, None, None),
+        py_executable: str | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
         env_vars: Mapping[str, str] | None = None,
-    ) -> ActorHandle:
-        """Create the actor without waiting for it.
+    ) -> LaunchPlan:
+        """Make the venv ready and describe the class. See `launch_plan.plan_launch` for the errors."""
+        group_fields = {"env_vars": checked_env_vars(env_vars)} if env_vars else {}
+        call_fields = checked_runtime_env(runtime_env, py_executable=py_executable)
+        plan = plan_launch(self.ray_actor_class_fqn, merged_runtime_env(self._fields, call_fields, group_fields))
+        try:
+            # `configure_worker` may add arguments later.
+            is_partial = plan.description.configure_worker is not None
+            plan.description.check_init_arguments(self.args, self.kwargs, is_partial)
+        except WorkerStartError:
+            # The cached description may be outdated. Only the class itself shows whether the arguments are wrong.
+            return plan.refreshed()
+        return plan
 
-        Args:
-            ray_options: Ray's actor options as the caller gives them.
-            configured: what `configure_worker` returned for this worker.
-            env_vars: of this worker alone (RANK and the like), set before the worker's module is imported.
+    def start(
+        self, plan: LaunchPlan, requests: Sequence[WorkerRequest], stopped: threading.Event | None = None
+    ) -> StartedWorkers:
+        """Create all requested workers and wait for their constructors; repeat if the class has changed.
+
+        Raises:
+            WorkerStartError, AttestationError: see `startup.await_started`; all of the workers are dead.
+            WorkerError: the class changes while it is being started.
         """
-        of_class = {k: v for k, v in plan.description.ray_options.items() if k not in _NOT_PER_ACTOR}
-        options = with_configured(WorkerOptions({**of_class, **ray_options}, plan.fields), configured, plan.fqn)
-        host_env_vars = dict(plan.host_env_vars)
-        if configured[1] or configured[3]:
-            plan, late = _own_plan(plan, options, configured)
-            host_env_vars = {**plan.host_env_vars, **late}
-        host_env_vars.update(env_vars or {})
+        for _ in range(_MAX_DESCRIPTIONS):
+            handles: list[ActorHandle] = []
+            try:
+                configured = plan.configure([request.configure_arguments for request in requests])
+                for request, result in zip(requests, configured, strict=True):
+                    handles.append(self._create(plan, request, result))
+                starting = [
+                    StartingWorker(handle, plan.fqn, request.label, plan.secrets, request.node_id)
+                    for handle, request in zip(handles, requests, strict=True)
+                ]
+                return StartedWorkers(plan, handles, await_started(starting, stopped=stopped))
+            except StaleDescription as stale:
+                logger.info("%s has changed since it was described; starting it again", plan.fqn)
+                plan = plan.with_description(stale.description)
+            except BaseException:
+                kill_and_wait(handles)
+                raise
+        raise WorkerError(
+            f"{plan.fqn} differed from its description {_MAX_DESCRIPTIONS} times: is its source being edited right now?"
+        )
+
+    def _create(self, plan: LaunchPlan, request: WorkerRequest, configured: ConfiguredWorker) -> ActorHandle:
+        """Create the actor without waiting for it."""
+        class_options = {k: v for k, v in plan.description.ray_options.items() if k not in _NOT_PER_ACTOR}
+        options = WorkerOptions({**class_options, **request.ray_options}, plan.fields)
+        options = options.with_configured(configured, plan.fqn)
+        if configured.runtime_env:
+            plan = _configured_plan(plan, options, configured)
         kwargs = {**self.kwargs, **options.init_kwargs}
         plan.description.check_init_arguments(self.args, kwargs)
         launch = {
             "fqn": plan.fqn,
-            "env_vars": host_env_vars,
+            "env_vars": {**plan.host_env_vars, **request.env_vars},
             "expected": plan.python.expected,
             "description_digest": plan.description.digest,
         }
-        actor_options = scheduled(options.ray, placement_group, placement_group_bundle_index)
+        actor_options = scheduled(options.ray, request.placement_group, request.bundle_index)
         return plan.actor_class.options(**actor_options, runtime_env=plan.runtime_env).remote(
             launch, *self.args, **kwargs
         )
 
 
-def _fields(py_executable: str | None, runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`runtime_env` with `py_executable` as one of its fields."""
-    fields = checked_runtime_env(runtime_env)
-    if py_executable is None:
-        return fields
-    if fields.get("py_executable", py_executable) != py_executable:
-        raise RuntimeEnvError(
-            f"py_executable={py_executable!r} and runtime_env['py_executable']={fields['py_executable']!r} cannot both "
-            "hold. Keep one."
-        )
-    return checked_runtime_env({**fields, "py_executable": py_executable})
+def _configured_plan(plan: LaunchPlan, options: WorkerOptions, configured: ConfiguredWorker) -> LaunchPlan:
+    """Return the plan of a worker whose `configure_worker` returned variables or fields.
 
-
-def _own_plan(plan: LaunchPlan, options: WorkerOptions, configured: Configured) -> tuple[LaunchPlan, dict[str, str]]:
-    """The plan of a worker whose `configure_worker` returned variables or fields, and what its host sets for it.
-
-    Variables that can wait for the host do: a `runtime_env` of its own costs the worker Ray's pool of processes.
+    The worker host sets those variables that need not be set earlier: with a different `runtime_env`, Ray cannot reuse
+    the processes of its pool for the worker.
     """
-    from_class = merged_runtime_env(configured[3], {"env_vars": configured[1]}).get("env_vars", {})
-    late = {name: value for name, value in from_class.items() if not is_early(name)}
-    fields = dict(options.runtime_env)
-    kept = {name: value for name, value in fields.get("env_vars", {}).items() if name not in late}
-    fields["env_vars"] = {**plan.fields.get("env_vars", {}), **kept}
-    fields = {name: value for name, value in fields.items() if value or name != "env_vars"}
-    return (plan if fields == plan.fields else plan.with_fields(fields)), late
+    late = {name: value for name, value in configured.runtime_env.get("env_vars", {}).items() if not is_early(name)}
+    early = {name: value for name, value in options.runtime_env.get("env_vars", {}).items() if name not in late}
+    env_vars = {**plan.fields.get("env_vars", {}), **early}
+    fields = {name: value for name, value in options.runtime_env.items() if name != "env_vars"}
+    if env_vars:
+        fields["env_vars"] = env_vars
+    if fields != plan.fields:
+        plan = plan.with_fields(fields)
+    return replace(plan, host_env_vars={**plan.host_env_vars, **late})
 
 
-def configure_call(
+def configure_arguments(
     num_gpus: float, bundle_indices: tuple[int, list[int]] | None, num_gpus_per_node: int | None
 ) -> dict[str, Any]:
-    """The arguments of a class's `configure_worker`."""
+    """Return the arguments of a class's `configure_worker`."""
     return {"num_gpus": num_gpus, "bundle_indices": bundle_indices, "num_gpus_per_node": num_gpus_per_node}
-
-
-def _fractional_cpu(num_gpus: float) -> dict[str, float]:
-    # Ray would ask for a whole CPU for an actor with a part of a GPU, and keep others out of the bundle.
-    return {"num_cpus": num_gpus} if 0 < num_gpus < 1 else {}
-
-
-def keeps_changing(fqn: str) -> str:
-    """The message for a class that never matches its description."""
-    return f"{fqn} differed from its description {MAX_DESCRIPTIONS} times: is its source being edited right now?"

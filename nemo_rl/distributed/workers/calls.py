@@ -1,8 +1,12 @@
-"""Calling the workers of a group: the same data, different data, or data laid out on named axes."""
+"""Calls of the workers of a group: with the same data, with different data, or with data sharded over named axes.
+
+`ranks_called`, `plan_sharded_call` and the length checks are pure functions over ranks and nested lists.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -10,26 +14,19 @@ from ray.actor import ActorHandle
 
 from nemo_rl.distributed.futures import MultiWorkerFuture, Reference, TiedWorkers, get_values
 from nemo_rl.distributed.named_sharding import NamedSharding
-from nemo_rl.distributed.worker_dispatch import (
-    check_list_lengths,
-    check_nested_lengths,
-    pick,
-    plan_sharded_call,
-    ranks_called,
-)
 from nemo_rl.errors import WorkerError
 
-# Values of these types are sent as they are: they are smaller than a reference to a shared copy.
+# Values of these types are passed directly: they are smaller than a reference to a shared copy.
 _SMALL_TYPES = (type(None), bool, int, float)
-_SMALL_TEXT = 256
+_MAX_SMALL_LENGTH = 256
 
 
 class WorkerCalls(TiedWorkers):
-    """The calls of a worker group, which sets the attributes and owns the workers.
+    """Implements the calls of `RayWorkerGroup`, which sets the attributes and owns the workers.
 
     Attributes:
-        label: what messages call the group.
-        sharding_annotations: the ranks on named axes; None without any.
+        label: the group's name in messages.
+        sharding_annotations: the ranks on named axes; None for a group without axes.
     """
 
     sharding_annotations: NamedSharding | None
@@ -48,10 +45,12 @@ class WorkerCalls(TiedWorkers):
     def run_all_workers_single_data(
         self, method: str, *, run_rank_0_only_axes: list[str] | None = None, **kwargs: Any
     ) -> list[Reference]:
-        """Call `method(**kwargs)` on all workers, with the same data: each argument is put into the object store once.
+        """Call `method(**kwargs)` on all workers. Each argument is put into the object store once.
 
         Args:
-            run_rank_0_only_axes: axes of which only index 0 is called.
+            method: name of the workers' method.
+            run_rank_0_only_axes: axes on which only index 0 is called.
+            **kwargs: arguments of the method.
 
         Returns:
             One reference per called worker, in rank order.
@@ -69,15 +68,19 @@ class WorkerCalls(TiedWorkers):
         common_kwargs: Mapping[str, Any] | None = None,
         **lists: Sequence[Any],
     ) -> list[Reference]:
-        """Call `method` on all workers, each with its own entry of every list.
+        """Call `method` on all workers, each with its entry of every list.
 
         Args:
-            run_rank_0_only_axes: axes of which only index 0 is called.
-            common_kwargs: the same for all.
+            method: name of the workers' method.
+            run_rank_0_only_axes: axes on which only index 0 is called.
+            common_kwargs: arguments that are the same for all workers.
             **lists: one entry per called worker, in rank order.
 
+        Returns:
+            One reference per called worker, in rank order.
+
         Raises:
-            ValueError: a list whose length is not the number of called workers, or an argument given twice.
+            ValueError: the length of a list is not the number of called workers, or an argument is given twice.
         """
         self._check_method(method)
         ranks = ranks_called(self.sharding_annotations, len(self._workers), run_rank_0_only_axes)
@@ -99,19 +102,21 @@ class WorkerCalls(TiedWorkers):
         common_kwargs: Mapping[str, Any] | None = None,
         **nested_lists: Any,
     ) -> MultiWorkerFuture:
-        """Call `method` with data that is laid out on the group's named axes.
+        """Call `method` with data that is sharded over the group's named axes.
 
         Args:
-            in_sharded_axes: axes along which the data differs; every argument is nested lists in this order.
-            replicate_on_axes: axes along which workers get the same object, put into the object store once.
-            output_is_replicated: axes along which the results are equal: only index 0's are kept.
-            make_dummy_calls_to_free_axes: also call the workers that are not at index 0 of the other (free) axes, with
-                None for every nested argument; their results are dropped.
-            common_kwargs: the same for all, dummy calls included.
-            **nested_lists: whole objects when `in_sharded_axes` is empty.
+            method: name of the workers' method.
+            in_sharded_axes: axes along which the data differs. Every argument is nested lists in this order.
+            replicate_on_axes: axes along which workers get the same object, which is put into the object store once.
+            output_is_replicated: axes along which the results are equal; only those of index 0 are kept.
+            make_dummy_calls_to_free_axes: also call the workers that are not at index 0 of the remaining (free) axes,
+                with None for every nested argument. Their results are dropped.
+            common_kwargs: arguments that are the same for all workers, dummy calls included.
+            **nested_lists: the data; plain objects if `in_sharded_axes` is empty.
 
         Raises:
-            ValueError: an unknown axis, one both sharded and replicated, or data of another length than its axis.
+            ValueError: an axis is unknown, or both sharded and replicated, or the length of data is not that of its
+                axis.
         """
         self._check_method(method)
         sharding = self.sharding_annotations
@@ -124,15 +129,17 @@ class WorkerCalls(TiedWorkers):
             check_nested_lengths(name, data, in_sharded_axes or [], sharding)
         ranks = sorted([*call.called, *call.dummies])
         common = _shared(_common(common_kwargs, nested_lists), len(ranks))
-        users_per_slice = len(call.called) // len(set(call.slice_of.values()))
+        indices = set(call.slice_of.values())
         slices = {
-            index: _shared({name: pick(data, index) for name, data in nested_lists.items()}, users_per_slice)
-            for index in set(call.slice_of.values())
+            index: _shared(
+                {name: pick(data, index) for name, data in nested_lists.items()}, len(call.called) // len(indices)
+            )
+            for index in indices
         }
-        nothing = dict.fromkeys(nested_lists)
+        no_data = dict.fromkeys(nested_lists)
         futures = [
             getattr(self._workers[rank], method).remote(
-                **common, **(slices[call.slice_of[rank]] if rank in call.slice_of else nothing)
+                **common, **(slices[call.slice_of[rank]] if rank in call.slice_of else no_data)
             )
             for rank in ranks
         ]
@@ -141,14 +148,14 @@ class WorkerCalls(TiedWorkers):
     def get_all_worker_results(
         self, future: MultiWorkerFuture | Sequence[Reference], return_generators_as_proxies: bool = False
     ) -> list[Any]:
-        """Wait for a call's results: one per tied group, in rank order. For plain references: one each, in their order.
+        """Wait for the results of a call: one per tied group, in rank order, or one per reference of a list.
 
-        A streaming method's result is the list of what it yields, or the generator itself with
+        The result of a streaming method is the list of the values it yields, or the generator itself with
         `return_generators_as_proxies`.
 
         Raises:
-            WorkerError: a worker died; names its rank and node, and chains Ray's own error.
-            Exception: whatever the worker's method raised.
+            WorkerError: a worker died; names its rank and node, and chains Ray's error.
+            Exception: the exception that the worker's method raised.
         """
         if isinstance(future, MultiWorkerFuture):
             return future.get_results(self, return_generators_as_proxies)
@@ -163,20 +170,143 @@ class WorkerCalls(TiedWorkers):
 
 def _common(common_kwargs: Mapping[str, Any] | None, data: Mapping[str, Any]) -> dict[str, Any]:
     common = dict(common_kwargs or {})
-    twice = sorted(common.keys() & data.keys())
-    if twice:
-        raise ValueError(f"{twice} are given both in common_kwargs and as data")
+    duplicates = sorted(common.keys() & data.keys())
+    if duplicates:
+        raise ValueError(f"{duplicates} are given both in common_kwargs and as data")
     return common
 
 
 def _shared(kwargs: Mapping[str, Any], num_users: int) -> dict[str, Any]:
-    """`kwargs` with every value that several workers will read put into the object store, once."""
+    """Return `kwargs`, with each value that several workers read put into the object store once."""
     if num_users < 2:
         return dict(kwargs)
-    return {name: value if _travels_as_is(value) else ray.put(value) for name, value in kwargs.items()}
+    return {name: value if _is_small(value) else ray.put(value) for name, value in kwargs.items()}
 
 
-def _travels_as_is(value: object) -> bool:
+def _is_small(value: object) -> bool:
     if isinstance(value, str | bytes):
-        return len(value) <= _SMALL_TEXT
+        return len(value) <= _MAX_SMALL_LENGTH
     return isinstance(value, (*_SMALL_TYPES, ray.ObjectRef))
+
+
+# --- which worker gets which part of the data -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardedCall:
+    """The workers of a sharded call.
+
+    Attributes:
+        called: global ranks that get data, ascending.
+        dummies: global ranks that are called with None in place of all sharded data, ascending.
+        slice_of: rank -> index into the nested data, outermost first; the empty tuple selects all of the data.
+        returning: ranks whose result is kept, ascending.
+    """
+
+    called: list[int]
+    dummies: list[int]
+    slice_of: dict[int, tuple[int, ...]]
+    returning: list[int]
+
+
+def ranks_called(sharding: NamedSharding | None, world_size: int, rank_0_only_axes: Sequence[str] | None) -> list[int]:
+    """Return the ranks at index 0 of every axis in `rank_0_only_axes`, ascending; all ranks without such axes.
+
+    Raises:
+        ValueError: there is no sharding, or an axis is unknown.
+    """
+    axes = _axis_names("run_rank_0_only_axes", rank_0_only_axes)
+    if not axes:
+        return list(range(world_size))
+    if sharding is None:
+        raise ValueError(f"run_rank_0_only_axes={axes} needs a worker group with sharding_annotations")
+    return sorted(sharding.get_ranks_by_coord(**dict.fromkeys(axes, 0)))
+
+
+def plan_sharded_call(
+    sharding: NamedSharding,
+    in_sharded_axes: Sequence[str] | None,
+    replicate_on_axes: Sequence[str] | None,
+    output_is_replicated: Sequence[str] | None,
+    make_dummy_calls_to_free_axes: bool,
+) -> ShardedCall:
+    """Determine which workers are called, with which slice, and whose results are kept.
+
+    Axes that are neither sharded nor replicated are free: only index 0 takes part.
+
+    Raises:
+        ValueError: an axis is unknown, repeated, or both sharded and replicated.
+    """
+    sharded = _axis_names("in_sharded_axes", in_sharded_axes)
+    replicated = _axis_names("replicate_on_axes", replicate_on_axes)
+    single_output = _axis_names("output_is_replicated", output_is_replicated)
+    for name in [*sharded, *replicated, *single_output]:
+        sharding.get_axis_index(name)  # rejects unknown names
+    both = [name for name in sharded if name in replicated]
+    if both:
+        raise ValueError(f"the axes {both} are given as sharded and as replicated; data is one or the other")
+    free = [name for name in sharding.names if name not in sharded and name not in replicated]
+
+    call = ShardedCall(called=[], dummies=[], slice_of={}, returning=[])
+    for rank in sorted(int(rank) for rank in sharding.layout.flat):
+        coords = sharding.get_worker_coords(rank)
+        if any(coords[name] for name in free):
+            if make_dummy_calls_to_free_axes:
+                call.dummies.append(rank)
+            continue
+        call.called.append(rank)
+        call.slice_of[rank] = tuple(coords[name] for name in sharded)
+        if not any(coords[name] for name in single_output):
+            call.returning.append(rank)
+    return call
+
+
+def check_nested_lengths(
+    name: str, data: Any, axes: Sequence[str], sharding: NamedSharding, path: tuple[int, ...] = ()
+) -> None:
+    """Check that `data` is nested lists whose lengths are the sizes of `axes`, outermost first.
+
+    Raises:
+        ValueError: a length differs; names the argument, the position and both numbers.
+    """
+    if not axes:
+        return
+    size = sharding.get_axis_size(axes[0])
+    where = f"{name}{''.join(f'[{index}]' for index in path)}"
+    if not isinstance(data, list | tuple):
+        raise ValueError(
+            f"{where} must be a list with one entry per worker on axis {axes[0]!r}, not {type(data).__name__}"
+        )
+    if len(data) != size:
+        raise ValueError(f"{where} has {len(data)} entries, but axis {axes[0]!r} has {size} workers")
+    for index, entry in enumerate(data):
+        check_nested_lengths(name, entry, axes[1:], sharding, (*path, index))
+
+
+def pick(data: Any, index: tuple[int, ...]) -> Any:
+    """Return `data[i][j]...` for index `(i, j, ...)`."""
+    for position in index:
+        data = data[position]
+    return data
+
+
+def check_list_lengths(lists: Mapping[str, Any], ranks: Sequence[int]) -> None:
+    """Check that every list has one entry per called worker.
+
+    Raises:
+        ValueError: a length differs; names the argument and both numbers.
+    """
+    for name, data in lists.items():
+        if not isinstance(data, list | tuple):
+            raise ValueError(f"{name} must be a list with one entry per called worker, not {type(data).__name__}")
+        if len(data) != len(ranks):
+            raise ValueError(f"{name} has {len(data)} entries, but {len(ranks)} workers are called")
+
+
+def _axis_names(option: str, names: Sequence[str] | None) -> list[str]:
+    if isinstance(names, str):
+        raise ValueError(f"{option} must be a list of axis names, not the string {names!r}")
+    result = list(names or ())
+    if len(set(result)) != len(result):
+        raise ValueError(f"{option}={result} contains an axis twice")
+    return result

@@ -1,9 +1,9 @@
-"""What the driver knows about a worker class that it never imports.
+"""Descriptions of worker classes, from which the driver creates actor classes without importing the workers.
 
-`worker_host.describe_class` writes a description inside the worker's venv, as plain data; here it is checked, kept on
-disk and turned into an actor class. A kept description is only a guess: the worker's process compares it with the real
-class before it constructs one (`worker_host.WorkerHost`), reports a changed class with its new description, and the
-start is repeated with that one. So an edit of a worker's source needs no bookkeeping here.
+`host.describe_class` writes a description inside the worker's venv, as plain data. This module checks it, caches it on
+disk and turns it into an actor class. A cached description may be outdated: before the worker's process constructs the
+class (`host.WorkerHost`), it compares the two and reports the description of a changed class, with which the start is
+repeated. So nothing has to be invalidated when a worker's source is edited.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from nemo_rl.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Workers' venvs need not hold nemo_rl: the code that runs in them travels with the actor class.
+# Workers' venvs may lack nemo_rl, so the code that runs in them is pickled with the actor class.
 ray.cloudpickle.register_pickle_by_value(worker_host)
 
 
 @dataclass(frozen=True)
 class ConfigureWorker:
-    """A worker class's `configure_worker`.
+    """The `configure_worker` of a worker class.
 
     Attributes:
-        fqn: of the class that defines it.
-        is_static: static methods are evaluated on that class, so that only its module is imported for them.
+        fqn: the class that defines it.
+        is_static: whether it is a static method, which is evaluated on that class, so that only its module is imported.
     """
 
     fqn: str
@@ -47,11 +47,11 @@ class ClassDescription:
 
     Attributes:
         fqn: `package.module.Class`.
-        digest: of everything below.
-        methods: names that can be called on a handle, sorted.
-        ray_options: the class's `@ray.remote(...)` options; empty without one.
-        configure_worker: None when the class has none.
-        plain: the data that `worker_host.describe_class` wrote.
+        digest: of the fields below.
+        methods: names of the methods of a handle, sorted.
+        ray_options: the options of the class's `@ray.remote(...)`; empty without the decorator.
+        configure_worker: None if the class does not define it.
+        plain: the data that `host.describe_class` wrote.
     """
 
     fqn: str
@@ -63,7 +63,7 @@ class ClassDescription:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> ClassDescription:
-        """Check and read what `worker_host.describe_class` wrote. Raises `ValueError` when it is not that."""
+        """Read what `host.describe_class` wrote. Raises `ValueError` if the data has another schema or was altered."""
         if plain.get("schema") != worker_host.SCHEMA or plain.get("digest") != worker_host.digest_of(plain):
             raise ValueError("not a description of this version, or altered")
         configure = plain["configure_worker"]
@@ -77,21 +77,22 @@ class ClassDescription:
         )
 
     def actor_class(self) -> Any:
-        """A Ray actor class with the described methods and nothing of the worker's own code."""
+        """Create a Ray actor class with the described methods. It contains none of the worker's code."""
         host: Any = worker_host.make_host_class(self.plain)
-        # Concurrency groups cannot be given per actor, all other options are (worker_options).
+        # Concurrency groups cannot be given per actor; all other options can (runtime_env.WorkerOptions).
         groups = self.ray_options.get("concurrency_groups")
         options: dict[str, Any] = {"concurrency_groups": groups}
         return ray.remote(**options)(host) if groups else ray.remote(host)
 
     def check_init_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_partial: bool = False) -> None:
-        """Check constructor arguments before anything starts.
+        """Check constructor arguments before a process starts.
 
         Args:
-            is_partial: further arguments may follow.
+            args, kwargs: the arguments.
+            is_partial: whether more arguments may be added later.
 
         Raises:
-            WorkerStartError: they do not fit the class's `__init__`.
+            WorkerStartError: the arguments do not fit the class's `__init__`.
         """
         if self.plain["init"] is None:
             return
@@ -103,13 +104,13 @@ class ClassDescription:
 
 
 def cache_path(fqn: str, *identity: str | None) -> Path:
-    """Where the description of `fqn` in the venv with this identity is kept."""
+    """Return the cache file of the description of `fqn` in the venv with this identity."""
     key = hashlib.sha256(json.dumps([worker_host.SCHEMA, ray.__version__, fqn, *identity]).encode()).hexdigest()
     return settings.cache_dir() / "worker_classes" / f"{fqn.rpartition('.')[2]}-{key[:24]}.json"
 
 
 def load_description(path: Path) -> ClassDescription | None:
-    """The kept description, or None when there is none that can be read."""
+    """Return the cached description, or None if there is no readable one."""
     try:
         return ClassDescription.from_plain(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
@@ -117,8 +118,8 @@ def load_description(path: Path) -> ClassDescription | None:
 
 
 def save_description(path: Path, description: ClassDescription) -> None:
-    """Keep a description. A cache that cannot be written only costs the next start some time."""
+    """Cache a description. If the cache cannot be written, the next start describes the class again."""
     try:
         write_atomically(path, json.dumps(description.plain))
     except OSError as error:
-        logger.warning("Cannot keep the description of %s in %s: %s", description.fqn, path, error)
+        logger.warning("cannot cache the description of %s in %s: %s", description.fqn, path, error)

@@ -1,22 +1,22 @@
-"""What runs inside a worker's own process, before and around the worker's class.
+"""The worker host: the actor class that runs in a worker's process and forwards calls to the worker's class.
 
-A worker's venv need not hold `nemo_rl`. So this module uses the standard library and ray only, and it is pickled *by
-value*: the driver sends its code along, and the process in the venv never imports it. For the same reason it reads and
-writes `os.environ` itself instead of asking `nemo_rl.settings`.
+A worker's venv may lack `nemo_rl`. So this module uses only the standard library and ray, and it is pickled *by value*:
+the driver sends its code, and the process in the venv never imports it. For the same reason it reads and writes
+`os.environ` instead of using `nemo_rl.settings`.
 
 ::
 
     driver                                        process in the worker's venv
     ------                                        ----------------------------
     make_host_class(description) ── pickled ───▶  Host.__init__(launch, *args, **kwargs)
-      a class with the worker's method names        1. set RANK & co. and the caller's variables
-      and kinds; nothing of the worker's            2. attest: venv digest, Python, ray, node, pid
-      module is imported                            3. import the module, compare the class with the description
+      a class with the worker's method names        1. set RANK etc. and the caller's variables
+      and kinds; the worker's module is             2. attest: venv digest, Python, ray, node, pid
+      not imported                                  3. import the module, compare the class with the description
     handle.method.remote(...) ───────────────────▶  4. construct the class; calls are forwarded to it
 
-Steps 2 and 3 never raise for a mismatch: they leave a `verdict` in the attestation and skip the rest, so that the
-driver can say which worker, what it expected and what it found. Everything that the worker's own module or constructor
-raises is raised unchanged.
+Steps 2 and 3 do not raise for a mismatch. They record a `verdict` in the attestation and skip the following steps, so
+that the driver can report the worker, the expected and the actual value. Errors of the worker's module and constructor
+are raised unchanged.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _RAY_METHOD_ATTRIBUTES = (
     "__ray_enable_task_events__",
     "__ray_tensor_transport__",
 )
-# Special methods that Ray or a caller of a handle looks for on the class itself.
+# Special methods that Ray or the user of a handle looks up on the class.
 _FORWARDED_SPECIAL_METHODS = frozenset({"__call__", "__repr__", "__ray_shutdown__"})
 
 
@@ -58,18 +58,19 @@ def load_class(fqn: str) -> tuple[type, dict[str, Any]]:
     """Import the class `package.module.Class` (or `...Outer.Inner`).
 
     Returns:
-        The plain class and the options of its `@ray.remote(...)`; an empty dict when it has no such decorator.
+        The plain class and the options of its `@ray.remote(...)`; an empty dict without the decorator.
 
     Raises:
-        ImportError: no such module or class, saying what the module has. Errors of the module itself pass unchanged.
+        ImportError: the module or class does not exist; lists the module's classes. Errors that the module raises are
+            passed on unchanged.
     """
     module, names = _import_longest_module(fqn)
     target: Any = module
     for name in names:
         if not hasattr(target, name):
             classes = sorted(key for key, value in vars(target).items() if _is_class_like(value))
-            owner = getattr(target, "__name__", target)
-            raise ImportError(f"{fqn}: {owner!r} has no {name!r}. Its classes: {', '.join(classes) or 'none'}")
+            parent = getattr(target, "__name__", target)
+            raise ImportError(f"{fqn}: {parent!r} has no {name!r}. Its classes: {', '.join(classes) or 'none'}")
         target = getattr(target, name)
     metadata = getattr(target, "__ray_metadata__", None)
     if metadata is not None:
@@ -91,7 +92,7 @@ def _import_longest_module(fqn: str) -> tuple[ModuleType, list[str]]:
         try:
             return importlib.import_module(name), parts[cut:]
         except ModuleNotFoundError as error:
-            # Only when it is this module (or a package on the way to it) that is missing, not something it imports.
+            # Try a shorter name only if this module or one of its packages is missing, not a module that it imports.
             is_parent = error.name is not None and (name == error.name or name.startswith(error.name + "."))
             if not is_parent:
                 raise
@@ -100,7 +101,7 @@ def _import_longest_module(fqn: str) -> tuple[ModuleType, list[str]]:
 
 
 def describe_class(fqn: str, cls: type, ray_options: dict[str, Any]) -> dict[str, Any]:
-    """What the driver must know about a class to create and call workers without importing it, as plain JSON data."""
+    """Describe a class as plain JSON data, so that the driver can create and call workers without importing it."""
     methods = {}
     for name, function in inspect.getmembers(cls, lambda value: inspect.isfunction(value) or inspect.ismethod(value)):
         if name.startswith("__") and name.endswith("__") and name not in _FORWARDED_SPECIAL_METHODS:
@@ -126,13 +127,13 @@ def describe_class(fqn: str, cls: type, ray_options: dict[str, Any]) -> dict[str
 
 
 def digest_of(description: dict[str, Any]) -> str:
-    """What decides the host class and its calls. Documentation does not."""
+    """Hash the parts of a description that determine the host class and its calls; documentation does not."""
     content = {key: value for key, value in description.items() if key not in ("doc", "digest")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _kind(function: Any) -> str:
-    # The same questions that Ray asks: async-ness of the member itself, generator-ness of what it wraps.
+    # As in Ray: whether the member itself is async, and whether the function that it wraps is a generator.
     if inspect.isasyncgenfunction(function):
         return "async_generator"
     if inspect.iscoroutinefunction(function):
@@ -144,7 +145,7 @@ def _kind(function: Any) -> str:
 
 
 def _parameters(function: Any, skip_first: bool) -> list[list[Any]] | None:
-    """[[name, kind, has a default], ...]; None when the signature cannot be read."""
+    """Return `[[name, kind, has a default], ...]`, or None if the signature cannot be read."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -161,13 +162,13 @@ def _parameters(function: Any, skip_first: bool) -> list[list[Any]] | None:
 
 def _ray_method_options(fqn: str, name: str, function: Any) -> dict[str, Any]:
     if hasattr(function, "__ray_invocation_decorator__"):
-        raise TypeError(f"{fqn}.{name}: a method with __ray_invocation_decorator__ cannot be called by description")
+        raise TypeError(f"{fqn}.{name}: methods with __ray_invocation_decorator__ are not supported")
     options = {key: getattr(function, key) for key in _RAY_METHOD_ATTRIBUTES if hasattr(function, key)}
     for key, value in options.items():
         if not _is_json(value):
             raise TypeError(
-                f"{fqn}.{name}: the option {key.strip('_').removeprefix('ray_')}={value!r} of @ray.method is not plain "
-                "data; the driver cannot import it. Give it per call with .options(...) instead."
+                f"{fqn}.{name}: the option {key.strip('_').removeprefix('ray_')}={value!r} of @ray.method is not JSON "
+                "data, and the driver cannot import it. Pass it per call with .options(...)."
             )
     return options
 
@@ -176,10 +177,10 @@ def _plain_ray_options(fqn: str, options: dict[str, Any]) -> dict[str, Any]:
     plain = {}
     for key, value in options.items():
         if key in ("scheduling_strategy", "placement_group", "placement_group_bundle_index"):
-            continue  # always set by whoever starts the worker
+            continue  # set when the worker is started
         value = dict(value) if key == "runtime_env" and value is not None else value
         if not _is_json(value):
-            raise TypeError(f"{fqn}: the option {key}={value!r} of @ray.remote is not plain data")
+            raise TypeError(f"{fqn}: the option {key}={value!r} of @ray.remote is not JSON data")
         plain[key] = value
     return plain
 
@@ -192,7 +193,7 @@ def _configure_worker(cls: type) -> dict[str, Any] | None:
         if not isinstance(raw, (staticmethod, classmethod)):
             raise TypeError(
                 f"{cls.__module__}.{cls.__qualname__}.configure_worker must be a staticmethod or a classmethod: "
-                "it is called before there is an instance"
+                "it is called before an instance exists"
             )
         return {"fqn": f"{base.__module__}.{base.__qualname__}", "is_static": isinstance(raw, staticmethod)}
     return None
@@ -207,7 +208,7 @@ def _is_json(value: object) -> bool:
 
 
 def make_host_class(description: dict[str, Any]) -> type:
-    """A class with the described methods, of the same kinds and signatures, that forwards to the real one."""
+    """Create a class with the described methods, kinds and signatures that forwards calls to the worker's class."""
     module, _, name = description["fqn"].rpartition(".")
     namespace: dict[str, Any] = {"__module__": module, "__doc__": description["doc"], "__qualname__": name}
     for method_name, method in description["methods"].items():
@@ -224,7 +225,7 @@ def _forwarder(name: str, method: dict[str, Any]) -> Callable[..., Any]:
             yield item
 
     def forward_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Not `yield from`: Ray sends values into the generator, which plain iterators do not take.
+        # Not `yield from`: Ray sends values into the generator, which plain iterators do not support.
         for item in getattr(self._nrl_worker, name)(*args, **kwargs):  # noqa: UP028
             yield item
 
@@ -241,7 +242,7 @@ def _forwarder(name: str, method: dict[str, Any]) -> Callable[..., Any]:
     forward.__name__ = forward.__qualname__ = name
     if method["parameters"] is not None:
         self_parameter = inspect.Parameter("nrl_self__", inspect.Parameter.POSITIONAL_ONLY)
-        # Ray checks a call's arguments against the signature, in the driver.
+        # Ray checks the arguments of a call against the signature, in the driver.
         forward.__signature__ = signature_of(method["parameters"], self_parameter)  # type: ignore[attr-defined]
     for key, value in method["ray"].items():
         setattr(forward, key, value)
@@ -249,7 +250,7 @@ def _forwarder(name: str, method: dict[str, Any]) -> Callable[..., Any]:
 
 
 def signature_of(parameters: list[list[Any]], *first: inspect.Parameter) -> inspect.Signature:
-    """The signature that `_parameters` wrote down. Defaults are `None`: only their presence is known."""
+    """Rebuild a signature from the result of `_parameters`. Defaults are `None`: only their presence is known."""
     return inspect.Signature(
         [
             *first,
@@ -264,7 +265,7 @@ def signature_of(parameters: list[list[Any]], *first: inspect.Parameter) -> insp
 
 
 class WorkerHost:
-    """Base of every generated host class; see the top of this module."""
+    """Base of every generated host class; see the docstring of this module."""
 
     _nrl_worker: Any
 
@@ -274,15 +275,15 @@ class WorkerHost:
         attestation = attest(nrl_launch__)
         attestation["phases"] = phases.ended
         phases.end("Ray worker starts")
-        # Through __dict__, because attribute access is forwarded to the worker.
+        # Use __dict__, because attribute access is forwarded to the worker.
         self.__dict__.update(_nrl_attestation=attestation, _nrl_worker=None)
         if attestation["verdict"] != "ok":
             return
-        with _collecting_later():
+        with _gc_disabled():
             cls, ray_options = load_class(nrl_launch__["fqn"])
-        found = describe_class(nrl_launch__["fqn"], cls, ray_options)
-        if found["digest"] != nrl_launch__["description_digest"]:
-            attestation.update(verdict="stale description", description=found)
+        description = describe_class(nrl_launch__["fqn"], cls, ray_options)
+        if description["digest"] != nrl_launch__["description_digest"]:
+            attestation.update(verdict="stale description", description=description)
             return
         phases.end("import")
         attestation["module_file"] = getattr(sys.modules.get(cls.__module__), "__file__", None)
@@ -290,26 +291,26 @@ class WorkerHost:
         phases.end("construct")
 
     def nrl_attest__(self) -> dict[str, Any]:
-        """What this process is. Answers only after the worker's constructor has returned."""
+        """Return the attestation of this process. Ray runs this only after the worker's constructor has returned."""
         return self.__dict__["_nrl_attestation"]
 
     def __getattr__(self, name: str) -> Any:
-        # For closures that run on the actor (`handle.__ray_call__`): they see the worker's own attributes.
+        # Closures that run on the actor (`handle.__ray_call__`) see the worker's attributes.
         if name.startswith("__") or "_nrl_worker" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["_nrl_worker"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         target = self.__dict__.get("_nrl_worker")
-        if target is None:  # not constructed yet, or Ray's own subclass in the driver
+        if target is None:  # not constructed yet, or Ray's subclass in the driver
             object.__setattr__(self, name, value)
         else:
             setattr(target, name, value)
 
 
 @contextlib.contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Import without garbage collection: it would look again and again at objects that all stay."""
+def _gc_disabled() -> Iterator[None]:
+    """Disable garbage collection during an import: it would scan objects repeatedly that all stay alive."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -321,42 +322,42 @@ def _collecting_later() -> Iterator[None]:
 
 
 class _Phases:
-    """What this process has done since it was created: `ended` holds [name, start, end], seconds since the epoch."""
+    """Records the phases of this process since its creation: `ended` holds [name, start, end], in epoch seconds."""
 
     def __init__(self) -> None:
         self.ended: list[list[Any]] = []
         self._start = _process_start()
 
     def end(self, name: str) -> None:
-        """The phase `name` ends now, and the next one starts."""
+        """End the phase `name` and start the next one."""
         now = time.time()
         self.ended.append([name, self._start, now])
         self._start = now
 
 
 def _process_start() -> float:
-    """When the kernel started this process, to a hundredth of a second."""
+    """Return when the kernel started this process, in seconds of the epoch, to a hundredth of a second."""
     with open("/proc/self/stat", encoding="utf-8") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), `starttime`
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def attest(launch: dict[str, Any]) -> dict[str, Any]:
-    """What this process is, and whether that is what was asked for (`verdict`: "ok" or what differs)."""
+    """Describe this process and compare it with the launch (`verdict`: "ok", or the differences)."""
     import ray
 
-    found = {
+    actual = {
         "venv_digest": venv_digest(),
         "python": platform.python_version(),
         "ray": ray.__version__,
     }
     mismatches = [
-        f"{key}: expected {expected}, found {found[key]}"
+        f"{key}: expected {expected}, found {actual[key]}"
         for key, expected in launch["expected"].items()
-        if expected is not None and found[key] != expected
+        if expected is not None and actual[key] != expected
     ]
     return {
-        **found,
+        **actual,
         "verdict": "; ".join(mismatches) or "ok",
         "executable": sys.executable,
         "prefix": sys.prefix,
@@ -369,7 +370,7 @@ def attest(launch: dict[str, Any]) -> dict[str, Any]:
 
 
 def venv_digest() -> str | None:
-    """The digest in the manifest of the venv that this interpreter runs from; None outside the engine's venvs."""
+    """Return the digest in the manifest of this interpreter's venv; None outside the engine's venvs."""
     try:
         with open(os.path.join(sys.prefix, MANIFEST_NAME), encoding="utf-8") as file:
             return json.load(file)["digest"]
@@ -378,21 +379,18 @@ def venv_digest() -> str | None:
 
 
 class ClassInspector:
-    """Imports a worker's module in the worker's venv, so that nobody else has to."""
+    """Imports a worker's module in the worker's venv and describes its class."""
 
     def __init__(self, env_vars: dict[str, str]) -> None:
         os.environ.update(env_vars)
 
     def describe(self, fqn: str) -> dict[str, Any]:
-        """See `describe_class`."""
-        with _collecting_later():
+        """Describe the class `fqn`; see `describe_class`."""
+        with _gc_disabled():
             return describe_class(fqn, *load_class(fqn))
 
     def configure(self, fqn: str, calls: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-        """The answers of `fqn.configure_worker(**call)` for every call.
-
-        A static method is evaluated on the class that defines it, so that only that class's module is imported.
-        """
-        with _collecting_later():
+        """Return `fqn.configure_worker(**call)` for every call."""
+        with _gc_disabled():
             cls, _ = load_class(fqn)
         return [cls.configure_worker(**call) for call in calls]  # type: ignore[attr-defined]

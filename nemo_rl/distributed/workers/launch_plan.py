@@ -1,14 +1,13 @@
-"""Everything that the workers of one group share, decided once before any of them starts.
+"""The launch plan of a worker group: everything that its workers share, decided before any of them starts.
 
-A `LaunchPlan` holds the venv, the shared `runtime_env` and the described class. All workers of a group have the *same*
-`runtime_env`: Ray starts and reuses processes by its hash, so a variable that differs per worker (RANK) does not belong
-there. Those are set by the worker's host instead, and so are secrets, because Ray logs every `runtime_env`.
+A `LaunchPlan` holds the venv, the `runtime_env` and the described class. All workers of a group have the *same*
+`runtime_env`: Ray starts and reuses processes by its hash, so it must not contain a variable that differs per worker,
+such as RANK. The worker host sets those instead. It also sets secrets, because Ray logs every `runtime_env`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,6 @@ from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import NodeProgressCallback, ensure_venv_on_node, ensure_venvs_on_each_node
 from nemo_rl.distributed.provisioning.source_sync import bring_source, search_path
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
-from nemo_rl.distributed.runtime_env_fields import ray_chooses_python, require_tools_on_each_node, uploaded
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.distributed.workers.class_description import (
     ClassDescription,
@@ -33,41 +31,42 @@ from nemo_rl.distributed.workers.class_description import (
     save_description,
 )
 from nemo_rl.distributed.workers.runtime_env import (
-    CHOOSE_PYTHON,
-    Configured,
+    PYTHON_FIELDS,
+    ConfiguredWorker,
+    check_conflicts,
     checked_runtime_env,
     merged_runtime_env,
-    refuse_clashes,
+    ray_chooses_python,
+    require_programs_on_each_node,
+    upload_local_files,
 )
 from nemo_rl.errors import WorkerStartError
 from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, read_manifest
 
-logger = logging.getLogger(__name__)
-
-# Fields that are carried out by the venv engine, not by Ray.
-_CARRIED_OUT_HERE = ("pip", "uv", "py_executable")
+# Fields that the venv engine, not Ray, carries out.
+_VENV_FIELDS = ("pip", "uv", "py_executable")
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class IsolatedWorkerInitializer(worker_host.ClassInspector):
-    """Imports a worker's module inside the worker's venv, on behalf of a driver that does not have its packages.
+    """Imports a worker's module inside the worker's venv, for a driver that lacks the module's packages.
 
-    It says what the class looks like, and evaluates `configure_worker`. It takes no CPU, and is killed as soon as it
-    has answered: a job that fits must never wait for its own idle initializers.
+    It describes the class and evaluates `configure_worker`. It takes no CPU and is killed once it has answered, so that
+    a job that fits never waits for its idle initializers.
     """
 
 
 @dataclass(frozen=True)
 class WorkerPython:
-    """The Python that a group's workers run with.
+    """The Python that the workers of a group run in.
 
     Attributes:
-        name, spec: what the venv engine knows it by; None where Ray makes it (conda, containers).
-        python: path of the interpreter, the same on every node; None where Ray makes it (conda, containers).
-        digest: of the venv; None for an interpreter that is not in a venv of the engine.
+        name, spec: its name and specification in the venv engine; empty and None if Ray creates it (conda, containers).
+        python: path of the interpreter, equal on all nodes; None if Ray creates it.
+        digest: of the venv; None for an interpreter outside the engine's venvs.
         activation: variables that activate the venv, see `activation`.
-        node_ids: where it is known to be ready.
+        node_ids: the nodes where it is ready.
     """
 
     name: str = ""
@@ -79,23 +78,23 @@ class WorkerPython:
 
     @property
     def expected(self) -> dict[str, str | None]:
-        """What each worker's attestation must say; None for what cannot be known beforehand."""
+        """What each worker's attestation must contain; None for a value that is not known in advance."""
         return {"venv_digest": self.digest, "ray": ray.__version__}
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What the workers of one group share.
+    """Holds what the workers of one group share.
 
     Attributes:
         fqn: the worker class.
-        python: see `WorkerPython`.
+        python: the Python that the workers run in.
         fields: the `runtime_env` as merged from the class, the builder and the call.
-        runtime_env: for Ray.
-        host_env_vars: set by the worker's host, before the worker's module is imported: secrets, and values that Ray
-            would change on the way.
+        runtime_env: the `runtime_env` for Ray.
+        host_env_vars: variables that the worker host sets before it imports the worker's module: secrets, and values
+            that Ray would modify.
         description: of the class.
-        actor_class: of that description.
+        actor_class: the Ray actor class of the description.
     """
 
     fqn: str
@@ -106,110 +105,122 @@ class LaunchPlan:
     description: ClassDescription
     actor_class: Any = field(repr=False)
 
-    def serving(self, node_ids: Iterable[str]) -> LaunchPlan:
-        """The plan for these nodes too: those that joined later get the source and the venv. Raises `NodeVenvError`."""
-        had = search_path()
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Values that no message may show."""
+        return tuple(value for name, value in self.host_env_vars.items() if settings.is_secret(name) and value)
+
+    def configure(self, calls: list[dict[str, Any]]) -> list[ConfiguredWorker]:
+        """Evaluate the class's `configure_worker(**call)` for each of `calls`, in the worker's venv.
+
+        For a class without this method, no process is started and nothing is configured.
+        """
+        method = self.description.configure_worker
+        if method is None:
+            return [ConfiguredWorker()] * len(calls)
+        # A static method needs only the module of the class that defines it, which may be cheaper to import.
+        fqn = method.fqn if method.is_static else self.fqn
+        results = _ask_initializer(self.fqn, self.runtime_env, self.host_env_vars, "configure", fqn, calls)
+        return [ConfiguredWorker.from_result(result, self.fqn) for result in results]
+
+    def ready_on(self, node_ids: Iterable[str]) -> LaunchPlan:
+        """Return the plan with source and venv ready on these nodes too, some of which may have joined later.
+
+        Raises:
+            NodeVenvError: the venv cannot be built on one of them.
+        """
+        path_before = search_path()
         if self.python.spec is not None:
             for node_id in sorted(set(node_ids) - self.python.node_ids):
                 ensure_venv_on_node(node_id, self.python.spec, self.python.name)
-        return self if search_path() == had else self.with_fields(self.fields)
+        return self if search_path() == path_before else self.with_fields(self.fields)
 
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """Texts that no message may show."""
-        return tuple(value for name, value in self.host_env_vars.items() if settings.is_secret(name) and value)
-
-    def redescribed(self, description: ClassDescription) -> LaunchPlan:
-        """The plan for a class that turned out to differ from its kept description."""
+    def with_description(self, description: ClassDescription) -> LaunchPlan:
+        """Return the plan for a class that differs from its cached description, and cache the new one."""
         save_description(_description_path(self.fqn, self.python, self.runtime_env), description)
         return replace(self, description=description, actor_class=description.actor_class())
 
-    def described_anew(self) -> LaunchPlan:
-        """The plan with the class as it is now. Raises `WorkerStartError` when it cannot be imported in its venv."""
-        plain = _ask_initializer(self.fqn, self.runtime_env, self.host_env_vars, "describe", self.fqn)
-        return self.redescribed(ClassDescription.from_plain(plain))
+    def refreshed(self) -> LaunchPlan:
+        """Return the plan with the class as it is now. Raises `WorkerStartError` if its venv cannot import it."""
+        return self.with_description(_describe(self.fqn, self.runtime_env, self.host_env_vars))
 
     def with_fields(self, fields: Mapping[str, Any]) -> LaunchPlan:
-        """The plan with other `runtime_env` fields: of a worker whose `configure_worker` overrides some."""
+        """Return the plan with other `runtime_env` fields, for a worker whose `configure_worker` overrides some."""
         python = self.python
-        if _choice(fields) != _choice(self.fields):
-            python = worker_python(self.fqn, fields)
+        if any(fields.get(name) != self.fields.get(name) for name in PYTHON_FIELDS):
+            python = prepare_python(self.fqn, fields)
         runtime_env, host_env_vars = ray_runtime_env(python, fields)
         return replace(self, python=python, fields=dict(fields), runtime_env=runtime_env, host_env_vars=host_env_vars)
 
 
 def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
-    """Decide what all workers of a group share. Blocks until the venv is ready and the class described.
+    """Plan the launch of a group. Blocks until the venv is ready and the class is described.
 
     Args:
-        fields: the `runtime_env` that builder, call and group give, merged and checked.
+        fqn: the worker class.
+        fields: the `runtime_env` of builder, call and group, merged and checked.
 
     Raises:
-        UnregisteredActorError, InvalidPyExecutableError: there is no Python for `fqn`.
-        RuntimeEnvError: fields that clash.
-        NodeVenvError: the venv could not be made ready on some node.
+        UnregisteredActorError: no py_executable is registered for `fqn`.
+        InvalidPyExecutableError: the py_executable is not supported.
+        RuntimeEnvError: two fields conflict.
+        NodeVenvError: the venv cannot be made ready on some node.
         WorkerStartError: the worker's module cannot be imported in its venv.
     """
-    refuse_clashes(fields)
-    python = worker_python(fqn, fields)
+    check_conflicts(fields)
+    python = prepare_python(fqn, fields)
     runtime_env, host_env_vars = ray_runtime_env(python, fields)
-    description = _description(fqn, python, runtime_env, host_env_vars)
+    path = _description_path(fqn, python, runtime_env)
+    description = load_description(path)
+    if description is None:
+        description = _describe(fqn, runtime_env, host_env_vars)
+        save_description(path, description)
     plan = LaunchPlan(
         fqn, python, dict(fields), runtime_env, host_env_vars, description, actor_class=description.actor_class()
     )
-    of_class = description.ray_options.get("runtime_env")
-    if not of_class:
+    class_fields = description.ray_options.get("runtime_env")
+    if not class_fields:
         return plan
-    return plan.with_fields(merged_runtime_env(checked_runtime_env(of_class, f"runtime_env of {fqn}"), fields))
+    return plan.with_fields(merged_runtime_env(checked_runtime_env(class_fields, f"runtime_env of {fqn}"), fields))
 
 
-def configure_workers(plan: LaunchPlan, calls: list[dict[str, Any]]) -> list[Configured]:
-    """What the class's `configure_worker` returns for each of `calls`, evaluated in the worker's venv.
-
-    Without such a method nothing is started, and the answer is four times None for each.
-    """
-    configure = plan.description.configure_worker
-    if configure is None:
-        return [(None, None, None, None)] * len(calls)
-    # A static method needs no more than the module of the class that defines it, which may be a light one.
-    fqn = configure.fqn if configure.is_static else plan.fqn
-    return _ask_initializer(plan.fqn, plan.runtime_env, plan.host_env_vars, "configure", fqn, calls)
+# --- the Python -------------------------------------------------------------------------------------------------------
 
 
-def worker_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
-    """Make the Python ready that `fields`, or else the registry, asks for, on every node."""
+def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
+    """Make the Python of `fields`, or else of the registry, ready on every node."""
     if ray_chooses_python(fields):
         bring_source(alive_nodes())
-        require_tools_on_each_node(fields)
+        require_programs_on_each_node(fields)
         return WorkerPython()
-    chosen = fields.get("py_executable")
-    spec = spec_from_runtime_env(fields, chosen or get_actor_python_env(fqn))
+    spec = spec_from_runtime_env(fields, fields.get("py_executable") or get_actor_python_env(fqn))
     # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
-    is_default = not any(name in fields for name in _CARRIED_OUT_HERE)
+    is_default = not any(name in fields for name in _VENV_FIELDS)
     name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
-    return ready_pythons({name: spec})[name]
+    return prepare_pythons({name: spec})[name]
 
 
-def ready_pythons(
+def prepare_pythons(
     venvs: Mapping[str, Spec | VenvPlan], progress: NodeProgressCallback | None = None
 ) -> dict[str, WorkerPython]:
-    """Make several Pythons ready on every node, all at once. Raises what `ensure_venvs_on_each_node` does."""
+    """Make several Pythons ready on every node, in parallel. Raises what `ensure_venvs_on_each_node` raises."""
     report = ensure_venvs_on_each_node(venvs, progress=progress)
-    result = {}
+    pythons = {}
     for name, venv in venvs.items():
         spec = venv.spec if isinstance(venv, VenvPlan) else venv
         python = report.python(name)
         if isinstance(spec, InterpreterSpec) and not spec.requirements:
             digest = _digest_of_interpreter(python)
         else:
-            digest = report.digest(name) if report.agrees(name) else None  # nodes of several platforms: one digest each
-        nodes = frozenset(entry.node_id for entry in report.of(name))
-        result[name] = WorkerPython(name, spec, python, digest, activation(python), nodes)
-    return result
+            # Nodes of different platforms have different digests.
+            digest = report.digest(name) if report.agrees(name) else None
+        node_ids = frozenset(entry.node_id for entry in report.of(name))
+        pythons[name] = WorkerPython(name, spec, python, digest, activation(python), node_ids)
+    return pythons
 
 
 def _digest_of_interpreter(python: str) -> str | None:
-    """A path may still lead into one of the engine's venvs."""
+    """Return the digest of the engine's venv that `python` belongs to, if it belongs to one."""
     try:
         return read_manifest(Path(python).parent.parent).digest
     except BrokenManifestError:
@@ -217,10 +228,10 @@ def _digest_of_interpreter(python: str) -> str | None:
 
 
 def activation(python: str) -> dict[str, str]:
-    """Variables that activate the venv of `python` in a `runtime_env`: for workers, their children and nested actors.
+    """Return variables for a `runtime_env` that activate the venv of `python` for workers, children and nested actors.
 
-    `PATH` is the venv's part only; the rest is each node's own. With the driver's Python, `PYTHONPATH` stays: it is how
-    the driver found its own modules.
+    `PATH` is only the venv's part; each node adds its own. With the driver's Python, `PYTHONPATH` stays, because it is
+    how the driver finds its modules.
     """
     bin_dir = os.path.dirname(python)
     root = os.path.dirname(bin_dir)
@@ -229,66 +240,57 @@ def activation(python: str) -> dict[str, str]:
     return {**venv, "PATH": bin_dir, "PYTHONNOUSERSITE": "1", **dict.fromkeys(unset, "")}
 
 
-def _choice(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fields[name] for name in CHOOSE_PYTHON if name in fields}
-
-
 def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The `runtime_env` that Ray gets, and the variables that the worker sets by itself."""
-    fields = uploaded(fields)
+    """Return the `runtime_env` for Ray, and the variables that the worker host sets."""
+    fields = upload_local_files(fields)
     result = {name: value for name, value in fields.items() if name != "env_vars"}
     if python.python is not None:
-        result = {name: value for name, value in result.items() if name not in _CARRIED_OUT_HERE}
+        result = {name: value for name, value in result.items() if name not in _VENV_FIELDS}
         result["py_executable"] = python.python
     given = fields.get("env_vars") or {}
-    shared = {name: value for name, value in given.items() if not settings.is_secret(name)}
+    by_ray = {name: value for name, value in given.items() if not settings.is_secret(name)}
     by_host = {name: value for name, value in given.items() if settings.is_secret(name)}
     for name, value in settings.forwarded().items():
         if name in given:
             continue
-        # Ray writes every runtime_env into its logs, and replaces `$NAME` in the values.
-        target = by_host if settings.is_secret(name) or "$" in value else shared
+        # Ray writes every runtime_env to its logs, and expands `$NAME` in the values.
+        target = by_host if settings.is_secret(name) or "$" in value else by_ray
         target[name] = value
     active = dict(python.activation)
     source = search_path()
     if active:
-        active["PATH"] = f"{active['PATH']}:{shared.get('PATH', '${PATH}')}"
-        active.update({name: shared[name] for name in UNSET_IN_VENV if name in shared})
+        active["PATH"] = f"{active['PATH']}:{by_ray.get('PATH', '${PATH}')}"
+        active.update({name: by_ray[name] for name in UNSET_IN_VENV if name in by_ray})
     if source:
-        below = active.get("PYTHONPATH", shared.get("PYTHONPATH", settings.snapshot().get("PYTHONPATH", "")))
-        active["PYTHONPATH"] = os.pathsep.join([*source, *([below] if below else [])])
-    # Without this, Ray would start the worker's own children with `uv run` once more.
-    result["env_vars"] = {**shared, **active, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        inherited = active.get("PYTHONPATH", by_ray.get("PYTHONPATH", settings.snapshot().get("PYTHONPATH", "")))
+        active["PYTHONPATH"] = os.pathsep.join([*source, *([inherited] if inherited else [])])
+    # Without this, Ray would start the worker's children with `uv run` again.
+    result["env_vars"] = {**by_ray, **active, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     return result, by_host
 
 
-def _description(
-    fqn: str, python: WorkerPython, runtime_env: Mapping[str, Any], host_env_vars: dict[str, str]
-) -> ClassDescription:
-    path = _description_path(fqn, python, runtime_env)
-    description = load_description(path)
-    if description is None:
-        plain = _ask_initializer(fqn, runtime_env, host_env_vars, "describe", fqn)
-        description = ClassDescription.from_plain(plain)
-        save_description(path, description)
-    return description
+# --- the class --------------------------------------------------------------------------------------------------------
 
 
-def _description_path(fqn: str, python: WorkerPython, runtime_env: Mapping[str, Any]) -> Any:
-    search_path = runtime_env["env_vars"].get("PYTHONPATH", "")
-    return cache_path(fqn, python.digest or python.python or "", search_path)
+def _description_path(fqn: str, python: WorkerPython, runtime_env: Mapping[str, Any]) -> Path:
+    return cache_path(fqn, python.digest or python.python or "", runtime_env["env_vars"].get("PYTHONPATH", ""))
+
+
+def _describe(fqn: str, runtime_env: Mapping[str, Any], host_env_vars: dict[str, str]) -> ClassDescription:
+    return ClassDescription.from_plain(_ask_initializer(fqn, runtime_env, host_env_vars, "describe", fqn))
 
 
 def _ask_initializer(
     fqn: str, runtime_env: Mapping[str, Any], host_env_vars: dict[str, str], method: str, *args: Any
 ) -> Any:
+    """Call a method of an `IsolatedWorkerInitializer` that runs in the worker's venv."""
     actor_class: Any = IsolatedWorkerInitializer
     initializer = actor_class.options(runtime_env=dict(runtime_env)).remote(host_env_vars)
     try:
         return ray.get(getattr(initializer, method).remote(*args), timeout=settings.WORKER_START_TIMEOUT_S.get())
     except RayError as error:
         raise WorkerStartError(
-            f"{fqn} cannot be loaded in its venv ({runtime_env.get('py_executable', 'made by Ray')}): {error}"
+            f"{fqn} cannot be loaded in its venv ({runtime_env.get('py_executable', 'created by Ray')}): {error}"
         ) from error
     finally:
         ray.kill(initializer)

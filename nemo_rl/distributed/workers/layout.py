@@ -1,4 +1,4 @@
-"""Which worker of a group sits on which bundle of the virtual cluster. Pure arithmetic; no Ray here."""
+"""Placement of a group's workers on the bundles of a virtual cluster. Plain arithmetic; does not import Ray."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from nemo_rl.errors import ConfigError
 
 
 class WorkerMetadata(TypedDict):
-    """What is known about one worker of a group.
+    """Describes one worker of a group.
 
     Keys:
-        node_idx: the virtual cluster's node.
+        node_idx: index of the virtual cluster's node.
         local_rank: index among the group's workers on that node.
         global_rank: index among all the group's workers.
-        name: of the Ray actor.
+        name: the Ray actor's name.
         bundle_indices: (node_idx, local bundle indices) of the worker's tied group.
-        dp_shard_idx: its index on the axis "data_parallel", or else its tied group.
+        dp_shard_idx: index on the axis "data_parallel", or else the index of its tied group.
     """
 
     node_idx: int
@@ -31,16 +31,16 @@ class WorkerMetadata(TypedDict):
 
 
 @dataclass(frozen=True)
-class Seat:
-    """One worker's place.
+class WorkerPlacement:
+    """The bundle and the ranks of one worker.
 
     Attributes:
-        rank: global rank: its index in the group.
-        node_idx: the virtual cluster's node.
+        rank: global rank, the index in the group.
+        node_idx: index of the virtual cluster's node.
         bundle: index into the cluster's bundles in rank order.
         local_rank: index among the group's workers on that node.
-        tied_group: index of its tied group; every worker of a group without ties is one of its own.
-        is_leader: first of its tied group.
+        tied_group: index of its tied group; in a group without ties, each worker is a tied group.
+        is_leader: whether it is the first of its tied group.
         bundle_indices: the tied group as the user gave it.
     """
 
@@ -53,21 +53,21 @@ class Seat:
     bundle_indices: tuple[int, list[int]]
 
 
-def plan_seats(
+def place_workers(
     bundle_counts: Sequence[int],
     workers_per_node: int | Sequence[int] | None,
     bundle_indices_list: Sequence[tuple[int, Sequence[int]]] | None,
-) -> list[Seat]:
-    """The seats of a worker group in rank order.
+) -> list[WorkerPlacement]:
+    """Place the workers of a group. Returns their placements in rank order.
 
     Args:
         bundle_counts: how many bundles each node has.
         workers_per_node: None for one worker per bundle; an int for that many on every node; or one int per node.
-        bundle_indices_list: tied groups, `(node_idx, local bundle indices)` each. Indices count the node's bundles;
-            they may go on into the bundles of the following nodes, for a model that spans nodes.
+        bundle_indices_list: tied groups, each as `(node_idx, local bundle indices)`. Indices count the node's bundles
+            and may continue into those of the following nodes, for a model that spans nodes.
 
     Raises:
-        ConfigError: both are given, or a node or bundle does not exist or is used twice.
+        ConfigError: both options are given, or a node or bundle does not exist or is used twice.
     """
     if bundle_indices_list is not None and workers_per_node is not None:
         raise ConfigError("give either workers_per_node or bundle_indices_list, not both")
@@ -75,7 +75,7 @@ def plan_seats(
         counts = _worker_counts(bundle_counts, workers_per_node)
         bundle_indices_list = [(node, [index]) for node, count in enumerate(counts) for index in range(count)]
     first_bundle = [0, *accumulate(bundle_counts)]
-    seats: list[Seat] = []
+    placements: list[WorkerPlacement] = []
     seen: set[int] = set()
     on_node = [0] * len(bundle_counts)
     for group, (node_idx, indices) in enumerate(bundle_indices_list):
@@ -93,13 +93,13 @@ def plan_seats(
                     f"{list(bundle_counts)} bundles"
                 )
             if bundle in seen:
-                raise ConfigError(f"bundle_indices_list[{group}] names bundle {index} of node {node_idx} a second time")
+                raise ConfigError(f"bundle_indices_list[{group}] names bundle {index} of node {node_idx} twice")
             seen.add(bundle)
             node = next(n for n in range(len(bundle_counts)) if bundle < first_bundle[n + 1])
             tied = (node_idx, list(indices))
-            seats.append(Seat(len(seats), node, bundle, on_node[node], group, position == 0, tied))
+            placements.append(WorkerPlacement(len(placements), node, bundle, on_node[node], group, position == 0, tied))
             on_node[node] += 1
-    return seats
+    return placements
 
 
 def _worker_counts(bundle_counts: Sequence[int], workers_per_node: int | Sequence[int] | None) -> list[int]:

@@ -1,10 +1,10 @@
-"""Waiting for workers to start, and ending them.
+"""Waits for workers to start, and ends them.
 
 ::
 
-    all handles created ──▶ one attestation call each ──▶ first failure, or all answers, or the time-out
+    all handles created ──▶ one attestation call each ──▶ all answers, the first failure, or the timeout
                                                               │
-                     kill every worker of the group  ◀── failure, time-out or Ctrl-C; then raise
+                     kill every worker of the group  ◀── failure, timeout or Ctrl-C; then raise
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.futures import WORKER_DEATHS
+from nemo_rl.distributed.ray_private import current_node
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.distributed.workers.class_description import ClassDescription
 from nemo_rl.errors import AttestationError, NodeLostError, WorkerStartError
+from nemo_rl.utils.names import abbreviated
 
 _KILL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
@@ -36,12 +38,14 @@ _LAST_LINES = 20
 
 @dataclass(frozen=True)
 class StartingWorker:
-    """A worker whose actor has been created and may not be running yet.
+    """A worker whose actor has been created but may not be running yet.
 
     Attributes:
-        label: for messages, such as "rank 3 (policy-0-3)".
-        secrets: texts that no message may show.
-        node_id: where it has to run; None where Ray chooses.
+        handle: the actor's handle.
+        fqn: the worker class.
+        label: its name in messages, such as "rank 3 (policy-0-3)".
+        secrets: values that no message may show.
+        node_id: the node that it must run on; None where Ray chooses.
     """
 
     handle: ActorHandle
@@ -52,7 +56,7 @@ class StartingWorker:
 
 
 class StaleDescription(Exception):
-    """The class is not the one that was described; holds its description."""
+    """The class differs from its cached description. Holds the current one."""
 
     def __init__(self, description: ClassDescription) -> None:
         super().__init__(description.fqn)
@@ -62,20 +66,22 @@ class StaleDescription(Exception):
 def await_started(
     workers: Sequence[StartingWorker], timeout_s: float | None = None, *, stopped: threading.Event | None = None
 ) -> list[dict[str, Any]]:
-    """Wait until every worker's constructor has returned and its attestation is right.
+    """Wait until the constructor of every worker has returned and its attestation is correct.
 
     Args:
-        stopped: nobody waits for them any more, once it is set.
+        workers: the workers to wait for.
+        timeout_s: by default `NEMO_RL_WORKER_START_TIMEOUT_S`.
+        stopped: set it from another thread to abort the start.
 
     Returns:
         The attestations, in the order of `workers`.
 
     Raises:
-        WorkerStartError: a worker died (with its own traceback), not all have answered in `timeout_s`, or `stopped`.
-        NodeLostError: the node of one that has not answered is no more.
-        AttestationError: a worker runs in another venv or ray than it should.
-        StaleDescription: see there.
-        In every case, and for Ctrl-C, all of `workers` are dead by then.
+        WorkerStartError: a worker died (with its traceback), did not answer within `timeout_s`, or `stopped` was set.
+        NodeLostError: the node of a worker that has not answered has left the cluster.
+        AttestationError: a worker runs in another venv or Ray version than planned.
+        StaleDescription: a class differs from its description.
+        In every case, and for Ctrl-C, all of `workers` are dead when this raises.
     """
     timeout_s = settings.WORKER_START_TIMEOUT_S.get() if timeout_s is None else timeout_s
     deadline = time.monotonic() + timeout_s
@@ -85,12 +91,12 @@ def await_started(
         while pending:
             if stopped is not None and stopped.is_set():
                 raise WorkerStartError(f"worker {workers[0].label} was stopped while it started")
-            left_s = deadline - time.monotonic()
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, left_s), _LIVENESS_INTERVAL_S))
+            remaining_s = deadline - time.monotonic()
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(max(0.0, remaining_s), _LIVENESS_INTERVAL_S))
             if not ready:
                 missing = [workers[i] for i in pending.values()]
-                refuse_lost_nodes((worker.label, worker.node_id) for worker in missing)
-                if left_s <= 0:
+                check_nodes_alive((worker.label, worker.node_id) for worker in missing)
+                if remaining_s <= 0:
                     raise WorkerStartError(_timeout_message(missing, len(workers), timeout_s))
                 continue
             index = pending.pop(ready[0])
@@ -101,10 +107,10 @@ def await_started(
     return [answers[index] for index in range(len(workers))]
 
 
-def refuse_lost_nodes(places: Iterable[tuple[str, str | None]]) -> None:
-    """Raise `NodeLostError` if a worker's node is no more; `places` holds workers' labels and node ids.
+def check_nodes_alive(places: Iterable[tuple[str, str | None]]) -> None:
+    """Raise `NodeLostError` if a worker's node has left the cluster; `places` holds workers' labels and node ids.
 
-    A bundle belongs to its node: Ray would keep its workers waiting for the node to come back.
+    A bundle is bound to its node: Ray would keep the workers waiting for the node to return.
     """
     alive = {node.node_id for node in alive_nodes()}
     for label, node_id in places:
@@ -116,11 +122,11 @@ def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[st
     try:
         answer = ray.get(reference)
     except RayError as error:
-        shown = f"worker {worker.label} of {worker.fqn} died while starting: {error}{_last_words(error)}"
+        shown = f"worker {worker.label} of {worker.fqn} died while starting: {error}{_last_output(error)}"
         masked = shown
         for secret in worker.secrets:
             masked = masked.replace(secret, settings.MASK)
-        # Ray's own error says it all over again, so it is chained only if it may be shown.
+        # Ray's error repeats the text, so it is chained only if the text contains no secret.
         raise WorkerStartError(masked) from (error if masked == shown else None)
     if "description" in answer:
         raise StaleDescription(ClassDescription.from_plain(answer["description"]))
@@ -132,10 +138,10 @@ def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[st
     return answer
 
 
-def _last_words(error: RayError) -> str:
-    """The last lines that a process without a Python traceback wrote, if it ran on this machine."""
+def _last_output(error: RayError) -> str:
+    """Return the last lines that a process without a Python traceback wrote, if it ran on this machine."""
     pid = re.search(r"\bpid: (\d+)", str(error))
-    node = ray._private.worker._global_node
+    node = current_node()
     if pid is None or node is None:
         return ""
     logs = sorted(Path(node.get_session_dir_path(), "logs").glob(f"worker-*-{pid[1]}.err"))
@@ -147,29 +153,29 @@ def _last_words(error: RayError) -> str:
 
 
 def _timeout_message(missing: Sequence[StartingWorker], total: int, timeout_s: float) -> str:
-    labels = ", ".join(worker.label for worker in missing[:8]) + (", ..." if len(missing) > 8 else "")
+    labels = abbreviated([worker.label for worker in missing], 8)
     return (
         f"{len(missing)} of {total} workers of {missing[0].fqn} did not start within {timeout_s:.0f} s: {labels}. "
-        "Either their constructors wait for something, or their share of the bundles is taken (see `ray status`). "
+        "Either their constructors are blocked, or their share of the bundles is taken (see `ray status`). "
         f"{settings.WORKER_START_TIMEOUT_S.name} sets the limit."
     )
 
 
 def kill_and_wait(handles: Sequence[ActorHandle], timeout_s: float = _KILL_TIMEOUT_S) -> bool:
-    """Kill actors at once, and wait until Ray knows that they are dead. Returns whether all are."""
+    """Kill actors immediately and wait until Ray reports them dead. Returns whether all are dead."""
     for handle in handles:
         ray.kill(handle, no_restart=True)
     return all_dead(handles, timeout_s)
 
 
 def all_dead(handles: Sequence[ActorHandle], timeout_s: float) -> bool:
-    """Wait until every actor has ended. Returns whether all have within `timeout_s`."""
+    """Wait until every actor has ended. Returns whether all ended within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     for handle in handles:
         while True:
             try:
                 ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
-            except ActorUnavailableError:  # its node does not answer; Ray has not decided yet
+            except ActorUnavailableError:  # the node does not answer; Ray has not declared the actor dead yet
                 pass
             except WORKER_DEATHS:
                 break

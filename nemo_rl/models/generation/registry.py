@@ -5,7 +5,7 @@ A worker class takes what `Generation` passes it (see there) and has the methods
 
 from __future__ import annotations
 
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.models.backends import Backend, GenerationOptions, find_backend
 from nemo_rl.models.generation.vllm.config import VllmOptions
 

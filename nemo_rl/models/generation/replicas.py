@@ -268,7 +268,7 @@ class Replicas:
             death = worker_error(self.workers, error, ranks)
             try:
                 if not self._restarts_left:
-                    self.workers.refuse_lost_nodes(ranks)
+                    self.workers.check_nodes_alive(ranks)
                     raise death from error
                 self.workers.replace_workers(ranks)
             except NodeLostError as lost:

@@ -15,7 +15,7 @@ from nemo_rl.models.weights.stream import connect
 from nemo_rl.models.weights.transports import make_transport
 
 if TYPE_CHECKING:
-    from nemo_rl.distributed.bundles import Bundle
+    from nemo_rl.distributed.cluster.bundles import Bundle
 
 Endpoint = tuple[str | tuple[str, int], bytes]
 

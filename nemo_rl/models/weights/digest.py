@@ -14,6 +14,7 @@ import xxhash
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.interfaces import TensorSpec
 from nemo_rl.models.weights.row_sums import row_sums
+from nemo_rl.utils.futures import completed
 
 _PIECE_BYTES = 512 * 1024
 
@@ -96,8 +97,7 @@ class WeightDigest:
         header = _header(name, dtype, shape)
         num_threads = torch.get_num_threads()
         if num_threads == 1 or num_bytes < _PIECE_BYTES:
-            future: Future[bytes] = Future()
-            future.set_result(read())
+            future = completed(read())
         else:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(num_threads, "digest")

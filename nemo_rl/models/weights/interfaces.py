@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_rl.distributed.bundles import Bundle
+    from nemo_rl.distributed.cluster.bundles import Bundle
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nemo_rl.distributed.bundles import Bundle
+from nemo_rl.distributed.cluster.bundles import Bundle
 from nemo_rl.errors import ConfigError
 from nemo_rl.models.weights.transports import make_transport
 

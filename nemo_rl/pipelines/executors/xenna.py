@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.state import actors
 
 from nemo_rl.distributed.cluster.nodes import start_on_nodes
+from nemo_rl.distributed.ray_private import actor_states
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.executors.base import (
     Cluster,
@@ -132,12 +132,12 @@ def _actors_killed_at_exit() -> Iterator[None]:
     Actors of other jobs on the cluster are not touched.
     """
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    before = set(actors(job_id=job))
+    before = set(actor_states(job))
     try:
         yield
     finally:
         pids_by_node: dict[str, list[int]] = {}
-        for actor_id, info in actors(job_id=job).items():
+        for actor_id, info in actor_states(job).items():
             if actor_id not in before and info["Pid"]:
                 pids_by_node.setdefault(info["Address"]["NodeID"], []).append(info["Pid"])
         arguments = {node_id: (pids,) for node_id, pids in pids_by_node.items()}

@@ -1,4 +1,4 @@
-"""Which Ray node serves which node of a job."""
+"""Assignment of a job's nodes to Ray nodes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from nemo_rl.distributed.cluster.placement import STRATEGIES, capacity, plan
 
 
-def test_capacity_is_set_by_the_scarcest_resource() -> None:
+def test_capacity_is_limited_by_the_scarcest_resource() -> None:
     assert capacity({"CPU": 7.5, "GPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}) == 4
     assert capacity({"CPU": 3.9, "GPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}) == 3
     assert capacity({"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}) == 0
 
 
-def test_capacity_forgives_rounding_of_fractions() -> None:
+def test_capacity_tolerates_rounding_errors() -> None:
     assert capacity({"CPU": 2.9999999999}, {"CPU": 1.0}) == 3
 
 
@@ -47,7 +47,7 @@ def test_plan(capacities: list[int], counts: list[int], strategy: str, chosen: l
     st.lists(st.integers(1, 8), min_size=1, max_size=6),
     st.sampled_from(STRATEGIES),
 )
-def test_a_plan_never_overfills_a_node(capacities: list[int], counts: list[int], strategy: str) -> None:
+def test_plan_never_overfills_a_node(capacities: list[int], counts: list[int], strategy: str) -> None:
     chosen = plan(capacities, counts, strategy)
     if chosen is None:
         return
@@ -63,8 +63,8 @@ def test_a_plan_never_overfills_a_node(capacities: list[int], counts: list[int],
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_spread_finds_distinct_nodes_whenever_there_are_any(counts: list[int], random) -> None:
-    """Nodes that are each just large enough for one of the needs, in any order."""
+def test_spread_finds_distinct_nodes_if_they_exist(counts: list[int], random) -> None:
+    """Each node is just large enough for one of the counts, in any order."""
     capacities = list(counts)
     random.shuffle(capacities)
     for strategy in ("SPREAD", "STRICT_SPREAD"):

@@ -1,4 +1,4 @@
-"""Joining and starting Ray: each case in processes of its own, as drivers are."""
+"""Joining and starting Ray clusters. Each driver is a separate process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ import json, os, sys
 import ray
 from nemo_rl.distributed.virtual_cluster import init_ray
 
-def tell(**facts):
-    print(json.dumps(facts), flush=True)
+def report(**values):
+    print(json.dumps(values), flush=True)
 
-def told(answer=None):
+def wait_for_end():
     return sys.stdin.readline()
 """
 
 
 class Driver:
-    """A driver process that runs a script, step by step: each `tell(...)` is one line for the test."""
+    """A driver process that runs a script. Each `report(...)` of the script is one line for the test."""
 
     def __init__(self, script: str, environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -41,14 +41,10 @@ class Driver:
             text=True,
         )
 
-    def hear(self) -> dict:
+    def read_report(self) -> dict:
         line = _pipe(self.process.stdout).readline()
         assert line, _pipe(self.process.stderr).read()
         return json.loads(line)
-
-    def go_on(self) -> None:
-        _pipe(self.process.stdin).write("\n")
-        _pipe(self.process.stdin).flush()
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -65,14 +61,14 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
-    """Ray puts sockets below `TMPDIR`, whose paths must not be long."""
+    """Return a short temporary directory, because Ray creates sockets below `TMPDIR` and their paths must be short."""
     with tempfile.TemporaryDirectory(prefix="nrl", dir="/tmp", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 
 @pytest.fixture
 def environment(short_tmp: Path) -> dict[str, str]:
-    """What a user's shell has, with a temporary directory of its own, so that nobody else's cluster is joined."""
+    """Return the variables of a user's shell with a private `TMPDIR`, so that no other cluster is joined."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "NEMO_RL_", "NRL_"))}
     variables.pop("CUDA_VISIBLE_DEVICES", None)
     return {**variables, "TMPDIR": str(short_tmp)}
@@ -91,44 +87,48 @@ def start(environment: dict[str, str]) -> Iterator:
         driver.end()
 
 
-_STAY = """
+_DRIVER = """
 init_ray()
-tell(address=ray.get_runtime_context().gcs_address)
-told()
+report(address=ray.get_runtime_context().gcs_address)
+wait_for_end()
 """
 
 
-def test_drivers_that_see_the_same_gpus_share_a_cluster_and_others_do_not(start) -> None:
-    owner = start(_STAY)
-    address = owner.hear()["address"]
-    same, other, alone = start(_STAY), start(_STAY, CUDA_VISIBLE_DEVICES="0"), start(_STAY, RAY_ADDRESS="local")
-    assert same.hear()["address"] == address
-    assert len({address, other.hear()["address"], alone.hear()["address"]}) == 3
-    named = start(_STAY, RAY_ADDRESS=address, RAY_AUTH_MODE="token", CUDA_VISIBLE_DEVICES="3")
-    assert named.hear()["address"] == address
+def test_drivers_with_the_same_gpus_share_a_cluster(start) -> None:
+    owner = start(_DRIVER)
+    address = owner.read_report()["address"]
+    same, other, alone = (
+        start(_DRIVER),
+        start(_DRIVER, CUDA_VISIBLE_DEVICES="0"),
+        start(_DRIVER, RAY_ADDRESS="local"),
+    )
+    assert same.read_report()["address"] == address
+    assert len({address, other.read_report()["address"], alone.read_report()["address"]}) == 3
+    named = start(_DRIVER, RAY_ADDRESS=address, RAY_AUTH_MODE="token", CUDA_VISIBLE_DEVICES="3")
+    assert named.read_report()["address"] == address
 
 
-def test_neither_a_strangers_cluster_nor_one_that_died_is_joined(start) -> None:
-    stranger = start(
+def test_foreign_and_dead_clusters_are_not_joined(start) -> None:
+    foreign = start(
         """
         ray.init(address="local", include_dashboard=False)
-        tell(address=ray.get_runtime_context().gcs_address)
-        told()
+        report(address=ray.get_runtime_context().gcs_address)
+        wait_for_end()
         """
     )
-    dead = start(_STAY)
-    others = {stranger.hear()["address"], dead.hear()["address"]}
+    dead = start(_DRIVER)
+    others = {foreign.read_report()["address"], dead.read_report()["address"]}
     dead.process.kill()
     dead.process.wait()
-    assert start(_STAY).hear()["address"] not in others
+    assert start(_DRIVER).read_report()["address"] not in others
 
 
-def test_two_drivers_started_at_the_same_moment_share_one_cluster(start) -> None:
-    drivers = [start(_STAY) for _ in range(2)]
-    assert len({driver.hear()["address"] for driver in drivers}) == 1
+def test_drivers_started_together_share_a_cluster(start) -> None:
+    drivers = [start(_DRIVER) for _ in range(2)]
+    assert len({driver.read_report()["address"] for driver in drivers}) == 1
 
 
-def test_a_local_cluster_listens_on_loopback_has_no_dashboard_and_ships_nothing(start, short_tmp: Path) -> None:
+def test_local_cluster_is_on_loopback_without_dashboard(start, short_tmp: Path) -> None:
     driver = start(
         """
         import psutil
@@ -142,18 +142,18 @@ def test_a_local_cluster_listens_on_loopback_has_no_dashboard_and_ships_nothing(
             for connection in process.net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN
         }
-        tell(
-            again=before == ray.get_runtime_context().gcs_address,
+        report(
+            same=before == ray.get_runtime_context().gcs_address,
             listening=sorted(listening),
             dashboard=ray._private.worker._global_node.webui_url,
             runtime_env=dict(ray.get_runtime_context().runtime_env),
             hook=os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"],
         )
-        told()
+        wait_for_end()
         """
     )
-    facts = driver.hear()
-    assert facts["again"]
+    facts = driver.read_report()
+    assert facts["same"]
     assert set(facts["listening"]) <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert facts["listening"]
     assert not facts["dashboard"]
@@ -164,30 +164,30 @@ def test_a_local_cluster_listens_on_loopback_has_no_dashboard_and_ships_nothing(
     assert (link / "logs" / "raylet.out").exists()
 
 
-def test_workers_inherit_documented_variables_only(start) -> None:
+def test_workers_inherit_only_documented_variables(start) -> None:
     driver = start(
         """
         init_ray()
         @ray.remote
         def seen():
             return {name: os.environ.get(name) for name in ("DB_PASSWORD", "MY_SETTING", "HF_HOME", "PATH")}
-        tell(workers=ray.get(seen.remote()), own=dict(os.environ))
+        report(workers=ray.get(seen.remote()), driver=dict(os.environ))
         """,
         DB_PASSWORD="hunter2",
         MY_SETTING="1",
         HF_HOME="/models",
     )
-    heard = driver.hear()
-    assert heard["workers"]["DB_PASSWORD"] is None
-    assert heard["workers"]["MY_SETTING"] is None
-    assert heard["workers"]["HF_HOME"] == "/models"
-    assert heard["workers"]["PATH"]
-    # The driver's own environment is as it was.
-    assert (heard["own"]["DB_PASSWORD"], heard["own"]["MY_SETTING"]) == ("hunter2", "1")
+    reported = driver.read_report()
+    assert reported["workers"]["DB_PASSWORD"] is None
+    assert reported["workers"]["MY_SETTING"] is None
+    assert reported["workers"]["HF_HOME"] == "/models"
+    assert reported["workers"]["PATH"]
+    # The driver's environment is unchanged.
+    assert (reported["driver"]["DB_PASSWORD"], reported["driver"]["MY_SETTING"]) == ("hunter2", "1")
 
 
-def test_a_driver_that_uv_run_started_does_not_ship_its_directory(start, environment) -> None:
-    """Ray's hook looks for `uv run` among the driver's parents; with the hook on, workers would be started by uv."""
+def test_driver_started_by_uv_run_uploads_nothing(start, environment) -> None:
+    """Ray's hook looks for `uv run` among the driver's parent processes and would start workers with uv."""
     script = textwrap.dedent(
         """
         import ray  # before nemo_rl: Ray reads its variable when it is imported
@@ -218,49 +218,49 @@ def test_a_driver_that_uv_run_started_does_not_ship_its_directory(start, environ
     assert worker_executable == executable
 
 
-def test_an_address_where_nothing_runs_is_a_cluster_error(start) -> None:
+def test_unreachable_address_is_a_cluster_error(start) -> None:
     driver = start(
         """
         from nemo_rl.errors import ClusterError
         try:
             init_ray()
         except ClusterError as error:
-            tell(message=str(error))
+            report(message=str(error))
         """,
         RAY_ADDRESS="127.0.0.1:1",
     )
-    message = driver.hear()["message"]
+    message = driver.read_report()["message"]
     assert "RAY_ADDRESS=127.0.0.1:1" in message
     assert "RAY_AUTH_MODE=token" in message
 
 
-def test_ray_starts_with_a_read_only_home_and_a_temporary_directory_too_deep_for_sockets(start, tmp_path: Path) -> None:
+def test_ray_starts_with_read_only_home_and_deep_tmpdir(start, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     deep = tmp_path / ("deep" * 20)
     deep.mkdir()
-    assert start(_STAY, HOME=str(tmp_path / "file" / "home"), TMPDIR=str(deep)).hear()["address"]
+    assert start(_DRIVER, HOME=str(tmp_path / "file" / "home"), TMPDIR=str(deep)).read_report()["address"]
 
 
 @pytest.mark.parametrize(
     "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}]
 )
-def test_a_local_cluster_lets_nobody_in_without_its_token(start, variables: dict[str, str]) -> None:
-    address = start(_STAY).hear()["address"]
-    # Not ray.init, which tries again for minutes.
-    stranger = start(
+def test_local_cluster_requires_its_token(start, variables: dict[str, str]) -> None:
+    address = start(_DRIVER).read_report()["address"]
+    # Not ray.init, which retries for minutes.
+    intruder = start(
         f"""
         try:
             ray._raylet.GcsClient(address={address!r})
         except ray.exceptions.AuthenticationError as error:
-            tell(refused=str(error))
+            report(refused=str(error))
         """,
         **variables,
     )
-    assert "InvalidAuthToken" in stranger.hear()["refused"]
+    assert "InvalidAuthToken" in intruder.read_report()["refused"]
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770])
-def test_a_record_of_clusters_that_others_may_write_is_not_trusted(start, short_tmp: Path, mode: int) -> None:
+def test_record_directory_writable_by_others_is_rejected(start, short_tmp: Path, mode: int) -> None:
     directory = short_tmp / f"nemo_rl-{os.getuid()}"
     directory.mkdir()
     directory.chmod(mode)
@@ -270,7 +270,7 @@ def test_a_record_of_clusters_that_others_may_write_is_not_trusted(start, short_
         try:
             init_ray()
         except ClusterError as error:
-            tell(error=str(error))
+            report(error=str(error))
         """
     )
-    assert "can be written by somebody else" in driver.hear()["error"]
+    assert "is writable by other users" in driver.read_report()["error"]

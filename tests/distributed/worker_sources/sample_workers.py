@@ -1,4 +1,4 @@
-"""Worker classes that run in venvs of their own. No test imports this file: that is the point."""
+"""Worker classes that run in separate venvs. No test imports this file; some tests check that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOADED_WITH_RANK = os.environ.get("RANK")
 
 
 class Probe:
-    """Tells about its process and gives back what it gets."""
+    """Reports on its process and returns its arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
@@ -60,8 +60,8 @@ class Probe:
                 version = importlib.metadata.version(distribution)
                 return sys.executable, os.environ["VIRTUAL_ENV"], version, os.environ.get("CHILD")
 
-        with_own = Child.options(runtime_env={"env_vars": {"CHILD": "yes"}})
-        return ray.get([Child.remote().look.remote(), with_own.remote().look.remote()])
+        with_variable = Child.options(runtime_env={"env_vars": {"CHILD": "yes"}})
+        return ray.get([Child.remote().look.remote(), with_variable.remote().look.remote()])
 
     def placement_group_id(self) -> str | None:
         group = ray.util.get_current_placement_group()
@@ -128,7 +128,7 @@ class Decorated:
 
 
 class Configured(Probe):
-    """Decides its own resources, variables and arguments."""
+    """Configures its resources, variables and arguments."""
 
     @staticmethod
     def configure_worker(
@@ -144,12 +144,12 @@ class Configured(Probe):
 
 
 class DiesInConstructor:
-    """The last rank dies (`how` is "raise" or "exit"); the others would wait for ever."""
+    """The last rank dies (`how` is "raise" or "exit") or sleeps ("late"); the others never return."""
 
     def __init__(self, how: str) -> None:
         if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
             if how == "exit":
-                print("about to leave without a word", file=sys.stderr, flush=True)
+                print("exiting without an exception", file=sys.stderr, flush=True)
                 os._exit(3)
             if how == "late":
                 time.sleep(300)

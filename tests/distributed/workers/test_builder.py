@@ -1,4 +1,4 @@
-"""Single workers on a real local Ray: what the driver knows of their class, and which options win."""
+"""Single workers on a real local Ray cluster: class descriptions and the precedence of options."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ import ray
 from nemo_rl.distributed import ray_actor_environment_registry as registry
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerGroup
-from nemo_rl.distributed.workers.builder import RayWorkerBuilder
+from nemo_rl.distributed.workers.builder import RayWorkerBuilder, WorkerRequest
 from nemo_rl.distributed.workers.class_description import ClassDescription
 from nemo_rl.distributed.workers.host import describe_class, load_class
+from nemo_rl.distributed.workers.runtime_env import ConfiguredWorker
 from nemo_rl.distributed.workers.startup import StartingWorker, await_started
 from nemo_rl.errors import AttestationError, RuntimeEnvError, WorkerStartError
 
@@ -51,7 +52,7 @@ def decorated(ray_local: str, store: None) -> Iterator[ray.actor.ActorHandle]:
     ray.kill(handle)
 
 
-# --- what a handle can do ------------------------------------------------------------------------------------------
+# --- handles ------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_method(decorated: Any) -> None:
@@ -64,7 +65,7 @@ def test_every_kind_of_method(decorated: Any) -> None:
     assert "sample_workers" not in sys.modules
 
 
-def test_handles_check_arguments_and_work_in_other_actors(decorated: Any) -> None:
+def test_handle_checks_arguments_and_works_in_other_actors(decorated: Any) -> None:
     with pytest.raises(TypeError, match="too many"):
         decorated.add.remote(1, 2)
     assert ray.get(ray.get_actor("deco").double.remote(3)) == 6
@@ -76,7 +77,7 @@ def test_handles_check_arguments_and_work_in_other_actors(decorated: Any) -> Non
     assert ray.get(use.remote(decorated)) == 10
 
 
-def test_closures_see_the_worker_itself(decorated: Any) -> None:
+def test_closures_run_on_the_worker(decorated: Any) -> None:
     def set_base(worker: Any) -> int:
         worker.extra = worker.base + 1
         return worker.extra
@@ -85,7 +86,7 @@ def test_closures_see_the_worker_itself(decorated: Any) -> None:
     assert ray.get(decorated.__ray_call__.remote(lambda worker: worker.__dict__["_nrl_worker"].extra)) == 11
 
 
-def test_options_of_the_class_and_of_the_call(decorated: Any) -> None:
+def test_options_of_class_and_call(decorated: Any) -> None:
     assert ray.get(decorated.resources.remote()) == {"CPU": 0.25}
     variables = ray.get(decorated.variables.remote())
     assert variables["FROM_CLASS"] == "class"
@@ -95,7 +96,7 @@ def test_options_of_the_class_and_of_the_call(decorated: Any) -> None:
     ray.kill(cheaper)
 
 
-def test_configure_worker_wins(caplog: pytest.LogCaptureFixture) -> None:
+def test_configure_worker_takes_precedence(caplog: pytest.LogCaptureFixture) -> None:
     with RayVirtualCluster([1], use_gpus=False) as cluster:
         (group,) = cluster.get_placement_groups()
         with caplog.at_level(logging.WARNING):
@@ -119,7 +120,7 @@ def test_configure_worker_wins(caplog: pytest.LogCaptureFixture) -> None:
         ray.kill(handle)
 
 
-def test_asynchronous_creation_returns_at_once_and_keeps_errors() -> None:
+def test_create_worker_async_keeps_errors() -> None:
     future = builder("sample_workers.Probe", 3).create_worker_async(None, 0, 0, num_cpus=0)
     failing = builder("sample_workers.Probe").create_worker_async(None, 0, 0, num_cpus=0, no_such_option=1)
     handle = future.result()
@@ -129,13 +130,13 @@ def test_asynchronous_creation_returns_at_once_and_keeps_errors() -> None:
         failing.result()
 
 
-def test_a_start_that_nobody_waits_for_ends_and_does_not_outlive_its_future() -> None:
+def test_stopped_start_ends_and_cannot_be_cancelled() -> None:
     stopped = threading.Event()
     in_constructor = {"env_vars": {"RANK": "0", "WORLD_SIZE": "2"}}
     future = builder("sample_workers.DiesInConstructor", "late").create_worker_async(
         None, 0, 0, num_cpus=0, runtime_env=in_constructor, stopped=stopped
     )
-    assert not future.cancel(), "whoever shuts Ray down next would leave a thread that starts it again"
+    assert not future.cancel(), "a cancelled start would leave a thread that starts Ray again after its shutdown"
     stopped.set()
     with pytest.raises(WorkerStartError, match="was stopped while it started"):
         future.result()
@@ -149,19 +150,26 @@ def test_references_are_resolved_for_the_constructor() -> None:
 
 def test_initializers_need_no_cpu(tmp_path: Path) -> None:
     (tmp_path / "undescribed_workers.py").write_text("class New:\n    def ping(self):\n        return 'pong'\n")
-    with RayVirtualCluster([int(ray.available_resources()["CPU"])], use_gpus=False) as all_there_is:
-        assert all_there_is.bundles()
+    with RayVirtualCluster([int(ray.available_resources()["CPU"])], use_gpus=False) as all_cpus:
+        assert all_cpus.bundles()
         assert ray.available_resources().get("CPU", 0) < 1
         new = builder("undescribed_workers.New", path=tmp_path)
-        group = RayWorkerGroup(all_there_is, new, workers_per_node=1)
+        group = RayWorkerGroup(all_cpus, new, workers_per_node=1)
         assert ray.get(group.run_all_workers_single_data("ping")) == ["pong"]
         assert group.shutdown()
 
 
-# --- which Python --------------------------------------------------------------------------------------------------
+def test_example_of_the_builder() -> None:
+    """The example in the docstring of `RayWorkerBuilder`."""
+    counter = RayWorkerBuilder("collections.Counter", "abracadabra", py_executable=sys.executable)(None, 0, num_gpus=0)
+    assert ray.get(counter.most_common.remote(1)) == [("a", 5)]
+    ray.kill(counter)
 
 
-def test_clashes_are_refused_before_anything_starts() -> None:
+# --- the Python --------------------------------------------------------------------------------------------------
+
+
+def test_conflicting_fields_fail_before_a_process_starts() -> None:
     with pytest.raises(RuntimeEnvError, match="'conda' and 'py_executable'"):
         RayWorkerBuilder("a.B", py_executable=sys.executable, runtime_env={"conda": "base"})
     with pytest.raises(RuntimeEnvError, match="'pip' and 'uv'"):
@@ -170,19 +178,19 @@ def test_clashes_are_refused_before_anything_starts() -> None:
         RayWorkerBuilder("a.B", py_executable=sys.executable, runtime_env={"py_executable": "/usr/bin/python3"})
 
 
-def test_a_worker_in_the_wrong_venv_is_refused() -> None:
+def test_worker_in_the_wrong_venv_fails_attestation() -> None:
     probe = builder("sample_workers.Probe")
     plan = probe.plan(runtime_env={"uv": ["packaging==23.2"]})
     assert plan.python.digest is not None
     wrong = replace(plan, python=replace(plan.python, digest="0" * 64))
-    handle = probe.submit(wrong, None, 0, {"num_cpus": 0})
+    handle = probe._create(wrong, WorkerRequest("rank 5", ray_options={"num_cpus": 0}), ConfiguredWorker())
     with pytest.raises(AttestationError, match=f"rank 5.*expected 0+, found {plan.python.digest}"):
         await_started([StartingWorker(handle, plan.fqn, "rank 5")])
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(handle.pid.remote())
 
 
-def test_another_distribution_registers_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_of_another_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "third_party_workers-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party-workers\nVersion: 1.0\n")
@@ -209,7 +217,7 @@ def test_another_distribution_registers_a_worker(tmp_path: Path, monkeypatch: py
 # --- descriptions --------------------------------------------------------------------------------------------------
 
 
-def test_an_edited_class_is_described_again(tmp_path: Path) -> None:
+def test_edited_class_is_described_again(tmp_path: Path) -> None:
     source = tmp_path / "edited_workers.py"
     source.write_text("class Edited:\n    def old(self):\n        return 1\n")
     edited = builder("edited_workers.Edited", path=tmp_path)
@@ -229,7 +237,7 @@ def test_an_edited_class_is_described_again(tmp_path: Path) -> None:
         assert group.shutdown()
 
 
-def test_a_kept_description_does_not_refuse_arguments_that_the_edited_class_takes(tmp_path: Path) -> None:
+def test_cached_description_does_not_reject_new_arguments(tmp_path: Path) -> None:
     source = tmp_path / "grown_workers.py"
     source.write_text("class Grown:\n    def __init__(self): pass\n")
     builder("grown_workers.Grown", path=tmp_path).plan()
@@ -244,15 +252,15 @@ def test_a_kept_description_does_not_refuse_arguments_that_the_edited_class_take
         builder("grown_workers.Grown", 3, 4, path=tmp_path)(None, 0, 0, num_cpus=0)
 
 
-def test_descriptions_are_kept_between_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptions_are_cached_between_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = builder("sample_workers.Probe")
-    kept = probe.plan().description
-    # An initializer could not start now; the kept description needs none.
+    cached = probe.plan().description
+    # An initializer would time out now; the cached description needs none.
     monkeypatch.setenv("NEMO_RL_WORKER_START_TIMEOUT_S", "0.001")
-    assert probe.plan().description == kept
+    assert probe.plan().description == cached
 
 
-def test_description_says_what_ray_would_see() -> None:
+def test_description_matches_the_class() -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(SOURCES)!r})
 import json
@@ -280,7 +288,7 @@ print(json.dumps(describe_class({DECORATED!r}, *load_class({DECORATED!r}))))
         description.check_init_arguments((1,), {"fuctor": 2})
 
 
-def test_altered_description_is_not_trusted() -> None:
+def test_altered_description_is_rejected() -> None:
     plain = describe_class("collections.Counter", *load_class("collections.Counter"))
     assert ClassDescription.from_plain(plain).fqn == "collections.Counter"
     for key, value in (("methods", {}), ("schema", 0), ("digest", "x")):
@@ -299,9 +307,9 @@ def test_classes_that_cannot_be_loaded() -> None:
     assert inspect.isclass(load_class("email.message.Message")[0])
 
 
-def test_configure_worker_must_not_need_an_instance() -> None:
-    class Wrong:
+def test_configure_worker_must_be_static_or_class_method() -> None:
+    class Misconfigured:
         def configure_worker(self, num_gpus: float) -> None: ...
 
     with pytest.raises(TypeError, match="must be a staticmethod or a classmethod"):
-        describe_class("m.Wrong", Wrong, {})
+        describe_class("m.Misconfigured", Misconfigured, {})

@@ -1,4 +1,4 @@
-"""Who gets which part of a call's data."""
+"""Calls of worker groups: which worker receives which part of the data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_rl.distributed.named_sharding import NamedSharding
-from nemo_rl.distributed.worker_dispatch import (
+from nemo_rl.distributed.workers.calls import (
     check_list_lengths,
     check_nested_lengths,
     pick,
@@ -27,15 +27,15 @@ SHARDING = NamedSharding(np.arange(12).reshape(2, 3, 2), ["pipe", "data", "tenso
 def test_every_worker_has_exactly_one_role(shape: list[int], roles: list[str], dummies: bool) -> None:
     names = ["a", "b", "c"][: len(shape)]
     sharding = NamedSharding(np.arange(int(np.prod(shape))).reshape(shape), names)
-    of_role = {role: [n for n, r in zip(names, roles) if r == role] for role in ("sharded", "replicated", "free")}
-    call = plan_sharded_call(sharding, of_role["sharded"], of_role["replicated"], None, dummies)
-    idle = {r for r in range(sharding.size) if any(sharding.get_worker_coords(r)[n] for n in of_role["free"])}
+    names_of = {role: [n for n, r in zip(names, roles) if r == role] for role in ("sharded", "replicated", "free")}
+    call = plan_sharded_call(sharding, names_of["sharded"], names_of["replicated"], None, dummies)
+    idle = {r for r in range(sharding.size) if any(sharding.get_worker_coords(r)[n] for n in names_of["free"])}
     assert set(call.called) == set(range(sharding.size)) - idle
     assert set(call.dummies) == (idle if dummies else set())
     assert call.returning == call.called
     for rank in call.called:
         coords = sharding.get_worker_coords(rank)
-        assert call.slice_of[rank] == tuple(coords[name] for name in of_role["sharded"])
+        assert call.slice_of[rank] == tuple(coords[name] for name in names_of["sharded"])
 
 
 def test_replicated_output_keeps_index_zero() -> None:
@@ -52,10 +52,10 @@ def test_replicated_output_keeps_index_zero() -> None:
         (None, ["x"], None, "Unknown axis 'x'"),
         (None, None, ["x"], "Unknown axis 'x'"),
         (["data", "data"], None, None, "twice"),
-        ("data", None, None, "not the text 'data'"),
+        ("data", None, None, "not the string 'data'"),
     ],
 )
-def test_wrong_axes(sharded: list[str], replicated: list[str], output: list[str], message: str) -> None:
+def test_invalid_axes(sharded: list[str], replicated: list[str], output: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_sharded_call(SHARDING, sharded, replicated, output, False)
 

@@ -14,11 +14,11 @@ from ray.runtime_env import RuntimeEnv
 from nemo_rl import settings
 from nemo_rl.distributed.workers.runtime_env import (
     RUNTIME_ENV_FIELDS,
+    ConfiguredWorker,
     WorkerOptions,
     checked_env_vars,
     checked_runtime_env,
     merged_runtime_env,
-    with_configured,
 )
 from nemo_rl.errors import RuntimeEnvError, WorkerStartError
 
@@ -30,26 +30,26 @@ VALUES: dict[str, Any] = {
     "uv": ["packaging"],
     "py_executable": "/usr/bin/python3",
 }
-TOGETHER = {frozenset({"pip", "py_executable"}), frozenset({"uv", "py_executable"})}
+COMPATIBLE = {frozenset({"pip", "py_executable"}), frozenset({"uv", "py_executable"})}
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(VALUES, 2)))
-def test_fields_that_choose_the_python_clash_by_name(pair: tuple[str, str]) -> None:
+def test_conflict_between_fields_names_both(pair: tuple[str, str]) -> None:
     runtime_env = {name: VALUES[name] for name in pair}
-    if frozenset(pair) in TOGETHER:
+    if frozenset(pair) in COMPATIBLE:
         assert checked_runtime_env(runtime_env) == runtime_env
         return
     with pytest.raises(RuntimeEnvError, match=f"'{pair[0]}' and '{pair[1]}' cannot both be given"):
         checked_runtime_env(runtime_env)
 
 
-def test_container_takes_no_other_fields() -> None:
+def test_container_excludes_other_fields() -> None:
     assert checked_runtime_env({"container": {"image": "i"}, "env_vars": {"A": "1"}, "config": {}})
     with pytest.raises(RuntimeEnvError, match="'image_uri' and 'working_dir' cannot both be given"):
         checked_runtime_env({"image_uri": "i", "working_dir": "s3://bucket/a.zip"})
 
 
-def test_every_field_of_rays_runtime_env_is_passed_on() -> None:
+def test_fields_of_ray_runtime_env_are_kept() -> None:
     given = RuntimeEnv(
         working_dir="s3://bucket/a.zip",
         py_modules=["s3://bucket/b.zip"],
@@ -76,7 +76,7 @@ def test_every_field_of_rays_runtime_env_is_passed_on() -> None:
 def test_malformed_fields() -> None:
     with pytest.raises(RuntimeEnvError, match="unknown field 'env_var'. Did you mean 'env_vars'"):
         checked_runtime_env({"env_var": {}})
-    with pytest.raises(RuntimeEnvError, match=r"env_vars\['N'\] must be a text, not int"):
+    with pytest.raises(RuntimeEnvError, match=r"env_vars\['N'\] must be a string, not int"):
         checked_env_vars({"N": 1})  # type: ignore[dict-item]
     with pytest.raises(RuntimeEnvError, match="must be a mapping"):
         checked_runtime_env(["pip"])  # type: ignore[arg-type]
@@ -106,19 +106,19 @@ def test_merging_is_per_field_and_per_variable(layers: list[dict[str, Any]]) -> 
     assert layers == copies
 
 
-def test_a_higher_layers_way_to_choose_the_python_replaces_a_lower_layers() -> None:
+def test_higher_layer_replaces_the_choice_of_python() -> None:
     assert merged_runtime_env({"pip": ["a"], "py_executable": "p"}, {"conda": "c"}) == {"conda": "c"}
     assert merged_runtime_env({"pip": ["a"]}, {"uv": ["b"]}) == {"uv": ["b"]}
     assert merged_runtime_env({"pip": ["a"]}, {"py_executable": "p"}) == {"pip": ["a"], "py_executable": "p"}
 
 
-def test_configure_worker_wins_and_says_what_it_overrides(caplog: pytest.LogCaptureFixture) -> None:
+def test_configure_worker_logs_the_options_it_overrides(caplog: pytest.LogCaptureFixture) -> None:
     options = WorkerOptions(
         ray={"num_cpus": 2, "name": "n"}, runtime_env={"env_vars": {"A": "user", "A_TOKEN": "hidden-1", "B": "user"}}
     )
     configured = ({"num_cpus": 1}, {"A": "class", "A_TOKEN": "hidden-2"}, {"seed": 3}, {"working_dir": "s3://b/a.zip"})
     with caplog.at_level(logging.WARNING):
-        result = with_configured(options, configured, "module.Class")
+        result = options.with_configured(ConfiguredWorker.from_result(configured, "module.Class"), "module.Class")
     assert result.ray == {"num_cpus": 1, "name": "n"}
     assert result.runtime_env["env_vars"] == {"A": "class", "A_TOKEN": "hidden-2", "B": "user"}
     assert result.runtime_env["working_dir"] == "s3://b/a.zip"
@@ -130,6 +130,6 @@ def test_configure_worker_wins_and_says_what_it_overrides(caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("configured", [None, (), ({},), ([], {}, {}, {}), ({}, {}, {}, "x")])
-def test_what_configure_worker_must_return(configured: Any) -> None:
+def test_invalid_result_of_configure_worker(configured: Any) -> None:
     with pytest.raises(WorkerStartError, match=r"module\.Class\.configure_worker"):
-        with_configured(WorkerOptions(), configured, "module.Class")
+        ConfiguredWorker.from_result(configured, "module.Class")

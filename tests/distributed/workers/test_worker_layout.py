@@ -1,4 +1,4 @@
-"""Which worker sits on which bundle."""
+"""Placement of workers on bundles."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from nemo_rl.distributed.workers.layout import plan_seats
+from nemo_rl.distributed.workers.layout import place_workers
 from nemo_rl.errors import ConfigError
 
 
-def seats(*args: Any) -> list[tuple[int, int, int, int, int, bool]]:
-    return [(s.rank, s.node_idx, s.bundle, s.local_rank, s.tied_group, s.is_leader) for s in plan_seats(*args)]
+def placements(*args: Any) -> list[tuple[int, int, int, int, int, bool]]:
+    return [(p.rank, p.node_idx, p.bundle, p.local_rank, p.tied_group, p.is_leader) for p in place_workers(*args)]
 
 
 def test_one_worker_per_bundle() -> None:
-    assert seats([2, 1], None, None) == [
+    assert placements([2, 1], None, None) == [
         (0, 0, 0, 0, 0, True),
         (1, 0, 1, 1, 1, True),
         (2, 1, 2, 0, 2, True),
@@ -23,8 +23,8 @@ def test_one_worker_per_bundle() -> None:
 
 
 def test_workers_per_node() -> None:
-    assert seats([2, 2], 1, None) == seats([2, 2], [1, 1], None)
-    assert seats([2, 2], [1, 2], None) == [
+    assert placements([2, 2], 1, None) == placements([2, 2], [1, 1], None)
+    assert placements([2, 2], [1, 2], None) == [
         (0, 0, 0, 0, 0, True),
         (1, 1, 2, 0, 1, True),
         (2, 1, 3, 1, 2, True),
@@ -32,13 +32,13 @@ def test_workers_per_node() -> None:
 
 
 def test_tied_groups_on_and_across_nodes() -> None:
-    assert seats([2, 2], None, [(1, [1, 0]), (0, [0])]) == [
+    assert placements([2, 2], None, [(1, [1, 0]), (0, [0])]) == [
         (0, 1, 3, 0, 0, True),
         (1, 1, 2, 1, 0, False),
         (2, 0, 0, 0, 1, True),
     ]
-    assert [s.node_idx for s in plan_seats([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 0, 1, 1]
-    assert [s.local_rank for s in plan_seats([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 1, 0, 1]
+    assert [p.node_idx for p in place_workers([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 0, 1, 1]
+    assert [p.local_rank for p in place_workers([2, 2], None, [(0, [0, 1, 2, 3])])] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_tied_groups_on_and_across_nodes() -> None:
         (None, [(2, [0])], "names node 2; there are 2 nodes"),
         (None, [(1, [2])], "bundle 2 of node 1"),
         (None, [(0, [-1])], "bundle -1"),
-        (None, [(0, [0, 0])], "a second time"),
-        (None, [(0, [2]), (1, [0])], "a second time"),
+        (None, [(0, [0, 0])], "twice"),
+        (None, [(0, [2]), (1, [0])], "twice"),
         (None, [(0, [])], "names no bundles"),
     ],
 )
-def test_impossible_layouts(workers_per_node: Any, bundle_indices_list: Any, message: str) -> None:
+def test_invalid_layouts(workers_per_node: Any, bundle_indices_list: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_seats([2, 2], workers_per_node, bundle_indices_list)
+        place_workers([2, 2], workers_per_node, bundle_indices_list)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.roles import job_roles
 from nemo_rl.models.generation.vllm.config import VllmOptions

@@ -81,7 +81,7 @@ class RankProcesses:
 
 def megatron_python() -> str:
     """A Python with megatron-core: this one where it has it, else that of the MCORE venv, which is built if need be."""
-    from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+    from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
     from nemo_rl.venvs import create_local_venv
 
     if importlib.util.find_spec("megatron") is not None:

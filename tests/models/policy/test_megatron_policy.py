@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from nemo_rl.algorithms.config import LossConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 from nemo_rl.distributed.cluster.session import start_local_ray
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig

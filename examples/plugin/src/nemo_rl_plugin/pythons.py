@@ -3,7 +3,7 @@
 import json
 from importlib import metadata
 
-from nemo_rl.distributed.py_executables import PY_EXECUTABLES
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 
 
 def this_distribution() -> str:

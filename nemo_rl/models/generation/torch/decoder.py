@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_rl.errors import WeightSyncError
+from nemo_rl.utils.names import abbreviated
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -86,7 +87,8 @@ class Decoder(ABC):
         unknown = [name for name in named if name not in self._shapes and name not in self._tied]
         if missing or unknown:
             raise WeightSyncError(
-                f"the published weights are not this model's: missing {_some(missing)}, unknown {_some(unknown)}"
+                f"the published weights are not this model's: missing {abbreviated(missing)}, "
+                f"unknown {abbreviated(unknown)}"
             )
         for name, shape in self._shapes.items():
             if tuple(named[name].shape) != shape:
@@ -123,9 +125,3 @@ def parameter_shapes(model: torch.nn.Module) -> tuple[dict[str, tuple[int, ...]]
             first[id(parameter)] = name
             shapes[name] = tuple(parameter.shape)
     return shapes, tied
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -25,6 +25,7 @@ from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.generation.linear import linear_ops
 from nemo_rl.models.weights.digest import WeightDigest, digest_tensors, dtype_name
 from nemo_rl.models.weights.interfaces import TensorSpec
+from nemo_rl.utils.names import abbreviated
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class OwnTensors:
         unknown = [name for name in names if name not in self._tensors]
         if missing or unknown:
             raise WeightSyncError(
-                f"the published weights are not this model's: missing {_some(missing)}, unknown {_some(unknown)}"
+                f"the published weights are not this model's: missing {abbreviated(missing)}, "
+                f"unknown {abbreviated(unknown)}"
             )
 
     def checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -193,9 +195,3 @@ def _unsplit(module: torch.nn.Module, kind: str, data: torch.Tensor) -> OwnTenso
     if isinstance(module, ColumnParallelLinear):
         return OwnTensor(data, 0)
     return OwnTensor(data)
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
