@@ -13,9 +13,10 @@ import time
 import ray
 from broadcast_hosts import cpu_seconds
 
-from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 
 START_TIMEOUT_S = 300.0
 # Ray starts agents after a node has joined. The agents of eight nodes would slow down everything on two cores.

@@ -1,49 +1,49 @@
-"""Every exception that nemo_rl raises on purpose.
+"""Exceptions that nemo_rl raises on purpose.
 
 ::
 
-    NemoRLError                         base of all; `except NemoRLError` catches what we mean to say
-    ├── ConfigError (ValueError)        a key, value or override of a configuration is wrong
-    ├── DataError (ValueError)          a data set is missing, empty or holds a broken record
-    ├── VenvError                       a Python environment cannot be described, built or used
-    │   ├── InvalidPyExecutableError (ValueError)   a py_executable string that we do not accept
+    NemoRLError                                     base of all
+    ├── ConfigError (ValueError)                    a configuration key, value or override is wrong
+    ├── DataError (ValueError)                      a data set is missing, empty or holds a broken record
+    ├── VenvError                                   a Python environment cannot be described, built or used
+    │   ├── InvalidPyExecutableError (ValueError)   a py_executable string is not accepted
     │   ├── RuntimeEnvError (ValueError)            a runtime_env field is unknown, malformed or clashes with another
     │   ├── LockMismatchError (ValueError)          uv.lock does not match pyproject.toml
-    │   ├── UnknownExtraError (ValueError)          an extra or group that the project does not have
-    │   ├── UvNotFoundError             uv is not installed
-    │   ├── VenvBuildError              uv failed; carries command, node, output tail and log path
-    │   │   └── NoSpaceError            the build ran out of disk
-    │   ├── VenvLockTimeoutError        another builder holds the lock for too long
-    │   ├── IncompatibleVenvError       the venv's Python or ray is not the driver's
-    │   ├── VenvDriftError              the code asks for other packages than the venv that is there
-    │   ├── BundleError (ValueError)    a bundle for offline builds is not safe, not whole, or for another machine
-    │   └── BroadcastError              a venv or source archive from another node arrived incomplete or changed
-    ├── ClusterError                    the Ray cluster cannot do what was asked
-    │   ├── SubmissionError             the job server cannot be reached, or refuses
-    │   ├── ResourceInsufficientError (ValueError)  more CPUs, GPUs or nodes asked for than there are
-    │   └── NodeVenvError               making venvs ready failed on at least one node
-    ├── WorkerError                     a worker or worker group failed
-    │   ├── UnregisteredActorError (ValueError)     an FQN that the registry does not know
-    │   ├── WorkerStartError            a worker died, or never answered, while starting
-    │   ├── NodeLostError               a worker cannot start: its node has left the cluster
-    │   └── AttestationError            a worker runs in another venv, Python or ray than it should
-    ├── ModelError                      a model cannot be loaded, or a request does not fit it
-    ├── WeightSyncError                 policy and generation disagree about the weights
-    ├── EnvironmentFailure              an RL environment failed: never a reward of 0
-    ├── TrainingError                   the loop must stop
-    │   ├── LogprobMismatchError        generation and policy log-probabilities are too far apart
-    │   └── NonFiniteError              loss or gradient is NaN or infinite
-    ├── CheckpointError                 a checkpoint cannot be written, read or trusted
-    └── PipelineError                   a data pipeline cannot run, or one of its stages failed
-        ├── PipelineDefinitionError (ValueError)    stages, names, needs or options that do not go together
-        ├── ResumeError (ValueError)    a run directory belongs to another pipeline, or is in use
-        └── StageError                  a stage failed; carries stage, task and traceback
-            ├── StageStartError         a stage's worker could not start or set up
-            ├── StageInputError (ValueError)        a task lacks what the stage needs
-            └── StageOutputError (ValueError)       a stage returned something that is no task
+    │   ├── UnknownExtraError (ValueError)          the project has no such extra or dependency group
+    │   ├── UvNotFoundError                         uv is not installed
+    │   ├── VenvBuildError                          uv failed; carries command, node, output tail and log path
+    │   │   └── NoSpaceError                        the build ran out of disk space
+    │   ├── VenvLockTimeoutError (TimeoutError)     another builder held the lock for too long
+    │   ├── IncompatibleVenvError                   the venv's Python or ray version differs from the driver's
+    │   ├── VenvDriftError                          the code asks for other packages than the existing venv holds
+    │   ├── BundleError (ValueError)                a bundle for offline builds is unsafe, incomplete or does not fit
+    │   └── BroadcastError                          a venv or source archive from another node is incomplete or changed
+    ├── ClusterError                                the Ray cluster cannot serve a request
+    │   ├── SubmissionError                         the job server cannot be reached or refuses a request
+    │   ├── ResourceInsufficientError (ValueError)  the job needs more CPUs, GPUs or nodes than the cluster has
+    │   └── NodeVenvError                           at least one node has no ready venv
+    ├── WorkerError                                 a worker or worker group failed
+    │   ├── UnregisteredActorError (ValueError)     the registry does not know the worker class
+    │   ├── WorkerStartError                        a worker died or did not answer while it was starting
+    │   │   └── NodeLostError                       a worker cannot start: its node has left the cluster
+    │   └── AttestationError                        a worker runs in another venv, Python or ray than it should
+    ├── ModelError                                  a model cannot be loaded, or a request does not fit it
+    ├── WeightSyncError                             policy and generation workers hold different weights
+    ├── EnvironmentFailure                          an RL environment failed to grade a sample
+    ├── TrainingError                               training must stop
+    │   ├── LogprobMismatchError                    generation and policy log-probabilities differ too much
+    │   └── NonFiniteError                          a loss or gradient norm is NaN or infinite
+    ├── CheckpointError                             a checkpoint cannot be written, read or trusted
+    └── PipelineError                               a data pipeline cannot run, or one of its stages failed
+        ├── PipelineDefinitionError (ValueError)    the stages, names, needs or options of a pipeline are inconsistent
+        ├── ResumeError (ValueError)                a run directory belongs to another pipeline or is in use
+        └── StageError                              a stage failed; carries stage, task and traceback
+            ├── StageStartError                     a stage's worker could not start or set up
+            ├── StageInputError (ValueError)        a task lacks an attribute or column that the stage needs
+            └── StageOutputError (ValueError)       a stage returned something that is not a task
 
-A message says what failed, the value seen, and how to fix it. Users' mistakes also derive from `ValueError`,
-so that code which knows nothing of this package can catch them.
+A message says what failed, the value seen and how to fix it. Users' mistakes also derive from `ValueError`, so code that
+does not know this package can catch them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ConfigError(NemoRLError, ValueError):
 
 
 class DataError(NemoRLError, ValueError):
-    """A data set is missing, empty, or holds a broken record (the message names file and line)."""
+    """A data set is missing, empty or holds a broken record. The message names file and line."""
 
 
 class VenvError(NemoRLError):
@@ -66,19 +66,19 @@ class VenvError(NemoRLError):
 
 
 class InvalidPyExecutableError(VenvError, ValueError):
-    """A `py_executable` that is neither an interpreter's path nor an accepted `uv run ...` string."""
+    """A `py_executable` is neither the path of an interpreter nor an accepted `uv run ...` string."""
 
 
 class RuntimeEnvError(VenvError, ValueError):
-    """A `runtime_env` field is unknown, malformed, or cannot hold together with another."""
+    """A `runtime_env` field is unknown, malformed or clashes with another."""
 
 
 class LockMismatchError(VenvError, ValueError):
-    """`uv.lock` is not what `pyproject.toml` asks for."""
+    """`uv.lock` does not match `pyproject.toml`."""
 
 
 class UnknownExtraError(VenvError, ValueError):
-    """An extra or dependency group that the project does not declare."""
+    """A spec names an extra or dependency group that the project does not declare."""
 
 
 class UvNotFoundError(VenvError):
@@ -89,10 +89,10 @@ class VenvBuildError(VenvError):
     """uv failed to build a venv.
 
     Attributes:
-        node: host name where the build ran.
+        node: host name of the node where the build ran.
         command: the uv command, with secrets masked.
         output_tail: the last lines of uv's own output.
-        log_path: file that holds the full output.
+        log_path: the file that holds the full output; empty if there is none.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class VenvBuildError(VenvError):
         self.log_path = log_path
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Ray sends errors between processes; keyword-only fields need help to survive pickling.
+        # Ray pickles errors between processes. By default pickle drops the keyword-only fields.
         return (_rebuild_build_error, (type(self), self.args[0], self.__dict__.copy()))
 
 
@@ -120,39 +120,39 @@ class NoSpaceError(VenvBuildError):
 
 
 class VenvLockTimeoutError(VenvError, TimeoutError):
-    """Another process holds a venv's build lock for longer than the time-out."""
+    """Another process held the build lock of a venv for longer than the timeout."""
 
 
 class IncompatibleVenvError(VenvError):
-    """A venv's Python or ray version is not the driver's."""
+    """The Python or ray version of a venv differs from the driver's."""
 
 
 class VenvDriftError(VenvError):
-    """The code asks for other packages than the venv that is there holds, and the policy is to refuse."""
+    """The code asks for other packages than the existing venv holds, and `NEMO_RL_VENV_DRIFT` is `refuse`."""
 
 
 class BundleError(VenvError, ValueError):
-    """A bundle for offline builds that is not safe to unpack, not whole, or made for another machine."""
+    """A bundle for offline builds is unsafe to unpack, incomplete or made for another platform or lock."""
 
 
 class BroadcastError(VenvError):
-    """A venv or source that was to come from another node did not arrive, or not as it was sent."""
+    """A venv or source archive from another node did not arrive, or its content changed on the way."""
 
 
 class ClusterError(NemoRLError):
-    """The Ray cluster cannot do what was asked."""
+    """The Ray cluster cannot serve a request."""
 
 
 class SubmissionError(ClusterError):
-    """Ray's job server cannot be reached, or refuses what was asked of it."""
+    """Ray's job server cannot be reached, or refuses a request."""
 
 
 class ResourceInsufficientError(ClusterError, ValueError):
-    """The cluster holds fewer CPUs, GPUs or nodes than the job asks for."""
+    """The cluster has fewer CPUs, GPUs or nodes than the job asks for."""
 
 
 class NodeVenvError(ClusterError):
-    """Making venvs ready failed on at least one node."""
+    """At least one node failed to make a venv ready."""
 
 
 class WorkerError(NemoRLError):
@@ -160,19 +160,19 @@ class WorkerError(NemoRLError):
 
 
 class UnregisteredActorError(WorkerError, ValueError):
-    """A worker class name that the registry does not know."""
+    """The registry does not know the name of a worker class."""
 
 
 class WorkerStartError(WorkerError):
-    """A worker died or never answered while it was starting."""
+    """A worker died or did not answer while it was starting."""
 
 
 class NodeLostError(WorkerStartError):
-    """A worker cannot start, or start anew, because its node has left the Ray cluster."""
+    """A worker cannot start or restart because its node has left the Ray cluster."""
 
 
 class AttestationError(WorkerError):
-    """A worker runs in another venv, Python or ray than the one it was given."""
+    """A worker runs in another venv, Python or ray version than the one planned for it."""
 
 
 class ModelError(NemoRLError):
@@ -180,15 +180,15 @@ class ModelError(NemoRLError):
 
 
 class WeightSyncError(NemoRLError):
-    """Policy and generation workers do not hold the same weights after a sync."""
+    """Policy and generation workers hold different weights after a sync."""
 
 
 class EnvironmentFailure(NemoRLError):
-    """An RL environment failed to judge a sample. It is never turned into a reward."""
+    """An RL environment failed to grade a sample. The failure never becomes a reward."""
 
 
 class TrainingError(NemoRLError):
-    """Training cannot go on."""
+    """Training must stop."""
 
 
 class LogprobMismatchError(TrainingError):
@@ -208,20 +208,20 @@ class PipelineError(NemoRLError):
 
 
 class PipelineDefinitionError(PipelineError, ValueError):
-    """Stages, names, needs or options of a pipeline that do not go together. Nothing has been started."""
+    """The stages, names, needs or options of a pipeline are inconsistent. Nothing has been started."""
 
 
 class ResumeError(PipelineError, ValueError):
-    """A run directory that belongs to another pipeline or other inputs, or that a living run uses."""
+    """A run directory belongs to another pipeline or other inputs, or a live run uses it."""
 
 
 class StageError(PipelineError):
     """A stage of a pipeline failed.
 
     Attributes:
-        stage: its name.
-        task_id: of the task that it failed on; empty when it is not about one task.
-        traceback_text: the traceback in the stage's own process; empty where there is none.
+        stage: name of the stage.
+        task_id: id of the task that failed; empty if the error does not concern a single task.
+        traceback_text: traceback in the stage's process; empty if there is none.
     """
 
     def __init__(self, message: str, *, stage: str = "", task_id: str = "", traceback_text: str = "") -> None:
@@ -241,23 +241,27 @@ def _rebuild_stage_error(cls: type[StageError], message: str, fields: dict[str, 
 
 
 class StageStartError(StageError):
-    """A stage's worker could not be started, or its setup failed."""
+    """The worker of a stage could not start, or its setup failed."""
 
 
 class StageInputError(StageError, ValueError):
-    """A task lacks an attribute or a column that the stage needs."""
+    """A task lacks an attribute or column that the stage needs."""
 
 
 class StageOutputError(StageError, ValueError):
-    """A stage returned something that is neither a task, nor a list of tasks, nor None."""
+    """A stage returned something that is neither a task, a list of tasks nor None."""
 
 
 def exit_code(error: NemoRLError) -> int:
-    """What a command ends with: 2 for a user's mistake, 1 for an operation that failed."""
+    """Return the exit code of a command that fails with `error`: 2 for a user's mistake, else 1."""
     return 2 if isinstance(error, ValueError) else 1
 
 
 def sentence(error: NemoRLError) -> str:
-    """What an error says. Of one that a worker raised, Ray's text is the worker's whole traceback."""
+    """Return the message of an error without a traceback.
+
+    The text of an error that Ray carried from a worker is the worker's full traceback. For it, this is the message of
+    its cause.
+    """
     raised = getattr(error, "cause", None)
     return str(raised if isinstance(raised, NemoRLError) else error)

@@ -1,4 +1,4 @@
-"""The house rules of docs/architecture.md, checked on the sources and in fresh processes."""
+"""The import rules of docs/architecture.md, checked on the sources and in new processes."""
 
 from __future__ import annotations
 
@@ -7,43 +7,63 @@ import builtins
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_rl"
-EVERYBODY = {"errors", "settings", "secrets"}
-# They serve every package above `venvs`.
-SERVANTS = {"utils", "observability"}
-# Room -> the rooms that it may import. A room may always import itself.
+COMMON = {"errors", "settings", "secrets"}
+# Every package above `venvs` may import them.
+SHARED = {"utils", "observability"}
+# Package -> the packages that it may import. A package may always import itself and `COMMON`.
 MAY_IMPORT = {
     "errors": set(),
     "settings": {"errors"},
-    "secrets": set(),
+    "secrets": {"settings"},
     "venvs": set(),
     "utils": set(),
     "observability": {"utils"},
-    "distributed": {"venvs", *SERVANTS},
-    "data": {"distributed", *SERVANTS},
-    "environments": {"data", "distributed", *SERVANTS},
-    "models": {"data", "distributed", *SERVANTS},
-    "algorithms": {"models", "environments", "data", "distributed", *SERVANTS},
-    "pipelines": {"environments", "data", "distributed", "venvs", *SERVANTS},
-    "jobs": {"pipelines", "algorithms", "models", "environments", "data", "distributed", "venvs", *SERVANTS},
-    "cli": {"jobs", "pipelines", "algorithms", "models", "environments", "data", "distributed", "venvs", *SERVANTS},
+    "distributed": {"venvs", *SHARED},
+    "data": {"distributed", *SHARED},
+    "environments": {"data", "distributed", *SHARED},
+    "models": {"data", "distributed", *SHARED},
+    "algorithms": {"models", "environments", "data", "distributed", *SHARED},
+    "pipelines": {"environments", "data", "distributed", "venvs", *SHARED},
+    "jobs": {"pipelines", "algorithms", "models", "environments", "data", "distributed", "venvs", *SHARED},
+    "cli": {"jobs", "pipelines", "algorithms", "models", "environments", "data", "distributed", "venvs", *SHARED},
 }
-# Of some rooms others see only the modules with these names.
-FACES = {
+# (importing package, imported package) -> names of the only modules that may be imported.
+INTERFACES = {
     ("algorithms", "models"): {"interfaces", "config"},
     ("algorithms", "environments"): {"interfaces", "config"},
 }
-# Run in a worker's process before this package can be imported there, so they set (never read) variables themselves.
+# They run in a worker's process before this package can be imported there, so they set variables without `settings`.
 SET_ENVIRONMENT = {"distributed/workers/host.py", "distributed/cluster/setup_worker.py"}
-# Entry points that talk to a person.
+# Entry points that write to the terminal.
 MAY_PRINT = ("cli/", "jobs/command_line.py")
-# What a driver imports: everything but `models`, of which it gets what these rooms import.
-DRIVER_ROOMS = tuple(MAY_IMPORT.keys() - {"models", "errors", "settings", "secrets"})
+# Modules in import cycles that remain. This list must become empty.
+KNOWN_CYCLES = {
+    "models.backends",
+    "models.generation.config",
+    "models.generation.registry",
+    "models.generation.torch.decoder",
+    "models.generation.torch.hf_decoder",
+    "models.generation.torch.llama_decoder",
+    "models.generation.vllm.config",
+    "models.policy.config",
+    "models.policy.megatron.config",
+    "models.policy.megatron.model_check",
+    "models.policy.registry",
+    "models.weights.cuda_ipc",
+    "models.weights.pairs",
+    "models.weights.shared_memory",
+    "models.weights.transports",
+    "pipelines.pipeline",
+    "pipelines.run",
+}
+# The packages that a driver imports. Of `models` it gets what these packages import.
+DRIVER_PACKAGES = tuple(MAY_IMPORT.keys() - {"models", "errors", "settings", "secrets"})
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -52,7 +72,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def imported_modules(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Modules of this package that a source names, wherever in the file (also for type checking only), and the line."""
+    """Yield each module of nemo_rl that a source imports, with the line: at the top, in functions, for types only."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names if alias.name.split(".")[0] == "nemo_rl")
@@ -60,8 +80,8 @@ def imported_modules(tree: ast.Module) -> Iterator[tuple[str, int]]:
             assert node.level == 0, f"line {node.lineno}: a relative import"
             if node.module and node.module.split(".")[0] == "nemo_rl":
                 for alias in node.names:
-                    below = f"{node.module}.{alias.name}"
-                    yield (below if is_module(below) else node.module), node.lineno
+                    submodule = f"{node.module}.{alias.name}"
+                    yield (submodule if is_module(submodule) else node.module), node.lineno
 
 
 def is_module(name: str) -> bool:
@@ -69,31 +89,77 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def test_every_room_is_in_the_table() -> None:
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert rooms - {"__init__"} <= set(MAY_IMPORT)
+def module_name(file: str) -> str:
+    return "nemo_rl." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
-def test_nobody_imports_from_a_room_above() -> None:
+def test_table_names_every_package() -> None:
+    packages = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert packages - {"__init__"} <= set(MAY_IMPORT)
+
+
+def test_imports_follow_the_table() -> None:
     broken = []
     for file, tree in sources():
-        room = Path(file).parts[0].removesuffix(".py")
+        package = Path(file).parts[0].removesuffix(".py")
         for module, line in imported_modules(tree):
-            target = room_of(module)
-            if target in (room, "") or target in EVERYBODY or room == "__init__":
+            target = package_of(module)
+            if target in (package, "") or target in COMMON or package == "__init__":
                 continue
-            face = FACES.get((room, target))
-            if target not in MAY_IMPORT[room] or (face is not None and module.rpartition(".")[2] not in face):
+            allowed = INTERFACES.get((package, target))
+            if target not in MAY_IMPORT[package] or (allowed is not None and module.rpartition(".")[2] not in allowed):
                 broken.append(f"{file}:{line} imports {module}")
     assert broken == []
 
 
-def test_nobody_imports_a_worker_module() -> None:
-    """They are named by string in the registry, and imported only inside their own venvs."""
+def import_cycles(graph: Mapping[str, Set[str]]) -> list[frozenset[str]]:
+    """Return the strongly connected components with more than one module (Tarjan 1972)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    cycles: list[frozenset[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for target in sorted(graph[module]):
+            if target not in order:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], order[target])
+        if low[module] == order[module]:
+            index = stack.index(module)
+            component, stack[index:] = frozenset(stack[index:]), []
+            if len(component) > 1:
+                cycles.append(component)
+
+    for module in sorted(graph):
+        if module not in order:
+            visit(module)
+    return cycles
+
+
+def test_import_cycles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
+    assert set(import_cycles(graph)) == {frozenset("abc"), frozenset("de")}
+
+
+def test_modules_have_no_import_cycles() -> None:
+    """Imports inside functions and for type checking only count too: a cycle marks a definition in the wrong file."""
+    graph: dict[str, set[str]] = {module_name(file): set() for file, _ in sources()}
+    for file, tree in sources():
+        graph[module_name(file)] |= {module for module, _ in imported_modules(tree) if module in graph}
+    known = {f"nemo_rl.{module}" for module in KNOWN_CYCLES}
+    assert [" <-> ".join(sorted(cycle)) for cycle in import_cycles(graph) if not cycle <= known] == []
+
+
+def test_no_module_imports_a_worker_module() -> None:
+    """The registry names worker modules by string; they are imported only inside their venvs."""
     broken = [
         f"{file}:{line} imports {module}"
         for file, tree in sources()
@@ -103,26 +169,26 @@ def test_nobody_imports_a_worker_module() -> None:
     assert broken == []
 
 
-def test_only_settings_reads_the_environment() -> None:
+def test_only_settings_reads_environ() -> None:
     broken = []
     for file, tree in sources():
         if file == "settings.py":
             continue
-        written = {id(value) for value in _written(tree)} if file in SET_ENVIRONMENT else set()
+        written = {id(value) for value in _assigned(tree)} if file in SET_ENVIRONMENT else set()
         for node in ast.walk(tree):
             names = (
                 [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) and node.module == "os" else []
             )
-            touched = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
-            if touched and id(node) not in written:
+            is_access = isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv")
+            if is_access and id(node) not in written:
                 broken.append(f"{file}:{node.lineno}")
             if {"environ", "environb", "getenv"} & set(names):
                 broken.append(f"{file}:{node.lineno}")
     assert broken == []
 
 
-def _written(tree: ast.Module) -> Iterator[ast.expr]:
-    """Mappings that are only written to: `x` in `x.update(...)` and in `x[name] = value`."""
+def _assigned(tree: ast.Module) -> Iterator[ast.expr]:
+    """Yield each mapping that is only written to: `x` in `x.update(...)` and in `x[name] = value`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
             yield node.func.value
@@ -130,7 +196,7 @@ def _written(tree: ast.Module) -> Iterator[ast.expr]:
             yield node.value
 
 
-def test_nobody_prints() -> None:
+def test_package_does_not_print() -> None:
     broken = [
         f"{file}:{node.lineno}"
         for file, tree in sources()
@@ -141,9 +207,9 @@ def test_nobody_prints() -> None:
     assert broken == []
 
 
-def test_errors_that_leave_a_room_are_in_the_tree_of_errors() -> None:
-    """Another exception may only be a signal inside its room."""
-    signals = {
+def test_exceptions_outside_errors_stay_in_their_package() -> None:
+    """An exception that another package imports must be part of the tree in `errors.py`."""
+    private = {
         node.name: Path(file).parts[0]
         for file, tree in sources()
         for node in ast.walk(tree)
@@ -155,7 +221,7 @@ def test_errors_that_leave_a_room_are_in_the_tree_of_errors() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemo_rl.")
         for alias in node.names
-        if alias.name in signals and Path(file).parts[0] != signals[alias.name]
+        if alias.name in private and Path(file).parts[0] != private[alias.name]
     ]
     assert broken == []
 
@@ -165,50 +231,49 @@ def _is_plain_exception(node: ast.ClassDef) -> bool:
     return bool(bases) and all(isinstance(base, type) and issubclass(base, BaseException) for base in bases)
 
 
-# Imports modules, then reports what was loaded or tried. Tried counts: a `try: import vllm` is an import too.
+# Imports modules and reports every module that Python searched for: `try: import vllm` counts as an import of vllm.
 _PROBE = """
 import importlib, json, sys
-class Tried:
+class Recorder:
     names = set()
     def find_spec(self, name, path=None, target=None):
         self.names.add(name.partition(".")[0])
         return None
-sys.meta_path.insert(0, Tried())
+sys.meta_path.insert(0, Recorder())
 for module in sys.argv[1:]:
     importlib.import_module(module)
-sys.stdout.write(json.dumps(sorted(Tried.names)))
+sys.stdout.write(json.dumps(sorted(Recorder.names)))
 """
 
 
 def imports_of(*modules: str) -> set[str]:
-    """Top-level packages that importing `modules` imports, or tries to, in a fresh process."""
+    """Return the top-level packages that importing `modules` in a new process imports or tries to import."""
     command = [sys.executable, "-c", _PROBE, *modules]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0, process.stderr
+    return set(json.loads(process.stdout.splitlines()[-1]))
 
 
-def modules_of(*rooms: str) -> list[str]:
-    files = [file for file, _ in sources() if Path(file).parts[0] in rooms]
-    names = ["nemo_rl." + file.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for file in files]
+def modules_of(*packages: str) -> list[str]:
+    names = [module_name(file) for file, _ in sources() if Path(file).parts[0] in packages]
     return [name for name in names if not name.endswith(("_worker", "__main__"))]
 
 
-def test_venvs_need_neither_ray_nor_torch() -> None:
+def test_venvs_import_neither_ray_nor_torch() -> None:
     assert not {"ray", "torch"} & imports_of(*modules_of("venvs"))
 
 
 @pytest.mark.parametrize("module", ["nemo_rl.cli", "nemo_rl.distributed.ray_actor_environment_registry"])
-def test_the_command_line_and_the_registry_load_fast(module: str) -> None:
+def test_command_line_and_registry_import_no_heavy_package(module: str) -> None:
     assert not {"ray", "torch", "transformers", "pydantic"} & imports_of(module)
 
 
-def test_a_driver_imports_no_workers_stack() -> None:
-    """Also not where it is installed: the driver's venv may hold vLLM, but the driver must not need it."""
+def test_driver_imports_neither_vllm_nor_megatron() -> None:
+    """The driver must not need them, even if its venv holds them."""
     loaded = imports_of(
-        *modules_of(*DRIVER_ROOMS), "nemo_rl.models.policy.interfaces", "nemo_rl.models.generation.interfaces"
+        *modules_of(*DRIVER_PACKAGES), "nemo_rl.models.policy.interfaces", "nemo_rl.models.generation.interfaces"
     )
-    assert "ray" in loaded  # the probe works
+    assert "ray" in loaded  # the recorder works
     assert not {"vllm", "megatron"} & loaded
 
 
@@ -221,7 +286,7 @@ def test_importing_the_package_has_no_side_effect() -> None:
         "new = sorted(after[3] - before[3])\n"
         "sys.stdout.write(json.dumps([before[:3] == after[:3], threading.active_count(), new]))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout) == [True, 1, ["nemo_rl"]]
+    assert json.loads(process.stdout) == [True, 1, ["nemo_rl"]]

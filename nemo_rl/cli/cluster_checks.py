@@ -12,8 +12,9 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from nemo_rl import settings
 from nemo_rl.cli.checks import FATAL, MAX_CLOCK_OFFSET_S, OK, WARNING, Check, run_checks
-from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.session import init_ray
+from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.errors import ConfigError
 
 _TIMEOUT_S = 120.0

@@ -25,8 +25,8 @@ from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.bundles import Bundle, ordered_bundles
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
-from nemo_rl.distributed.cluster.ports import free_ports_on_nodes
 from nemo_rl.distributed.cluster.session import can_grow, init_ray
+from nemo_rl.distributed.provisioning.remote_calls import free_ports_on_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
 

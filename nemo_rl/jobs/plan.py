@@ -187,8 +187,8 @@ def _forecasts(plans: dict[str, venvs.VenvPlan], nodes: list[NodeResources] | No
         return [NodeForecast(THIS_MACHINE, forecast_venvs(plans, sizes, {}))]
     from ray.exceptions import RayError
 
-    from nemo_rl.distributed.cluster.nodes import ask_nodes
     from nemo_rl.distributed.provisioning.node_task import driver_variables
+    from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 
     answers = ask_nodes(forecast_venvs, nodes, plans, sizes, driver_variables(), timeout_s=_NODE_TIMEOUT_S)
     found = [

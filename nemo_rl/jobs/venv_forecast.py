@@ -23,8 +23,8 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from nemo_rl import settings
 from nemo_rl.distributed.provisioning.node_task import variables_here
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, VenvSpec, find_sealed, list_venvs
-from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.resolve import lock_root
 

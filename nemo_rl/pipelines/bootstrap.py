@@ -7,9 +7,7 @@ this module imports nothing but the standard library.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,18 +16,6 @@ from typing import Any
 def extend_search_path(entries: list[str]) -> None:
     """Append the entries that `sys.path` does not have yet."""
     sys.path += [entry for entry in entries if entry not in sys.path]
-
-
-def end_when_orphaned() -> None:
-    """Exit this process when its parent, Ray's raylet, exits. For workers whose own threads would keep them alive."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end when orphaned", daemon=True).start()
 
 
 class StageWorker:

@@ -19,8 +19,9 @@ from typing import Any
 from ray.exceptions import RayError
 
 from nemo_rl import settings
-from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import NodeProgressCallback
+from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.distributed.workers.launch_plan import WorkerPython, activation, prepare_pythons, ray_runtime_env
 from nemo_rl.distributed.workers.runtime_env import (
     check_values,

@@ -4,7 +4,6 @@
 imports neither ray nor torch. See docs/venvs.md.
 """
 
-from nemo_rl.venvs.activation import UNSET_IN_VENV, activation_env
 from nemo_rl.venvs.ensure import SealedVenv, create_local_venv, current_venv_digest, ensure, find_sealed
 from nemo_rl.venvs.interpreter import DriverVersions
 from nemo_rl.venvs.maintenance import Finding, PruneReport, VenvInfo, list_venvs, prune, verify
@@ -12,7 +11,7 @@ from nemo_rl.venvs.planning.plan import Package, VenvPlan
 from nemo_rl.venvs.planning.resolve import plan
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable, spec_from_runtime_env
 from nemo_rl.venvs.progress import PHASES, Progress, ProgressCallback
-from nemo_rl.venvs.storage.layout import Store
+from nemo_rl.venvs.storage.layout import UNSET_IN_VENV, Store, activation_env
 from nemo_rl.venvs.storage.locks import Lease, hold_lease
 from nemo_rl.venvs.storage.manifest import Manifest
 

@@ -24,27 +24,28 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl import settings
-from nemo_rl.errors import VenvError
+from nemo_rl.errors import VenvDriftError, VenvError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.build import Receive, build, site_packages_of
-from nemo_rl.venvs.drift import refusal
 from nemo_rl.venvs.interpreter import DriverVersions
-from nemo_rl.venvs.masking import mask_secrets
-from nemo_rl.venvs.permissions import not_writable_by_others
 from nemo_rl.venvs.planning.plan import VenvPlan
+from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.resolve import plan, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
 from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
-from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
+from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, not_writable_by_others, point, remove_tree
 from nemo_rl.venvs.storage.locks import build_lock, hold_lease, unused
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, Manifest, read_manifest
 from nemo_rl.venvs.uv import is_no_space, no_space_error
 
 logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 40  # packages in a `VenvDriftError`
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _drifted_from(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVe
     while layer is not None and layer.manifest is not None:  # an additive venv's own packages win
         packages = [*layer.manifest.packages, *packages]
         layer = find_sealed(layer.manifest.base_digest, store) if layer.manifest.base_digest else None
-    raise refusal(venv_plan, venv_name, earlier.manifest, packages)
+    raise _drift_error(venv_plan, venv_name, earlier.manifest, packages)
 
 
 def _earlier(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
@@ -254,6 +255,50 @@ def _earlier(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | 
     found = [sealed for digest in store.digests() if (sealed := find_sealed(digest, store)) is not None]
     same = [sealed for sealed in found if sealed.manifest is not None and sealed.manifest.spec == spec]
     return max(same, key=lambda sealed: sealed.manifest.started_at if sealed.manifest else 0.0, default=None)
+
+
+def differences(held: Iterable[str], asked: Iterable[str]) -> list[str]:
+    """`name old -> new` for every package that differs; a side lists `name==version` or `name @ location`."""
+    old, new = _by_name(held), _by_name(asked)
+    return [
+        f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _drift_error(venv_plan: VenvPlan, venv_name: str, held: Manifest, held_packages: Iterable[str]) -> VenvDriftError:
+    """The error of the policy `refuse`: every package that differs, and the two commands that resolve it."""
+    changed = differences(held_packages, map(mask_secrets, venv_plan.requirements))
+    python = (held.python, held.implementation, held.platform)
+    asked = (venv_plan.python.version, venv_plan.python.implementation, venv_plan.python.platform)
+    if python != asked:
+        changed.insert(0, f"Python {' '.join(python)} -> {' '.join(asked)}")
+    if not changed:
+        changed = ["the same versions, from other files (hashes differ)"]
+    shown = changed[:_MAX_LISTED]
+    if len(changed) > len(shown):
+        shown.append(f"and {len(changed) - len(shown)} more")
+    listing = "\n  ".join(shown)
+    return VenvDriftError(
+        f"The venv {venv_name!r} on {socket.gethostname()} is not what the code asks for (digest "
+        f"{held.digest[:DIGEST_PREFIX]} -> {venv_plan.digest[:DIGEST_PREFIX]}):\n  {listing}\n"
+        f"Either build it here, and then run the same command: `export {settings.VENV_DRIFT.name}=rebuild`; or make an "
+        "image of this code: `docker buildx build --target release -f docker/Dockerfile --tag nemo-rl:latest .` "
+        f"({settings.VENV_DRIFT.name}=ignore goes on with the packages that are there.)"
+    )
+
+
+def _by_name(lines: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for line in lines:
+        name, version = line, "(any version)"
+        for separator in ("==", " @ "):
+            if separator in line:
+                name, _, version = line.partition(separator)
+                break
+        found[normalized_name(name)] = version
+    return found
 
 
 @contextlib.contextmanager

@@ -1,14 +1,13 @@
-"""Every call of uv, and nothing else of what makes a venv.
+"""Run uv and the other commands of a build.
 
-uv gets an explicit interpreter and an explicit set of variables. What it prints goes to a log file and, line by
-line, to a callback, with secrets masked. What it answers becomes a typed error.
+uv receives an explicit interpreter and an explicit set of environment variables. Its output goes to a log file and,
+line by line, to a callback, with secrets masked. A failure becomes a typed error.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import errno
 import os
 import shlex
@@ -18,14 +17,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from nemo_rl import settings
 from nemo_rl.errors import LockMismatchError, NoSpaceError, UvNotFoundError, VenvBuildError, VenvError
-from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.secrets import mask_secrets
 
 _TAIL_LINES = 25
 _PASSED = """
@@ -40,32 +39,40 @@ _PASSED = """
 """
 _PASSED_NAMES = frozenset(_PASSED.split())
 _PASSED_PREFIXES = ("UV_INDEX_",)  # UV_INDEX_URL, UV_INDEX_STRATEGY and per-index user names and passwords
-# A registry that does not answer fails after about (1 + retries) x timeout, rather than whenever a proxy gives up.
+# An index that does not answer fails after about (1 + retries) x timeout, not when a proxy gives up.
 _DEFAULTS = {"UV_HTTP_TIMEOUT": "30", "UV_HTTP_RETRIES": "3"}
 _FIXED = {"UV_NO_PROGRESS": "1", "NO_COLOR": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+# Replaces itself with the command after it has asked the kernel to send SIGKILL when the parent (argv[1]) ends. The
+# request survives exec. A `preexec_fn` could do the same, but may deadlock in a process with threads.
+_EXEC_WITH_PARENT = """
+import ctypes, os, sys
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def find_uv() -> str:
-    """Path of the uv executable. Raises `UvNotFoundError`."""
+    """Return the path of the uv executable. Raises `UvNotFoundError`."""
     configured = settings.UV.get()
     if configured is not None:
         if shutil.which(configured) is None:
             raise UvNotFoundError(f"{settings.UV.name}={configured!r} is not an executable file.")
         return configured
-    # A pip-installed uv stands beside the interpreter, which need not be on PATH. It also comes before a version
-    # manager's shim of the same name, which is a script that costs more than uv itself.
+    # pip installs uv beside the interpreter, which may not be on PATH. That uv also comes before a version manager's
+    # shim on PATH: the shim is a script that takes longer than uv itself.
     beside = [os.path.dirname(sys.executable), os.path.dirname(os.path.realpath(sys.executable))]
-    found = shutil.which("uv", path=settings.snapshot().get("PATH", os.defpath))
-    if found is None or _is_script(found):
-        found = shutil.which("uv", path=os.pathsep.join(beside)) or found
-    if found is None:
+    path = shutil.which("uv", path=settings.snapshot().get("PATH", os.defpath))
+    if path is None or _is_script(path):
+        path = shutil.which("uv", path=os.pathsep.join(beside)) or path
+    if path is None:
         raise UvNotFoundError(
             f"uv was not found on PATH or beside {sys.executable} on {socket.gethostname()}. Install it with "
             f"`pip install uv`, or set {settings.UV.name} to its path."
         )
-    return found
+    return path
 
 
 def _is_script(path: str) -> bool:
@@ -75,10 +82,10 @@ def _is_script(path: str) -> bool:
 
 
 def uv_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The whole environment of a call of uv: only listed variables of this process, then `extra`.
+    """Return the complete environment for a call of uv: allowed variables of this process, then `extra`.
 
-    What could send an install elsewhere (UV_PYTHON, VIRTUAL_ENV, UV_PROJECT_ENVIRONMENT, PYTHONPATH, PYTHONHOME,
-    CONDA_PREFIX, ...) is not on the list.
+    Variables that could redirect an install (UV_PYTHON, VIRTUAL_ENV, UV_PROJECT_ENVIRONMENT, PYTHONPATH, PYTHONHOME,
+    CONDA_PREFIX, ...) are not allowed.
     """
     passed = {
         name: value
@@ -90,10 +97,25 @@ def uv_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 @dataclass
 class BuildLog:
-    """The full output of the commands of one build. A disk that is full never hides uv's own error."""
+    """The log file of one build: the full output of its commands. A full disk stops the log, not the build.
+
+    Attributes:
+        path: the file; created with its directory by the first line.
+        only_on_failure: whether the context manager removes the file when its block succeeds.
+    """
 
     path: Path
+    only_on_failure: bool = False
     _file: IO[str] | None = None
+
+    def __enter__(self) -> BuildLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if self.only_on_failure and kind is None:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def write(self, line: str) -> None:
         try:
@@ -104,12 +126,6 @@ class BuildLog:
             self._file.flush()
         except OSError:
             self.close()
-
-    def discard(self) -> None:
-        """Remove a log that nobody will look for."""
-        self.close()
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self._file is not None:
@@ -126,17 +142,25 @@ def run_uv(
     extra_env: Mapping[str, str] | None = None,
     log: BuildLog | None = None,
     on_line: Callable[[str], None] | None = None,
-    timeout_s: float | None = None,
 ) -> str:
     """Run `uv <arguments>` and return its standard output.
 
-    uv dies with this process, however that ends. Raises `LockMismatchError`, `NoSpaceError`, `UvNotFoundError` or
-    `VenvBuildError` (which carries node, command, last lines of output and the log's path); `what` says in the message
-    what could not be done.
+    uv ends with this process, even if this process is killed.
+
+    Args:
+        what: the operation, for error messages, such as "Building the venv 'a'".
+        extra_env: variables in addition to `uv_environment()`.
+        log: receives the command and its standard error.
+        on_line: called with each line of standard error.
+
+    Raises:
+        LockMismatchError: `uv.lock` does not match `pyproject.toml`.
+        NoSpaceError: a disk is full.
+        UvNotFoundError: uv is not installed.
+        VenvBuildError: uv failed; carries node, command, last lines of output and path of the log.
     """
-    command = [find_uv(), *arguments]
     return run_command(
-        command, what=what, cwd=cwd, env=uv_environment(extra_env), log=log, on_line=on_line, timeout_s=timeout_s
+        [find_uv(), *arguments], what=what, cwd=cwd, env=uv_environment(extra_env), log=log, on_line=on_line
     )
 
 
@@ -150,12 +174,15 @@ def run_command(
     on_line: Callable[[str], None] | None = None,
     timeout_s: float | None = None,
 ) -> str:
-    """`run_uv` for any command of a build."""
+    """Run any command of a build, with the complete environment `env`; see `run_uv`.
+
+    The command is killed after `timeout_s` seconds (default: `NEMO_RL_VENV_BUILD_TIMEOUT_S`).
+    """
     timeout_s = settings.VENV_BUILD_TIMEOUT_S.get() if timeout_s is None else timeout_s
     what, shown = mask_secrets(what), mask_secrets(shlex.join(command))
     tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
 
-    def take(line: str) -> None:
+    def handle(line: str) -> None:
         line = mask_secrets(line.rstrip())
         tail.append(line)
         if log is not None:
@@ -163,10 +190,33 @@ def run_command(
         if on_line is not None:
             on_line(line)
 
+    if cwd is not None and not Path(cwd).is_dir():
+        raise VenvError(f"{what}: the directory {cwd} does not exist on {socket.gethostname()}.")
+    executable = shutil.which(command[0], path=env.get("PATH", os.defpath))
+    if executable is None:
+        raise UvNotFoundError(f"{what}: {command[0]} is not an executable file on {socket.gethostname()}.")
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), executable, *command[1:]],
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     if log is not None:
         log.write(f"$ {shown}")
-    with _started(command, what=what, cwd=cwd, env=env) as process:
-        output, timed_out = _communicate(process, take, timeout_s)
+    try:
+        output, timed_out = _communicate(process, handle, timeout_s)
+    finally:
+        if process.poll() is None:  # such as on Ctrl-C: end build back ends and compilers too
+            _kill_group(process)
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
     if timed_out:
         tail.append(f"killed: it took longer than {timeout_s:.0f} s ({settings.VENV_BUILD_TIMEOUT_S.name})")
     if process.returncode != 0 or timed_out:
@@ -174,78 +224,39 @@ def run_command(
     return output
 
 
-@contextlib.contextmanager
-def _started(
-    command: Sequence[str], *, what: str, cwd: str | Path | None, env: Mapping[str, str]
-) -> Iterator[subprocess.Popen[str]]:
-    parent, kill = os.getpid(), int(signal.SIGKILL)
-
-    def die_with_parent() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, kill)
-        if os.getppid() != parent:  # it died before the call above
-            os._exit(1)
-
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if cwd is not None and not Path(cwd).is_dir():
-            raise VenvError(f"{what}: the directory {cwd} does not exist on {socket.gethostname()}.") from None
-        raise UvNotFoundError(f"{what}: {command[0]} cannot be started: {error}.") from None
-    try:
-        yield process
-    finally:
-        if process.poll() is None:  # such as on Ctrl-C: build back ends and compilers end too
-            _kill_group(process)
-        process.wait()
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-
 def _kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _communicate(process: subprocess.Popen[str], take: Callable[[str], None], timeout_s: float) -> tuple[str, bool]:
-    """Feed lines of standard error to `take`; return standard output and whether the time-out struck."""
+def _communicate(process: subprocess.Popen[str], handle: Callable[[str], None], timeout_s: float) -> tuple[str, bool]:
+    """Pass each line of standard error to `handle`; return standard output and whether the command timed out."""
     output: list[str] = []
 
     def read_output() -> None:
         assert process.stdout is not None
         output.append(process.stdout.read())
 
-    struck = threading.Event()
+    timed_out = threading.Event()
 
-    def strike() -> None:
-        struck.set()
+    def kill() -> None:
+        timed_out.set()
         _kill_group(process)
 
     reader = threading.Thread(target=read_output, daemon=True)
-    timer = threading.Timer(timeout_s, strike)
+    timer = threading.Timer(timeout_s, kill)
     timer.daemon = True
     reader.start()
     timer.start()
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            take(line)
+            handle(line)
         process.wait()
         reader.join()
     finally:
         timer.cancel()
-    return "".join(output), struck.is_set()
+    return "".join(output), timed_out.is_set()
 
 
 def _error(what: str, command: str, code: int, tail: str, log: BuildLog | None) -> VenvError:
@@ -268,7 +279,7 @@ def _error(what: str, command: str, code: int, tail: str, log: BuildLog | None) 
 def no_space_error(
     what: str, *, node: str = "", command: str = "", output_tail: str = "", log_path: str = ""
 ) -> NoSpaceError:
-    """The error for a full disk, from uv's or from our own writing."""
+    """Return the error for a full disk."""
     return NoSpaceError(
         f"{what}: no space left on {node or socket.gethostname()}. Free space where the venvs "
         f"({settings.VENV_DIR.name}), uv's cache (UV_CACHE_DIR) and temporary files (TMPDIR) are, for instance with "
@@ -281,5 +292,5 @@ def no_space_error(
 
 
 def is_no_space(error: OSError) -> bool:
-    """Whether an `OSError` says that a disk or a quota is full."""
+    """Return whether an `OSError` means that a disk or a quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -18,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from nemo_rl import venvs
-from nemo_rl.distributed import node_venv_campaign, node_venv_host, node_venvs
+from nemo_rl.distributed import node_venvs
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import (
     NodeProgress,
@@ -26,6 +26,7 @@ from nemo_rl.distributed.node_venvs import (
     ensure_venv_on_node,
     ensure_venvs_on_each_node,
 )
+from nemo_rl.distributed.provisioning import coordinator, node_task
 from nemo_rl.distributed.provisioning.node_task import Request
 from nemo_rl.errors import ClusterError, NodeVenvError, UnknownExtraError, VenvBuildError, VenvError
 from nemo_rl.venvs.uv import find_uv
@@ -101,7 +102,7 @@ def no_tasks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def forbid(*arguments: Any) -> None:
         raise AssertionError("a node was asked again")
 
-    return lambda: monkeypatch.setattr(node_venv_campaign.Campaign, "_submit", forbid)
+    return lambda: monkeypatch.setattr(coordinator.Campaign, "_submit", forbid)
 
 
 def _versions(python: str, *packages: str) -> list[str]:
@@ -331,10 +332,10 @@ def test_an_interpreter_that_a_node_lacks_is_its_error(tmp_path: Path, shared_di
     python = tmp_path / "python"
     python.symlink_to(os.path.realpath(sys.executable))
     plan = venvs.plan(str(python))
-    present = node_venv_host.survey(Request("id", "10.0.0.1", {"w": plan}, "job"))
+    present = node_task.survey(Request("id", "10.0.0.1", {"w": plan}, "job"))
     assert present.done[0].error is None
     python.unlink()
-    absent = node_venv_host.survey(Request("id", "10.0.0.1", {"w": plan}, "job"))
+    absent = node_task.survey(Request("id", "10.0.0.1", {"w": plan}, "job"))
     assert str(python) in str(absent.done[0].error)
     assert absent.missing == ()
 
@@ -344,4 +345,4 @@ def test_a_node_keeps_its_own_uv_settings_and_takes_the_projects(monkeypatch: py
     monkeypatch.setenv("NEMO_RL_VENV_DIR", "the node's")
     monkeypatch.delenv("UV_OFFLINE", raising=False)
     received = {"UV_CACHE_DIR": "the driver's", "UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}
-    assert node_venv_host.variables_here(received) == {"UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}
+    assert node_task.variables_here(received) == {"UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}

@@ -10,9 +10,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes, start_on_nodes
-from nemo_rl.distributed.cluster.ports import free_ports_on_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.session import can_grow
+from nemo_rl.distributed.provisioning.remote_calls import ask_nodes, free_ports_on_nodes, start_on_nodes
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ClusterError, ResourceInsufficientError
 

@@ -8,7 +8,7 @@ from sample_projects import Project, make_wheel, run_in
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, VenvDriftError
 from nemo_rl.venvs import Store, ensure
-from nemo_rl.venvs.drift import differences
+from nemo_rl.venvs.ensure import differences
 
 REFUSE, IGNORE, REBUILD = "refuse", "ignore", "rebuild"
 

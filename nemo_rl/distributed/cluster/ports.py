@@ -1,4 +1,4 @@
-"""Free TCP ports on this machine and on the nodes of the Ray cluster."""
+"""Free TCP ports of the machine that this process runs on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import random
 import socket
 from collections.abc import Collection, Iterable
 
-import ray
-
-from nemo_rl.distributed.cluster.nodes import start_on_nodes
 from nemo_rl.errors import ClusterError
 
 
@@ -56,18 +53,3 @@ def _candidates(count: int, low: int | None, high: int | None, taken: Collection
     start = random.SystemRandom().randrange(len(inner)) if inner else 0
     last = [] if high in taken else [high]
     return inner[start:] + inner[:start] + last
-
-
-def free_ports_on_nodes(
-    wanted: dict[str, tuple[int, int | None, int | None, set[int]]],
-) -> dict[str, list[int]]:
-    """Run `free_ports` on each of the nodes (by id): in this process on the driver's own, in a task elsewhere."""
-    here = ray.get_runtime_context().get_node_id()
-    pending = start_on_nodes(free_ports, {node_id: own for node_id, own in wanted.items() if node_id != here})
-    found = {node_id: free_ports(*own) for node_id, own in wanted.items() if node_id == here}
-    for node_id, reference in pending.items():
-        try:
-            found[node_id] = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ClusterError) else error from None
-    return found

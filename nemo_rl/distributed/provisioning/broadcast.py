@@ -6,7 +6,7 @@
                                           ── the others ── wait ── a tree below the source, each node with two below it
 
 One content spreads at a time. The next one then links what the first has brought (most of a second venv is in the
-first one), and no two trees wait for each other. The work itself is in `venv_spread_host`.
+first one), and no two trees wait for each other. The work itself is in `broadcast_peer`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
-from nemo_rl.distributed.provisioning import node_task as node_venv_host
+from nemo_rl.distributed.provisioning import node_task
 from nemo_rl.distributed.provisioning.broadcast import Content, VenvSpread
 from nemo_rl.distributed.provisioning.node_task import Request, Survey, python_identity
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeProgressCallback, NodeVenv, SharedFailureError
@@ -89,10 +89,8 @@ class Campaign:
         self._spread = VenvSpread(requests, addresses, here) if settings.VENV_SPREAD.get() == "auto" else None
         self._add_known_sources(sources)
         # Without a runtime_env, so that a node's idle processes can serve it.
-        self._survey_task: Any = ray.remote(num_cpus=0, max_retries=0)(node_venv_host.survey_as_task)
-        self._serve_task: Any = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")(
-            node_venv_host.serve_as_task
-        )
+        self._survey_task: Any = ray.remote(num_cpus=0, max_retries=0)(node_task.survey_as_task)
+        self._serve_task: Any = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")(node_task.serve_as_task)
         self._next_liveness_check = time.monotonic() + _LIVENESS_INTERVAL_S
 
     def run(self) -> dict[tuple[str, str], NodeVenv]:
@@ -102,7 +100,7 @@ class Campaign:
                 if node_id != self._here:
                     self._surveys[self._submit(self._survey_task, request)] = node_id
             if self._here in self._requests:
-                self._take_survey(self._here, node_venv_host.survey(self._requests[self._here]))
+                self._take_survey(self._here, node_task.survey(self._requests[self._here]))
             while self._surveys or self._streams or self._own_threads:
                 self._step()
         except BaseException:
@@ -331,7 +329,7 @@ class Campaign:
             return
 
         def pump() -> None:
-            for item in node_venv_host.serve(request):
+            for item in node_task.serve(request):
                 self._own.put(item)
             self._own.put(None)
 

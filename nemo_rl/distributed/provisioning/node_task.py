@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 from nemo_rl import settings
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeVenv
 from nemo_rl.errors import VenvError
+from nemo_rl.utils.parent_watch import exit_with_parent
 from nemo_rl.venvs import InterpreterSpec, Progress, SealedVenv, Store, VenvPlan, VenvSpec, ensure, find_sealed
 from nemo_rl.venvs.building.build import Receive
 from nemo_rl.venvs.planning.resolve import python_of
 
 # For how long another node's new files may stay unseen: NFS keeps what it knows about a directory for a while.
 _VISIBILITY_TIMEOUT_S = 60.0
-_WATCH_INTERVAL_S = 0.5
 _STORE_ID_FILE = ".id"
 _OWN_PREFIXES = ("NEMO_RL_", "NRL_")
 
@@ -140,20 +140,12 @@ def serve_as_task(request: Request, plans: dict[str, VenvPlan]) -> Iterator[Node
 
 @contextlib.contextmanager
 def ending_with_raylet() -> Iterator[None]:
-    """A Ray process whose raylet is gone must not go on building, and so hold up the other nodes."""
-    done = threading.Event()
-    raylet = os.getppid()
-
-    def watch() -> None:
-        while not done.wait(_WATCH_INTERVAL_S):
-            if os.getppid() != raylet:
-                os._exit(1)
-
-    threading.Thread(target=watch, name="raylet watch", daemon=True).start()
+    """End this Ray process if its raylet ends while the block runs, so that it cannot hold a build lock any longer."""
+    stopped = exit_with_parent()
     try:
         yield
     finally:
-        done.set()
+        stopped.set()
 
 
 def python_identity(plan: VenvPlan) -> str:

@@ -36,7 +36,7 @@ from nemo_rl import settings
 from nemo_rl.distributed.cluster.node_calls import call_on_nodes, collect_answers
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.session import can_grow, job_name
-from nemo_rl.distributed.provisioning import source_receiver as source_arrival
+from nemo_rl.distributed.provisioning import source_receiver
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, FileEntry, SourceListing
 from nemo_rl.errors import BroadcastError, ConfigError
 from nemo_rl.utils.names import abbreviated
@@ -45,7 +45,7 @@ from nemo_rl.venvs import InterpreterSpec, VenvPlan
 
 logger = logging.getLogger(__name__)
 
-ray.cloudpickle.register_pickle_by_value(source_arrival)
+ray.cloudpickle.register_pickle_by_value(source_receiver)
 
 _TIMEOUT_S = 120.0
 _NUM_NAMED = 5
@@ -268,7 +268,7 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
     }
     asked = {node: (listings[tuple(source.listing.root for source in own)], _PACKAGE) for node, own in wanted.items()}
     absent: dict[str, list[tuple[_Node, _Source]]] = {}
-    for node, answer in _ask(source_arrival.missing_here, asked).items():
+    for node, answer in _ask(source_receiver.missing_here, asked).items():
         if isinstance(answer, RayError):
             logger.info("node %s does not say whether it has the source: %s", node.address, answer)
             continue
@@ -288,7 +288,7 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
 def _send(source: _Source, nodes: list[_Node]) -> None:
     listing = ray.put(source.listing)
     archive = ray.put(_archive(source))
-    answers = _ask(source_arrival.unpack_here, dict.fromkeys(nodes, (listing, archive)))
+    answers = _ask(source_receiver.unpack_here, dict.fromkeys(nodes, (listing, archive)))
     for node, answer in answers.items():
         if isinstance(answer, RayTaskError):
             reason = str(getattr(answer, "cause", answer))
@@ -330,7 +330,7 @@ def _archive(source: _Source) -> bytes:
 
 
 def _ask(function: Callable[..., Any], arguments: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:
-    """Call a function of `source_arrival` on each node, all at once; what it returned, or why it did not."""
+    """Call a function of `source_receiver` on each node, all at once; what it returned, or why it did not."""
     calls = call_on_nodes(
         function, {node.node_id: own for node, own in arguments.items()}, lambda _: {"name": "source"}
     )

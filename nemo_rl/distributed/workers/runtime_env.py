@@ -26,7 +26,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nemo_rl import settings
-from nemo_rl.distributed.cluster.nodes import alive_nodes, ask_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes
+from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.distributed.ray_private import upload_directories, upload_setup_hook
 from nemo_rl.errors import ClusterError, RuntimeEnvError, WorkerStartError
 from nemo_rl.utils.names import did_you_mean

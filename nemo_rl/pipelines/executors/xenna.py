@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import ray
 
-from nemo_rl.distributed.cluster.nodes import start_on_nodes
+from nemo_rl.distributed.provisioning.remote_calls import start_on_nodes
 from nemo_rl.distributed.ray_private import actor_states
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.pipelines.executors.base import (
@@ -190,9 +190,11 @@ def _stage(planned: PlannedStage, share: float) -> Any:
         def setup(self, worker_metadata: Any) -> None:
             from ray import cloudpickle
 
-            worker_class, arguments, end_when_orphaned = cloudpickle.loads(self.worker_bytes)
-            end_when_orphaned()  # Xenna's threads outlive a killed driver and its cluster
+            worker_class, arguments = cloudpickle.loads(self.worker_bytes)
             self.worker = worker_class(*arguments)
+            from nemo_rl.utils.parent_watch import exit_with_parent  # the worker has set the search path
+
+            exit_with_parent()  # Xenna's threads outlive a killed driver and its cluster
             try:
                 self.worker.start()
             except Exception as error:
@@ -206,9 +208,9 @@ def _stage(planned: PlannedStage, share: float) -> Any:
 
     from ray import cloudpickle
 
-    from nemo_rl.pipelines.bootstrap import StageWorker, end_when_orphaned
+    from nemo_rl.pipelines.bootstrap import StageWorker
 
     stage = XennaStage()
     # Pickled to bytes, so that nothing is imported before the worker has the driver's search path.
-    stage.worker_bytes = cloudpickle.dumps((StageWorker, arguments, end_when_orphaned))
+    stage.worker_bytes = cloudpickle.dumps((StageWorker, arguments))
     return stage

@@ -13,17 +13,16 @@ from pathlib import Path
 
 from nemo_rl import settings
 from nemo_rl.errors import LockMismatchError, VenvBuildError, VenvError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.bytecode import add_bytecode
 from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
 from nemo_rl.venvs.interpreter import start_python
-from nemo_rl.venvs.masking import mask_secrets
-from nemo_rl.venvs.planning.overlay import install_lines, installed_distributions
+from nemo_rl.venvs.planning.overlay import add_base_scripts, install_lines, installed_distributions
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.relocation import located, name_originals
 from nemo_rl.venvs.planning.resolve import lock_root, plan, project_inputs
 from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
 from nemo_rl.venvs.progress import PhaseClock
-from nemo_rl.venvs.scripts import add_base_scripts
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.storage.locks import LEASE_FILE
 from nemo_rl.venvs.storage.manifest import Manifest, write_manifest

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_rl import settings
 from nemo_rl.venvs.uv import BuildLog, run_command, uv_environment
 
 _HEADER = struct.Struct("<4sIII")  # magic, flags, mtime, size: PEP 552
@@ -137,12 +136,6 @@ def _compile(python: Path, sources: list[str], log: BuildLog | None) -> None:
     script = "import compileall, sys; compileall.main(); sys.exit(0)"
     command = [str(python), "-I", "-S", "-c", script, "-qq", "-j", str(processes), "-i", str(listing)]
     try:
-        run_command(
-            command,
-            what="Compiling bytecode",
-            env=uv_environment(),
-            log=log,
-            timeout_s=settings.VENV_BUILD_TIMEOUT_S.get(),
-        )
+        run_command(command, what="Compiling bytecode", env=uv_environment(), log=log)
     finally:
         listing.unlink(missing_ok=True)

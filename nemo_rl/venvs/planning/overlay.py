@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import tempfile
 import tomllib
 from pathlib import Path
@@ -24,6 +26,9 @@ from nemo_rl.venvs.storage.layout import Store
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
 
+# Every venv has these scripts; they are never taken from the base.
+_VENV_SCRIPTS = ("python", "activate", "deactivate", "pydoc", "pip")
+_HEAD_BYTES = 1024
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
 
 
@@ -72,21 +77,11 @@ def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> 
         project = ["--project", str(located(spec.project))] if isinstance(spec, VenvSpec) else []
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
         arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
-        run_uv_to_resolve(arguments, what=what, cwd=directory, store=store)
+        with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
+            run_uv(arguments, what=what, cwd=directory, log=log)
         entries = tomllib.loads(lock.read_text()).get("packages", [])
         packages = [package_from_lock(entry, Path(directory)) for entry in entries]
     return [package for package in packages if _differs(package, pins)]
-
-
-def run_uv_to_resolve(arguments: list[str], *, what: str, cwd: str | Path, store: Store) -> str:
-    """`run_uv`, keeping the log only when it fails."""
-    log = BuildLog(store.new_log("resolve"))
-    try:
-        output = run_uv(arguments, what=what, cwd=cwd, log=log)
-    finally:
-        log.close()
-    log.discard()
-    return output
 
 
 def _lock_of(pins: dict[str, str]) -> str:
@@ -117,3 +112,25 @@ def _install_line(package: Package, spec: Spec) -> str:
             if normalized_name(line.partition("@")[0].strip()) == package.name:
                 return line if "--hash" in line else " ".join([line, *hashes])
     return " ".join([f"{package.name} @ {package.location}", *hashes])
+
+
+def add_base_scripts(scripts: Path, base_scripts: Path) -> None:
+    """Give `scripts` (an additive venv's `bin`) what is in `base_scripts` and not yet in it.
+
+    A script that starts with the base's interpreter is copied to start with this venv's; other programs are linked.
+    """
+    for entry in sorted(base_scripts.iterdir()) if base_scripts.is_dir() else ():
+        target = scripts / entry.name
+        if entry.name.startswith(_VENV_SCRIPTS) or not entry.is_file() or os.path.lexists(target):
+            continue
+        with entry.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+            rest = file.read() if head.startswith(b"#!") else b""
+        interpreters = [os.fsencode(path / "python") for path in {base_scripts, base_scripts.resolve()}]
+        if head.startswith(b"#!") and any(interpreter in head for interpreter in interpreters):
+            for interpreter in interpreters:
+                head = head.replace(interpreter, os.fsencode(scripts / "python"))
+            target.write_bytes(head + rest)
+            shutil.copymode(entry, target)
+        else:
+            target.symlink_to(entry)

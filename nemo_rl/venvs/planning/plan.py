@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.interpreter import DriverVersions, PythonInfo
-from nemo_rl.venvs.masking import mask_secrets
 from nemo_rl.venvs.planning.local_packages import LocalPackage, file_digest
 from nemo_rl.venvs.planning.relocation import original
 from nemo_rl.venvs.planning.requirements import normalized_name

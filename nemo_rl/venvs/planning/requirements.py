@@ -14,7 +14,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from nemo_rl.errors import RuntimeEnvError
-from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.secrets import mask_secrets
 
 _INDEX_OPTIONS = (
     "--index-url",

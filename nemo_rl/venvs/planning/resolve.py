@@ -24,16 +24,15 @@ from nemo_rl.venvs.interpreter import (
     this_environment,
     this_python,
 )
-from nemo_rl.venvs.permissions import not_writable_by_others
 from nemo_rl.venvs.planning.local_packages import file_digest
-from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay, run_uv_to_resolve
+from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay
 from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.planning.relocation import located, original
 from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
-from nemo_rl.venvs.storage.layout import Store
+from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
-from nemo_rl.venvs.uv import run_uv
+from nemo_rl.venvs.uv import BuildLog, run_uv
 
 _PROJECT_FILES = ("uv.lock", "pyproject.toml", "uv.toml")
 
@@ -148,7 +147,8 @@ def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) ->
     mode = "--frozen" if spec.frozen else "--locked"
     arguments = ["export", mode, "--project", str(located(spec.project)), "--python", python.executable]
     arguments += ["--format", "pylock.toml", "--no-header", "--quiet", *spec.selection()]
-    return run_uv_to_resolve(arguments, what=f"Resolving `{spec}`", cwd=root, store=store)
+    with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
+        return run_uv(arguments, what=f"Resolving `{spec}`", cwd=root, log=log)
 
 
 def _exports_frozen(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) -> bool:

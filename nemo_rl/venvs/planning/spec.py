@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from nemo_rl import settings
 from nemo_rl.errors import InvalidPyExecutableError, RuntimeEnvError
-from nemo_rl.venvs.masking import mask_secrets
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.planning.requirements import (
     normalized_name,
     packages_of,

@@ -16,10 +16,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,13 @@ from nemo_rl.errors import VenvError
 _VENV_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=,-]{0,199}")
 DIGEST_PREFIX = 16
 UNPACKED_PREFIX = ".nemo_rl-bundle-"  # directories in <venv dir> that a bundle is unpacked into while it is built from
+_OTHERS_MAY_WRITE = 0o002
+
+_lock = threading.Lock()
+_depth = 0
+_before = 0
+# Would make the interpreter, or a child of it, load another Python's files.
+UNSET_IN_VENV: tuple[str, ...] = ("PYTHONHOME", "PYTHONPATH")
 
 
 @dataclass(frozen=True)
@@ -135,3 +145,48 @@ def point(link: Path, target: str) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a directory tree; what another process removes or writes meanwhile does not matter."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def activation_env(venv_path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What to set so that a process and its children run in the venv at `venv_path`.
+
+    `VIRTUAL_ENV`, `PATH` (of `environment`, default: this process's) with the venv's `bin` first, and
+    `PYTHONNOUSERSITE`. The names in `UNSET_IN_VENV` must be removed; they are in the result as empty strings,
+    which Python takes as unset.
+    """
+    environment = settings.snapshot() if environment is None else environment
+    root = os.path.abspath(venv_path)
+    scripts = os.path.join(root, "bin")
+    old_scripts = os.path.join(environment["VIRTUAL_ENV"], "bin") if environment.get("VIRTUAL_ENV") else None
+    rest = [
+        entry
+        for entry in environment.get("PATH", os.defpath).split(os.pathsep)
+        if entry not in (scripts, old_scripts, "")
+    ]
+    return {
+        "VIRTUAL_ENV": root,
+        "PATH": os.pathsep.join([scripts, *rest]),
+        "PYTHONNOUSERSITE": "1",
+        **dict.fromkeys(UNSET_IN_VENV, ""),
+    }
+
+
+@contextlib.contextmanager
+def not_writable_by_others() -> Iterator[None]:
+    """While any thread is in such a block, what this process and its children create is not writable by others.
+
+    The umask belongs to the process, so the first to enter sets it and the last to leave puts back what was there.
+    """
+    global _depth, _before
+    with _lock:
+        if _depth == 0:
+            _before = os.umask(0o022)  # the only way to read it; other threads may create files at this moment
+            os.umask(_before | _OTHERS_MAY_WRITE)
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                os.umask(_before)

@@ -27,8 +27,7 @@ from pathlib import Path
 
 from nemo_rl import settings
 from nemo_rl.errors import BundleError, VenvError
-from nemo_rl.venvs.drift import differences
-from nemo_rl.venvs.ensure import ensure
+from nemo_rl.venvs.ensure import differences, ensure
 from nemo_rl.venvs.planning.resolve import plan
 from nemo_rl.venvs.storage.layout import UNPACKED_PREFIX, Store
 from nemo_rl.venvs.uv import is_no_space, no_space_error

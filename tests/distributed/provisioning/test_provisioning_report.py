@@ -8,8 +8,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from nemo_rl.distributed.provisioning.report import NodeProgress
-from nemo_rl.distributed.venv_progress_view import VenvProgressView
+from nemo_rl.distributed.provisioning.report import NodeProgress, VenvProgressView
 from nemo_rl.venvs import Progress
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl.distributed.provisioning import source_sync as project_source
+from nemo_rl.distributed.provisioning import source_sync
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, SourceListing, missing_here, unpack_here
 from nemo_rl.distributed.provisioning.source_sync import _archive, _read, _source_root
 from nemo_rl.errors import BroadcastError
@@ -29,7 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def read(root: Path) -> project_source._Source:
+def read(root: Path) -> source_sync._Source:
     source = _read(str(root))
     assert source is not None
     return source

@@ -11,7 +11,7 @@ import pytest
 from sample_projects import Project
 
 from nemo_rl.venvs import Store, ensure
-from nemo_rl.venvs.permissions import not_writable_by_others
+from nemo_rl.venvs.storage.layout import not_writable_by_others
 
 
 @pytest.fixture
