@@ -42,8 +42,8 @@
             ├── StageInputError (ValueError)        a task lacks an attribute or column that the stage needs
             └── StageOutputError (ValueError)       a stage returned something that is not a task
 
-A message says what failed, the value seen and how to fix it. Users' mistakes also derive from `ValueError`, so code that
-does not know this package can catch them.
+A message says what failed, the value seen and how to fix it. Users' mistakes also derive from `ValueError`, so code
+that does not know this package can catch them.
 """
 
 from __future__ import annotations

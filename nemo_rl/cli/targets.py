@@ -5,10 +5,11 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 
+from packaging.utils import canonicalize_name
+
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, InvalidPyExecutableError, LockMismatchError
 from nemo_rl.utils.names import nearest_names
-from nemo_rl.venvs.planning.requirements import normalized_name
 
 BASE = "base"
 
@@ -47,8 +48,8 @@ def find_target(name: str) -> Target:
     if name == BASE:
         return Target(BASE, PY_EXECUTABLES.BASE)
     extras = project_extras()
-    if normalized_name(name) in extras:
-        extra = normalized_name(name)
+    if canonicalize_name(name) in extras:
+        extra = canonicalize_name(name)
         return Target(extra, uv_run("--extra", extra))
     known = [BASE, *extras]
     by_class = {fqn.rpartition(".")[2]: fqn for fqn in registered_actors()}
@@ -69,7 +70,7 @@ def project_extras() -> list[str]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LockMismatchError(f"{path} cannot be read: {error}. Set {settings.PROJECT_ROOT.name}.") from None
-    return sorted(normalized_name(name) for name in content.get("project", {}).get("optional-dependencies", {}))
+    return sorted(canonicalize_name(name) for name in content.get("project", {}).get("optional-dependencies", {}))
 
 
 def is_interpreter(py_executable: str) -> bool:

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.tags import sys_tags
-from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from nemo_rl import settings
 from nemo_rl.distributed.provisioning.node_task import variables_here
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, VenvSpec, find_sealed, list_venvs
-from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.resolve import lock_root
 
 READY, BUILT, REFUSED, IGNORED = "ready", "would be built", "would be refused", "an older one would be used"
@@ -90,7 +89,7 @@ def wheel_sizes_of(plans: Iterable[VenvPlan]) -> dict[str, int]:
         for entry in tomllib.loads((root / "uv.lock").read_text(encoding="utf-8")).get("package", []):
             size = _wheel_size(entry.get("wheels", ()))
             if size is not None:
-                sizes[f"{normalized_name(entry['name'])}=={entry['version']}"] = size
+                sizes[f"{canonicalize_name(entry['name'])}=={entry['version']}"] = size
     return sizes
 
 
@@ -172,7 +171,7 @@ class _Sizes:
 
     def of(self, package: Package) -> tuple[int | None, int | None, bool, bool]:
         """(installed bytes, bytes of the wheel, whether uv's cache has it, whether another venv has its bytecode)."""
-        key = (normalized_name(package.name), package.version or "")
+        key = (canonicalize_name(package.name), package.version or "")
         cached = self._cached(*key)
         donors = [records[key] for records in map(_records, self._places) if key in records]
         sizes = (_recorded_bytes(record) for record in [*cached, *donors])
@@ -191,10 +190,10 @@ class _Sizes:
 @functools.lru_cache(maxsize=64)
 def _records(site_packages: Path) -> dict[tuple[str, str], Path]:
     """(name, version) -> RECORD of what is installed there."""
-    found = {}
+    found: dict[tuple[str, str], Path] = {}
     for path in site_packages.glob("*.dist-info"):
         name, _, version = path.name.removesuffix(".dist-info").partition("-")
-        found[normalized_name(name), version] = path / "RECORD"
+        found[canonicalize_name(name), version] = path / "RECORD"
     return found
 
 

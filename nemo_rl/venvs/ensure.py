@@ -1,18 +1,22 @@
-"""Make venvs ready: find the sealed one, or build it once.
+"""Make a venv ready: find the sealed venv, or build it once.
 
 ::
 
-    ensure ── plan ── sealed? ── yes ──────────────────────────────► name ► path      (no lock, nothing written)
+    ensure ── plan ── sealed? ── yes ──────────────────────────────► name ► path      (no lock, no write)
                         │ no, or forced
                         ▼
-          drifted from an earlier venv? ── policy ignore ──────────► that one's path; refuse: VenvDriftError
+          drift from an earlier venv? ── policy ignore ────────────► the earlier venv's path; refuse: VenvDriftError
                         │ no, or policy rebuild, or forced
                         ▼
-                    build lock ── sealed meanwhile? ── yes ────────► name ► path
+                    build lock ── sealed by now? ── yes ───────────► name ► path
                         │ no
                         ▼
           new directory ─ fetch ─ link ─ compile ─ check ─ manifest ─ publish (rename of a link) ► name ► path
-                        │ any failure: the new directory is removed; what was published stays
+                        │ on failure: remove the new directory; the published venv stays
+
+A venv drifts when the name or spec that it was built for now resolves to another digest. A change of code without a
+change of packages is no drift: the digest is the same. `NEMO_RL_VENV_DRIFT` decides what happens: `rebuild` builds the
+new venv, `refuse` raises `VenvDriftError`, `ignore` uses the earlier venv.
 """
 
 from __future__ import annotations
@@ -25,8 +29,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 from nemo_rl import settings
 from nemo_rl.errors import VenvDriftError, VenvError
@@ -34,7 +40,6 @@ from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.build import Receive, build, site_packages_of
 from nemo_rl.venvs.interpreter import DriverVersions
 from nemo_rl.venvs.planning.plan import VenvPlan
-from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.resolve import plan, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
 from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
@@ -50,15 +55,15 @@ _MAX_LISTED = 40  # packages in a `VenvDriftError`
 
 @dataclass(frozen=True)
 class SealedVenv:
-    """A venv that may be run. Picklable.
+    """Describes a venv that is ready to run. Picklable.
 
     Attributes:
-        python: the interpreter to start: `<venv dir>/<name>/bin/python`.
-        path: the directory that holds the venv now; a rebuild makes another.
-        stable_path: `.store/<digest16>`, equal on every node and after every rebuild.
-        digest: identity, 64 hexadecimal digits.
+        python: path of the interpreter to start: `<venv dir>/<name>/bin/python`.
+        path: the directory that holds the venv now; a rebuild creates another directory.
+        stable_path: `<venv dir>/.store/<digest16>`, the same on every node and after every rebuild.
+        digest: identity of the content, 64 hexadecimal digits.
         manifest: None for a bare interpreter, which the engine did not build.
-        built: whether this very call built it.
+        built: whether this call built the venv.
     """
 
     python: str
@@ -70,10 +75,25 @@ class SealedVenv:
 
 
 def create_local_venv(py_executable: str, venv_name: str, force_rebuild: bool = False) -> str:
-    """Make the venv of `py_executable` ready under the name `venv_name`; return its interpreter's path.
+    """Make the venv of `py_executable` ready under the name `venv_name`; return the path of its interpreter.
 
-    The path is `<venv dir>/<venv_name>/bin/python` (for an interpreter's path: that path). A sealed venv costs
-    milliseconds. `NRL_FORCE_REBUILD_VENVS` rebuilds once per process. Raises subclasses of `VenvError`.
+    If the venv is sealed, this takes milliseconds; otherwise it builds, checks and seals the venv.
+
+    Args:
+        py_executable: a `uv run ...` string, or the path of an interpreter.
+        venv_name: name of the venv in `<venv dir>`, such as a worker's FQN.
+        force_rebuild: build even if a sealed venv exists. `NRL_FORCE_REBUILD_VENVS` does so once per process.
+
+    Returns:
+        `<venv dir>/<venv_name>/bin/python`; for the path of an interpreter, that path.
+
+    Raises:
+        VenvError: a subclass says what failed.
+
+    Example::
+
+        python = create_local_venv("uv run --locked --extra vllm", "my_package.MyWorker")
+        subprocess.run([python, "-c", "import vllm"])
     """
     return ensure(py_executable, venv_name, force_rebuild=force_rebuild).python
 
@@ -90,60 +110,65 @@ def ensure(
     expected: DriverVersions | None = None,
     receive: Receive | None = None,
 ) -> SealedVenv:
-    """Make a venv ready on this node: find it sealed, or build, check and seal it.
+    """Make a venv ready on this node: find the sealed venv, or build, check and seal it.
+
+    A venv that was ready before a failed rebuild is still ready after it.
 
     Args:
         py_executable: a string, a spec, or a plan that was made on another node.
-        venv_name: the name under `<venv dir>`; it will point to the venv.
-        force_rebuild: build even if there is a sealed one; with `job_id`, once per job. `NRL_FORCE_REBUILD_VENVS` does
-            the same, with this process as the job when no `job_id` is given.
-        job_id: unique among jobs that share a venv directory.
-        progress: called with every event, from this thread.
-        expected: the driver's versions; default: those of this process (or those in the plan).
-        receive: where to get the venv, and the one that it is laid over, instead of building them here.
+        venv_name: name in `<venv dir>` that will point to the venv.
+        force_rebuild: build even if a sealed venv exists; with `job_id`, once per job. `NRL_FORCE_REBUILD_VENVS` does
+            the same; without a `job_id` this process counts as the job.
+        job_id: unique among the jobs that share a venv directory.
+        progress: called with every event, in this thread.
+        store: default: the store in `settings.venv_dir()`.
+        expected: the driver's versions; default: those in the plan, else those of this process.
+        receive: fills in the venv and its base from another node instead of building them here.
 
-    Raises subclasses of `VenvError`. A venv that was ready before a failed rebuild is still ready after it.
+    Raises:
+        VenvError: a subclass says what failed.
     """
     store = store or Store.default()
     name_path = store.name_path(venv_name)
     clock = PhaseClock(venv_name, progress)
-    venv_plan = _planned(py_executable, store, expected, clock)
+    venv_plan = _resolve(py_executable, store, expected, clock)
     venv_plan.check_compatible()
     if venv_plan.is_interpreter:
         assert isinstance(venv_plan.spec, InterpreterSpec)
         path = Path(venv_plan.spec.path)
         return SealedVenv(str(path), path.parent.parent, path.parent.parent, venv_plan.digest, None)
-    force = _force(force_rebuild, job_id)
-    venv = _ready(venv_plan, venv_name, store, clock, force, receive)
-    if venv.manifest is not None:  # a sealed venv may have been checked against another driver's versions
+    force = _force_policy(force_rebuild, job_id)
+    venv = _find_or_build(venv_plan, venv_name, store, clock, force, receive)
+    if venv.manifest is not None:  # the venv may have been sealed for a driver with other versions
         venv_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
-    # A venv that has drifted, and is used all the same, gets no name: the name says what was asked for.
-    is_asked = venv.digest == venv_plan.digest
-    named = _named(store, name_path, venv.digest) if is_asked else venv.stable_path
-    return SealedVenv(
-        str(named / "bin" / "python"), venv.path, venv.stable_path, venv.digest, venv.manifest, venv.built
-    )
+    # The name always stands for the requested content. A drifted venv that is used anyway has another digest.
+    is_requested = venv.digest == venv_plan.digest
+    path = _point_name(store, name_path, venv.digest) if is_requested else venv.stable_path
+    return replace(venv, python=str(path / "bin" / "python"))
 
 
 @dataclass(frozen=True)
-class _Force:
-    """Which sealed venvs are too old: none; all that were not built by `job_id`; all from before `since`."""
+class _ForcePolicy:
+    """Decides whether a sealed venv is recent enough.
 
-    wanted: bool
+    Without `enabled` every venv is. Otherwise its build must have begun at or after `since`, or by `job_id`.
+    """
+
+    enabled: bool
     job_id: str | None
     since: float
 
     def accepts(self, manifest: Manifest) -> bool:
-        if not self.wanted or manifest.started_at >= self.since:
+        if not self.enabled or manifest.started_at >= self.since:
             return True
         return self.job_id is not None and manifest.job_id == self.job_id
 
 
-def _force(force_rebuild: bool, job_id: str | None) -> _Force:
+def _force_policy(force_rebuild: bool, job_id: str | None) -> _ForcePolicy:
     if force_rebuild:
-        return _Force(True, job_id, time.time())
-    # By the variable alone: a process that has no job's name is its own job.
-    return _Force(settings.FORCE_REBUILD_VENVS.get(), job_id or _process_id(os.getpid()), time.time())
+        return _ForcePolicy(True, job_id, time.time())
+    # The variable means "once per job". A process without a job id counts as a job.
+    return _ForcePolicy(settings.FORCE_REBUILD_VENVS.get(), job_id or _process_id(os.getpid()), time.time())
 
 
 @functools.cache
@@ -151,7 +176,7 @@ def _process_id(pid: int) -> str:
     return f"{socket.gethostname()}:{pid}:{time.time():.3f}"
 
 
-def _planned(
+def _resolve(
     py_executable: str | Spec | VenvPlan, store: Store, expected: DriverVersions | None, clock: PhaseClock
 ) -> VenvPlan:
     clock.start("resolve")
@@ -159,10 +184,10 @@ def _planned(
         venv_plan = plan(py_executable, store=store, expected=expected)
         if isinstance(py_executable, VenvPlan) and isinstance(venv_plan.spec, VenvSpec):
             python, _ = python_of(venv_plan.spec)
-            if python.identity() != venv_plan.python.identity():  # another platform or Python than the planning node's
+            if python.identity() != venv_plan.python.identity():  # the planning node has another platform or Python
                 venv_plan = plan(venv_plan.spec, store=store, expected=venv_plan.expected)
             elif python != venv_plan.python:
-                venv_plan = venv_plan.made_with(python)
+                venv_plan = venv_plan.with_python(python)
         clock.digest = venv_plan.digest
     except BaseException as error:
         clock.end("failed", str(error).partition("\n")[0])
@@ -172,9 +197,9 @@ def _planned(
 
 
 def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
-    """The sealed venv with this digest (or its first 16 digits), if it is there and whole enough to run.
+    """Return the sealed venv with this digest (or its first 16 digits); None if it is missing or cannot run.
 
-    Looks at the manifest, the interpreter and, of an additive venv, the base. Takes no lock and writes nothing.
+    Checks the manifest, the interpreter and, for an additive venv, the base. Takes no lock and writes nothing.
     """
     store = store or Store.default()
     link = store.link(digest)
@@ -183,7 +208,7 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
         manifest = read_manifest(path)
     except BrokenManifestError:
         return None
-    # `access` follows links: it fails when the Python that the venv was made from is gone.
+    # `access` follows links: it fails if the base interpreter of the venv has been removed.
     if not manifest.digest.startswith(digest) or not os.access(path / "bin" / "python", os.X_OK):
         return None
     if not (path / "lib").is_dir() or not (path / "pyvenv.cfg").is_file():
@@ -193,28 +218,28 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
     return SealedVenv(str(link / "bin" / "python"), path, link, manifest.digest, manifest)
 
 
-def _ready(
-    venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _Force, receive: Receive | None
+def _find_or_build(
+    venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _ForcePolicy, receive: Receive | None
 ) -> SealedVenv:
     sealed = find_sealed(venv_plan.digest, store)
     if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
-        if venv_plan.base is not None and force.wanted and not venv_plan.base.is_interpreter:
-            _ready(venv_plan.base, venv_name, store, clock, force, receive)
+        if venv_plan.base is not None and force.enabled and not venv_plan.base.is_interpreter:
+            _find_or_build(venv_plan.base, venv_name, store, clock, force, receive)
         return sealed
-    earlier = None if force.wanted or sealed is not None else _drifted_from(venv_plan, venv_name, store)
-    if earlier is not None:
-        return earlier
+    previous = None if force.enabled or sealed is not None else _check_drift(venv_plan, venv_name, store)
+    if previous is not None:
+        return previous
     with contextlib.ExitStack() as stack:
         if venv_plan.base is not None and not venv_plan.base.is_interpreter:
-            resolving = dict(clock.seconds)
+            seconds = dict(clock.seconds)  # the base's manifest holds the seconds of its own phases
             clock.digest = venv_plan.base.digest
-            base = _ready(venv_plan.base, venv_name, store, clock, force, receive)
+            base = _find_or_build(venv_plan.base, venv_name, store, clock, force, receive)
             stack.enter_context(hold_lease(base.path))
-            clock.digest, clock.seconds = venv_plan.digest, resolving
-        stack.enter_context(_locked(venv_plan, venv_name, store, clock))
+            clock.digest, clock.seconds = venv_plan.digest, seconds
+        stack.enter_context(_hold_build_lock(venv_plan, venv_name, store, clock))
         sealed = find_sealed(venv_plan.digest, store)
         if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
-            return sealed  # another process built it while this one waited
+            return sealed  # another process built it while this process waited
         _remove_leftovers(store, venv_plan.digest)
         donors = _donors(store) if receive is None else []
         path = build(venv_plan, venv_name, store, clock, job_id=force.job_id, donors=donors, receive=receive)
@@ -229,37 +254,48 @@ def _ready(
     )
 
 
-def _drifted_from(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
-    """The venv to use although it is not what was asked for; None to build. Raises `VenvDriftError` by policy."""
+def _check_drift(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
+    """Apply the drift policy: return the venv to use in spite of its drift, or None to build the planned venv.
+
+    Raises `VenvDriftError` if the policy is `refuse`.
+    """
     policy = settings.venv_drift()
-    earlier = _earlier(venv_plan, venv_name, store) if policy != "rebuild" else None
-    if earlier is None or earlier.manifest is None:
+    previous = _previous_venv(venv_plan, venv_name, store) if policy != "rebuild" else None
+    if previous is None or previous.manifest is None:
         return None
     if policy == "ignore":
-        logger.warning("the venv %s is used although the code asks for other packages", venv_name)
-        return earlier
+        logger.warning("using the existing venv %s although the code asks for other packages", venv_name)
+        return previous
     packages: list[str] = []
-    layer: SealedVenv | None = earlier
-    while layer is not None and layer.manifest is not None:  # an additive venv's own packages win
+    layer: SealedVenv | None = previous
+    while layer is not None and layer.manifest is not None:  # packages of an additive venv override the base's
         packages = [*layer.manifest.packages, *packages]
         layer = find_sealed(layer.manifest.base_digest, store) if layer.manifest.base_digest else None
-    raise _drift_error(venv_plan, venv_name, earlier.manifest, packages)
+    raise _drift_error(venv_plan, venv_name, previous.manifest, packages)
 
 
-def _earlier(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
-    """The sealed venv that this name, or else the newest that this very spec, used to mean."""
-    named = store.names().get(venv_name)
-    if named is not None and (sealed := find_sealed(named, store)) is not None:
+def _previous_venv(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
+    """Return the sealed venv that this name points to; else the newest that was built for this spec."""
+    digest_of_name = store.names().get(venv_name)
+    if digest_of_name is not None and (sealed := find_sealed(digest_of_name, store)) is not None:
         return sealed
     spec = mask_secrets(str(venv_plan.spec))
-    found = [sealed for digest in store.digests() if (sealed := find_sealed(digest, store)) is not None]
-    same = [sealed for sealed in found if sealed.manifest is not None and sealed.manifest.spec == spec]
-    return max(same, key=lambda sealed: sealed.manifest.started_at if sealed.manifest else 0.0, default=None)
+    venvs = [sealed for digest in store.digests() if (sealed := find_sealed(digest, store)) is not None]
+    same_spec = [sealed for sealed in venvs if sealed.manifest is not None and sealed.manifest.spec == spec]
+    return max(same_spec, key=lambda sealed: sealed.manifest.started_at if sealed.manifest else 0.0, default=None)
 
 
 def differences(held: Iterable[str], asked: Iterable[str]) -> list[str]:
-    """`name old -> new` for every package that differs; a side lists `name==version` or `name @ location`."""
-    old, new = _by_name(held), _by_name(asked)
+    """Return `name old -> new` for every package that differs between two lists.
+
+    Args:
+        held, asked: packages as `name==version` or `name @ location`.
+
+    Example:
+        >>> differences(["a==1", "b==1"], ["a==2", "b==1", "c==1"])
+        ['a 1 -> 2', 'c absent -> 1']
+    """
+    old, new = _versions(held), _versions(asked)
     return [
         f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
         for name in sorted(old.keys() | new.keys())
@@ -268,14 +304,14 @@ def differences(held: Iterable[str], asked: Iterable[str]) -> list[str]:
 
 
 def _drift_error(venv_plan: VenvPlan, venv_name: str, held: Manifest, held_packages: Iterable[str]) -> VenvDriftError:
-    """The error of the policy `refuse`: every package that differs, and the two commands that resolve it."""
+    """Return the error of the policy `refuse`: the packages that differ, and the two commands that resolve it."""
     changed = differences(held_packages, map(mask_secrets, venv_plan.requirements))
-    python = (held.python, held.implementation, held.platform)
-    asked = (venv_plan.python.version, venv_plan.python.implementation, venv_plan.python.platform)
-    if python != asked:
-        changed.insert(0, f"Python {' '.join(python)} -> {' '.join(asked)}")
+    old = (held.python, held.implementation, held.platform)
+    new = (venv_plan.python.version, venv_plan.python.implementation, venv_plan.python.platform)
+    if old != new:
+        changed.insert(0, f"Python {' '.join(old)} -> {' '.join(new)}")
     if not changed:
-        changed = ["the same versions, from other files (hashes differ)"]
+        changed = ["the versions are the same, but the files differ (other hashes)"]
     shown = changed[:_MAX_LISTED]
     if len(changed) > len(shown):
         shown.append(f"and {len(changed) - len(shown)} more")
@@ -283,26 +319,27 @@ def _drift_error(venv_plan: VenvPlan, venv_name: str, held: Manifest, held_packa
     return VenvDriftError(
         f"The venv {venv_name!r} on {socket.gethostname()} is not what the code asks for (digest "
         f"{held.digest[:DIGEST_PREFIX]} -> {venv_plan.digest[:DIGEST_PREFIX]}):\n  {listing}\n"
-        f"Either build it here, and then run the same command: `export {settings.VENV_DRIFT.name}=rebuild`; or make an "
-        "image of this code: `docker buildx build --target release -f docker/Dockerfile --tag nemo-rl:latest .` "
-        f"({settings.VENV_DRIFT.name}=ignore goes on with the packages that are there.)"
+        f"Either set `export {settings.VENV_DRIFT.name}=rebuild` and run the command again to build the venv here; "
+        "or build an image of this code: "
+        "`docker buildx build --target release -f docker/Dockerfile --tag nemo-rl:latest .` "
+        f"({settings.VENV_DRIFT.name}=ignore uses the existing packages.)"
     )
 
 
-def _by_name(lines: Iterable[str]) -> dict[str, str]:
-    found = {}
+def _versions(lines: Iterable[str]) -> dict[str, str]:
+    versions: dict[str, str] = {}
     for line in lines:
         name, version = line, "(any version)"
         for separator in ("==", " @ "):
             if separator in line:
                 name, _, version = line.partition(separator)
                 break
-        found[normalized_name(name)] = version
-    return found
+        versions[canonicalize_name(name)] = version
+    return versions
 
 
 @contextlib.contextmanager
-def _locked(venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock) -> Iterator[None]:
+def _hold_build_lock(venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock) -> Iterator[None]:
     def on_wait(holder: str) -> None:
         clock.start("wait", holder)
 
@@ -312,14 +349,14 @@ def _locked(venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock
             stack.enter_context(build_lock(store.lock(venv_plan.digest), venv_name, on_wait=on_wait))
         except OSError as error:
             clock.end("failed", str(error))
-            if isinstance(error, VenvError):  # the lock's time-out
+            if isinstance(error, VenvError):  # waiting for the lock timed out
                 raise
             if is_no_space(error):
                 raise no_space_error(f"Building the venv {venv_name!r} in {store.root}") from error
             raise VenvError(
-                f"The venv {venv_name!r} is not ready and {store.root} cannot be written on {socket.gethostname()}: "
-                f"{error.strerror}. Build it where the directory can be written, or set "
-                f"{settings.VENV_DIR.name} to one that can. It was asked for as `{mask_secrets(str(venv_plan.spec))}`."
+                f"The venv {venv_name!r} is not ready, and {store.root} cannot be written on {socket.gethostname()}: "
+                f"{error.strerror}. Build it on a node where the directory is writable, or set "
+                f"{settings.VENV_DIR.name} to a writable directory. Its spec is `{mask_secrets(str(venv_plan.spec))}`."
             ) from error
         if clock.phase == "wait":
             clock.end()
@@ -327,7 +364,7 @@ def _locked(venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock
 
 
 def _remove_leftovers(store: Store, digest: str) -> None:
-    """Remove directories of dead builders and replaced ones that nobody uses. The caller holds the build lock."""
+    """Remove directories of dead builders and replaced, unused venvs. The caller holds the build lock."""
     current = os.path.realpath(store.link(digest))
     for path in store.builds(digest):
         if os.path.realpath(path) != current:
@@ -337,7 +374,7 @@ def _remove_leftovers(store: Store, digest: str) -> None:
 
 
 def _donors(store: Store) -> list[Path]:
-    """Where bytecode may come from: the driver's own venv, then the sealed ones of the store."""
+    """Return the site-packages that bytecode may be reused from: this process's, then those of sealed venvs."""
     driver = Path(sys.prefix, "lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
     donors = [driver] if driver.is_dir() else []
     for digest in store.digests():
@@ -348,8 +385,8 @@ def _donors(store: Store) -> list[Path]:
     return donors
 
 
-def _named(store: Store, name_path: Path, digest: str) -> Path:
-    """Point the name to the venv; on a disk that cannot be written, use the store's own path instead."""
+def _point_name(store: Store, name_path: Path, digest: str) -> Path:
+    """Point the name to the venv and return it; if the disk is not writable, return the path in the store."""
     try:
         point(name_path, os.path.join(".store", digest[:DIGEST_PREFIX]))
     except OSError:
@@ -358,7 +395,7 @@ def _named(store: Store, name_path: Path, digest: str) -> Path:
 
 
 def current_venv_digest() -> str | None:
-    """Digest of the venv of the store that this very interpreter runs in; None when it runs in none."""
+    """Return the digest of the venv that this process runs in; None if the engine did not build it."""
     try:
         return read_manifest(Path(os.path.realpath(sys.prefix))).digest
     except BrokenManifestError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion
 
 from nemo_rl.errors import VenvError
@@ -23,7 +24,6 @@ from nemo_rl.venvs.ensure import SealedVenv, find_sealed
 from nemo_rl.venvs.interpreter import query_python_cached
 from nemo_rl.venvs.lock_graph import LockGraph, Selection
 from nemo_rl.venvs.planning.plan import Package, VenvPlan
-from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.resolve import lock_root, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
 from nemo_rl.venvs.storage.layout import Store
@@ -102,7 +102,7 @@ def explain(worker: str, plan: VenvPlan, package: str, *, store: Store | None = 
         LockMismatchError: the lock cannot be read.
         VenvError: the interpreter of the spec does not start.
     """
-    name = normalized_name(package)
+    name = canonicalize_name(package)
     if plan.base is not None:
         below = explain(worker, plan.base, name, store=store)
         return _over(below, plan, name)
@@ -220,13 +220,13 @@ def _in_interpreter(worker: str, spec: InterpreterSpec, name: str) -> Explanatio
     paths = [entry for entry in sys.path if entry] if is_own else query_python_cached(spec.path).site_paths
     installed: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions(path=list(paths)):
-        installed.setdefault(normalized_name(distribution.name or ""), distribution)
+        installed.setdefault(canonicalize_name(distribution.name or ""), distribution)
     held = installed.get(name)
     demands = []
     for other in installed.values():
         requirement = _asks_for(other, name)
         if requirement is not None:
-            demands.append(Demand(f"{normalized_name(other.name)} {other.version}", requirement))
+            demands.append(Demand(f"{canonicalize_name(other.name)} {other.version}", requirement))
     return Explanation(
         worker=worker,
         spec=str(spec),
@@ -251,16 +251,16 @@ def _default_groups(spec: VenvSpec) -> frozenset[str]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VenvError(f"{path} cannot be read: {error}") from None
-    groups = {normalized_name(group) for group in content.get("dependency-groups", {})}
+    groups = {canonicalize_name(group) for group in content.get("dependency-groups", {})}
     default = content.get("tool", {}).get("uv", {}).get("default-groups", ["dev"])
-    return frozenset(groups if default == "all" else groups & {normalized_name(group) for group in default})
+    return frozenset(groups if default == "all" else groups & {canonicalize_name(group) for group in default})
 
 
 def _distributions(sealed: SealedVenv | None) -> Mapping[str, importlib.metadata.Distribution]:
     if sealed is None:
         return {}
     found = importlib.metadata.distributions(path=[str(site_packages_of(sealed.path))])
-    return {normalized_name(distribution.name or ""): distribution for distribution in found}
+    return {canonicalize_name(distribution.name or ""): distribution for distribution in found}
 
 
 def _asks_for(distribution: importlib.metadata.Distribution | None, name: str) -> str | None:
@@ -271,13 +271,13 @@ def _asks_for(distribution: importlib.metadata.Distribution | None, name: str) -
         except InvalidRequirement:
             continue
         holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if normalized_name(requirement.name) == name and holds:
+        if canonicalize_name(requirement.name) == name and holds:
             return f"{requirement.name}{requirement.specifier}"
     return None
 
 
 def _package(packages: Iterable[Package], name: str) -> Package | None:
-    return next((package for package in packages if normalized_name(package.name) == name), None)
+    return next((package for package in packages if canonicalize_name(package.name) == name), None)
 
 
 def _version(package: Package) -> str:
@@ -290,7 +290,7 @@ def _described(package: Package) -> str:
 
 def _names_package(line: str, name: str) -> bool:
     try:
-        return normalized_name(Requirement(line).name) == name
+        return canonicalize_name(Requirement(line).name) == name
     except InvalidRequirement:
         return False
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packaging.markers import Marker
+from packaging.utils import canonicalize_name
 
 from nemo_rl.errors import LockMismatchError
-from nemo_rl.venvs.planning.requirements import normalized_name
 
 _EXTRA_ATOM = re.compile(r"""extra\s*(==|!=)\s*(?:'([^']*)'|"([^"]*)")""")
 _TRUE, _FALSE = "python_version != '0'", "python_version == '0'"
@@ -78,7 +78,7 @@ class Walk:
 
     def find(self, name: str) -> LockedPackage | None:
         """The version of `name` that this selection gets."""
-        wanted = normalized_name(name)
+        wanted = canonicalize_name(name)
         return next((package for package in self.paths if package.name == wanted), None)
 
 
@@ -112,7 +112,7 @@ class LockGraph:
 
     def versions(self, name: str) -> list[str]:
         """Every version of a package in the lock."""
-        return [package.version for package in self._by_name.get(normalized_name(name), [])]
+        return [package.version for package in self._by_name.get(canonicalize_name(name), [])]
 
     def conflicts_of(self, selection: Selection) -> list[list[str]]:
         """The sets of conflicting extras and groups that an item of the selection belongs to, as `extra vllm`."""
@@ -131,7 +131,7 @@ class LockGraph:
         for group in sorted(selection.groups):
             listed += metadata.get("requires-dev", {}).get(group, [])
         # In metadata an extra is written plainly, as `extra == 'vllm'`.
-        markers, wanted = _Markers(selection.markers, set(selection.extras)), normalized_name(name)
+        markers, wanted = _Markers(selection.markers, set(selection.extras)), canonicalize_name(name)
         return [
             _requirement(item)
             for item in listed
@@ -140,7 +140,7 @@ class LockGraph:
 
     def overrides(self, name: str) -> list[str]:
         """What `tool.uv.override-dependencies` sets for a package, whatever others ask for."""
-        return [_requirement(item) for item in self._overrides if item["name"] == normalized_name(name)]
+        return [_requirement(item) for item in self._overrides if item["name"] == canonicalize_name(name)]
 
     def walk(self, selection: Selection) -> Walk:
         """Everything that the selection reaches, from each of its origins, breadth first."""

@@ -253,7 +253,7 @@ def test_a_name_that_cannot_be_one_is_refused(name: str, project: Project) -> No
 def test_a_foreign_directory_in_the_names_place_is_left_alone(project: Project, store: Store) -> None:
     (store.root / "A").mkdir(parents=True)
     (store.root / "A" / "mine").touch()
-    with pytest.raises(VenvError, match="not a link that nemo_rl made"):
+    with pytest.raises(VenvError, match="not a link that nemo_rl created"):
         venvs.create_local_venv(project.command(), "A")
     assert (store.root / "A" / "mine").exists()
 

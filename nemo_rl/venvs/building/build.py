@@ -1,4 +1,4 @@
-"""One build of one venv: a new directory goes in, a sealed one comes out, or an error and nothing left behind."""
+"""Build one venv in a new directory and seal it. A build that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
 from nemo_rl.venvs.interpreter import start_python
 from nemo_rl.venvs.planning.overlay import add_base_scripts, install_lines, installed_distributions
 from nemo_rl.venvs.planning.plan import VenvPlan
-from nemo_rl.venvs.planning.relocation import located, name_originals
+from nemo_rl.venvs.planning.relocation import located, restore_original_paths
 from nemo_rl.venvs.planning.resolve import lock_root, plan, project_inputs
 from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
 from nemo_rl.venvs.progress import PhaseClock
@@ -30,7 +30,7 @@ from nemo_rl.venvs.uv import BuildLog, is_no_space, no_space_error, run_uv
 
 _DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
 
-# Fills the new directory with packages, bytecode and hook that were built elsewhere.
+# Fills the new directory with packages, bytecode and site hook that another node built.
 Receive = Callable[[VenvPlan, Path, PhaseClock, BuildLog], None]
 
 
@@ -44,34 +44,46 @@ def build(
     donors: Sequence[Path],
     receive: Receive | None = None,
 ) -> Path:
-    """Build the plan's venv, seal it and publish it; return its directory. The caller holds the build lock.
+    """Build, check, seal and publish the planned venv; return its directory. The caller holds the build lock.
 
-    With `receive` nothing is installed; what it fills in is checked and sealed like what was installed here.
+    After an error the venv that was published before stays published.
 
-    Raises `VenvBuildError`, `NoSpaceError`, `LockMismatchError` or `IncompatibleVenvError`. What was published before
-    stays published then.
+    Args:
+        clock: reports and times the phases.
+        job_id: noted in the manifest.
+        donors: site-packages directories that bytecode may be reused from.
+        receive: fills in the venv from another node. The result is checked and sealed like an installed venv.
+
+    Raises:
+        VenvBuildError: uv failed, or the installed packages are not those that were planned.
+        NoSpaceError: a disk is full.
+        LockMismatchError: the project's files changed since the plan was made.
+        IncompatibleVenvError: the Python or ray version differs from the driver's.
     """
     started_at = time.time()
     root = store.new_directory(venv_plan.digest)
     log = BuildLog(store.new_log(venv_plan.digest[:DIGEST_PREFIX]))
-    with _cleaned_up(root, venv_name, log, clock):
+    with _remove_on_failure(root, venv_name, log, clock):
         what = mask_secrets(f"Building the venv {venv_name!r} (`{venv_plan.spec}`)")
         if receive is not None:
             receive(venv_plan, root, clock, log)
         else:
-            _install(venv_plan, root, store, clock, log, what)
+            _check_inputs(venv_plan, store)
+            (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
+            restore_original_paths(site_packages_of(root))
+            _write_hook(venv_plan, site_packages_of(root))
         site_packages = site_packages_of(root)
         if venv_plan.base is not None:
-            add_base_scripts(root / "bin", _scripts_of(venv_plan.base, store))
+            add_base_scripts(root / "bin", _base_scripts(venv_plan.base, store))
         (root / LEASE_FILE).touch()
         if receive is None:
             clock.start("compile")
             if settings.COMPILE_BYTECODE.get():
-                clock.tell(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
+                clock.report(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
         clock.start("check")
         ray = _check(venv_plan, root, site_packages, what)
         if receive is None:
-            _check_inputs(venv_plan, store)  # the lock may have changed while uv was reading it
+            _check_inputs(venv_plan, store)  # the lock may have changed while uv read it
         clock.start("seal")
         manifest = _manifest(venv_plan, root, site_packages, clock, job_id, started_at, ray, log)
         write_manifest(root, manifest)
@@ -81,15 +93,15 @@ def build(
 
 
 def site_packages_of(root: Path) -> Path:
-    """The site-packages directory of a venv."""
-    found = sorted(root.glob("lib/python*/site-packages"))
-    if not found:
+    """Return the site-packages directory of a venv. Raises `VenvError` if there is none."""
+    directories = sorted(root.glob("lib/python*/site-packages"))
+    if not directories:
         raise VenvError(f"{root} has no site-packages directory.")
-    return found[0]
+    return directories[0]
 
 
 @contextlib.contextmanager
-def _cleaned_up(root: Path, venv_name: str, log: BuildLog, clock: PhaseClock) -> Iterator[None]:
+def _remove_on_failure(root: Path, venv_name: str, log: BuildLog, clock: PhaseClock) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
@@ -102,18 +114,8 @@ def _cleaned_up(root: Path, venv_name: str, log: BuildLog, clock: PhaseClock) ->
         log.close()
 
 
-def _install(venv_plan: VenvPlan, root: Path, store: Store, clock: PhaseClock, log: BuildLog, what: str) -> None:
-    _check_inputs(venv_plan, store)
-    if venv_plan.base is None:
-        _sync_project(venv_plan, root, clock, log, what)
-    else:
-        _install_overlay(venv_plan, root, clock, log, what)
-    name_originals(site_packages_of(root))
-    _write_hook(venv_plan, site_packages_of(root))
-
-
 def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
-    """The project on this node must be the one that was planned, or the venv would not be what its digest says."""
+    """Raise `LockMismatchError` if the project on this node does not resolve to the planned digest."""
     spec = venv_plan.spec
     if venv_plan.base is not None or not isinstance(spec, VenvSpec):
         return
@@ -121,24 +123,24 @@ def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
         return
     here = plan(spec, store=store, expected=venv_plan.expected)
     if here.digest != venv_plan.digest:
-        found, planned = here.digest[:DIGEST_PREFIX], venv_plan.digest[:DIGEST_PREFIX]
         raise LockMismatchError(
             f"The project {spec.project} on {socket.gethostname()} is not the one that was planned: the packages of "
-            f"`{spec}` have digest {found}, planned were {planned}. Bring the same pyproject.toml and uv.lock to every "
-            "node, and start the job again if they changed meanwhile."
+            f"`{spec}` have digest {here.digest[:DIGEST_PREFIX]} here and {venv_plan.digest[:DIGEST_PREFIX]} in the "
+            "plan. Copy the same pyproject.toml and uv.lock to every node; if they changed while the job was starting, "
+            "start it again."
         )
 
 
 def _sync_project(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     spec = venv_plan.spec
     assert isinstance(spec, VenvSpec)
-    # Planning has checked the lock against pyproject.toml for these very bytes, so it is not checked again here.
+    # Planning has checked these contents of the lock against pyproject.toml, so --frozen is safe here.
     project = str(located(spec.project))
     arguments = ["sync", "--frozen", "--project", project, "--python", venv_plan.python.executable]
     arguments += ["--no-compile-bytecode", "--no-python-downloads", *spec.selection()]
     for package in venv_plan.packages:
         if package.local is not None and not package.local.editable:
-            arguments += ["--reinstall-package", package.name]  # uv's cache does not notice changed code
+            arguments += ["--reinstall-package", package.name]  # uv's cache does not detect changed code
     clock.start("fetch")
     run_uv(
         arguments,
@@ -146,7 +148,7 @@ def _sync_project(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Build
         cwd=project,
         extra_env={"UV_PROJECT_ENVIRONMENT": str(root)},
         log=log,
-        on_line=lambda line: _follow(line, clock),
+        on_line=lambda line: _report_line(line, clock),
     )
 
 
@@ -156,7 +158,7 @@ def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bu
     python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
     run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
     if not venv_plan.packages:
-        return  # the base has everything that the list asks for
+        return  # the base provides all requirements
     listing = root / ".nemo_rl_requirements"
     listing.write_text("\n".join(install_lines(venv_plan)) + "\n")
     hashed = all(any(value.startswith("sha") for value in package.hashes) for package in venv_plan.packages)
@@ -176,23 +178,24 @@ def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bu
         if package.local is not None
         for word in ("--refresh-package", package.name)
     ]
-    run_uv([*arguments, "-r", str(listing)], what=what, cwd=root, log=log, on_line=lambda line: _follow(line, clock))
+    arguments += ["-r", str(listing)]
+    run_uv(arguments, what=what, cwd=root, log=log, on_line=lambda line: _report_line(line, clock))
     listing.unlink()
 
 
-def _follow(line: str, clock: PhaseClock) -> None:
-    """Phases from what uv prints: it has fetched and built ("Prepared"), then linked ("Installed")."""
+def _report_line(line: str, clock: PhaseClock) -> None:
+    """Derive phases from a line of uv's output: "Prepared" ends fetching and building, "Installed" ends linking."""
     if line.startswith("Prepared ") and clock.phase == "fetch":
         clock.start("link")
     elif line.startswith("Installed "):
-        if clock.phase == "fetch":  # all was in the cache; uv says how long the linking took
+        if clock.phase == "fetch":  # all packages were cached; the line holds the duration of linking
             clock.start("link")
             match = _DURATION.search(line)
             seconds = (int(match[1] or 0) * 60 + float(match[2]) / (1000 if match[3] == "ms" else 1)) if match else 0.0
             clock.shift("fetch", "link", seconds)
-        clock.tell(line)
+        clock.report(line)
     elif line and not line.startswith((" +", " -", " ~")):
-        clock.tell(line.strip())
+        clock.report(line.strip())
 
 
 def _write_hook(venv_plan: VenvPlan, site_packages: Path) -> None:
@@ -205,14 +208,14 @@ def _write_hook(venv_plan: VenvPlan, site_packages: Path) -> None:
         write_site_hook(site_packages, base=f"../{base.digest[:DIGEST_PREFIX]}")
 
 
-def _scripts_of(base: VenvPlan, store: Store) -> Path:
+def _base_scripts(base: VenvPlan, store: Store) -> Path:
     if isinstance(base.spec, InterpreterSpec):
         return Path(base.spec.path).parent
     return store.link(base.digest) / "bin"
 
 
 def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
-    """The interpreter starts, from this very directory; versions are the driver's; what was planned is there."""
+    """Check that the interpreter starts in `root` and that the installed versions are as planned; return ray's."""
     version, prefix = start_python(str(root / "bin" / "python"))
     if prefix != str(root.resolve()):
         raise VenvBuildError(f"{what}: its interpreter runs in {prefix} instead of {root}.")
@@ -224,7 +227,7 @@ def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> s
         if name not in installed or name not in planned or planned[name] not in (None, installed[name])
     ]
     if wrong:
-        raise VenvBuildError(f"{what}: what uv installed is not what was planned: {'; '.join(wrong[:5])}.")
+        raise VenvBuildError(f"{what}: the installed packages are not the planned ones: {'; '.join(wrong[:5])}.")
     ray = installed.get("ray") or (venv_plan.base.ray if venv_plan.base is not None else None)
     venv_plan.expected.check(what, version, ray)
     return ray
@@ -267,7 +270,12 @@ def _manifest(
 
 
 def read_records(site_packages: Path) -> tuple[dict[str, str], int, int]:
-    """(metadata directory -> sha256 of its RECORD, number of files, bytes) of everything installed, and of the hook."""
+    """Read the RECORD of every installed distribution.
+
+    Returns:
+        A mapping of metadata directories to the sha256 of their RECORD, with the files of the site hook; the number of
+        installed files; their total size in bytes.
+    """
     records: dict[str, str] = {}
     num_files = num_bytes = 0
     for path in sorted(site_packages.glob("*.dist-info/RECORD")):

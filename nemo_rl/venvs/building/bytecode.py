@@ -1,9 +1,9 @@
-"""Bytecode for a new venv: carried over from venvs that hold the same files, compiled only where there is none.
+"""Add bytecode to a new venv: reuse it from venvs that hold the same source files, and compile the rest.
 
 Compiling is by far the slowest part of a build, and uv's cache holds no bytecode. But uv links the files of its cache
-into every venv, so most sources of a new venv are also in an earlier one, or in the driver's own, with their bytecode.
-Python accepts bytecode whose header names its own magic number and the source's modification time and size; it is
-carried only when that holds for the new source and the two sources are the same file, or hold the same bytes.
+into every venv, so an earlier venv, or the driver's, already has bytecode of most source files. Python accepts bytecode
+whose header holds its magic number and the source's modification time and size (PEP 552). Bytecode is reused only if
+its header is valid for the donor's source and both sources are the same file or have equal content.
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ _CACHE = "__pycache__"
 
 @dataclass
 class BytecodeReport:
-    """How many sources got their bytecode from where."""
+    """Counts the source files whose bytecode was reused or compiled."""
 
-    carried: int = 0
+    reused: int = 0
     compiled: int = 0
 
     def __str__(self) -> str:
-        return f"{self.carried} carried over, {self.compiled} compiled"
+        return f"{self.reused} reused, {self.compiled} compiled"
 
 
 def add_bytecode(
     site_packages: Path, python: Path, donors: Sequence[Path], *, log: BuildLog | None = None
 ) -> BytecodeReport:
-    """Give every source below `site_packages` its bytecode.
+    """Add bytecode for every source file below `site_packages`.
 
-    `donors` are site-packages directories of the same Python version, best first. A source that does not compile (a
-    template, a test of syntax errors) stays without, as with uv.
+    A source that does not compile (a template, a test of syntax errors) gets no bytecode, as with uv.
+
+    Args:
+        python: the venv's interpreter.
+        donors: site-packages directories of the same Python version, tried in this order.
     """
     report = BytecodeReport()
     missing: list[str] = []
     for directory, relative, sources in _source_directories(site_packages):
-        left = sources
+        remaining = sources
         for donor in donors:
-            if not left:
+            if not remaining:
                 break
-            left = _carry(directory, donor / relative, left)
-        report.carried += len(sources) - len(left)
-        missing += [os.path.join(directory, name) for name in left]
+            remaining = _reuse(directory, donor / relative, remaining)
+        report.reused += len(sources) - len(remaining)
+        missing += [os.path.join(directory, name) for name in remaining]
     if missing:
         _compile(python, missing, log)
     report.compiled = len(missing)
@@ -59,19 +62,19 @@ def add_bytecode(
 
 
 def _source_directories(root: Path) -> list[tuple[str, str, list[str]]]:
-    """(directory, path relative to `root`, sources without bytecode)."""
-    found = []
+    """Return (directory, path relative to `root`, names of source files) of each directory with source files."""
+    directories = []
     for directory, names, files in os.walk(root):
         if _CACHE in names:
             names.remove(_CACHE)
         sources = [name for name in files if name.endswith(".py")]
         if sources:
-            found.append((directory, os.path.relpath(directory, root), sources))
-    return found
+            directories.append((directory, os.path.relpath(directory, root), sources))
+    return directories
 
 
-def _carry(directory: str, donor: Path, sources: list[str]) -> list[str]:
-    """Carry bytecode from `donor` for `sources` of `directory`; return the sources that it could not serve."""
+def _reuse(directory: str, donor: Path, sources: list[str]) -> list[str]:
+    """Reuse the donor's bytecode for `sources` in `directory`; return the sources that still need bytecode."""
     suffix = f".{sys.implementation.cache_tag}.pyc"
     try:
         available = set(os.listdir(donor / _CACHE))
@@ -79,35 +82,40 @@ def _carry(directory: str, donor: Path, sources: list[str]) -> list[str]:
         return sources
     cache = os.path.join(directory, _CACHE)
     os.makedirs(cache, exist_ok=True)
-    left = []
+    remaining = []
     for name in sources:
         bytecode = name[:-3] + suffix
-        source, twin = os.path.join(directory, name), os.path.join(donor, name)
-        given = os.path.join(donor, _CACHE, bytecode)
-        if bytecode not in available or not _link(source, twin, given, os.path.join(cache, bytecode)):
-            left.append(name)
-    return left
+        if bytecode not in available or not _link(
+            os.path.join(directory, name),
+            os.path.join(donor, name),
+            os.path.join(donor, _CACHE, bytecode),
+            os.path.join(cache, bytecode),
+        ):
+            remaining.append(name)
+    return remaining
 
 
-def _link(source: str, twin: str, given: str, target: str) -> bool:
+def _link(source: str, donor_source: str, donor_bytecode: str, target: str) -> bool:
+    """Link or copy the donor's bytecode to `target`; return False if it is not valid for `source`."""
     try:
-        status, other = os.stat(source), os.stat(twin)
-        same = os.path.samestat(status, other)
-        if not same and (status.st_size != other.st_size or not filecmp.cmp(source, twin, shallow=False)):
+        status, donor_status = os.stat(source), os.stat(donor_source)
+        if not os.path.samestat(status, donor_status) and (
+            status.st_size != donor_status.st_size or not filecmp.cmp(source, donor_source, shallow=False)
+        ):
             return False
-        with open(given, "rb") as file:
+        with open(donor_bytecode, "rb") as file:
             header = file.read(_HEADER.size)
-            if len(header) < _HEADER.size or not _valid(header, other):
+            if len(header) < _HEADER.size or not _is_valid(header, donor_status):
                 return False
-            if _valid(header, status):
+            if _is_valid(header, status):
                 try:
-                    os.link(given, target)
+                    os.link(donor_bytecode, target)
                     return True
                 except FileExistsError:
                     return True
                 except OSError:
                     pass  # another file system, or too many links: copy
-            # The same bytes with another time: the header must name the time of the source it lies beside.
+            # The content is equal, but not the time. The header must hold the time of `source`.
             magic, flags, _, size = _HEADER.unpack(header)
             with open(target, "wb") as copy:
                 copy.write(_HEADER.pack(magic, flags, int(status.st_mtime) & 0xFFFFFFFF, size) + file.read())
@@ -116,8 +124,8 @@ def _link(source: str, twin: str, given: str, target: str) -> bool:
         return False
 
 
-def _valid(header: bytes, source: os.stat_result) -> bool:
-    """Whether Python would accept bytecode with this header for this source (time-stamped bytecode only)."""
+def _is_valid(header: bytes, source: os.stat_result) -> bool:
+    """Return whether Python accepts bytecode with this header for this source. Hash-based bytecode is not supported."""
     magic, flags, mtime, size = _HEADER.unpack(header)
     return (
         magic == importlib.util.MAGIC_NUMBER
@@ -132,7 +140,7 @@ def _compile(python: Path, sources: list[str], log: BuildLog | None) -> None:
     processes = min(len(os.sched_getaffinity(0)), 1 + len(sources) // 30)
     listing = python.parent.parent / ".nemo_rl_compile"
     listing.write_text("\n".join(sources))
-    # compileall ends with 1 when a source does not compile; that is no failure here.
+    # compileall exits with 1 if a source does not compile, which is not an error here.
     script = "import compileall, sys; compileall.main(); sys.exit(0)"
     command = [str(python), "-I", "-S", "-c", script, "-qq", "-j", str(processes), "-i", str(listing)]
     try:

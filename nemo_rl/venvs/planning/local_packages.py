@@ -1,8 +1,8 @@
-"""Packages that are installed from a directory on this machine: what of them decides what a venv holds.
+"""Packages that are installed from a directory on this machine, and the digest of the files that affect a venv.
 
-An editable package's code is not in the venv, only a link to it: its path and the metadata that decides the link and
-the scripts count, so that editing code, or the dependencies of an extra, never rebuilds. A package that is copied in
-counts with every one of its files.
+A venv holds a link to the code of an editable package. Its digest covers its path and the metadata that affect the link
+and the scripts, so a change of its code, or of the dependencies of an extra, does not rebuild the venv. The digest of
+any other local package covers all its files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nemo_rl.venvs.planning.relocation import located
 
 _METADATA_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _PROJECT_KEYS = ("name", "version", "dynamic", "scripts", "gui-scripts", "entry-points")
-# Tables of tools that take no part in building.
+# Tables of tools that do not affect a build.
 _OTHER_TOOLS = frozenset(
     ("bandit", "black", "coverage", "isort", "mypy", "pixi", "pylint", "pyright", "pytest", "ruff", "towncrier", "tox")
 )
@@ -31,7 +31,13 @@ _SKIPPED_DIRECTORIES = frozenset((*_VERSION_CONTROL, *_CACHES, ".venv", "venv", 
 
 @dataclass(frozen=True)
 class LocalPackage:
-    """A package's directory (in the driver, where it was planned) and the digest of what counts of it."""
+    """Identifies a local package.
+
+    Attributes:
+        path: its directory on the node that planned, usually the driver's.
+        editable: whether the venv links to the directory.
+        digest: digest of the files and metadata that affect the venv.
+    """
 
     path: str
     editable: bool
@@ -39,6 +45,7 @@ class LocalPackage:
 
     @staticmethod
     def read(path: str, *, editable: bool) -> LocalPackage:
+        """Read the package's directory on this node."""
         root = located(path)
         content = _metadata(root) if editable else [*_metadata(root), *_tree(root)]
         return LocalPackage(path, editable, hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
@@ -47,12 +54,12 @@ class LocalPackage:
         return [self.path, self.editable, self.digest]
 
     def metadata_files(self) -> list[Path]:
-        """The files that decide what a lock says about this package."""
+        """Return the files that a lock's entry for this package depends on."""
         return [located(self.path) / name for name in _METADATA_FILES]
 
 
 def file_digest(path: Path) -> str | None:
-    """sha256 of a file's bytes; None when there is no such file."""
+    """Return the sha256 of a file; None if there is no such file."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -64,7 +71,7 @@ def _metadata(root: Path) -> list[Any]:
         pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         pyproject = {}
-    except ValueError:  # not TOML: uv will say so; any change counts
+    except ValueError:  # invalid TOML, which uv will report; until then any change counts
         return [file_digest(root / name) for name in _METADATA_FILES]
     project = pyproject.get("project", {})
     tools = {name: table for name, table in pyproject.get("tool", {}).items() if name not in _OTHER_TOOLS | {"uv"}}

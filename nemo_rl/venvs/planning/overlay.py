@@ -1,8 +1,8 @@
-"""Additive venvs: a list of requirements laid over a base venv or interpreter.
+"""Additive venvs (overlays): packages that are installed on top of a base venv or interpreter.
 
-The additive venv holds only what the base does not already have in the version that the list resolves to. Its
-site-packages comes first on `sys.path`, the base's after it, so what the list names wins and the rest of the base
-stays importable. Requirements of base packages on an overridden one are not looked at: that is what overriding means.
+An additive venv holds only the packages whose resolved version the base does not provide. Its site-packages directory
+precedes the base's on `sys.path`, so its packages override those of the base, and the others stay importable. Version
+constraints of base packages on an overridden package are ignored.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from nemo_rl import settings
 from nemo_rl.errors import RuntimeEnvError
 from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.planning.relocation import located
-from nemo_rl.venvs.planning.requirements import is_option, normalized_name
+from nemo_rl.venvs.planning.requirements import is_option
 from nemo_rl.venvs.planning.spec import Spec, VenvSpec
 from nemo_rl.venvs.storage.layout import Store
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
 
-# Every venv has these scripts; they are never taken from the base.
+# Every venv has scripts with these prefixes. They are never taken from the base.
 _VENV_SCRIPTS = ("python", "activate", "deactivate", "pydoc", "pip")
 _HEAD_BYTES = 1024
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
 
 
 def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
-    """The plan of `spec.requirements` over `base`.
+    """Resolve `spec.requirements` over `base`.
 
-    The list is resolved once per store and base, preferring the base's versions, and kept: a name without a version
-    does not drift, and a warm call needs no network.
+    The requirements are resolved once per store and base, with a preference for the base's versions, and the result is
+    cached. So the version of an unpinned package does not change later, and a warm call needs no network.
     """
     pins = {package.name: package.version for package in base.packages if package.version is not None}
     key = hashlib.sha256(json.dumps([FORMAT, base.digest, spec.requirements]).encode()).hexdigest()
@@ -55,24 +57,24 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
 
 
 def installed_distributions(site_packages: Path) -> dict[str, str]:
-    """Name -> version of the distributions in a directory, from the names of their metadata directories."""
+    """Return name -> version of the distributions in a directory, from the names of their metadata directories."""
     try:
         names = sorted(entry.name for entry in site_packages.iterdir())
     except OSError:
         return {}
     matches = [_DIST_INFO.fullmatch(name) for name in names]
-    return {normalized_name(match[1]): match[2] for match in matches if match}
+    return {canonicalize_name(match[1]): match[2] for match in matches if match}
 
 
 def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> list[Package]:
     listed = [line for line in spec.requirements if not is_option(line)]
     if not listed:
-        raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} names no package.")
+        raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} contains no package.")
     with tempfile.TemporaryDirectory(prefix="nemo_rl_resolve_") as directory:
         requirements, lock = Path(directory, "requirements.in"), Path(directory, "pylock.toml")
         requirements.write_text("\n".join(spec.requirements) + "\n")
-        # uv prefers the versions of an output file that exists: what the base has and the list allows stays as it is.
-        lock.write_text(_lock_of(pins))
+        # uv prefers the versions in an existing output file, so it keeps the base's versions that the list allows.
+        lock.write_text(_lock_text(pins))
         arguments = ["pip", "compile", str(requirements), "-o", str(lock), "--python", base.python.executable]
         project = ["--project", str(located(spec.project))] if isinstance(spec, VenvSpec) else []
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
@@ -84,20 +86,20 @@ def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> 
     return [package for package in packages if _differs(package, pins)]
 
 
-def _lock_of(pins: dict[str, str]) -> str:
+def _lock_text(pins: dict[str, str]) -> str:
     tables = [f'[[packages]]\nname = "{name}"\nversion = "{version}"\n' for name, version in pins.items()]
     return "\n".join(['lock-version = "1.0"', 'created-by = "nemo_rl"', *(tables or ["packages = []"])])
 
 
 def _differs(package: Package, pins: dict[str, str]) -> bool:
-    """Whether the base does not hold the package as it was resolved."""
+    """Return whether the base does not provide the package in its resolved version."""
     if package.local is not None or package.location is not None:
         return True
     return pins.get(package.name) != package.version
 
 
 def install_lines(plan: VenvPlan) -> list[str]:
-    """The requirements file that installs an additive venv's packages: exact versions, with hashes."""
+    """Return the lines of a requirements file that installs the packages of an additive venv, with pins and hashes."""
     return [*plan.index_options, *(_install_line(package, plan.spec) for package in plan.packages)]
 
 
@@ -107,17 +109,22 @@ def _install_line(package: Package, spec: Spec) -> str:
     hashes = [f"--hash={value}" for value in package.hashes if not value.startswith("url:")]
     if package.location is None:
         return " ".join([f"{package.name}=={package.version}", *hashes])
-    if settings.MASK in package.location:  # the credentials are only in what the user wrote
+    if settings.MASK in package.location:  # only the user's requirement holds the credentials
         for line in spec.requirements:
-            if normalized_name(line.partition("@")[0].strip()) == package.name:
+            if canonicalize_name(line.partition("@")[0].strip()) == package.name:
                 return line if "--hash" in line else " ".join([line, *hashes])
     return " ".join([f"{package.name} @ {package.location}", *hashes])
 
 
 def add_base_scripts(scripts: Path, base_scripts: Path) -> None:
-    """Give `scripts` (an additive venv's `bin`) what is in `base_scripts` and not yet in it.
+    """Add the base's console scripts to an additive venv.
 
-    A script that starts with the base's interpreter is copied to start with this venv's; other programs are linked.
+    A script that the base's interpreter runs is copied, with this venv's interpreter in its first line; other programs
+    are linked.
+
+    Args:
+        scripts: `bin` of the additive venv; existing files in it stay.
+        base_scripts: `bin` of the base.
     """
     for entry in sorted(base_scripts.iterdir()) if base_scripts.is_dir() else ():
         target = scripts / entry.name

@@ -1,4 +1,4 @@
-"""A plan: what a venv holds, resolved, and the digest of that. Plans travel between nodes; resolutions are kept."""
+"""The plan of a venv: its resolved packages and their digest. Resolutions are cached on disk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.interpreter import DriverVersions, PythonInfo
 from nemo_rl.venvs.planning.local_packages import LocalPackage, file_digest
 from nemo_rl.venvs.planning.relocation import original
-from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store
 from nemo_rl.venvs.storage.manifest import FORMAT, write_atomically
@@ -25,14 +26,15 @@ from nemo_rl.venvs.storage.manifest import FORMAT, write_atomically
 
 @dataclass(frozen=True)
 class Package:
-    """One resolved distribution.
+    """Describes one resolved distribution.
 
     Attributes:
-        name: normalised. version: None for a local directory whose build decides it.
-        location: where it comes from if not from an index (URL, path); credentials are masked.
-        hashes: `sha256:...` of every file that the lock allows (`url:...` of one without a hash).
-        artifacts: paths of wheels and archives on this machine that it may be installed from.
-        local: set when it is built or linked from a directory.
+        name: normalised name.
+        version: None for a local directory whose build decides the version.
+        location: URL or path of a package that is not from an index; credentials are masked.
+        hashes: `sha256:...` of every file that the lock allows (`url:...` of a file without a hash).
+        artifacts: paths of local wheels and archives that the package may be installed from.
+        local: set for a package that is built or linked from a directory.
     """
 
     name: str
@@ -50,17 +52,22 @@ class Package:
 
 @dataclass(frozen=True)
 class VenvPlan:
-    """A resolved spec. Picklable; valid on every node with the same Python version and platform.
+    """Holds a resolved spec. Picklable; valid on every node with the same Python version and platform.
 
     Attributes:
-        spec: what was asked for.
-        python: the interpreter that the venv is made with, as it is on the node that planned.
-        packages: what the venv itself holds (of an additive venv: only the difference).
+        spec: the spec that was resolved.
+        python: the interpreter that the venv is created from, on the node that planned.
+        packages: packages of the venv; of an additive venv, only those that the base does not provide.
         expected: the driver's versions, which the venv must have.
-        base: the plan of the venv that this one is laid over.
-        base_paths: site-packages of the interpreter that this one is laid over.
-        inputs: digest of the project's files that were read, to notice a change while building.
-        index_options: index options of the requirements list, used for installing and never stored.
+        base: plan of the base venv of an additive venv.
+        base_paths: site-packages of the interpreter itself.
+        inputs: digest of the project files that were read, to detect a change before or during a build.
+        index_options: index options of the requirements list; used for installation and never stored.
+
+    Example::
+
+        venv_plan = nemo_rl.venvs.plan("uv run --locked --extra vllm")
+        print(venv_plan.digest, venv_plan.requirements)
     """
 
     spec: Spec
@@ -74,15 +81,18 @@ class VenvPlan:
 
     @property
     def is_interpreter(self) -> bool:
-        """Whether there is nothing to build: the spec is an interpreter's path."""
+        """Whether the spec is the path of an interpreter, so that there is nothing to build."""
         return isinstance(self.spec, InterpreterSpec) and not self.spec.requirements
 
     @property
     def requirements(self) -> tuple[str, ...]:
-        """Everything importable, as `name==version` or `name @ location`; an additive venv's own packages win."""
-        merged = {normalized_name(package.name): str(package) for package in self.packages}
+        """All importable packages as `name==version` or `name @ location`; those of an additive venv override the base.
+
+        Sorted by name.
+        """
+        merged = {canonicalize_name(package.name): str(package) for package in self.packages}
         for line in self.base.requirements if self.base is not None else ():
-            merged.setdefault(normalized_name(line.partition("==")[0].partition(" @ ")[0]), line)
+            merged.setdefault(canonicalize_name(line.partition("==")[0].partition(" @ ")[0]), line)
         return tuple(merged[name] for name in sorted(merged))
 
     @cached_property
@@ -101,19 +111,19 @@ class VenvPlan:
 
     @property
     def ray(self) -> str | None:
-        """The version of ray that the venv will have, as far as the packages say."""
+        """The planned version of ray; None if no package is ray or the build decides its version."""
         for package in self.packages:
             if package.name == "ray":
                 return package.version
         return self.base.ray if self.base is not None else None
 
     def check_compatible(self) -> None:
-        """Raise `IncompatibleVenvError` when Python or ray cannot be the driver's: before anything is built."""
+        """Raise `IncompatibleVenvError` if the planned Python or ray version differs from the driver's."""
         self.expected.check(f"The venv of `{self.spec}`", self.python.version, self.ray)
 
-    def made_with(self, python: PythonInfo) -> VenvPlan:
-        """The same plan with an equal interpreter that stands elsewhere on this node."""
-        base = self.base.made_with(python) if self.base is not None else None
+    def with_python(self, python: PythonInfo) -> VenvPlan:
+        """Return this plan with an equal interpreter at another path."""
+        base = self.base.with_python(python) if self.base is not None else None
         return replace(self, python=python, base=base)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,8 +137,8 @@ def _identity(package: Package) -> str:
 
 
 def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
-    """One `[[packages]]` table of a pylock.toml whose relative paths start at `root`."""
-    name, version = normalized_name(entry["name"]), entry.get("version")
+    """Convert a `[[packages]]` table of a pylock.toml whose relative paths start at `root`."""
+    name, version = canonicalize_name(entry["name"]), entry.get("version")
     if "directory" in entry:
         directory = str(original(os.path.normpath(root / entry["directory"]["path"])))
         local = LocalPackage.read(directory, editable=bool(entry["directory"].get("editable")))
@@ -145,7 +155,7 @@ def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
         files.append(entry["archive"])
         location = mask_secrets(str(entry["archive"].get("url") or root / entry["archive"]["path"]))
     hashes = {f"{kind}:{value}" for file in files for kind, value in file.get("hashes", {}).items()}
-    # An index that gives no hashes: then a file's address must do.
+    # Some indexes give no hashes. The URL then identifies the file.
     hashes |= {
         f"url:{mask_secrets(str(file.get('url')))}" for file in files if not file.get("hashes") and "url" in file
     }
@@ -161,9 +171,9 @@ def _local_path(file: Mapping[str, Any], root: Path) -> str | None:
 
 
 def save_resolution(store: Store, key: str, packages: list[Package]) -> None:
-    """Keep a resolution, with the state of the local files that it depends on.
+    """Cache a resolution with the state of the local files that it depends on.
 
-    A store that cannot be written is no error.
+    Does nothing if the store is not writable.
     """
     metadata = [path for package in packages if package.local is not None for path in package.local.metadata_files()]
     data = {
@@ -181,12 +191,12 @@ def _resolution_path(store: Store, key: str) -> Path:
 
 
 def load_resolution(store: Store, key: str) -> list[Package] | None:
-    """A kept resolution; None when there is none, or a file that it depends on has changed."""
+    """Load a cached resolution; None if there is none, or if a file that it depends on has changed."""
     try:
         data = json.loads(_resolution_path(store, key).read_bytes())
         if any(file_digest(Path(path)) != digest for path, digest in data["metadata"]):
             return None
-        # A file that is gone changes nothing about a venv that was built from it.
+        # A venv that was built from a wheel stays valid after the wheel is removed.
         if any(_stamp(path) not in (stamp, None) for path, stamp in data["artifacts"]):
             return None
         return [_package(raw) for raw in data["packages"]]
@@ -207,6 +217,5 @@ def _package(raw: dict[str, Any]) -> Package:
     package = Package(**{**raw, "hashes": tuple(raw["hashes"]), "artifacts": tuple(raw["artifacts"])})
     if local is None:
         return package
-    # Read again: its files may have changed since.
-    fresh = LocalPackage.read(local["path"], editable=local["editable"])
-    return replace(package, local=fresh)
+    # Its files may have changed since the resolution was cached.
+    return replace(package, local=LocalPackage.read(local["path"], editable=local["editable"]))

@@ -1,7 +1,7 @@
-"""Projects whose source came from the driver to this node: they are not where plans and venvs say that they are.
+"""Translate paths of projects between the driver and a node that received their source.
 
-A plan names the driver's paths, and so must a venv that is built here: it may be given to nodes, or be used by later
-jobs, that have the project in its own place.
+Plans name the driver's paths. Venvs must name them too: another node, or a later job, that uses the venv may have the
+project at the driver's path.
 """
 
 from __future__ import annotations
@@ -16,60 +16,61 @@ from pathlib import Path
 
 from nemo_rl import settings
 
-_MAX_BYTES = 2**16  # of a link to a project, or of what uv notes about it
+_MAX_BYTES = 2**16  # of a file that names a project's path: a `.pth` file, or metadata that uv writes
 
 
 def located(path: str | os.PathLike[str]) -> Path:
-    """Where a directory of a project is on this node."""
-    return _replaced(Path(path), _moved())
+    """Return where the driver's `path` is on this node."""
+    return _replace_root(Path(path), _relocated_roots())
 
 
 def original(path: str | os.PathLike[str]) -> Path:
-    """The reverse of `located`."""
-    return _replaced(Path(path), {target: root for root, target in _moved().items()})
+    """Return the driver's path of a path on this node: the inverse of `located`."""
+    return _replace_root(Path(path), {target: root for root, target in _relocated_roots().items()})
 
 
-def name_originals(site_packages: Path) -> None:
-    """Let the packages in a new venv name the projects' own places, in files and in `RECORD`."""
-    moved = {os.fsencode(target): os.fsencode(root) for root, target in _moved().items()}
-    if not moved:
+def restore_original_paths(site_packages: Path) -> None:
+    """Replace this node's project paths by the driver's in the files of a new venv, and update each `RECORD`."""
+    originals = {os.fsencode(target): os.fsencode(root) for root, target in _relocated_roots().items()}
+    if not originals:
         return
     for record in site_packages.glob("*.dist-info/RECORD"):
         if (record.parent / "direct_url.json").exists():
-            _name_originals_of(record, site_packages, moved)
+            _restore_distribution(record, site_packages, originals)
 
 
-def _name_originals_of(record: Path, site_packages: Path, moved: dict[bytes, bytes]) -> None:
+def _restore_distribution(record: Path, site_packages: Path, originals: dict[bytes, bytes]) -> None:
     rows = list(csv.reader(record.read_text(encoding="utf-8").splitlines()))
     for row in rows:
         path = site_packages / row[0]
         if not path.is_file() or path.stat().st_size > _MAX_BYTES or path == record:
             continue
         content = before = path.read_bytes()
-        for target, root in moved.items():
+        for target, root in originals.items():
             content = content.replace(target, root)
         if content != before:
             _rewrite(path, content)
             digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
             row[1:] = [f"sha256={digest}", str(len(content))]
-    written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerows(rows)
-    _rewrite(record, written.getvalue().encode())
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _rewrite(record, text.getvalue().encode())
 
 
 def _rewrite(path: Path, content: bytes) -> None:
     mode = path.stat().st_mode
-    path.unlink()  # it may be linked from uv's cache
+    path.unlink()  # it may be a hard link into uv's cache
     path.write_bytes(content)
     path.chmod(mode)
 
 
-def _moved() -> dict[str, str]:
+def _relocated_roots() -> dict[str, str]:
+    """Return the driver's path -> the path on this node of every project that this node received."""
     return json.loads(settings.SOURCES.get() or "{}")
 
 
-def _replaced(path: Path, moved: dict[str, str]) -> Path:
-    for root in sorted(moved, key=len, reverse=True):
+def _replace_root(path: Path, roots: dict[str, str]) -> Path:
+    for root in sorted(roots, key=len, reverse=True):
         if path.is_relative_to(root):
-            return Path(moved[root]) / path.relative_to(root)
+            return Path(roots[root]) / path.relative_to(root)
     return path

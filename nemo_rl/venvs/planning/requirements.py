@@ -1,7 +1,7 @@
-"""Lists of requirements: `--with`, requirements files, and the `pip` and `uv` fields of a Ray `runtime_env`.
+"""Read lists of requirements: `--with`, requirements files, and the `pip` and `uv` fields of a Ray `runtime_env`.
 
-Everything becomes a flat tuple of requirements-file lines with absolute paths, so that a list means the same on every
-node, whatever the current directory is there.
+Each becomes a flat list of requirements-file lines with absolute paths, so that it has the same meaning on every node
+and in every working directory.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ _OPTION_FIELDS = ("pip_install_options", "uv_pip_install_options")
 _MAX_DEPTH = 10
 
 
-def normalized_name(name: str) -> str:
-    """A distribution's, extra's or group's name in its normal form (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def packages_of(lines: Iterable[str], base_dir: str | None = None) -> list[str]:
-    """Check requirements-file lines and make their paths absolute (relative to `base_dir`, else the current directory).
+    """Check requirements-file lines and make their paths absolute.
 
-    Raises `RuntimeEnvError` with the line that cannot be read.
+    Args:
+        base_dir: the directory that paths are relative to; default: the current directory.
+
+    Raises:
+        RuntimeEnvError: names the line that is not a requirement.
     """
     result: list[str] = []
     for line in lines:
@@ -51,16 +50,20 @@ def packages_of(lines: Iterable[str], base_dir: str | None = None) -> list[str]:
 
 
 def read_requirements_file(path: str | os.PathLike[str]) -> list[str]:
-    """The requirements of a file, with the files that it includes (`-r`), as absolute lines."""
+    """Read a requirements file and the files that it includes (`-r`); the paths in the lines are absolute."""
     return _read(Path(os.path.abspath(os.path.expanduser(path))), _MAX_DEPTH)
 
 
 def requirements_of_field(name: str, value: object) -> list[str]:
-    """The requirements of a `runtime_env`'s `pip` or `uv` field.
+    """Return the requirements of the `pip` or `uv` field of a `runtime_env`.
 
-    `value` is a list of requirements, a mapping with `packages`, or the path of a requirements file. An empty list asks
-    for nothing, as with Ray.
-    Raises `RuntimeEnvError` that names the field and what is wrong with it.
+    Args:
+        name: name of the field.
+        value: a list of requirements, a mapping with `packages`, or the path of a requirements file. An empty list adds
+            no packages, as in Ray.
+
+    Raises:
+        RuntimeEnvError: names the field and the error.
     """
     if isinstance(value, str | os.PathLike):
         return read_requirements_file(value)
@@ -78,7 +81,7 @@ def requirements_of_field(name: str, value: object) -> list[str]:
         elif key in _OPTION_FIELDS:
             lines += _install_options(name, key, item)
         elif key in _IGNORED_FIELDS:
-            continue  # which installer Ray would use; here it is always this project's uv
+            continue  # the installer that Ray would use; the engine always uses its own uv
         elif not (key in _CHECK_FIELDS and item is False):
             _refuse(name, key)
     return lines if any(not is_option(line) for line in lines) else []
@@ -87,12 +90,12 @@ def requirements_of_field(name: str, value: object) -> list[str]:
 def _refuse(name: str, key: object) -> list[str]:
     known = ["packages", *_OPTION_FIELDS, *(f"{field}=False" for field in _CHECK_FIELDS), *_IGNORED_FIELDS]
     raise RuntimeEnvError(
-        f"runtime_env field {name!r}: {key!r} cannot be carried out for an additive venv. Accepted: {', '.join(known)}."
+        f"runtime_env field {name!r}: {key!r} is not supported for an additive venv. Accepted: {', '.join(known)}."
     )
 
 
 def _install_options(name: str, key: str, options: object) -> list[str]:
-    """Installer options that choose an index, as requirements-file lines; others would be lost, so they are refused."""
+    """Convert installer options that choose an index to requirements-file lines; raise for other options."""
     if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
         raise RuntimeEnvError(f"runtime_env field {name!r}: {key!r} must be a list of strings.")
     lines: list[str] = []
@@ -104,7 +107,8 @@ def _install_options(name: str, key: str, options: object) -> list[str]:
             continue
         if option not in _INDEX_OPTIONS:
             raise RuntimeEnvError(
-                f"runtime_env field {name!r}: {key!r} holds {option!r}. Accepted: {', '.join(_INDEX_OPTIONS)}."
+                f"runtime_env field {name!r}: {key!r} does not accept {option!r}; accepted: "
+                f"{', '.join(_INDEX_OPTIONS)}."
             )
         if option in ("--no-index", "--pre"):
             lines.append(option)
@@ -155,7 +159,7 @@ def _checked_option(line: str, base_dir: str) -> str:
     option = _SHORT_OPTIONS.get(match[1], match[1]) if match else line
     value = (match[2] or "").strip() if match else ""
     if option not in (*_INDEX_OPTIONS, "--editable"):
-        raise RuntimeEnvError(f"the option {option!r} is not accepted among requirements.")
+        raise RuntimeEnvError(f"the option {option!r} is not accepted in a list of requirements.")
     if option in ("--no-index", "--pre"):
         return option
     if not value:
@@ -166,12 +170,12 @@ def _checked_option(line: str, base_dir: str) -> str:
 
 
 def is_option(line: str) -> bool:
-    """Whether a line chooses an index rather than a package."""
+    """Return whether a line configures an index instead of naming a package."""
     return line.startswith("--") and not line.startswith("--editable")
 
 
 def is_path(line: str) -> bool:
-    """Whether a requirement is the path of a wheel, archive or project directory."""
+    """Return whether a requirement is the path of a wheel, archive or project directory."""
     return line.startswith((".", "/", "~")) or (line.endswith((".whl", ".tar.gz", ".zip")) and "@" not in line)
 
 

@@ -1,7 +1,7 @@
-"""From a spec to a plan: exactly which packages a venv holds, and the digest of that.
+"""Resolve a spec to a plan: the exact packages of a venv and their digest.
 
-`uv export` is the authority for which packages a selection of extras and groups means. Its answer is kept in the store
-under the bytes of everything that it depends on, so a warm call runs no uv.
+`uv export` decides which packages a selection of extras and groups contains. Its output is cached in the store under a
+hash of everything that it depends on, so a warm call does not run uv.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from packaging.markers import Marker
+from packaging.utils import canonicalize_name
 
 from nemo_rl.errors import LockMismatchError, UnknownExtraError, VenvBuildError, VenvError
 from nemo_rl.venvs.interpreter import (
@@ -28,7 +29,6 @@ from nemo_rl.venvs.planning.local_packages import file_digest
 from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay
 from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.planning.relocation import located, original
-from nemo_rl.venvs.planning.requirements import normalized_name
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
 from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
@@ -41,10 +41,26 @@ _PROJECT_FILES = ("uv.lock", "pyproject.toml", "uv.toml")
 def plan(
     py_executable: str | Spec | VenvPlan, *, store: Store | None = None, expected: DriverVersions | None = None
 ) -> VenvPlan:
-    """Resolve a py_executable for this node's platform.
+    """Resolve a py_executable for the platform of this node, without building anything.
 
-    A resolution that is in the store costs milliseconds and no call of uv. Raises `InvalidPyExecutableError`,
-    `UnknownExtraError`, `LockMismatchError`, `VenvBuildError` (a registry that does not answer) or `VenvError`.
+    A cached resolution takes milliseconds and no call of uv.
+
+    Args:
+        py_executable: a string or a spec; a plan is returned unchanged.
+        store: where resolutions are cached; default: the store in `settings.venv_dir()`.
+        expected: the driver's versions; default: those of this process.
+
+    Raises:
+        InvalidPyExecutableError: the string is not accepted.
+        UnknownExtraError: the project has no such extra or group.
+        LockMismatchError: `uv.lock` is missing or does not match `pyproject.toml`.
+        VenvBuildError: uv failed, for example because the index does not answer.
+        VenvError: the project or interpreter does not exist or cannot be read.
+
+    Example::
+
+        venv_plan = plan("uv run --locked --extra vllm")
+        print("\\n".join(venv_plan.requirements))
     """
     if isinstance(py_executable, VenvPlan):
         return py_executable
@@ -61,10 +77,10 @@ def plan(
 
 
 def _plan_interpreter(spec: InterpreterSpec, expected: DriverVersions) -> VenvPlan:
-    """An interpreter counts with the packages that it has at this moment."""
+    """Plan an interpreter with the packages that are installed in it now."""
     queried = query_python_cached(spec.path)
     installed: dict[str, str] = {}
-    for directory in reversed(queried.site_paths):  # the first on sys.path wins
+    for directory in reversed(queried.site_paths):  # the first directory on sys.path takes precedence
         installed.update(installed_distributions(Path(directory)))
     packages = tuple(Package(name, version) for name, version in sorted(installed.items()))
     return VenvPlan(spec, queried.info, packages, expected, base_paths=queried.site_paths)
@@ -84,7 +100,7 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions) -> Ven
 
 
 def lock_root(project: str) -> Path:
-    """The directory, on this node, of the lock that governs `project`: its own, or of the workspace above it."""
+    """Return the directory on this node of the lock of `project`: the project itself or the workspace around it."""
     directory = located(project)
     if not directory.is_dir():
         raise VenvError(f"The project directory {project} does not exist.")
@@ -97,14 +113,14 @@ def lock_root(project: str) -> Path:
 
 
 def project_inputs(spec: VenvSpec, root: Path) -> str:
-    """Digest of the project's files that a resolution depends on."""
+    """Return a digest of the project files that a resolution depends on."""
     paths = {root / name for name in _PROJECT_FILES} | {located(spec.project) / name for name in _PROJECT_FILES[1:]}
     inputs = sorted((str(original(path)), file_digest(path)) for path in paths)
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def python_of(spec: VenvSpec) -> tuple[PythonInfo, Mapping[str, str]]:
-    """The interpreter a venv is made with, on this node, and its marker values."""
+    """Return the interpreter on this node that a venv is created from, and its marker values."""
     if spec.python is None:
         return this_python(), this_environment()
     if os.sep in spec.python:
@@ -117,12 +133,12 @@ def python_of(spec: VenvSpec) -> tuple[PythonInfo, Mapping[str, str]]:
 
 
 def _stable(markers: Mapping[str, str]) -> dict[str, str]:
-    # The kernel's release and version differ between nodes and decide nothing in practice.
+    # The kernel's release and version differ between nodes, but packages do not depend on them in practice.
     return {key: value for key, value in markers.items() if key not in ("platform_release", "platform_version")}
 
 
 def _check_selection(spec: VenvSpec) -> None:
-    """Raise `UnknownExtraError`, which names the known ones, before uv is asked."""
+    """Raise `UnknownExtraError`, with the known extras or groups, before uv runs."""
     path = located(spec.project) / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -130,12 +146,12 @@ def _check_selection(spec: VenvSpec) -> None:
         raise VenvError(f"{spec.project} is not a uv project: it has no pyproject.toml.") from None
     except (OSError, ValueError) as error:
         raise VenvError(f"{path} cannot be read: {error}") from None
-    known_extras = {normalized_name(name) for name in project.get("project", {}).get("optional-dependencies", {})}
-    known_groups = {normalized_name(name) for name in project.get("dependency-groups", {})}
+    known_extras = {canonicalize_name(name) for name in project.get("project", {}).get("optional-dependencies", {})}
+    known_groups: set[str] = {canonicalize_name(name) for name in project.get("dependency-groups", {})}
     if "dev-dependencies" in project.get("tool", {}).get("uv", {}):
         known_groups.add("dev")
-    for kind, asked, known in (("extra", spec.extras, known_extras), ("group", spec.groups, known_groups)):
-        unknown = [name for name in asked if name not in known]
+    for kind, selected, known in (("extra", spec.extras, known_extras), ("group", spec.groups, known_groups)):
+        unknown = [name for name in selected if name not in known]
         if unknown:
             raise UnknownExtraError(
                 f"{path} has no {kind} {', '.join(map(repr, unknown))}. Known {kind}s: "
@@ -151,24 +167,20 @@ def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) ->
         return run_uv(arguments, what=f"Resolving `{spec}`", cwd=root, log=log)
 
 
-def _exports_frozen(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) -> bool:
-    try:
-        _run_export(replace(spec, frozen=True), root, python, store)
-    except VenvBuildError:
-        return False
-    return True
-
-
 def _export(spec: VenvSpec, root: Path, python: PythonInfo, markers: Mapping[str, str], store: Store) -> list[Package]:
     try:
         text = _run_export(spec, root, python, store)
     except VenvBuildError as error:
-        if spec.frozen or not _exports_frozen(spec, root, python, store):
+        if spec.frozen:
             raise
-        # The lock itself can be read: so uv had to resolve again, which it does only for a lock that does not match.
+        try:
+            _run_export(replace(spec, frozen=True), root, python, store)
+        except VenvBuildError:
+            raise error from None
+        # uv can read the lock. It tried to resolve again, which it does only if the lock does not match.
         raise LockMismatchError(
-            f"uv.lock in {root} does not match pyproject.toml, and resolving it again did not work either. Put the "
-            f"requirements right and run `uv lock`.\n{error}"
+            f"uv.lock in {root} does not match pyproject.toml, and uv cannot resolve pyproject.toml either. Correct "
+            f"the requirements and run `uv lock`.\n{error}"
         ) from error
     return [
         package_from_lock(entry, root)

@@ -1,8 +1,8 @@
-"""What a venv must contain, as the user says it: `py_executable` strings, parsed.
+"""Parse `py_executable` strings into specs: what a venv must contain, before it is resolved.
 
-Two forms are accepted: the path of an interpreter (used as it is), and a `uv run ...` string whose options
-say which extras and groups of which project the venv holds. Nothing here touches the disk or calls uv, apart from
-making relative paths absolute and reading the files that `--with-requirements` names.
+Two forms are accepted: the path of an interpreter, which is used unchanged, and a `uv run ...` string whose options
+select a project, its extras and its groups. Parsing does not call uv. It reads no files except those that
+`--with-requirements` names.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from packaging.utils import canonicalize_name
+
 from nemo_rl import settings
 from nemo_rl.errors import InvalidPyExecutableError, RuntimeEnvError
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.planning.requirements import (
-    normalized_name,
     packages_of,
     read_requirements_file,
     requirements_of_field,
@@ -33,18 +34,18 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 @dataclass(frozen=True)
 class InterpreterSpec:
-    """An interpreter that exists already.
+    """Selects an existing interpreter, with or without an additive venv over it.
 
     Attributes:
         path: absolute path of the interpreter.
-        requirements: lines laid over it in an additive venv; empty means: use the interpreter itself.
+        requirements: requirements-file lines of an additive venv; empty to use the interpreter itself.
     """
 
     path: str
     requirements: tuple[str, ...] = ()
 
     def with_packages(self, requirements: Iterable[str]) -> InterpreterSpec:
-        """The same interpreter with `requirements` (requirements-file lines) laid over it."""
+        """Return this spec with an additive venv of `requirements` (requirements-file lines)."""
         return replace(self, requirements=_merged(self.requirements, requirements))
 
     @property
@@ -58,16 +59,16 @@ class InterpreterSpec:
 
 @dataclass(frozen=True)
 class VenvSpec:
-    """A venv of a uv project.
+    """Selects packages of a uv project.
 
     Attributes:
         project: absolute path of the project's directory.
-        extras, groups: normalised, sorted names of the extras and dependency groups it holds.
-        all_extras: every extra of the project.
-        default_groups: also the project's `tool.uv.default-groups`.
-        frozen: take `uv.lock` as it is, without checking that it matches `pyproject.toml`.
-        python: what `--python` asked for (a version or a path); None means the driver's own Python.
-        requirements: `--with` requirements, laid over the project's packages in an additive venv.
+        extras, groups: normalised, sorted names of the selected extras and dependency groups.
+        all_extras: whether every extra of the project is selected.
+        default_groups: whether the project's `tool.uv.default-groups` are selected.
+        frozen: use `uv.lock` without checking that it matches `pyproject.toml`.
+        python: value of `--python`, a version or a path; None for the driver's Python.
+        requirements: `--with` requirements, as requirements-file lines of an additive venv.
     """
 
     project: str
@@ -80,7 +81,7 @@ class VenvSpec:
     requirements: tuple[str, ...] = ()
 
     def with_packages(self, requirements: Iterable[str]) -> VenvSpec:
-        """The same venv with `requirements` (requirements-file lines) laid over it."""
+        """Return this spec with an additive venv of `requirements` (requirements-file lines)."""
         return replace(self, requirements=_merged(self.requirements, requirements))
 
     @property
@@ -89,7 +90,7 @@ class VenvSpec:
         return replace(self, requirements=())
 
     def selection(self) -> list[str]:
-        """uv's options that select the extras and groups."""
+        """Return the options of uv that select the extras and groups."""
         options = ["--all-extras"] if self.all_extras else []
         options += [word for extra in self.extras for word in ("--extra", extra)]
         options += [word for group in self.groups for word in ("--group", group)]
@@ -109,11 +110,21 @@ Spec = VenvSpec | InterpreterSpec
 
 
 def parse_py_executable(text: str) -> Spec:
-    """Read a `py_executable`.
+    """Parse a `py_executable`.
 
-    Any string gives a spec or `InvalidPyExecutableError`, which names what was not accepted. Relative paths are
-    relative to the current directory; with neither `--project` nor `--directory` the project is this one. A missing
-    `--locked` is added: a worker's venv never changes a lock. `--directory` only says where the project is.
+    Relative paths are relative to the current directory. Without `--project` and `--directory` the project is
+    `settings.project_root()`. `--locked` is the default, so that a worker's venv never changes a lock. `--directory`
+    only locates the project.
+
+    Raises:
+        InvalidPyExecutableError: names the option or word that is not accepted.
+
+    Example:
+        >>> spec = parse_py_executable("uv run --extra vllm --project /p")
+        >>> spec.extras
+        ('vllm',)
+        >>> str(spec)
+        'uv run --locked --project /p --extra vllm'
     """
     if not isinstance(text, str):
         raise InvalidPyExecutableError(f"py_executable must be a string, not {type(text).__name__}: {text!r}.")
@@ -125,34 +136,39 @@ def parse_py_executable(text: str) -> Spec:
 
 def _parse(text: str) -> Spec:
     if not text.isprintable():
-        raise InvalidPyExecutableError(f"py_executable {text!r} holds control characters.")
+        raise InvalidPyExecutableError(f"py_executable {text!r} contains control characters.")
     if os.path.isabs(text.strip()) and os.access(text.strip(), os.X_OK):
-        return InterpreterSpec(text.strip())  # also when there are spaces in the path
+        return InterpreterSpec(text.strip())  # the path may contain spaces
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise InvalidPyExecutableError(f"py_executable {text!r} cannot be read: {error}.") from None
+        raise InvalidPyExecutableError(f"py_executable {text!r} cannot be parsed: {error}.") from None
     if words[:2] == ["uv", "run"]:
         return _parse_uv_run(text, words[2:])
     if len(words) == 1 and "/" in words[0] and words[0] != "uv":
         return InterpreterSpec(os.path.abspath(words[0]))
     raise InvalidPyExecutableError(
         f"py_executable {text!r} is neither the path of an interpreter (such as sys.executable) nor a "
-        f"`uv run ...` string. A path must hold a '/', and must be quoted when it holds spaces; options after it are "
-        "not accepted."
+        f"`uv run ...` string. A path must contain a '/' and, if it contains spaces, quotes around it; options after "
+        "the path are not accepted."
     )
 
 
 def spec_from_runtime_env(runtime_env: Mapping[str, object], base: str | Spec) -> Spec:
-    """The additive spec that the `pip` or `uv` field of a Ray `runtime_env` asks for, over `base`.
+    """Return the spec of an additive venv for the `pip` or `uv` field of a Ray `runtime_env`.
 
-    Other fields are Ray's to carry out and are not looked at. With neither field the base's spec is returned.
-    Raises `RuntimeEnvError` when both are given or one is malformed.
+    Ray handles the other fields; this function ignores them.
+
+    Args:
+        base: the py_executable or spec that the field adds packages to; returned if `runtime_env` has neither field.
+
+    Raises:
+        RuntimeEnvError: both fields are given, or one is malformed.
     """
     spec = parse_py_executable(base) if isinstance(base, str) else base
     fields = [name for name in ("pip", "uv") if runtime_env.get(name) is not None]
     if len(fields) == 2:
-        raise RuntimeEnvError("runtime_env fields 'pip' and 'uv' cannot both be given; put all packages into one.")
+        raise RuntimeEnvError("runtime_env fields 'pip' and 'uv' cannot both be given; list all packages in one.")
     return spec.with_packages(requirements_of_field(fields[0], runtime_env[fields[0]])) if fields else spec
 
 
@@ -181,7 +197,7 @@ def _parse_uv_run(text: str, words: list[str]) -> VenvSpec:
 
 
 def _options(text: str, words: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield (option, value or None for a flag); refuses everything that is not on the list."""
+    """Yield (option, value or None for a flag). Raises for every word that is not an accepted option."""
     rest = iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
@@ -194,9 +210,9 @@ def _options(text: str, words: list[str]) -> Iterator[tuple[str, str | None]]:
                 raise InvalidPyExecutableError(f"py_executable {text!r}: {option} needs a value.")
             yield option, value
         else:
-            what = f"option {option}" if word.startswith("-") else f"the word {word!r}"
+            culprit = f"option {option}" if word.startswith("-") else f"the word {word!r}"
             raise InvalidPyExecutableError(
-                f"py_executable {text!r}: {what} is not accepted after `uv run`. "
+                f"py_executable {text!r}: {culprit} is not accepted after `uv run`. "
                 f"Accepted: {', '.join(ACCEPTED_OPTIONS)}."
             )
 
@@ -204,7 +220,7 @@ def _options(text: str, words: list[str]) -> Iterator[tuple[str, str | None]]:
 def _project(directory: list[str], project: list[str]) -> str:
     if not directory and not project:
         return str(settings.project_root())
-    # uv changes to --directory first, so a relative --project starts there.
+    # uv changes to --directory first, so a relative --project is relative to it.
     return os.path.abspath(os.path.join(os.path.expanduser(directory[0]) if directory else "", *project))
 
 
@@ -212,7 +228,7 @@ def _names(text: str, option: str, values: list[str]) -> tuple[str, ...]:
     for value in values:
         if not _NAME.fullmatch(value):
             raise InvalidPyExecutableError(f"py_executable {text!r}: {option} {value!r} is not a valid name.")
-    return tuple(sorted({normalized_name(value) for value in values}))
+    return tuple(sorted({canonicalize_name(value) for value in values}))
 
 
 def _requirements(text: str, packages: list[str], files: list[str]) -> tuple[str, ...]:
@@ -226,7 +242,7 @@ def _requirements(text: str, packages: list[str], files: list[str]) -> tuple[str
 
 
 def _split_list(value: str) -> list[str]:
-    """`--with a,b` is two requirements; a comma inside `a>=1,<2` or `a[x,y]` belongs to the requirement."""
+    """Split `a,b` into two requirements, but not at a comma inside `a>=1,<2` or `a[x,y]`."""
     return [item for item in re.split(r",(?=\s*[A-Za-z_./])(?![^\[]*\])", value) if item.strip()]
 
 

@@ -1,16 +1,16 @@
-"""Where things are in a venv directory.
+"""Paths, links and permissions in a venv directory.
 
 ::
 
     <venv dir>/
-      <name>               -> .store/<digest16>          a name, such as a worker's FQN
+      <name>               -> .store/<digest16>          a venv's name, such as a worker's FQN
       .store/
         <digest16>         -> <digest16>.<nonce>         published when sealed, repointed by a rebuild
         <digest16>.<nonce>/                              a venv; its path never changes
-        <digest16>.lock                                  build lock; says who holds it
-        .resolved/<key>.json                             what a spec resolved to
-        .arriving/<digest16>.<key>/                      chunks of a venv that comes from another node
-      .source/<digest16>/                                source that came from the driver (`source_sync`)
+        <digest16>.lock                                  build lock; holds a description of its holder
+        .resolved/<key>.json                             resolution of a spec
+        .arriving/<digest16>.<key>/                      chunks of a venv that another node sends
+      .source/<digest16>/                                source from the driver (`source_sync`)
       .logs/<digest16>-<time>-<nonce>.log                full output of a build
 """
 
@@ -31,19 +31,23 @@ from nemo_rl.errors import VenvError
 
 _VENV_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=,-]{0,199}")
 DIGEST_PREFIX = 16
-UNPACKED_PREFIX = ".nemo_rl-bundle-"  # directories in <venv dir> that a bundle is unpacked into while it is built from
-_OTHERS_MAY_WRITE = 0o002
-
-_lock = threading.Lock()
-_depth = 0
-_before = 0
-# Would make the interpreter, or a child of it, load another Python's files.
+UNPACKED_PREFIX = ".nemo_rl-bundle-"  # of directories in <venv dir> that hold an unpacked bundle during a build
+# These variables would make the interpreter or its children load files of another Python.
 UNSET_IN_VENV: tuple[str, ...] = ("PYTHONHOME", "PYTHONPATH")
+_WRITE_BY_OTHERS = 0o002
+
+_umask_lock = threading.Lock()
+_umask_depth = 0
+_previous_umask = 0
 
 
 @dataclass(frozen=True)
 class Store:
-    """The venvs under one directory. `root` is `<venv dir>`; nothing is created until something is written."""
+    """Names the paths of the venvs in one directory. Creates nothing.
+
+    Attributes:
+        root: `<venv dir>`.
+    """
 
     root: Path
 
@@ -67,30 +71,30 @@ class Store:
     def arriving(self) -> Path:
         return self.directory / ".arriving"
 
-    def new_log(self, what: str) -> Path:
-        """A path for the output of one build (`what` is its digest) or resolution."""
-        return self.logs / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}.log"
+    def new_log(self, label: str) -> Path:
+        """Return a new path for the log of a build (`label` is its digest) or resolution."""
+        return self.logs / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}.log"
 
     def link(self, digest: str) -> Path:
-        """The stable path of a digest: a link to the venv directory that holds it now."""
+        """Return the stable path of a digest: a link to the directory that holds the venv now."""
         return self.directory / digest[:DIGEST_PREFIX]
 
     def lock(self, digest: str) -> Path:
         return self.directory / f"{digest[:DIGEST_PREFIX]}.lock"
 
     def new_directory(self, digest: str) -> Path:
-        """A path that no other build has used or will use."""
+        """Return a path that no other build uses."""
         return self.directory / f"{digest[:DIGEST_PREFIX]}.{os.urandom(4).hex()}"
 
     def builds(self, digest: str) -> list[Path]:
-        """Every venv directory of a digest: sealed, replaced, or left by a builder that died."""
+        """Return every directory of a digest: sealed, replaced, or left behind by a killed builder."""
         pattern = re.compile(re.escape(digest[:DIGEST_PREFIX]) + r"\.[0-9a-f]{8}")
         return [entry for entry in self._entries() if pattern.fullmatch(entry.name)]
 
     def digests(self) -> list[str]:
-        """The (shortened) digests that have a directory or a link."""
-        found = {entry.name[:DIGEST_PREFIX] for entry in self._entries()}
-        return sorted(name for name in found if re.fullmatch(r"[0-9a-f]{16}", name))
+        """Return the first 16 digits of every digest that has a directory or a link, sorted."""
+        prefixes = {entry.name[:DIGEST_PREFIX] for entry in self._entries()}
+        return sorted(prefix for prefix in prefixes if re.fullmatch(r"[0-9a-f]{16}", prefix))
 
     def _entries(self) -> list[Path]:
         try:
@@ -99,31 +103,31 @@ class Store:
             return []
 
     def name_path(self, venv_name: str) -> Path:
-        """The path of a venv's name. Raises `VenvError` for a name that cannot be one."""
+        """Return the path of a venv's name. Raises `VenvError` for an invalid name."""
         if not isinstance(venv_name, str) or not _VENV_NAME.fullmatch(venv_name):
             raise VenvError(
-                f"{venv_name!r} cannot be the name of a venv: it must start with a letter, digit or '_' and hold only "
-                "letters, digits and any of '._+@=,-' (a worker's fully qualified class name fits)."
+                f"{venv_name!r} is not a valid venv name: a name starts with a letter, digit or '_', has at most 200 "
+                "characters and holds only letters, digits and '._+@=,-' (as a worker's fully qualified class name)."
             )
         return self.root / venv_name
 
     def names(self) -> dict[str, str]:
-        """Every venv name and the (shortened) digest that it points to."""
-        found: dict[str, str] = {}
+        """Return every venv name with the first 16 digits of the digest that it points to."""
+        names: dict[str, str] = {}
         try:
             entries = sorted(self.root.iterdir())
         except (FileNotFoundError, NotADirectoryError):
-            return found
+            return names
         for entry in entries:
             if entry.is_symlink():
                 target = os.readlink(entry)
                 if os.path.dirname(target) == ".store":
-                    found[entry.name] = os.path.basename(target)
-        return found
+                    names[entry.name] = os.path.basename(target)
+        return names
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target` in one step. Raises `VenvError` when something else is there."""
+    """Make `link` a symbolic link to `target`, atomically. Raises `VenvError` if `link` exists and is not a link."""
     try:
         if os.readlink(link) == target:
             return
@@ -131,7 +135,7 @@ def point(link: Path, target: str) -> None:
         pass
     except OSError:
         raise VenvError(
-            f"{link} exists and is not a link that nemo_rl made. Move it away, or choose another "
+            f"{link} exists and is not a link that nemo_rl created. Move it away, or set another "
             f"{settings.VENV_DIR.name}."
         ) from None
     temporary = link.with_name(f".{link.name[:100]}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
@@ -143,16 +147,22 @@ def point(link: Path, target: str) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory tree; what another process removes or writes meanwhile does not matter."""
+    """Remove a directory tree. Ignores errors, such as files that another process removes at the same time."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def activation_env(venv_path: str | os.PathLike[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What to set so that a process and its children run in the venv at `venv_path`.
+    """Return the variables that make a process and its children run in the venv at `venv_path`.
 
-    `VIRTUAL_ENV`, `PATH` (of `environment`, default: this process's) with the venv's `bin` first, and
-    `PYTHONNOUSERSITE`. The names in `UNSET_IN_VENV` must be removed; they are in the result as empty strings,
-    which Python takes as unset.
+    They are `VIRTUAL_ENV`, `PATH` with the venv's `bin` first, `PYTHONNOUSERSITE`, and each name in `UNSET_IN_VENV` as
+    an empty string, which Python treats as unset.
+
+    Args:
+        environment: the variables to start from; default: those of this process.
+
+    Example:
+        >>> activation_env("/venvs/a", {"PATH": "/usr/bin"})["PATH"]
+        '/venvs/a/bin:/usr/bin'
     """
     environment = settings.snapshot() if environment is None else environment
     root = os.path.abspath(venv_path)
@@ -173,20 +183,22 @@ def activation_env(venv_path: str | os.PathLike[str], environment: Mapping[str, 
 
 @contextlib.contextmanager
 def not_writable_by_others() -> Iterator[None]:
-    """While any thread is in such a block, what this process and its children create is not writable by others.
+    """Set the umask so that only owner and group may write to files that this process and its children create.
 
-    The umask belongs to the process, so the first to enter sets it and the last to leave puts back what was there.
+    Everybody who can read a venv runs its code, so others must not be able to change it. The umask belongs to the
+    process: the first thread that enters such a block sets it, and the last thread that leaves restores it.
     """
-    global _depth, _before
-    with _lock:
-        if _depth == 0:
-            _before = os.umask(0o022)  # the only way to read it; other threads may create files at this moment
-            os.umask(_before | _OTHERS_MAY_WRITE)
-        _depth += 1
+    global _umask_depth, _previous_umask
+    with _umask_lock:
+        if _umask_depth == 0:
+            # Setting the umask is the only way to read it. Other threads may create files at this moment.
+            _previous_umask = os.umask(0o022)
+            os.umask(_previous_umask | _WRITE_BY_OTHERS)
+        _umask_depth += 1
     try:
         yield
     finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                os.umask(_before)
+        with _umask_lock:
+            _umask_depth -= 1
+            if _umask_depth == 0:
+                os.umask(_previous_umask)

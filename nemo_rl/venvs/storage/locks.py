@@ -1,14 +1,14 @@
-"""Build locks and leases: who may build a venv, and who is using one.
+"""Build locks and leases: one process builds a venv, and processes that use it keep it from being removed.
 
 ::
 
     builder A ── flock(EX) .store/<digest16>.lock ── builds, seals ── unlock
     caller  B ── waits for A's lock ──────────────────────────────── sees the seal, returns
-    worker    ── flock(SH) <venv>/.nemo_rl_lease  for as long as its process lives
-    prune     ── flock(EX, non-blocking) on the lease file: fails while any worker lives
+    worker    ── flock(SH) <venv>/.nemo_rl_lease  while its process lives
+    prune     ── flock(EX, non-blocking) on the lease file: fails while a worker lives
 
-Both are kernel locks: a process that dies in any way, SIGKILL included, lets go of them. Lock files are never deleted,
-because a process may wait on the deleted file while another one locks its successor.
+Both are kernel locks: the kernel releases them when a process ends, also after SIGKILL. Lock files are never deleted:
+a process could wait for the deleted file while another locks its successor.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ _POLL_S = 0.05
 def build_lock(
     path: Path, venv: str, *, timeout_s: float | None = None, on_wait: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Hold the exclusive build lock at `path`.
+    """Hold the exclusive build lock at `path` while the block runs.
 
-    `on_wait` is called once, with the holder, if the lock is not free at once. Raises `VenvLockTimeoutError` that names
-    the holder after `timeout_s` (default: `NEMO_RL_VENV_LOCK_TIMEOUT_S`).
+    Args:
+        venv: name of the venv, for messages.
+        timeout_s: default: `NEMO_RL_VENV_LOCK_TIMEOUT_S`.
+        on_wait: called once, with a description of the holder, if another process holds the lock.
+
+    Raises:
+        VenvLockTimeoutError: another process held the lock for `timeout_s`; names the holder.
     """
     timeout_s = settings.VENV_LOCK_TIMEOUT_S.get() if timeout_s is None else timeout_s
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -77,7 +82,7 @@ def _try_lock(descriptor: int, operation: int) -> bool:
 
 def _write_holder(descriptor: int, venv: str) -> None:
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%FT%T%z"), "venv": venv}
-    with contextlib.suppress(OSError):  # a full disk: the lock itself holds
+    with contextlib.suppress(OSError):  # the disk may be full; the lock works anyway
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
@@ -92,7 +97,13 @@ def _holder(path: Path) -> str:
 
 @dataclass
 class Lease:
-    """Keeps a venv from being removed while it is held. Release it, or let the process end."""
+    """Keeps a venv from being removed until it is released or the process ends.
+
+    Example::
+
+        with hold_lease(venv.path):
+            subprocess.run([venv.python, "script.py"])
+    """
 
     path: Path
     _descriptor: int
@@ -110,18 +121,20 @@ class Lease:
 
 
 def hold_lease(path: str | os.PathLike[str]) -> Lease:
-    """Declare that this process uses the venv at `path`: `prune` and rebuilds leave it alone until then.
+    """Take a lease on the venv at `path`: `prune` and rebuilds do not remove it while the lease is held.
 
-    Every interpreter that starts in a venv of the store takes its own lease; this is for a process that hands out a
-    venv's path before anything runs in it. Works on a read-only store. Raises `FileNotFoundError` if there is no
-    sealed venv at `path`.
+    Every interpreter that starts in a venv of the store takes a lease itself. This function is for a process that
+    passes on a venv's path before anything runs in the venv. It works on a read-only store.
+
+    Raises:
+        FileNotFoundError: there is no sealed venv at `path`.
     """
     root = Path(os.path.realpath(path))
     descriptor = os.open(root / LEASE_FILE, os.O_RDONLY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):
-        os.utime(root / LEASE_FILE)  # when it was last used, for prune
+        os.utime(root / LEASE_FILE)  # the time of the last use, for prune
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if os.fstat(descriptor).st_nlink == 0:  # it was removed while this process waited
+    if os.fstat(descriptor).st_nlink == 0:  # the venv was removed while this process waited
         os.close(descriptor)
         raise FileNotFoundError(errno.ENOENT, "the venv has been removed", str(root))
     return Lease(root, descriptor)
@@ -129,15 +142,20 @@ def hold_lease(path: str | os.PathLike[str]) -> Lease:
 
 @contextlib.contextmanager
 def unused(path: Path, *, may_write: bool = True) -> Iterator[bool]:
-    """Whether no process holds a lease on the venv directory `path`; while the block runs, none can take one.
+    """Yield whether no process holds a lease on the venv directory `path`; no process can take one in the block.
 
-    Raises `OSError` where that cannot be told; with `may_write` false local disks tell it without the right to write.
+    Args:
+        may_write: open the lease file for writing, which NFS requires. With False this works on local disks without
+            the permission to write.
+
+    Raises:
+        OSError: the lease file cannot be opened or locked.
     """
     try:
         # NFS grants an exclusive lock only on a file that is open for writing.
         descriptor = os.open(path / LEASE_FILE, (os.O_RDWR if may_write else os.O_RDONLY) | os.O_CLOEXEC)
     except FileNotFoundError:
-        yield True  # never sealed, so never used
+        yield True  # the venv was never sealed, so no process uses it
         return
     try:
         yield _try_lock(descriptor, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The manifest: the file that makes a venv sealed. It is written last, and holds no secrets."""
+"""The manifest of a sealed venv. A build writes it last; it holds no secrets."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ MANIFEST_FILE = "nemo_rl_venv.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a sealed venv is and how it came to be.
+    """Describes the content and the build of a sealed venv.
 
     Attributes:
-        digest: identity, 64 hexadecimal digits.
-        spec: the canonical py_executable it was built for (the first; equal digests share a venv).
-        packages: `name==version` or `name @ location` of everything that the venv itself holds.
-        base_digest: of the venv that this one is laid over; None for a full venv.
-        base_paths: site-packages of an interpreter that this one is laid over.
-        python, implementation, platform: of the interpreter; `python` is the full version.
-        base_python: path of the interpreter that the venv was made from.
-        ray: version seen inside, None where there is no ray.
-        uv: version of uv that built it.
+        digest: identity of the content, 64 hexadecimal digits.
+        spec: canonical py_executable of the first build; venvs with equal digests are one venv.
+        packages: `name==version` or `name @ location` of each package in this venv, without those of the base.
+        python: full version of Python.
+        implementation: such as `cpython-311`, with ABI flags.
+        platform: such as `linux-x86_64-glibc`.
+        base_python: path of the interpreter that the venv was created from.
+        uv: version of uv that built the venv.
+        host: host name of the node that built it.
+        built_at: ISO time of the seal.
+        started_at: seconds since the epoch when the build began.
+        base_digest: digest of the base venv of an additive venv; None otherwise.
+        base_paths: site-packages of the base interpreter of an additive venv.
+        ray: version of ray; None if the venv has no ray.
         records: dist-info directory -> sha256 of its RECORD, for `verify`.
-        num_files, num_bytes: of the venv's own files, as `du` would count unshared ones.
-        seconds: per phase.
-        job_id: the job that built it.
-        built_at: ISO time; `started_at`: seconds since the epoch when the build began.
+        num_files, num_bytes: number and total size of the files in the RECORDs.
+        seconds: per phase of the build.
+        job_id: the job that built the venv.
+        log_path: full output of the build.
+        format: version of the manifest's format.
     """
 
     digest: str
@@ -58,18 +64,18 @@ class Manifest:
 
 
 class BrokenManifestError(VenvError):
-    """A manifest that is missing or cannot be read."""
+    """A manifest is missing, malformed or of an unsupported format."""
 
 
 def read_manifest(venv: Path) -> Manifest:
-    """The manifest of the venv directory `venv`. Raises `BrokenManifestError`."""
+    """Read the manifest of the venv directory `venv`. Raises `BrokenManifestError`."""
     path = venv / MANIFEST_FILE
     try:
         raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT:
             raise BrokenManifestError(f"{path} has format {raw['format']!r}; this version reads {FORMAT}.")
-        known = {item.name for item in fields(Manifest)}
-        manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
+        names = {item.name for item in fields(Manifest)}
+        manifest = Manifest(**{key: value for key, value in raw.items() if key in names})
         if not isinstance(manifest.digest, str) or not isinstance(manifest.base_python, str):
             raise BrokenManifestError(f"{path} is malformed.")
         return replace(manifest, packages=tuple(manifest.packages), base_paths=tuple(manifest.base_paths))
@@ -78,12 +84,12 @@ def read_manifest(venv: Path) -> Manifest:
 
 
 def write_manifest(venv: Path, manifest: Manifest) -> None:
-    """Write the manifest in one step: it is there whole, or not at all."""
+    """Write the manifest atomically."""
     write_atomically(venv / MANIFEST_FILE, json.dumps(asdict(manifest), indent=1).encode())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that no reader, and no crash, ever sees a part of it."""
+    """Write a file so that a reader, also after a crash, sees all of the new content or none of it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("wb") as file:

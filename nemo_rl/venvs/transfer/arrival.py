@@ -144,7 +144,7 @@ def receive_venv(
             needed = unpacker.needed
             missing = {chunk for chunk in needed if chunk not in spool}
             fetched = stack.enter_context(contextlib.closing(fetch(sorted(missing))))
-            clock.tell(f"{len(needed)} of {listing.num_chunks} chunks, {adopted / 2**20:.0f} MiB are here already")
+            clock.report(f"{len(needed)} of {listing.num_chunks} chunks, {adopted / 2**20:.0f} MiB are here already")
             for chunk in needed:
                 unpacker.feed(chunk, next(fetched) if chunk in missing else decode_chunk(spool.read(chunk)))
             clock.start("link")

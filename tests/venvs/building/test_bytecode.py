@@ -63,14 +63,14 @@ def test_a_second_venv_takes_over_the_bytecode_of_the_first(project: Project) ->
     )
 
 
-def test_bytecode_is_carried_over_for_the_same_bytes_with_another_time(tmp_path: Path) -> None:
+def test_bytecode_is_reused_for_equal_content_with_another_time(tmp_path: Path) -> None:
     donor = make_package(tmp_path / "donor")
     py_compile.compile(str(donor / "package" / "module.py"))
     target = make_package(tmp_path / "target")
     os.utime(target / "package" / "module.py", (1_000_000_000, 1_000_000_000))
 
     report = add_bytecode(target, PYTHON, [tmp_path / "nowhere", donor])
-    assert report.carried == 1
+    assert report.reused == 1
     assert report.compiled == 2
     bytecode = cached(target / "package" / "module.py")
     before = bytecode.read_bytes()
@@ -81,7 +81,7 @@ def test_bytecode_is_carried_over_for_the_same_bytes_with_another_time(tmp_path:
 
 
 @pytest.mark.parametrize("flaw", ["other_source", "stale", "other_magic", "cut", "hash_based"])
-def test_bytecode_that_is_not_valid_for_the_source_is_not_carried_over(flaw: str, tmp_path: Path) -> None:
+def test_invalid_bytecode_is_not_reused(flaw: str, tmp_path: Path) -> None:
     donor, target = make_package(tmp_path / "donor", 1), make_package(tmp_path / "target", 1)
     source = donor / "package" / "module.py"
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH if flaw == "hash_based" else None
@@ -95,7 +95,7 @@ def test_bytecode_that_is_not_valid_for_the_source_is_not_carried_over(flaw: str
         bytecode.write_bytes(b"\0\0\r\n" + bytecode.read_bytes()[4:])
     elif flaw == "cut":
         bytecode.write_bytes(bytecode.read_bytes()[:10])
-    assert add_bytecode(target, PYTHON, [donor]).carried == 0
+    assert add_bytecode(target, PYTHON, [donor]).reused == 0
     code = f"import sys; sys.path.insert(0, {str(target)!r}); import package.module as m; print(m.VALUE)"
     assert run_in(sys.executable, code) == ("2" if flaw == "other_source" else "1")
     assert cached(target / "package" / "module.py").exists()
