@@ -1,7 +1,7 @@
-"""Why a worker gets the version of a package that it gets, and why two workers differ.
+"""Explain why a worker gets a version of a package, and why two workers get different versions.
 
-What a venv holds is taken from its plan, so the answer is exact; why it holds that is taken from the lock (paths and
-dependents) and, where the venv has been built, from the metadata of the packages inside (what each asks for).
+The version comes from the plan, so it is exact. The reasons come from the lock (paths and dependents) and, if the venv
+has been built, from the metadata of its packages (the requirement of each dependent).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from nemo_rl.errors import VenvError
 from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.ensure import SealedVenv, find_sealed
 from nemo_rl.venvs.interpreter import query_python_cached
-from nemo_rl.venvs.lock_graph import LockGraph, Selection
+from nemo_rl.venvs.planning.lock_graph import LockGraph, Selection
 from nemo_rl.venvs.planning.plan import Package, VenvPlan
 from nemo_rl.venvs.planning.resolve import lock_root, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
 from nemo_rl.venvs.storage.layout import Store
 
-# Where a version comes from.
+# Sources of a version.
 LOCK, ADDED, INTERPRETER = "lock", "added", "interpreter"
 
 
 @dataclass(frozen=True)
 class Route:
-    """One way into the venv: an origin such as `extra vllm`, and the packages from there to the one asked for."""
+    """Holds one path of dependencies from an origin, such as `extra vllm`, to the package in question."""
 
     origin: str
     packages: tuple[str, ...]
@@ -45,9 +45,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Demand:
-    """Who asks for the package in question, and for which versions.
+    """Holds one requirement on the package in question.
 
-    `requirement` is None for a package whose metadata is not at hand: the venv has not been built yet.
+    Attributes:
+        by: the package or project that requires it.
+        requirement: None if the metadata is unknown because the venv has not been built.
     """
 
     by: str
@@ -59,21 +61,21 @@ class Demand:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which version of a package one worker gets, and why.
+    """Holds the version of a package that one worker gets, and the reasons.
 
     Attributes:
-        worker: what the question was about: a worker's FQN or the name of a selection.
-        spec: the canonical py_executable.
+        worker: a worker's FQN or the name of a selection.
+        spec: canonical py_executable.
         package: normalised name.
-        version: None when the worker does not have it; the location for packages that have no version.
-        source: `lock`, `added` (laid over by `--with` or a runtime_env) or `interpreter` (installed in the interpreter
-            that the worker runs with as it is); None without a version.
-        routes: the shortest path from each extra, group and the project's own dependencies that leads to it.
-        demands: who asks for it directly: packages of the venv, the project, its `tool.uv.override-dependencies`.
-        replaced: the base venv's version that an added one covers up.
-        selection: the extras and groups of the spec, as `extra vllm`.
-        conflicts: declared sets of conflicting extras that the selection takes part in.
-        locked_versions: every version in the lock; several where conflicting extras were resolved apart.
+        version: None if the worker does not have the package; the location of a package without a version.
+        source: `lock`, `added` (by `--with` or a runtime_env) or `interpreter` (installed in the interpreter that the
+            worker uses); None without a version.
+        routes: the shortest path to the package from each origin: the project's dependencies, each extra, each group.
+        demands: direct requirements: of packages of the venv, the project and its `tool.uv.override-dependencies`.
+        replaced: version in the base venv that an added package overrides.
+        selection: extras and groups of the spec, such as `extra vllm`.
+        conflicts: declared sets of conflicting extras and groups that contain a part of the selection.
+        locked_versions: every version in the lock; several if uv resolved conflicting extras separately.
     """
 
     worker: str
@@ -90,39 +92,43 @@ class Explanation:
 
 
 def explain(worker: str, plan: VenvPlan, package: str, *, store: Store | None = None) -> Explanation:
-    """Explain one package of one plan.
+    """Explain the version of one package in the plan of a worker's venv.
 
     Args:
-        worker: name to give to the answer.
-        plan: of the worker's venv.
-        package: any spelling of a distribution's name.
-        store: where the venv is looked for. If it has been built, its metadata says what each dependent asks for.
+        worker: the name of the worker, for the explanation.
+        plan: plan of the worker's venv.
+        package: name of a distribution, in any spelling.
+        store: if it holds the venv, the explanation contains the requirement of each dependent.
 
     Raises:
         LockMismatchError: the lock cannot be read.
         VenvError: the interpreter of the spec does not start.
+
+    Example::
+
+        explanation = explain("my_package.MyWorker", plan("uv run --locked --extra vllm"), "numpy")
+        print(explanation.version, *explanation.routes, *explanation.demands, sep="\\n")
     """
     name = canonicalize_name(package)
     if plan.base is not None:
-        below = explain(worker, plan.base, name, store=store)
-        return _over(below, plan, name)
+        return _explain_additive(explain(worker, plan.base, name, store=store), plan, name)
     if isinstance(plan.spec, InterpreterSpec):
-        return _in_interpreter(worker, plan.spec, name)
-    return _in_lock(worker, plan, plan.spec, name, find_sealed(plan.digest, store))
+        return _explain_interpreter(worker, plan.spec, name)
+    return _explain_locked(worker, plan, plan.spec, name, find_sealed(plan.digest, store))
 
 
 def difference(one: Explanation, other: Explanation) -> str | None:
-    """One sentence or more about why two workers differ in a package; None when they have the same version."""
+    """Return one or more sentences on why two workers get different versions; None if the versions are equal."""
     if one.version == other.version:
         return None
     facts = [_why_absent(side, rival) for side, rival in ((one, other), (other, one)) if side.version is None]
     for side in (one, other):
         if side.source == ADDED:
-            covered = f", which covers {side.replaced} of the venv below" if side.replaced else ""
-            facts.append(f"{side.worker} has {side.version} laid over its venv by a list of requirements{covered}")
+            replaced = f" instead of {side.replaced} from its base venv" if side.replaced else ""
+            facts.append(f"{side.worker} has {side.version} from a list of added requirements{replaced}")
         elif side.source == INTERPRETER:
             facts.append(
-                f"{side.worker} runs in {side.spec} as it is, which has {side.version}, whatever the lock says"
+                f"{side.worker} uses the interpreter {side.spec}, which has {side.version} regardless of the lock"
             )
     if not facts:
         facts = _why_locked_apart(one, other)
@@ -132,9 +138,9 @@ def difference(one: Explanation, other: Explanation) -> str | None:
 def _why_absent(side: Explanation, rival: Explanation) -> str:
     through = f", {rival.worker} gets {rival.version} through {rival.routes[-1]}" if rival.routes else ""
     if not side.spec.startswith("uv run"):
-        return f"{side.spec}, which {side.worker} runs in as it is, does not have {side.package}{through}"
-    chosen = " and ".join(["the project's dependencies", *side.selection])
-    return f"nothing that {side.worker} asks for ({chosen}) depends on {side.package}{through}"
+        return f"the interpreter {side.spec}, which {side.worker} uses, does not have {side.package}{through}"
+    selected = " and ".join(["the project's dependencies", *side.selection])
+    return f"no package that {side.worker} selects ({selected}) depends on {side.package}{through}"
 
 
 def _why_locked_apart(one: Explanation, other: Explanation) -> list[str]:
@@ -142,18 +148,18 @@ def _why_locked_apart(one: Explanation, other: Explanation) -> list[str]:
     for side, rival in ((one, other), (other, one)):
         blocking = [str(demand) for demand in side.demands if _excludes(demand, rival.version)]
         if blocking:
-            facts.append(f"{side.worker} cannot have {rival.version}: {' and '.join(blocking)} asks for another")
+            facts.append(f"{side.worker} cannot have {rival.version}: {' and '.join(blocking)} excludes it")
     if set(one.locked_versions) != set(other.locked_versions):
-        facts.append("they take their packages from different locks")
+        facts.append("they use different locks")
     elif one.selection != other.selection:
         names = [", ".join(side.selection) or "no extra" for side in (one, other)]
         versions = " and ".join(one.locked_versions)
-        facts.append(f"the lock holds {versions}: {one.worker} has {names[0]} and {other.worker} {names[1]}")
+        facts.append(f"the lock holds {versions}: {one.worker} selects {names[0]} and {other.worker} {names[1]}")
         conflicts = sorted({" / ".join(items) for items in (*one.conflicts, *other.conflicts)})
         if conflicts:
-            facts[-1] += f", which are resolved apart because {'; '.join(conflicts)} are declared as conflicting"
+            facts[-1] += f"; uv resolves them separately because {'; '.join(conflicts)} are declared as conflicting"
     else:
-        facts.append("they run different Python versions or platforms, for which the lock holds different versions")
+        facts.append("they use different Python versions or platforms, for which the lock holds different versions")
     return facts
 
 
@@ -166,10 +172,9 @@ def _excludes(demand: Demand, version: str | None) -> bool:
         return False
 
 
-def _over(below: Explanation, plan: VenvPlan, name: str) -> Explanation:
-    """The explanation of an additive venv, from that of its base."""
+def _explain_additive(base: Explanation, plan: VenvPlan, name: str) -> Explanation:
     added = _package(plan.packages, name)
-    values = {**below.__dict__, "spec": str(plan.spec)}
+    values = {**base.__dict__, "spec": str(plan.spec)}
     if added is None:
         return Explanation(**values)
     listed = [line for line in plan.spec.requirements if _names_package(line, name)]
@@ -177,54 +182,55 @@ def _over(below: Explanation, plan: VenvPlan, name: str) -> Explanation:
     values |= {
         "version": _version(added),
         "source": ADDED,
-        "replaced": below.version,
+        "replaced": base.version,
         "routes": (route,),
         "demands": (),
     }
     return Explanation(**values)
 
 
-def _in_lock(worker: str, plan: VenvPlan, spec: VenvSpec, name: str, sealed: SealedVenv | None) -> Explanation:
+def _explain_locked(worker: str, plan: VenvPlan, spec: VenvSpec, name: str, sealed: SealedVenv | None) -> Explanation:
     root = lock_root(spec.project)
     graph = LockGraph.read(root, Path(spec.project))
     _, markers = python_of(spec)
     extras = graph.extras if spec.all_extras else frozenset(spec.extras)
     selection = Selection(extras, frozenset(spec.groups) | _default_groups(spec), markers)
     walk = graph.walk(selection)
-    chosen = [f"extra {extra}" for extra in sorted(extras)] + [f"group {group}" for group in sorted(selection.groups)]
-    held = _package(plan.packages, name)
+    selected = [f"extra {extra}" for extra in sorted(extras)] + [f"group {group}" for group in sorted(selection.groups)]
+    package = _package(plan.packages, name)
     node = walk.find(name)
     installed = _distributions(sealed)
     demands = [Demand(f"tool.uv.override-dependencies of {graph.project.name}", line) for line in graph.overrides(name)]
     for by in sorted(walk.dependents.get(node, ()), key=str) if node else ():
         if by == graph.project:
-            demands += [Demand(str(by), line) for line in graph.asked_for(name, selection)]
+            demands += [Demand(str(by), line) for line in graph.project_requirements(name, selection)]
         else:
-            demands.append(Demand(str(by), _asks_for(installed.get(by.name), name)))
+            demands.append(Demand(str(by), _requirement_on(name, installed.get(by.name))))
+    paths = walk.paths[node].items() if node and package else ()
     return Explanation(
         worker=worker,
         spec=str(spec),
         package=name,
-        version=_version(held) if held else None,
-        source=LOCK if held else None,
-        routes=tuple(Route(str(o), tuple(map(str, p))) for o, p in walk.paths[node].items()) if node and held else (),
-        demands=tuple(sorted(demands, key=_limits_least)) if held else (),
-        selection=tuple(chosen),
+        version=_version(package) if package else None,
+        source=LOCK if package else None,
+        routes=tuple(Route(str(origin), tuple(map(str, path))) for origin, path in paths),
+        demands=tuple(sorted(demands, key=_strictness)) if package else (),
+        selection=tuple(selected),
         conflicts=tuple(tuple(items) for items in graph.conflicts_of(selection)),
         locked_versions=tuple(graph.versions(name)),
     )
 
 
-def _in_interpreter(worker: str, spec: InterpreterSpec, name: str) -> Explanation:
-    is_own = spec.path == sys.executable
-    paths = [entry for entry in sys.path if entry] if is_own else query_python_cached(spec.path).site_paths
+def _explain_interpreter(worker: str, spec: InterpreterSpec, name: str) -> Explanation:
+    is_this_process = spec.path == sys.executable
+    paths = [entry for entry in sys.path if entry] if is_this_process else query_python_cached(spec.path).site_paths
     installed: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions(path=list(paths)):
         installed.setdefault(canonicalize_name(distribution.name or ""), distribution)
     held = installed.get(name)
     demands = []
     for other in installed.values():
-        requirement = _asks_for(other, name)
+        requirement = _requirement_on(name, other)
         if requirement is not None:
             demands.append(Demand(f"{canonicalize_name(other.name)} {other.version}", requirement))
     return Explanation(
@@ -233,12 +239,12 @@ def _in_interpreter(worker: str, spec: InterpreterSpec, name: str) -> Explanatio
         package=name,
         version=held.version if held else None,
         source=INTERPRETER if held else None,
-        demands=tuple(sorted(sorted(demands, key=str), key=_limits_least)) if held else (),
+        demands=tuple(sorted(sorted(demands, key=str), key=_strictness)) if held else (),
     )
 
 
-def _limits_least(demand: Demand) -> int:
-    """Sorts demands: pins first, then upper bounds, then the rest."""
+def _strictness(demand: Demand) -> int:
+    """Sort key: pins first, then upper bounds, then the rest."""
     requirement = demand.requirement or ""
     return 0 if "==" in requirement else 1 if "<" in requirement or "~=" in requirement else 2
 
@@ -259,12 +265,12 @@ def _default_groups(spec: VenvSpec) -> frozenset[str]:
 def _distributions(sealed: SealedVenv | None) -> Mapping[str, importlib.metadata.Distribution]:
     if sealed is None:
         return {}
-    found = importlib.metadata.distributions(path=[str(site_packages_of(sealed.path))])
-    return {canonicalize_name(distribution.name or ""): distribution for distribution in found}
+    distributions = importlib.metadata.distributions(path=[str(site_packages_of(sealed.path))])
+    return {canonicalize_name(distribution.name or ""): distribution for distribution in distributions}
 
 
-def _asks_for(distribution: importlib.metadata.Distribution | None, name: str) -> str | None:
-    """The requirement on `name` in a distribution's metadata whose marker holds here, without its marker."""
+def _requirement_on(name: str, distribution: importlib.metadata.Distribution | None) -> str | None:
+    """Return the requirement on `name` in a distribution's metadata if its marker is true here, without the marker."""
     for line in (distribution.requires if distribution is not None else None) or ():
         try:
             requirement = Requirement(line)
@@ -296,7 +302,7 @@ def _names_package(line: str, name: str) -> bool:
 
 
 def to_json(explanation: Explanation) -> dict[str, Any]:
-    """The explanation as plain data."""
+    """Return the explanation as plain data."""
     plain = {key: value for key, value in explanation.__dict__.items() if key not in ("routes", "demands")}
     return {
         **plain,

@@ -1,4 +1,4 @@
-"""Facts about Python interpreters: this process's own, and others by asking them."""
+"""Query the version, platform and packages of this process's Python and of other interpreters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_rl.errors import IncompatibleVenvError, VenvError
 
 _QUERY_TIMEOUT_S = 60.0
 
-# Runs in the other interpreter: the standard library only.
+# Runs in the other interpreter and uses the standard library only.
 _QUERY = """
 import importlib.metadata, json, os, platform, sys
 def ray():
@@ -44,11 +44,11 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class PythonInfo:
-    """What decides which packages fit an interpreter.
+    """Describes an interpreter as far as the choice of packages depends on it.
 
     Attributes:
-        executable: the base interpreter (never a venv's own link).
-        version: full version, such as 3.11.7.
+        executable: path of the base interpreter (never the link in a venv).
+        version: full version, such as `3.11.7`.
         implementation: such as `cpython-311`, with ABI flags.
         platform: such as `linux-x86_64-glibc`.
     """
@@ -59,17 +59,17 @@ class PythonInfo:
     platform: str
 
     def identity(self) -> dict[str, str]:
-        """The part that is equal on every node where the same venv can be used."""
+        """Return the attributes that are equal on all nodes that can use the same venv."""
         return {"version": self.version, "implementation": self.implementation, "platform": self.platform}
 
 
 @dataclass(frozen=True)
 class DriverVersions:
-    """The versions that every worker of a job must have: Ray refuses to mix them.
+    """Holds the versions that every worker of a job must have, because Ray refuses to mix versions.
 
     Attributes:
         python: full version of Python.
-        ray: None where the driver has no ray.
+        ray: version of ray; None if the driver has no ray.
     """
 
     python: str
@@ -77,6 +77,7 @@ class DriverVersions:
 
     @staticmethod
     def of_this_process() -> DriverVersions:
+        """Return the versions of this process."""
         try:
             ray = importlib.metadata.version("ray")
         except importlib.metadata.PackageNotFoundError:
@@ -84,12 +85,15 @@ class DriverVersions:
         return DriverVersions(platform.python_version(), ray)
 
     def check(self, what: str, python: str, ray: str | None) -> None:
-        """Raise `IncompatibleVenvError` unless `python`, and `ray` if there is one, are the driver's."""
+        """Raise `IncompatibleVenvError` if `python` or `ray` differs from the driver's version.
+
+        `what` is the subject of the message, such as "The venv 'a'". A `ray` of None is accepted.
+        """
         if python != self.python:
             raise IncompatibleVenvError(
                 f"{what} has Python {python}, but the driver runs Python {self.python}, and Ray refuses to mix them. "
-                f"Start the driver with Python {python}, or make Python {self.python} available on this node and leave "
-                "out --python."
+                f"Start the driver with Python {python}, or install Python {self.python} on this node and omit "
+                "--python."
             )
         if ray is not None and self.ray is not None and ray != self.ray:
             raise IncompatibleVenvError(
@@ -100,7 +104,7 @@ class DriverVersions:
 
 @functools.cache
 def this_python() -> PythonInfo:
-    """The interpreter that this process was started from (its base, when it runs in a venv)."""
+    """Return the interpreter of this process; in a venv, the base interpreter."""
     base = getattr(sys, "_base_executable", None) or sys.executable
     return PythonInfo(
         executable=os.path.realpath(base),
@@ -111,13 +115,21 @@ def this_python() -> PythonInfo:
 
 
 def this_environment() -> dict[str, str]:
-    """The values of environment markers for this process's Python."""
+    """Return the values of environment markers (PEP 508) for this process's Python."""
     return {key: str(value) for key, value in default_environment().items()}
 
 
 @dataclass(frozen=True)
 class QueriedPython:
-    """Answer of another interpreter: `info`, marker values, and what it has installed."""
+    """Holds the answer of another interpreter.
+
+    Attributes:
+        info: version and platform.
+        markers: values of environment markers (PEP 508).
+        prefix: `sys.prefix`.
+        site_paths: its site-packages directories, in the order of `sys.path`.
+        ray: version of ray; None if it has no ray.
+    """
 
     info: PythonInfo
     markers: dict[str, str]
@@ -127,7 +139,7 @@ class QueriedPython:
 
 
 def query_python(path: str) -> QueriedPython:
-    """Start the interpreter at `path` and ask it. Raises `VenvError` with the reason when it does not start."""
+    """Start the interpreter at `path` and query it. Raises `VenvError` if it does not start."""
     answer = json.loads(_answer(path, _QUERY))
     markers = answer["markers"]
     info = PythonInfo(
@@ -140,7 +152,7 @@ def query_python(path: str) -> QueriedPython:
 
 
 def start_python(path: str) -> tuple[str, str]:
-    """(full version, prefix) that the interpreter at `path` says of itself; quicker than `query_python`."""
+    """Start the interpreter at `path`; return its full version and prefix. Faster than `query_python`."""
     version, prefix = _answer(path, "import sys; print(sys.version.split()[0]); print(sys.prefix)").splitlines()
     return version, prefix
 
@@ -165,7 +177,7 @@ def _query_unchanged(path: str, _stamp: tuple[int, int]) -> QueriedPython:
 
 
 def query_python_cached(path: str) -> QueriedPython:
-    """`query_python`, asked once per process as long as the file behind `path` does not change."""
+    """Query an interpreter as `query_python` does, once per process unless the file at `path` changes."""
     try:
         status = Path(path).stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Look after a venv directory: list, verify, prune."""
+"""List, verify and prune the venvs of a directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_rl.errors import VenvError, VenvLockTimeoutError
@@ -25,13 +25,15 @@ _KEPT_RESOLUTIONS_S = 30 * _DAY_S
 
 @dataclass(frozen=True)
 class VenvInfo:
-    """One digest in a venv directory.
+    """Describes one digest in a venv directory.
 
     Attributes:
-        digest: its first 16 digits. names: the names that point to it.
-        path: the directory that it points to now, if any. manifest: None when it is not sealed or broken.
-        in_use: whether a process holds a lease on any of its directories.
-        last_used: seconds since the epoch, as far as the disk could note it.
+        digest: the first 16 digits.
+        names: the names that point to the digest.
+        path: the directory that holds the venv now; None if there is none.
+        manifest: None if the venv is not sealed or its manifest is broken.
+        in_use: whether a process holds a lease on one of its directories.
+        last_used: seconds since the epoch; less exact on a read-only disk.
     """
 
     digest: str
@@ -43,11 +45,16 @@ class VenvInfo:
 
     @property
     def sealed(self) -> bool:
+        """Whether the venv has a manifest and thus is ready."""
         return self.manifest is not None
 
 
 def list_venvs(store: Store | None = None) -> list[VenvInfo]:
-    """Every venv of a directory, sealed or not. Takes no build lock."""
+    """List every venv of a directory, sealed or not. Takes no build lock.
+
+    Args:
+        store: default: the store in `settings.venv_dir()`.
+    """
     store = store or Store.default()
     names: dict[str, list[str]] = {}
     for name, digest in store.names().items():
@@ -63,14 +70,15 @@ def _info(store: Store, digest: str, names: tuple[str, ...]) -> VenvInfo:
         with contextlib.suppress(BrokenManifestError):
             manifest = read_manifest(path)
     builds = store.builds(digest)
-    return VenvInfo(digest, names, path, manifest, any(not _free(build) for build in builds), _last_used(builds))
+    in_use = any(not _is_free(build) for build in builds)
+    return VenvInfo(digest, names, path, manifest, in_use, _last_used(builds))
 
 
-def _free(path: Path) -> bool:
-    for may_write in (True, False):  # another user's venv, or a disk that cannot be written: look all the same
+def _is_free(path: Path) -> bool:
+    for may_write in (True, False):  # without write permission for the disk or for another user's venv
         with contextlib.suppress(OSError), unused(path, may_write=may_write) as free:
             return free
-    return False  # nobody can tell, and nothing will be removed
+    return False  # unknown; such a venv cannot be removed either
 
 
 def _last_used(builds: list[Path]) -> float:
@@ -85,7 +93,7 @@ def _last_used(builds: list[Path]) -> float:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a venv: `path` inside it, and what is wrong."""
+    """Describes one problem of a venv: the venv's name or digest, a path in the venv, and the problem."""
 
     venv: str
     path: str
@@ -96,18 +104,29 @@ class Finding:
 
 
 def verify(venv: str | None = None, *, store: Store | None = None) -> list[Finding]:
-    """Compare every installed file with what was installed; the findings name what was altered.
+    """Compare every installed file with the hash that was recorded at installation; return the differences.
 
-    `venv` is a name or a digest; default: every venv of the directory. Reads every file, so it takes seconds per
-    gigabyte. Raises `VenvError` for a `venv` that is not there.
+    Reads every file, so it takes seconds per gigabyte.
+
+    Args:
+        venv: name or digest of a venv; default: every venv of the directory.
+        store: default: the store in `settings.venv_dir()`.
+
+    Raises:
+        VenvError: there is no venv with that name or digest.
+
+    Example::
+
+        for finding in verify("my_package.MyWorker"):
+            print(finding)
     """
     store = store or Store.default()
-    known = list_venvs(store)
+    infos = list_venvs(store)
     if venv is not None:
-        known = [info for info in known if venv in info.names or info.digest == venv[:DIGEST_PREFIX]]
-        if not known:
+        infos = [info for info in infos if venv in info.names or info.digest == venv[:DIGEST_PREFIX]]
+        if not infos:
             raise VenvError(f"There is no venv {venv!r} in {store.root}.")
-    return [finding for info in known for finding in _verify(info)]
+    return [finding for info in infos for finding in _verify(info)]
 
 
 def _verify(info: VenvInfo) -> Iterator[Finding]:
@@ -116,7 +135,7 @@ def _verify(info: VenvInfo) -> Iterator[Finding]:
         yield Finding(label, str(info.path or info.digest), "not sealed, or its manifest is broken")
         return
     if not os.access(info.path / "bin" / "python", os.X_OK):
-        yield Finding(label, "bin/python", f"does not start: made from {info.manifest.base_python}")
+        yield Finding(label, "bin/python", f"cannot start: its base interpreter is {info.manifest.base_python}")
     try:
         site_packages = site_packages_of(info.path)
     except VenvError as error:
@@ -136,11 +155,10 @@ def _verify_record(label: str, root: Path, site_packages: Path, record: Path) ->
         if len(row) < 3 or not row[1].startswith("sha256="):
             continue  # RECORD itself has no hash
         path = Path(os.path.normpath(site_packages / row[0]))
-        padded = row[1].removeprefix("sha256=") + "=="
-        problem = _problem(path, base64.urlsafe_b64decode(padded).hex(), int(row[2]) if row[2] else None)
+        padded_hash = row[1].removeprefix("sha256=") + "=="
+        problem = _problem(path, base64.urlsafe_b64decode(padded_hash).hex(), int(row[2]) if row[2] else None)
         if problem is not None:
-            shown = path.relative_to(root) if path.is_relative_to(root) else path
-            yield Finding(label, str(shown), problem)
+            yield Finding(label, str(path.relative_to(root) if path.is_relative_to(root) else path), problem)
 
 
 def _problem(path: Path, digest: str, size: int | None) -> str | None:
@@ -150,7 +168,7 @@ def _problem(path: Path, digest: str, size: int | None) -> str | None:
             return f"altered: {actual} bytes instead of {size}"
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return "altered: its content is not what was installed"
+                return "altered: its content differs from the installed file"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -165,13 +183,24 @@ def prune(
     dry_run: bool = False,
     store: Store | None = None,
 ) -> PruneReport:
-    """Remove venvs that nobody uses, what dead builders left, old logs and old resolutions.
+    """Remove unused venvs, leftovers of killed builders, old logs and old resolutions.
 
-    Never removed: a venv that a process holds a lease on, that is being built, or that another kept venv is laid over.
+    It never removes a venv on which a process holds a lease, that is being built, or that is the base of a venv that
+    stays.
 
     Args:
-        keep_names: venvs with one of these names stay; default: every venv that has a name stays.
-        older_than_s: also keep what was used within the last so many seconds.
+        keep_names: keep venvs with one of these names; default: keep every venv that has a name.
+        older_than_s: also keep venvs that were used within the last `older_than_s` seconds.
+        dry_run: report what would be removed, and remove nothing.
+        store: default: the store in `settings.venv_dir()`.
+
+    Raises:
+        VenvError: the directory cannot be read or written.
+
+    Example::
+
+        report = prune(older_than_s=7 * 86400, dry_run=True)
+        print(report.removed, report.freed_bytes)
     """
     store = store or Store.default()
     infos = list_venvs(store)
@@ -184,36 +213,30 @@ def prune(
             base = bases.get(base[:DIGEST_PREFIX])
     report = PruneReport(dry_run)
     try:
-        _prune_all(store, infos, kept, bases, report)
+        # An additive venv is removed before its base, so that a process cannot start in it without the base.
+        for info in sorted(infos, key=lambda info: bases.get(info.digest) is None):
+            _prune_digest(store, info, info.digest in kept, report)
+        _prune_files(store, report)
     except OSError as error:
         raise VenvError(f"{store.root} cannot be pruned: {error}") from error
     return report
 
 
-def _prune_all(
-    store: Store, infos: list[VenvInfo], kept: set[str], bases: dict[str, str | None], report: PruneReport
-) -> None:
-    # An additive venv goes before its base, so that a process that starts in it never misses the base.
-    for info in sorted(infos, key=lambda info: bases.get(info.digest) is None):
-        _prune_digest(store, info, info.digest in kept, report)
-    _prune_files(store, report)
-
-
 @dataclass
 class PruneReport:
-    """What `prune` removed, or would remove.
+    """Lists what `prune` removed or, in a dry run, would remove.
 
     Attributes:
-        freed_bytes: disk that was freed; files that are linked to uv's cache or to another venv do not count.
-        removed: venvs, by digest. skipped: digests that are in use or being built.
+        dry_run: whether nothing was removed.
+        freed_bytes: freed disk space; files with other hard links (uv's cache, another venv) do not count.
+        removed: digests of the removed venvs.
+        skipped: digests of venvs that are in use or being built.
     """
 
     dry_run: bool
     freed_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self.removed: list[str] = []
-        self.skipped: list[str] = []
+    removed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 def _is_kept(info: VenvInfo, keep_names: Collection[str] | None, older_than_s: float) -> bool:
@@ -225,7 +248,7 @@ def _prune_digest(store: Store, info: VenvInfo, keep: bool, report: PruneReport)
     try:
         with build_lock(store.lock(info.digest), "prune", timeout_s=0.0):
             _remove_unused(store, info, keep, report)
-    except VenvLockTimeoutError:  # someone builds it
+    except VenvLockTimeoutError:  # a process builds it
         report.skipped.append(info.digest)
 
 
@@ -252,7 +275,7 @@ def _remove_unused(store: Store, info: VenvInfo, keep: bool, report: PruneReport
 
 
 def _disk_use(root: Path) -> int:
-    """Bytes that removing `root` gives back: files whose other links lie elsewhere stay on the disk."""
+    """Return the bytes that removing `root` frees. Files with hard links elsewhere do not count."""
     total = 0
     for directory, _, files in os.walk(root):
         for name in files:
@@ -263,21 +286,21 @@ def _disk_use(root: Path) -> int:
 
 
 def _prune_files(store: Store, report: PruneReport) -> None:
-    """Old logs and resolutions, and temporary files of processes that were killed."""
-    old = [
+    """Remove old logs and resolutions, and temporary files of killed processes."""
+    candidates = [
         *store.resolved.glob("*"),
         *store.logs.glob("*"),
         *store.root.glob(".*.tmp"),
         *store.directory.glob(".*.tmp"),
     ]
-    for path in old:
+    for path in candidates:
         with contextlib.suppress(OSError):
             status = path.lstat()
             if time.time() - status.st_mtime > (_DAY_S if path.suffix == ".tmp" else _KEPT_RESOLUTIONS_S):
                 report.freed_bytes += status.st_size
                 if not report.dry_run:
                     path.unlink()
-    for path in store.root.glob(f"{UNPACKED_PREFIX}*"):  # of a process that was killed while it built from a bundle
+    for path in store.root.glob(f"{UNPACKED_PREFIX}*"):  # of a process that was killed during a build from a bundle
         with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > _DAY_S:
                 report.freed_bytes += _disk_use(path)

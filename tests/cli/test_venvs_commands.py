@@ -311,7 +311,7 @@ def test_why_names_version_path_and_the_reason_for_the_difference(cli: Cli) -> N
     assert done.returncode == 1  # they differ
     assert f"{OLD} gets alpha 1.0" in done.stdout
     assert "through extra old -> tool 3.1 -> alpha 1.0" in done.stdout
-    assert f"{OLD} cannot have 2.0: tool 3.1 (alpha<2) asks for another" in done.stdout
+    assert f"{OLD} cannot have 2.0: tool 3.1 (alpha<2) excludes it" in done.stdout
     answer = cli.json("venvs", "why", OLD, "alpha")  # against all others: differences are no failure
     others = {worker: other for other in answer["others"] for worker in other["workers"]}
     assert others[NEW]["explanation"]["version"] == "2.0"

@@ -44,13 +44,13 @@ def forked(tmp_path: Path) -> Project:
     return project
 
 
-def of(worker: str, py_executable: str, package: str) -> Explanation:
+def explained(worker: str, py_executable: str, package: str) -> Explanation:
     return explain(worker, plan(py_executable), package)
 
 
-def test_each_fork_gets_its_version_and_the_reason(forked: Project) -> None:
-    old = of("Old", forked.command("--extra old"), "ALPHA")
-    new = of("New", forked.command("--extra new"), "alpha")
+def test_forks_explain_their_versions(forked: Project) -> None:
+    old = explained("Old", forked.command("--extra old"), "ALPHA")
+    new = explained("New", forked.command("--extra new"), "alpha")
     assert (old.package, old.version, old.source) == ("alpha", "1.0", "lock")
     assert new.version == "2.0"
     assert [str(route) for route in old.routes] == [
@@ -59,70 +59,76 @@ def test_each_fork_gets_its_version_and_the_reason(forked: Project) -> None:
     ]
     assert [str(demand) for demand in new.demands] == ["forked 0.1 (alpha==2.0)", "forked 0.1 (alpha)"]
     assert set(old.locked_versions) == {"1.0", "2.0"}
-    told = difference(old, new)
-    assert told is not None
-    assert "Old has extra old and New extra new" in told
-    assert "extra new / extra old are declared as conflicting" in told
+    sentence = difference(old, new)
+    assert sentence is not None
+    assert "Old selects extra old and New extra new" in sentence
+    assert "extra new / extra old are declared as conflicting" in sentence
 
 
-def test_a_built_venv_names_the_requirement_that_excludes_the_other_version(forked: Project) -> None:
-    before = of("Old", forked.command("--extra old"), "alpha")
+def test_built_venv_names_the_excluding_requirement(forked: Project) -> None:
+    before = explained("Old", forked.command("--extra old"), "alpha")
     assert {demand.requirement for demand in before.demands if demand.by == "tool 3.1"} == {None}
     create_local_venv(forked.command("--extra old"), "Old")
-    old, new = (of(name, forked.command(f"--extra {name.lower()}"), "alpha") for name in ("Old", "New"))
+    old, new = (explained(name, forked.command(f"--extra {name.lower()}"), "alpha") for name in ("Old", "New"))
     assert {demand.requirement for demand in old.demands if demand.by == "tool 3.1"} == {"alpha<2"}
-    told = difference(old, new)
-    assert told is not None
-    assert "Old cannot have 2.0: tool 3.1 (alpha<2) asks for another" in told
+    sentence = difference(old, new)
+    assert sentence is not None
+    assert "Old cannot have 2.0: tool 3.1 (alpha<2) excludes it" in sentence
 
 
 def test_equal_versions_do_not_differ(forked: Project) -> None:
-    base, new = (of(name, forked.command(*options), "alpha") for name, options in (("A", ()), ("B", ("--extra new",))))
+    base, new = (
+        explained(name, forked.command(*options), "alpha") for name, options in (("A", ()), ("B", ("--extra new",)))
+    )
     assert base.version == new.version == "2.0"
     assert difference(base, new) is None
 
 
-def test_a_package_that_is_not_there(forked: Project) -> None:
-    base, old = (of(name, forked.command(*options), "tool") for name, options in (("A", ()), ("B", ("--extra old",))))
+def test_absent_package(forked: Project) -> None:
+    base, old = (
+        explained(name, forked.command(*options), "tool") for name, options in (("A", ()), ("B", ("--extra old",)))
+    )
     assert (base.version, base.source, base.routes, base.demands) == (None, None, (), ())
-    told = difference(base, old)
-    assert told is not None
-    assert "nothing that A asks for (the project's dependencies) depends on tool" in told
-    assert "B gets 3.1 through extra old -> tool 3.1" in told
+    sentence = difference(base, old)
+    assert sentence is not None
+    assert "no package that A selects (the project's dependencies) depends on tool" in sentence
+    assert "B gets 3.1 through extra old -> tool 3.1" in sentence
 
 
-def test_an_added_package_covers_the_locked_one(forked: Project) -> None:
+def test_added_package_replaces_the_locked_one(forked: Project) -> None:
     spec = parse_py_executable(forked.command()).with_packages([str(forked.wheels / "alpha-1.0-py3-none-any.whl")])
     ensure(spec, "Added")
-    added, base = explain("Added", plan(spec), "alpha"), of("Base", forked.command(), "alpha")
+    added, base = explain("Added", plan(spec), "alpha"), explained("Base", forked.command(), "alpha")
     assert added.source == "added"
     assert added.replaced == "2.0"
     assert explain("Added", plan(spec), "tool").version is None
-    told = difference(added, base)
-    assert told is not None
-    assert "laid over its venv by a list of requirements, which covers 2.0" in told
+    sentence = difference(added, base)
+    assert sentence is not None
+    assert "Added has 1.0 from a list of added requirements instead of 2.0 from its base venv" in sentence
 
 
-def test_an_interpreter_has_what_is_installed_in_it(forked: Project) -> None:
-    own = of("System", sys.executable, "packaging")
-    assert own.source == "interpreter"
-    assert own.version is not None
-    assert any(demand.by.startswith("pytest ") for demand in own.demands)
-    told = difference(of("System", sys.executable, "alpha"), of("Base", forked.command(), "alpha"))
-    assert told is not None
-    assert "does not have alpha, Base gets 2.0 through the project's dependencies -> alpha 2.0" in told
+def test_interpreter_has_its_installed_packages(forked: Project) -> None:
+    python = explained("System", sys.executable, "packaging")
+    assert python.source == "interpreter"
+    assert python.version is not None
+    assert any(demand.by.startswith("pytest ") for demand in python.demands)
+    sentence = difference(explained("System", sys.executable, "alpha"), explained("Base", forked.command(), "alpha"))
+    assert sentence is not None
+    assert "does not have alpha, Base gets 2.0 through the project's dependencies -> alpha 2.0" in sentence
 
 
 def test_default_groups_count(project: Project) -> None:
     text = (project.root / "pyproject.toml").read_text()
     (project.root / "pyproject.toml").write_text(text.replace("default-groups = []", 'default-groups = ["checks"]'))
     uv("lock", "--offline", cwd=project.root)
-    assert [str(route) for route in of("A", project.command(), "epsilon").routes] == ["group checks -> epsilon 1.0"]
-    assert of("A", project.command("--no-default-groups"), "epsilon").version is None
+    assert [str(route) for route in explained("A", project.command(), "epsilon").routes] == [
+        "group checks -> epsilon 1.0"
+    ]
+    assert explained("A", project.command("--no-default-groups"), "epsilon").version is None
 
 
-def test_json_is_plain(forked: Project) -> None:
-    plain = to_json(of("Old", forked.command("--extra old"), "alpha"))
+def test_to_json_is_plain_data(forked: Project) -> None:
+    plain = to_json(explained("Old", forked.command("--extra old"), "alpha"))
     assert plain["version"] == "1.0"
     assert plain["routes"][1] == {"origin": "extra old", "packages": ["tool 3.1", "alpha 1.0"]}
     assert {"by": "tool 3.1", "requirement": None} in plain["demands"]

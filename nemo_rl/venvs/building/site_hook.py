@@ -1,12 +1,11 @@
-"""What every venv of the store runs when an interpreter starts in it.
+"""The site hook: code that runs whenever an interpreter starts in a venv of the store.
 
-A module and a `.pth` file that imports it are written into the venv. They
+A build writes a module into the venv, and a `.pth` file that imports it. The module
 
-- pin the process to the directory that the venv's name pointed to when the process started: `sys.prefix`, `sys.path`
-  and `sys.executable` leave the link behind, so that repointing the name changes no running process and none of its
-  children;
-- hold a lease, so that `prune` and rebuilds leave the directory alone as long as the process lives;
-- of an additive venv, put the base's packages after its own, and lease the base too.
+- pins the process to the directory that the venv's name points to at its start: it resolves the link in `sys.prefix`,
+  `sys.path` and `sys.executable`, so a later change of the link affects neither the process nor its children;
+- takes a lease, so that `prune` and rebuilds do not remove the directory while the process lives;
+- in an additive venv, appends the base's packages to `sys.path` and takes a lease on the base.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from pathlib import Path
 from nemo_rl.venvs.storage.locks import LEASE_FILE
 
 MODULE = "_nemo_rl_venv"
-# `.pth` files are read in the order of their names: paths of editable packages come before the base's.
+# `.pth` files are read in the order of their names. With this name, paths of editable packages precede the base's.
 PTH_FILE = "zzzz_nemo_rl_venv.pth"
 
-_SOURCE = '''"""Written by nemo_rl.venvs: pins this process to its venv, which is then not removed while it runs."""
+_SOURCE = '''"""Written by nemo_rl.venvs: pins this process to its venv and keeps the venv from being removed."""
 
 import fcntl
 import os
@@ -41,7 +40,7 @@ def _lease(root):
         LEASES.append(descriptor)
         os.utime(path)
     except OSError:
-        pass  # no locks here, or a read-only disk: nothing is removed from that
+        pass  # a file system without locks, or a read-only disk, from which nothing is removed
 
 
 def _pin(known_paths):
@@ -56,7 +55,7 @@ def _pin(known_paths):
 
 
 def start(known_paths):
-    """Called once, by the .pth file, with the set in which site keeps the paths that it has added."""
+    """Called once by the .pth file, with site's set of the paths that it has added."""
     known_paths = set() if known_paths is None else known_paths
     root = _pin(known_paths)
     _lease(root)
@@ -70,12 +69,17 @@ def start(known_paths):
 '''
 
 
-# The line runs inside `site.addpackage`. The hook of a base venv finds the module imported and does nothing.
+# The line runs inside `site.addpackage`. The hook of a base venv does nothing, because the module is imported already.
 _PTH = f"import sys; {MODULE!r} in sys.modules or __import__({MODULE!r}).start(locals().get('known_paths'))\n"
 
 
 def write_site_hook(site_packages: Path, *, base: str | None = None, base_paths: tuple[str, ...] = ()) -> None:
-    """Write the hook into a venv's site-packages; `base` is the base venv's path relative to the venv's directory."""
+    """Write the hook into a venv.
+
+    Args:
+        base: path of the base venv relative to the venv's directory; None without a base venv.
+        base_paths: site-packages directories of a base interpreter.
+    """
     source = _SOURCE.format(base=base, base_paths=list(base_paths), lease=LEASE_FILE)
     (site_packages / f"{MODULE}.py").write_text(source)
     (site_packages / PTH_FILE).write_text(_PTH)

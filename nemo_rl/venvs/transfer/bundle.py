@@ -1,13 +1,13 @@
-"""One archive with all that is needed to build venvs where no registry can be reached.
+"""Bundles: archives for building venvs on machines that cannot reach a package index.
 
 ::
 
     write_bundle ─ build each venv with an empty uv cache ─ build each again, offline, from that cache ─► archive
-    opened_bundle ─ check Python and platform ─ unpack safely beside the venvs ─ uv works offline, from there only
+    opened_bundle ─ check Python and platform ─ unpack safely beside the venvs ─ uv builds offline from there only
 
-The archive holds uv's own cache (wheels, and what a local package's build needs) and `bundle.json`, which comes first
-and says for which Python and platform it is and what it holds. It is proven before it is written: the second build has
-no network. It holds neither the project's source nor bytecode.
+The archive starts with `bundle.json`, which names the Python version, the platform and the packages. Then comes uv's
+cache: wheels, and what the builds of local packages need. A bundle is tested before it is written: the second build has
+no network access. It contains neither the project's source nor bytecode.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ from nemo_rl.venvs.uv import is_no_space, no_space_error
 FORMAT = 1
 _INDEX = "bundle.json"
 _CACHE = "cache"
-# Links are cheap where bytes are not: level 1 packs wheels' contents almost as small as level 9, many times faster.
+# Level 1 compresses wheels' contents almost as well as level 9, and many times faster.
 _COMPRESSION = 1
-# What uv keeps that no build needs: answers about interpreters of this machine, and environments of its own.
-_LEFT_OUT = ("interpreter-", "environments-", "builds-")
+# Parts of uv's cache that no build needs: facts about this machine's interpreters, and temporary environments.
+_EXCLUDED = ("interpreter-", "environments-", "builds-")
 _OFFLINE = {"UV_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
 class BundleIndex:
-    """What a bundle is for and what it holds.
+    """Describes the requirements and content of a bundle.
 
     Attributes:
-        python: minor version, such as `3.11`; platform: such as `linux-x86_64`.
-        venvs: name -> its packages (`name==version`; local packages are not in a bundle).
-        num_bytes: of the unpacked cache.
+        python: minor version, such as `3.11`.
+        platform: such as `linux-x86_64`.
+        venvs: venv name -> its packages (`name==version`), without local packages.
+        num_bytes: size of the unpacked cache.
+        format: version of the bundle's format.
     """
 
     python: str
@@ -60,16 +62,21 @@ class BundleIndex:
 
 
 def write_bundle(targets: Mapping[str, str], archive: Path) -> BundleIndex:
-    """Write a bundle for `targets` (venv name -> py_executable) to `archive` (`.tar.gz`), and prove it offline.
+    """Write a bundle, after a test that the venvs can be built offline from it.
 
-    Raises what a build raises, and `BundleError` when the venvs cannot be built again without a network, when there is
-    nothing to bundle, or no file can be put at `archive`.
+    Args:
+        targets: venv name -> py_executable.
+        archive: path of the `.tar.gz` file; an existing file is replaced.
+
+    Raises:
+        BundleError: the venvs cannot be built offline, `targets` is empty, or `archive` cannot be written.
+        VenvError: a build with network access failed.
     """
     archive = archive.absolute()
     if not targets:
-        raise BundleError("There is nothing to bundle: these workers run in interpreters that are used as they are.")
+        raise BundleError("There is nothing to bundle: these workers run in existing interpreters.")
     if archive.exists() and not archive.is_file():
-        raise BundleError(f"{archive} is there and is no file: name the file that the bundle is written to.")
+        raise BundleError(f"{archive} exists and is not a regular file. Give the path of a file for the bundle.")
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,7 +92,7 @@ def write_bundle(targets: Mapping[str, str], archive: Path) -> BundleIndex:
                     for name, text in targets.items():
                         ensure(text, name, store=Store(Path(folder) / "proof"))
             except VenvError as error:
-                raise BundleError(f"The bundle would not build offline: {error}") from error
+                raise BundleError(f"The venvs cannot be built offline from the bundle: {error}") from error
         num_bytes = sum(
             path.stat().st_size for path in _cache_entries(cache) if path.is_file() and not path.is_symlink()
         )
@@ -97,9 +104,15 @@ def write_bundle(targets: Mapping[str, str], archive: Path) -> BundleIndex:
 
 @contextlib.contextmanager
 def opened_bundle(archive: Path, targets: Mapping[str, str], store: Store | None = None) -> Iterator[BundleIndex]:
-    """While the block runs, uv builds from the bundle alone; `targets` are what is going to be built.
+    """Make uv build from a bundle only, offline, while the block runs.
 
-    Raises `BundleError` for an archive that is not safe, not whole, for another machine, or for other packages.
+    Args:
+        archive: a file that `write_bundle` wrote.
+        targets: venv name -> py_executable of the venvs to build.
+        store: default: the store in `settings.venv_dir()`.
+
+    Raises:
+        BundleError: the archive is unsafe, incomplete, for another platform, or lacks packages of `targets`.
     """
     store = store or Store.default()
     store.root.mkdir(parents=True, exist_ok=True)
@@ -107,9 +120,9 @@ def opened_bundle(archive: Path, targets: Mapping[str, str], store: Store | None
     if (index.python, index.platform) != (_python(), _platform()):
         raise BundleError(
             f"{archive} is for Python {index.python} on {index.platform}; this is {_python()} on {_platform()}. "
-            "Make one on such a machine: nemo-rl venvs bundle"
+            "Create a bundle on such a machine with `nemo-rl venvs bundle`."
         )
-    # On the disk of the venvs, so that uv can link files instead of copying them.
+    # On the same disk as the venvs, uv can link files instead of copying them.
     with tempfile.TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=store.root) as folder:
         _unpack(archive, Path(folder))
         with settings.exported({"UV_CACHE_DIR": str(Path(folder) / _CACHE), **_OFFLINE}):
@@ -118,13 +131,13 @@ def opened_bundle(archive: Path, targets: Mapping[str, str], store: Store | None
 
 
 def read_index(archive: Path) -> BundleIndex:
-    """What a bundle says of itself. Raises `BundleError`."""
+    """Read the index of a bundle. Raises `BundleError` if the file is not a bundle."""
     try:
         with tarfile.open(archive, "r:gz") as opened:
             first = opened.next()
             content = opened.extractfile(first) if first is not None and first.name == _INDEX else None
             if content is None:
-                raise BundleError(f"{archive} is not a bundle of this project: it does not begin with {_INDEX}.")
+                raise BundleError(f"{archive} is not a bundle of nemo_rl: its first entry is not {_INDEX}.")
             raw = json.loads(content.read(2**26))
         if raw["format"] != FORMAT:
             raise BundleError(f"{archive} has format {raw['format']!r}; this version reads {FORMAT}.")
@@ -147,15 +160,14 @@ def _remote_packages(py_executable: str, store: Store) -> list[str]:
 
 
 def _check_packages(archive: Path, index: BundleIndex, targets: Mapping[str, str], store: Store) -> None:
-    held = {line for lines in index.venvs.values() for line in lines}
+    bundled = {line for lines in index.venvs.values() for line in lines}
     for name, text in targets.items():
-        asked = set(_remote_packages(text, store))
-        missing = asked - held
+        missing = set(_remote_packages(text, store)) - bundled
         if missing:
-            changed = differences([line for line in held if _name(line) in set(map(_name, missing))], missing)
+            changed = differences([line for line in bundled if _name(line) in set(map(_name, missing))], missing)
             raise BundleError(
                 f"{archive} does not hold all packages of {name}: {'; '.join(changed[:20])}. "
-                "Make a new one for this lock: nemo-rl venvs bundle"
+                "Create a new bundle for this lock with `nemo-rl venvs bundle`."
             )
 
 
@@ -165,7 +177,7 @@ def _name(line: str) -> str:
 
 def _cache_entries(cache: Path) -> Iterator[Path]:
     for entry in sorted(cache.iterdir()):
-        if not entry.name.startswith(_LEFT_OUT):
+        if not entry.name.startswith(_EXCLUDED):
             yield entry
             if entry.is_dir():
                 yield from sorted(entry.rglob("*"))
@@ -202,13 +214,13 @@ def _unpack(archive: Path, folder: Path) -> None:
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, OSError) and is_no_space(error):
             raise no_space_error(f"Unpacking the bundle {archive.name}") from error
-        raise BundleError(f"{archive} is not whole: {error}") from None
+        raise BundleError(f"{archive} is incomplete or damaged: {error}") from None
 
 
 def _safe(archive: Path, entry: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
     if entry.name != _INDEX and entry.name.partition("/")[0] != _CACHE:
         raise BundleError(f"{archive} is not safe to unpack: its entry {entry.name!r} is not below {_CACHE}/.")
-    # Refuses `..`, links that lead out, and devices; takes write bits from all but the owner.
+    # Rejects `..`, links that lead out, and devices; removes write permission for group and others.
     return tarfile.data_filter(entry, folder)
 
 

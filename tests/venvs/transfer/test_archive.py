@@ -11,9 +11,10 @@ from sample_projects import Project, run_in
 
 from nemo_rl import venvs
 from nemo_rl.errors import BroadcastError, VenvError
-from nemo_rl.venvs import Store, archive
+from nemo_rl.venvs import Store
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.progress import PhaseClock
+from nemo_rl.venvs.transfer import archive
 from nemo_rl.venvs.transfer.archive import (
     Entry,
     Listing,

@@ -111,7 +111,7 @@ def test_a_bundle_does_not_hold_what_another_lock_asks_for(tmp_path: Path, comma
 def test_what_cannot_be_written_is_told_before_anything_is_built(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     never = {"p": "uv run --locked --project /nowhere"}
-    for archive, why in ((tmp_path, "is no file"), (tmp_path / "file" / "b.tar.gz", "cannot be written")):
+    for archive, why in ((tmp_path, "is not a regular file"), (tmp_path / "file" / "b.tar.gz", "cannot be written")):
         with pytest.raises(BundleError, match=why):
             write_bundle(never, archive)
     with pytest.raises(BundleError, match="nothing to bundle"):

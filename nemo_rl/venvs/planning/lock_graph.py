@@ -1,9 +1,9 @@
-"""`uv.lock` as a graph: which version of a package a selection of extras and groups gets, and along which path.
+"""Read `uv.lock` as a graph: which version of a package a selection of extras and groups gets, and along which path.
 
-`uv export` stays the authority for what is installed (`resolve.py`); it does not say why. The lock does: it holds every
-package's dependencies with markers. Where extras conflict, uv resolves them in forks and writes the extra into the
-markers as `extra == 'extra-<length of the package name>-<package>-<extra>'` (`group-...` for dependency groups),
-which is true when the selection has it.
+`uv export` decides what is installed (`resolve.py`), but not why. The lock holds the reasons: every package's
+dependencies with markers. uv resolves conflicting extras in forks and writes the extra into the markers as
+`extra == 'extra-<length of the package name>-<package>-<extra>'` (`group-...` for dependency groups). Such a marker is
+true if the selection contains the extra.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TRUE, _FALSE = "python_version != '0'", "python_version == '0'"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a path starts: the project's own dependencies, one of its extras, or one of its groups."""
+    """Names the start of a path: the project's dependencies, one of its extras or one of its groups."""
 
     kind: Literal["project", "extra", "group"]
     name: str = ""
@@ -40,7 +40,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class LockedPackage:
-    """One version of a package in a lock. `version` is empty where the package's own build decides it."""
+    """Identifies one version of a package in a lock. `version` is empty if the package's build decides it."""
 
     name: str
     version: str
@@ -52,10 +52,10 @@ class LockedPackage:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a venv asks of a project.
+    """Selects packages of a project.
 
     Attributes:
-        extras, groups: normalised names; groups with the default ones.
+        extras, groups: normalised names; the groups include the default groups.
         markers: marker values of the venv's interpreter (PEP 508).
     """
 
@@ -66,24 +66,30 @@ class Selection:
 
 @dataclass
 class Walk:
-    """What a selection reaches.
+    """Holds the packages that a selection reaches.
 
     Attributes:
-        paths: per package, the shortest path from each origin that reaches it: the packages on the way, itself last.
-        dependents: per package, the packages in this venv that depend on it directly, the project among them.
+        paths: package -> origin -> the shortest path from the origin to the package, which is its last element.
+        dependents: package -> the packages of this venv that depend on it directly; may include the project.
     """
 
     paths: dict[LockedPackage, dict[Origin, tuple[LockedPackage, ...]]] = field(default_factory=dict)
     dependents: dict[LockedPackage, set[LockedPackage]] = field(default_factory=dict)
 
     def find(self, name: str) -> LockedPackage | None:
-        """The version of `name` that this selection gets."""
-        wanted = canonicalize_name(name)
-        return next((package for package in self.paths if package.name == wanted), None)
+        """Return the version of `name` that this selection gets; None if it does not get the package."""
+        normalized = canonicalize_name(name)
+        return next((package for package in self.paths if package.name == normalized), None)
 
 
 class LockGraph:
-    """A parsed `uv.lock`, walked for the member of it that lives in one project directory."""
+    """Searches a parsed `uv.lock` from one of its projects.
+
+    Args:
+        content: the parsed lock.
+        root: directory of the lock.
+        project: directory of a project that the lock contains.
+    """
 
     def __init__(self, content: Mapping[str, Any], root: Path, project: Path) -> None:
         self._entries: dict[LockedPackage, Mapping[str, Any]] = {}
@@ -98,7 +104,11 @@ class LockGraph:
 
     @staticmethod
     def read(root: Path, project: Path) -> LockGraph:
-        """The lock in the directory `root`. Raises `LockMismatchError` when it cannot be read or lacks the project."""
+        """Read the lock in the directory `root`.
+
+        Raises:
+            LockMismatchError: the lock cannot be read or does not contain the project.
+        """
         path = root / "uv.lock"
         try:
             return LockGraph(tomllib.loads(path.read_text(encoding="utf-8")), root, project)
@@ -107,43 +117,43 @@ class LockGraph:
 
     @property
     def extras(self) -> frozenset[str]:
-        """Every extra of the project."""
+        """All extras of the project."""
         return frozenset(self._entries[self.project].get("optional-dependencies", {}))
 
     def versions(self, name: str) -> list[str]:
-        """Every version of a package in the lock."""
+        """Return every version of a package in the lock."""
         return [package.version for package in self._by_name.get(canonicalize_name(name), [])]
 
     def conflicts_of(self, selection: Selection) -> list[list[str]]:
-        """The sets of conflicting extras and groups that an item of the selection belongs to, as `extra vllm`."""
-        chosen = {f"extra {name}" for name in selection.extras} | {f"group {name}" for name in selection.groups}
-        found = []
+        """Return each declared set of conflicting extras and groups (`extra vllm`) that contains a selected one."""
+        selected = {f"extra {name}" for name in selection.extras} | {f"group {name}" for name in selection.groups}
+        conflicts = []
         for conflict in self._conflicts:
             items = [_conflict_item(item) for item in conflict if item.get("package") == self.project.name]
-            if chosen & set(items):
-                found.append(items)
-        return found
+            if selected & set(items):
+                conflicts.append(items)
+        return conflicts
 
-    def asked_for(self, name: str, selection: Selection) -> list[str]:
-        """What the project itself asks for in its metadata, as `numpy>=2.0`, as far as the selection has it."""
+    def project_requirements(self, name: str, selection: Selection) -> list[str]:
+        """Return the project's requirements on a package, such as `numpy>=2.0`, that apply to the selection."""
         metadata = self._entries[self.project].get("metadata", {})
-        listed = [*metadata.get("requires-dist", [])]
+        requirements = [*metadata.get("requires-dist", [])]
         for group in sorted(selection.groups):
-            listed += metadata.get("requires-dev", {}).get(group, [])
-        # In metadata an extra is written plainly, as `extra == 'vllm'`.
-        markers, wanted = _Markers(selection.markers, set(selection.extras)), canonicalize_name(name)
+            requirements += metadata.get("requires-dev", {}).get(group, [])
+        # Markers in metadata hold the name of the extra, as `extra == 'vllm'`.
+        markers, normalized = _Markers(selection.markers, set(selection.extras)), canonicalize_name(name)
         return [
             _requirement(item)
-            for item in listed
-            if item["name"] == wanted and ("marker" not in item or markers.hold(item["marker"]))
+            for item in requirements
+            if item["name"] == normalized and ("marker" not in item or markers.is_true(item["marker"]))
         ]
 
     def overrides(self, name: str) -> list[str]:
-        """What `tool.uv.override-dependencies` sets for a package, whatever others ask for."""
+        """Return the requirements on a package in `tool.uv.override-dependencies`, which replace all others."""
         return [_requirement(item) for item in self._overrides if item["name"] == canonicalize_name(name)]
 
     def walk(self, selection: Selection) -> Walk:
-        """Everything that the selection reaches, from each of its origins, breadth first."""
+        """Search breadth first from each origin of the selection."""
         active = {_encoded("extra", self.project.name, name) for name in selection.extras}
         active |= {_encoded("group", self.project.name, name) for name in selection.groups}
         markers = _Markers(selection.markers, active)
@@ -178,35 +188,35 @@ class LockGraph:
 
     def _targets(self, edges: Iterable[Any], markers: _Markers) -> Iterator[tuple[LockedPackage, tuple[str, ...]]]:
         for edge in edges:
-            if "marker" in edge and not markers.hold(edge["marker"]):
+            if "marker" in edge and not markers.is_true(edge["marker"]):
                 continue
             source = json.dumps(edge["source"]) if "source" in edge else None
             for package in self._by_name.get(edge["name"], []):
-                # An edge names version and source only where the lock holds several.
+                # An edge names version and source only if the lock holds several versions.
                 if edge.get("version", package.version) == package.version and source in (None, package.source):
                     yield package, tuple(edge.get("extra", ()))
 
     def _member(self, root: Path, project: Path) -> LockedPackage:
         for package, entry in self._entries.items():
             source = entry.get("source", {})
-            place = source.get("editable") or source.get("virtual") or source.get("directory")
-            if place is not None and (root / place).resolve() == project.resolve():
+            location = source.get("editable") or source.get("virtual") or source.get("directory")
+            if location is not None and (root / location).resolve() == project.resolve():
                 return package
-        raise LockMismatchError(f"{root / 'uv.lock'} does not hold the project {project}. Run `uv lock` there.")
+        raise LockMismatchError(f"{root / 'uv.lock'} does not contain the project {project}. Run `uv lock` there.")
 
 
 class _Markers:
-    """Markers of one selection, each evaluated once."""
+    """Evaluates markers for one selection, each marker once."""
 
     def __init__(self, values: Mapping[str, str], active: set[str]) -> None:
         self._values = dict(values)
         self._active = active
-        self.hold = functools.cache(self._hold)
+        self.is_true = functools.cache(self._evaluate)
 
-    def _hold(self, marker: str) -> bool:
-        return Marker(_EXTRA_ATOM.sub(self._decide, marker)).evaluate(self._values)
+    def _evaluate(self, marker: str) -> bool:
+        return Marker(_EXTRA_ATOM.sub(self._replace_extra, marker)).evaluate(self._values)
 
-    def _decide(self, atom: re.Match[str]) -> str:
+    def _replace_extra(self, atom: re.Match[str]) -> str:
         is_active = (atom[2] or atom[3] or "") in self._active
         return _TRUE if is_active == (atom[1] == "==") else _FALSE
 
