@@ -92,19 +92,19 @@ def _check_virtual_nodes(wanted: dict[str, str]) -> dict[str, float]:
     real = node_venvs.alive_nodes()
     virtual = [real[0], *(replace(real[i % len(real)], node_id=f"virtual-{i}") for i in range(1, NUM_VIRTUAL))]
     where = {node.node_id: real[i % len(real)].node_id for i, node in enumerate(virtual)}
-    submit = coordinator.Campaign._submit
+    submit = coordinator.ProvisioningCoordinator._submit
 
     def submit_to_real_node(self: Any, task: Any, request: Any) -> Any:
         return submit(self, task, replace(request, node_id=where[request.node_id]))
 
     node_venvs.alive_nodes = lambda: virtual  # type: ignore[assignment]
-    coordinator.Campaign._submit = submit_to_real_node  # type: ignore[method-assign]
+    coordinator.ProvisioningCoordinator._submit = submit_to_real_node  # type: ignore[method-assign]
     ensure_venvs_on_each_node(wanted)  # Ray starts a process for each of the 63 requests
     time.sleep(SETTLE_S)
     measured = {}
     for name, clears_cache in (("64 x 4 asked", True), ("64 x 4 known", False)):
         if clears_cache:
-            node_venvs._proven.clear()
+            node_venvs._ready.clear()
         cpu = time.process_time()
         measured[name] = _timed(lambda: ensure_venvs_on_each_node(wanted), builds=0)
         measured[f"{name}, driver's CPU"] = time.process_time() - cpu

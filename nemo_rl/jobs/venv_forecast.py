@@ -22,7 +22,7 @@ from packaging.tags import sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from nemo_rl import settings
-from nemo_rl.distributed.provisioning.node_task import variables_here
+from nemo_rl.distributed.provisioning.node_task import node_variables
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, VenvSpec, find_sealed, list_venvs
 from nemo_rl.venvs.planning.resolve import lock_root
@@ -73,7 +73,7 @@ def forecast_venvs(
         wheel_sizes: `name==version` -> bytes, as `wheel_sizes_of` reads them where the lock is.
         variables: the driver's, which decide where a node keeps venvs.
     """
-    with settings.exported(variables_here(variables)):
+    with settings.exported(node_variables(variables)):
         store = Store.default()
         infos = list_venvs(store)
         sizes = _Sizes(infos, wheel_sizes)

@@ -72,7 +72,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, own_dirs: list[Path], cluster: Cluste
     for name in ("NRL_FORCE_REBUILD_VENVS", "UV_PYTHON", "VIRTUAL_ENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NEMO_RL_COMPILE_BYTECODE", "0")
-    node_venvs._proven.clear()
+    node_venvs._ready.clear()
     yield
     for path in own_dirs:
         if path.is_file():
@@ -102,7 +102,7 @@ def no_tasks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def forbid(*arguments: Any) -> None:
         raise AssertionError("a node was asked again")
 
-    return lambda: monkeypatch.setattr(coordinator.Campaign, "_submit", forbid)
+    return lambda: monkeypatch.setattr(coordinator.ProvisioningCoordinator, "_submit", forbid)
 
 
 def _versions(python: str, *packages: str) -> list[str]:
@@ -212,7 +212,7 @@ def test_a_node_that_fails_is_named_and_the_others_are_ready(project: str, separ
     message = str(caught.value)
     assert f"- a.Worker on {node['NodeManagerAddress']}" in message
     assert str(broken) in message
-    assert "What the others did:" in message
+    assert "The others:" in message
     assert re.search(r"a\.Worker on .* in .* s: built", message)
     assert re.search(r"a\.Worker on .* in .* s: received", message)
     assert isinstance(caught.value.__cause__, VenvError)
@@ -288,7 +288,7 @@ def test_force_rebuilds_once_per_job_and_directory(
     ensure_venvs_on_each_node({"a.Worker": project})
     before = {os.path.realpath(entry / "a.Worker") for entry in separate_dirs}
     monkeypatch.setenv("NRL_FORCE_REBUILD_VENVS", "true")
-    node_venvs._proven.clear()  # as in a new driver
+    node_venvs._ready.clear()  # as in a new driver
     monkeypatch.setattr(node_venvs, "job_name", lambda: "the next job")
     report = ensure_venvs_on_each_node({"a.Worker": project, "b.Worker": project})
     assert [entry.built for entry in report.entries].count(True) == 1
@@ -332,10 +332,10 @@ def test_an_interpreter_that_a_node_lacks_is_its_error(tmp_path: Path, shared_di
     python = tmp_path / "python"
     python.symlink_to(os.path.realpath(sys.executable))
     plan = venvs.plan(str(python))
-    present = node_task.survey(Request("id", "10.0.0.1", {"w": plan}, "job"))
+    present = node_task.survey(Request("id", "10.0.0.1", {}, "job"), {"w": plan})
     assert present.done[0].error is None
     python.unlink()
-    absent = node_task.survey(Request("id", "10.0.0.1", {"w": plan}, "job"))
+    absent = node_task.survey(Request("id", "10.0.0.1", {}, "job"), {"w": plan})
     assert str(python) in str(absent.done[0].error)
     assert absent.missing == ()
 
@@ -345,4 +345,4 @@ def test_a_node_keeps_its_own_uv_settings_and_takes_the_projects(monkeypatch: py
     monkeypatch.setenv("NEMO_RL_VENV_DIR", "the node's")
     monkeypatch.delenv("UV_OFFLINE", raising=False)
     received = {"UV_CACHE_DIR": "the driver's", "UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}
-    assert node_task.variables_here(received) == {"UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}
+    assert node_task.node_variables(received) == {"UV_OFFLINE": "1", "NEMO_RL_VENV_DIR": "the driver's"}

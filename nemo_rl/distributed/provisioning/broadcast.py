@@ -1,12 +1,12 @@
-"""Who gives a venv to whom: what the driver decides while venvs spread from node to node.
+"""The driver's side of a venv broadcast: decide which node sends a venv to which node.
 
 ::
 
-    content (digest, Python and platform) ── first node that lacks it ── builds ──► source
-                                          ── the others ── wait ── a tree below the source, each node with two below it
+    content (digest, Python and platform) ── first node without it ── builds ──► source
+                                          ── other nodes ── wait ── a tree below the source, two nodes below each node
 
-One content spreads at a time. The next one then links what the first has brought (most of a second venv is in the
-first one), and no two trees wait for each other. The work itself is in `broadcast_peer`.
+One content is broadcast at a time. The next broadcast can link files of the first venv (most of a second venv is in the
+first one), and two trees never wait for each other. `broadcast_peer` holds the nodes' side.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nemo_rl.distributed.provisioning.broadcast_peer import CONCURRENCY_GROUPS, Above, VenvSpreadHost
+from nemo_rl.distributed.provisioning.broadcast_peer import CONCURRENCY_GROUPS, BroadcastPeer, UpstreamPeer
 from nemo_rl.distributed.provisioning.node_task import Request
 from nemo_rl.distributed.provisioning.source_sync import task_options
 
 logger = logging.getLogger(__name__)
 
-# Digest of the plan, and the Python and platform that a node has for it.
+# Digest of the plan, and the Python and platform that a node uses for it.
 Content = tuple[str, str]
 
 _FANOUT = 2
-# A node that has failed to receive so often builds for itself.
+# After this many failed attempts to receive a venv, a node builds it.
 _MAX_ATTEMPTS = 2
 _CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass
 class _State:
-    """One content.
+    """The state of one content.
 
     Attributes:
-        builder: the node that builds it for all.
-        sources: node id -> interpreter of the sealed venv there.
-        waiting: node id -> names of the venvs that it waits for.
-        attempts: node id -> how often it has been told to receive.
-        tree: the nodes that receive, in the order in which they joined, behind the source that gives.
-        offer: the source's listings, on their way.
+        builder: the node that builds it for the others.
+        sources: node id -> interpreter of the sealed venv on that node.
+        waiting: node id -> names of the venvs that the node waits for.
+        attempts: node id -> number of attempts to receive it.
+        tree: the source, then the receiving nodes in the order in which they joined.
+        offer: the future listings of the source.
     """
 
     builder: str | None = None
@@ -57,59 +57,65 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Receiving:
-    """A node that has been told to receive, and the offer that it was given."""
+class _Transfer:
+    """A node that receives a content, and the offer that it uses."""
 
     content: Content
     node_id: str
     offer: ray.ObjectRef
 
 
-class VenvSpread:
-    """The contents of one campaign. Only its owner's thread calls it.
+class BroadcastCoordinator:
+    """Decides who sends what in one provisioning call. Only the caller's thread may use it.
 
     Args:
-        requests: what each node is asked for.
-        addresses: node id -> what people call it, of every node that may be a source.
-        here: the driver's node, which builds and never receives.
+        requests: node id -> the venvs that the node needs.
+        addresses: node id -> address, of every node that may be a source.
+        driver_node: id of the driver's node, which builds and never receives.
     """
 
-    def __init__(self, requests: Mapping[str, Request], addresses: Mapping[str, str], here: str) -> None:
+    def __init__(self, requests: Mapping[str, Request], addresses: Mapping[str, str], driver_node: str) -> None:
         self._requests = requests
         self._addresses = addresses
-        self._here = here
+        self._driver_node = driver_node
         self._states: dict[Content, _State] = collections.defaultdict(_State)
-        self._hosts: dict[str, Any] = {}
+        self._peers: dict[str, Any] = {}
         self._retired: list[Any] = []
         self._active: Content | None = None
-        self._streams: dict[ray.ObjectRefGenerator, _Receiving] = {}
+        self._transfers: dict[ray.ObjectRefGenerator, _Transfer] = {}
         self._plans: dict[tuple[Content, tuple[str, ...]], ray.ObjectRef] = {}
 
     def add_source(self, content: Content, node_id: str, stable_python: str) -> None:
-        """A node has it: built, received or found."""
+        """Note that a node has a content: it built, received or already had it."""
         self._states[content].sources[node_id] = stable_python
 
-    def awaits(self, content: Content, node_id: str, names: list[str]) -> str | None:
-        """The node for which this one shall wait with these venvs; None: it shall build them itself."""
+    def assign(self, content: Content, node_id: str, names: list[str]) -> str | None:
+        """Let a node wait for these venvs, and return the address of the node that will send them.
+
+        Returns None if the node must build them itself; it then is the builder for the other nodes.
+        """
         state = self._states[content]
-        if node_id != self._here and state.attempts[node_id] < _MAX_ATTEMPTS:
-            giver = state.builder if state.builder is not None else next(iter(state.sources), None)
-            if giver not in (None, node_id):
+        if node_id != self._driver_node and state.attempts[node_id] < _MAX_ATTEMPTS:
+            sender = state.builder if state.builder is not None else next(iter(state.sources), None)
+            if sender not in (None, node_id):
                 state.waiting.setdefault(node_id, []).extend(names)
-                return self._addresses.get(giver, giver)
+                return self._addresses.get(sender, sender)
         if state.builder is None:
             state.builder = node_id
         return None
 
     def prepare(self, content: Content, node_id: str) -> None:
-        """Start the processes that a node will receive through while the venv is still being built."""
+        """Start the peers of the sender and of a receiving node while the venv is still being built."""
         state = self._states[content]
-        for taking_part in (state.builder, *list(state.sources)[:1], node_id):
-            if taking_part is not None:
-                self._host(taking_part)
+        for participant in (state.builder, *list(state.sources)[:1], node_id):
+            if participant is not None:
+                self._peer(participant)
 
-    def give_up(self, content: Content, node_id: str) -> dict[str, list[str]]:
-        """A node failed to build: who waited for it, and for which venvs. Whoever asks later tries for itself."""
+    def fail_build(self, content: Content, node_id: str) -> dict[str, list[str]]:
+        """Note that a node failed to build; return node id -> names of the venvs without builder and source.
+
+        A node that asks for the content later builds it itself.
+        """
         state = self._states[content]
         if state.builder != node_id:
             return {}
@@ -119,8 +125,8 @@ class VenvSpread:
         waiting, state.waiting = state.waiting, {}
         return waiting
 
-    def lose(self, node_id: str) -> dict[str, list[str]]:
-        """A node left the cluster: who waits for something that nobody has or builds any more, and for which venvs."""
+    def remove_node(self, node_id: str) -> dict[str, list[str]]:
+        """Remove a lost node; return node id -> names of the venvs without builder and source."""
         orphans: dict[str, list[str]] = {}
         self._retire(node_id)
         for state in self._states.values():
@@ -139,95 +145,98 @@ class VenvSpread:
         if state.tree[:1] == [node_id]:
             state.tree, state.offer = [], None
 
-    def start(self) -> Iterator[tuple[ray.ObjectRefGenerator, Request]]:
-        """Let every node receive that can now; yields the stream of what it tells, and what it was asked for."""
+    def start_transfers(self) -> Iterator[tuple[ray.ObjectRefGenerator, Request]]:
+        """Start every transfer that can start now; yield the stream of its results and the node's request."""
         if self._active is None:
-            able = (content for content, state in self._states.items() if state.waiting and state.sources)
-            self._active = next(able, None)
+            ready = (content for content, state in self._states.items() if state.waiting and state.sources)
+            self._active = next(ready, None)
         if self._active is None or not self._states[self._active].sources:
             return
         state = self._states[self._active]
         while state.waiting:
             node_id = next(iter(state.waiting))
-            yield self._receive(self._active, node_id, state.waiting.pop(node_id))
+            yield self._start_transfer(self._active, node_id, state.waiting.pop(node_id))
 
-    def _receive(self, content: Content, node_id: str, names: list[str]) -> tuple[ray.ObjectRefGenerator, Request]:
+    def _start_transfer(
+        self, content: Content, node_id: str, names: list[str]
+    ) -> tuple[ray.ObjectRefGenerator, Request]:
         state = self._states[content]
         if state.offer is None:
             source, python = next(iter(state.sources.items()))
-            state.tree, state.offer = [source], self._host(source).offer.remote(python)
+            state.tree, state.offer = [source], self._peer(source).offer.remote(python)
         state.attempts[node_id] += 1
-        place, above = len(state.tree), []
+        position, upstream = len(state.tree), []
         state.tree.append(node_id)
-        while place > 0:
-            place = (place - 1) // _FANOUT
-            if place == 0:
-                self._host(state.tree[0])
-            if state.tree[place] in self._hosts and state.tree[place] != node_id:
-                above.append(Above(self._addresses.get(state.tree[place], ""), self._hosts[state.tree[place]]))
+        while position > 0:
+            position = (position - 1) // _FANOUT
+            if position == 0:
+                self._peer(state.tree[0])
+            if state.tree[position] in self._peers and state.tree[position] != node_id:
+                address = self._addresses.get(state.tree[position], "")
+                upstream.append(UpstreamPeer(address, self._peers[state.tree[position]]))
         request = self._requests[node_id]
         request = replace(request, plans={name: request.plans[name] for name in names})
         key = (content, tuple(names))
         if key not in self._plans:
             self._plans[key] = ray.put(request.plans)
-        told = replace(request, plans={})
-        method = self._host(node_id).receive.options(num_returns="streaming", name=f"venvs to {request.node}")
-        stream = method.remote(told, self._plans[key], state.offer, above)
-        self._streams[stream] = _Receiving(content, node_id, state.offer)
+        method = self._peer(node_id).receive.options(num_returns="streaming", name=f"venvs to {request.node}")
+        stream = method.remote(replace(request, plans={}), self._plans[key], state.offer, upstream)
+        self._transfers[stream] = _Transfer(content, node_id, state.offer)
         return stream, request
 
-    def _host(self, node_id: str) -> Any:
-        if node_id not in self._hosts:
-            remote: Any = ray.remote  # whose annotations do not know of concurrency groups
-            actor = remote(num_cpus=0, max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(VenvSpreadHost)
+    def _peer(self, node_id: str) -> Any:
+        if node_id not in self._peers:
+            remote: Any = ray.remote  # its annotations lack concurrency groups
+            actor = remote(num_cpus=0, max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(BroadcastPeer)
             strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            self._hosts[node_id] = actor.options(scheduling_strategy=strategy, **task_options(node_id)).remote()
-        return self._hosts[node_id]
+            self._peers[node_id] = actor.options(scheduling_strategy=strategy, **task_options(node_id)).remote()
+        return self._peers[node_id]
 
-    def is_receiving(self, stream: ray.ObjectRefGenerator) -> bool:
-        """Whether a stream is one that `start` gave out and that has not ended."""
-        return stream in self._streams
+    def is_transfer(self, stream: ray.ObjectRefGenerator) -> bool:
+        """Return whether a stream belongs to a transfer that has not ended."""
+        return stream in self._transfers
 
-    def miss(self, stream: ray.ObjectRefGenerator, *, process_died: bool) -> None:
-        """A node has not received what it should. `process_died` is about its own process; else the source is to blame.
+    def fail_transfer(self, stream: ray.ObjectRefGenerator, *, process_died: bool) -> None:
+        """Note that a transfer failed, so that the next attempt uses another source or another process.
 
-        The next try is with another source, or with a new process for this one.
+        Args:
+            process_died: whether the receiver's process died; otherwise the source is at fault.
         """
-        told = self._streams[stream]
-        state = self._states[told.content]
+        transfer = self._transfers[stream]
+        state = self._states[transfer.content]
         if process_died:
-            self._retire(told.node_id)
-        # Once for all nodes that were given this offer: the next one may be fine.
-        if state.tree and state.offer is told.offer and (not process_died or _has_failed(told.offer)):
+            self._retire(transfer.node_id)
+        # Only once for all nodes that used this offer: a new offer may be good.
+        if state.tree and state.offer is transfer.offer and (not process_died or _has_failed(transfer.offer)):
             source, state.tree, state.offer = state.tree[0], [], None
             self._retire(source)
-            if len(state.sources) > 1 or source != self._here:
+            if len(state.sources) > 1 or source != self._driver_node:
                 self._drop_source(state, source)
 
-    def end(self, stream: ray.ObjectRefGenerator) -> None:
-        """A stream of `start` has ended, in one way or another."""
-        if stream in self._streams:
-            del self._streams[stream]
-            if not any(told.content == self._active for told in self._streams.values()):
+    def end_transfer(self, stream: ray.ObjectRefGenerator) -> None:
+        """Note that a stream has ended, with or without success. Does nothing for other streams."""
+        if stream in self._transfers:
+            del self._transfers[stream]
+            if not any(transfer.content == self._active for transfer in self._transfers.values()):
                 self._active = None
 
     def _retire(self, node_id: str) -> None:
-        """Ask a node's host no more. Others may still be served by it."""
-        if node_id in self._hosts:
-            self._retired.append(self._hosts.pop(node_id))
+        """Use a node's peer for no new transfer. It may still serve others."""
+        if node_id in self._peers:
+            self._retired.append(self._peers.pop(node_id))
 
     def close(self) -> None:
-        """Nobody waits any more: end the hosts, and let them remove what they kept."""
-        closing = [host.close.remote() for host in (*self._hosts.values(), *self._retired)]
+        """End all peers after they have removed their chunks."""
+        closing = [peer.close.remote() for peer in (*self._peers.values(), *self._retired)]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
-        """End the hosts at once; what has arrived stays for the next time."""
-        for host in (*self._hosts.values(), *self._retired):
-            ray.kill(host)
-        self._hosts.clear()
+        """End all peers at once. Their chunks stay for the next call."""
+        for peer in (*self._peers.values(), *self._retired):
+            ray.kill(peer)
+        self._peers.clear()
         self._retired.clear()
 
 

@@ -1,13 +1,13 @@
-"""What a node does while a venv spreads: it receives the venv, and gives every chunk that it has to the nodes below.
+"""A node's side of a venv broadcast: receive the venv, and serve its chunks to the nodes below.
 
 ::
 
-    source ◄─ chunk(i) ── node 1 ◄─ chunk(i) ── node 3        each node asks the one above for a few chunks ahead,
-       ▲                     ▲───── chunk(i) ── node 4        keeps what comes, unpacks it, and answers those below;
-       └───── chunk(i) ── node 2 ◄─ ...                       if the one above is gone it asks the next one up
+    source ◄─ chunk(i) ── node 1 ◄─ chunk(i) ── node 3        Each node requests a few chunks ahead from the node above,
+       ▲                     ▲───── chunk(i) ── node 4        stores and unpacks them, and serves the nodes below.
+       └───── chunk(i) ── node 2 ◄─ ...                       If the node above fails, it asks the next node up.
 
-A chunk travels as the return value of an actor's method, from object store to object store. A node holds at most
-`_WINDOW` chunks that it asked for and as many for each node below, so no object store ever has to spill.
+A chunk is the return value of an actor method; Ray copies it from object store to object store. A node's object store
+holds at most `_WINDOW` requested chunks and `_WINDOW` chunks per node below, so it does not spill.
 """
 
 from __future__ import annotations
@@ -36,69 +36,78 @@ from nemo_rl.venvs.uv import BuildLog
 
 logger = logging.getLogger(__name__)
 
-# Chunks that a node asks for ahead of what it unpacks.
+# Number of chunks that a node requests ahead.
 _WINDOW = 4
-# A node above that has not even started to receive is passed over after this long; the child waits a little longer.
-_PATIENCE_S = 60.0
+# How long an upstream peer waits for a chunk before it answers that it has none. The requesting node waits longer.
+_CHUNK_TIMEOUT_S = 60.0
 _RECENT_CHUNKS = 8
 
 CONCURRENCY_GROUPS = {"receive": 1, "serve": 3 * _WINDOW}
 
 
 @dataclass(frozen=True)
-class Above:
-    """A node that may have the chunks: its name for people, and its `VenvSpreadHost`."""
+class UpstreamPeer:
+    """A peer that may have the chunks: the node's address, and the handle of its `BroadcastPeer` actor."""
 
     node: str
-    host: Any
+    peer: Any
 
 
-class VenvSpreadHost:
-    """One per node and campaign, as a Ray actor with `CONCURRENCY_GROUPS`."""
+class BroadcastPeer:
+    """Receives and serves venvs on one node in one provisioning call: a Ray actor with `CONCURRENCY_GROUPS`."""
 
     def __init__(self) -> None:
-        self._feeds: dict[str, _Source | Spool | None] = {}
+        # Stream key -> where its chunks come from on this node; None if this node will not have the stream.
+        self._feeds: dict[str, _VenvSource | Spool | None] = {}
         self._changed = threading.Condition()
-        encode_chunk(b"")  # loads the compressor while there is time
+        encode_chunk(b"")  # imports the compressor before the first chunk is requested
 
     def offer(self, stable_python: str) -> tuple[Listing, ...]:
-        """List the sealed venv of an interpreter in this node's store: first what it is laid over, then itself.
+        """List the sealed venv of an interpreter in this node's store, after the venvs that it is based on.
 
-        Raises `VenvError` when it is not there any more.
+        Raises `VenvError` if the venv no longer exists.
         """
         link = Path(stable_python).parent.parent
         layers = [link.resolve()]
         while (base := read_manifest(layers[0]).base_digest) is not None:
             layers.insert(0, Store(link.parent.parent).link(base).resolve())
-        sources = [_Source(root) for root in layers]
+        sources = [_VenvSource(root) for root in layers]
         for source in sources:
             self._set_feed(source.listing.key, source)
         return tuple(source.listing for source in sources)
 
     @ray.method(concurrency_group="serve")
     def chunk(self, key: str, chunk: int) -> bytes | None:
-        """A chunk of the stream `key`, as soon as it is here; None when it will not come."""
+        """Wait for a chunk of the stream `key` and return it encoded; None if this node does not get it in time."""
         with self._changed:
-            if not self._changed.wait_for(lambda: key in self._feeds, _PATIENCE_S):
+            if not self._changed.wait_for(lambda: key in self._feeds, _CHUNK_TIMEOUT_S):
                 return None
             feed = self._feeds[key]
-        return feed.wait(chunk, _PATIENCE_S) if feed is not None else None
+        return feed.wait(chunk, _CHUNK_TIMEOUT_S) if feed is not None else None
 
     @ray.method(concurrency_group="receive")
     def receive(
-        self, request: Request, plans: dict[str, VenvPlan], listings: tuple[Listing, ...], above: list[Above]
+        self,
+        request: Request,
+        plans: dict[str, VenvPlan],
+        listings: tuple[Listing, ...],
+        upstream_peers: list[UpstreamPeer],
     ) -> Iterator[NodeProgress | NodeVenv]:
-        """Make venvs of one content ready from `listings`; yields what `serve` yields.
+        """Receive the venvs of one content; yield what `node_task.serve` yields.
 
-        `above` are the nodes to ask, nearest first; the last one is the source.
+        Args:
+            request: the node's request, without its plans.
+            plans: the request's plans; a separate argument because the nodes share one copy in the object store.
+            listings: the source's listings of the venv and its base.
+            upstream_peers: the peers to ask, nearest first; the last one is the source.
         """
         by_digest = {listing.digest: listing for listing in listings}
-        upstream = _Upstream(above)
+        upstream = _Upstream(upstream_peers)
 
         def fill(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog) -> None:
             listing = by_digest.get(venv_plan.digest)
             if listing is None:
-                raise BroadcastError(f"{above[-1].node} has another venv than the one that this node needs.")
+                raise BroadcastError(f"{upstream_peers[-1].node} does not have the venv that this node needs.")
             store = Store(root.parent.parent)
             spool = Spool(listing, store)
             self._set_feed(listing.key, spool)
@@ -109,39 +118,39 @@ class VenvSpreadHost:
                 log,
                 listing=listing,
                 spool=spool,
-                fetch=lambda wanted: upstream.fetch(listing.key, wanted, spool.put),
+                fetch=lambda chunks: upstream.fetch(listing.key, chunks, spool.put),
                 store=store,
-                source=above[0].node,
+                source=upstream_peers[0].node,
             )
 
         try:
             with ending_with_raylet():
-                for item in serve(replace(request, plans=plans), fill):
+                for item in serve(request, plans, fill):
                     if isinstance(item, NodeVenv) and item.built:
-                        yield replace(item, built=False, received_from=above[0].node)
+                        yield replace(item, built=False, received_from=upstream_peers[0].node)
                     else:
                         yield item
         finally:
             for key in (listing.key for listing in listings):
                 if key not in self._feeds:
-                    self._set_feed(key, None)  # it was here already: those below ask further up
+                    self._set_feed(key, None)  # this node already had the venv: the nodes below ask the next node up
 
     def close(self) -> None:
-        """All nodes are done: nothing is served any more, and what was kept for that is removed."""
+        """Stop serving, and remove the stored chunks."""
         with self._changed:
             feeds, self._feeds = self._feeds, dict.fromkeys(self._feeds)
         for feed in feeds.values():
             if feed is not None:
                 feed.close()
 
-    def _set_feed(self, key: str, feed: _Source | Spool | None) -> None:
+    def _set_feed(self, key: str, feed: _VenvSource | Spool | None) -> None:
         with self._changed:
             self._feeds[key] = feed
             self._changed.notify_all()
 
 
-class _Source:
-    """A sealed venv, read as it is asked for. The nodes right below ask for the same chunks at about the same time."""
+class _VenvSource:
+    """Reads chunks from a sealed venv, and caches recent ones: the nodes below often request the same chunk."""
 
     def __init__(self, root: Path) -> None:
         self._lease = hold_lease(root)
@@ -152,12 +161,12 @@ class _Source:
     def wait(self, chunk: int, _timeout_s: float) -> bytes:
         with self._lock:
             future = self._recent.get(chunk)
-            is_mine = future is None
+            must_read = future is None
             if future is None:
                 future = self._recent[chunk] = concurrent.futures.Future()
                 while len(self._recent) > _RECENT_CHUNKS:
                     self._recent.popitem(last=False)
-        if is_mine:
+        if must_read:
             try:
                 future.set_result(read_chunk(self.listing, chunk))
             except BaseException as error:
@@ -169,60 +178,60 @@ class _Source:
 
 
 class _Upstream:
-    """The nodes above, asked for chunks a few ahead. One that cannot give a chunk is not asked again."""
+    """Requests chunks from the peers above, a few ahead. A peer that cannot send a chunk is not asked again."""
 
-    def __init__(self, above: Sequence[Above]) -> None:
-        self._above = list(above)
+    def __init__(self, peers: Sequence[UpstreamPeer]) -> None:
+        self._peers = list(peers)
         self._lock = threading.Lock()
 
-    def fetch(self, key: str, wanted: Sequence[int], keep: Callable[[int, bytes], None]) -> Generator[bytes]:
-        """Every wanted chunk, raw, in order; each as it came goes to `keep` before.
+    def fetch(self, key: str, chunks: Sequence[int], store: Callable[[int, bytes], None]) -> Generator[bytes]:
+        """Yield the raw bytes of each chunk in order, after `store` has been called with its encoded bytes.
 
-        They are awaited, checked and decompressed by as many threads as there are chunks under way.
+        `_WINDOW` threads wait for, check and decompress the chunks.
 
         Raises:
-            BroadcastError: no node has a chunk whole.
+            BroadcastError: no peer can send one of the chunks.
         """
-        rest = iter(wanted)
+        remaining = iter(chunks)
         with concurrent.futures.ThreadPoolExecutor(_WINDOW) as threads:
 
-            def ask(chunk: int) -> concurrent.futures.Future[bytes]:
-                return threads.submit(self._take, key, chunk, *self._ask(key, chunk), keep)
+            def request(chunk: int) -> concurrent.futures.Future[bytes]:
+                return threads.submit(self._receive, key, chunk, *self._request(key, chunk), store)
 
-            asked = collections.deque(ask(chunk) for chunk in itertools.islice(rest, _WINDOW))
-            while asked:
-                yield asked.popleft().result()
-                asked.extend(ask(chunk) for chunk in itertools.islice(rest, 1))
+            pending = collections.deque(request(chunk) for chunk in itertools.islice(remaining, _WINDOW))
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(request(chunk) for chunk in itertools.islice(remaining, 1))
 
-    def _ask(self, key: str, chunk: int) -> tuple[Above, ray.ObjectRef[bytes | None]]:
+    def _request(self, key: str, chunk: int) -> tuple[UpstreamPeer, ray.ObjectRef[bytes | None]]:
         with self._lock:
-            if not self._above:
-                raise BroadcastError(f"chunk {chunk} of a venv cannot come: no node above has the whole venv.")
-            nearest = self._above[0]
-        return nearest, nearest.host.chunk.remote(key, chunk)
+            if not self._peers:
+                raise BroadcastError(f"chunk {chunk} of a venv is unavailable: no upstream node has the complete venv.")
+            nearest = self._peers[0]
+        return nearest, nearest.peer.chunk.remote(key, chunk)
 
-    def _take(
+    def _receive(
         self,
         key: str,
         chunk: int,
-        node: Above,
+        sender: UpstreamPeer,
         reference: ray.ObjectRef[bytes | None],
-        keep: Callable[[int, bytes], None],
+        store: Callable[[int, bytes], None],
     ) -> bytes:
         while True:
             try:
-                data = ray.get(reference, timeout=2 * _PATIENCE_S)
+                data = ray.get(reference, timeout=2 * _CHUNK_TIMEOUT_S)
                 if data is not None:
                     raw = decode_chunk(data)
-                    keep(chunk, data)
+                    store(chunk, data)
                     return raw
-                reason = "it does not have it"
+                reason = "the node does not have it"
             except (ray.exceptions.RayError, BroadcastError) as error:
                 reason = str(error).partition("\n")[0] or type(error).__name__
-            logger.warning("chunk %d of a venv did not come from %s: %s", chunk, node.node, reason)
+            logger.warning("no chunk %d of a venv from %s: %s", chunk, sender.node, reason)
             with self._lock:
-                if node in self._above:
-                    self._above.remove(node)
-                if not self._above:
-                    raise BroadcastError(f"chunk {chunk} of a venv did not come from {node.node}: {reason}")
-            node, reference = self._ask(key, chunk)
+                if sender in self._peers:
+                    self._peers.remove(sender)
+                if not self._peers:
+                    raise BroadcastError(f"no chunk {chunk} of a venv from {sender.node}: {reason}")
+            sender, reference = self._request(key, chunk)

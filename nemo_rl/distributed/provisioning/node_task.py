@@ -1,6 +1,6 @@
-"""What happens on a node when its venvs are made ready. Runs in the driver on its own node, in a Ray task elsewhere.
+"""A node's side of provisioning: survey its venvs and make them ready.
 
-It needs `nemo_rl.venvs` and nothing else: not ray, not torch.
+It runs in the driver's process on the driver's node and in a Ray task on other nodes. It uses neither ray nor torch.
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from nemo_rl import settings
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeVenv
 from nemo_rl.errors import VenvError
 from nemo_rl.utils.parent_watch import exit_with_parent
-from nemo_rl.venvs import InterpreterSpec, Progress, SealedVenv, Store, VenvPlan, VenvSpec, ensure, find_sealed
+from nemo_rl.venvs import InterpreterSpec, Progress, Store, VenvPlan, VenvSpec, ensure, find_sealed
 from nemo_rl.venvs.building.build import Receive
 from nemo_rl.venvs.planning.resolve import python_of
 
-# For how long another node's new files may stay unseen: NFS keeps what it knows about a directory for a while.
+# How long new files of another node may be invisible here: NFS caches directories.
 _VISIBILITY_TIMEOUT_S = 60.0
 _STORE_ID_FILE = ".id"
-_OWN_PREFIXES = ("NEMO_RL_", "NRL_")
+_PROJECT_PREFIXES = ("NEMO_RL_", "NRL_")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a node is asked for.
+    """Asks a node for venvs.
 
     Attributes:
-        node_id, node: who is asked: Ray's id, and the address for people.
-        plans: venv name -> what it holds.
+        node_id: Ray's id of the node.
+        node: address of the node.
+        plans: venv name -> plan.
         job: unique name of the job.
-        force: rebuild what this job has not built.
-        variables: the driver's, for building; see `driver_variables`; empty in the driver itself.
-        is_awaited: another node has just built these in the same directory.
+        force: rebuild venvs that this job has not built.
+        variables: the driver's variables for builds, see `driver_variables`; empty on the driver's node.
+        is_awaited: whether another node has just built these venvs in the same directory.
     """
 
     node_id: str
@@ -51,19 +52,20 @@ class Request:
     is_awaited: bool = False
 
     def label(self) -> str:
+        """Return address and host name, for messages."""
         return f"{self.node} ({socket.gethostname()})"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a node has.
+    """Lists the venvs that a node has and lacks.
 
     Attributes:
-        store_id: equal on nodes that share a venv directory; None where it cannot be written.
-        done: the venvs that need nothing more: ready, or hopeless.
-        missing: names of those that have to be built.
-        pythons: name of a missing venv -> what Python and platform it gets here; nodes where that is equal can give the
-            same venv to one another. None: this node cannot say.
+        store_id: equal on nodes that share a venv directory; None if the directory is not writable.
+        done: results of venvs that are ready or can never be.
+        missing: names of the venvs that must be built or received.
+        pythons: name of a missing venv -> Python and platform that it gets on this node; nodes with equal values can
+            send the venv to each other. None if there is no such Python on this node.
     """
 
     store_id: str | None
@@ -73,74 +75,78 @@ class Survey:
 
 
 def driver_variables() -> dict[str, str]:
-    """The driver's variables that decide how a node builds: this project's, uv's and the proxies'."""
+    """Return the driver's variables that affect builds on nodes: those of this project, of uv and of proxies."""
     proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
     return {
         name: value
         for name, value in settings.snapshot().items()
-        if name.startswith((*_OWN_PREFIXES, "UV_")) or name.lower() in proxies
+        if name.startswith((*_PROJECT_PREFIXES, "UV_")) or name.lower() in proxies
     }
 
 
-def survey(request: Request) -> Survey:
-    """Find out what this node has, and name what is ready. Builds nothing."""
-    with settings.exported(variables_here(request.variables)):
+def survey(request: Request, plans: Mapping[str, VenvPlan]) -> Survey:
+    """Find the requested venvs on this node, and point their names to those that are ready. Builds nothing.
+
+    Args:
+        request: its plans are not used: as an argument, `plans` is one object in Ray's store for all nodes.
+        plans: venv name -> plan.
+    """
+    with settings.exported(node_variables(request.variables)):
         store = Store.default()
         done: list[NodeVenv] = []
         missing: list[str] = []
-        for venv, plan in request.plans.items():
+        for venv, plan in plans.items():
             if isinstance(plan.spec, InterpreterSpec) and plan.is_interpreter:
-                done.append(_existing(request, venv, plan))
+                done.append(_check_interpreter(request, venv, plan.digest, plan.spec.path))
             elif is_ready(plan, store, request):
-                done.append(_ensured(request, venv, plan, store))
+                done.append(_ensure(request, venv, plan, store))
             else:
                 missing.append(venv)
-        pythons = {venv: _python_here(request.plans[venv]) for venv in missing}
+        pythons = {venv: _local_python(plans[venv]) for venv in missing}
         return Survey(_store_id(store) if missing else None, tuple(done), tuple(missing), pythons)
 
 
-def serve(request: Request, receive: Receive | None = None) -> Iterator[NodeProgress | NodeVenv]:
-    """Make the venvs ready on this node, all at once; yields events as they happen and one `NodeVenv` for each.
+def serve(
+    request: Request, plans: Mapping[str, VenvPlan], receive: Receive | None = None
+) -> Iterator[NodeProgress | NodeVenv]:
+    """Make the venvs ready on this node, in parallel; yield events and one `NodeVenv` per venv.
 
-    With `receive` they come from there and nothing is built.
+    Args:
+        request, plans: see `survey`.
+        receive: fills in the venvs from another node instead of building them.
     """
-    with settings.exported(variables_here(request.variables)):
+    with settings.exported(node_variables(request.variables)):
         store = Store.default()
         if request.is_awaited:
-            _await_seals(request, store)
-        told: queue.SimpleQueue[NodeProgress | NodeVenv] = queue.SimpleQueue()
+            _await_seals(request, plans, store)
+        events: queue.SimpleQueue[NodeProgress | NodeVenv] = queue.SimpleQueue()
         by_digest: dict[str, list[str]] = {}
-        for venv, plan in request.plans.items():
+        for venv, plan in plans.items():
             by_digest.setdefault(plan.digest, []).append(venv)
 
         def build(venvs: list[str]) -> None:
             for venv in venvs:
-                told.put(_ensured(request, venv, request.plans[venv], store, told, receive))
+                events.put(_ensure(request, venv, plans[venv], store, events, receive))
 
         for venvs in by_digest.values():
-            # Daemons: Ctrl-C in the driver must not wait for them. uv dies with the thread that started it.
+            # Daemon threads, so that Ctrl-C in the driver does not wait for them. uv ends with the thread that runs it.
             threading.Thread(target=build, args=(venvs,), name=f"venv {venvs[0]}", daemon=True).start()
-        left = len(request.plans)
-        while left:
-            item = told.get()
-            left -= isinstance(item, NodeVenv)
+        num_pending = len(plans)
+        while num_pending:
+            item = events.get()
+            num_pending -= isinstance(item, NodeVenv)
             yield item
 
 
-def survey_as_task(request: Request, plans: dict[str, VenvPlan]) -> Survey:
-    """`survey` in a Ray process. `plans` belong into the request; they travel apart, once for all nodes."""
-    return survey(replace(request, plans=plans))
-
-
 def serve_as_task(request: Request, plans: dict[str, VenvPlan]) -> Iterator[NodeProgress | NodeVenv]:
-    """`serve` in a Ray process."""
+    """Run `serve` in a Ray task, which ends with its raylet."""
     with ending_with_raylet():
-        yield from serve(replace(request, plans=plans))
+        yield from serve(request, plans)
 
 
 @contextlib.contextmanager
 def ending_with_raylet() -> Iterator[None]:
-    """End this Ray process if its raylet ends while the block runs, so that it cannot hold a build lock any longer."""
+    """End this Ray process if its raylet ends while the block runs, so that it does not keep holding build locks."""
     stopped = exit_with_parent()
     try:
         yield
@@ -149,41 +155,40 @@ def ending_with_raylet() -> Iterator[None]:
 
 
 def python_identity(plan: VenvPlan) -> str:
-    """What Python and platform a plan was made for, as in `Survey.pythons`."""
+    """Return the Python and platform of a plan, in the format of `Survey.pythons`."""
     return json.dumps(plan.python.identity(), sort_keys=True)
 
 
-def _python_here(plan: VenvPlan) -> str | None:
+def _local_python(plan: VenvPlan) -> str | None:
     if not isinstance(plan.spec, VenvSpec):
-        return python_identity(plan)  # laid over an interpreter that was looked at while planning
+        return python_identity(plan)  # the base interpreter was queried for the plan
     try:
         return json.dumps(python_of(plan.spec)[0].identity(), sort_keys=True)
     except VenvError:
-        return None  # will be told when the venv is to be made
+        return None  # `ensure` will report the error
 
 
 def is_ready(plan: VenvPlan, store: Store, request: Request) -> bool:
-    """Whether a store holds what a request asks for, so that `ensure` would do nothing."""
+    """Return whether a store holds the venv that a request asks for, so that `ensure` has nothing to do."""
     sealed = find_sealed(plan.digest, store)
     if sealed is None or sealed.manifest is None:
         return False
     return not request.force or sealed.manifest.job_id == request.job
 
 
-def _existing(request: Request, venv: str, plan: VenvPlan) -> NodeVenv:
-    path = str(plan.spec.path) if isinstance(plan.spec, InterpreterSpec) else ""
+def _check_interpreter(request: Request, venv: str, digest: str, path: str) -> NodeVenv:
     error = None
     if not os.access(path, os.X_OK):
-        error = VenvError(f"the interpreter {path} does not exist there, or cannot be run.")
-    return NodeVenv(venv, request.node_id, request.label(), plan.digest, path, path, error=error)
+        error = VenvError(f"the interpreter {path} does not exist on the node or is not executable.")
+    return NodeVenv(venv, request.node_id, request.label(), digest, path, path, error=error)
 
 
-def _ensured(
+def _ensure(
     request: Request,
     venv: str,
     plan: VenvPlan,
     store: Store,
-    told: queue.SimpleQueue[NodeProgress | NodeVenv] | None = None,
+    events: queue.SimpleQueue[NodeProgress | NodeVenv] | None = None,
     receive: Receive | None = None,
 ) -> NodeVenv:
     seconds: dict[str, float] = {}
@@ -191,8 +196,8 @@ def _ensured(
     def report(event: Progress) -> None:
         if event.state in ("done", "failed"):
             seconds[event.phase] = round(seconds.get(event.phase, 0.0) + event.seconds, 4)
-        if told is not None:
-            told.put(NodeProgress(request.node_id, request.label(), event))
+        if events is not None:
+            events.put(NodeProgress(request.node_id, request.label(), event))
 
     try:
         sealed = ensure(
@@ -204,13 +209,9 @@ def _ensured(
             store=store,
             receive=receive,
         )
-    except Exception as error:  # goes to the driver, whatever it is
-        shown = error if isinstance(error, VenvError) else VenvError(f"{type(error).__name__}: {error}")
-        return NodeVenv(venv, request.node_id, request.label(), plan.digest, seconds=seconds, error=shown)
-    return _ready_entry(request, venv, sealed, seconds)
-
-
-def _ready_entry(request: Request, venv: str, sealed: SealedVenv, seconds: dict[str, float]) -> NodeVenv:
+    except Exception as error:  # the driver reports it
+        venv_error = error if isinstance(error, VenvError) else VenvError(f"{type(error).__name__}: {error}")
+        return NodeVenv(venv, request.node_id, request.label(), plan.digest, seconds=seconds, error=venv_error)
     return NodeVenv(
         venv,
         request.node_id,
@@ -223,19 +224,19 @@ def _ready_entry(request: Request, venv: str, sealed: SealedVenv, seconds: dict[
     )
 
 
-def _await_seals(request: Request, store: Store) -> None:
-    """Wait until what another node has sealed can be seen here. After the time-out, `ensure` decides."""
+def _await_seals(request: Request, plans: Mapping[str, VenvPlan], store: Store) -> None:
+    """Wait until the venvs that another node has sealed are visible here. After a timeout, `ensure` decides."""
     deadline = time.monotonic() + _VISIBILITY_TIMEOUT_S
     while time.monotonic() < deadline:
-        if all(is_ready(plan, store, request) for plan in request.plans.values()):
+        if all(is_ready(plan, store, request) for plan in plans.values()):
             return
         time.sleep(0.1)
         with contextlib.suppress(OSError):
-            os.listdir(store.directory)  # makes NFS look again
+            os.listdir(store.directory)  # makes NFS update its cache of the directory
 
 
 def _store_id(store: Store) -> str | None:
-    """An id that the nodes which share this directory agree on."""
+    """Return an id that all nodes with this directory have in common; None if the directory is not writable."""
     path = store.directory / _STORE_ID_FILE
     try:
         store.directory.mkdir(parents=True, exist_ok=True)
@@ -243,14 +244,17 @@ def _store_id(store: Store) -> str | None:
             temporary = path.with_name(f"{_STORE_ID_FILE}.{os.getpid()}.{os.urandom(8).hex()}")
             temporary.write_text(os.urandom(16).hex())
             with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)  # unlike a rename, never replaces another node's
+                os.link(temporary, path)  # unlike a rename, this never replaces the file of another node
             temporary.unlink()
         return path.read_text()
     except OSError:
         return None
 
 
-def variables_here(variables: Mapping[str, str]) -> dict[str, str]:
-    """What the driver's variables mean on this node: uv's and the proxies' only fill gaps, a node may need its own."""
-    own = settings.snapshot()
-    return {name: value for name, value in variables.items() if name.startswith(_OWN_PREFIXES) or name not in own}
+def node_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the driver's variables that apply on this node.
+
+    Variables of this project always do. Those of uv and of proxies do unless the node sets them itself.
+    """
+    local = settings.snapshot()
+    return {name: value for name, value in variables.items() if name.startswith(_PROJECT_PREFIXES) or name not in local}

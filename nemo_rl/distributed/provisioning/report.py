@@ -1,4 +1,4 @@
-"""What making venvs ready on the nodes of a cluster told and led to."""
+"""Progress and results of provisioning, and a live view of the progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ _STYLES = {"failed": "bold red", "done": "green"}
 
 @dataclass(frozen=True)
 class NodeProgress:
-    """One event of one venv on one node. `node` is the node's IP address and host name, for people."""
+    """Describes one event of one venv on one node.
+
+    Attributes:
+        node_id: Ray's id of the node.
+        node: IP address and host name, for messages.
+        event: the event.
+    """
 
     node_id: str
     node: str
@@ -36,18 +42,19 @@ NodeProgressCallback = Callable[[NodeProgress], None]
 
 @dataclass(frozen=True)
 class NodeVenv:
-    """One venv on one node: ready, or why not.
+    """Describes the result for one venv on one node.
 
     Attributes:
-        venv: its name.
-        node_id, node: Ray's id, and address and host name for people.
-        digest: of its content; empty when it could not even be planned.
-        python: `<venv dir>/<venv>/bin/python`, or the interpreter that was asked for.
-        stable_python: the same through the digest's path, which a later change of the lock leaves alone.
-        built: built by this call on this node; else found ready, or received.
-        received_from: the node that this call got it from, node to node; empty otherwise.
-        seconds: per phase, in this call.
-        error: None if it is ready.
+        venv: name of the venv.
+        node_id: Ray's id of the node.
+        node: address and host name, for messages.
+        digest: digest of the content.
+        python: `<venv dir>/<venv>/bin/python`, or the path of the requested interpreter.
+        stable_python: the same interpreter by the path of the digest, which does not change with the lock.
+        built: whether this call built the venv on this node.
+        seconds: duration of each phase in this call.
+        error: None if the venv is ready.
+        received_from: the node that sent the venv in this call; empty if none did.
     """
 
     venv: str
@@ -64,36 +71,39 @@ class NodeVenv:
 
 @dataclass(frozen=True)
 class NodeVenvReport:
-    """Every venv on every node.
+    """Holds the results for every venv on every node.
 
     Attributes:
-        entries: by node, in the order of `alive_nodes()`, and venv, in the order that was asked for.
-        seconds: that the whole call took.
+        entries: ordered by node (as `alive_nodes()`), then by venv (as in the call).
+        seconds: duration of the call.
     """
 
     entries: tuple[NodeVenv, ...]
     seconds: float
 
     def of(self, venv: str) -> list[NodeVenv]:
-        """One venv's entries, one per node."""
+        """Return the entries of one venv, one per node."""
         return [entry for entry in self.entries if entry.venv == venv]
 
     def digest(self, venv: str) -> str:
-        """The venv's digest on the driver's platform (the first node's)."""
+        """Return the venv's digest on the first node, that is, on the driver's platform."""
         return self.of(venv)[0].digest
 
     def agrees(self, venv: str) -> bool:
-        """Whether one path runs this venv, with the same content, on every node."""
+        """Return whether the venv has the same path and digest on every node."""
         return len({(entry.stable_python, entry.digest) for entry in self.of(venv)}) == 1
 
     def python(self, venv: str, node_id: str | None = None) -> str:
-        """The interpreter that workers of this venv should run: on `node_id`, or the one for all nodes.
+        """Return the interpreter for workers in this venv, on one node or on all nodes.
 
-        It is the digest's path, which outlives a change of the lock, where that is the same everywhere; else the path
-        through the venv's name, which may mean other packages on a node of another platform.
+        It is the path of the digest, which survives a change of the lock, if that path is equal on the nodes. Otherwise
+        it is the path of the venv's name; nodes of different platforms have different packages at that path.
+
+        Args:
+            node_id: default: all nodes.
 
         Raises:
-            NodeVenvError: no one path is right for all nodes.
+            NodeVenvError: no path is valid on all nodes.
         """
         entries = [entry for entry in self.of(venv) if node_id in (None, entry.node_id)]
         for paths in ({entry.stable_python for entry in entries}, {entry.python for entry in entries}):
@@ -101,11 +111,12 @@ class NodeVenvReport:
                 return paths.pop()
         places = "; ".join(f"{entry.node}: {entry.python}" for entry in entries)
         raise NodeVenvError(
-            f"the venv {venv} has another path on each node ({places}). Set NEMO_RL_VENV_DIR to one path for all nodes."
+            f"the venv {venv} has different paths on the nodes ({places}). Set NEMO_RL_VENV_DIR to one path for all "
+            "nodes."
         )
 
     def to_plain(self) -> list[dict[str, object]]:
-        """For a run directory: one JSON object per node and venv."""
+        """Return the entries as plain data, for a run directory."""
         return [
             {
                 "venv": entry.venv,
@@ -123,16 +134,16 @@ class NodeVenvReport:
 
 
 class SharedFailureError(VenvError):
-    """A venv that another node failed to build, which was to build it for this one too."""
+    """Another node failed to build a venv that this node needs."""
 
 
 def raise_for_failures(entries: Iterable[NodeVenv]) -> None:
-    """Raise `NodeVenvError` if any venv is not ready: which, where and why, and what became of the others.
+    """Raise `NodeVenvError` if a venv is not ready: which, on which node and why, and the results of the others.
 
-    It is raised from the first error that is not another's consequence.
+    Its cause is the first error that is not the consequence of another.
     """
     entries = list(entries)
-    # Causes before their consequences.
+    # Causes precede their consequences.
     failed = sorted(
         (entry for entry in entries if entry.error is not None),
         key=lambda entry: isinstance(entry.error, SharedFailureError),
@@ -142,41 +153,39 @@ def raise_for_failures(entries: Iterable[NodeVenv]) -> None:
     lines = [
         f"{len({entry.venv for entry in failed})} of {len({entry.venv for entry in entries})} venvs are not ready."
     ]
-    lines += _told(failed)
-    fine = [entry for entry in entries if entry.error is None]
-    if fine:
-        lines += ["What the others did:", *_told(fine)]
+    lines += _summary(failed)
+    succeeded = [entry for entry in entries if entry.error is None]
+    if succeeded:
+        lines += ["The others:", *_summary(succeeded)]
     raise NodeVenvError("\n".join(lines)) from failed[0].error
 
 
-def _told(entries: Iterable[NodeVenv]) -> list[str]:
-    """One line for each venv and outcome, however many nodes it is about."""
+def _summary(entries: Iterable[NodeVenv]) -> list[str]:
+    """Return one line per venv and outcome, with all its nodes."""
     nodes: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
-        done = "built" if entry.built else "received" if entry.received_from else "ready"
-        outcome = str(entry.error) if entry.error is not None else done
-        where = (
-            f"{entry.node} in {sum(entry.seconds.values()):.1f} s" if outcome in ("built", "received") else entry.node
-        )
-        nodes.setdefault((entry.venv, outcome), []).append(where)
+        success = "built" if entry.built else "received" if entry.received_from else "ready"
+        outcome = str(entry.error) if entry.error is not None else success
+        duration = f" in {sum(entry.seconds.values()):.1f} s" if outcome in ("built", "received") else ""
+        nodes.setdefault((entry.venv, outcome), []).append(f"{entry.node}{duration}")
     return [f"- {venv} on {', '.join(names)}: {outcome}" for (venv, outcome), names in nodes.items()]
 
 
 @dataclass
 class _Row:
-    """The latest of one venv on one node; `since` is when it was first heard of."""
+    """The latest event of one venv on one node."""
 
-    since: float
+    started_at: float
     phase: str = ""
     state: str = ""
     detail: str = ""
-    took: float | None = None
+    seconds: float | None = None
 
 
 class VenvProgressView:
-    """Shows `NodeProgress` events; use it as the `progress=` of `ensure_venvs_on_each_node`.
+    """Shows `NodeProgress` events: a live table on a terminal, log lines elsewhere. Omits venvs that are already ready.
 
-    Nothing is shown for venvs that are ready at once::
+    Example::
 
         with VenvProgressView() as view:
             ensure_venvs_on_each_node(venvs, progress=view)
@@ -198,40 +207,42 @@ class VenvProgressView:
             self._live.stop()
             self._live = None
 
-    def __call__(self, told: NodeProgress) -> None:
-        """Take one event."""
-        event = told.event
-        key = (told.node, event.venv)
+    def __call__(self, progress: NodeProgress) -> None:
+        """Show one event."""
+        event = progress.event
+        key = (progress.node, event.venv)
         if key not in self._rows and event.phase == "resolve" and event.state != "failed":
-            return  # a ready venv goes no further
+            return  # a ready venv has no further phase
         row = self._rows.setdefault(key, _Row(time.monotonic()))
         row.phase, row.state, row.detail = event.phase, event.state, event.detail
         if event.state == "failed" or (event.phase == "seal" and event.state == "done"):
-            row.took = time.monotonic() - row.since
+            row.seconds = time.monotonic() - row.started_at
         if self._console.is_terminal:
             self._refresh()
         elif event.state != "running":
             seconds = f" in {event.seconds:.1f} s" if event.seconds else ""
             detail = f": {event.detail}" if event.detail else ""
-            logger.info("venv %s on %s: %s %s%s%s", event.venv, told.node, event.phase, event.state, seconds, detail)
+            logger.info(
+                "venv %s on %s: %s %s%s%s", event.venv, progress.node, event.phase, event.state, seconds, detail
+            )
 
     def table(self) -> Table:
-        """The state of every venv on every node; the busy ones first where there are many."""
+        """Return a table of every venv on every node; if there are many, unfinished ones come first."""
         table = Table(box=None, pad_edge=False)
         for title in ("venv", "node", "phase", ""):
             table.add_column(title, no_wrap=True, overflow="ellipsis")
         table.add_column("s", justify="right")
         rows = list(self._rows.items())
         if len(rows) > _MAX_ROWS:
-            rows.sort(key=lambda item: item[1].took is not None)
+            rows.sort(key=lambda item: item[1].seconds is not None)
         for (node, venv), row in rows[:_MAX_ROWS]:
-            seconds = row.took if row.took is not None else time.monotonic() - row.since
-            phase = "ready" if row.took is not None and row.state == "done" else row.phase
-            style = _STYLES.get(row.state, "") if row.took is not None else "cyan"
+            seconds = row.seconds if row.seconds is not None else time.monotonic() - row.started_at
+            phase = "ready" if row.seconds is not None and row.state == "done" else row.phase
+            style = _STYLES.get(row.state, "") if row.seconds is not None else "cyan"
             table.add_row(venv.rpartition(".")[2], node, Text(phase, style), Text(row.detail, "dim"), f"{seconds:.1f}")
         if len(rows) > _MAX_ROWS:
-            ready = sum(row.took is not None for _, row in rows)
-            table.add_row(f"... {len(rows)} in all, {ready} ready", "", "", "", "")
+            num_finished = sum(row.seconds is not None for _, row in rows)
+            table.add_row(f"... {len(rows)} in total, {num_finished} finished", "", "", "", "")
         return table
 
     def _refresh(self) -> None:

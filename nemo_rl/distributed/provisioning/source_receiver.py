@@ -1,12 +1,12 @@
-"""What happens on a node where the driver's source is looked for, or arrives.
+"""A node's side of the source transfer: compare the driver's source with local files, and unpack it.
 
-Such a node may have nothing but Ray: this module is pickled *by value*, and uses the standard library only.
+A node may have Ray and nothing else, so this module is pickled *by value* and uses the standard library only.
 
 ::
 
     <venv dir>/.source/
-      <digest16>/            the files of one source directory; renamed to this when all of them were checked
-      path/sitecustomize.py  lets the directories of .source that are on PYTHONPATH win, see `_PATH_HOOK`
+      <digest16>/            the files of one source directory; it gets this name when all files are checked
+      path/sitecustomize.py  gives precedence to the directories of .source on PYTHONPATH, see `_PATH_HOOK`
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import NamedTuple
 HOOK_DIRECTORY = "path"
 _UNUSED_S = 30 * 86400.0
 
-# Ray puts the driver's working directory before PYTHONPATH, and this node may have other files there.
+# Ray puts the driver's working directory before PYTHONPATH, and this node may have other files in that directory.
 _PATH_HOOK = '''\
-"""Modules of the source that the driver sent are found before any others. Written by nemo_rl."""
+"""Gives precedence to modules of the source that the driver sent. Written by nemo_rl."""
 
 import importlib.machinery
 import importlib.util
@@ -38,7 +38,7 @@ _sources = os.path.dirname(_here) + os.sep
 
 
 class SentSource:
-    """Finds top-level modules in the directories of PYTHONPATH that came with the driver."""
+    """Finds top-level modules in the directories of PYTHONPATH that the driver sent."""
 
     paths = [
         path
@@ -61,13 +61,14 @@ if _hidden is not None and _hidden.loader is not None:
 
 
 class FileEntry(NamedTuple):
-    """One file of a source directory.
+    """Describes one file of a source directory.
 
     Attributes:
-        path: below the directory, with `/`.
-        num_bytes, sha256: of its content; no hash, and sizes decide, in a source that is too large to be sent.
-        is_executable: whether its owner may run it.
-        stamp: inode and time of its last change where the driver sees it: equal where it is the very same file.
+        path: path relative to the directory, with `/`.
+        num_bytes: size of the content.
+        sha256: hash of the content; empty if the source is too large to send, in which case only sizes are compared.
+        is_executable: whether the owner may execute the file.
+        stamp: inode and modification time (ns) on the driver's node; equal on a node that sees the same file.
     """
 
     path: str
@@ -78,12 +79,12 @@ class FileEntry(NamedTuple):
 
 
 class SourceListing(NamedTuple):
-    """The files of one source directory, as the driver has them.
+    """Lists the files of one source directory of the driver.
 
     Attributes:
-        root: where they are for the driver.
-        target: where they are put on a node that has not the same ones at `root`.
-        files: in the order of the archive.
+        root: path of the directory on the driver's node.
+        target: path for the files on a node that does not have the same files at `root`.
+        files: the files, in the order of the archive.
     """
 
     root: str
@@ -92,57 +93,58 @@ class SourceListing(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a node says of the sources that it was asked for.
+    """Holds a node's answer to `check_sources`.
 
     Attributes:
-        lacking: for each, whether it is not at `root`. absent: whether it is not at `target` either.
-        can_import: whether the Python that Ray runs with on this node finds the driver's package by itself.
+        not_at_root: for each source, whether its files are not at `root`.
+        absent: for each source, whether its files are neither at `root` nor at `target`.
+        can_import: whether Ray's Python on this node finds the driver's package without help.
     """
 
-    lacking: list[bool]
+    not_at_root: list[bool]
     absent: list[bool]
     can_import: bool
 
 
-def missing_here(listings: list[SourceListing], package: str) -> Answer:
-    """Compare this node with the driver."""
-    lacking = [not _is_same(listing.root, listing.files) for listing in listings]
+def check_sources(listings: list[SourceListing], package: str) -> Answer:
+    """Check which sources this node has, and whether its Python finds `package`."""
+    not_at_root = [not _has_files(listing.root, listing.files) for listing in listings]
     absent = []
-    for listing, is_lacking in zip(listings, lacking):
-        absent.append(is_lacking and not _is_same(listing.target, listing.files))
-        if is_lacking and not absent[-1]:
+    for listing, is_not_at_root in zip(listings, not_at_root):
+        absent.append(is_not_at_root and not _has_files(listing.target, listing.files))
+        if is_not_at_root and not absent[-1]:
             with contextlib.suppress(OSError):
-                os.utime(listing.target)  # it is in use
+                os.utime(listing.target)  # the time of the last use
                 _write_path_hook(os.path.dirname(listing.target))
-    return Answer(lacking, absent, importlib.util.find_spec(package) is not None)
+    return Answer(not_at_root, absent, importlib.util.find_spec(package) is not None)
 
 
-def _is_same(root: str, files: tuple[FileEntry, ...]) -> bool:
+def _has_files(root: str, files: tuple[FileEntry, ...]) -> bool:
     try:
         for file in files:
             path = os.path.join(root, file.path)
-            found = os.stat(path)
-            if found.st_size != file.num_bytes:
+            status = os.stat(path)
+            if status.st_size != file.num_bytes:
                 return False
-            is_very_same = (found.st_ino, found.st_mtime_ns) == file.stamp
-            if not is_very_same and file.sha256 and _sha256_of(path) != file.sha256:
+            is_same_file = (status.st_ino, status.st_mtime_ns) == file.stamp
+            if not is_same_file and file.sha256 and _sha256(path) != file.sha256:
                 return False
     except OSError:
         return False
     return True
 
 
-def _sha256_of(path: str) -> str:
+def _sha256(path: str) -> str:
     with open(path, "rb") as opened:
         return hashlib.sha256(opened.read()).hexdigest()
 
 
-def unpack_here(listing: SourceListing, archive: bytes) -> None:
-    """Put the files of a zip at the listing's `target`.
+def unpack_source(listing: SourceListing, archive: bytes) -> None:
+    """Unpack a zip to the listing's `target`.
 
     Raises:
-        ValueError: the archive does not hold exactly what the listing says; nothing of it stays.
-        OSError: this node cannot write there.
+        ValueError: the archive differs from the listing. Nothing of it remains on disk.
+        OSError: `target` is not writable.
     """
     sources, umask = os.path.dirname(listing.target), os.umask(0o022)
     temporary = f"{listing.target}.{os.urandom(4).hex()}.tmp"
@@ -161,15 +163,15 @@ def unpack_here(listing: SourceListing, archive: bytes) -> None:
 def _unpack(files: tuple[FileEntry, ...], archive: bytes, directory: str) -> None:
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         if sorted(entry.filename for entry in opened.infolist()) != sorted(file.path for file in files):
-            raise ValueError("the archive of the source holds other files than its listing")
+            raise ValueError("the files in the archive of the source differ from its listing")
         for file in files:
             if file.path.startswith("/") or "\\" in file.path or not {"", ".", ".."}.isdisjoint(file.path.split("/")):
-                raise ValueError(f"the archive of the source holds a file that would lead out of it: {file.path!r}")
+                raise ValueError(f"a path in the archive of the source would lead out of it: {file.path!r}")
             if opened.getinfo(file.path).file_size != file.num_bytes:
-                raise ValueError(f"{file.path} changed while the source was sent; start the job again")
+                raise ValueError(f"{file.path} changed while the source was sent. Start the job again.")
             content = opened.read(file.path)
             if hashlib.sha256(content).hexdigest() != file.sha256:
-                raise ValueError(f"{file.path} changed while the source was sent; start the job again")
+                raise ValueError(f"{file.path} changed while the source was sent. Start the job again.")
             path = os.path.join(directory, file.path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             mode = 0o755 if file.is_executable else 0o644
@@ -178,11 +180,11 @@ def _unpack(files: tuple[FileEntry, ...], archive: bytes, directory: str) -> Non
 
 
 def _publish(temporary: str, listing: SourceListing) -> None:
-    """Rename; what is there already stays if it is right (another job was quicker), else it is replaced."""
+    """Rename the directory to `target`. An existing `target` with the same files stays; another is replaced."""
     try:
         os.rename(temporary, listing.target)
     except OSError:
-        if _is_same(listing.target, listing.files):
+        if _has_files(listing.target, listing.files):
             return
         broken = f"{temporary}.broken.tmp"
         os.rename(listing.target, broken)
@@ -204,7 +206,7 @@ def _write_path_hook(sources: str) -> None:
 
 
 def _remove_unused(sources: str, keep: str) -> None:
-    """Sources that no job has asked for in a month."""
+    """Remove sources that no job has used for a month."""
     for entry in list(os.scandir(sources)):
         if entry.path not in (keep, os.path.join(sources, HOOK_DIRECTORY)):
             with contextlib.suppress(OSError):

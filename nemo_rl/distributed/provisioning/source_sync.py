@@ -1,15 +1,15 @@
-"""The driver's own source, for nodes that do not have it: this package, and what else the driver's script imports.
+"""Send the driver's source to nodes that lack it: this package, and everything else that the driver's script imports.
 
 ::
 
-    driver ── its files with their hashes ──────► every node: the same files at the same path? nothing to do
-           ── one zip, by Ray's object plane ───► those that lack them: <venv dir>/.source/<digest>, each file checked
-    tasks, workers and their children there find them first, by PYTHONPATH; builds find pyproject.toml and uv.lock
+    driver ── list of files with hashes ────────► every node: the same files at the same path? Then nothing to do
+           ── one zip, through Ray's objects ───► nodes without them: <venv dir>/.source/<digest>, each file checked
+    There, tasks, workers and their children import them first (PYTHONPATH); builds find pyproject.toml and uv.lock.
 
-What is a source: the directory with a `pyproject.toml`, else the repository, around each directory of `sys.path` that
-is not the driver's Python or venv, around the working directory, and around each project that a venv is made of. Of a
-repository tracked files and new Python files travel as they are on disk; a project that is in no repository, as in an
-image, travels without its caches, without what jobs write, and without what its `.gitignore` names.
+A source directory is the directory with a `pyproject.toml`, else the repository, around each directory of `sys.path`
+that is not part of the driver's Python or venv, around the working directory, and around each project of a venv. From a
+repository, tracked files and new Python files are sent with their content on disk. A project outside a repository, as
+in an image, is sent without caches, without the output of jobs, and without files that its `.gitignore` excludes.
 """
 
 from __future__ import annotations
@@ -48,20 +48,22 @@ logger = logging.getLogger(__name__)
 ray.cloudpickle.register_pickle_by_value(source_receiver)
 
 _TIMEOUT_S = 120.0
-_NUM_NAMED = 5
+_NUM_LISTED = 5
 _DIGEST_PREFIX = 16
-# Where no .gitignore says so: what jobs write into a project, as in an image.
-_WRITTEN = ("results/", "outputs/", "logs/", "*.safetensors")
+# Output of jobs in a project outside a repository, as in an image.
+_JOB_OUTPUT = ("results/", "outputs/", "logs/", "*.safetensors")
 _PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One source directory: its files as git lists them, as nodes compare them, and as they are sent.
+    """One source directory.
 
     Attributes:
-        archive: a zip of exactly the contents that the listing names, whatever is edited meanwhile; empty where they
-            are more than may be sent.
+        tree: its files.
+        listing: the files with hashes, for comparison on the nodes.
+        archive: a zip with the contents of the listing, read before the files can change; empty if they exceed
+            `NEMO_RL_SOURCE_MAX_MB`.
     """
 
     tree: SourceTree
@@ -70,7 +72,7 @@ class _Source:
 
 
 class _Node(NamedTuple):
-    """Ray's id of a node, and its address for people."""
+    """Ray's id of a node, and its address for messages."""
 
     node_id: str
     address: str
@@ -78,87 +80,87 @@ class _Node(NamedTuple):
 
 @dataclass
 class _State:
-    """What is known in one job.
+    """What this process knows about the nodes of one job.
 
     Attributes:
-        sources: by root; None for what cannot be sent.
-        asked: (node id, root) of what needs no further question.
-        lacking: node id -> sources that the node had to be given.
-        strangers: nodes that have the driver's files, and whose own Python does not find them.
+        sources: root -> source; None for a directory that cannot be sent.
+        checked: (node id, root) of sources that the node has at either path.
+        received: node id -> sources that the node has only because the driver sent them.
+        without_package: nodes that have the driver's files, but whose Python does not find this package.
     """
 
     job: str = ""
     sources: dict[str, _Source | None] = field(default_factory=dict)
-    asked: set[tuple[str, str]] = field(default_factory=set)
-    lacking: dict[str, list[_Source]] = field(default_factory=dict)
-    strangers: set[str] = field(default_factory=set)
+    checked: set[tuple[str, str]] = field(default_factory=set)
+    received: dict[str, list[_Source]] = field(default_factory=dict)
+    without_package: set[str] = field(default_factory=set)
 
 
 _state = _State()
 _lock = threading.RLock()
 
 
-def bring_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ()) -> None:
-    """Give the driver's source, and the projects of `plans`, to those of `nodes` that do not have the same files.
+def distribute_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ()) -> None:
+    """Send the driver's source and the projects of `plans` to those of `nodes` that do not have the same files.
 
-    What a node was asked in this job it is not asked again; a local cluster is not asked at all.
+    Each node is checked once per job. A local cluster, which has one node, is not checked.
 
     Raises:
-        BroadcastError: a node cannot store it, or it is larger than `NEMO_RL_SOURCE_MAX_MB`.
+        BroadcastError: a node cannot store the source, or the source exceeds `NEMO_RL_SOURCE_MAX_MB`.
     """
     global _state
     if settings.SOURCE_SPREAD.get() == "off" or not can_grow():
         return
-    asked = [_Node(node.node_id, node.address) for node in nodes]
+    nodes = list(nodes)
+    if not nodes:
+        return
     with _lock:
         if _state.job != job_name():
             _state = _State(job_name())
-        if asked:
-            sources = _known(_roots(plans))
-            wanted = {
-                node: own
-                for node in asked
-                if (own := [source for source in sources if (node.node_id, source.listing.root) not in _state.asked])
-            }
-            _give(wanted)
+        sources = _read_sources(_roots(plans))
+        unchecked: dict[_Node, list[_Source]] = {}
+        for node in nodes:
+            missing = [source for source in sources if (node.node_id, source.listing.root) not in _state.checked]
+            if missing:
+                unchecked[_Node(node.node_id, node.address)] = missing
+        _check_and_send(unchecked)
 
 
 def search_path() -> list[str]:
-    """What goes first on workers' PYTHONPATH, on all nodes: empty as long as every node has the driver's files."""
+    """Return the directories to put first on the PYTHONPATH of workers; empty if every node has the driver's files."""
     with _lock:
-        sources = {source.listing.root: source for own in _state.lacking.values() for source in own}
+        sources = {source.listing.root: source for received in _state.received.values() for source in received}
         if not sources or _state.job != job_name():
             return []
-    found = [os.path.dirname(next(iter(sources.values())).listing.target) + f"/{HOOK_DIRECTORY}"]
+    directories = [os.path.dirname(next(iter(sources.values())).listing.target) + f"/{HOOK_DIRECTORY}"]
     for entry in _driver_directories():
-        owner = _owner(entry, sources)
-        if owner is not None:
-            found.append(os.path.normpath(os.path.join(sources[owner].listing.target, os.path.relpath(entry, owner))))
-    return list(dict.fromkeys(found))
+        root = _innermost(entry, sources)
+        if root is not None:
+            target = sources[root].listing.target
+            directories.append(os.path.normpath(os.path.join(target, os.path.relpath(entry, root))))
+    return list(dict.fromkeys(directories))
 
 
 def task_options(node_id: str) -> dict[str, Any]:
-    """Options of a Ray task or actor that runs code of this package on a node; empty where the node has it.
+    """Return options for a Ray task or actor that runs code of this package on a node; empty if it needs none.
 
-    The task finds the package, and the venv engine in it the projects, which plans name by the driver's paths.
+    With them the task can import the package, and the venv engine finds projects, which plans name by the driver's
+    paths.
     """
     with _lock:
         if _state.job != job_name():
             return {}
-        own = list(_state.lacking.get(node_id, ()))
-        is_stranger = node_id in _state.strangers
-    if not own:
+        received = list(_state.received.get(node_id, ()))
+        is_without_package = node_id in _state.without_package
+    if not received:
         directories = os.pathsep.join(_driver_directories())
-        return {"runtime_env": {"env_vars": {"PYTHONPATH": directories}}} if is_stranger else {}
+        return {"runtime_env": {"env_vars": {"PYTHONPATH": directories}}} if is_without_package else {}
     variables = {
         "PYTHONPATH": os.pathsep.join(search_path()),
         settings.PROJECT_ROOT.name: str(settings.project_root()),
-        settings.SOURCES.name: json.dumps({source.listing.root: source.listing.target for source in own}),
+        settings.SOURCES.name: json.dumps({source.listing.root: source.listing.target for source in received}),
     }
     return {"runtime_env": {"env_vars": variables}}
-
-
-# --- which files ------------------------------------------------------------------------------------------------------
 
 
 def _roots(plans: Iterable[VenvPlan]) -> list[str]:
@@ -172,42 +174,41 @@ def _roots(plans: Iterable[VenvPlan]) -> list[str]:
 
 
 def _driver_directories() -> list[str]:
-    """Directories of the driver's `sys.path` that are not its Python's or its venv's, and what Ray adds to them."""
-    of_package = Path(settings.__file__).resolve().parent.parent
-    return outside_python([*sys.path, str(of_package), os.getcwd()])
+    """Return the driver's import directories outside its Python and venv, and those that Ray adds for workers."""
+    package_directory = Path(settings.__file__).resolve().parent.parent
+    return outside_python([*sys.path, str(package_directory), os.getcwd()])
 
 
 def outside_python(entries: Iterable[str]) -> list[str]:
-    """Those entries of a search path that are directories and not the driver's Python's or its venv's, each once."""
-    own = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
-    found = [Path(entry or ".").resolve() for entry in entries]
+    """Return the directories of a search path that are outside the driver's Python and venv, without duplicates."""
+    prefixes = [Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)]
+    paths = [Path(entry or ".").resolve() for entry in entries]
     return list(
         dict.fromkeys(
-            str(path) for path in found if path.is_dir() and not any(path.is_relative_to(prefix) for prefix in own)
+            str(path) for path in paths if path.is_dir() and not any(path.is_relative_to(prefix) for prefix in prefixes)
         )
     )
 
 
 def _source_root(directory: Path) -> Path | None:
-    """The project around a directory: with the lock that governs it, else its own; None where there is none."""
+    """Return the source directory around `directory`: its workspace, project or repository; None if there is none."""
     candidates = [directory, *directory.parents]
     for marker in ("uv.lock", "pyproject.toml", ".git"):
         for candidate in candidates:
             if (candidate / marker).exists():
                 return candidate
             if (candidate / ".git").exists():
-                break  # what is around a repository is another project
+                break  # a directory around a repository belongs to another project
     return None
 
 
-def _owner(directory: str, roots: Iterable[str]) -> str | None:
-    """The innermost of `roots` that holds a directory."""
-    holding = [root for root in roots if Path(directory).is_relative_to(root)]
-    return max(holding, key=len, default=None)
+def _innermost(directory: str, roots: Iterable[str]) -> str | None:
+    """Return the innermost of `roots` that contains a directory."""
+    return max((root for root in roots if Path(directory).is_relative_to(root)), key=len, default=None)
 
 
-def _known(roots: Sequence[str]) -> list[_Source]:
-    """The sources of a job are read once, so that all its workers run the same code."""
+def _read_sources(roots: Sequence[str]) -> list[_Source]:
+    """Return the sources in `roots`. Each is read once per job, so that all workers run the same code."""
     for root in roots:
         if root not in _state.sources:
             _state.sources[root] = _read(root)
@@ -216,21 +217,21 @@ def _known(roots: Sequence[str]) -> list[_Source]:
 
 def _read(root: str) -> _Source | None:
     try:
-        excludes = () if _in_repository(Path(root)) else _WRITTEN
+        excludes = () if _is_in_repository(Path(root)) else _JOB_OUTPUT
         tree = collect(Path(root), excludes, skip_links=True)
         statuses = [(tree.root / file.path).stat() for file in tree.files]  # before the contents are read
-        # Nobody waits until gigabytes are read that may not travel.
-        archive = _zip(tree) if tree.num_bytes <= _limit_bytes() else b""
+        # Reading gigabytes that exceed the limit would only take time.
+        archive = _zip(tree) if tree.num_bytes <= settings.SOURCE_MAX_MB.get() * 10**6 else b""
         files = tuple(_entries(tree, statuses, archive))
     except (ConfigError, OSError) as error:
-        logger.warning("nodes that lack the source in %s are not given it: %s", root, error)
+        logger.warning("the source in %s is not sent to nodes that lack it: %s", root, error)
         return None
     content = json.dumps([[root], *(file[:-1] for file in files)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:_DIGEST_PREFIX]
     return _Source(tree, SourceListing(root, str(settings.venv_dir() / ".source" / digest), files), archive)
 
 
-def _in_repository(directory: Path) -> bool:
+def _is_in_repository(directory: Path) -> bool:
     return any((candidate / ".git").exists() for candidate in (directory, *directory.parents))
 
 
@@ -242,7 +243,7 @@ def _zip(tree: SourceTree) -> bytes:
 
 
 def _entries(tree: SourceTree, statuses: Sequence[os.stat_result], archive: bytes) -> Iterator[FileEntry]:
-    """The files as the archive has them; without one by their sizes alone."""
+    """Yield the files with sizes and hashes of their content in the archive; without an archive, with sizes only."""
     with zipfile.ZipFile(io.BytesIO(archive)) if archive else contextlib.nullcontext() as opened:
         for file, status in zip(tree.files, statuses, strict=True):
             stamp = (status.st_ino, status.st_mtime_ns)
@@ -253,34 +254,29 @@ def _entries(tree: SourceTree, statuses: Sequence[os.stat_result], archive: byte
             yield FileEntry(file.path, num_bytes, sha256, os.access(tree.root / file.path, os.X_OK), stamp)
 
 
-def _limit_bytes() -> int:
-    return settings.SOURCE_MAX_MB.get() * 10**6
-
-
-# --- to the nodes -----------------------------------------------------------------------------------------------------
-
-
-def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
-    listings = {
-        key: ray.put([source.listing for source in own])
-        for own in wanted.values()
-        if (key := tuple(source.listing.root for source in own))
-    }
-    asked = {node: (listings[tuple(source.listing.root for source in own)], _PACKAGE) for node, own in wanted.items()}
+def _check_and_send(unchecked: Mapping[_Node, list[_Source]]) -> None:
+    """Check which of these sources each node has, and send those that it lacks."""
+    listings: dict[tuple[str, ...], Any] = {}
+    arguments: dict[_Node, tuple[Any, ...]] = {}
+    for node, sources in unchecked.items():
+        key = tuple(source.listing.root for source in sources)
+        if key not in listings:
+            listings[key] = ray.put([source.listing for source in sources])
+        arguments[node] = (listings[key], _PACKAGE)
     absent: dict[str, list[tuple[_Node, _Source]]] = {}
-    for node, answer in _ask(source_receiver.missing_here, asked).items():
+    for node, answer in _call(source_receiver.check_sources, arguments).items():
         if isinstance(answer, RayError):
-            logger.info("node %s does not say whether it has the source: %s", node.address, answer)
+            logger.info("cannot check whether node %s has the source: %s", node.address, answer)
             continue
         if not answer.can_import:
-            _state.strangers.add(node.node_id)
-        for source, is_lacking, is_absent in zip(wanted[node], answer.lacking, answer.absent, strict=True):
+            _state.without_package.add(node.node_id)
+        for source, is_not_at_root, is_absent in zip(unchecked[node], answer.not_at_root, answer.absent, strict=True):
             if is_absent:
                 absent.setdefault(source.listing.root, []).append((node, source))
-            if is_lacking and not is_absent:
-                _state.lacking.setdefault(node.node_id, []).append(source)
-            if not is_absent:
-                _state.asked.add((node.node_id, source.listing.root))
+                continue
+            if is_not_at_root:
+                _state.received.setdefault(node.node_id, []).append(source)
+            _state.checked.add((node.node_id, source.listing.root))
     for receivers in absent.values():
         _send(receivers[0][1], [node for node, _ in receivers])
 
@@ -288,20 +284,20 @@ def _give(wanted: Mapping[_Node, list[_Source]]) -> None:
 def _send(source: _Source, nodes: list[_Node]) -> None:
     listing = ray.put(source.listing)
     archive = ray.put(_archive(source))
-    answers = _ask(source_receiver.unpack_here, dict.fromkeys(nodes, (listing, archive)))
+    answers = _call(source_receiver.unpack_source, dict.fromkeys(nodes, (listing, archive)))
     for node, answer in answers.items():
         if isinstance(answer, RayTaskError):
             reason = str(getattr(answer, "cause", answer))
             raise BroadcastError(
                 f"the source in {source.listing.root} did not reach node {node.address} "
-                f"({source.listing.target} there): {reason}. Set NEMO_RL_VENV_DIR to a directory that every node can "
-                "write, or bring the source to every node yourself and set NEMO_RL_SOURCE_SPREAD=off."
+                f"({source.listing.target} on the node): {reason}. Set NEMO_RL_VENV_DIR to a directory that every "
+                "node can write, or copy the source to every node yourself and set NEMO_RL_SOURCE_SPREAD=off."
             )
         if isinstance(answer, RayError):
             logger.info("node %s did not receive the source: %s", node.address, answer)
             continue
-        _state.lacking.setdefault(node.node_id, []).append(source)
-        _state.asked.add((node.node_id, source.listing.root))
+        _state.received.setdefault(node.node_id, []).append(source)
+        _state.checked.add((node.node_id, source.listing.root))
     logger.info(
         "%d nodes received the source in %s: %d files, %.1f MB",
         len(nodes),
@@ -311,28 +307,28 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
     )
     if source.tree.untracked:
         logger.warning(
-            "new files of %s that are no Python stay behind, because git does not track them: %s",
+            "new files of %s are not sent, because they are not Python files and git does not track them: %s",
             source.listing.root,
-            abbreviated(source.tree.untracked, _NUM_NAMED),
+            abbreviated(source.tree.untracked, _NUM_LISTED),
         )
 
 
 def _archive(source: _Source) -> bytes:
+    """Return the archive of a source. Raises `BroadcastError` if the source exceeds the limit."""
     if not source.archive:
-        largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_NAMED))
+        largest = ", ".join(f"{file.path} {file.num_bytes / 1e6:.1f} MB" for file in source.tree.largest(_NUM_LISTED))
         raise BroadcastError(
             f"the source in {source.listing.root} has {source.tree.num_bytes / 1e6:.1f} MB in "
-            f"{len(source.tree.files)} files, more than "
-            f"NEMO_RL_SOURCE_MAX_MB={settings.SOURCE_MAX_MB.get()} allows to be sent to nodes that lack it. Its "
-            f"largest: {largest}. Let git ignore what is no source, or raise the limit."
+            f"{len(source.tree.files)} files, more than NEMO_RL_SOURCE_MAX_MB={settings.SOURCE_MAX_MB.get()} allows to "
+            f"send to nodes that lack it. The largest files: {largest}. Add other files to .gitignore, or "
+            "raise the limit."
         )
     return source.archive
 
 
-def _ask(function: Callable[..., Any], arguments: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:
-    """Call a function of `source_receiver` on each node, all at once; what it returned, or why it did not."""
-    calls = call_on_nodes(
-        function, {node.node_id: own for node, own in arguments.items()}, lambda _: {"name": "source"}
-    )
+def _call(function: Callable[..., Any], arguments: Mapping[_Node, tuple[Any, ...]]) -> dict[_Node, Any]:
+    """Call a function of `source_receiver` on each node, in parallel; return the results or errors."""
+    by_id = {node.node_id: values for node, values in arguments.items()}
+    calls = call_on_nodes(function, by_id, lambda _: {"name": "source"})
     answers = collect_answers(calls, _TIMEOUT_S)
     return {node: answers[node.node_id] for node in arguments}

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import NodeProgressCallback, ensure_venv_on_node, ensure_venvs_on_each_node
-from nemo_rl.distributed.provisioning.source_sync import bring_source, search_path
+from nemo_rl.distributed.provisioning.source_sync import distribute_source, search_path
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.distributed.workers.class_description import (
@@ -190,7 +190,7 @@ def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
 def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     """Make the Python of `fields`, or else of the registry, ready on every node."""
     if ray_chooses_python(fields):
-        bring_source(alive_nodes())
+        distribute_source(alive_nodes())
         require_programs_on_each_node(fields)
         return WorkerPython()
     spec = spec_from_runtime_env(fields, fields.get("py_executable") or get_actor_python_env(fqn))

@@ -1,16 +1,16 @@
-"""A sealed venv as a stream of chunks that another node's store can unpack, check and seal as its own.
+"""Send a sealed venv as a stream of chunks, which another node unpacks, checks and seals.
 
 ::
 
-    list_venv ─► Listing (paths, sizes, hashes)  ───────────────► Unpacker: what is needed, what is here already
-    read_chunk(i) ─► compressed, with its sha256 ─► decode_chunk ─► Unpacker.feed(i) ─► finish: scripts name this node
+    list_venv ─► Listing (paths, sizes, hashes)  ───────────────► Unpacker: needed chunks, files that exist already
+    read_chunk(i) ─► compressed, with its sha256 ─► decode_chunk ─► Unpacker.feed(i) ─► finish: rewrite scripts
 
-Chunk `i` is bytes `i * CHUNK_BYTES` to `(i + 1) * CHUNK_BYTES` of all files one after another, in the order of the
-listing. So any chunk can be made at any time, in any order and by any node that has the venv, with one chunk in memory.
+Chunk `i` holds bytes `i * CHUNK_BYTES` to `(i + 1) * CHUNK_BYTES` of the concatenated files, in the order of the
+listing. So every node that has the venv can create any chunk at any time, with one chunk in memory.
 
-What travels are packages, bytecode and scripts. What binds a venv to its place does not: `uv venv` makes that anew
-where it arrives, and the scripts' first lines are rewritten. Only regular files with paths below the venv travel; there
-are no links that could lead out. Every file that a wheel brought is compared with the hash in its RECORD.
+The stream holds packages, bytecode and scripts. It does not hold the files that depend on the venv's location: the
+receiver creates them with `uv venv`, and rewrites the first lines of the scripts. Only regular files with paths below
+the venv are sent, so there are no links that lead out. Every file of a wheel is compared with the hash in its RECORD.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from nemo_rl.venvs.storage.locks import LEASE_FILE
 from nemo_rl.venvs.storage.manifest import MANIFEST_FILE, read_manifest, write_atomically
 
 CHUNK_BYTES = 8 * 2**20
-# sha256 of all that follows; codec; length of the raw bytes.
+# sha256 of everything after it; codec; length of the raw bytes.
 _HEADER = struct.Struct("<32scI")
 _HASH_BYTES = 32
 _RAW, _ZLIB, _ZSTD = b"r", b"z", b"s"
-_LEVEL = 1  # links are fast: more compression would only hold up the sender
+_LEVEL = 1  # the network is fast, so more compression would only slow down the sender
 _HEAD_BYTES = 1024
-_LEFT_OUT = frozenset((MANIFEST_FILE, LEASE_FILE, ".lock", "pyvenv.cfg"))
+_EXCLUDED = frozenset((MANIFEST_FILE, LEASE_FILE, ".lock", "pyvenv.cfg"))
 
 
 class Entry(NamedTuple):
-    """One file.
+    """Describes one file.
 
     Attributes:
-        path: below the venv, with `/`.
-        size: in bytes.
-        is_executable: whether its owner may run it.
-        mtime_ns: bytecode is valid only for a source of the right time.
-        sha256: what its package's RECORD says, hexadecimal; None for bytecode and what else no RECORD names.
+        path: path relative to the venv, with `/`.
+        size: size in bytes.
+        is_executable: whether the owner may execute the file.
+        mtime_ns: modification time; bytecode is valid only for a source with the right time.
+        sha256: hash in the package's RECORD, hexadecimal; None for bytecode and other files that no RECORD lists.
     """
 
     path: str
@@ -65,10 +65,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one sealed venv, in the order of the stream. Picklable.
+    """Lists the files of a sealed venv in the order of the stream. Picklable.
 
     Attributes:
-        digest: of the venv. root: its directory on the node that listed it; its scripts name that.
+        digest: digest of the venv.
+        root: directory of the venv on the sender, which its scripts name.
+        entries: the files.
     """
 
     digest: str
@@ -77,13 +79,13 @@ class Listing:
 
     @cached_property
     def key(self) -> str:
-        """Equal for equal streams: chunks that arrived under one key go on under no other."""
+        """Identity of the stream. Chunks of streams with different keys must not be combined."""
         text = repr((self.digest, self.root, CHUNK_BYTES, self.entries))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def starts(self) -> list[int]:
-        """Where each file starts in the stream, and where the last one ends."""
+        """Offset of each file in the stream, then the total size."""
         starts = [0]
         for entry in self.entries:
             starts.append(starts[-1] + entry.size)
@@ -91,10 +93,11 @@ class Listing:
 
     @property
     def num_chunks(self) -> int:
+        """Number of chunks in the stream."""
         return -(-self.starts[-1] // CHUNK_BYTES)
 
     def pieces(self, chunk: int) -> Iterator[tuple[int, int, int]]:
-        """(index of the entry, from, to) of every part of a file that is in a chunk."""
+        """Yield (index of the file, first byte, end) for each file that the chunk contains a part of."""
         low = chunk * CHUNK_BYTES
         high = min(low + CHUNK_BYTES, self.starts[-1])
         index = bisect.bisect_right(self.starts, low) - 1
@@ -105,7 +108,7 @@ class Listing:
             index += 1
 
     def chunks_of(self, index: int) -> range:
-        """The chunks that hold parts of one file."""
+        """Return the chunks that contain parts of a file."""
         start, end = self.starts[index], self.starts[index + 1]
         return range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)) if end > start else range(0)
 
@@ -114,42 +117,40 @@ class Listing:
 
 
 def list_venv(root: Path) -> Listing:
-    """List the sealed venv in `root`. Raises `VenvError` when it is not sealed."""
+    """List the files of the sealed venv in `root`. Raises `VenvError` if it is not sealed."""
     digest = read_manifest(root).digest
-    hashes = dict(_recorded(root))
+    hashes = dict(_recorded_hashes(root))
     entries = []
     for directory, names, files in os.walk(root):
         names.sort()
-        below = os.path.relpath(directory, root)
+        relative = os.path.relpath(directory, root)
         for name in sorted(files):
-            path = name if below == "." else f"{below}/{name}"
-            full = os.path.join(directory, name)
-            # Links in bin/ name the interpreter or a base's program: made anew. Elsewhere a link is uv's link mode.
-            if path in _LEFT_OUT or (below == "bin" and os.path.islink(full)):
+            path = name if relative == "." else f"{relative}/{name}"
+            absolute = os.path.join(directory, name)
+            # The receiver creates the links in bin/, to the interpreter and to programs of a base, itself. Other links
+            # come from uv's link mode.
+            if path in _EXCLUDED or (relative == "bin" and os.path.islink(absolute)):
                 continue
-            status = os.stat(full)
+            status = os.stat(absolute)
             if stat.S_ISREG(status.st_mode):
                 is_executable = bool(status.st_mode & stat.S_IXUSR)
                 entries.append(Entry(path, status.st_size, is_executable, status.st_mtime_ns, hashes.get(path)))
     return Listing(digest, str(root), tuple(entries))
 
 
-def _recorded(root: Path) -> Iterator[tuple[str, str]]:
-    """(path below `root`, sha256) of every file that a RECORD gives a hash for."""
+def _recorded_hashes(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield (path relative to `root`, sha256) of every file whose hash a RECORD contains."""
     site_packages = site_packages_of(root)
     prefix = site_packages.relative_to(root)
     for record in site_packages.glob("*.dist-info/RECORD"):
         for row in csv.reader(record.read_text(encoding="utf-8").splitlines()):
             if len(row) > 1 and row[1].startswith("sha256="):
-                padded = row[1].removeprefix("sha256=") + "=="
-                yield os.path.normpath(prefix / row[0]), base64.urlsafe_b64decode(padded).hex()
-
-
-# --- chunks ---------------------------------------------------------------------------------------------------
+                padded_hash = row[1].removeprefix("sha256=") + "=="
+                yield os.path.normpath(prefix / row[0]), base64.urlsafe_b64decode(padded_hash).hex()
 
 
 def read_chunk(listing: Listing, chunk: int) -> bytes:
-    """A chunk, compressed and with its hash. Raises `BroadcastError` when the venv is not what was listed any more."""
+    """Read and encode a chunk of a venv on this node. Raises `BroadcastError` if the venv differs from its listing."""
     parts = []
     for index, begin, end in listing.pieces(chunk):
         path = os.path.join(listing.root, listing.entries[index].path)
@@ -158,15 +159,18 @@ def read_chunk(listing: Listing, chunk: int) -> bytes:
                 file.seek(begin)
                 part = file.read(end - begin)
         except OSError as error:
-            raise BroadcastError(f"{path} cannot be read any more: {error.strerror}.") from None
+            raise BroadcastError(f"{path} cannot be read: {error.strerror}.") from None
         if len(part) != end - begin:
-            raise BroadcastError(f"{path} has changed since it was listed.")
+            raise BroadcastError(f"{path} has changed since the venv was listed.")
         parts.append(part)
     return encode_chunk(b"".join(parts))
 
 
 def encode_chunk(raw: bytes) -> bytes:
-    """Compress where that helps: zstd where pyarrow is installed, as in the driver's Python, else zlib."""
+    """Compress raw bytes and prepend a header with their sha256.
+
+    Uses zstd if pyarrow is installed, as in the driver's Python, else zlib; incompressible bytes stay as they are.
+    """
     zstd = _zstd()
     if zstd is not None:
         codec, payload = _ZSTD, zstd.compress(raw, asbytes=True)
@@ -179,18 +183,18 @@ def encode_chunk(raw: bytes) -> bytes:
 
 
 def decode_chunk(data: bytes) -> bytes:
-    """The raw bytes of a chunk. Raises `BroadcastError` for one that is not what was sent."""
+    """Check and decompress an encoded chunk. Raises `BroadcastError` if it is incomplete or changed."""
     if len(data) < _HEADER.size:
-        raise BroadcastError("a chunk is cut short.")
+        raise BroadcastError("a chunk is incomplete: it is shorter than its header.")
     digest, codec, length = _HEADER.unpack_from(data)
     if hashlib.sha256(memoryview(data)[_HASH_BYTES:]).digest() != digest or length > CHUNK_BYTES:
-        raise BroadcastError("a chunk is not what was sent: its sha256 differs.")
+        raise BroadcastError("a chunk differs from the sent chunk: its sha256 does not match.")
     try:
         raw = _decompressed(codec, memoryview(data)[_HEADER.size :], length)
     except (OSError, zlib.error) as error:
         raise BroadcastError(f"a chunk cannot be decompressed: {error}") from None
     if len(raw) != length:
-        raise BroadcastError("a chunk has another length than it says.")
+        raise BroadcastError(f"a chunk has {len(raw)} bytes, but its header says {length}.")
     return raw
 
 
@@ -202,7 +206,7 @@ def _decompressed(codec: bytes, payload: memoryview, length: int) -> bytes:
     if codec == _ZSTD and (zstd := _zstd()) is not None:
         raw: bytes = zstd.decompress(payload, decompressed_size=length, asbytes=True)
         return raw
-    raise BroadcastError(f"a chunk is compressed in a way ({codec!r}) that cannot be undone here.")
+    raise BroadcastError(f"a chunk is compressed with a codec ({codec!r}) that this node does not support.")
 
 
 def _zstd() -> Any:
@@ -213,55 +217,61 @@ def _zstd() -> Any:
     return pyarrow.Codec("zstd", compression_level=_LEVEL)
 
 
-# --- unpacking ------------------------------------------------------------------------------------------------
-
-
 class Unpacker:
-    """Writes a stream into a directory in which `uv venv` has made an empty venv.
+    """Writes a stream into a directory in which `uv venv` has created an empty venv.
 
-    Chunks may come in rising order only, and only those in `needed` have to. Files that are there already stay.
+    Chunks must be fed in increasing order; only those in `needed` are required. Existing files are kept.
+
+    Example::
+
+        unpacker = Unpacker(listing, root)
+        unpacker.link_from(sealed_venvs)
+        for chunk in unpacker.needed:
+            unpacker.feed(chunk, decode_chunk(fetch(chunk)))
+        unpacker.finish()
 
     Raises:
-        BroadcastError: from any method; a listing with a path that leads out is refused before anything is written.
+        BroadcastError: from every method. A listing with a path that leads out of the venv is rejected before anything
+            is written.
     """
 
     def __init__(self, listing: Listing, root: Path) -> None:
         self._listing, self._root = listing, root
         for entry in listing.entries:
             _check_path(entry.path)
-        self._wanted = {i for i, e in enumerate(listing.entries) if not os.path.lexists(root / e.path)}
+        self._missing = {i for i, e in enumerate(listing.entries) if not os.path.lexists(root / e.path)}
         self._file: IO[bytes] | None = None
         self._hash = hashlib.sha256()
-        self._done = 0
-        for directory in sorted({os.path.dirname(listing.entries[i].path) for i in self._wanted}):
+        self._num_written = 0
+        for directory in sorted({os.path.dirname(listing.entries[i].path) for i in self._missing}):
             (root / directory).mkdir(mode=0o755, parents=True, exist_ok=True)
             if not (root / directory).resolve().is_relative_to(root.resolve()):
-                raise BroadcastError(f"the venv is not unpacked: its entries in {directory!r} would lead out of it.")
-        for index in [i for i in self._wanted if listing.entries[i].size == 0]:
+                raise BroadcastError(f"the venv is rejected: its entries in {directory!r} would lead out of it.")
+        for index in [i for i in self._missing if listing.entries[i].size == 0]:
             (root / listing.entries[index].path).touch()
             self._finish_file(index)
 
-    def adopt(self, donors: Iterable[Path]) -> int:
-        """Link what sealed venvs of this disk (`donors`) hold already; returns the bytes that need not come."""
+    def link_from(self, donors: Iterable[Path]) -> int:
+        """Hard-link files that sealed venvs on this disk (`donors`) already hold; return their total size in bytes."""
         by_hash: dict[str, list[int]] = {}
-        for index in self._wanted:
+        for index in self._missing:
             entry = self._listing.entries[index]
             if entry.sha256 is not None and not entry.path.startswith("bin/"):  # scripts will be rewritten
                 by_hash.setdefault(entry.sha256, []).append(index)
-        adopted = 0
+        num_linked = 0
         for donor in donors:
-            for path, digest in _recorded(donor) if by_hash else ():
+            for path, digest in _recorded_hashes(donor) if by_hash else ():
                 for index in by_hash.get(digest, ()):
-                    if index in self._wanted and self._adopt(donor / path, index):
-                        self._wanted.discard(index)
-                        adopted += self._listing.entries[index].size
-        return adopted
+                    if index in self._missing and self._link(donor / path, index):
+                        self._missing.discard(index)
+                        num_linked += self._listing.entries[index].size
+        return num_linked
 
-    def _adopt(self, source: Path, index: int) -> bool:
+    def _link(self, source: Path, index: int) -> bool:
         entry = self._listing.entries[index]
         try:
             status = source.stat()
-            # Bytecode that arrives is valid only for a source of the same whole second.
+            # The bytecode in the stream is valid only for a source with the same time in whole seconds.
             same_time = not entry.path.endswith(".py") or int(status.st_mtime) == entry.mtime_ns // 10**9
             if status.st_size != entry.size or not same_time or bool(status.st_mode & 0o100) != entry.is_executable:
                 return False
@@ -270,21 +280,21 @@ class Unpacker:
                     return False
             os.link(source, self._root / entry.path)
         except OSError:
-            return False  # gone, or too many links: the file comes with the stream
+            return False  # the file has been removed, or has too many links: take it from the stream
         return True
 
     @property
     def needed(self) -> list[int]:
-        """The chunks that hold something which is not here yet."""
-        return sorted({chunk for index in self._wanted for chunk in self._listing.chunks_of(index)})
+        """The chunks that contain parts of missing files, in increasing order."""
+        return sorted({chunk for index in self._missing for chunk in self._listing.chunks_of(index)})
 
     def feed(self, chunk: int, raw: bytes) -> None:
-        """Take the raw bytes of a chunk."""
+        """Write the raw bytes of a chunk to the missing files."""
         offset = 0
         for index, begin, end in self._listing.pieces(chunk):
             part = memoryview(raw)[offset : offset + end - begin]
             offset += end - begin
-            if index in self._wanted:
+            if index in self._missing:
                 self._write(index, begin, part)
         if offset != len(raw):
             raise BroadcastError(f"chunk {chunk} has {len(raw)} bytes instead of {offset}.")
@@ -293,16 +303,17 @@ class Unpacker:
         entry = self._listing.entries[index]
         if begin == 0:
             self.close()
-            self._file, self._hash, self._done = open(self._root / entry.path, "xb"), hashlib.sha256(), 0  # noqa: SIM115
-        if self._file is None or begin != self._done:
+            self._file, self._hash = open(self._root / entry.path, "xb"), hashlib.sha256()  # noqa: SIM115
+            self._num_written = 0
+        if self._file is None or begin != self._num_written:
             raise BroadcastError(f"the part of {entry.path} before byte {begin} is missing.")
         self._file.write(part)
         self._hash.update(part)
-        self._done += len(part)
-        if self._done == entry.size:
+        self._num_written += len(part)
+        if self._num_written == entry.size:
             self.close()
             if entry.sha256 not in (None, self._hash.hexdigest()):
-                raise BroadcastError(f"{entry.path} is not what its package's RECORD says.")
+                raise BroadcastError(f"{entry.path} does not match the hash in its package's RECORD.")
             self._finish_file(index)
 
     def _finish_file(self, index: int) -> None:
@@ -310,21 +321,21 @@ class Unpacker:
         path = self._root / entry.path
         path.chmod(0o755 if entry.is_executable else 0o644)
         os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
-        self._wanted.discard(index)
+        self._missing.discard(index)
 
     def finish(self) -> None:
-        """Everything is here: let the scripts start this venv's interpreter."""
-        if self._wanted:
-            missing = self._listing.entries[min(self._wanted)].path
-            raise BroadcastError(f"{len(self._wanted)} files have not arrived, {missing} among them.")
+        """Check that no file is missing, and make the scripts start this venv's interpreter."""
+        if self._missing:
+            first = self._listing.entries[min(self._missing)].path
+            raise BroadcastError(f"{len(self._missing)} files are missing, such as {first}.")
         changed = {}
         for entry in self._listing.entries:
-            if entry.path.startswith("bin/") and (content := self._moved(self._root / entry.path)) is not None:
+            if entry.path.startswith("bin/") and (content := self._rewrite_script(self._root / entry.path)) is not None:
                 changed[entry.path] = content
         _update_records(self._root, changed)
 
-    def _moved(self, script: Path) -> bytes | None:
-        """A script's content after its first lines were made to name this venv; None for what names no venv."""
+    def _rewrite_script(self, script: Path) -> bytes | None:
+        """Let a script start this venv's interpreter; return its new content, None if it is unchanged."""
         with script.open("rb") as file:
             head = file.read(_HEAD_BYTES)
             if not head.startswith(b"#!") or os.fsencode(self._listing.root) not in head:
@@ -337,6 +348,7 @@ class Unpacker:
         return content
 
     def close(self) -> None:
+        """Close the file that is being written."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -345,25 +357,25 @@ class Unpacker:
 def _check_path(path: str) -> None:
     parts = path.split("/")
     if path.startswith("/") or "\0" in path or "\\" in path or {"", ".", ".."} & set(parts):
-        raise BroadcastError(f"the venv is not unpacked: its entry {path!r} would lead out of it.")
-    if path in _LEFT_OUT:
-        raise BroadcastError(f"the venv is not unpacked: its entry {path!r} is this node's to write.")
+        raise BroadcastError(f"the venv is rejected: its entry {path!r} would lead out of it.")
+    if path in _EXCLUDED:
+        raise BroadcastError(f"the venv is rejected: only the receiver may create {path!r}.")
 
 
 def _update_records(root: Path, changed: dict[str, bytes]) -> None:
-    """Make RECORDs name the scripts as they are now, so that `verify` finds what was installed."""
+    """Update the hashes of changed files in each RECORD, so that `verify` accepts them."""
     site_packages = site_packages_of(root)
     prefix = site_packages.relative_to(root)
     for record in site_packages.glob("*.dist-info/RECORD") if changed else ():
         rows = list(csv.reader(record.read_text(encoding="utf-8").splitlines()))
-        touched = False
+        is_changed = False
         for row in rows:
             content = changed.get(os.path.normpath(prefix / row[0])) if row else None
             if content is not None:
                 digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
                 row[1:3] = [f"sha256={digest}", str(len(content))]
-                touched = True
-        if touched:
+                is_changed = True
+        if is_changed:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
             write_atomically(record, text.getvalue().encode())

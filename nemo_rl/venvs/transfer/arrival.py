@@ -1,11 +1,12 @@
-"""A venv that arrives from another node: what has come is kept on disk, unpacked, and served to nodes further down.
+"""Receive a venv from another node: keep its chunks on disk, unpack them, and serve them to other nodes.
 
 ::
 
-    other node ── fetch ─► Spool (one file per chunk, checked) ─► Unpacker ─► new venv directory ─► check, seal
-                                   └── wait ─► nodes further down
+    other node ── fetch ─► Spool (one file per checked chunk) ─► Unpacker ─► new venv directory ─► check, seal
+                                   └── wait ─► nodes that receive from this one
 
-The spool outlives a receiver that is killed: what had arrived is not sent again. It is removed when all nodes are done.
+The spool outlives a receiver that is killed, so chunks that have arrived are not sent again. It is removed when all
+nodes have the venv.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from nemo_rl.venvs.uv import BuildLog, is_no_space, no_space_error, run_uv
 
 _ABANDONED_S = 86400.0
 
-# Yields the wanted chunks in the same order, checked and raw, after it has put each into the spool.
+# Yields the raw bytes of the given chunks in this order, after it has checked each and put it into the spool.
 Fetch = Callable[[Sequence[int]], Generator[bytes]]
 
 
 class Spool:
-    """The chunks of one stream that have arrived on this node, for its own venv and for other nodes.
+    """Keeps the chunks of one stream that have arrived on this node, for its own venv and for other nodes.
 
-    Opening it finds what an earlier receiver left, drops what of that is broken, and removes spools that nobody uses:
-    of another stream for the same venv, and old ones.
+    The constructor finds the chunks of an earlier receiver and removes broken ones. It also removes unused spools: old
+    ones, and those of other streams of the same venv.
     """
 
     def __init__(self, listing: Listing, store: Store) -> None:
@@ -51,12 +52,12 @@ class Spool:
         (self.directory / LEASE_FILE).touch()
         self._lease = hold_lease(self.directory)
         _remove_abandoned(self.directory)
-        self._arrived = {chunk for chunk in range(listing.num_chunks) if self._is_whole(chunk)}
+        self._arrived = {chunk for chunk in range(listing.num_chunks) if self._is_valid(chunk)}
 
     def _path(self, chunk: int) -> Path:
         return self.directory / f"{chunk:06d}"
 
-    def _is_whole(self, chunk: int) -> bool:
+    def _is_valid(self, chunk: int) -> bool:
         try:
             decode_chunk(self._path(chunk).read_bytes())
         except FileNotFoundError:
@@ -70,7 +71,7 @@ class Spool:
         return chunk in self._arrived
 
     def put(self, chunk: int, data: bytes) -> None:
-        """Keep a chunk that was checked."""
+        """Store an encoded chunk, which the caller has checked."""
         temporary = self._path(chunk).with_suffix(f".{os.getpid()}.tmp")
         temporary.write_bytes(data)
         os.replace(temporary, self._path(chunk))
@@ -79,17 +80,17 @@ class Spool:
             self._changed.notify_all()
 
     def read(self, chunk: int) -> bytes:
-        """A chunk that has arrived."""
+        """Return an encoded chunk that has arrived."""
         return self._path(chunk).read_bytes()
 
     def end(self) -> None:
-        """No more chunks will come: those that wait for one need wait no longer."""
+        """Declare that no more chunks will arrive; ends every `wait`."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def wait(self, chunk: int, timeout_s: float) -> bytes | None:
-        """A chunk as soon as it is here; None when it will not come, or has not come in time."""
+        """Wait for a chunk and return it encoded; None if it will not arrive or does not arrive in time."""
         with self._changed:
             self._changed.wait_for(lambda: chunk in self._arrived or self._ended, timeout_s)
             if chunk not in self._arrived:
@@ -97,12 +98,12 @@ class Spool:
         return self.read(chunk)
 
     def release(self) -> None:
-        """Let go of the chunks; they stay for a later receiver."""
+        """End the use of the spool. The chunks stay for a later receiver."""
         self.end()
         self._lease.release()
 
     def close(self) -> None:
-        """Let go of the chunks and remove them: every node has what it needs."""
+        """End the use of the spool and remove the chunks."""
         self.release()
         remove_tree(self.directory)
 
@@ -128,9 +129,20 @@ def receive_venv(
     store: Store,
     source: str,
 ) -> None:
-    """Fill `root` with the venv of `listing`; what this disk has already is linked and not fetched.
+    """Fill the directory `root` with the venv of `listing`. Links files that this disk already has instead of fetching.
 
-    Raises `BroadcastError` if what arrives differs from what was sent, and `VenvError` if this node cannot unpack it.
+    Args:
+        venv_plan: plan of the venv.
+        root: the new directory.
+        listing: the sender's listing.
+        spool: keeps the chunks.
+        fetch: gets chunks from other nodes.
+        source: name of the sending node, for the progress display.
+
+    Raises:
+        BroadcastError: the received files differ from the sent ones, or cannot be unpacked.
+        NoSpaceError: a disk is full.
+        VenvError: this node lacks the source of an editable package.
     """
     clock.start("fetch", f"from {source}")
     _check_local_packages(venv_plan)
@@ -140,11 +152,11 @@ def receive_venv(
         with contextlib.ExitStack() as stack:
             unpacker = Unpacker(listing, root)
             stack.callback(unpacker.close)
-            adopted = unpacker.adopt(_sealed_venvs(store))
+            num_linked = unpacker.link_from(_sealed_venvs(store))
             needed = unpacker.needed
             missing = {chunk for chunk in needed if chunk not in spool}
             fetched = stack.enter_context(contextlib.closing(fetch(sorted(missing))))
-            clock.report(f"{len(needed)} of {listing.num_chunks} chunks, {adopted / 2**20:.0f} MiB are here already")
+            clock.report(f"{len(needed)} of {listing.num_chunks} chunks; {num_linked / 2**20:.0f} MiB are on this disk")
             for chunk in needed:
                 unpacker.feed(chunk, next(fetched) if chunk in missing else decode_chunk(spool.read(chunk)))
             clock.start("link")
@@ -161,9 +173,9 @@ def _check_local_packages(venv_plan: VenvPlan) -> None:
     for package in venv_plan.packages:
         if package.local is not None and package.local.editable and not located(package.local.path).is_dir():
             raise VenvError(
-                f"{package.name} is an editable package: the venv only links to {package.local.path}, which is not "
-                f"there on {socket.gethostname()}. Bring the source to the same path on every node, or let git "
-                "track it: then it is sent."
+                f"{package.name} is an editable package: the venv only links to {package.local.path}, which does not "
+                f"exist on {socket.gethostname()}. Copy the source to the same path on every node, or track it with "
+                "git so that it is sent."
             )
 
 

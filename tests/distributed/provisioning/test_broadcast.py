@@ -80,7 +80,7 @@ def driver_disk(
 
 def _forget(disks: list[Path]) -> None:
     """As in a new driver, with nodes that have nothing."""
-    node_venvs._proven.clear()
+    node_venvs._ready.clear()
     for path in (path for disk in disks for path in disk.iterdir()):
         shutil.rmtree(path)
 

@@ -60,7 +60,7 @@ def test_many_rows_are_cut_and_counted_with_the_busy_ones_in_sight() -> None:
     view(_event("fetch", "started", node="10.0.2.1"))
     text = _shown(view)
     assert "10.0.2.1" in text
-    assert "61 in all, 60 ready" in text
+    assert "61 in total, 60 finished" in text
     assert len(text.splitlines()) < 30
 
 

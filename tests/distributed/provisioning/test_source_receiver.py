@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.distributed.provisioning import source_sync
-from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, SourceListing, missing_here, unpack_here
+from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, SourceListing, check_sources, unpack_source
 from nemo_rl.distributed.provisioning.source_sync import _archive, _read, _source_root
 from nemo_rl.errors import BroadcastError
 
@@ -42,24 +42,24 @@ def elsewhere(listing: SourceListing, root: Path) -> SourceListing:
 
 def test_a_node_with_the_same_files_lacks_nothing(project: Path, tmp_path: Path) -> None:
     listing = read(project).listing
-    assert missing_here([listing], "ray") == ([False], [False], True)
+    assert check_sources([listing], "ray") == ([False], [False], True)
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", project, copy], check=True)
-    assert missing_here([elsewhere(listing, copy)], "ray") == ([False], [False], True)
+    assert check_sources([elsewhere(listing, copy)], "ray") == ([False], [False], True)
     (copy / "mine" / "__init__.py").write_text("SAYS = 'late'\n")  # as many bytes
-    assert missing_here([elsewhere(listing, copy)], "ray") == ([True], [True], True)
+    assert check_sources([elsewhere(listing, copy)], "ray") == ([True], [True], True)
 
 
 def test_a_node_says_whether_its_own_python_finds_the_package(project: Path) -> None:
     listing = read(project).listing
-    assert missing_here([listing], "nobody_has_this") == ([False], [False], False)
+    assert check_sources([listing], "nobody_has_this") == ([False], [False], False)
 
 
 def test_what_arrives_is_the_same_and_is_found_before_older_files(project: Path, tmp_path: Path) -> None:
     source = read(project)
     there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_here(there, _archive(source))
-    assert missing_here([there], "ray") == ([True], [False], True)
+    unpack_source(there, _archive(source))
+    assert check_sources([there], "ray") == ([True], [False], True)
     target = Path(there.target)
     assert os.access(target / "run.sh", os.X_OK)
     assert (target / "mine" / "__init__.py").stat().st_mode & 0o022 == 0
@@ -91,20 +91,20 @@ def test_a_submodule_travels(project: Path, tmp_path: Path) -> None:
         subprocess.run([*git, *command], check=True, capture_output=True)
     source = read(project)
     there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_here(there, _archive(source))
+    unpack_source(there, _archive(source))
     assert (Path(there.target) / "lib" / "code.py").is_file()
-    assert missing_here([there], "ray") == ([True], [False], True)
+    assert check_sources([there], "ray") == ([True], [False], True)
 
 
 def test_a_damaged_source_is_replaced(project: Path, tmp_path: Path) -> None:
     source = read(project)
     there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_here(there, _archive(source))
-    unpack_here(there, _archive(source))  # another job was quicker: nothing to do
+    unpack_source(there, _archive(source))
+    unpack_source(there, _archive(source))  # another job was quicker: nothing to do
     (Path(there.target) / "mine" / "__init__.py").write_text("")
-    assert missing_here([there], "ray") == ([True], [True], True)
-    unpack_here(there, _archive(source))
-    assert missing_here([there], "ray") == ([True], [False], True)
+    assert check_sources([there], "ray") == ([True], [True], True)
+    unpack_source(there, _archive(source))
+    assert check_sources([there], "ray") == ([True], [False], True)
     assert sorted(path.name for path in Path(there.target).parent.iterdir()) == [Path(there.target).name, "path"]
 
 
@@ -116,7 +116,7 @@ def test_an_archive_with_a_way_out_is_refused(project: Path, tmp_path: Path, nam
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr(name, "")
     with pytest.raises(ValueError, match="would lead out"):
-        unpack_here(listing, archive.getvalue())
+        unpack_source(listing, archive.getvalue())
     assert [path.name for path in Path(listing.target).parent.iterdir()] == [HOOK_DIRECTORY]
 
 
@@ -124,16 +124,16 @@ def test_a_file_that_is_edited_meanwhile_arrives_as_it_was_read(project: Path, t
     source = read(project)
     (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
     there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_here(there, _archive(source))
+    unpack_source(there, _archive(source))
     assert (Path(there.target) / "mine" / "__init__.py").read_text() == "SAYS = 'sent'\n"
-    assert missing_here([source.listing], "ray") == ([True], [False], True)
+    assert check_sources([source.listing], "ray") == ([True], [False], True)
 
 
 def test_a_file_that_changed_on_the_way_is_refused(project: Path, tmp_path: Path) -> None:
     source = read(project)
     (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
     with pytest.raises(ValueError, match=r"mine/__init__\.py changed while"):
-        unpack_here(elsewhere(source.listing, tmp_path / "nothing"), _archive(read(project)))
+        unpack_source(elsewhere(source.listing, tmp_path / "nothing"), _archive(read(project)))
     assert not Path(source.listing.target).exists()
 
 
@@ -142,12 +142,12 @@ def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypat
     monkeypatch.setenv("NEMO_RL_SOURCE_MAX_MB", "1")
     with pytest.raises(BroadcastError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
         _archive(read(project))
-    assert missing_here([read(project).listing], "ray").lacking == [False]
+    assert check_sources([read(project).listing], "ray").not_at_root == [False]
     copy = project.with_name("copy")
     subprocess.run(["cp", "-r", project, copy], check=True)
-    assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [False]
+    assert check_sources([elsewhere(read(project).listing, copy)], "ray").not_at_root == [False]
     (copy / "weights.bin").write_bytes(b"")
-    assert missing_here([elsewhere(read(project).listing, copy)], "ray").lacking == [True]
+    assert check_sources([elsewhere(read(project).listing, copy)], "ray").not_at_root == [True]
 
 
 def test_what_jobs_write_is_no_source(project: Path, tmp_path: Path) -> None:
