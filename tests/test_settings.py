@@ -1,4 +1,4 @@
-"""Which variables count as secrets, and which of the driver's reach its workers."""
+"""Secrets among environment variables, and variables that the driver forwards to workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_rl.errors import ConfigError
         "SSH_PRIVATE_KEY",
     ],
 )
-def test_names_of_secrets(name: str) -> None:
+def test_is_secret(name: str) -> None:
     assert settings.is_secret(name)
     assert settings.masked({name: "value"}) == {name: settings.MASK}
 
@@ -31,7 +31,7 @@ def test_names_of_secrets(name: str) -> None:
     "name",
     ["TOKENIZERS_PARALLELISM", "VLLM_MAX_TOKENS", "HF_HOME", "NCCL_DEBUG", "MONKEY", "KEYBOARD", "HF_DATASETS_CACHE"],
 )
-def test_names_that_only_look_like_secrets(name: str) -> None:
+def test_is_secret_rejects_similar_names(name: str) -> None:
     assert not settings.is_secret(name)
     assert settings.masked({name: "value"}) == {name: "value"}
 
@@ -44,12 +44,12 @@ def test_only_documented_variables_are_forwarded(monkeypatch: pytest.MonkeyPatch
     assert forwarded.keys().isdisjoint({"MY_VARIABLE", "PYTHONPATH", "VIRTUAL_ENV", "RANK"})
 
 
-def test_without_a_home_directory_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def nobody(uid: int) -> None:
+def test_cache_dir_without_home_requires_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_account(uid: int) -> None:
         raise KeyError(uid)
 
     monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
     monkeypatch.delenv("NEMO_RL_CACHE_DIR", raising=False)
     with pytest.raises(ConfigError, match="HOME.*NEMO_RL_CACHE_DIR"):
         settings.cache_dir()

@@ -1,4 +1,4 @@
-"""A package index over HTTP that counts what it is asked for, with wheels of a known size. No network."""
+"""A package index over HTTP on loopback that records requests, with wheels of a known size."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from nemo_rl.venvs.uv import find_uv
 
 @dataclass
 class Index:
-    """A running index: its address, and what was asked of it."""
+    """A running index: its URL and the requested paths."""
 
     url: str
     requests: list[str] = field(default_factory=list)
 
     def wheels(self) -> list[str]:
-        """The wheels that were fetched, one entry per request."""
+        """Return the names of the requested wheels, one per request."""
         return [path.rpartition("/")[2] for path in self.requests if path.endswith(".whl")]
 
 
 def make_wheel(folder: Path, name: str, *, num_bytes: int = 0, seed: int = 0) -> None:
-    """A wheel, version 1.0, with a script of its own name and `num_bytes` that half compress."""
+    """Write a wheel, version 1.0, with a console script and `num_bytes` of data, half of them incompressible."""
     folder = folder / name
     folder.mkdir(parents=True)
     info = f"{name}-1.0.dist-info"
@@ -83,7 +83,7 @@ def served(folder: Path) -> Iterator[Index]:
 
 
 def make_project(root: Path, url: str, dependencies: str, extras: dict[str, str]) -> str:
-    """Write and lock a project whose packages come from `url`; returns its py_executable."""
+    """Write and lock a project whose packages come from the index at `url`; return its py_executable."""
     root.mkdir()
     lines = "".join(f'{name} = ["{package}"]\n' for name, package in extras.items())
     (root / "pyproject.toml").write_text(

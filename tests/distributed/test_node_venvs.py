@@ -1,4 +1,4 @@
-"""Venvs on every node: real uv, real Ray, several simulated nodes with one shared venv directory or one each."""
+"""Venvs on every node: real uv and Ray, with simulated nodes that share one venv directory or have one each."""
 
 from __future__ import annotations
 
@@ -55,26 +55,26 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def own_dirs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The venv directories that nodes 1 and 2 have of their own; node 0 is the driver's."""
+def node_dirs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The venv directories of nodes 1 and 2; node 0 is the driver's."""
     return [tmp_path_factory.mktemp("node") / "venvs" for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
-def cluster(start_nodes: Callable[..., Cluster], own_dirs: list[Path]) -> Cluster:
+def cluster(start_nodes: Callable[..., Cluster], node_dirs: list[Path]) -> Cluster:
     return start_nodes(
-        {"num_cpus": 2}, *({"num_cpus": 1, "env_vars": {"NEMO_RL_VENV_DIR": str(path)}} for path in own_dirs)
+        {"num_cpus": 2}, *({"num_cpus": 1, "env_vars": {"NEMO_RL_VENV_DIR": str(path)}} for path in node_dirs)
     )
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch, own_dirs: list[Path], cluster: Cluster) -> Iterator[None]:
+def clean(monkeypatch: pytest.MonkeyPatch, node_dirs: list[Path], cluster: Cluster) -> Iterator[None]:
     for name in ("NRL_FORCE_REBUILD_VENVS", "UV_PYTHON", "VIRTUAL_ENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NEMO_RL_COMPILE_BYTECODE", "0")
     node_venvs._ready.clear()
     yield
-    for path in own_dirs:
+    for path in node_dirs:
         if path.is_file():
             path.unlink()
         shutil.rmtree(path, ignore_errors=True)
@@ -88,19 +88,19 @@ def shared_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def separate_dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_dirs: list[Path]) -> list[Path]:
-    """A venv directory for each node: the driver says nothing, so each node's own setting counts."""
+def separate_dirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node_dirs: list[Path]) -> list[Path]:
+    """One venv directory per node: the driver does not set the variable, so each node's setting applies."""
     monkeypatch.delenv("NEMO_RL_VENV_DIR", raising=False)
     monkeypatch.setenv("NEMO_RL_PROJECT_ROOT", str(tmp_path))  # the driver's default is in the project
-    return [tmp_path / "venvs", *own_dirs]
+    return [tmp_path / "venvs", *node_dirs]
 
 
 @pytest.fixture
 def no_tasks(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A function after which nothing may be asked of any other node."""
+    """A function after which no task may be submitted to another node."""
 
     def forbid(*arguments: Any) -> None:
-        raise AssertionError("a node was asked again")
+        raise AssertionError("a task was submitted to a node")
 
     return lambda: monkeypatch.setattr(coordinator.ProvisioningCoordinator, "_submit", forbid)
 
@@ -114,7 +114,7 @@ def _seals(*directories: Path) -> list[Path]:
     return [path for directory in directories for path in directory.glob(".store/*.*/nemo_rl_venv.json")]
 
 
-def test_nodes_that_share_a_directory_build_once(project: str, shared_dir: Path, no_tasks: Callable[[], None]) -> None:
+def test_nodes_with_a_shared_directory_build_once(project: str, shared_dir: Path, no_tasks: Callable[[], None]) -> None:
     events: list[NodeProgress] = []
     report = ensure_venvs_on_each_node({"a.Worker": project}, progress=events.append)
     assert len(report.entries) == 3
@@ -139,10 +139,10 @@ def test_nodes_that_share_a_directory_build_once(project: str, shared_dir: Path,
     assert len(again.entries) == 3
 
 
-def test_nodes_that_share_a_directory_wait_for_the_one_that_builds(
+def test_nodes_with_a_shared_directory_wait_for_the_builder(
     project: str, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """uv is held up until both other nodes are known to wait."""
+    """uv waits until both other nodes wait for the builder."""
     go = tmp_path / "go"
     monkeypatch.setenv("NEMO_RL_UV", str(_uv_wrapper(tmp_path, f"while [ ! -e {go} ]; do sleep 0.02; done")))
     waiting: set[str] = set()
@@ -160,7 +160,7 @@ def test_nodes_that_share_a_directory_wait_for_the_one_that_builds(
     assert len(_seals(shared_dir)) == 1
 
 
-def test_each_directory_of_its_own_gets_its_build(
+def test_separate_directories_are_built_separately(
     project: str, separate_dirs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_RL_VENV_SPREAD", "off")
@@ -178,14 +178,14 @@ def test_each_directory_of_its_own_gets_its_build(
         report.python("a.Worker")
 
 
-def test_one_name_on_each_node_is_the_contracts_path(project: str, shared_dir: Path) -> None:
+def test_create_local_venv_on_each_node_returns_the_named_path(project: str, shared_dir: Path) -> None:
     python = create_local_venv_on_each_node(f"{project} --extra one", "my.Worker")
     assert python == str(shared_dir / "my.Worker" / "bin" / "python")
     assert _versions(python, "six", "iniconfig") == ["1.17.0", "2.1.0"]
     assert create_local_venv_on_each_node(sys.executable, "plain.Worker") == sys.executable
 
 
-def test_several_venvs_are_made_together_and_equal_contents_once(project: str, shared_dir: Path) -> None:
+def test_equal_contents_are_built_once(project: str, shared_dir: Path) -> None:
     wanted = {
         "base.A": project,
         "base.B": project,
@@ -203,10 +203,10 @@ def test_several_venvs_are_made_together_and_equal_contents_once(project: str, s
     assert len(_seals(shared_dir)) == 3
 
 
-def test_a_node_that_fails_is_named_and_the_others_are_ready(project: str, separate_dirs: list[Path]) -> None:
+def test_failed_node_is_named_and_the_others_are_ready(project: str, separate_dirs: list[Path]) -> None:
     broken = separate_dirs[2]
     broken.write_text("a file where a directory should be")
-    node = next(node for node in ray.nodes() if _venv_dir_of(node["NodeID"]) == str(broken))
+    node = next(node for node in ray.nodes() if _node_venv_dir(node["NodeID"]) == str(broken))
     with pytest.raises(NodeVenvError) as caught:
         ensure_venvs_on_each_node({"a.Worker": project, "sys.Worker": sys.executable})
     message = str(caught.value)
@@ -222,7 +222,7 @@ def test_a_node_that_fails_is_named_and_the_others_are_ready(project: str, separ
     assert _versions(str(broken / "a.Worker" / "bin" / "python"), "six") == ["1.17.0"]
 
 
-def _venv_dir_of(node_id: str) -> str:
+def _node_venv_dir(node_id: str) -> str:
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
 
     @ray.remote(num_cpus=0, scheduling_strategy=strategy)
@@ -232,7 +232,7 @@ def _venv_dir_of(node_id: str) -> str:
     return ray.get(read.remote())
 
 
-def test_a_build_that_fails_is_told_once_for_all_that_share_it(
+def test_failed_build_is_reported_once_for_a_shared_directory(
     project: str, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     venvs.plan(project)  # resolved, so that only the build calls uv
@@ -257,7 +257,7 @@ def test_nothing_is_built_when_a_venv_cannot_be_planned(project: str, shared_dir
     assert not _seals(shared_dir)
 
 
-def test_a_node_that_joins_later_is_served_when_asked(project: str, cluster: Cluster, shared_dir: Path) -> None:
+def test_ensure_venv_on_node_that_joined_later(project: str, cluster: Cluster, shared_dir: Path) -> None:
     ensure_venvs_on_each_node({"a.Worker": project})
     before = {node.node_id for node in alive_nodes()}
     node = cluster.add_node(num_cpus=1)
@@ -274,7 +274,7 @@ def test_a_node_that_joins_later_is_served_when_asked(project: str, cluster: Clu
         ensure_venv_on_node(joined, project, "a.Worker")
 
 
-def test_a_node_without_cpus_and_gpus_is_left_alone(project: str, cluster: Cluster, shared_dir: Path) -> None:
+def test_node_without_cpus_and_gpus_is_skipped(project: str, cluster: Cluster, shared_dir: Path) -> None:
     node = cluster.add_node(num_cpus=0)
     try:
         assert len(ensure_venvs_on_each_node({"a.Worker": project}).entries) == 3
@@ -301,10 +301,10 @@ def test_force_rebuilds_once_per_job_and_directory(
     assert {os.path.realpath(entry / "a.Worker") for entry in separate_dirs} == after
 
 
-def test_when_the_building_node_leaves_another_one_builds(
+def test_another_node_builds_when_the_builder_is_lost(
     project: str, cluster: Cluster, separate_dirs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two more nodes share a directory. Whichever builds first is removed in the middle of it."""
+    """Add two nodes with a shared directory, and remove the one that builds during its build."""
     monkeypatch.setenv("NEMO_RL_VENV_SPREAD", "off")
     hangs_once = _uv_wrapper(tmp_path, f"if mkdir {tmp_path}/hung 2>/dev/null; then sleep 600; fi")
     variables = {"NEMO_RL_VENV_DIR": str(tmp_path / "pair"), "NEMO_RL_UV": str(hangs_once)}
@@ -328,7 +328,7 @@ def test_when_the_building_node_leaves_another_one_builds(
             cluster.remove_node(node)
 
 
-def test_an_interpreter_that_a_node_lacks_is_its_error(tmp_path: Path, shared_dir: Path) -> None:
+def test_missing_interpreter_is_an_error_of_the_node(tmp_path: Path, shared_dir: Path) -> None:
     python = tmp_path / "python"
     python.symlink_to(os.path.realpath(sys.executable))
     plan = venvs.plan(str(python))
@@ -340,7 +340,7 @@ def test_an_interpreter_that_a_node_lacks_is_its_error(tmp_path: Path, shared_di
     assert absent.missing == ()
 
 
-def test_a_node_keeps_its_own_uv_settings_and_takes_the_projects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_variables_prefer_the_nodes_uv_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_CACHE_DIR", "the node's")
     monkeypatch.setenv("NEMO_RL_VENV_DIR", "the node's")
     monkeypatch.delenv("UV_OFFLINE", raising=False)

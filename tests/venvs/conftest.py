@@ -10,7 +10,7 @@ from nemo_rl.venvs import Store
 
 @pytest.fixture(scope="session")
 def project_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheels that every project of these tests draws from."""
+    """A project whose wheels all projects of these tests use."""
     folder = tmp_path_factory.mktemp("wheels")
     for name in ("alpha", "gamma", "delta"):
         for version in ("1.0", "2.0"):
@@ -33,7 +33,7 @@ def project(tmp_path: Path, project_template: Path) -> Project:
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """An empty venv directory, which is also the default one."""
+    """An empty store, which is the default store."""
     root = tmp_path / "venvs"
     monkeypatch.setenv("NEMO_RL_VENV_DIR", str(root))
     for name in ("NRL_FORCE_REBUILD_VENVS", "NEMO_RL_COMPILE_BYTECODE", "VIRTUAL_ENV", "UV_PYTHON"):

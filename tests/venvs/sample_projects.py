@@ -1,4 +1,4 @@
-"""Small real uv projects: local packages, and wheels in a folder that stands in for an index. No network."""
+"""Small uv projects of local packages, with a folder of wheels instead of an index. No network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILD_SYSTEM = '[build-system]\nrequires = ["uv_build>=0.9,<0.15"]\nbuild-backen
 
 
 def make_wheel(folder: Path, name: str, version: str, *, requires: tuple[str, ...] = (), num_modules: int = 1) -> Path:
-    """A wheel of one package whose `VERSION` is its version."""
+    """Write a wheel with one package, whose `VERSION` is the version of the wheel."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
@@ -50,7 +50,7 @@ def uv(*arguments: str, cwd: Path) -> None:
 
 @dataclass
 class Project:
-    """A locked project: `alpha` always, `beta` (which needs `gamma`) with the extra `one`, `delta` with `two`."""
+    """A locked project of `alpha`; extra `one` adds `beta`, which needs `gamma`; extra `two` adds `delta`."""
 
     root: Path
     wheels: Path
@@ -86,12 +86,12 @@ class Project:
 
 
 def run_in(python: str, code: str, **environment: str) -> str:
-    """What `code` prints when `python` runs it."""
-    done = subprocess.run(
+    """Run `code` with the interpreter `python` and return its output."""
+    process = subprocess.run(
         [python, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
 
 
 def copy_project(project: Project, target: Path) -> Project:

@@ -1,4 +1,4 @@
-"""What happens when the code has moved on from a venv that is there."""
+"""Drift: the code asks for other packages than an existing venv holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def policy(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("NEMO_RL_VENV_DRIFT", value)
 
 
-def test_the_default_is_rebuild_and_in_an_image_with_venvs_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_policy_is_rebuild_and_in_an_image_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEMO_RL_VENV_DRIFT", raising=False)
     monkeypatch.delenv("NEMO_RL_CONTAINER", raising=False)
     assert settings.venv_drift() == REBUILD
@@ -30,9 +30,7 @@ def test_the_default_is_rebuild_and_in_an_image_with_venvs_refuse(monkeypatch: p
         settings.venv_drift()
 
 
-def test_refuse_names_each_package_that_differs_and_the_commands(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refuse_lists_differing_packages_and_commands(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     command = project.command("--extra", "one")
     before = ensure(command, "worker")
     project.lock(alpha="2.0", beta="2.0")
@@ -51,9 +49,7 @@ def test_refuse_names_each_package_that_differs_and_the_commands(
     assert after.digest != before.digest
 
 
-def test_a_worker_whose_name_is_new_but_whose_spec_was_built_is_refused_too(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refuse_compares_a_new_name_with_its_spec(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     ensure(project.command("--extra", "one"), "as-built-into-the-image")
     project.lock(alpha="2.0")
     policy(monkeypatch, REFUSE)
@@ -61,18 +57,16 @@ def test_a_worker_whose_name_is_new_but_whose_spec_was_built_is_refused_too(
         ensure(project.command("--extra", "one"), "worker")
 
 
-def test_refuse_lets_start_what_is_the_same_and_builds_what_was_never_there(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refuse_accepts_equal_and_new_venvs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     ensure(project.command("--extra", "one"), "worker")
     policy(monkeypatch, REFUSE)
     (project.root / "src" / "sample" / "__init__.py").write_text("CODE = 2\n")
-    project.lock(delta="2.0")  # of another extra
+    project.lock(delta="2.0")  # a package of another extra
     assert not ensure(project.command("--extra", "one"), "worker").built
     assert ensure(project.command("--extra", "two"), "other").built
 
 
-def test_ignore_goes_on_with_the_packages_that_are_there(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignore_uses_the_existing_packages(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     command = project.command("--extra", "one")
     before = ensure(command, "worker")
     project.lock(alpha="2.0")
@@ -83,7 +77,7 @@ def test_ignore_goes_on_with_the_packages_that_are_there(project: Project, monke
 
 
 @pytest.mark.parametrize("value", [REFUSE, IGNORE])
-def test_force_rebuilds_whatever_the_policy(project: Project, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_force_overrides_the_policy(project: Project, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     command = project.command("--extra", "one")
     ensure(command, "worker")
     project.lock(alpha="2.0")
@@ -92,7 +86,7 @@ def test_force_rebuilds_whatever_the_policy(project: Project, monkeypatch: pytes
     assert run_in(ensure(command, "worker").python, "import alpha; print(alpha.VERSION)") == "2.0"
 
 
-def test_an_additive_venv_is_compared_with_all_that_was_importable_in_it(
+def test_refuse_compares_all_layers_of_an_additive_venv(
     project: Project, monkeypatch: pytest.MonkeyPatch, store: Store
 ) -> None:
     wheel = make_wheel(project.root / "own", "omega", "1.0")
@@ -106,7 +100,7 @@ def test_an_additive_venv_is_compared_with_all_that_was_importable_in_it(
     assert "omega" not in str(caught.value).partition(":\n")[2].partition("Either")[0]
 
 
-def test_differences_name_added_removed_and_changed_packages() -> None:
+def test_differences_of_added_removed_and_changed_packages() -> None:
     assert differences(["a==1", "b==1", "C_d @ x"], ["b==2", "c-d @ x", "e"]) == [
         "a 1 -> absent",
         "b 1 -> 2",

@@ -1,4 +1,4 @@
-"""Making venvs ready: identity, sharing, sealing, rebuilding, isolation."""
+"""`ensure`: identity, sharing, sealing, rebuilding and isolation of venvs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_rl.venvs import DriverVersions, Progress, Store
 HOSTILE = ("UV_PYTHON", "VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "PYTHONPATH", "PYTHONHOME", "CONDA_PREFIX")
 
 
-def test_returns_the_named_interpreter_with_what_was_asked_for(project: Project, store: Store) -> None:
+def test_create_local_venv_returns_the_named_interpreter(project: Project, store: Store) -> None:
     python = venvs.create_local_venv(project.command("--extra", "one"), "some.module.Worker")
 
     assert python == str(store.root / "some.module.Worker" / "bin" / "python")
@@ -29,14 +29,14 @@ def test_returns_the_named_interpreter_with_what_was_asked_for(project: Project,
     assert run_in(python, find) == "None None"
 
 
-def test_by_default_venvs_are_in_the_project_root(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_venv_dir_is_in_the_project_root(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEMO_RL_VENV_DIR")
     monkeypatch.setenv("NEMO_RL_PROJECT_ROOT", str(project.root))
-    python = venvs.create_local_venv("uv run --extra one", "W")  # and the project is this one
+    python = venvs.create_local_venv("uv run --extra one", "W")  # the default project
     assert python == str(project.root / "venvs" / "W" / "bin" / "python")
 
 
-def test_a_warm_call_builds_nothing_and_calls_no_uv(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_call_builds_nothing_and_runs_no_uv(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     first = venvs.ensure(project.command(), "A")
     monkeypatch.setenv("NEMO_RL_UV", "/nowhere/uv")
     second = venvs.ensure(project.command(), "A")
@@ -56,7 +56,7 @@ def test_equal_digests_share_one_venv(project: Project, store: Store) -> None:
     assert len(store.digests()) == 1
 
 
-def test_changing_its_own_packages_rebuilds_without_a_flag_and_another_extra_does_not(project: Project) -> None:
+def test_only_a_change_of_its_packages_rebuilds_a_venv(project: Project) -> None:
     one, two = project.command("--extra", "one"), project.command("--extra", "two")
     venvs.ensure(one, "One")
     venvs.ensure(two, "Two")
@@ -66,11 +66,11 @@ def test_changing_its_own_packages_rebuilds_without_a_flag_and_another_extra_doe
     assert changed.built
     assert run_in(changed.python, "import delta; print(delta.VERSION)") == "2.0"
     project.lock(delta="1.0")
-    assert not venvs.ensure(two, "Two").built  # going back is free
+    assert not venvs.ensure(two, "Two").built  # the earlier venv still exists
     assert run_in(changed.python, "import delta; print(delta.VERSION)") == "1.0"
 
 
-def test_the_manifest_tells_what_is_inside_and_how_it_came_to_be(project: Project) -> None:
+def test_manifest_describes_content_and_build(project: Project) -> None:
     ready = venvs.ensure(project.command("--extra", "one"), "A", job_id="job-7")
     manifest = ready.manifest
     assert manifest is not None
@@ -89,17 +89,17 @@ def test_the_manifest_tells_what_is_inside_and_how_it_came_to_be(project: Projec
     assert "uv sync --frozen" in Path(manifest.log_path).read_text()
 
 
-def test_progress_reports_each_phase_once_and_in_order(project: Project) -> None:
+def test_progress_reports_each_phase_once_in_order(project: Project) -> None:
     events: list[Progress] = []
     venvs.ensure(project.command(), "A", progress=events.append)
-    done = [event.phase for event in events if event.state == "done"]
-    assert done == ["resolve", "fetch", "link", "compile", "check", "seal"]
+    phases = [event.phase for event in events if event.state == "done"]
+    assert phases == ["resolve", "fetch", "link", "compile", "check", "seal"]
     assert all(event.venv == "A" for event in events)
     assert all(event.digest for event in events if event.phase != "resolve")
     assert pickle.loads(pickle.dumps(events)) == events
 
 
-def test_a_failure_is_reported_in_its_phase(project: Project) -> None:
+def test_failure_is_reported_in_its_phase(project: Project) -> None:
     events: list[Progress] = []
     make_unbuildable(project)
     with pytest.raises(VenvBuildError):
@@ -111,7 +111,7 @@ def test_a_failure_is_reported_in_its_phase(project: Project) -> None:
 
 
 @pytest.mark.parametrize("variable", HOSTILE)
-def test_an_inherited_variable_never_redirects_an_install(
+def test_inherited_variables_never_redirect_an_install(
     variable: str, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = tmp_path / "foreign"
@@ -129,7 +129,7 @@ def test_an_inherited_variable_never_redirects_an_install(
     assert ready.manifest.base_python == os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
 
 
-def test_a_job_forces_each_venv_once(project: Project) -> None:
+def test_job_forces_each_venv_once(project: Project) -> None:
     command = project.command()
     first = venvs.ensure(command, "A")
     forced = [venvs.ensure(command, name, force_rebuild=True, job_id="job-1") for name in ("A", "A", "B")]
@@ -140,14 +140,14 @@ def test_a_job_forces_each_venv_once(project: Project) -> None:
     assert venvs.ensure(command, "A", force_rebuild=True).built
 
 
-def test_the_force_variable_rebuilds_once_per_job(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_variable_rebuilds_once_per_job(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     command = project.command("--with", "epsilon")
     venvs.ensure(command, "A", job_id="job-0")
     base = venvs.ensure(project.command(), "Base", job_id="job-0")
     monkeypatch.setenv("NRL_FORCE_REBUILD_VENVS", "true")
     assert [venvs.ensure(command, "A", job_id="job-1").built for _ in range(3)] == [True, False, False]
     assert venvs.ensure(project.command(), "Base", job_id="job-1").path != base.path
-    # Without a job's name a process is its own job: one more build, not two.
+    # A process without a job id counts as a job: one more build, not two.
     paths = [venvs.find_sealed(base.digest).path]
     for _ in range(2):
         venvs.create_local_venv(project.command(), "Base")
@@ -155,7 +155,7 @@ def test_the_force_variable_rebuilds_once_per_job(project: Project, monkeypatch:
     assert paths[0] != paths[1] == paths[2]
 
 
-def test_a_venv_that_is_in_use_is_not_pulled_from_under_its_worker(project: Project, store: Store) -> None:
+def test_rebuild_keeps_the_venv_of_a_running_worker(project: Project, store: Store) -> None:
     first = venvs.ensure(project.command(), "A")
     code = (
         "import sys; print('up', flush=True); sys.stdin.readline(); import alpha.module_0, sys\n"
@@ -166,7 +166,7 @@ def test_a_venv_that_is_in_use_is_not_pulled_from_under_its_worker(project: Proj
     assert worker.stdout.readline() == "up\n"
     second = venvs.ensure(project.command(), "A", force_rebuild=True)
     project.lock(alpha="2.0")
-    third = venvs.ensure(project.command(), "A")  # the name now points to other packages
+    third = venvs.ensure(project.command(), "A")  # now the name points to other packages
 
     output, _ = worker.communicate("\n")
     assert worker.returncode == 0
@@ -177,10 +177,10 @@ def test_a_venv_that_is_in_use_is_not_pulled_from_under_its_worker(project: Proj
     assert len({first.path, second.path, third.path}) == 3
     assert set(store.builds(first.digest)) == {first.path, second.path}
     venvs.prune()
-    assert store.builds(first.digest) == []  # no name points to it any more
+    assert store.builds(first.digest) == []  # no name points to it
 
 
-def test_a_failed_rebuild_leaves_the_old_venv_working(project: Project, store: Store) -> None:
+def test_failed_rebuild_keeps_the_old_venv(project: Project, store: Store) -> None:
     ready = venvs.ensure(project.command("--extra", "one"), "A")
     make_unbuildable(project)
     with pytest.raises(VenvBuildError):
@@ -191,7 +191,7 @@ def test_a_failed_rebuild_leaves_the_old_venv_working(project: Project, store: S
     assert [path for digest in store.digests() for path in store.builds(digest)] == [ready.path]
 
 
-def test_a_failed_build_carries_node_command_output_and_log(project: Project, store: Store) -> None:
+def test_build_error_has_node_command_output_and_log(project: Project, store: Store) -> None:
     make_unbuildable(project)
     with pytest.raises(VenvBuildError) as caught:
         venvs.create_local_venv(project.command(), "A")
@@ -207,7 +207,7 @@ def test_a_failed_build_carries_node_command_output_and_log(project: Project, st
 
 
 def make_unbuildable(project: Project) -> None:
-    """Give the project a build back end of its own that fails; the lock still matches."""
+    """Give the project a build back end that fails; the lock still matches."""
     (project.root / "backend.py").write_text(
         "def build_editable(*a, **k):\n    raise RuntimeError('this package cannot be built')\n"
         "def build_wheel(*a, **k):\n    raise RuntimeError('this package cannot be built')\n"
@@ -218,7 +218,7 @@ def make_unbuildable(project: Project) -> None:
     (project.root / "pyproject.toml").write_text(head + backend)
 
 
-def test_a_ray_that_only_the_built_venv_shows_is_checked_too(project: Project, store: Store) -> None:
+def test_ray_version_of_the_built_venv_is_checked(project: Project, store: Store) -> None:
     library = project.root / "ray"
     (library / "src" / "ray").mkdir(parents=True)
     (library / "src" / "ray" / "__init__.py").touch()
@@ -236,7 +236,7 @@ def test_a_ray_that_only_the_built_venv_shows_is_checked_too(project: Project, s
         venvs.ensure(project.command(), "A", expected=driver)  # sealed for another driver
 
 
-def test_a_node_with_another_python_than_the_driver_says_both(project: Project) -> None:
+def test_python_mismatch_names_both_versions(project: Project) -> None:
     planned = venvs.plan(project.command())
     driver = DriverVersions("3.11.99", None)
     elsewhere = replace(planned, python=replace(planned.python, version="3.11.99"), expected=driver)
@@ -245,12 +245,12 @@ def test_a_node_with_another_python_than_the_driver_says_both(project: Project) 
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".store", "a b", "x" * 300, "-x"])
-def test_a_name_that_cannot_be_one_is_refused(name: str, project: Project) -> None:
-    with pytest.raises(VenvError, match="name of a venv"):
+def test_invalid_name_is_rejected(name: str, project: Project) -> None:
+    with pytest.raises(VenvError, match="is not a valid venv name"):
         venvs.create_local_venv(project.command(), name)
 
 
-def test_a_foreign_directory_in_the_names_place_is_left_alone(project: Project, store: Store) -> None:
+def test_foreign_directory_at_the_name_is_kept(project: Project, store: Store) -> None:
     (store.root / "A").mkdir(parents=True)
     (store.root / "A" / "mine").touch()
     with pytest.raises(VenvError, match="not a link that nemo_rl created"):
@@ -258,7 +258,7 @@ def test_a_foreign_directory_in_the_names_place_is_left_alone(project: Project, 
     assert (store.root / "A" / "mine").exists()
 
 
-def test_a_process_knows_the_venv_it_runs_in(project: Project) -> None:
+def test_current_venv_digest_inside_a_venv(project: Project) -> None:
     ready = venvs.ensure(project.command("--with", "epsilon"), "A")
     source = Path(venvs.__file__).parent.parent.parent
     code = f"import sys; sys.path += {[str(source), *sys.path]!r}; from nemo_rl import venvs; "
@@ -271,19 +271,19 @@ def test_activation_reaches_children(project: Project) -> None:
     environment = {"PATH": "/usr/bin:/bin", "VIRTUAL_ENV": "/other", "PYTHONHOME": "/other", "PYTHONPATH": "/other"}
     environment |= venvs.activation_env(Path(ready.python).parent.parent, environment)
     assert environment["PATH"].split(":") == [str(Path(ready.python).parent), "/usr/bin", "/bin"]
-    done = subprocess.run(
+    process = subprocess.run(
         ["sh", "-c", "python -c 'import alpha, sys, site; print(sys.prefix, sys.path, site.ENABLE_USER_SITE)'"],
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(str(ready.path))
-    assert "/other" not in done.stdout
-    assert done.stdout.strip().endswith("False")
+    assert process.stdout.startswith(str(ready.path))
+    assert "/other" not in process.stdout
+    assert process.stdout.strip().endswith("False")
 
 
-def test_importing_the_engine_loads_neither_ray_nor_torch() -> None:
+def test_import_loads_neither_ray_nor_torch() -> None:
     code = "import sys, json, nemo_rl.venvs; print(json.dumps(sorted({m.partition('.')[0] for m in sys.modules})))"
     loaded = json.loads(run_in(sys.executable, code))
     assert not {"ray", "torch", "numpy", "transformers"} & set(loaded)

@@ -1,4 +1,4 @@
-"""What may go wrong around a build, with real processes, mounts and sockets."""
+"""Failures around a build, with real processes, mounts and sockets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def large(project: Project, tmp_path: Path) -> Project:
 
 
 def start_builder(command: str, name: str) -> subprocess.Popen[str]:
-    """A process that will ask for a venv at `go`."""
+    """Start a process that calls `ensure` after `go`."""
     builder = subprocess.Popen(
         [sys.executable, "-c", BUILDER, command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -73,8 +73,8 @@ def answer(builder: subprocess.Popen[str]) -> dict[str, object]:
 
 
 def processes_in(path: Path) -> list[str]:
-    """Command lines of live processes that name `path`."""
-    found = []
+    """Return ids of live processes whose command line or environment contains `path`."""
+    process_ids = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if (
@@ -83,8 +83,8 @@ def processes_in(path: Path) -> list[str]:
                 in (entry / "cmdline").read_bytes()
                 + (entry / "environ").read_bytes().partition(b"UV_PROJECT_ENVIRONMENT=")[2]
             ):
-                found.append(entry.name)
-    return found
+                process_ids.append(entry.name)
+    return process_ids
 
 
 def kill_builders(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kills: int, seed: int) -> None:
@@ -117,23 +117,21 @@ def kill_builders(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (digest,) = store.digests()
         assert [str(path) for path in store.builds(digest)] == [result["path"]]
         assert not processes_in(store.root)
-    assert num_unsealed > 0, "no kill came before the seal: the test shows nothing"
+    assert num_unsealed > 0, "every kill came after the seal, so the test proves nothing"
 
 
-def test_a_killed_builder_never_leaves_a_venv_that_is_used(
-    large: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigkill_leaves_no_venv(large: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill_builders(large, tmp_path, monkeypatch, num_kills=5, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_builder_killed_at_many_moments(large: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigkill_at_any_moment_leaves_no_venv(large: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill_builders(large, tmp_path, monkeypatch, num_kills=60, seed=2)
 
 
 @pytest.mark.parametrize("phase", ["fetch", "link", "compile", "check", "seal"])
-def test_a_builder_killed_in_each_phase(phase: str, large: Project, store: Store) -> None:
+def test_sigkill_in_each_phase_leaves_no_venv(phase: str, large: Project, store: Store) -> None:
     victim = start_builder(large.command(), "A")
     go(victim)
     assert victim.stdout is not None
@@ -149,8 +147,8 @@ def test_a_builder_killed_in_each_phase(phase: str, large: Project, store: Store
     assert store.builds(ready.digest) == [ready.path]
 
 
-def test_uv_dies_with_its_builder(project: Project, store: Store) -> None:
-    """uv waits for a build back end that never ends; nothing of it outlives the builder."""
+def test_uv_ends_with_its_builder(project: Project, store: Store) -> None:
+    """uv waits for a build back end that never ends; uv must not outlive the builder."""
     (project.root / "backend.py").write_text(
         "import time\ndef build_editable(*a, **k):\n    print('STARTED', flush=True)\n    time.sleep(600)\n"
     )
@@ -172,7 +170,7 @@ def test_uv_dies_with_its_builder(project: Project, store: Store) -> None:
     assert processes_in(store.root) == []
 
 
-def test_any_number_of_processes_cause_one_build(large: Project, store: Store) -> None:
+def test_concurrent_processes_cause_one_build(large: Project, store: Store) -> None:
     builders = [start_builder(large.command(), f"worker.{i % 4}") for i in range(16)]
     for builder in builders:
         go(builder)
@@ -184,9 +182,7 @@ def test_any_number_of_processes_cause_one_build(large: Project, store: Store) -
     assert len(list(store.logs.iterdir())) == 1
 
 
-def test_a_lock_that_is_held_too_long_names_its_holder(
-    project: Project, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_timeout_names_the_holder(project: Project, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = venvs.plan(project.command()).digest
     store.directory.mkdir(parents=True, exist_ok=True)
     hold = (
@@ -203,7 +199,7 @@ def test_a_lock_that_is_held_too_long_names_its_holder(
     with pytest.raises(VenvLockTimeoutError, match=rf"process {holder.pid} on .*holder\.Worker"):
         venvs.ensure(project.command(), "A", progress=events.append)
     assert any(event.phase == "wait" and str(holder.pid) in event.detail for event in events)
-    holder.kill()  # the kernel lets go of its lock, whatever the file says
+    holder.kill()  # the kernel releases its lock, regardless of the content of the file
     holder.communicate()
     assert venvs.ensure(project.command(), "A").built
 
@@ -230,7 +226,7 @@ class Index(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def indexed(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    """A project that was locked against an index which has since gone silent: it accepts and never answers."""
+    """A locked project whose index has become silent: it accepts connections and never answers."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Index, directory=str(project.wheels))) as server:
         port = server.server_address[1]
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -247,7 +243,7 @@ def indexed(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         yield project
 
 
-def test_a_registry_that_does_not_answer_is_an_error_that_names_the_package(indexed: Project, store: Store) -> None:
+def test_silent_index_is_an_error_that_names_the_package(indexed: Project, store: Store) -> None:
     with pytest.raises(VenvBuildError, match="alpha") as caught:
         venvs.create_local_venv(indexed.command(), "A")
     assert "timed out" in str(caught.value)
@@ -259,7 +255,7 @@ def test_a_registry_that_does_not_answer_is_an_error_that_names_the_package(inde
     assert "timed out" in Path(caught.value.log_path).read_text()
 
 
-def test_a_call_of_uv_is_bounded(indexed: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv_call_times_out(indexed: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV_HTTP_TIMEOUT", "600")
     monkeypatch.setenv("NEMO_RL_VENV_BUILD_TIMEOUT_S", "2")
     with pytest.raises(VenvBuildError, match="NEMO_RL_VENV_BUILD_TIMEOUT_S"):
@@ -271,16 +267,16 @@ def mounted(path: Path, *arguments: str) -> Iterator[None]:
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     path.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["mount", *arguments, str(path)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"mounting does not work here: {done.stderr.strip()}")
+    process = subprocess.run(["mount", *arguments, str(path)], capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        pytest.skip(f"cannot mount on this machine: {process.stderr.strip()}")
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def test_a_full_disk(project: Project, store: Store) -> None:
+def test_full_disk(project: Project, store: Store) -> None:
     make_wheel(project.wheels, "huge", "1.0", num_modules=4000)
     with mounted(store.root, "-t", "tmpfs", "-o", "size=2m", "tmpfs"):
         ready = venvs.ensure(project.command(), "A")
@@ -292,7 +288,7 @@ def test_a_full_disk(project: Project, store: Store) -> None:
         assert not venvs.ensure(project.command(), "A").built
 
 
-def test_a_read_only_store_works_when_the_venv_is_sealed(project: Project, store: Store) -> None:
+def test_read_only_store_serves_a_sealed_venv(project: Project, store: Store) -> None:
     ready = venvs.ensure(project.command("--with", "epsilon"), "A")
     with mounted(store.root, "--bind", str(store.root)):
         subprocess.run(["mount", "-o", "remount,bind,ro", str(store.root)], check=True)
@@ -310,7 +306,7 @@ def test_a_read_only_store_works_when_the_venv_is_sealed(project: Project, store
             venvs.prune(keep_names=[])
 
 
-def test_on_a_read_only_store_a_venv_is_in_use_only_when_it_is(project: Project, store: Store) -> None:
+def test_read_only_store_reports_use(project: Project, store: Store) -> None:
     venv = venvs.ensure(project.command(), "A")
     with mounted(store.root, "--bind", str(store.root)):
         subprocess.run(["mount", "-o", "remount,bind,ro", str(store.root)], check=True)
@@ -320,7 +316,7 @@ def test_on_a_read_only_store_a_venv_is_in_use_only_when_it_is(project: Project,
 
 
 @pytest.mark.parametrize("damage", ["no_manifest", "cut_manifest", "foreign_manifest", "no_python", "dangling_python"])
-def test_a_broken_manifest_or_interpreter_is_repaired(damage: str, project: Project, store: Store) -> None:
+def test_broken_manifest_or_interpreter_is_rebuilt(damage: str, project: Project, store: Store) -> None:
     ready = venvs.ensure(project.command(), "A")
     manifest, python = ready.path / MANIFEST_FILE, ready.path / "bin" / "python"
     if damage == "no_manifest":
@@ -341,7 +337,7 @@ def test_a_broken_manifest_or_interpreter_is_repaired(damage: str, project: Proj
     assert store.builds(ready.digest) == [repaired.path]
 
 
-def test_a_broken_base_is_repaired_under_its_additive_venv(project: Project) -> None:
+def test_broken_base_of_an_additive_venv_is_rebuilt(project: Project) -> None:
     ready = venvs.ensure(project.command("--with", "epsilon"), "A")
     base = venvs.find_sealed(venvs.plan(project.command()).digest)
     assert base is not None

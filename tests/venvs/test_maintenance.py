@@ -20,7 +20,7 @@ from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace a file; writing into it would also change uv's cache, which it is a link to."""
+    """Replace a file. Writing into it would also change uv's cache, because it is a hard link."""
     path.unlink()
     path.write_text(text)
 
@@ -38,24 +38,24 @@ def test_list_shows_names_digests_and_use(project: Project) -> None:
     assert venvs.list_venvs(Store(Path("/nowhere"))) == []
 
 
-def test_verify_names_what_was_altered(project: Project) -> None:
+def test_verify_names_altered_files(project: Project) -> None:
     ready = venvs.ensure(project.command("--extra", "one"), "A")
     venvs.ensure(project.command(), "Untouched")
     assert venvs.verify() == []
     packages = site_packages_of(ready.path)
     (packages / "gamma" / "module_0.py").unlink()
-    rewrite(packages / "beta" / "__init__.py", "VERSION = '6.6'\n")  # as long as it was
+    rewrite(packages / "beta" / "__init__.py", "VERSION = '6.6'\n")  # the same length
     rewrite(packages / "alpha" / "__init__.py", "")
     rewrite(packages / PTH_FILE, "")
 
-    found = {Path(finding.path).relative_to(packages.relative_to(ready.path)): finding for finding in venvs.verify()}
-    assert {str(path): finding.problem.partition(":")[0] for path, finding in found.items()} == {
+    findings = {Path(finding.path).relative_to(packages.relative_to(ready.path)): finding for finding in venvs.verify()}
+    assert {str(path): finding.problem.partition(":")[0] for path, finding in findings.items()} == {
         "gamma/module_0.py": "missing",
         "beta/__init__.py": "altered",
         "alpha/__init__.py": "altered",
         PTH_FILE: "altered",
     }
-    assert {finding.venv for finding in found.values()} == {"A"}
+    assert {finding.venv for finding in findings.values()} == {"A"}
     assert venvs.verify("Untouched") == []
     assert len(venvs.verify(ready.digest)) == 4
 
@@ -64,7 +64,7 @@ def test_verify_names_what_was_altered(project: Project) -> None:
     assert venvs.verify() == []
 
 
-def test_verify_sees_a_whole_package_that_is_gone(project: Project) -> None:
+def test_verify_finds_a_removed_package(project: Project) -> None:
     ready = venvs.ensure(project.command(), "A")
     for path in (site_packages_of(ready.path) / "alpha-1.0.dist-info").iterdir():
         path.unlink()
@@ -73,7 +73,7 @@ def test_verify_sees_a_whole_package_that_is_gone(project: Project) -> None:
     assert finding.problem == "missing"
 
 
-def test_verify_says_that_a_venv_is_not_sealed_or_not_there(project: Project) -> None:
+def test_verify_of_unsealed_and_missing_venvs(project: Project) -> None:
     ready = venvs.ensure(project.command(), "A")
     (ready.path / "nemo_rl_venv.json").unlink()
     (finding,) = venvs.verify("A")
@@ -82,7 +82,7 @@ def test_verify_says_that_a_venv_is_not_sealed_or_not_there(project: Project) ->
         venvs.verify("B")
 
 
-def test_prune_keeps_what_has_a_name_and_removes_the_rest(project: Project, store: Store) -> None:
+def test_prune_keeps_named_venvs(project: Project, store: Store) -> None:
     old = venvs.ensure(project.command(), "A")
     project.lock(alpha="2.0")
     new = venvs.ensure(project.command(), "A")
@@ -97,7 +97,7 @@ def test_prune_keeps_what_has_a_name_and_removes_the_rest(project: Project, stor
     assert venvs.prune().removed == []
 
 
-def test_prune_keeps_names_in_use_recent_and_bases(project: Project, store: Store) -> None:
+def test_prune_keeps_given_names_used_recent_and_bases(project: Project, store: Store) -> None:
     over = venvs.ensure(project.command("--extra", "one", "--with", "epsilon"), "Over")
     other = venvs.ensure(project.command(), "Other")
     assert over.manifest is not None
@@ -119,7 +119,7 @@ def test_prune_keeps_names_in_use_recent_and_bases(project: Project, store: Stor
     assert venvs.list_venvs() == []
 
 
-def test_prune_never_removes_a_venv_that_a_process_runs_in(project: Project) -> None:
+def test_prune_keeps_the_venv_of_a_running_process(project: Project) -> None:
     ready = venvs.ensure(project.command("--with", "epsilon"), "A")
     worker = subprocess.Popen(
         [ready.python, "-c", "print('up', flush=True); input(); import alpha, epsilon"],
@@ -135,7 +135,7 @@ def test_prune_never_removes_a_venv_that_a_process_runs_in(project: Project) -> 
     assert len(venvs.prune(keep_names=[]).removed) == 2  # with the base
 
 
-def test_a_lease_that_is_held_or_released(project: Project) -> None:
+def test_prune_respects_a_lease_until_its_release(project: Project) -> None:
     ready = venvs.ensure(project.command(), "A")
     lease = venvs.hold_lease(Path(ready.python).parent.parent)
     assert lease.path == ready.path
@@ -147,14 +147,14 @@ def test_a_lease_that_is_held_or_released(project: Project) -> None:
         venvs.hold_lease(ready.path)
 
 
-def test_prune_leaves_what_is_being_built(project: Project, store: Store) -> None:
+def test_prune_skips_a_venv_that_is_being_built(project: Project, store: Store) -> None:
     ready = venvs.ensure(project.command(), "A")
     with build_lock(store.lock(ready.digest), "A"):
         report = venvs.prune(keep_names=[])
     assert (report.removed, report.skipped) == ([], [ready.digest[:16]])
 
 
-def test_prune_removes_what_dead_builders_left(project: Project, store: Store) -> None:
+def test_prune_removes_leftovers_of_killed_builders(project: Project, store: Store) -> None:
     ready = venvs.ensure(project.command(), "A")
     leftover = store.new_directory(ready.digest)
     foreign = store.new_directory("ab" * 32)
@@ -168,7 +168,7 @@ def test_prune_removes_what_dead_builders_left(project: Project, store: Store) -
     assert ready.path.exists()
 
 
-def test_prune_removes_what_a_killed_build_from_a_bundle_had_unpacked(store: Store) -> None:
+def test_prune_removes_abandoned_bundles(store: Store) -> None:
     dead, alive = (store.root / f"{UNPACKED_PREFIX}{name}" for name in ("dead", "alive"))
     for path in (dead, alive):
         path.mkdir(parents=True)

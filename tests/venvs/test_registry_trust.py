@@ -1,4 +1,4 @@
-"""What a registry may do to a build, and what a build tells of its credentials. A real HTTP server on loopback."""
+"""Changed wheels of a package index, and the secrecy of its credentials. Uses an HTTP server on loopback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = "registry-secret-4711"
 
 @dataclass
 class Registry:
-    """A package index that notes who asks, and which command lines are visible to everybody at that moment."""
+    """A package index that records credentials, and the command lines that all users can see during each request."""
 
     root: Path
     url: str = ""
@@ -29,7 +29,7 @@ class Registry:
     command_lines: list[str] = field(default_factory=list)
 
     def publish(self, *, num_modules: int) -> None:
-        """Make this the one wheel of alpha 1.0."""
+        """Replace the wheel of alpha 1.0."""
         wheel = make_wheel(self.root / "alpha", "alpha", "1.0", num_modules=num_modules)
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
         (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}#sha256={sha256}">{wheel.name}</a>')
@@ -37,17 +37,17 @@ class Registry:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    found = Registry(tmp_path / "registry")
-    found.publish(num_modules=1)
+    index = Registry(tmp_path / "registry")
+    index.publish(num_modules=1)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: object, **options: object) -> None:
-            super().__init__(*arguments, directory=str(found.root), **options)  # type: ignore[arg-type]
+            super().__init__(*arguments, directory=str(index.root), **options)  # type: ignore[arg-type]
 
         def do_GET(self) -> None:
-            found.authorizations.append(self.headers.get("Authorization", ""))
+            index.authorizations.append(self.headers.get("Authorization", ""))
             for process in psutil.process_iter(["cmdline"]):
-                found.command_lines.append(" ".join(process.info["cmdline"] or ()))
+                index.command_lines.append(" ".join(process.info["cmdline"] or ()))
             super().do_GET()
 
         def log_message(self, *arguments: object) -> None: ...
@@ -55,8 +55,8 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        found.url = f"127.0.0.1:{server.server_port}"
-        yield found
+        index.url = f"127.0.0.1:{server.server_port}"
+        yield index
         server.shutdown()
 
 
@@ -76,7 +76,7 @@ def lock(root: Path, index: str) -> str:
     return f"uv run --locked --project {root}"
 
 
-def test_a_wheel_that_is_not_the_one_in_the_lock_is_refused(registry: Registry, root: Path, store: Store) -> None:
+def test_wheel_that_differs_from_the_lock_is_rejected(registry: Registry, root: Path, store: Store) -> None:
     command = lock(root, f"http://{registry.url}/")
     registry.publish(num_modules=5)
     with pytest.raises(VenvBuildError, match="(?i)hash mismatch"):
@@ -84,7 +84,7 @@ def test_a_wheel_that_is_not_the_one_in_the_lock_is_refused(registry: Registry, 
     assert "worker" not in store.names()
 
 
-def test_a_wheel_that_is_not_the_one_that_was_resolved_is_refused_in_an_additive_venv(
+def test_changed_wheel_of_an_additive_venv_is_rejected(
     registry: Registry, root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (root / "pyproject.toml").write_text('[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\n')
@@ -97,7 +97,7 @@ def test_a_wheel_that_is_not_the_one_that_was_resolved_is_refused_in_an_additive
     assert "worker" not in store.names()
 
 
-def test_credentials_of_an_index_reach_the_registry_and_nothing_that_others_can_read(
+def test_index_credentials_reach_only_the_index(
     registry: Registry, root: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = lock(root, f"http://{registry.url}/")
@@ -107,23 +107,21 @@ def test_credentials_of_an_index_reach_the_registry_and_nothing_that_others_can_
     registry.command_lines.clear()
     built = ensure(command, "worker")
     assert run_in(built.python, "import alpha; print(alpha.VERSION)") == "1.0"
-    assert_not_told(registry, store)
+    assert_credentials_are_secret(registry, store)
 
 
-def test_credentials_in_an_address_reach_the_registry_and_nothing_that_others_can_read(
-    registry: Registry, root: Path, store: Store
-) -> None:
+def test_url_credentials_reach_only_the_index(registry: Registry, root: Path, store: Store) -> None:
     (root / "pyproject.toml").write_text('[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\n')
     uv("lock", cwd=root)
     address = f"http://me:{SECRET}@{registry.url}/alpha/alpha-1.0-py3-none-any.whl"
     built = ensure(f"uv run --locked --project {root} --with 'alpha @ {address}'", "worker")
     assert run_in(built.python, "import alpha; print(alpha.VERSION)") == "1.0"
-    assert_not_told(registry, store)
+    assert_credentials_are_secret(registry, store)
 
 
-def assert_not_told(registry: Registry, store: Store) -> None:
+def assert_credentials_are_secret(registry: Registry, store: Store) -> None:
     assert any(value.startswith("Basic ") for value in registry.authorizations), "the secret has to have been used"
-    assert any("uv" in line for line in registry.command_lines), "uv has to have been seen while it ran"
+    assert any("uv" in line for line in registry.command_lines), "uv must have been seen while it ran"
     assert not [line for line in registry.command_lines if SECRET in line], "in a command line, where `ps` shows it"
     files = [path for path in store.root.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.suffix == ".log" for path in files)

@@ -1,4 +1,4 @@
-"""Venvs from node to node: real uv, real Ray, nodes with stores and caches of their own, an index that counts."""
+"""Broadcast of venvs: real uv and Ray, nodes with separate stores and caches, and an index that records requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nemo_rl import venvs
 from nemo_rl.distributed import node_venvs
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import NodeProgress, ensure_venv_on_node, ensure_venvs_on_each_node
-from nemo_rl.distributed.provisioning.broadcast import VenvSpread
-from nemo_rl.distributed.provisioning.broadcast_peer import CONCURRENCY_GROUPS, Above, VenvSpreadHost, _Upstream
+from nemo_rl.distributed.provisioning.broadcast import BroadcastCoordinator
+from nemo_rl.distributed.provisioning.broadcast_peer import CONCURRENCY_GROUPS, BroadcastPeer, UpstreamPeer, _Upstream
 from nemo_rl.errors import BroadcastError
 from nemo_rl.venvs import Store
 from nemo_rl.venvs.storage.manifest import read_manifest
@@ -49,18 +49,18 @@ def project(tmp_path_factory: pytest.TempPathFactory, index: Index) -> str:
 
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The disks of the nodes other than the driver's."""
+    """One directory per node, as its disk, for the nodes other than the driver's."""
     return [tmp_path_factory.mktemp("disk") for _ in range(2)]
 
 
 def _on(disk: Path) -> dict[str, str]:
-    """The variables that give a node venvs and a uv cache on a disk of its own."""
+    """Return the variables that put a node's venvs and uv cache on a disk."""
     return {"NEMO_RL_VENV_DIR": str(disk / "venvs"), "UV_CACHE_DIR": str(disk / "cache")}
 
 
 @pytest.fixture(scope="module")
 def cluster(start_nodes: Callable[..., Cluster], disks: list[Path]) -> Cluster:
-    """The driver's node, and one for each disk."""
+    """The driver's node, and one node per disk."""
     return start_nodes({"num_cpus": 1}, *({"num_cpus": 1, "env_vars": _on(disk)} for disk in disks))
 
 
@@ -68,24 +68,24 @@ def cluster(start_nodes: Callable[..., Cluster], disks: list[Path]) -> Cluster:
 def driver_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Cluster, index: Index, disks: list[Path]
 ) -> Path:
-    """The driver's own disk. It says nothing of others' venv directories: theirs are their own, and empty."""
+    """The disk of the driver's node. The driver does not set the venv directory of the other nodes, which is empty."""
     for name in ("NRL_FORCE_REBUILD_VENVS", "NEMO_RL_VENV_DIR", "NEMO_RL_VENV_SPREAD", "UV_PYTHON", "VIRTUAL_ENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NEMO_RL_PROJECT_ROOT", str(tmp_path))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
-    _forget(disks)
+    _reset(disks)
     index.requests.clear()
     return tmp_path / "venvs"
 
 
-def _forget(disks: list[Path]) -> None:
-    """As in a new driver, with nodes that have nothing."""
+def _reset(disks: list[Path]) -> None:
+    """Simulate a new driver, and nodes without venvs."""
     node_venvs._ready.clear()
     for path in (path for disk in disks for path in disk.iterdir()):
         shutil.rmtree(path)
 
 
-def _here() -> str:
+def _driver_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
@@ -93,51 +93,49 @@ def _store(python: str) -> Store:
     return Store(Path(python).parent.parent.parent)
 
 
-def test_one_node_asks_the_index_and_the_others_receive(project: str, index: Index, driver_disk: Path) -> None:
+def test_one_node_builds_and_the_others_receive(project: str, index: Index, driver_disk: Path) -> None:
     report = ensure_venvs_on_each_node({"a.Worker": project, "b.Worker": f"{project} --extra more"})
     assert sorted(index.wheels()) == ["big-1.0-py3-none-any.whl", "small-1.0-py3-none-any.whl"]
     assert len(report.entries) == 6
     for entry in report.entries:
-        is_drivers = entry.python.startswith(str(driver_disk))
-        assert (entry.built, bool(entry.received_from)) == (is_drivers, not is_drivers)
+        is_driver = entry.python.startswith(str(driver_disk))
+        assert (entry.built, bool(entry.received_from)) == (is_driver, not is_driver)
     for entry in report.of("b.Worker"):
         store = _store(entry.python)
         assert venvs.verify(store=store) == []
-        # The script that arrived starts the interpreter of the venv that it arrived in.
+        # The received script starts the interpreter of the received venv.
         script = Path(entry.python).with_name("small-say")
-        said = subprocess.run([script], check=True, capture_output=True, text=True).stdout.split()
-        assert said == ["small", os.path.realpath(Path(entry.python).parent.parent)]
-        # What the first venv brought is linked into the second one.
+        output = subprocess.run([script], check=True, capture_output=True, text=True).stdout.split()
+        assert output == ["small", os.path.realpath(Path(entry.python).parent.parent)]
+        # Files of the first venv are hard-linked into the second one.
         assert os.stat(next(store.directory.glob("*.*/lib/python*/site-packages/big/data.bin"))).st_nlink >= 2
         assert not list(store.arriving.glob("*/*"))
         assert list(Path(entry.python).parent.parent.glob("lib/python*/site-packages/big/__pycache__/*.pyc"))
 
 
-def test_each_node_asks_the_index_when_spreading_is_off(
-    project: str, index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_node_builds_when_broadcast_is_off(project: str, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_VENV_SPREAD", "off")
     report = ensure_venvs_on_each_node({"a.Worker": project})
     assert [entry.built for entry in report.entries] == [True] * 3
     assert index.wheels() == ["big-1.0-py3-none-any.whl"] * 3
 
 
-def test_an_additive_venv_arrives_with_the_one_below_it(project: str, index: Index) -> None:
+def test_additive_venv_is_received_with_its_base(project: str, index: Index) -> None:
     additive = f"{project} --with small==1.0"
-    ensure_venv_on_node(_here(), additive, "a.Worker")
+    ensure_venv_on_node(_driver_node(), additive, "a.Worker")
     index.requests.clear()
     received = ensure_venvs_on_each_node({"a.Worker": additive}).entries[1]
     assert index.requests == []
     assert received.received_from
     code = "import big, small; print(big.NAME, small.NAME)"
-    said = subprocess.run([received.python, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert said.split() == ["big", "small"]
+    output = subprocess.run([received.python, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["big", "small"]
     for name in ("big", "small"):
         script = Path(received.python).with_name(f"{name}-say")
         assert subprocess.run([script], check=True, capture_output=True, text=True).stdout.split()[0] == name
 
 
-def test_a_node_that_joins_later_receives(
+def test_node_that_joins_later_receives(
     project: str, index: Index, cluster: Cluster, disks: list[Path], tmp_path: Path
 ) -> None:
     ensure_venvs_on_each_node({"a.Worker": project})
@@ -147,20 +145,20 @@ def test_a_node_that_joins_later_receives(
         assert ensure_venv_on_node(node.node_id, project, "a.Worker").received_from
     finally:
         cluster.remove_node(node)
-    _forget(disks)
-    other = next(node.node_id for node in alive_nodes() if node.node_id != _here())
-    assert ensure_venv_on_node(other, project, "a.Worker").received_from  # a new driver looks into its own store
+    _reset(disks)
+    other = next(node.node_id for node in alive_nodes() if node.node_id != _driver_node())
+    assert ensure_venv_on_node(other, project, "a.Worker").received_from  # a new driver checks its own store
     assert index.requests == []
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel tells x86_64 processes alone another machine")
-def test_each_platform_has_its_own_builder_and_its_own_packages(index: Index, cluster: Cluster, tmp_path: Path) -> None:
-    """Two more nodes, of which uname says, to everything that runs there, that they are no x86_64."""
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only an x86_64 kernel can report another machine")
+def test_each_platform_has_a_builder(index: Index, cluster: Cluster, tmp_path: Path) -> None:
+    """Add two nodes whose processes see another machine than x86_64 in uname."""
     both = "big==1.0\", \"small==1.0 ; platform_machine == 'i686'"
     project = make_project(tmp_path / "project", index.url, both, {})
     index.requests.clear()
     native = {node.node_id for node in alive_nodes()}
-    with _processes_say_i686():
+    with _processes_see_i686():
         others = [cluster.add_node(num_cpus=1, env_vars=_on(tmp_path / name)) for name in ("one", "two")]
     try:
         entries = ensure_venvs_on_each_node({"a.Worker": project}).entries
@@ -181,93 +179,93 @@ def test_each_platform_has_its_own_builder_and_its_own_packages(index: Index, cl
 
 
 @contextlib.contextmanager
-def _processes_say_i686() -> Iterator[None]:
-    """Processes that start meanwhile, and their children, are told by the kernel that the machine is an i686."""
+def _processes_see_i686() -> Iterator[None]:
+    """Make the kernel report an i686 machine to processes that start in the block, and to their children."""
     personality = ctypes.CDLL(None, use_errno=True).personality
     before = personality(0xFFFFFFFF)
-    assert personality(before | 0x0008) != -1, "PER_LINUX32 is refused"
+    assert personality(before | 0x0008) != -1, "the kernel rejects PER_LINUX32"
     try:
         yield
     finally:
         personality(before)
 
 
-def test_a_venv_that_was_altered_is_refused_and_the_node_builds(
+def test_altered_venv_is_rejected_and_built_locally(
     project: str, index: Index, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = ensure_venv_on_node(_here(), project, "a.Worker")
+    first = ensure_venv_on_node(_driver_node(), project, "a.Worker")
     (altered,) = Path(first.python).parent.parent.glob("lib/python*/site-packages/big/data.bin")
     content = bytearray(altered.read_bytes())
     content[-1] ^= 1
     altered.write_bytes(content)
     index.requests.clear()
-    other = next(node.node_id for node in alive_nodes() if node.node_id != _here())
+    other = next(node.node_id for node in alive_nodes() if node.node_id != _driver_node())
     entry = ensure_venv_on_node(other, project, "a.Worker")
     assert (entry.built, entry.received_from) == (True, "")
     assert index.wheels() == ["big-1.0-py3-none-any.whl"]
-    assert "data.bin is not what its package's RECORD says" in caplog.text
+    assert "data.bin does not match the hash in its package's RECORD" in caplog.text
     assert venvs.verify(store=_store(entry.python)) == []
 
 
-def test_a_node_that_dies_while_it_receives_holds_up_nobody(
-    project: str, index: Index, cluster: Cluster, tmp_path: Path
-) -> None:
-    others = {node.node_id for node in alive_nodes()} - {_here()}
+def test_dead_receiver_does_not_block_others(project: str, index: Index, cluster: Cluster, tmp_path: Path) -> None:
+    others = {node.node_id for node in alive_nodes()} - {_driver_node()}
     uv = tmp_path / "uv-wrapper"
     uv.write_text(f'#!/bin/sh\nif [ "$1" = venv ]; then sleep 600; fi\nexec {find_uv()} "$@"\n')
     uv.chmod(uv.stat().st_mode | stat.S_IXUSR)
     doomed = cluster.add_node(num_cpus=1, env_vars=_on(tmp_path / "doomed") | {"NEMO_RL_UV": str(uv)})
     killed: list[str] = []
 
-    def kill_it(event: NodeProgress) -> None:
+    def kill_node(event: NodeProgress) -> None:
         if event.node_id == doomed.node_id and event.event.phase == "fetch" and not killed:
             killed.append(event.node_id)
             cluster.remove_node(doomed, allow_graceful=False)
 
-    report = ensure_venvs_on_each_node({"a.Worker": project}, progress=kill_it)
+    report = ensure_venvs_on_each_node({"a.Worker": project}, progress=kill_node)
     assert killed
     assert {entry.node_id for entry in report.entries if entry.received_from} == others
     assert index.wheels() == ["big-1.0-py3-none-any.whl"]
 
 
-def test_a_chunk_comes_from_further_up_when_the_node_above_is_gone_or_spoils_it(project: str) -> None:
-    class Spoiler:
-        """A host whose chunks are not what was sent."""
+def test_chunks_come_from_the_next_peer_after_a_failure(project: str) -> None:
+    class DamagingPeer:
+        """A peer that sends damaged chunks."""
 
         def chunk(self, key: str, chunk: int) -> bytes:
             return b"z" + bytes(100)
 
-    python = ensure_venv_on_node(_here(), project, "a.Worker").stable_python
+    python = ensure_venv_on_node(_driver_node(), project, "a.Worker").stable_python
     remote: Any = ray.remote
-    host = remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(VenvSpreadHost)
-    source, gone, spoiler = host.remote(), host.remote(), remote(num_cpus=0)(Spoiler).remote()
+    peer = remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(BroadcastPeer)
+    source, dead, damaging = peer.remote(), peer.remote(), remote(num_cpus=0)(DamagingPeer).remote()
     (listing,) = ray.get(source.offer.remote(python))
     assert isinstance(listing, Listing)
-    ray.kill(gone)
-    wanted = list(range(listing.num_chunks))
-    assert len(wanted) >= 3
-    upstream = _Upstream([Above("gone", gone), Above("spoiler", spoiler), Above("source", source)])
-    kept: dict[int, bytes] = {}
-    raw = b"".join(upstream.fetch(listing.key, wanted, kept.__setitem__))
+    ray.kill(dead)
+    chunks = list(range(listing.num_chunks))
+    assert len(chunks) >= 3
+    upstream = _Upstream(
+        [UpstreamPeer("dead", dead), UpstreamPeer("damaging", damaging), UpstreamPeer("source", source)]
+    )
+    encoded: dict[int, bytes] = {}
+    raw = b"".join(upstream.fetch(listing.key, chunks, encoded.__setitem__))
     assert len(raw) == sum(entry.size for entry in listing.entries)
-    assert b"".join(decode_chunk(kept[chunk]) for chunk in wanted) == raw
-    with pytest.raises(BroadcastError, match="spoiler.*sha256 differs"):
-        list(_Upstream([Above("spoiler", spoiler)]).fetch(listing.key, wanted[:1], kept.__setitem__))
-    for actor in (source, spoiler):
+    assert b"".join(decode_chunk(encoded[chunk]) for chunk in chunks) == raw
+    with pytest.raises(BroadcastError, match="damaging.*sha256 differs"):
+        list(_Upstream([UpstreamPeer("damaging", damaging)]).fetch(listing.key, chunks[:1], encoded.__setitem__))
+    for actor in (source, damaging):
         ray.kill(actor)
 
 
 def test_one_node_builds_for_each_platform() -> None:
     addresses = {name: name for name in ("x1", "x2", "arm1", "arm2", "driver")}
-    spread = VenvSpread({}, addresses, "driver")
+    broadcast = BroadcastCoordinator({}, addresses, "driver")
     x86, arm = ("digest", "x86_64"), ("digest", "aarch64")
-    assert spread.awaits(x86, "driver", ["w"]) is None
-    assert spread.awaits(arm, "arm1", ["w"]) is None
-    assert spread.awaits(x86, "x1", ["w"]) == "driver"
-    assert spread.awaits(arm, "arm2", ["w"]) == "arm1"
-    # The builder of one platform dies: only those of its platform look for another.
-    assert spread.lose("arm1") == {"arm2": ["w"]}
-    assert spread.awaits(arm, "arm2", ["w"]) is None
-    # The other one fails: those that wait for it are told.
-    assert spread.give_up(x86, "driver") == {"x1": ["w"]}
-    assert spread.awaits(x86, "x2", ["w"]) is None  # answered late: it does not wait for a builder that has failed
+    assert broadcast.assign(x86, "driver", ["w"]) is None
+    assert broadcast.assign(arm, "arm1", ["w"]) is None
+    assert broadcast.assign(x86, "x1", ["w"]) == "driver"
+    assert broadcast.assign(arm, "arm2", ["w"]) == "arm1"
+    # The builder of one platform is lost: only nodes of that platform need another.
+    assert broadcast.remove_node("arm1") == {"arm2": ["w"]}
+    assert broadcast.assign(arm, "arm2", ["w"]) is None
+    # The other builder fails: the nodes that wait for it are returned.
+    assert broadcast.fail_build(x86, "driver") == {"x1": ["w"]}
+    assert broadcast.assign(x86, "x2", ["w"]) is None  # it does not wait for a failed builder

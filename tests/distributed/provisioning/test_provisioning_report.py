@@ -1,4 +1,4 @@
-"""The display of venvs that are made ready, on a terminal and in a log."""
+"""The view of provisioning progress, on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ def _terminal() -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
 
 
-def _shown(view: VenvProgressView) -> str:
+def _rendered(view: VenvProgressView) -> str:
     console = Console(file=io.StringIO(), width=160)
     console.print(view.table())
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_terminal_shows_the_latest_phase_of_every_venv_on_every_node() -> None:
+def test_terminal_shows_the_latest_phase() -> None:
     with VenvProgressView(_terminal()) as view:
         for node in ("10.0.0.1", "10.0.0.2"):
             view(_event("fetch", "started", node=node))
         view(_event("fetch", "running", detail="Downloading torch"))
         view(_event("seal", "done", node="10.0.0.2"))
-        first, second = [line.split() for line in _shown(view).splitlines()[1:]]
+        first, second = [line.split() for line in _rendered(view).splitlines()[1:]]
     assert first[:5] == ["Worker", "10.0.0.1", "fetch", "Downloading", "torch"]
     assert second[:3] == ["Worker", "10.0.0.2", "ready"]
 
 
-def test_a_failure_stays_in_sight() -> None:
+def test_failure_stays_visible() -> None:
     with VenvProgressView(_terminal()) as view:
         view(_event("resolve", "failed", detail="no such extra"))
-        assert "no such extra" in _shown(view)
+        assert "no such extra" in _rendered(view)
 
 
-def test_ready_venvs_show_nothing() -> None:
+def test_ready_venvs_are_not_rendered() -> None:
     view = VenvProgressView(_terminal())
     view(_event("resolve", "started"))
     view(_event("resolve", "done"))
     assert view._live is None
-    assert len(_shown(view).splitlines()) == 1
+    assert len(_rendered(view).splitlines()) == 1
 
 
-def test_many_rows_are_cut_and_counted_with_the_busy_ones_in_sight() -> None:
+def test_many_rows_show_unfinished_venvs_first() -> None:
     view = VenvProgressView(Console(file=io.StringIO()))
     for number in range(60):
         view(_event("seal", "done", node=f"10.0.1.{number}"))
     view(_event("fetch", "started", node="10.0.2.1"))
-    text = _shown(view)
+    text = _rendered(view)
     assert "10.0.2.1" in text
     assert "61 in total, 60 finished" in text
     assert len(text.splitlines()) < 30
 
 
-def test_without_a_terminal_every_phase_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_phases_are_logged_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), VenvProgressView(Console(file=io.StringIO())) as view:
         view(_event("fetch", "started"))
         view(_event("fetch", "running", detail="noise"))

@@ -1,4 +1,4 @@
-"""A source that arrives on a node: compared, unpacked whole or not at all, and found before anything else."""
+"""A node that receives the driver's source: comparison, unpacking and import precedence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     (root / "mine").mkdir(parents=True)
     (root / "pyproject.toml").write_text("")
-    (root / "mine" / "__init__.py").write_text("SAYS = 'sent'\n")
+    (root / "mine" / "__init__.py").write_text("STATE = 'sent'\n")
     (root / "run.sh").write_text("")
     (root / "run.sh").chmod(0o755)
     return root
@@ -36,45 +36,45 @@ def read(root: Path) -> source_sync._Source:
 
 
 def elsewhere(listing: SourceListing, root: Path) -> SourceListing:
-    """What a node sees where the driver's directory is another one."""
+    """Return the listing for a node on which the driver's directory is `root`."""
     return listing._replace(root=str(root))
 
 
-def test_a_node_with_the_same_files_lacks_nothing(project: Path, tmp_path: Path) -> None:
+def test_node_with_the_same_files_lacks_nothing(project: Path, tmp_path: Path) -> None:
     listing = read(project).listing
     assert check_sources([listing], "ray") == ([False], [False], True)
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", project, copy], check=True)
     assert check_sources([elsewhere(listing, copy)], "ray") == ([False], [False], True)
-    (copy / "mine" / "__init__.py").write_text("SAYS = 'late'\n")  # as many bytes
+    (copy / "mine" / "__init__.py").write_text("STATE = 'late'\n")  # the same length
     assert check_sources([elsewhere(listing, copy)], "ray") == ([True], [True], True)
 
 
-def test_a_node_says_whether_its_own_python_finds_the_package(project: Path) -> None:
+def test_node_reports_whether_it_can_import_the_package(project: Path) -> None:
     listing = read(project).listing
-    assert check_sources([listing], "nobody_has_this") == ([False], [False], False)
+    assert check_sources([listing], "missing_package") == ([False], [False], False)
 
 
-def test_what_arrives_is_the_same_and_is_found_before_older_files(project: Path, tmp_path: Path) -> None:
+def test_received_source_precedes_older_files(project: Path, tmp_path: Path) -> None:
     source = read(project)
-    there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_source(there, _archive(source))
-    assert check_sources([there], "ray") == ([True], [False], True)
-    target = Path(there.target)
+    listing = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_source(listing, _archive(source))
+    assert check_sources([listing], "ray") == ([True], [False], True)
+    target = Path(listing.target)
     assert os.access(target / "run.sh", os.X_OK)
     assert (target / "mine" / "__init__.py").stat().st_mode & 0o022 == 0
     old = tmp_path / "old"
     (old / "mine").mkdir(parents=True)
-    (old / "mine" / "__init__.py").write_text("SAYS = 'old'\n")
+    (old / "mine" / "__init__.py").write_text("STATE = 'old'\n")
     (old / "sitecustomize.py").write_text("import builtins\nbuiltins.HIDDEN = 'ran'\n")
     path = os.pathsep.join(map(str, (target.parent / HOOK_DIRECTORY, target, old)))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import mine; print(mine.SAYS, HIDDEN)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import mine; print(mine.STATE, HIDDEN)"
     command = [sys.executable, "-c", code, str(old)]
-    said = subprocess.run(command, env={"PYTHONPATH": path}, cwd=old, check=True, capture_output=True, text=True)
-    assert said.stdout.split() == ["sent", "ran"], said.stderr
+    process = subprocess.run(command, env={"PYTHONPATH": path}, cwd=old, check=True, capture_output=True, text=True)
+    assert process.stdout.split() == ["sent", "ran"], process.stderr
 
 
-def test_a_submodule_travels(project: Path, tmp_path: Path) -> None:
+def test_submodule_is_sent(project: Path, tmp_path: Path) -> None:
     library = tmp_path / "library"
     library.mkdir()
     (library / "code.py").touch()
@@ -90,26 +90,26 @@ def test_a_submodule_travels(project: Path, tmp_path: Path) -> None:
     ):
         subprocess.run([*git, *command], check=True, capture_output=True)
     source = read(project)
-    there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_source(there, _archive(source))
-    assert (Path(there.target) / "lib" / "code.py").is_file()
-    assert check_sources([there], "ray") == ([True], [False], True)
+    listing = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_source(listing, _archive(source))
+    assert (Path(listing.target) / "lib" / "code.py").is_file()
+    assert check_sources([listing], "ray") == ([True], [False], True)
 
 
-def test_a_damaged_source_is_replaced(project: Path, tmp_path: Path) -> None:
+def test_damaged_source_is_replaced(project: Path, tmp_path: Path) -> None:
     source = read(project)
-    there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_source(there, _archive(source))
-    unpack_source(there, _archive(source))  # another job was quicker: nothing to do
-    (Path(there.target) / "mine" / "__init__.py").write_text("")
-    assert check_sources([there], "ray") == ([True], [True], True)
-    unpack_source(there, _archive(source))
-    assert check_sources([there], "ray") == ([True], [False], True)
-    assert sorted(path.name for path in Path(there.target).parent.iterdir()) == [Path(there.target).name, "path"]
+    listing = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_source(listing, _archive(source))
+    unpack_source(listing, _archive(source))  # another job was first: nothing to do
+    (Path(listing.target) / "mine" / "__init__.py").write_text("")
+    assert check_sources([listing], "ray") == ([True], [True], True)
+    unpack_source(listing, _archive(source))
+    assert check_sources([listing], "ray") == ([True], [False], True)
+    assert sorted(path.name for path in Path(listing.target).parent.iterdir()) == [Path(listing.target).name, "path"]
 
 
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "a\\..\\out"])
-def test_an_archive_with_a_way_out_is_refused(project: Path, tmp_path: Path, name: str) -> None:
+def test_archive_that_leads_out_is_rejected(project: Path, tmp_path: Path, name: str) -> None:
     listing = elsewhere(read(project).listing, tmp_path / "nothing")
     listing = listing._replace(files=(listing.files[0]._replace(path=name),))
     archive = io.BytesIO()
@@ -120,24 +120,24 @@ def test_an_archive_with_a_way_out_is_refused(project: Path, tmp_path: Path, nam
     assert [path.name for path in Path(listing.target).parent.iterdir()] == [HOOK_DIRECTORY]
 
 
-def test_a_file_that_is_edited_meanwhile_arrives_as_it_was_read(project: Path, tmp_path: Path) -> None:
+def test_file_edited_after_reading_is_sent_as_read(project: Path, tmp_path: Path) -> None:
     source = read(project)
-    (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
-    there = elsewhere(source.listing, tmp_path / "nothing")
-    unpack_source(there, _archive(source))
-    assert (Path(there.target) / "mine" / "__init__.py").read_text() == "SAYS = 'sent'\n"
+    (project / "mine" / "__init__.py").write_text("STATE = 'late'\n")
+    listing = elsewhere(source.listing, tmp_path / "nothing")
+    unpack_source(listing, _archive(source))
+    assert (Path(listing.target) / "mine" / "__init__.py").read_text() == "STATE = 'sent'\n"
     assert check_sources([source.listing], "ray") == ([True], [False], True)
 
 
-def test_a_file_that_changed_on_the_way_is_refused(project: Path, tmp_path: Path) -> None:
+def test_archive_that_differs_from_its_listing_is_rejected(project: Path, tmp_path: Path) -> None:
     source = read(project)
-    (project / "mine" / "__init__.py").write_text("SAYS = 'late'\n")
+    (project / "mine" / "__init__.py").write_text("STATE = 'late'\n")
     with pytest.raises(ValueError, match=r"mine/__init__\.py changed while"):
         unpack_source(elsewhere(source.listing, tmp_path / "nothing"), _archive(read(project)))
     assert not Path(source.listing.target).exists()
 
 
-def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_source_is_rejected_with_its_largest_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "weights.bin").write_bytes(bytes(1_100_000))
     monkeypatch.setenv("NEMO_RL_SOURCE_MAX_MB", "1")
     with pytest.raises(BroadcastError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
@@ -150,10 +150,10 @@ def test_a_large_source_is_refused_by_its_largest_files(project: Path, monkeypat
     assert check_sources([elsewhere(read(project).listing, copy)], "ray").not_at_root == [True]
 
 
-def test_what_jobs_write_is_no_source(project: Path, tmp_path: Path) -> None:
+def test_job_output_is_not_sent(project: Path, tmp_path: Path) -> None:
     before = read(project).listing
     (project / "results" / "001").mkdir(parents=True)
-    (project / "results" / "001" / "ray").symlink_to(tmp_path)  # as a run leaves it
+    (project / "results" / "001" / "ray").symlink_to(tmp_path)  # as a run creates it
     (project / "data").symlink_to(tmp_path)
     (project / "mine" / "__pycache__").mkdir()
     (project / "mine" / "__pycache__" / "x.pyc").touch()
@@ -164,7 +164,7 @@ def test_what_jobs_write_is_no_source(project: Path, tmp_path: Path) -> None:
     assert {file.path for file in read(project).listing.files} - {file.path for file in before.files} == {".gitignore"}
 
 
-def test_the_source_of_a_directory_is_the_project_around_it(tmp_path: Path) -> None:
+def test_source_root_of_a_directory(tmp_path: Path) -> None:
     workspace, member = tmp_path / "workspace", tmp_path / "workspace" / "member"
     script = member / "src" / "deep"
     script.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The driver's source on nodes that do not have it: real hosts in namespaces of their own, which have Ray and uv."""
+"""The driver's source on nodes without it: hosts in separate namespaces that have only Ray and uv."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture
 def users_project(scratch: Path) -> Path:
-    """A repository of a user, whose last change is not committed, and needs a module that git does not know."""
+    """A user's repository with an uncommitted change that needs an untracked module."""
     root = scratch / "user"
     shutil.copytree(JOB, root, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "pyproject.toml").write_text(
@@ -57,7 +57,7 @@ def users_project(scratch: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root and iproute2")
-def test_a_host_with_nothing_but_ray_and_uv_runs_and_builds_what_the_driver_sees(
+def test_host_with_only_ray_and_uv_runs_the_drivers_source(
     scratch: Path, users_project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -83,24 +83,24 @@ def test_a_host_with_nothing_but_ray_and_uv_runs_and_builds_what_the_driver_sees
             job = [sys.executable, str(users_project / "job.py"), str(users_project), "2"]
             first, log = _run_job(hosts.on_head(job), variables, users_project)
             again, log_again = _run_job(hosts.on_head(job), variables, users_project)
-    for said in (first, again):
-        for workers in (said["system"], said["small"]):
-            assert {worker["node_id"] == said["here"] for worker in workers} == {True, False}
+    for answer in (first, again):
+        for workers in (answer["system"], answer["small"]):
+            assert {worker["node_id"] == answer["driver_node"] for worker in workers} == {True, False}
             assert [worker["written"] for worker in workers] == ["changed"] * 2
             for worker in workers:
-                is_drivers = worker["node_id"] == said["here"]
-                assert is_drivers or worker["child"] == "changed"
-                assert worker["module"].startswith(str(users_project)) == is_drivers
-                assert worker["nemo_rl"].startswith(str(REPOSITORY)) == is_drivers
-        assert [worker["has_small"] for worker in said["system"] + said["small"]] == [False, False, True, True]
-        assert len(said["checked"]) == 2
-        assert [fatal for fatal in said["checked"].values() if fatal] == []
+                is_driver = worker["node_id"] == answer["driver_node"]
+                assert is_driver or worker["child"] == "changed"
+                assert worker["module"].startswith(str(users_project)) == is_driver
+                assert worker["nemo_rl"].startswith(str(REPOSITORY)) == is_driver
+        assert [worker["has_small"] for worker in answer["system"] + answer["small"]] == [False, False, True, True]
+        assert len(answer["checked"]) == 2
+        assert [fatal for fatal in answer["checked"].values() if fatal] == []
     assert (first["built"], again["built"]) == (True, False)
     received = f"1 nodes received the source in {users_project}"
     assert (log.count(received), log_again.count(received)) == (1, 0)
 
 
 def _run_job(command: list[str], variables: dict[str, str], cwd: Path) -> tuple[dict[str, Any], str]:
-    done = subprocess.run(command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    process = subprocess.run(command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr[-6000:]
+    return json.loads(process.stdout.splitlines()[-1]), process.stderr

@@ -1,4 +1,4 @@
-"""Bytecode is there when a venv is sealed, is valid for its source, and is not compiled twice."""
+"""Bytecode of sealed venvs: complete, valid for its source, and not compiled twice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cached(source: Path) -> Path:
     return Path(importlib.util.cache_from_source(str(source)))
 
 
-def test_a_sealed_venv_has_bytecode_for_every_source(project: Project) -> None:
+def test_sealed_venv_has_bytecode_of_every_source(project: Project) -> None:
     ready = venvs.ensure(project.command("--extra", "one"), "A")
     sources = list(site_packages_of(ready.path).rglob("*.py"))
     assert len(sources) > 5
@@ -40,10 +40,10 @@ def test_a_sealed_venv_has_bytecode_for_every_source(project: Project) -> None:
     code = "import sys, beta; sys.dont_write_bytecode = True; print(beta.__cached__)"
     before = {path: path.stat().st_mtime_ns for path in map(cached, sources)}
     run_in(ready.python, code)
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # Python took it as it was
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # Python did not rewrite it
 
 
-def test_compiling_can_be_switched_off(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_can_be_disabled(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_COMPILE_BYTECODE", "0")
     (project.root / "pyproject.toml").write_text(
         (project.root / "pyproject.toml").read_text().replace("[tool.uv]", "[tool.uv]\ncompile-bytecode = true")
@@ -52,11 +52,11 @@ def test_compiling_can_be_switched_off(project: Project, monkeypatch: pytest.Mon
     assert list(site_packages_of(ready.path).rglob("*.pyc")) == []
 
 
-def test_a_second_venv_takes_over_the_bytecode_of_the_first(project: Project) -> None:
+def test_second_venv_reuses_bytecode_of_the_first(project: Project) -> None:
     first = venvs.ensure(project.command(), "A")
     second = venvs.ensure(project.command("--extra", "one"), "B")
     one, two = (cached(site_packages_of(venv.path) / "alpha" / "module_0.py") for venv in (first, second))
-    assert one.samefile(two)  # no compiling, no disk
+    assert one.samefile(two)  # neither compiled nor copied
     venvs.prune(keep_names=["B"])
     assert run_in(second.python, "import alpha.module_0 as m; print(m.value.__code__.co_filename)").startswith(
         str(second.path)
@@ -88,7 +88,7 @@ def test_invalid_bytecode_is_not_reused(flaw: str, tmp_path: Path) -> None:
     py_compile.compile(str(source), invalidation_mode=mode)
     bytecode = cached(source)
     if flaw == "other_source":
-        (target / "package" / "module.py").write_text("VALUE = 2\n")  # as long as the donor's
+        (target / "package" / "module.py").write_text("VALUE = 2\n")  # the same length as the donor's
     elif flaw == "stale":
         os.utime(source, (1, 1))
     elif flaw == "other_magic":
@@ -101,7 +101,7 @@ def test_invalid_bytecode_is_not_reused(flaw: str, tmp_path: Path) -> None:
     assert cached(target / "package" / "module.py").exists()
 
 
-def test_a_source_that_does_not_compile_is_no_error(tmp_path: Path) -> None:
+def test_source_that_does_not_compile_is_skipped(tmp_path: Path) -> None:
     target = make_package(tmp_path / "target")
     add_bytecode(target, PYTHON, [])
     assert cached(target / "package" / "module.py").exists()

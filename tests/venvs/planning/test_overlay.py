@@ -1,4 +1,4 @@
-"""Additive venvs: a list of requirements over a base venv or interpreter."""
+"""Additive venvs over a base venv or interpreter."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from nemo_rl.venvs.building.build import site_packages_of
 SHOW = "import alpha, importlib.metadata as m; print(alpha.VERSION, m.version('alpha'))"
 
 
-def test_the_list_wins_and_the_base_stays_importable(project: Project) -> None:
+def test_overlay_overrides_the_base(project: Project) -> None:
     ready = venvs.ensure(project.command("--extra", "one", "--with", "alpha==2.0"), "A")
 
     assert run_in(ready.python, SHOW) == "2.0 2.0"
     assert run_in(ready.python, "import beta, gamma, sample; print(beta.VERSION, gamma.VERSION)") == "1.0 2.0"
     base = venvs.ensure(project.command("--extra", "one"), "Base")
-    assert not base.built  # it was made first, and is shared
+    assert not base.built  # it was built first, and is shared
     assert run_in(base.python, SHOW) == "1.0 1.0"
     code = "import importlib.metadata as m; print([d.version for d in m.distributions() if d.name == 'alpha'][0])"
     assert run_in(ready.python, code) == "2.0"
 
 
 def test_only_the_difference_is_installed(project: Project) -> None:
-    # beta 2.0 needs gamma, which the base has: it is neither moved nor installed again.
+    # beta 2.0 needs gamma, which the base provides, so gamma is not installed again.
     ready = venvs.ensure(project.command("--extra", "one", "--with", "beta==2.0"), "A")
     assert ready.manifest is not None
     assert ready.manifest.packages == ("beta==2.0",)
     assert sorted(path.name for path in site_packages_of(ready.path).glob("*.dist-info")) == ["beta-2.0.dist-info"]
 
 
-def test_what_the_base_has_and_the_list_allows_stays_at_the_bases_version(project: Project) -> None:
-    ready = venvs.ensure(project.command("--with", "alpha>=1.0"), "A")  # 2.0 would be the newest
+def test_version_of_the_base_is_preferred(project: Project) -> None:
+    ready = venvs.ensure(project.command("--with", "alpha>=1.0"), "A")  # 2.0 is the newest version
     assert ready.manifest is not None
     assert ready.manifest.packages == ()
     assert run_in(ready.python, SHOW) == "1.0 1.0"
 
 
-def test_a_transitive_package_that_does_not_fit_is_replaced(project: Project) -> None:
+def test_transitive_package_is_replaced(project: Project) -> None:
     make_wheel(project.wheels, "needy", "1.0", requires=("alpha>=2",))
     ready = venvs.ensure(project.command("--with", "needy"), "A")
     assert run_in(ready.python, SHOW) == "2.0 2.0"
 
 
-def test_a_base_package_may_be_overridden_against_its_own_wishes(project: Project) -> None:
+def test_constraints_of_base_packages_are_ignored(project: Project) -> None:
     make_wheel(project.wheels, "strict", "1.0", requires=("alpha==1.0",))
     text = (project.root / "pyproject.toml").read_text().replace('["alpha==1.0"]', '["strict"]')
     (project.root / "pyproject.toml").write_text(text)
@@ -60,22 +60,22 @@ def test_a_base_package_may_be_overridden_against_its_own_wishes(project: Projec
     assert run_in(ready.python, SHOW + "; import strict") == "2.0 2.0"
 
 
-def test_an_unpinned_name_does_not_drift(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpinned_requirement_does_not_drift(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     make_wheel(project.wheels, "moving", "1.0")
     first = venvs.ensure(project.command("--with", "moving"), "A")
     make_wheel(project.wheels, "moving", "2.0")
-    monkeypatch.setenv("NEMO_RL_UV", "/nowhere/uv")  # a warm call asks nobody
+    monkeypatch.setenv("NEMO_RL_UV", "/nowhere/uv")  # a warm call runs no uv
     again = venvs.ensure(project.command("--with", "moving"), "A")
     assert (again.digest, again.built) == (first.digest, False)
 
 
-def test_two_lists_with_one_result_share_a_venv(project: Project) -> None:
+def test_lists_with_equal_resolutions_share_a_venv(project: Project) -> None:
     first = venvs.ensure(project.command("--with", "epsilon"), "A")
     second = venvs.ensure(project.command("--with", "epsilon==1.0"), "B")
     assert second.path == first.path
 
 
-def test_editable_packages_of_the_base_and_of_the_list(project: Project, tmp_path: Path) -> None:
+def test_editable_packages_of_base_and_overlay(project: Project, tmp_path: Path) -> None:
     library = tmp_path / "alpha_fork"
     (library / "src" / "alpha").mkdir(parents=True)
     code = library / "src" / "alpha" / "__init__.py"
@@ -90,7 +90,7 @@ def test_editable_packages_of_the_base_and_of_the_list(project: Project, tmp_pat
     assert run_in(ready.python, SHOW) == "edited 7"
 
 
-def test_a_wheel_and_a_directory_by_path(project: Project, tmp_path: Path) -> None:
+def test_wheel_and_directory_by_path(project: Project, tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "more", "zeta", "1.0")
     library = tmp_path / "copied"
     (library / "src" / "copied").mkdir(parents=True)
@@ -106,7 +106,7 @@ def test_a_wheel_and_a_directory_by_path(project: Project, tmp_path: Path) -> No
     assert second.digest != first.digest
 
 
-def test_over_an_interpreter(project: Project, tmp_path: Path) -> None:
+def test_overlay_over_an_interpreter(project: Project, tmp_path: Path) -> None:
     find_links = f"--find-links {project.wheels}"
     spec = spec_from_runtime_env({"pip": ["epsilon", "packaging==0.1", find_links, "--no-index"]}, sys.executable)
     make_wheel(project.wheels, "packaging", "0.1")
@@ -120,7 +120,7 @@ def test_over_an_interpreter(project: Project, tmp_path: Path) -> None:
     assert not venvs.ensure(spec, "B").built
 
 
-def test_a_list_from_a_runtime_env(project: Project, tmp_path: Path) -> None:
+def test_overlay_from_a_runtime_env(project: Project, tmp_path: Path) -> None:
     listed = tmp_path / "requirements.txt"
     listed.write_text("epsilon==1.0\n")
     command = project.command()
@@ -133,7 +133,7 @@ def test_a_list_from_a_runtime_env(project: Project, tmp_path: Path) -> None:
     assert len(paths) == 1
 
 
-def test_console_scripts_of_the_base_run_with_the_added_packages(project: Project) -> None:
+def test_console_scripts_of_the_base_use_the_overlay(project: Project) -> None:
     text = (project.root / "pyproject.toml").read_text()
     (project.root / "pyproject.toml").write_text(text + '[project.scripts]\nshow-alpha = "sample:show"\n')
     package = project.root / "src" / "sample" / "__init__.py"
@@ -144,14 +144,14 @@ def test_console_scripts_of_the_base_run_with_the_added_packages(project: Projec
         assert subprocess.run([script], capture_output=True, text=True, check=True).stdout == f"{version}\n"
 
 
-def test_a_forced_rebuild_of_the_base_keeps_the_additive_venv_working(project: Project) -> None:
+def test_additive_venv_survives_a_rebuild_of_its_base(project: Project) -> None:
     ready = venvs.ensure(project.command("--with", "epsilon"), "A")
     venvs.ensure(project.command(), "Base", force_rebuild=True)
     assert not venvs.ensure(project.command("--with", "epsilon"), "A").built
     assert run_in(ready.python, "import alpha, epsilon; print(alpha.VERSION)") == "1.0"
 
 
-def test_impossible_and_malformed_lists(project: Project, store: Store) -> None:
+def test_impossible_and_malformed_requirements(project: Project, store: Store) -> None:
     with pytest.raises(VenvBuildError, match=r"epsilon==9\.9"):
         venvs.ensure(project.command("--with", "epsilon==9.9"), "A")
     with pytest.raises(RuntimeEnvError, match="not a requirement"):

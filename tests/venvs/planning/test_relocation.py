@@ -1,4 +1,4 @@
-"""A venv that is built where the project's source was sent names the project's own place."""
+"""A venv that is built from a received source contains the driver's paths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 """
 
 
-def test_a_venv_built_from_a_sent_source_is_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_venv_of_a_received_source_equals_the_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, target = tmp_path / "project", tmp_path / "source" / "0123"
     root.mkdir()
     (root / "pyproject.toml").write_text(

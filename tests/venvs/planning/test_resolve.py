@@ -1,4 +1,4 @@
-"""Plans: what decides a venv's identity, what does not, and what is refused before anything is built."""
+"""Plans: digests, and errors that are raised before a build."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_rl.errors import IncompatibleVenvError, LockMismatchError, UnknownExtr
 from nemo_rl.venvs import DriverVersions, Store, plan
 
 
-def test_a_plan_names_exactly_what_the_selection_asks_for(project: Project) -> None:
+def test_plan_contains_exactly_the_selection(project: Project) -> None:
     planned = plan(project.command("--extra", "one", "--group", "checks"))
     assert [line.split(" @ ")[0] for line in planned.requirements] == [
         "alpha==1.0",
@@ -38,7 +38,7 @@ def test_all_extras_and_default_groups(project: Project) -> None:
     assert "epsilon" not in {package.name for package in plan(project.command("--no-default-groups")).packages}
 
 
-def test_only_its_own_packages_decide_a_digest(project: Project) -> None:
+def test_digest_depends_only_on_selected_packages(project: Project) -> None:
     before = {extra: plan(project.command("--extra", extra)).digest for extra in ("one", "two")}
     project.lock(delta="2.0")  # the extra `two`
     after = {extra: plan(project.command("--extra", extra)).digest for extra in ("one", "two")}
@@ -48,19 +48,19 @@ def test_only_its_own_packages_decide_a_digest(project: Project) -> None:
     assert plan(project.command("--extra", "two")).digest == before["two"]
 
 
-def test_the_same_version_with_other_bytes_is_another_venv(project: Project, tmp_path: Path) -> None:
+def test_digest_depends_on_content_of_wheels(project: Project, tmp_path: Path) -> None:
     wheels = tmp_path / "own_wheels"
     make_wheel(wheels, "alpha", "1.0")
     for name in ("beta", "delta", "epsilon", "gamma"):
         make_wheel(wheels, name, "1.0")
-    own = Project(project.root, wheels)
-    own.lock()
-    before = plan(own.command()).digest
+    other = Project(project.root, wheels)
+    other.lock()
+    before = plan(other.command()).digest
     make_wheel(wheels, "alpha", "1.0", num_modules=3)
-    assert plan(own.command()).digest != before
+    assert plan(other.command()).digest != before
 
 
-def test_editing_code_changes_nothing_but_an_entry_point_does(project: Project) -> None:
+def test_digest_depends_on_entry_points_but_not_on_code(project: Project) -> None:
     before = plan(project.command()).digest
     (project.root / "src" / "sample" / "__init__.py").write_text("CODE = 2\n")
     assert plan(project.command()).digest == before
@@ -68,7 +68,7 @@ def test_editing_code_changes_nothing_but_an_entry_point_does(project: Project) 
     assert plan(project.command()).digest != before
 
 
-def test_a_package_that_is_copied_in_counts_with_its_code(project: Project) -> None:
+def test_digest_depends_on_code_of_non_editable_packages(project: Project) -> None:
     library = project.root / "libs" / "copied"
     (library / "src" / "copied").mkdir(parents=True)
     code = library / "src" / "copied" / "__init__.py"
@@ -86,12 +86,12 @@ def test_a_package_that_is_copied_in_counts_with_its_code(project: Project) -> N
     assert run_in(second.python, "import copied; print(copied.CODE)") == "2"
 
 
-def test_two_checkouts_are_two_venvs(project: Project, tmp_path: Path) -> None:
-    other = copy_project(project, tmp_path / "elsewhere")  # the venv holds a link to the project's own code
+def test_two_checkouts_have_two_digests(project: Project, tmp_path: Path) -> None:
+    other = copy_project(project, tmp_path / "elsewhere")  # the venv contains a link to the project's code
     assert plan(other.command()).digest != plan(project.command()).digest
 
 
-def test_a_warm_plan_calls_no_uv_and_sees_every_change(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_plan_runs_no_uv_and_detects_changes(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = plan(project.command()).digest
     with monkeypatch.context() as context:
         context.setenv("NEMO_RL_UV", "/nowhere/uv")
@@ -102,14 +102,14 @@ def test_a_warm_plan_calls_no_uv_and_sees_every_change(project: Project, monkeyp
     assert plan(project.command()).digest != digest
 
 
-def test_without_uv_the_error_says_how_to_get_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_uv_error_names_the_fix(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(UvNotFoundError, match="pip install uv"):
         plan(project.command())
 
 
-def test_a_lock_that_does_not_match_is_refused(project: Project, store: Store) -> None:
+def test_stale_lock_is_rejected(project: Project, store: Store) -> None:
     project.write(alpha="2.0")
     for create in (plan, lambda text: venvs.create_local_venv(text, "A")):
         with pytest.raises(LockMismatchError, match="uv lock"):
@@ -118,13 +118,13 @@ def test_a_lock_that_does_not_match_is_refused(project: Project, store: Store) -
     assert plan(project.command().replace("--locked", "--frozen")).requirements[0] == "alpha==1.0"
 
 
-def test_a_lock_that_neither_matches_nor_can_be_made_again(project: Project) -> None:
+def test_stale_lock_that_cannot_be_resolved_is_rejected(project: Project) -> None:
     project.write(alpha="9.9")
     with pytest.raises(LockMismatchError, match=r"alpha==9\.9"):
         plan(project.command())
 
 
-def test_a_missing_lock_or_project_is_refused(project: Project, tmp_path: Path) -> None:
+def test_missing_lock_or_project_is_rejected(project: Project, tmp_path: Path) -> None:
     (project.root / "uv.lock").unlink()
     with pytest.raises(LockMismatchError, match="uv lock"):
         plan(project.command())
@@ -135,14 +135,14 @@ def test_a_missing_lock_or_project_is_refused(project: Project, tmp_path: Path) 
         plan(f"uv run --project {tmp_path / 'empty'}")
 
 
-def test_an_unknown_extra_or_group_names_the_known_ones(project: Project) -> None:
+def test_unknown_extra_or_group_lists_the_known_ones(project: Project) -> None:
     with pytest.raises(UnknownExtraError, match=r"no extra 'three'.*Known extras: one, two"):
         plan(project.command("--extra", "three"))
     with pytest.raises(UnknownExtraError, match=r"no group 'docs'.*Known groups: checks"):
         plan(project.command("--group", "docs"))
 
 
-def test_another_python_or_ray_than_the_drivers_is_refused_before_building(project: Project, store: Store) -> None:
+def test_python_or_ray_mismatch_is_rejected_before_a_build(project: Project, store: Store) -> None:
     driver = DriverVersions.of_this_process()
     other = DriverVersions("3.11.99", driver.ray)
     with pytest.raises(IncompatibleVenvError, match=rf"{driver.python}.*3\.11\.99"):
@@ -154,16 +154,16 @@ def test_another_python_or_ray_than_the_drivers_is_refused_before_building(proje
     assert all(not store.builds(digest) for digest in store.digests())
 
 
-def test_a_plan_of_another_node_is_built_here_only_from_the_same_project(project: Project) -> None:
+def test_plan_is_built_only_from_the_planned_project(project: Project) -> None:
     planned = plan(project.command("--extra", "one"))
     project.lock(beta="2.0")
-    with pytest.raises(LockMismatchError, match="Bring the same"):
+    with pytest.raises(LockMismatchError, match="Copy the same"):
         venvs.ensure(planned, "A")
-    project.lock(beta="1.0", delta="2.0")  # another extra: this venv is the same
+    project.lock(beta="1.0", delta="2.0")  # a change of another extra does not affect this venv
     assert venvs.ensure(pickle.loads(pickle.dumps(planned)), "A").digest == planned.digest
 
 
-def test_an_interpreter_is_used_as_it_is(store: Store) -> None:
+def test_interpreter_is_used_unchanged(store: Store) -> None:
     ready = venvs.ensure(sys.executable, "A")
     assert ready.python == sys.executable
     assert not ready.built
@@ -172,7 +172,7 @@ def test_an_interpreter_is_used_as_it_is(store: Store) -> None:
         venvs.create_local_venv("/nowhere/bin/python", "A")
 
 
-def test_the_python_option_takes_versions_and_paths(project: Project) -> None:
+def test_python_option_accepts_versions_and_paths(project: Project) -> None:
     version = "{}.{}.{}".format(*sys.version_info)
     base = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
     for option in (f"--python={base}", "--python=/nowhere/python"):

@@ -1,4 +1,4 @@
-"""The strings that are accepted as py_executable, and what they mean."""
+"""Parsing of py_executable strings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_rl.venvs import InterpreterSpec, VenvSpec, parse_py_executable, spec_f
 from nemo_rl.venvs.planning.spec import ACCEPTED_OPTIONS
 
 
-def test_every_accepted_option_is_understood(tmp_path: Path) -> None:
+def test_accepted_options(tmp_path: Path) -> None:
     listed = tmp_path / "more.txt"
     listed.write_text("six>=1.16\n")
     text = (
@@ -36,11 +36,11 @@ def test_every_accepted_option_is_understood(tmp_path: Path) -> None:
     assert parse_py_executable("uv run --frozen").frozen
 
 
-def test_without_project_or_directory_it_is_this_project() -> None:
+def test_default_project() -> None:
     assert parse_py_executable("uv run --extra vllm").project == str(settings.project_root())
 
 
-def test_the_order_of_options_does_not_matter() -> None:
+def test_order_of_options_does_not_matter() -> None:
     assert parse_py_executable("uv run --extra b --locked --extra a") == parse_py_executable(
         "uv run --extra a --extra b"
     )
@@ -66,25 +66,25 @@ def test_the_order_of_options_does_not_matter() -> None:
         ("uv run 'unbalanced", "quotation"),
     ],
 )
-def test_anything_else_is_refused_by_name(text: str, named: str) -> None:
+def test_rejected_option_is_named(text: str, named: str) -> None:
     with pytest.raises(InvalidPyExecutableError) as caught:
         parse_py_executable(text)
     assert named in str(caught.value)
 
 
-def test_a_refused_option_comes_with_the_accepted_list() -> None:
+def test_rejection_lists_the_accepted_options() -> None:
     with pytest.raises(InvalidPyExecutableError) as caught:
         parse_py_executable("uv run --isolated")
     assert all(option in str(caught.value) for option in ACCEPTED_OPTIONS)
 
 
 @pytest.mark.parametrize("text", ["", " ", "python", "uv", "uv sync", "/usr/bin/python3 -X dev", "a/b c/d", "x\x00/y"])
-def test_what_is_neither_a_path_nor_uv_run_is_refused(text: str) -> None:
+def test_other_commands_are_rejected(text: str) -> None:
     with pytest.raises(InvalidPyExecutableError):
         parse_py_executable(text)
 
 
-def test_an_interpreters_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_of_an_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_py_executable(sys.executable) == InterpreterSpec(sys.executable)
     monkeypatch.chdir(tmp_path)
     assert parse_py_executable("env/bin/python") == InterpreterSpec(str(tmp_path / "env" / "bin" / "python"))
@@ -94,7 +94,7 @@ def test_an_interpreters_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert parse_py_executable(str(spaced)) == InterpreterSpec(str(spaced))
 
 
-def test_the_canonical_string_means_the_same() -> None:
+def test_canonical_string_parses_to_the_same_spec() -> None:
     spec = parse_py_executable(
         "uv run --extra a --group g --no-default-groups --python 3.11 --with 'x>=1,<2' --project '/a b'"
     )
@@ -102,11 +102,11 @@ def test_the_canonical_string_means_the_same() -> None:
     assert pickle.loads(pickle.dumps(spec)) == spec
 
 
-def test_with_splits_at_commas_between_requirements_only() -> None:
+def test_with_splits_at_commas_between_requirements() -> None:
     assert parse_py_executable("uv run --with 'a[x,y]>=1,<2,b==1'").requirements == ("a[x,y]>=1,<2", "b==1")
 
 
-def test_credentials_do_not_reach_the_error() -> None:
+def test_error_masks_credentials() -> None:
     with pytest.raises(InvalidPyExecutableError) as caught:
         parse_py_executable("uv run --index-url https://user:hunter2@index.example/simple")
     assert "hunter2" not in str(caught.value)
@@ -121,7 +121,7 @@ words = st.sampled_from(
 @example("uv run --with-requirements ~nobody_at_all/x")
 @example("\udce4/python")
 @example("uv run --with \U0010ffff")
-def test_any_string_gives_a_spec_or_the_documented_error(text: str) -> None:
+def test_every_string_is_parsed_or_rejected(text: str) -> None:
     try:
         spec = parse_py_executable(text)
     except InvalidPyExecutableError:
@@ -131,7 +131,7 @@ def test_any_string_gives_a_spec_or_the_documented_error(text: str) -> None:
         assert parse_py_executable(str(spec)) == spec or " " in str(getattr(spec, "path", ""))
 
 
-def test_runtime_env_lists_lie_over_the_base(tmp_path: Path) -> None:
+def test_runtime_env_requirements(tmp_path: Path) -> None:
     base = parse_py_executable("uv run --extra vllm")
     listed = tmp_path / "reqs.txt"
     listed.write_text("# a comment\npackaging==23.2  # why\n-r more.txt\n./wheels/x-1.0-py3-none-any.whl\n")
@@ -173,13 +173,13 @@ def test_runtime_env_lists_lie_over_the_base(tmp_path: Path) -> None:
         ({"pip": "/no/such/requirements.txt"}, "/no/such/requirements.txt"),
     ],
 )
-def test_a_malformed_runtime_env_is_refused_by_name(runtime_env: dict[str, object], named: str) -> None:
+def test_malformed_runtime_env_is_rejected(runtime_env: dict[str, object], named: str) -> None:
     with pytest.raises(RuntimeEnvError) as caught:
         spec_from_runtime_env(runtime_env, "uv run")
     assert named in str(caught.value)
 
 
-def test_requirements_files_that_include_one_another_end(tmp_path: Path) -> None:
+def test_recursive_requirements_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("-r a.txt\n")
     with pytest.raises(RuntimeEnvError, match="levels"):
         spec_from_runtime_env({"pip": str(tmp_path / "a.txt")}, "uv run")

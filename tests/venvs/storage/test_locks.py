@@ -12,7 +12,7 @@ from nemo_rl.errors import VenvLockTimeoutError
 from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock, hold_lease, unused
 
 
-def test_one_builder_at_a_time_among_threads_too(tmp_path: Path) -> None:
+def test_build_lock_excludes_threads(tmp_path: Path) -> None:
     inside, most = 0, 0
     guard = threading.Lock()
 
@@ -34,21 +34,21 @@ def test_one_builder_at_a_time_among_threads_too(tmp_path: Path) -> None:
     assert (inside, most) == (0, 1)
 
 
-def test_who_waits_is_told_for_whom_once(tmp_path: Path) -> None:
-    told: list[str] = []
+def test_waiting_process_learns_the_holder_once(tmp_path: Path) -> None:
+    holders: list[str] = []
     with (
         build_lock(tmp_path / "x.lock", "some.Worker"),
         pytest.raises(VenvLockTimeoutError, match=r"some\.Worker"),
-        build_lock(tmp_path / "x.lock", "other", timeout_s=0.2, on_wait=told.append),
+        build_lock(tmp_path / "x.lock", "other", timeout_s=0.2, on_wait=holders.append),
     ):
         pass
-    assert len(told) == 1
-    assert "some.Worker" in told[0]
+    assert len(holders) == 1
+    assert "some.Worker" in holders[0]
     with build_lock(tmp_path / "x.lock", "other", timeout_s=0.0):
         pass
 
 
-def test_what_stands_in_a_lock_file_locks_nothing(tmp_path: Path) -> None:
+def test_content_of_a_lock_file_does_not_lock(tmp_path: Path) -> None:
     lock = tmp_path / "x.lock"
     for content in ('{"pid": 1, "host": "gone", "since": "then", "venv": "A"}', "garbage", ""):
         lock.write_text(content)
@@ -56,7 +56,7 @@ def test_what_stands_in_a_lock_file_locks_nothing(tmp_path: Path) -> None:
             assert '"B"' in lock.read_text()
 
 
-def test_leases_are_shared_and_keep_removal_away(tmp_path: Path) -> None:
+def test_leases_are_shared_and_prevent_removal(tmp_path: Path) -> None:
     with unused(tmp_path) as free:
         assert free  # never sealed
     (tmp_path / LEASE_FILE).touch()

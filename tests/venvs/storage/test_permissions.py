@@ -1,4 +1,4 @@
-"""Nobody else may write what everybody runs."""
+"""Venvs are not writable by other users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_rl.venvs.storage.layout import not_writable_by_others
 
 @pytest.fixture
 def careless_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process whose files everybody may write, and a cache of uv's that it has not filled before."""
+    """Set a umask of 0, and an empty uv cache."""
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
     before = os.umask(0)
     yield
@@ -24,13 +24,13 @@ def careless_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def writable_by_others(folder: Path) -> list[Path]:
-    """Files and directories below `folder`. A link's own mode says nothing; uv opens its empty lock to everybody."""
-    found = [path for path in (folder, *folder.rglob("*")) if not path.is_symlink()]
-    return [path for path in found if path.stat().st_mode & 0o002 and (path.name != ".lock" or path.read_bytes())]
+    """Return files and directories that others may write, without links and uv's empty lock file."""
+    paths = [path for path in (folder, *folder.rglob("*")) if not path.is_symlink()]
+    return [path for path in paths if path.stat().st_mode & 0o002 and (path.name != ".lock" or path.read_bytes())]
 
 
 @pytest.mark.usefixtures("careless_umask")
-def test_a_venv_is_not_writable_by_others_whatever_the_umask(project: Project, store: Store) -> None:
+def test_venv_is_not_writable_by_others(project: Project, store: Store) -> None:
     (store.root.parent / "witness").touch()
     assert writable_by_others(store.root.parent / "witness"), "this umask has to be a careless one"
     ensure(project.command("--extra", "one", "--with", "epsilon"), "worker")
@@ -39,7 +39,7 @@ def test_a_venv_is_not_writable_by_others_whatever_the_umask(project: Project, s
 
 
 @pytest.mark.usefixtures("careless_umask")
-def test_the_umask_is_put_back_when_the_last_thread_is_done(tmp_path: Path) -> None:
+def test_last_thread_restores_the_umask(tmp_path: Path) -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def stay() -> None:

@@ -1,4 +1,4 @@
-"""A sealed venv as chunks: a working venv in another store; resumed, and refused when it is not what was sent."""
+"""Transfer of a sealed venv to another store: resumption, and rejection of changed data."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def built(project: Project) -> venvs.SealedVenv:
 
 
 class _Sender:
-    """Receives into a store what another store holds; remembers which chunks were asked for."""
+    """Sends a venv to another store and records the requested chunks."""
 
     def __init__(self, built: venvs.SealedVenv, store: Store, *, stop_after: int | None = None) -> None:
         self.listing = list_venv(built.path)
         self.store = store
         self.stop_after = stop_after
-        self.asked: list[int] = []
+        self.requested: list[int] = []
 
     def receive(self, venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog) -> None:
         spool = Spool(self.listing, self.store)
@@ -62,39 +62,39 @@ class _Sender:
                 source="a test",
             )
         except BaseException:
-            spool.release()  # as the kernel does when a process is killed
+            spool.release()  # as the kernel does for a killed process
             raise
         spool.close()
 
     def _fetch(self, wanted: Sequence[int], spool: Spool) -> Generator[bytes]:
         for chunk in wanted:
-            if len(self.asked) == self.stop_after:
-                raise BroadcastError("the line is dead")
-            self.asked.append(chunk)
+            if len(self.requested) == self.stop_after:
+                raise BroadcastError("the connection is lost")
+            self.requested.append(chunk)
             data = read_chunk(self.listing, chunk)
             spool.put(chunk, data)
             yield decode_chunk(data)
 
 
-def test_a_venv_is_the_same_in_another_store(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
-    there = Store(tmp_path / "elsewhere" / "venvs")
-    sender = _Sender(built, there)
-    arrived = venvs.ensure(project.command("--extra", "one"), "a.Worker", store=there, receive=sender.receive)
+def test_received_venv_equals_the_sent_one(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
+    other_store = Store(tmp_path / "elsewhere" / "venvs")
+    sender = _Sender(built, other_store)
+    arrived = venvs.ensure(project.command("--extra", "one"), "a.Worker", store=other_store, receive=sender.receive)
     assert arrived.built
     assert (arrived.digest, arrived.manifest and arrived.manifest.packages) == (
         built.digest,
         built.manifest and built.manifest.packages,
     )
-    assert venvs.verify(store=there) == []
+    assert venvs.verify(store=other_store) == []
     assert run_in(arrived.python, "import alpha, beta, sys; print(alpha.VERSION, sys.prefix)") == f"1.0 {arrived.path}"
     assert not any(str(built.path) in text for text in _texts(arrived.path))
-    # Bytecode came along and is valid: importing writes none, although it might.
+    # The bytecode was sent and is valid: importing writes none, although it could.
     before = {path: path.stat().st_mtime_ns for path in arrived.path.rglob("*.pyc")}
     assert any("/alpha/" in str(path) for path in before)
     run_in(arrived.python, "import alpha, beta, gamma", PYTHONDONTWRITEBYTECODE="")
     after = {path: path.stat().st_mtime_ns for path in arrived.path.rglob("*.pyc") if "_virtualenv" not in path.name}
     assert {path: time for path, time in before.items() if "_virtualenv" not in path.name} == after
-    assert not list(there.arriving.glob("*"))
+    assert not list(other_store.arriving.glob("*"))
 
 
 def _texts(root: Path) -> Iterator[str]:
@@ -103,61 +103,64 @@ def _texts(root: Path) -> Iterator[str]:
             yield path.read_bytes().decode("latin-1")
 
 
-def test_what_had_arrived_is_not_sent_again(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
-    there = Store(tmp_path / "elsewhere")
-    broken = _Sender(built, there, stop_after=3)
-    with pytest.raises(BroadcastError, match="the line is dead"):
-        venvs.ensure(project.command("--extra", "one"), "a.Worker", store=there, receive=broken.receive)
-    assert not there.builds(built.digest)
-    (spool,) = there.arriving.iterdir()
-    _, damaged, third = broken.asked
+def test_resumed_transfer_requests_missing_chunks(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
+    other_store = Store(tmp_path / "elsewhere")
+    broken = _Sender(built, other_store, stop_after=3)
+    with pytest.raises(BroadcastError, match="the connection is lost"):
+        venvs.ensure(project.command("--extra", "one"), "a.Worker", store=other_store, receive=broken.receive)
+    assert not other_store.builds(built.digest)
+    (spool,) = other_store.arriving.iterdir()
+    _, damaged, third = broken.requested
     (spool / f"{damaged:06d}").write_bytes(b"damaged meanwhile")
-    again = _Sender(built, there)
-    arrived = venvs.ensure(project.command("--extra", "one"), "a.Worker", store=there, receive=again.receive)
-    assert again.asked == [damaged, *range(third + 1, again.listing.num_chunks)]
-    assert venvs.verify(store=there) == []
+    again = _Sender(built, other_store)
+    arrived = venvs.ensure(project.command("--extra", "one"), "a.Worker", store=other_store, receive=again.receive)
+    assert again.requested == [damaged, *range(third + 1, again.listing.num_chunks)]
+    assert venvs.verify(store=other_store) == []
     assert run_in(arrived.python, "import beta; print(beta.VERSION)") == "1.0"
 
 
-def test_what_is_on_the_disk_already_is_linked(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
-    there = Store(tmp_path / "elsewhere")
-    venvs.ensure(project.command("--extra", "one"), "a.Worker", store=there, receive=_Sender(built, there).receive)
+def test_files_on_the_same_disk_are_linked(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
+    other_store = Store(tmp_path / "elsewhere")
+    venvs.ensure(
+        project.command("--extra", "one"),
+        "a.Worker",
+        store=other_store,
+        receive=_Sender(built, other_store).receive,
+    )
     other = venvs.ensure(project.command("--extra", "one", "--extra", "two"), "b.Worker")
-    second = _Sender(other, there)
+    second = _Sender(other, other_store)
     arrived = venvs.ensure(
-        project.command("--extra", "one", "--extra", "two"), "b.Worker", store=there, receive=second.receive
+        project.command("--extra", "one", "--extra", "two"), "b.Worker", store=other_store, receive=second.receive
     )
     linked = next(arrived.path.glob("lib/python*/site-packages/alpha/__init__.py"))
     assert linked.stat().st_nlink >= 2
     (index,) = [i for i, entry in enumerate(second.listing.entries) if entry.path.endswith("/alpha/module_0.py")]
-    own_chunks = set(second.listing.chunks_of(index)[1:-1])  # the first and the last hold parts of other files too
+    own_chunks = set(second.listing.chunks_of(index)[1:-1])  # the first and the last also contain parts of other files
     assert len(own_chunks) >= 3
-    assert not own_chunks & set(second.asked)
-    assert venvs.verify(store=there) == []
+    assert not own_chunks & set(second.requested)
+    assert venvs.verify(store=other_store) == []
 
 
-def test_an_editable_package_that_is_not_there_is_named(
-    project: Project, built: venvs.SealedVenv, tmp_path: Path
-) -> None:
+def test_missing_editable_package_is_named(project: Project, built: venvs.SealedVenv, tmp_path: Path) -> None:
     venv_plan = venvs.plan(project.command("--extra", "one"))
     project.root.rename(tmp_path / "moved")
-    there = Store(tmp_path / "elsewhere")
+    other_store = Store(tmp_path / "elsewhere")
     with pytest.raises(VenvError, match=f"sample is an editable package.*{project.root}"):
-        venvs.ensure(venv_plan, "a.Worker", store=there, receive=_Sender(built, there).receive)
-    assert not there.builds(built.digest)
+        venvs.ensure(venv_plan, "a.Worker", store=other_store, receive=_Sender(built, other_store).receive)
+    assert not other_store.builds(built.digest)
 
 
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../outside", "lib/../../outside", "lib//x", "./x", "", "pyvenv.cfg", "nemo_rl_venv.json"]
 )
-def test_a_path_that_leads_out_is_refused_before_anything_is_written(path: str, tmp_path: Path) -> None:
+def test_path_that_leads_out_is_rejected_before_any_write(path: str, tmp_path: Path) -> None:
     entries = (Entry("lib/fine.py", 3, False, 0, None), Entry(path, 3, False, 0, None))
-    with pytest.raises(BroadcastError, match="is not unpacked"):
+    with pytest.raises(BroadcastError, match="the venv is rejected"):
         Unpacker(Listing("d", "/root", entries), tmp_path / "venv")
     assert not (tmp_path / "venv").exists()
 
 
-def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+def test_unpacker_does_not_write_through_links(tmp_path: Path) -> None:
     root, outside = tmp_path / "venv", tmp_path / "outside"
     root.mkdir()
     outside.mkdir()
@@ -168,7 +171,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert not list(outside.iterdir())
 
 
-def test_a_directory_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
+def test_directory_link_that_leads_out_is_rejected(tmp_path: Path) -> None:
     root, outside = tmp_path / "venv", tmp_path / "outside"
     root.mkdir()
     outside.mkdir()
@@ -178,7 +181,7 @@ def test_a_directory_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"a" * 100, os.urandom(100)], ids=["empty", "even", "noise"])
-def test_a_chunk_comes_back_and_any_change_of_it_is_refused(raw: bytes) -> None:
+def test_chunk_round_trip_and_rejection_of_changes(raw: bytes) -> None:
     data = encode_chunk(raw)
     assert decode_chunk(data) == raw
     for position in {0, 1, 5, len(data) - 1}:
@@ -190,36 +193,36 @@ def test_a_chunk_comes_back_and_any_change_of_it_is_refused(raw: bytes) -> None:
         decode_chunk(data[:-1])
 
 
-def test_zlib_serves_where_there_is_no_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zlib_is_used_without_zstd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "_zstd", lambda: None)
     data = encode_chunk(b"abc" * 40)
     assert len(data) < 80
     assert decode_chunk(data) == b"abc" * 40
 
 
-def test_a_file_that_changes_while_it_is_sent_is_an_error(built: venvs.SealedVenv) -> None:
+def test_changed_file_is_not_sent(built: venvs.SealedVenv) -> None:
     listing = list_venv(built.path)
     (built.path / listing.entries[0].path).write_text("")
     with pytest.raises(BroadcastError, match="has changed"):
         read_chunk(listing, 0)
 
 
-def test_spools_that_nobody_uses_are_removed(built: venvs.SealedVenv, tmp_path: Path) -> None:
+def test_unused_spools_are_removed(built: venvs.SealedVenv, tmp_path: Path) -> None:
     store = Store(tmp_path / "elsewhere")
     listing = list_venv(built.path)
     earlier = Listing(listing.digest, "/another/root", listing.entries)
-    left = Spool(earlier, store)
-    left.put(0, encode_chunk(b"x"))
+    earlier_spool = Spool(earlier, store)
+    earlier_spool.put(0, encode_chunk(b"x"))
     used = Spool(listing, store)
-    assert left.directory.exists()  # somebody may go on with it
-    left.release()
+    assert earlier_spool.directory.exists()  # another receiver may resume it
+    earlier_spool.release()
     again = Spool(listing, store)
-    assert not left.directory.exists()
+    assert not earlier_spool.directory.exists()
     again.release()
     used.close()
 
 
-def test_a_receiver_that_waits_is_told_that_nothing_more_comes(built: venvs.SealedVenv, tmp_path: Path) -> None:
+def test_end_of_a_spool_ends_waits(built: venvs.SealedVenv, tmp_path: Path) -> None:
     spool = Spool(list_venv(built.path), Store(tmp_path / "elsewhere"))
     spool.put(0, b"first")
     assert spool.wait(0, 60.0) == b"first"

@@ -1,4 +1,4 @@
-"""Bundles: written with a registry at hand, built from where there is none at all."""
+"""Bundles: written with access to a package index, and used without one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def publish(wheel: Path) -> None:
-    """Make this wheel the only one of its package in the index."""
+    """Replace the wheel of this package in the index."""
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     link = f'<a href="{wheel.name}#sha256={sha256}">{wheel.name}</a>'
     (wheel.parent / "index.html").write_text(link)
@@ -50,7 +50,7 @@ def registry(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def command(tmp_path: Path, registry: str) -> str:
-    """A project that takes beta from the registry; the value is its py_executable."""
+    """The py_executable of a project that depends on beta from the index."""
     root = tmp_path / "project"
     root.mkdir()
     (root / "pyproject.toml").write_text(
@@ -63,7 +63,7 @@ def command(tmp_path: Path, registry: str) -> str:
 
 
 def without_a_network() -> list[str]:
-    """What starts a command in a network namespace that has no route to anywhere; a skip where none can be made."""
+    """Return the prefix of a command that runs in a network namespace without routes. Skips if that is not possible."""
     for prefix in (["unshare", "--net"], ["unshare", "--map-root-user", "--net"]):
         with contextlib.suppress(FileNotFoundError):
             if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
@@ -71,10 +71,10 @@ def without_a_network() -> list[str]:
     pytest.skip("this machine lets nobody make a network namespace")
 
 
-def test_a_bundle_builds_in_a_network_namespace_without_any_route(tmp_path: Path, command: str, registry: str) -> None:
+def test_bundle_builds_without_a_network_route(tmp_path: Path, command: str, registry: str) -> None:
     prefix, archive = without_a_network(), tmp_path / "bundle.tar.gz"
     env = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
-    env |= {"NEMO_RL_VENV_DIR": str(tmp_path / "there"), "NEMO_RL_PROJECT_ROOT": str(tmp_path / "project")}
+    env |= {"NEMO_RL_VENV_DIR": str(tmp_path / "store"), "NEMO_RL_PROJECT_ROOT": str(tmp_path / "project")}
     env |= {"PYTHONPATH": str(REPOSITORY), "UV_CACHE_DIR": str(tmp_path / "empty")}
 
     def run(*arguments: str, where: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -88,14 +88,14 @@ def test_a_bundle_builds_in_a_network_namespace_without_any_route(tmp_path: Path
     assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
     assert subprocess.run([*prefix, sys.executable, "-c", look], capture_output=True, check=False).returncode != 0
     assert run("build", "base", "--offline", where=prefix).returncode == 1, "the build has to need the bundle"
-    done = run("build", "base", "--offline", "--from-bundle", str(archive), where=prefix)
-    assert done.returncode == 0, done.stderr
-    python = json.loads(done.stdout)[0]["python"]
+    process = run("build", "base", "--offline", "--from-bundle", str(archive), where=prefix)
+    assert process.returncode == 0, process.stderr
+    python = json.loads(process.stdout)[0]["python"]
     assert run_in(python, "import alpha, beta; print(alpha.VERSION, beta.VERSION)") == "1.0 1.0"
-    assert not list((tmp_path / "there").glob(".nemo_rl-bundle-*")), "the unpacked cache stays behind"
+    assert not list((tmp_path / "store").glob(".nemo_rl-bundle-*")), "the unpacked cache stays behind"
 
 
-def test_a_bundle_does_not_hold_what_another_lock_asks_for(tmp_path: Path, command: str, registry: str) -> None:
+def test_bundle_of_another_lock_is_rejected(tmp_path: Path, command: str, registry: str) -> None:
     archive = tmp_path / "bundle.tar.gz"
     write_bundle({"worker": command}, archive)
     root = tmp_path / "registry" / "alpha"
@@ -103,12 +103,12 @@ def test_a_bundle_does_not_hold_what_another_lock_asks_for(tmp_path: Path, comma
     uv("lock", "--upgrade", "--no-cache", cwd=tmp_path / "project")
     with (
         pytest.raises(BundleError, match=r"alpha 1\.0 -> 2\.0"),
-        opened_bundle(archive, {"worker": command}, Store(tmp_path / "there")),
+        opened_bundle(archive, {"worker": command}, Store(tmp_path / "store")),
     ):
         pass
 
 
-def test_what_cannot_be_written_is_told_before_anything_is_built(tmp_path: Path) -> None:
+def test_unwritable_archive_is_rejected_before_a_build(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     never = {"p": "uv run --locked --project /nowhere"}
     for archive, why in ((tmp_path, "is not a regular file"), (tmp_path / "file" / "b.tar.gz", "cannot be written")):
@@ -118,9 +118,9 @@ def test_what_cannot_be_written_is_told_before_anything_is_built(tmp_path: Path)
         write_bundle({}, tmp_path / "b.tar.gz")
 
 
-def test_a_bundle_for_another_python_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_bundle_for_another_python_is_rejected(tmp_path: Path) -> None:
     archive = forged(tmp_path, python="3.9")
-    with pytest.raises(BundleError, match=r"for Python 3\.9"), opened_bundle(archive, {}, Store(tmp_path / "there")):
+    with pytest.raises(BundleError, match=r"for Python 3\.9"), opened_bundle(archive, {}, Store(tmp_path / "store")):
         pass
 
 
@@ -128,27 +128,27 @@ def test_a_bundle_for_another_python_is_refused_before_it_is_unpacked(tmp_path: 
     ("name", "link"),
     [("/etc/evil", None), ("../evil", None), ("cache/../../evil", None), ("cache/l", "/etc"), ("cache/l", "../../x")],
 )
-def test_a_bundle_with_a_way_out_is_not_safe(tmp_path: Path, name: str, link: str | None) -> None:
+def test_bundle_that_leads_out_is_unsafe(tmp_path: Path, name: str, link: str | None) -> None:
     entry = tarfile.TarInfo(name)
     if link is not None:
         entry.type, entry.linkname = tarfile.SYMTYPE, link
     archive = forged(tmp_path, extra=entry)
     with (
         pytest.raises(BundleError, match="not safe to unpack"),
-        opened_bundle(archive, {}, Store(tmp_path / "there")),
+        opened_bundle(archive, {}, Store(tmp_path / "store")),
     ):
         pass
     assert not (tmp_path / "evil").exists()
-    assert not list((tmp_path / "there").iterdir())
+    assert not list((tmp_path / "store").iterdir())
 
 
-def test_a_bundle_that_is_cut_short_or_is_none_is_told(tmp_path: Path, command: str) -> None:
+def test_incomplete_bundle_is_rejected(tmp_path: Path, command: str) -> None:
     archive = tmp_path / "bundle.tar.gz"
     write_bundle({"worker": command}, archive)
     (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[:-2000])
     with (
-        pytest.raises(BundleError, match="not whole"),
-        opened_bundle(tmp_path / "cut.tar.gz", {"worker": command}, Store(tmp_path / "there")),
+        pytest.raises(BundleError, match="incomplete or damaged"),
+        opened_bundle(tmp_path / "cut.tar.gz", {"worker": command}, Store(tmp_path / "store")),
     ):
         pass
     (tmp_path / "none.tar.gz").write_text("no archive")
@@ -156,17 +156,17 @@ def test_a_bundle_that_is_cut_short_or_is_none_is_told(tmp_path: Path, command: 
         read_index(tmp_path / "none.tar.gz")
 
 
-def test_building_from_a_bundle_leaves_the_process_as_it_was(tmp_path: Path, command: str) -> None:
+def test_build_from_a_bundle_restores_the_environment(tmp_path: Path, command: str) -> None:
     archive = tmp_path / "bundle.tar.gz"
     write_bundle({"worker": command}, archive)
-    store, before = Store(tmp_path / "there"), dict(os.environ)
+    store, before = Store(tmp_path / "store"), dict(os.environ)
     with opened_bundle(archive, {"worker": command}, store):
         assert ensure(command, "worker", store=store).built
     assert dict(os.environ) == before
 
 
 def forged(folder: Path, *, python: str | None = None, extra: tarfile.TarInfo | None = None) -> Path:
-    """An archive that begins like a bundle of this machine."""
+    """Write an archive that starts like a bundle for this machine."""
     index = {
         "python": python or f"{sys.version_info.major}.{sys.version_info.minor}",
         "platform": f"{sys.platform}-{platform.machine()}",

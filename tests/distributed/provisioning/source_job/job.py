@@ -1,6 +1,6 @@
-"""A driver on the first of several hosts; the others have neither this directory nor the project's checkout.
+"""A driver on the first of several hosts. The others have neither this directory nor the project's checkout.
 
-Prints what its workers, on all hosts, say of themselves, and where a venv of this project was built, as JSON.
+Prints the answers of the workers on all hosts, and whether a venv of this project was built, as JSON.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def main(project: str, num_hosts: int) -> None:
         time.sleep(0.5)
     register_actor_environment(FQN, PY_EXECUTABLES.SYSTEM)
     cluster = RayVirtualCluster([1] * num_hosts, use_gpus=False)
-    said = {"system": answers(cluster, {}), "small": answers(cluster, {"uv": ["small==1.0"]})}
+    workers = {"system": answers(cluster, {}), "small": answers(cluster, {"uv": ["small==1.0"]})}
     cluster.shutdown()
-    here = ray.get_runtime_context().get_node_id()
-    other = next(node.node_id for node in alive_nodes() if node.node_id != here)
+    driver_node = ray.get_runtime_context().get_node_id()
+    other = next(node.node_id for node in alive_nodes() if node.node_id != driver_node)
     checked = {
         node.node_id: [f"{check.name}: {check.found}" for check in node.checks if check.state == "fatal"]
         for node in check_nodes()
     }
     entry = ensure_venv_on_node(other, f"uv run --locked --project {project}", "mine.Project")
-    print(json.dumps({**said, "here": here, "built": entry.built, "checked": checked}))
+    print(json.dumps({**workers, "driver_node": driver_node, "built": entry.built, "checked": checked}))
     ray.shutdown()
 
 

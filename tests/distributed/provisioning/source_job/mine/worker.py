@@ -1,4 +1,4 @@
-"""A worker class of a user's own package."""
+"""A worker class of a user's package."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import ray
 import nemo_rl
 
 try:
-    from mine.fresh import WRITTEN  # a module that the test writes, and adds to nothing
+    from mine.fresh import WRITTEN  # a module that the test writes and git does not track
 except ImportError:
     WRITTEN = "committed"
 
 
 class Worker:
     def answer(self) -> dict[str, object]:
-        """Which code this worker and its children run."""
+        """Return which code this worker and its children run."""
         child = subprocess.run(
             [sys.executable, "-c", "import mine.worker; print(mine.worker.WRITTEN)"],
             check=False,
