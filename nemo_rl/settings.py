@@ -1,7 +1,7 @@
-"""Every environment variable that nemo_rl reads: name, type, default, one line of help.
+"""Environment variables that nemo_rl reads: name, type, default and one line of help.
 
-This module is the only reader of `os.environ` in the package. A variable is read when it is asked for, never at
-import, so a test or a job can change it at any time::
+Only this module of the package reads `os.environ`. It reads a variable on each call of `get`, never at import, so tests
+and jobs can change it at any time::
 
     from nemo_rl import settings
     settings.VENV_DIR.get()          # Path | None
@@ -28,13 +28,18 @@ ALL: dict[str, Variable] = {}
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One environment variable.
+    """Reads and parses one environment variable.
 
     Attributes:
-        name: as it stands in the environment.
-        parse: turns the text into a value; raises `ValueError` with the reason when it cannot.
-        default: the value when the variable is unset or empty.
+        name: name in the environment.
+        parse: converts the text to a value; raises `ValueError` with the reason if it is invalid.
+        default: the value if the variable is unset or empty.
         help: one line for the documentation.
+
+    Example::
+
+        timeout = Variable("MY_TIMEOUT_S", float, 60.0, "Timeout in seconds.")
+        timeout.get()                # 60.0
     """
 
     name: str
@@ -46,7 +51,7 @@ class Variable(Generic[T]):
         ALL[self.name] = self
 
     def get(self) -> T:
-        """Read the variable now. Raises `ConfigError` when its value cannot be parsed."""
+        """Read the variable now. Raises `ConfigError` if its value is invalid."""
         text = os.environ.get(self.name, "")
         if text == "":
             return self.default
@@ -105,7 +110,7 @@ def _positive_seconds(text: str) -> float:
 
 
 VENV_DIR = Variable[Path | None](
-    "NEMO_RL_VENV_DIR", Path, None, "Where worker venvs are kept. Default: venvs/ in the project root."
+    "NEMO_RL_VENV_DIR", Path, None, "The directory of worker venvs. Default: venvs/ in the project root."
 )
 PROJECT_ROOT = Variable[Path | None](
     "NEMO_RL_PROJECT_ROOT",
@@ -114,107 +119,107 @@ PROJECT_ROOT = Variable[Path | None](
     "The directory with pyproject.toml and uv.lock. Default: the source tree this package is imported from.",
 )
 CACHE_DIR = Variable[Path | None](
-    "NEMO_RL_CACHE_DIR", Path, None, "Where models that the project makes are kept. Default: ~/.cache/nemo_rl."
+    "NEMO_RL_CACHE_DIR", Path, None, "The directory of models that the project creates. Default: ~/.cache/nemo_rl."
 )
 FORCE_REBUILD_VENVS = Variable(
-    "NRL_FORCE_REBUILD_VENVS", _flag, False, "Rebuild every venv once per job on every node, whatever its digest says."
+    "NRL_FORCE_REBUILD_VENVS", _flag, False, "Rebuild every venv once per job on every node, even if it is up to date."
 )
 COMPILE_BYTECODE = Variable(
-    "NEMO_RL_COMPILE_BYTECODE", _flag, True, "Compile bytecode when a venv is built, so that its first import is fast."
+    "NEMO_RL_COMPILE_BYTECODE", _flag, True, "Compile bytecode when a venv is built, which makes its first import fast."
 )
 VENV_LOCK_TIMEOUT_S = Variable(
     "NEMO_RL_VENV_LOCK_TIMEOUT_S",
     _positive_seconds,
     3600.0,
-    "How long to wait, in seconds, for another process that builds the same venv.",
+    "Seconds to wait for another process that builds the same venv.",
 )
 VENV_BUILD_TIMEOUT_S = Variable(
-    "NEMO_RL_VENV_BUILD_TIMEOUT_S", _positive_seconds, 3600.0, "How long one call of uv may take, in seconds."
+    "NEMO_RL_VENV_BUILD_TIMEOUT_S", _positive_seconds, 3600.0, "Seconds that one call of uv may take."
 )
 VENV_SPREAD = Variable(
     "NEMO_RL_VENV_SPREAD",
     _one_of("auto", "off"),
     "auto",
-    "auto: where nodes have venv directories of their own, one node builds a venv and the others get it from node to "
-    "node. off: every such node builds for itself.",
+    "auto: if nodes have separate venv directories, one node builds a venv and sends it to the others. off: every such "
+    "node builds it.",
 )
 SOURCE_SPREAD = Variable(
     "NEMO_RL_SOURCE_SPREAD",
     _one_of("auto", "off"),
     "auto",
-    "auto: nodes that do not have the driver's source get it, see many-nodes.md. off: every node has to have it.",
+    "auto: nodes that lack the driver's source receive it, see many-nodes.md. off: every node must already have it.",
 )
 SOURCE_MAX_MB = Variable(
     "NEMO_RL_SOURCE_MAX_MB",
     _positive_int,
     100,
-    "The largest source, in MB before compression, that is sent to nodes that do not have it.",
+    "The largest source, in MB before compression, that is sent to nodes.",
 )
 SOURCES = Variable[str | None](
     "NEMO_RL_SOURCES",
     str,
     None,
-    "Where projects are that were sent to a node, as JSON (path in the driver -> path here); set by the driver.",
+    "Projects that a node received, as JSON (path on the driver's node -> path on this node); set by the driver.",
 )
 CONTAINER = Variable(
-    "NEMO_RL_CONTAINER", _flag, False, "This is an image with the venvs inside; set by docker/Dockerfile."
+    "NEMO_RL_CONTAINER", _flag, False, "The image of this process contains the venvs; set by docker/Dockerfile."
 )
 VENV_DRIFT = Variable[str | None](
     "NEMO_RL_VENV_DRIFT",
     _one_of("rebuild", "refuse", "ignore"),
     None,
-    "When the code asks for other packages than a venv holds: rebuild it, refuse to start, or ignore the difference. "
-    "Default: refuse where NEMO_RL_CONTAINER is set, else rebuild.",
+    "If the code asks for other packages than a venv holds: rebuild it, refuse to start, or ignore the difference. "
+    "Default: refuse if NEMO_RL_CONTAINER is set, else rebuild.",
 )
 UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
 PY_EXECUTABLES_SYSTEM = Variable(
     "NEMO_RL_PY_EXECUTABLES_SYSTEM",
     _flag,
     False,
-    "Run every worker with the driver's own Python: for images that already hold all packages.",
+    "Run every worker with the driver's Python, for images that contain all packages.",
 )
 VIRTUAL_CLUSTER_MAX_RETRIES = Variable(
     "NRL_VIRTUAL_CLUSTER_MAX_RETRIES",
     _positive_int,
     6,
-    "How often to try to reserve a cluster's resources before giving up.",
+    "Number of attempts to reserve the resources of a cluster.",
 )
 WORKER_START_TIMEOUT_S = Variable(
     "NEMO_RL_WORKER_START_TIMEOUT_S",
     _positive_seconds,
     1800.0,
-    "How long a worker group may take from its creation to its last worker being ready, in seconds.",
+    "Seconds from the creation of a worker group until its last worker must be ready.",
 )
 TRACEBACK = Variable(
-    "NEMO_RL_TRACEBACK", _flag, False, "Let the command line end with a full traceback instead of one sentence."
+    "NEMO_RL_TRACEBACK", _flag, False, "Print a full traceback if a command fails, instead of the message only."
 )
 RAY_ADDRESS = Variable[str | None](
     "RAY_ADDRESS",
     str,
     None,
-    "Address of a running Ray cluster to join; `local` always starts a new one that nobody else joins.",
+    "Address of a running Ray cluster to join; `local` starts a new cluster that no other job joins.",
 )
 RAY_API_SERVER_ADDRESS = Variable[str | None](
     "RAY_API_SERVER_ADDRESS",
     str,
     None,
-    "Where `nemo-rl submit` and its kin find Ray's job server. Default: http://127.0.0.1:8265.",
+    "Address of Ray's job server for `nemo-rl submit` and related commands. Default: http://127.0.0.1:8265.",
 )
 RAY_DASHBOARD = Variable(
-    "NEMO_RL_RAY_DASHBOARD", _flag, False, "Start Ray's dashboard with a local cluster; it adds seconds to the start."
+    "NEMO_RL_RAY_DASHBOARD", _flag, False, "Start Ray's dashboard with a local cluster; this takes seconds."
 )
 CUDA_VISIBLE_DEVICES = Variable[str | None](
-    "CUDA_VISIBLE_DEVICES", str, None, "Which GPUs a local Ray cluster may use."
+    "CUDA_VISIBLE_DEVICES", str, None, "The GPUs that a local Ray cluster may use."
 )
-RANK = Variable("RANK", _non_negative_int, 0, "This worker's index among its group's; set for every worker.")
+RANK = Variable("RANK", _non_negative_int, 0, "This worker's index in its group; set for every worker.")
 LOCAL_RANK = Variable("LOCAL_RANK", _non_negative_int, 0, "This worker's index on its node; set for every worker.")
 WORLD_SIZE = Variable("WORLD_SIZE", _positive_int, 1, "Number of workers in the group; set for every worker.")
-MASTER_ADDR = Variable[str | None]("MASTER_ADDR", str, None, "Where rank 0 of the group listens; set for every worker.")
+MASTER_ADDR = Variable[str | None]("MASTER_ADDR", str, None, "Address of rank 0 of the group; set for every worker.")
 MASTER_PORT = Variable[int | None](
-    "MASTER_PORT", _positive_int, None, "Port at which rank 0 of the group listens; set for every worker."
+    "MASTER_PORT", _positive_int, None, "Port on which rank 0 of the group listens; set for every worker."
 )
 
-# Variables of the driver that reach its workers. Nothing else of the driver's environment does.
+# Variables that are forwarded from the driver to its workers. No others are.
 FORWARDED_PREFIXES: tuple[str, ...] = (
     "NEMO_RL_",
     "NRL_",
@@ -237,12 +242,12 @@ FORWARDED_PREFIXES: tuple[str, ...] = (
 FORWARDED_NAMES: frozenset[str] = frozenset(
     {"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TZ", "LANG"}
 )
-# Whole words between underscores: HF_TOKEN is a secret, TOKENIZERS_PARALLELISM and MAX_TOKENS are not.
-# What the processes of a local Ray cluster inherit besides.
+# Other variables that the processes of a local Ray cluster inherit.
 INHERITED_PREFIXES: tuple[str, ...] = ("RAY_", "CUDA_", "NVIDIA_", "LC_", "PYTHON", "LD_", "SSL_CERT_", "XDG_")
 INHERITED_NAMES: frozenset[str] = frozenset(
     {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TERM", "VIRTUAL_ENV", "GLIBC_TUNABLES"}
 )
+# Complete words between underscores: HF_TOKEN is a secret, TOKENIZERS_PARALLELISM and MAX_TOKENS are not.
 _SECRET_WORDS = frozenset(
     {"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "APIKEY", "CREDENTIAL", "CREDENTIALS", "PRIVATE"}
 )
@@ -251,7 +256,7 @@ MASK = "********"
 
 
 def forwarded() -> dict[str, str]:
-    """The driver's variables that workers receive: those with a documented prefix or name, as they are now."""
+    """Return this process's variables that workers receive: those with a documented prefix or name."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -260,7 +265,12 @@ def forwarded() -> dict[str, str]:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable's name says that its value must not be shown."""
+    """Return whether the value of a variable with this name must not be shown.
+
+    Example:
+        >>> is_secret("HF_TOKEN"), is_secret("VLLM_MAX_TOKENS")
+        (True, False)
+    """
     words = name.upper().split("_")
     return not _SECRET_WORDS.isdisjoint(words) or any(
         first in _SECRET_KEYS and second in ("KEY", "KEYS") for first, second in itertools.pairwise(words)
@@ -268,16 +278,16 @@ def is_secret(name: str) -> bool:
 
 
 def masked(variables: Mapping[str, str]) -> dict[str, str]:
-    """A copy of `variables` that may be logged: values of names that look secret are replaced by `MASK`."""
+    """Return a copy of `variables` for logs, with `MASK` as the value of each secret."""
     return {name: MASK if is_secret(name) else value for name, value in variables.items()}
 
 
 @contextlib.contextmanager
 def only_inheritable() -> Iterator[None]:
-    """Within the block, this process has only variables that the processes of a local Ray cluster may inherit.
+    """Remove the variables that processes of a local Ray cluster must not inherit, while the block runs.
 
-    Those are the forwarded ones and what programs need to run at all: a worker inherits its raylet's environment, so
-    anything else that the driver has would reach every worker.
+    The forwarded variables stay, and those that programs need. A worker inherits the environment of its raylet, so any
+    other variable of the driver would reach every worker.
     """
     hidden = {
         name: value
@@ -293,18 +303,18 @@ def only_inheritable() -> Iterator[None]:
 
 
 def snapshot() -> dict[str, str]:
-    """A copy of this process's whole environment, for building a child's."""
+    """Return a copy of this process's environment, from which to derive the environment of a child process."""
     return dict(os.environ)
 
 
 def export(variables: Mapping[str, str]) -> None:
-    """Set variables of this very process: for entry points, and for a worker before it imports its stack."""
+    """Set variables of this process. For entry points, and for a worker before it imports its packages."""
     os.environ.update(variables)
 
 
 @contextlib.contextmanager
 def exported(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables in this process while the block runs: for a process that serves others afterwards."""
+    """Set variables of this process while the block runs, and restore the previous values after it."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -318,22 +328,22 @@ def exported(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def venv_drift() -> str:
-    """What to do about a venv whose packages are not what the code asks for: `rebuild`, `refuse` or `ignore`."""
+    """Return the policy for a venv with other packages than the code asks for: `rebuild`, `refuse` or `ignore`."""
     return VENV_DRIFT.get() or ("refuse" if CONTAINER.get() else "rebuild")
 
 
 def project_root() -> Path:
-    """The directory that holds the project's `pyproject.toml` and `uv.lock`."""
+    """Return the directory of the project's `pyproject.toml` and `uv.lock`."""
     return (PROJECT_ROOT.get() or Path(__file__).resolve().parent.parent).resolve()
 
 
 def venv_dir() -> Path:
-    """The directory that holds worker venvs (it may not exist yet)."""
+    """Return the directory of worker venvs, which may not exist yet."""
     return (VENV_DIR.get() or project_root() / "venvs").absolute()
 
 
 def home_dir() -> Path | None:
-    """The user's home directory; None for a user id that no account has (as in containers) without HOME."""
+    """Return the user's home directory; None without HOME for a user id without an account, as in containers."""
     try:
         return Path.home()
     except RuntimeError:
@@ -341,20 +351,23 @@ def home_dir() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """The directory for things the project makes once and keeps, such as the embedded model. Raises `ConfigError`."""
+    """Return the directory for files that the project creates once, such as the embedded model.
+
+    Raises `ConfigError` if there is no home directory and the variable is not set.
+    """
     if (directory := CACHE_DIR.get()) is not None:
         return directory.absolute()
     if (home := home_dir()) is None:
         raise ConfigError(
             f"there is no home directory: user id {os.getuid()} has no account, and HOME is not set. Set HOME to a "
-            f"directory that can be written, or {CACHE_DIR.name} ({CACHE_DIR.help})"
+            f"writable directory, or set {CACHE_DIR.name} ({CACHE_DIR.help})"
         )
     return home / ".cache" / "nemo_rl"
 
 
 def uv_cache_dir() -> Path:
-    """Where uv keeps what it has downloaded."""
+    """Return the directory of uv's cache."""
     home = home_dir()
     default = home / ".cache" / "uv" if home is not None else Path(".uv_cache")
-    of_xdg = os.environ.get("XDG_CACHE_HOME")
-    return Path(os.environ.get("UV_CACHE_DIR") or (os.path.join(of_xdg, "uv") if of_xdg else default)).absolute()
+    xdg_cache = os.environ.get("XDG_CACHE_HOME")
+    return Path(os.environ.get("UV_CACHE_DIR") or (os.path.join(xdg_cache, "uv") if xdg_cache else default)).absolute()
