@@ -37,7 +37,7 @@ from packaging.utils import canonicalize_name
 from nemo_rl import settings
 from nemo_rl.errors import VenvDriftError, VenvError
 from nemo_rl.secrets import mask_secrets
-from nemo_rl.venvs.building.build import Receive, build, site_packages_of
+from nemo_rl.venvs.building.build import BuildRequest, Receive, build, site_packages_of
 from nemo_rl.venvs.interpreter import DriverVersions
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.resolve import plan, python_of
@@ -138,7 +138,7 @@ def ensure(
         path = Path(venv_plan.spec.path)
         return SealedVenv(str(path), path.parent.parent, path.parent.parent, venv_plan.digest, None)
     force = _force_policy(force_rebuild, job_id)
-    venv = _find_or_build(venv_plan, venv_name, store, clock, force, receive)
+    venv = _find_or_build(BuildRequest(venv_plan, venv_name, store, clock, force.job_id, receive), force)
     if venv.manifest is not None:  # the venv may have been sealed for a driver with other versions
         venv_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
     # The name always stands for the requested content. A drifted venv that is used anyway has another digest.
@@ -218,40 +218,41 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
     return SealedVenv(str(link / "bin" / "python"), path, link, manifest.digest, manifest)
 
 
-def _find_or_build(
-    venv_plan: VenvPlan, venv_name: str, store: Store, clock: PhaseClock, force: _ForcePolicy, receive: Receive | None
-) -> SealedVenv:
-    sealed = find_sealed(venv_plan.digest, store)
-    if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
-        if venv_plan.base is not None and force.enabled and not venv_plan.base.is_interpreter:
-            _find_or_build(venv_plan.base, venv_name, store, clock, force, receive)
+def _find_or_build(request: BuildRequest, force: _ForcePolicy) -> SealedVenv:
+    venv_plan, store, clock = request.plan, request.store, request.clock
+    base_plan = venv_plan.base if venv_plan.base is not None and not venv_plan.base.is_interpreter else None
+    sealed = _find_accepted(venv_plan.digest, store, force)
+    if sealed is not None:
+        if base_plan is not None and force.enabled:
+            _find_or_build(replace(request, plan=base_plan), force)
         return sealed
-    previous = None if force.enabled or sealed is not None else _check_drift(venv_plan, venv_name, store)
+    previous = None if force.enabled else _check_drift(venv_plan, request.name, store)
     if previous is not None:
         return previous
     with contextlib.ExitStack() as stack:
-        if venv_plan.base is not None and not venv_plan.base.is_interpreter:
+        if base_plan is not None:
             seconds = dict(clock.seconds)  # the base's manifest holds the seconds of its own phases
-            clock.digest = venv_plan.base.digest
-            base = _find_or_build(venv_plan.base, venv_name, store, clock, force, receive)
+            clock.digest = base_plan.digest
+            base = _find_or_build(replace(request, plan=base_plan), force)
             stack.enter_context(hold_lease(base.path))
             clock.digest, clock.seconds = venv_plan.digest, seconds
-        stack.enter_context(_hold_build_lock(venv_plan, venv_name, store, clock))
-        sealed = find_sealed(venv_plan.digest, store)
-        if sealed is not None and sealed.manifest is not None and force.accepts(sealed.manifest):
+        stack.enter_context(_hold_build_lock(venv_plan, request.name, store, clock))
+        sealed = _find_accepted(venv_plan.digest, store, force)
+        if sealed is not None:
             return sealed  # another process built it while this process waited
         _remove_leftovers(store, venv_plan.digest)
-        donors = _donors(store) if receive is None else []
-        path = build(venv_plan, venv_name, store, clock, job_id=force.job_id, donors=donors, receive=receive)
+        path = build(request, _donors(store) if request.receive is None else [])
         _remove_leftovers(store, venv_plan.digest)
-    return SealedVenv(
-        str(store.link(venv_plan.digest) / "bin" / "python"),
-        path,
-        store.link(venv_plan.digest),
-        venv_plan.digest,
-        read_manifest(path),
-        built=True,
-    )
+    link = store.link(venv_plan.digest)
+    return SealedVenv(str(link / "bin" / "python"), path, link, venv_plan.digest, read_manifest(path), built=True)
+
+
+def _find_accepted(digest: str, store: Store, force: _ForcePolicy) -> SealedVenv | None:
+    """Return the sealed venv with this digest if it is recent enough."""
+    sealed = find_sealed(digest, store)
+    if sealed is None or sealed.manifest is None or not force.accepts(sealed.manifest):
+        return None
+    return sealed
 
 
 def _check_drift(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
@@ -285,21 +286,21 @@ def _previous_venv(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedV
     return max(same_spec, key=lambda sealed: sealed.manifest.started_at if sealed.manifest else 0.0, default=None)
 
 
-def differences(held: Iterable[str], asked: Iterable[str]) -> list[str]:
+def differences(old: Iterable[str], new: Iterable[str]) -> list[str]:
     """Return `name old -> new` for every package that differs between two lists.
 
     Args:
-        held, asked: packages as `name==version` or `name @ location`.
+        old, new: packages as `name==version` or `name @ location`.
 
     Example:
         >>> differences(["a==1", "b==1"], ["a==2", "b==1", "c==1"])
         ['a 1 -> 2', 'c absent -> 1']
     """
-    old, new = _versions(held), _versions(asked)
+    before, after = _versions(old), _versions(new)
     return [
-        f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        f"{name} {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     ]
 
 

@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl import settings
@@ -34,25 +35,34 @@ _DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
 Receive = Callable[[VenvPlan, Path, PhaseClock, BuildLog], None]
 
 
-def build(
-    venv_plan: VenvPlan,
-    venv_name: str,
-    store: Store,
-    clock: PhaseClock,
-    *,
-    job_id: str | None,
-    donors: Sequence[Path],
-    receive: Receive | None = None,
-) -> Path:
-    """Build, check, seal and publish the planned venv; return its directory. The caller holds the build lock.
+@dataclass(frozen=True)
+class BuildRequest:
+    """Describes one build.
+
+    Attributes:
+        plan: plan of the venv.
+        name: name of the venv, for messages.
+        store: where the venv is built.
+        clock: reports and times the phases.
+        job_id: noted in the manifest.
+        receive: fills in the venv from another node. The result is checked and sealed like an installed venv.
+    """
+
+    plan: VenvPlan
+    name: str
+    store: Store
+    clock: PhaseClock
+    job_id: str | None = None
+    receive: Receive | None = None
+
+
+def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
+    """Build, check, seal and publish a venv; return its directory. The caller holds the build lock.
 
     After an error the venv that was published before stays published.
 
     Args:
-        clock: reports and times the phases.
-        job_id: noted in the manifest.
         donors: site-packages directories that bytecode may be reused from.
-        receive: fills in the venv from another node. The result is checked and sealed like an installed venv.
 
     Raises:
         VenvBuildError: uv failed, or the installed packages are not those that were planned.
@@ -60,11 +70,12 @@ def build(
         LockMismatchError: the project's files changed since the plan was made.
         IncompatibleVenvError: the Python or ray version differs from the driver's.
     """
+    venv_plan, store, clock, receive = request.plan, request.store, request.clock, request.receive
     started_at = time.time()
     root = store.new_directory(venv_plan.digest)
     log = BuildLog(store.new_log(venv_plan.digest[:DIGEST_PREFIX]))
-    with _remove_on_failure(root, venv_name, log, clock):
-        what = mask_secrets(f"Building the venv {venv_name!r} (`{venv_plan.spec}`)")
+    with _remove_on_failure(root, request.name, log, clock):
+        what = mask_secrets(f"Building the venv {request.name!r} (`{venv_plan.spec}`)")
         if receive is not None:
             receive(venv_plan, root, clock, log)
         else:
@@ -85,8 +96,7 @@ def build(
         if receive is None:
             _check_inputs(venv_plan, store)  # the lock may have changed while uv read it
         clock.start("seal")
-        manifest = _manifest(venv_plan, root, site_packages, clock, job_id, started_at, ray, log)
-        write_manifest(root, manifest)
+        write_manifest(root, _manifest(request, root, started_at, ray, log))
         point(store.link(venv_plan.digest), root.name)
         clock.end()
     return root
@@ -233,18 +243,9 @@ def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> s
     return ray
 
 
-def _manifest(
-    venv_plan: VenvPlan,
-    root: Path,
-    site_packages: Path,
-    clock: PhaseClock,
-    job_id: str | None,
-    started_at: float,
-    ray: str | None,
-    log: BuildLog,
-) -> Manifest:
-    records, num_files, num_bytes = read_records(site_packages)
-    base = venv_plan.base
+def _manifest(request: BuildRequest, root: Path, started_at: float, ray: str | None, log: BuildLog) -> Manifest:
+    records, num_files, num_bytes = read_records(site_packages_of(root))
+    venv_plan, base = request.plan, request.plan.base
     return Manifest(
         digest=venv_plan.digest,
         spec=mask_secrets(str(venv_plan.spec)),
@@ -263,8 +264,8 @@ def _manifest(
         records=records,
         num_files=num_files,
         num_bytes=num_bytes,
-        seconds={**clock.seconds},
-        job_id=job_id,
+        seconds={**request.clock.seconds},
+        job_id=request.job_id,
         log_path=str(log.path),
     )
 

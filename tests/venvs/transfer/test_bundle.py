@@ -68,7 +68,7 @@ def without_a_network() -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0:
                 return prefix
-    pytest.skip("this machine lets nobody make a network namespace")
+    pytest.skip("cannot create a network namespace on this machine")
 
 
 def test_bundle_builds_without_a_network_route(tmp_path: Path, command: str, registry: str) -> None:
