@@ -68,8 +68,8 @@ def flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     """Yield dotted names and values of a nested mapping. An empty mapping counts as a value.
 
     Example:
-        >>> dict(flatten({"policy": {"lr": 0.1}, "empty": {}}))
-        {'policy.lr': 0.1, 'empty': {}}
+        >>> dict(flatten({"outer": {"inner": 1}, "empty": {}}))
+        {'outer.inner': 1, 'empty': {}}
     """
     for key, value in section.items():
         if isinstance(value, Mapping) and value:
