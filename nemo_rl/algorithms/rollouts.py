@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +50,13 @@ class Rollout:
         return self.batch["token_mask"].sum(dim=1)
 
 
+class _GenerateOptions(TypedDict):
+    seed: int
+    num_generations: int
+    greedy: bool
+    sampling: SamplingConfig | None
+
+
 def collect(
     problems: BatchedDataDict,
     generation: GenerationInterface,
@@ -78,14 +84,12 @@ def collect(
         EnvironmentFailure: a completion could not be graded. The rollout is discarded.
     """
     prompts = BatchedDataDict({key: problems[key] for key in ("input_ids", "input_lengths")})
-    generate = partial(
-        generation.stream if streaming else generation.generate,
-        prompts,
-        seed=seed,
-        num_generations=num_generations,
-        greedy=greedy,
-        sampling=sampling,
-    )
+    options: _GenerateOptions = {
+        "seed": seed,
+        "num_generations": num_generations,
+        "greedy": greedy,
+        "sampling": sampling,
+    }
     metadata = [
         {**record, "ground_truth": answer}
         for record, answer in zip(problems["metadata"], problems["answer"], strict=True)
@@ -95,7 +99,10 @@ def collect(
     grades: list[Future[EnvironmentReturn]] = []
     with ThreadPoolExecutor(1, "grading") as executor:
         with timer.phase("generation"):
-            chunks = generate() if streaming else [(list(range(problems.size)), generate())]
+            if streaming:
+                chunks = generation.stream(prompts, **options)
+            else:
+                chunks = iter([(list(range(problems.size)), generation.generate(prompts, **options))])
             for indices, result in chunks:
                 repeated = [metadata[index] for index in indices for _ in range(num_generations)]
                 positions += indices
