@@ -1,4 +1,4 @@
-"""A generation backend in one file that uses `transformers.generate`. docs/adding-a-backend.md explains it.
+"""A generation backend in one file: completions by `transformers.generate`. docs/adding-a-backend.md walks through it.
 
 uv run examples/backends/run_with_transformers_generation.py grpo.max_num_steps=3
 """

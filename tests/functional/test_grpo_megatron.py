@@ -89,7 +89,7 @@ def assert_same_run(actual: dict[int, dict[str, float]], expected: dict[int, dic
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three starts of a whole job
+@pytest.mark.timeout(900)  # starts a job three times
 def test_run_with_pipeline_stages_resumes(uninterrupted: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run(directory, "grpo.max_num_steps=2", *PIPELINE)
@@ -98,7 +98,7 @@ def test_run_with_pipeline_stages_resumes(uninterrupted: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three starts of a whole job
+@pytest.mark.timeout(900)  # starts a job three times
 def test_lost_rank_stops_the_job_which_can_resume(uninterrupted: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     job = start(directory, "grpo.max_num_steps=3")

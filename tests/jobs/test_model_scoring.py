@@ -24,8 +24,8 @@ GENERATION = {"max_new_tokens": 8, "py_executable": PY_EXECUTABLES.SYSTEM}
 
 
 def scoring(**changes: Any) -> ScoringConfig:
-    given = {"model": "embedded", "generation": GENERATION, "math": {"answer_format": "whole"}, **changes}
-    return validate(ScoringConfig, given, where="scoring")
+    values = {"model": "embedded", "generation": GENERATION, "math": {"answer_format": "whole"}, **changes}
+    return validate(ScoringConfig, values, where="scoring")
 
 
 def arithmetic(num_problems: int, level: int) -> list[dict[str, Any]]:

@@ -58,8 +58,8 @@ def test_invalid_secret_reference_is_refused(text: str) -> None:
     ("fields", "message"),
     [
         ({"name": "a b/c"}, "--name 'a b/c': expected letters"),
-        ({"working_dir": "s4://bucket/x.zip"}, "--working-dir s4://bucket/x.zip: Ray fetches from https, s3"),
-        ({"py_modules": ["ftp://host/m.zip"]}, "--py-module ftp://host/m.zip: Ray fetches from"),
+        ({"working_dir": "s4://bucket/x.zip"}, "--working-dir s4://bucket/x.zip: Ray downloads only from https, s3"),
+        ({"py_modules": ["ftp://host/m.zip"]}, "--py-module ftp://host/m.zip: Ray downloads only from"),
     ],
 )
 def test_invalid_name_or_uri_is_refused(fields: dict[str, Any], message: str) -> None:
