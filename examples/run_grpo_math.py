@@ -1,4 +1,4 @@
-"""Train a model on math problems with GRPO.
+"""Trains a model on math problems with GRPO.
 
 uv run examples/run_grpo_math.py                                        # embedded model and data, no GPU needed
 uv run examples/run_grpo_math.py grpo.seed=1 logger.log_dir=results/x   # any key of the configuration

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Build docker/Dockerfile for real where no Docker engine runs: buildah, on a base image made by debootstrap.
+# Builds docker/Dockerfile without a Docker engine: with buildah, on a base image from debootstrap.
 #
 #     tools/build_image.sh [--target release] [--backends "vllm-cpu"] [--tag nemo-rl:local] [--work DIR]
 #         [--ca-bundle FILE]
 #
-# Needs root, Debian's packages `buildah` and `debootstrap`, and 100 GB of free disk (STORAGE_DRIVER=overlay, where the
-# kernel has it, needs least; the default, vfs, copies every layer). --ca-bundle: certificates that the package index
-# needs here; they become a part of the base image, so what is built is for trying only. Variables: DEBIAN_MIRROR
-# (debootstrap's mirror), BUILD_VOLUMES (more `--volume` arguments, such as a package index's configuration).
-# What it covers: every instruction of the Dockerfile, build arguments, all targets, a run without root. What it does
-# not: BuildKit itself, CUDA base images, GPUs inside a container.
+# Needs root, the Debian packages `buildah` and `debootstrap`, and 100 GB of free disk. STORAGE_DRIVER=overlay needs less
+# disk if the kernel supports it; the default, vfs, copies every layer. --ca-bundle adds certificates for the package
+# index to the base image; use such images only for tests. Variables: DEBIAN_MIRROR (debootstrap's mirror), BUILD_VOLUMES
+# (additional `--volume` arguments, such as the configuration of a package index).
+# Covers every instruction of the Dockerfile, build arguments, all targets, and a run without root. Does not cover
+# BuildKit, CUDA base images, or GPUs in a container.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
-"""For the documentation site: links to files of the repository that are no pages become plain text.
+"""Hook of the documentation site: replaces links to files of the repository that are not pages by their text.
 
-They are links where the repository is read. A link to a file that does not exist stays, and fails the strict build.
+These links work only in the repository. A link to a missing file is kept, so that the strict build fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 
 def on_page_markdown(markdown: str, **unused: Any) -> str:
-    """Called by mkdocs with the text of every page."""
+    """Replace the links of a page. MkDocs calls this hook for every page."""
 
     def plain(match: re.Match[str]) -> str:
         return match[1] if (_ROOT / match[2]).exists() else match[0]

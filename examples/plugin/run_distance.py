@@ -1,4 +1,4 @@
-"""Call the plugin's worker: `uv run python examples/plugin/run_distance.py`."""
+"""Calls the plugin's worker: `uv run python examples/plugin/run_distance.py`."""
 
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster, init_ray
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup

@@ -1,4 +1,4 @@
-"""The plugin's stage between two of the library: `uv run python examples/plugin/run_shorten.py IN.jsonl OUT_DIR`."""
+"""Runs a pipeline with the plugin's stage: `uv run python examples/plugin/run_shorten.py IN.jsonl OUT_DIR`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Rewards to advantages, within the group of completions of one prompt.
+"""Advantages from rewards, within the group of completions of one prompt.
 
-With the valid rewards r_1..r_n of one group (masked samples are left out of n and of every sum):
+For the valid rewards r_1..r_n of one group (masked samples count neither in n nor in any sum):
 
     leave_one_out   A_i = r_i - sum_{j != i} r_j / (n - 1)
                     Kool, van Hoof & Welling (2019), "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; for language
@@ -9,15 +9,16 @@ With the valid rewards r_1..r_n of one group (masked samples are left out of n a
     mean            A_i = r_i - sum_j r_j / n
                     Shao et al. (2024), GRPO, arXiv:2402.03300, section 4.1.2, the numerator.
     normalize_std   A_i / (s + 1e-6), with s^2 = sum_j (r_j - mean)^2 / (n - 1)
-                    Same section, the denominator. Liu et al. (2025), "Dr. GRPO", arXiv:2503.20783, section 3.1, says
-                    what it costs: groups that are nearly all right or all wrong weigh more than the objective says.
+                    Same section, the denominator. Liu et al. (2025), "Dr. GRPO", arXiv:2503.20783, section 3.1, show
+                    the cost: groups that are nearly all right or all wrong weigh more than in the objective.
 
-The standard deviation is that of the *whole* group's valid rewards, with either baseline, and never that of "the
-others": where one sample alone differs from the rest, the others' deviation is 0, and the only informative sample of
-the group would have an infinite advantage or none. It is Bessel-corrected, as in common implementations; the paper
-leaves it open.
+With either baseline, the standard deviation is taken over all valid rewards of the group. The leave-one-out deviation
+would not work: if one sample alone differs from the rest, the deviation of the others is 0, and the only informative
+sample of the group would get an infinite advantage or none. The deviation is Bessel-corrected, as in common
+implementations; the paper does not specify this.
 
-Always 0, exactly: masked samples, groups with a single valid sample, groups whose valid rewards are all equal.
+The advantage is exactly 0 for masked samples, for groups with a single valid sample, and for groups whose valid rewards
+are all equal.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from nemo_rl.errors import EnvironmentFailure
 if TYPE_CHECKING:
     from nemo_rl.algorithms.config import AdvantageConfig
 
-# Rewards that differ by rounding only must not be blown up to unit variance.
+# Prevents rewards that differ only by rounding from being scaled to unit variance.
 STD_EPSILON = 1e-6
 
 
@@ -41,24 +42,31 @@ def compute_advantages(
     config: AdvantageConfig,
     sample_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Advantages of a batch of samples, by the formulas at the top of this module.
+    """Compute the advantages of a batch of samples with the formulas at the top of this module.
+
+    Example:
+        >>> import torch
+        >>> from nemo_rl.algorithms.config import AdvantageConfig
+        >>> config = AdvantageConfig(baseline="leave_one_out", normalize_std=False)
+        >>> compute_advantages(torch.tensor([1.0, 0.0, 2.0, 4.0]), 2, config)
+        tensor([ 1., -1., -2.,  2.])
 
     Args:
         rewards: [B] real numbers.
         groups: [B] integer ids, equal for the completions of one prompt, in any order; or the number of completions
-            per prompt, where those of one prompt follow one another.
-        config: which baseline, and whether to divide by the standard deviation.
-        sample_mask: [B]; 0 leaves a sample out of its group. None: all count.
+            per prompt, if the completions of a prompt are adjacent.
+        config: the baseline, and whether to divide by the standard deviation.
+        sample_mask: [B]; 0 excludes a sample from its group. None counts all samples.
 
     Returns:
-        [B] float32 (float64 if the rewards are), on the rewards' device.
+        [B] float32 (float64 for float64 rewards), on the rewards' device.
 
     Raises:
         ValueError: shapes, dtypes or the group size do not fit.
-        EnvironmentFailure: the reward of a sample that counts is NaN or infinite.
+        EnvironmentFailure: the reward of a valid sample is NaN or infinite.
     """
-    valid, index, num_groups = _check(rewards, groups, sample_mask)
-    # float64, so that the result does not depend on the order of the samples beyond float32's resolution.
+    valid, index, num_groups = _group_index(rewards, groups, sample_mask)
+    # float64, so that the order of the samples changes the result by no more than float32's resolution.
     values = torch.where(valid, rewards.double(), 0.0)
     counts = _group_sum(valid.double(), index, num_groups)
     means = _group_sum(values, index, num_groups) / counts.clamp(min=1.0)
@@ -69,8 +77,8 @@ def compute_advantages(
     if config.normalize_std:
         variances = _group_sum(deviations.square(), index, num_groups) / (counts - 1.0).clamp(min=1.0)
         advantages = advantages / (variances.sqrt() + STD_EPSILON)[index]
-    # Equal rewards must give exactly 0: their float mean may differ from them by rounding.
-    signal = valid & _spread(values, valid, index, num_groups)[index]
+    # Equal rewards must give exactly 0, although rounding may move their mean away from them.
+    signal = valid & _rewards_differ(values, valid, index, num_groups)[index]
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     return torch.where(signal, advantages, 0.0).to(dtype)
 
@@ -78,25 +86,25 @@ def compute_advantages(
 def group_has_signal(
     rewards: torch.Tensor, groups: torch.Tensor | int, sample_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which samples belong to a group that teaches something: at least two valid samples with different rewards.
+    """Mark the samples of groups that have a learning signal: at least two valid samples with different rewards.
 
-    Dynamic sampling keeps these groups and draws others for the rest: Yu et al. (2025), DAPO, arXiv:2503.14476,
-    equation 11 (there for rewards of right and wrong only: neither all right nor all wrong).
+    Dynamic sampling keeps these groups and replaces the others: Yu et al. (2025), DAPO, arXiv:2503.14476, equation 11
+    (stated there for binary rewards: neither all right nor all wrong).
 
-    Args and errors: as in `compute_advantages`.
+    Arguments and errors are those of `compute_advantages`.
 
     Returns:
-        [B] bool, equal for all samples of a group, masked ones included.
+        [B] bool, equal for all samples of a group, masked samples included.
     """
-    valid, index, num_groups = _check(rewards, groups, sample_mask)
+    valid, index, num_groups = _group_index(rewards, groups, sample_mask)
     values = torch.where(valid, rewards.double(), 0.0)
-    return _spread(values, valid, index, num_groups)[index]
+    return _rewards_differ(values, valid, index, num_groups)[index]
 
 
-def _check(
+def _group_index(
     rewards: torch.Tensor, groups: torch.Tensor | int, sample_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Validity [B] bool, dense group index [B] in [0, number of groups), number of groups."""
+    """Check the arguments; return validity [B] bool, dense group index [B], and the number of groups."""
     if rewards.ndim != 1:
         raise ValueError(f"rewards must have the shape [B], got {list(rewards.shape)}")
     if isinstance(groups, int):
@@ -123,7 +131,7 @@ def _check(
         raise EnvironmentFailure(
             f"the reward of sample {broken[0]} is {rewards[broken[0]].item()} "
             f"({len(broken)} of {len(rewards)} samples): a reward must be finite; "
-            "leave a sample that could not be judged out by sample_mask=0"
+            "exclude a sample that could not be graded with sample_mask=0"
         )
     return valid, index, num_groups
 
@@ -132,8 +140,8 @@ def _group_sum(values: torch.Tensor, index: torch.Tensor, num_groups: int) -> to
     return values.new_zeros(num_groups).index_add_(0, index, values)
 
 
-def _spread(values: torch.Tensor, valid: torch.Tensor, index: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """[number of groups] bool: the valid values of the group are not all equal."""
+def _rewards_differ(values: torch.Tensor, valid: torch.Tensor, index: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[number of groups] bool: True where the valid values of a group are not all equal."""
     low = values.new_full((num_groups,), torch.inf)
     high = -low
     low = low.scatter_reduce(0, index, torch.where(valid, values, torch.inf), "amin")

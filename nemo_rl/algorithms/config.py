@@ -1,4 +1,4 @@
-"""The root of a GRPO job's configuration, and the sections that belong to the algorithm and to the run."""
+"""Root of the configuration of a GRPO job, with the sections of the algorithm."""
 
 from __future__ import annotations
 
@@ -16,110 +16,130 @@ from nemo_rl.utils.config import ConfigModel
 
 
 class AdvantageConfig(ConfigModel):
-    """Rewards to advantages, within the group of one prompt."""
+    """Configures how rewards become advantages within the group of one prompt."""
 
-    baseline: Literal["leave_one_out", "mean"] = Field("leave_one_out", description="What is subtracted from a reward.")
-    normalize_std: bool = Field(True, description="Divide by the standard deviation of the group's rewards.")
+    baseline: Literal["leave_one_out", "mean"] = Field(
+        "leave_one_out", description="Baseline that is subtracted from each reward."
+    )
+    normalize_std: bool = Field(True, description="Divide advantages by the standard deviation of the group's rewards.")
 
 
 class LossConfig(ConfigModel):
-    """The clipped surrogate and its extras."""
+    """Configures the clipped policy-gradient loss, its KL term and the importance correction."""
 
-    clip_ratio_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below 1 - this.")
-    clip_ratio_high: float = Field(0.2, ge=0, description="The ratio is clipped above 1 + this.")
-    dual_clip: float | None = Field(None, gt=1, description="Bound of the ratio for negative advantages. Null: off.")
-    aggregation: Literal["token", "sequence"] = Field(
-        "token", description="Mean over all tokens, or over samples' means."
+    clip_ratio_low: float = Field(
+        0.2, ge=0, lt=1, description="Clip the policy ratio from below at 1 - clip_ratio_low."
     )
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL divergence to the reference policy; 0 loads none.")
+    clip_ratio_high: float = Field(0.2, ge=0, description="Clip the policy ratio from above at 1 + clip_ratio_high.")
+    dual_clip: float | None = Field(
+        None, gt=1, description="Bound of the ratio for negative advantages. Null disables it."
+    )
+    aggregation: Literal["token", "sequence"] = Field(
+        "token", description="Average over all tokens, or over the means of the samples."
+    )
+    kl_coef: float = Field(
+        0.0, ge=0, description="Weight of the KL divergence to the reference policy. 0 loads no reference policy."
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL divergence.")
     importance_correction: Literal["none", "token", "sequence"] = Field(
-        "token", description="Weight by policy over generation probability, per token or per sequence."
+        "token", description="Weight losses by policy over generation probability, per token or per sequence."
     )
-    importance_cap: float | None = Field(2.0, gt=0, description="Truncate that weight here. Null: do not.")
+    importance_cap: float | None = Field(
+        2.0, gt=0, description="Truncate importance weights at this value. Null does not truncate."
+    )
 
 
 class DynamicSamplingConfig(ConfigModel):
-    """Groups whose rewards are all equal teach nothing: draw further prompts until the batch is full."""
+    """Replaces groups whose rewards are all equal, which have no gradient, until the batch is full."""
 
     enabled: bool = Field(False, description="Replace groups with zero reward variance.")
-    max_generation_batches: int = Field(10, ge=1, description="Rollouts per step before the step takes what there is.")
+    max_generation_batches: int = Field(
+        10, ge=1, description="Maximum rollouts per step. The step then trains on the groups that exist."
+    )
 
 
 class EarlyStopConfig(ConfigModel):
-    """Stop when a validation metric is good enough."""
+    """Stops the run when a validation metric reaches a threshold."""
 
-    metric: str = Field("val/accuracy", description="A key of the validation record.")
+    metric: str = Field("val/accuracy", description="Name of the validation metric.")
     threshold: float = Field(0.97, description="Stop once the metric is at least this.")
 
 
 class ValidationConfig(ConfigModel):
-    """When and how the policy is validated."""
+    """Configures when and how the policy is validated."""
 
-    period: int = Field(10, ge=0, description="Validate every N steps; 0: only at start and end, as set below.")
+    period: int = Field(
+        10, ge=0, description="Validate every N steps. 0 validates only at start and end, as configured."
+    )
     at_start: bool = Field(True, description="Validate before the first step.")
     at_end: bool = Field(True, description="Validate after the last step.")
-    max_num_problems: int = Field(256, ge=1, description="Validation problems used.")
+    max_num_problems: int = Field(256, ge=1, description="Number of validation problems.")
     num_generations: int = Field(
         1, ge=1, description="Completions per problem; pass@k is reported for k = 1, 2, 4, ... up to this."
     )
 
 
 class LogprobCheckConfig(ConfigModel):
-    """Training and generation must agree on log-probabilities, or the gradient is wrong."""
+    """Checks that training and generation compute the same log-probabilities; otherwise the gradient is wrong."""
 
-    period: int = Field(10, ge=1, description="Compare at step 1 and then every N steps.")
-    max_mean_error: float = Field(0.02, gt=0, description="Bound of the mean absolute difference per token, in nats.")
+    period: int = Field(10, ge=1, description="Compare at step 1 and every N steps.")
+    max_mean_error: float = Field(0.02, gt=0, description="Maximum mean absolute difference per token, in nats.")
 
 
 class GRPOConfig(ConfigModel):
-    """Group relative policy optimisation."""
+    """Configures group relative policy optimisation (GRPO)."""
 
-    seed: int = Field(42, ge=0, description="Seed of everything random in the run.")
+    seed: int = Field(42, ge=0, description="Seed of all random numbers of the run.")
     max_num_steps: int = Field(100, ge=1, description="Training steps.")
-    max_num_epochs: int | None = Field(None, ge=1, description="Stop after this many passes over the train data.")
+    max_num_epochs: int | None = Field(None, ge=1, description="Stop after this many passes over the training data.")
     max_time_s: float | None = Field(None, gt=0, description="Stop after this many seconds of training.")
     num_prompts_per_step: int = Field(32, ge=1, description="Problems per step.")
     num_generations_per_prompt: int = Field(8, ge=1, description="Completions per problem.")
-    num_updates_per_step: int = Field(1, ge=1, description="Passes over a step's samples.")
+    num_updates_per_step: int = Field(1, ge=1, description="Passes over the samples of a step.")
     max_trajectory_age: int = Field(
         0,
         ge=0,
-        description="Rollouts made ahead while the policy trains, with weights that lag so many steps. 0: synchronous.",
+        description="Maximum age in steps of the weights of a rollout. Above 0, rollouts run while the policy trains.",
     )
     in_flight_weight_updates: bool = Field(
         False,
-        description="With rollouts ahead: new weights reach a rollout under way. Such runs do not repeat exactly.",
+        description="Load new weights while a rollout is running. Such runs are not exactly reproducible.",
     )
     stream_rollouts: bool = Field(
         False,
-        description="Judge a problem's completions while others are generated, where the generation backend streams.",
+        description="Grade the completions of a problem while others are generated, if the generation backend streams.",
     )
-    overlong_filtering: bool = Field(False, description="Leave completions that hit the length limit out of the loss.")
+    overlong_filtering: bool = Field(False, description="Exclude completions that hit the length limit from the loss.")
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    early_stop: EarlyStopConfig | None = Field(None, description="Null: run all steps.")
+    early_stop: EarlyStopConfig | None = Field(None, description="Early stopping. Null runs all steps.")
     logprob_check: LogprobCheckConfig = Field(default_factory=LogprobCheckConfig)
 
     @model_validator(mode="after")
-    def _group_large_enough(self) -> GRPOConfig:
+    def _check_group_size(self) -> GRPOConfig:
         if self.advantage.baseline == "leave_one_out" and self.num_generations_per_prompt < 2:
             raise ValueError("advantage.baseline=leave_one_out needs num_generations_per_prompt of at least 2")
         return self
 
     @model_validator(mode="after")
-    def _something_is_in_flight(self) -> GRPOConfig:
+    def _check_in_flight_updates(self) -> GRPOConfig:
         if self.in_flight_weight_updates and not self.max_trajectory_age:
             raise ValueError(
-                "in_flight_weight_updates=true needs max_trajectory_age of at least 1: without it no rollout is under "
-                "way when weights change"
+                "in_flight_weight_updates=true needs max_trajectory_age of at least 1: with 0, no rollout is running "
+                "when the weights change"
             )
         return self
 
 
 class MasterConfig(ConfigModel):
-    """A whole GRPO job."""
+    """Configures a GRPO job.
+
+    Example:
+        >>> config = MasterConfig()
+        >>> config.num_samples_per_step
+        256
+    """
 
     grpo: GRPOConfig = Field(default_factory=GRPOConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
@@ -132,12 +152,12 @@ class MasterConfig(ConfigModel):
 
     @property
     def num_samples_per_step(self) -> int:
-        """Completions of one training step."""
+        """Number of completions in one training step."""
         return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run, as far as the configuration decides it."""
+        """Maximum number of optimizer steps of the run."""
         per_update = self.policy.train_global_batch_size or self.num_samples_per_step
         return self.grpo.max_num_steps * self.grpo.num_updates_per_step * (self.num_samples_per_step // per_update)
 
@@ -147,25 +167,25 @@ class MasterConfig(ConfigModel):
         return self.cluster.use_gpus and self.cluster.generation is None and self.grpo.max_trajectory_age == 0
 
     @model_validator(mode="after")
-    def _turns_are_taken(self) -> MasterConfig:
+    def _check_offload(self) -> MasterConfig:
         if self.policy.offload and self.grpo.max_trajectory_age:
             raise ValueError(
                 f"policy.offload=true: with grpo.max_trajectory_age={self.grpo.max_trajectory_age} the policy trains "
-                "while generation works, and must stay where it is"
+                "while generation runs, so it must keep its memory"
             )
         return self
 
     @model_validator(mode="after")
-    def _lag_is_corrected(self) -> MasterConfig:
+    def _check_importance_correction(self) -> MasterConfig:
         if self.grpo.max_trajectory_age and self.loss.importance_correction == "none":
             raise ValueError(
-                f"grpo.max_trajectory_age={self.grpo.max_trajectory_age} trains on completions of older weights, which "
+                f"grpo.max_trajectory_age={self.grpo.max_trajectory_age} trains on completions of older weights and "
                 "needs loss.importance_correction=token or sequence"
             )
         return self
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> MasterConfig:
+    def _check_sizes(self) -> MasterConfig:
         prompt, new = self.data.max_prompt_length, self.policy.generation.max_new_tokens
         if prompt + new > self.policy.max_sequence_length:
             raise ValueError(

@@ -6,10 +6,10 @@
                      ▲                                                            ▼
                      └──── weights, digest checked ──── policy ◄──── training batch
 
-One step: draw problems, bring generation up to the policy's weights, complete each problem several times, judge the
-completions, compare each reward with its group's, and take the optimizer steps. Everything random in a step follows
-from (seed, step), so a resumed run repeats what an undisturbed one would have done. The upper row is
-`rollout_pipeline`; with `grpo.max_trajectory_age` it runs ahead while the policy trains.
+A step draws problems, syncs the policy's weights to generation, generates several completions per problem, grades them,
+compares each reward with those of its group, and takes the optimizer steps. All random numbers of a step follow from
+(seed, step), so a resumed run repeats the steps of an uninterrupted run. `rollout_pipeline` implements the upper row;
+with `grpo.max_trajectory_age` it produces rollouts while the policy trains.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Recorder(Protocol):
-    """Who is told what happened."""
+    """Receives the metrics and samples of a run."""
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -52,13 +52,19 @@ class Recorder(Protocol):
 
 @dataclass
 class GRPO:
-    """The training loop and the parts that it drives.
+    """Runs the GRPO training loop.
+
+    Example::
+
+        grpo = GRPO(config=config, policy=policy, generation=generation, environment=environment, loader=loader,
+                    validation=None, recorder=recorder, checkpoints=None, pad_token_id=tokenizer.pad_token_id)
+        reason = grpo.run()
 
     Attributes:
         validation: validation problems as one batch, or None.
-        checkpoints: None writes none.
-        step: training steps completed so far.
-        on_first_step: called once, when the first step of this process is about to begin.
+        checkpoints: where checkpoints are written; None writes no checkpoints.
+        step: number of completed training steps.
+        on_first_step: called once, before the first step of this process.
     """
 
     config: MasterConfig
@@ -90,27 +96,31 @@ class GRPO:
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint instead of from the start. Raises `CheckpointError` when it cannot be used."""
+        """Continue from a checkpoint instead of from the start.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be loaded.
+        """
         try:
             state = checkpoint.state()
             self.policy.load_checkpoint(checkpoint.path / "policy")
             self._pipeline.load(checkpoint.path, state["rollouts"])
         except CheckpointError as error:
             raise CheckpointError(
-                f"{sentence(error)}. If it is damaged, remove {checkpoint.path}: the run goes on from the checkpoint "
-                "before it. If it is another run's, set another checkpointing.checkpoint_dir"
+                f"{sentence(error)}. If the checkpoint is damaged, remove {checkpoint.path}: the run resumes from the "
+                "previous checkpoint. If it belongs to another run, set another checkpointing.checkpoint_dir"
             ) from error
         self._last_validation = state["validation"]
         self.step = state["step"]
 
     def run(self) -> str:
-        """Train until a limit is reached; returns why the run ended, as a short phrase."""
+        """Train until a limit is reached; return the reason for the end as a short phrase."""
         try:
-            return self._run()
+            return self._train_until_limit()
         finally:
             self._pipeline.close()
 
-    def _run(self) -> str:
+    def _train_until_limit(self) -> str:
         config, started = self.config.grpo, time.monotonic()
         if self.step == 0 and config.validation.at_start:
             self._validate()
@@ -126,79 +136,81 @@ class GRPO:
         unsaved = self.step % self.config.checkpointing.save_period != 0
         if config.validation.at_end and self._last_validation.get("step") != self.step:
             self._validate()
-            unsaved = True  # or a life that ends before its mark would validate, and record it, once more
+            unsaved = True  # otherwise a restart before `finished.json` is written would record it again
         if unsaved:
             self._save()
         return reason
 
     def _train_step(self) -> bool:
-        """One step; False if there are no problems left for it."""
+        """Run one step; return False if there are no more problems."""
         step = self.step + 1
         self.timer.reset()
         with self.timer.phase("step"):
             self._pipeline.request(step, self.step, self._publish_weights)
             with self.timer.phase("rollout"):
-                made = self._pipeline.take()
-            if made.rollout is None:
+                step_rollout = self._pipeline.take()
+            if step_rollout.rollout is None:
                 return False
-            rollout, batch = made.rollout, made.rollout.batch
+            rollout, batch = step_rollout.rollout, step_rollout.rollout.batch
             batch["advantages"] = compute_advantages(
                 batch["rewards"], batch["group"], self.config.grpo.advantage, batch["sample_mask"]
             )
-            age = self.step - made.version
-            error = self._add_logprobs(batch, step, age)
+            age = self.step - step_rollout.version
+            logprob_metrics = self._add_logprobs(batch, step, age)
             with self.timer.phase("train"):
                 result = self._train(batch)
         self.step = step
-        metrics = {f"train/{name}": value for name, value in (result | error | _describe(rollout)).items()}
-        metrics |= {"train/num_rollouts": made.num_rollouts, "train/trajectory_age": age}
-        timing = self._timing(made.seconds)
+        metrics = {
+            f"train/{name}": value for name, value in (result | logprob_metrics | _rollout_metrics(rollout)).items()
+        }
+        metrics |= {"train/num_rollouts": step_rollout.num_rollouts, "train/trajectory_age": age}
+        timing = self._timing(step_rollout.seconds)
         metrics["perf/tokens_per_s"] = float(rollout.num_completion_tokens.sum()) / timing["step"]
         metrics["perf/samples_per_s"] = len(rollout.completions) / timing["step"]
         self.recorder.log_metrics(step, metrics | {f"timing/{name}_s": seconds for name, seconds in timing.items()})
         return True
 
-    def _timing(self, of_rollout: dict[str, float]) -> dict[str, float]:
-        """Seconds per phase. A rollout that was made meanwhile is no part of the step, only waiting for it is."""
+    def _timing(self, rollout_seconds: dict[str, float]) -> dict[str, float]:
+        """Return seconds per phase. Asynchronous rollouts are reported apart; the step includes only the wait."""
         seconds = self.timer.seconds()
-        waited = seconds.pop("rollout")
+        wait = seconds.pop("rollout")
         if self.config.grpo.max_trajectory_age == 0:
-            for name, value in of_rollout.items():
+            for name, value in rollout_seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
             return seconds
-        return {**seconds, "wait_for_rollout": waited, **{f"rollout/{name}": s for name, s in of_rollout.items()}}
+        return {**seconds, "wait_for_rollout": wait, **{f"rollout/{name}": s for name, s in rollout_seconds.items()}}
 
     def _publish_weights(self, version: int) -> WeightUpdate | WeightOffer:
         with self.timer.phase("weight_sync"):
             precision = self.config.policy.generation.precision or self.config.policy.precision
             if self.config.grpo.max_trajectory_age == 0:
                 return self.policy.offer_weights(version, precision)
-            return self.policy.publish_weights(version, precision)  # the policy trains on while they are loaded
+            return self.policy.publish_weights(version, precision)  # a copy, which outlives the next update
 
     def _add_logprobs(self, batch: BatchedDataDict, step: int, age: int) -> dict[str, float]:
-        """Add the policy's log-probabilities where the loss needs them, and check the generator's against them.
+        """Add the policy's log-probabilities if the loss needs them; at check steps, compare them with generation's.
 
-        With a single optimizer step per rollout the policy before the step is the policy that is being trained: the
-        loss then takes its own log-probabilities for the old ones, which saves a forward pass.
+        With a single optimizer step per rollout, the policy before the step is the policy being trained. The loss then
+        uses its own log-probabilities as the old ones, which saves a forward pass.
         """
         config = self.config
-        # Only the weights that generated can tell whether both sides compute the same model.
+        # The comparison is valid only with the weights that generated the completions.
         check = age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
-        several = (
+        has_several_updates = (
             config.grpo.num_updates_per_step > 1 or (config.policy.train_global_batch_size or batch.size) < batch.size
         )
-        error = {}
+        metrics = {}
         with self.timer.phase("logprobs"):
-            if check or several:
+            if check or has_several_updates:
                 logprobs = self.policy.get_logprobs(batch)
-                if several:
+                if has_several_updates:
                     batch["prev_logprobs"] = logprobs
             if config.loss.kl_coef > 0:
                 batch["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(batch)
         if check:
-            error["logprob_error"] = self._check_logprobs(batch, logprobs, step)
+            metrics["logprob_error"] = self._check_logprobs(batch, logprobs, step)
             self._logprobs_checked = True
-        return error
+        return metrics
 
     def _check_logprobs(self, batch: BatchedDataDict, logprobs: torch.Tensor, step: int) -> float:
         mask = batch["token_mask"]
@@ -208,8 +220,8 @@ class GRPO:
         if not mean <= bound:
             raise LogprobMismatchError(
                 f"step {step}: the log-probabilities of generation and policy differ by {mean:.4g} nats per token on "
-                f"average (largest {largest:.4g}), more than grpo.logprob_check.max_mean_error={bound}. The two do not "
-                "compute the same model: check precision, attention kernels and the weight sync before raising it"
+                f"average (maximum {largest:.4g}), more than grpo.logprob_check.max_mean_error={bound}. They do not "
+                "compute the same model: check precision, attention kernels and weight sync before raising the bound"
             )
         return mean
 
@@ -232,16 +244,16 @@ class GRPO:
                 num_generations=count,
                 sampling=self.config.policy.generation.validation,
             )
-        metrics = {f"val/{name}": value for name, value in _describe_validation(rollout, count).items()}
+        metrics = {f"val/{name}": value for name, value in _validation_metrics(rollout, count).items()}
         if not self._last_validation:
-            self._refuse_unmeasured(metrics)
+            self._check_metric_names(metrics)
         self._last_validation = {"step": self.step, **metrics}
         timing = {f"timing/{name}_s": value for name, value in (self.timer.seconds() | seconds).items()}
         self.recorder.log_metrics(self.step, metrics | timing)
         self.recorder.log_samples(self.step, _samples(rollout, self.config.logger.num_samples))
 
-    def _refuse_unmeasured(self, measured: dict[str, float]) -> None:
-        """Raise `ConfigError` for the name of a metric that no validation has: a run would never stop early by it."""
+    def _check_metric_names(self, measured: dict[str, float]) -> None:
+        """Raise `ConfigError` if a configured metric is not a validation metric."""
         named = {"checkpointing.metric_name": self.config.checkpointing.metric_name}
         if self.config.grpo.early_stop is not None:
             named["grpo.early_stop.metric"] = self.config.grpo.early_stop.metric
@@ -254,7 +266,7 @@ class GRPO:
         if self.checkpoints is None:
             return
         state = {"step": self.step, "validation": self._last_validation}
-        # A metric ranks the weights it was measured on, not those of a later step.
+        # A metric ranks only the weights that it was measured on.
         measured = self._last_validation if self._last_validation.get("step") == self.step else {}
 
         def write(directory: Path) -> None:
@@ -268,13 +280,13 @@ class GRPO:
         if self.step >= config.max_num_steps:
             return f"all {config.max_num_steps} steps are done"
         if config.max_time_s is not None and time.monotonic() - started >= config.max_time_s:
-            return f"grpo.max_time_s={config.max_time_s:g} is over"
+            return f"grpo.max_time_s={config.max_time_s:g} is reached"
         if early is not None and self._last_validation.get(early.metric, -math.inf) >= early.threshold:
             return f"{early.metric} reached {self._last_validation[early.metric]:.3f}"
         return None
 
 
-def _describe(rollout: Rollout) -> dict[str, float]:
+def _rollout_metrics(rollout: Rollout) -> dict[str, float]:
     rewards, lengths = rollout.batch["rewards"], rollout.num_completion_tokens
     signal = group_has_signal(rewards, rollout.batch["group"], rollout.batch["sample_mask"])
     return {
@@ -287,7 +299,7 @@ def _describe(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def _describe_validation(rollout: Rollout, num_generations: int) -> dict[str, float]:
+def _validation_metrics(rollout: Rollout, num_generations: int) -> dict[str, float]:
     correct = (rollout.batch["rewards"] > 0).view(-1, num_generations).sum(dim=1).tolist()
     metrics = {
         "accuracy": sum(correct) / (len(correct) * num_generations),

@@ -1,6 +1,6 @@
-"""Losses over one micro-batch. See `nemo_rl.models.policy.interfaces.LossFunction` for what a loss has to be.
+"""Losses over one micro-batch. `nemo_rl.models.policy.interfaces.LossFunction` defines the interface.
 
-Only torch is imported here: a loss travels to every policy worker, whatever its venv.
+This module imports only torch, because a loss is sent to policy workers in any venv.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A micro-batch without position 0, which no log-probability belongs to; all [b, T-1].
+    """A micro-batch without position 0, which has no log-probability. All tensors are [b, T-1].
 
     Attributes:
-        mask: 1 where a token counts, else 0; the other tensors are 0 there.
+        mask: 1 for counted tokens, else 0. `logprobs`, `previous` and `log_ratio` are 0 where the mask is 0.
         logprobs: log pi, with gradient.
         previous: log pi_prev.
         log_ratio: log pi / pi_prev, with gradient.
@@ -36,58 +36,71 @@ class _Tokens:
 
 
 class ClippedPGLoss:
-    """The clipped policy-gradient surrogate of PPO, GRPO and DAPO, with a KL term and importance correction.
+    """Computes the clipped policy-gradient loss of PPO, GRPO and DAPO, with a KL term and importance correction.
 
-    Per token t of sample i, with pi the policy being trained, pi_prev the policy before the step (`prev_logprobs`;
-    where the batch has none it is pi itself, without gradient),
-    pi_gen the generator (`generation_logprobs`), A_i the advantage, and r = pi / pi_prev:
+    Example:
+        >>> import torch
+        >>> from nemo_rl.algorithms.config import LossConfig
+        >>> loss_fn = ClippedPGLoss(LossConfig(importance_correction="none"))
+        >>> batch = {
+        ...     "token_mask": torch.tensor([[0.0, 1.0]]),
+        ...     "sample_mask": torch.ones(1),
+        ...     "advantages": torch.tensor([2.0]),
+        ... }
+        >>> loss, metrics = loss_fn(torch.tensor([[0.0, -1.0]]), batch, torch.tensor(1), torch.tensor(1))
+        >>> loss.item()
+        -2.0
+
+    The formulas are per token t of sample i. pi is the policy being trained; pi_prev is the policy before the step
+    (`prev_logprobs`, or pi without gradient if the batch has none); pi_gen is the generator (`generation_logprobs`);
+    A_i is the advantage; r = pi / pi_prev:
 
         surrogate   min(r A, clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high) A)
                     PPO: Schulman et al. (2017), arXiv:1707.06347, equation 7. Two clip ratios ("clip-higher"): DAPO,
                     Yu et al. (2025), arXiv:2503.14476, equation 10.
         dual clip   max(surrogate, dual_clip * A) where A < 0: Ye et al. (2020), arXiv:1912.09729, section "Dual-clip
-                    PPO". It bounds the loss of a bad token that has become much more likely.
+                    PPO". It bounds the loss of a token with A < 0 that has become much more likely.
         weight      w = min(pi_prev / pi_gen, importance_cap), a constant for the gradient: the truncated importance
-                    sampling of Ionides (2008), "Truncated Importance Sampling", as Yao et al. (2025), "Your Efficient
-                    RL Framework Secretly Brings You Off-Policy RL Training", use it for two engines that disagree
-                    about one policy. With `importance_correction="sequence"`, pi_prev and pi_gen are probabilities of
-                    the whole completion (the product over its counted tokens), so that all its tokens share one w.
+                    sampling of Ionides (2008), "Truncated Importance Sampling". Yao et al. (2025), "Your Efficient RL
+                    Framework Secretly Brings You Off-Policy RL Training", apply it to a training and a generation
+                    engine whose probabilities differ. With `importance_correction="sequence"`, pi_prev and pi_gen are
+                    probabilities of the completion (products over its counted tokens), so all its tokens share one w.
         loss        aggregate(-w * surrogate) + kl_coef * aggregate(KL term)
 
-    aggregate, with the *global* counts, so that losses of micro-batches and ranks add up:
+    aggregate divides by *global* counts, so that the losses of micro-batches and ranks add up:
 
         "token"     sum over all tokens / global_num_tokens: DAPO, equation 12
         "sequence"  sum over samples of the mean over the sample's tokens / global_num_samples: GRPO, Shao et al.
-                    (2024), arXiv:2402.03300, equation 3. A sample with no counted token adds 0.
+                    (2024), arXiv:2402.03300, equation 3. A sample without counted tokens adds 0.
 
     KL term, with d = log pi - log pi_ref: estimators of KL(pi || pi_ref) from samples of pi, Schulman (2020),
-    "Approximating KL Divergence". A good estimator of a value is not always a good loss, because the samples depend
-    on pi too (Tang & Munos (2025), arXiv:2506.09477):
+    "Approximating KL Divergence". A good estimator of a value is not always a good loss, because the samples also
+    depend on pi (Tang & Munos (2025), arXiv:2506.09477):
 
-        "k1"  d            Unbiased, high variance, may be negative. Differentiated as it stands its gradient is 0 on
-                           average, which is why here its gradient is d * grad(log pi): the score-function gradient,
-                           the same as putting -kl_coef * d into the reward. Unbiased for grad KL(pi || pi_ref).
-        "k2"  d^2 / 2      Biased as a value; differentiated as it stands: d * grad(log pi), unbiased as above.
-        "k3"  e^-d - 1 + d Unbiased, low variance, never negative; GRPO's choice (equation 4). Differentiated as it
-                           stands: (1 - e^-d) * grad(log pi), which is grad KL(pi_ref || pi) on average. It is *biased*
-                           as a loss for KL(pi || pi_ref): equal to first order in d, weaker where pi puts mass that
-                           pi_ref does not, unbounded where pi_ref does and pi does not.
+        "k1"  d            Unbiased, high variance, may be negative. Its plain derivative is 0 on average, so the
+                           gradient used here is the score-function gradient d * grad(log pi), which equals adding
+                           -kl_coef * d to the reward. Unbiased for grad KL(pi || pi_ref).
+        "k2"  d^2 / 2      Biased as a value. Its derivative d * grad(log pi) is unbiased, as for k1.
+        "k3"  e^-d - 1 + d Unbiased, low variance, never negative; the choice of GRPO (equation 4). Its derivative
+                           (1 - e^-d) * grad(log pi) is grad KL(pi_ref || pi) on average. As a loss for
+                           KL(pi || pi_ref) it is *biased*: equal to first order in d, weaker where pi has mass and
+                           pi_ref has none, unbounded where pi_ref has mass and pi has none.
 
-    "Unbiased" is per token and for samples of pi itself: the KL term carries neither r nor w.
+    "Unbiased" holds per token and for samples of pi: the KL term contains neither r nor w.
 
-    Metrics (token means over `global_num_tokens` unless said otherwise; they add up over micro-batches and ranks):
-        policy_loss, kl: the two aggregates, so that loss = policy_loss + kl_coef * kl. `kl` is there whenever
-            the batch has `reference_policy_logprobs`.
-        ratio_mean; ratio_max, ratio_min: over tokens; -inf and inf for a micro-batch without any.
-        clip_fraction_low, clip_fraction_high, clip_fraction_dual: tokens whose gradient that bound has cut off.
-        approx_kl: k3 for KL(pi_prev || pi): how far this update has moved.
-        entropy_estimate: -log pi of the tokens; unbiased for the entropy while pi is what sampled them.
+    Metrics (token means over `global_num_tokens` unless noted; they add up over micro-batches and ranks):
+        policy_loss, kl: the two aggregates; loss = policy_loss + kl_coef * kl. `kl` is present if the batch has
+            `reference_policy_logprobs`.
+        ratio_mean; ratio_max, ratio_min: over tokens; -inf and inf for a micro-batch without counted tokens.
+        clip_fraction_low, clip_fraction_high, clip_fraction_dual: fraction of tokens whose gradient the bound removes.
+        approx_kl: k3 for KL(pi_prev || pi), the size of this update.
+        entropy_estimate: -log pi of the tokens; unbiased for the entropy if the tokens were sampled from pi.
         importance_weight_mean (after truncation), importance_truncated_fraction, importance_weight_max (before),
             generation_kl (k3 for KL(pi_gen || pi_prev)): only with importance correction.
     """
 
     def __init__(self, config: LossConfig) -> None:
-        # Plain values: unpickling a loss must not need the configuration's packages.
+        # Plain values, so that unpickling a loss does not import the configuration's packages.
         self.clip_low = 1.0 - config.clip_ratio_low
         self.clip_high = 1.0 + config.clip_ratio_high
         self.dual_clip = config.dual_clip
@@ -104,7 +117,7 @@ class ClippedPGLoss:
         global_num_tokens: torch.Tensor,
         global_num_samples: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of one micro-batch, as `LossFunction` says.
+        """Compute the loss and metrics of one micro-batch. See `LossFunction` for the arguments.
 
         Raises:
             ValueError: the batch lacks a key that the configuration needs, or a tensor has the wrong shape.
@@ -148,20 +161,20 @@ class ClippedPGLoss:
         token_mask = _field(batch, "token_mask", "the loss", shape, logprobs)[:, 1:]
         sample_mask = _field(batch, "sample_mask", "the loss", rows, logprobs)
         mask = token_mask * sample_mask[:, None]
-        # Without `prev_logprobs` this is the first update on the batch: the policy before the step is this very one.
+        # Without `prev_logprobs` this is the first update on the batch: pi_prev is the current policy.
         previous = logprobs.detach()[:, 1:]
         if "prev_logprobs" in batch:
             previous = _field(batch, "prev_logprobs", "the loss", shape, logprobs)[:, 1:]
         advantages = _field(batch, "advantages", "the loss", rows, logprobs)
-        # Whatever stands at a position that does not count (padding may hold -inf) must not reach value or gradient.
+        # Masked positions (padding may hold -inf) must reach neither the value nor the gradient.
         current = torch.where(mask > 0, logprobs[:, 1:], 0.0)
         previous = torch.where(mask > 0, previous, 0.0)
-        # Likewise the advantage of a sample that is masked as a whole.
+        # The same holds for the advantage of a masked sample.
         advantages = torch.where(sample_mask > 0, advantages, 0.0)[:, None]
         return _Tokens(mask, current, previous, current - previous, advantages)
 
     def _surrogate(self, tokens: _Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """[b, T-1] minus the clipped surrogate of each token, and its metrics per token."""
+        """Return the negative clipped surrogate [b, T-1] and its metrics per token."""
         ratio = tokens.log_ratio.exp()
         clipped = ratio.clamp(self.clip_low, self.clip_high)
         losses = -torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
@@ -179,7 +192,7 @@ class ClippedPGLoss:
         return losses, metrics
 
     def _kl(self, tokens: _Tokens, reference: torch.Tensor) -> torch.Tensor:
-        """[b, T-1] the KL estimate of each token."""
+        """Return the KL estimate of each token, [b, T-1]."""
         d = tokens.logprobs - torch.where(tokens.mask > 0, reference, 0.0)
         if self.kl_estimator == "k1":
             return d.detach() * (1.0 + tokens.logprobs - tokens.logprobs.detach())
@@ -190,7 +203,7 @@ class ClippedPGLoss:
     def _importance(
         self, tokens: _Tokens, generation: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """[b, T-1] truncated weights, metrics per token, and [b, T-1] weights before truncation; no gradient."""
+        """Return truncated weights [b, T-1], metrics per token, and untruncated weights [b, T-1]; no gradient."""
         log_weight = tokens.previous - torch.where(tokens.mask > 0, generation, 0.0)
         generation_kl = torch.expm1(log_weight) - log_weight
         if self.importance_correction == "sequence":
@@ -206,7 +219,7 @@ class ClippedPGLoss:
 
 
 def _field(batch: Mapping[str, Any], key: str, needed_by: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the batch, on the device and in the dtype of the log-probabilities; its shape is checked."""
+    """Return a tensor of the batch on the device and in the dtype of `like`, after checking its shape."""
     if key not in batch:
         raise ValueError(f"{needed_by} needs {key!r} in the batch, which has only: {', '.join(sorted(batch))}")
     value: torch.Tensor = batch[key]
@@ -216,6 +229,6 @@ def _field(batch: Mapping[str, Any], key: str, needed_by: str, shape: torch.Size
 
 
 def _maximum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The largest counted value; -inf where none counts, so that a maximum over micro-batches is right."""
+    """Return the largest counted value, or -inf without counted values, the neutral element of a maximum."""
     counted = torch.where(mask > 0, values, -math.inf).flatten()
     return torch.cat([counted, counted.new_tensor([-math.inf])]).amax()

@@ -1,22 +1,23 @@
-"""Rollouts for the training loop, made when they are needed or some steps ahead.
+"""Produces rollouts for the training loop, on request or up to `max_trajectory_age` steps ahead.
 
 ::
 
     max_trajectory_age = 0:   rollout 1 | train 1 | rollout 2 | train 2 | ...
-    max_trajectory_age = 1:   rollout 1 | rollout 2 | rollout 3 | ...        one thread, one rollout after the other
-                                        | train 1   | train 2   | ...        the loop's own thread
+    max_trajectory_age = 1:   rollout 1 | rollout 2 | rollout 3 | ...        rollout thread
+                                        | train 1   | train 2   | ...        training loop
 
-The rollout of step n is made with the weights after step n - 1 - age. Which weights make which rollout follows from the
-step alone, not from who happens to be faster, and rollouts that are ahead are part of a checkpoint: an asynchronous run
-can be repeated and resumed like a synchronous one.
+The rollout of step n uses the weights after step n - 1 - age. The step alone determines these weights, not the speed of
+the two threads, and checkpoints include the rollouts that are ahead. Asynchronous runs are therefore as reproducible as
+synchronous ones, also after a resume.
 
-Where policy and generation share GPUs they take turns (`RolloutPipeline._turn`)::
+Policy and generation alternate on shared GPUs (`RolloutPipeline._generation_turn`)::
 
-    policy      | optimizer, gradients leave |                 | weights leave |                | come back as needed
-    generation  |                            | weights: wake,  |               | cache: wakes,  | sleeps
-                |                            | get the update  |               | completions    |
+    policy      | offload optimizer   |                    | offload  |                  | reload on demand
+                | and gradients       |                    | weights  |                  |
+    generation  |                     | wake weights,      |          | wake KV cache,   | sleep
+                |                     | update weights     |          | generate         |
 
-So nothing that one of the two needs is there with what only the other needs, except the weights of both.
+Only the weights of both are in GPU memory at the same time.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class Offload(Protocol):
 
 
 class PromptLoader(Protocol):
-    """Where problems come from, in an order that depends on nothing but seed and position."""
+    """Yields problems in an order that depends only on the seed and the position."""
 
     def next_batch(self, num_problems: int) -> BatchedDataDict | None:
-        """The next problems, or None when the allowed number of epochs is used up."""
+        """Return the next problems, or None after the last epoch."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -70,14 +71,14 @@ class PromptLoader(Protocol):
 
 @dataclass(frozen=True)
 class StepRollout:
-    """What one training step trains on.
+    """Holds the rollout of one training step.
 
     Attributes:
         step: the training step.
-        version: of the weights that generated it.
-        rollout: None when there are no more problems.
-        num_rollouts: with dynamic sampling, how many it took.
-        seconds: per phase ("weight_sync", "generation", "reward").
+        version: version of the weights that generated the completions.
+        rollout: None if there are no more problems.
+        num_rollouts: number of rollouts that dynamic sampling used; 1 without dynamic sampling.
+        seconds: seconds per phase ("weight_sync", "generation", "reward").
     """
 
     step: int
@@ -88,14 +89,19 @@ class StepRollout:
 
 
 class RolloutPipeline:
-    """Keeps up to `max_trajectory_age` rollouts ahead of the step that is being trained.
+    """Produces rollouts up to `max_trajectory_age` steps ahead of the training step.
 
-    Everything that generation does, validation as well, goes through here, one after the other: nobody else changes its
-    weights. With `max_trajectory_age` 0 all of it happens in the caller's thread.
+    All calls to generation, including validation, go through this class, one at a time; no other code updates the
+    weights of generation. With `max_trajectory_age=0` they run in the caller's thread.
+
+    Example::
+
+        pipeline.request(step=1, version=0, publish=policy.offer_weights)
+        step_rollout = pipeline.take()
 
     Args:
-        sleeps: generation gives its memory back between two rollouts, because the policy trains on the same GPUs.
-        offload: `PolicyInterface.offload`, where the policy gives its memory to generation meanwhile.
+        sleeps: release the GPU memory of generation between rollouts, because the policy trains on the same GPUs.
+        offload: `PolicyInterface.offload`, if the policy releases its memory during rollouts.
     """
 
     def __init__(
@@ -117,39 +123,39 @@ class RolloutPipeline:
         self._sleeps = sleeps
         self._asleep = False
         self._offload = offload
-        self._handed_over: int | None = None  # version of the weights that generation has or will have next
+        self._published: int | None = None  # latest version of the weights that was published for generation
         self._ahead: deque[Future[StepRollout]] = deque()
         self._last_requested = 0  # steps are counted from 1
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.max_trajectory_age else None
 
     def request(self, step: int, version: int, publish: Publish) -> None:
-        """Ask for the rollouts of `step` and of those after it, as far ahead as allowed.
+        """Request the rollouts of `step` and of later steps, as far ahead as `max_trajectory_age` allows.
+
+        Steps that compare log-probabilities are not requested ahead: the comparison is valid only with the weights
+        that generated the completions.
 
         Args:
-            step: about to be trained.
-            version: of the weights to generate with, those after `version` steps.
-            publish: publishes them; called in this thread, and only if generation has not been given them yet.
-
-        A step at which the log-probabilities are compared is not asked for ahead: only the weights that generated
-        can tell whether both sides compute the same model.
+            step: the next training step.
+            version: version of the weights to generate with: those after `version` steps.
+            publish: publishes these weights. Called in the caller's thread, once per version.
         """
-        following = max(step, self._last_requested + 1)
-        furthest = min(step + self._config.max_trajectory_age, self._config.max_num_steps)
-        while following <= furthest and (following == step or not self.is_check_step(following)):
-            update = self._hand_over(version, publish)
+        next_step = max(step, self._last_requested + 1)
+        last_step = min(step + self._config.max_trajectory_age, self._config.max_num_steps)
+        while next_step <= last_step and (next_step == step or not self.is_check_step(next_step)):
+            update = self._publish_if_new(version, publish)
             if update is not None and self._config.in_flight_weight_updates and self._is_rolling_out():
-                self._serve(update, Timer(), in_flight=True)
+                self._update_generation(update, Timer(), in_flight=True)
                 update = None
-            self._ahead.append(self._run(partial(self._make, following, version, update)))
-            self._last_requested = following
-            following += 1
+            self._ahead.append(self._run(partial(self._roll_out, next_step, version, update)))
+            self._last_requested = next_step
+            next_step += 1
 
     def is_check_step(self, step: int) -> bool:
-        """Whether the log-probabilities of generation and policy are compared at this step."""
+        """Return whether this step compares the log-probabilities of generation and policy."""
         return step % self._config.logprob_check.period == 0
 
     def take(self) -> StepRollout:
-        """The next step's rollout, waiting for it. Raises what making it raised."""
+        """Wait for the rollout of the next step and return it. Re-raises an exception of the rollout."""
         return self._ahead.popleft().result()
 
     def validate(
@@ -161,12 +167,12 @@ class RolloutPipeline:
         num_generations: int,
         sampling: SamplingConfig | None,
     ) -> tuple[Rollout, dict[str, float]]:
-        """Complete and judge validation problems with the weights after `version` steps; also the seconds per phase."""
-        update = self._hand_over(version, publish)
+        """Roll out validation problems with the weights after `version` steps; return rollout and seconds per phase."""
+        update = self._publish_if_new(version, publish)
 
         def job() -> tuple[Rollout, dict[str, float]]:
             timer = Timer()
-            with self._turn(update, timer):
+            with self._generation_turn(update, timer):
                 rollout = rollouts.collect(
                     problems,
                     self._generation,
@@ -182,14 +188,14 @@ class RolloutPipeline:
         return self._run(job).result()
 
     def save(self, directory: Path) -> dict[str, Any]:
-        """Wait for the rollouts that are ahead and write them into `directory`; returns what `load` needs besides."""
-        waiting = [future.result() for future in self._ahead]
-        if waiting:
-            torch.save([_to_plain(item) for item in waiting], directory / "rollouts.pt")
-        return {"loader": self._loader.state_dict(), "num_rollouts_ahead": len(waiting)}
+        """Wait for the rollouts that are ahead, write them into `directory`, and return the state for `load`."""
+        ahead = [future.result() for future in self._ahead]
+        if ahead:
+            torch.save([_to_plain(item) for item in ahead], directory / "rollouts.pt")
+        return {"loader": self._loader.state_dict(), "num_rollouts_ahead": len(ahead)}
 
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Restore what `save` wrote."""
+        """Restore the state that `save` returned and the rollouts that it wrote."""
         self._loader.load_state_dict(state["loader"])
         if state["num_rollouts_ahead"]:
             for plain in torch.load(directory / "rollouts.pt", weights_only=True):
@@ -197,40 +203,40 @@ class RolloutPipeline:
             self._last_requested = self._ahead[-1].result().step
 
     def close(self) -> None:
-        """Drop what has been asked for and not begun."""
+        """Cancel requested rollouts that have not started."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, job: Callable[[], ResultT]) -> Future[ResultT]:
         return completed(job()) if self._thread is None else self._thread.submit(job)
 
-    def _hand_over(self, version: int, publish: Publish) -> WeightUpdate | WeightOffer | None:
-        if self._handed_over == version:
+    def _publish_if_new(self, version: int, publish: Publish) -> WeightUpdate | WeightOffer | None:
+        if self._published == version:
             return None
-        self._handed_over = version
+        self._published = version
         return publish(version)
 
-    def _make(self, step: int, version: int, update: WeightUpdate | WeightOffer | None) -> StepRollout:
+    def _roll_out(self, step: int, version: int, update: WeightUpdate | WeightOffer | None) -> StepRollout:
         timer = Timer()
         problems = self._loader.next_batch(self._config.num_prompts_per_step)
         if problems is None:
             return StepRollout(step, version, None, 0, {})
-        with self._turn(update, timer):
+        with self._generation_turn(update, timer):
             rollout, num_rollouts = self._collect(problems, step, timer)
         return StepRollout(step, version, rollout, num_rollouts, timer.seconds())
 
     @contextmanager
-    def _turn(self, update: WeightUpdate | WeightOffer | None, timer: Timer) -> Iterator[None]:
-        """While the block runs generation can work, with the weights of `update`. See the module's diagram.
+    def _generation_turn(self, update: WeightUpdate | WeightOffer | None, timer: Timer) -> Iterator[None]:
+        """Give the GPUs to generation, with the weights of `update`, during the block. See the module's diagram.
 
-        The policy's weights may still be needed in the middle of it, for the successor of a worker that has died: they
-        then come back, are sent, and leave again.
+        A generation worker that restarts during the block needs the policy's weights: the policy then reloads them,
+        sends them, and offloads them again.
         """
-        self._let_policy_leave(timer, keep_weights=update is not None)
+        self._offload_policy(timer, keep_weights=update is not None)
         if update is not None:
             self._wake(timer, ["weights"])
-            self._serve(update, timer)
-            self._let_policy_leave(timer, keep_weights=False)
+            self._update_generation(update, timer)
+            self._offload_policy(timer, keep_weights=False)
         self._wake(timer, ["kv_cache"] if update is not None else None)
         self._asleep = False
         yield
@@ -239,7 +245,7 @@ class RolloutPipeline:
                 self._generation.sleep()
             self._asleep = True
 
-    def _let_policy_leave(self, timer: Timer, *, keep_weights: bool) -> None:
+    def _offload_policy(self, timer: Timer, *, keep_weights: bool) -> None:
         if self._offload is not None:
             with timer.phase("offload"):
                 self._offload(keep_weights=keep_weights)
@@ -252,10 +258,8 @@ class RolloutPipeline:
     def _is_rolling_out(self) -> bool:
         return any(not future.done() for future in self._ahead)
 
-    def _serve(self, update: WeightUpdate | WeightOffer | None, timer: Timer, *, in_flight: bool = False) -> None:
-        """Bring generation to the weights of `update`; both sides must report the same digest."""
-        if update is None:
-            return
+    def _update_generation(self, update: WeightUpdate | WeightOffer, timer: Timer, *, in_flight: bool = False) -> None:
+        """Load the weights of `update` into generation and compare the digests of both sides."""
         with timer.phase("weight_sync"):
             digest = self._generation.update_weights(update, in_flight=in_flight)
         if digest != update.digest:
@@ -265,13 +269,16 @@ class RolloutPipeline:
             )
 
     def _collect(self, problems: BatchedDataDict, step: int, timer: Timer) -> tuple[Rollout, int]:
-        """Roll out `problems`. With dynamic sampling, groups without signal are replaced by those of further problems
-        (Yu et al. 2025, "DAPO", section 3.2); returns the rollout and how many it took."""
+        """Collect the rollout of `problems`; return it and the number of rollouts it took.
+
+        Dynamic sampling replaces groups without a learning signal by groups of further problems (Yu et al. 2025,
+        "DAPO", section 3.2).
+        """
         config = self._config
-        wanted = problems.size * config.num_generations_per_prompt
+        num_samples = problems.size * config.num_generations_per_prompt
         limit = config.dynamic_sampling.max_generation_batches if config.dynamic_sampling.enabled else 1
-        useful: list[Rollout] = []
-        useless: list[Rollout] = []
+        with_signal: list[Rollout] = []
+        without_signal: list[Rollout] = []
         for attempt in range(limit):
             rollout = rollouts.collect(
                 problems,
@@ -287,20 +294,21 @@ class RolloutPipeline:
             if limit == 1:
                 return rollout, 1
             signal = group_has_signal(rollout.batch["rewards"], rollout.batch["group"], rollout.batch["sample_mask"])
-            useful.append(rollouts.select(rollout, signal))
-            useless.append(rollouts.select(rollout, ~signal))
-            if sum(len(r.completions) for r in useful) >= wanted:
+            with_signal.append(rollouts.select(rollout, signal))
+            without_signal.append(rollouts.select(rollout, ~signal))
+            if sum(len(r.completions) for r in with_signal) >= num_samples:
                 break
-            following = self._loader.next_batch(problems.size)
-            if following is None:
+            next_problems = self._loader.next_batch(problems.size)
+            if next_problems is None:
                 break
-            problems = following
-        whole = rollouts.concatenate([r for r in (*useful, *useless) if r.completions], self._pad_token_id)
-        return rollouts.select(whole, torch.arange(wanted)), attempt + 1
+            problems = next_problems
+        parts = [r for r in (*with_signal, *without_signal) if r.completions]
+        candidates = rollouts.concatenate(parts, self._pad_token_id)
+        return rollouts.select(candidates, torch.arange(num_samples)), attempt + 1
 
 
 def _to_plain(item: StepRollout) -> dict[str, Any]:
-    """Tensors, lists and numbers only, so that reading it back runs no code."""
+    """Convert to tensors, lists and numbers, which `torch.load` reads with `weights_only=True`."""
     rollout = item.rollout
     plain = {"step": item.step, "version": item.version, "num_rollouts": item.num_rollouts, "seconds": item.seconds}
     if rollout is None:

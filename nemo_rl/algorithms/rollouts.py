@@ -1,11 +1,11 @@
-"""From problems to judged completions, laid out for training."""
+"""Rollouts: generates and grades completions of problems, as batches for training."""
 
 from __future__ import annotations
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Judged completions of N prompts with G generations each, ordered prompt by prompt (B = N * G).
+    """Holds the graded completions of N prompts with G completions each, ordered by prompt (B = N * G).
 
     Attributes:
-        batch: the training batch of `models.policy.interfaces` up to and without `advantages` and policy
-            log-probabilities, plus `group` [B] int64 (which prompt of the rollout) and `rewards` [B] float32.
-        truncated: [B] bool, completions that ended at the length limit.
-        prompts, completions: texts, B each.
-        metrics: what the environment says of the batch, without prefix.
+        batch: the training batch of `models.policy.interfaces` without `advantages` and policy log-probabilities, plus
+            `group` [B] int64 (index of the prompt in the rollout) and `rewards` [B] float32.
+        truncated: [B] bool, True for completions that ended at the length limit.
+        prompts, completions: B texts each.
+        metrics: metrics of the environment, without a prefix.
     """
 
     batch: BatchedDataDict
@@ -41,13 +41,20 @@ class Rollout:
 
     @property
     def rewards(self) -> torch.Tensor:
-        """[B] float32."""
+        """Rewards, [B] float32."""
         return self.batch["rewards"]
 
     @property
     def num_completion_tokens(self) -> torch.Tensor:
-        """[B] tokens generated for each completion."""
+        """Length of each completion in tokens, [B]."""
         return self.batch["token_mask"].sum(dim=1)
+
+
+class _GenerateOptions(TypedDict):
+    seed: int
+    num_generations: int
+    greedy: bool
+    sampling: SamplingConfig | None
 
 
 def collect(
@@ -62,88 +69,78 @@ def collect(
     sampling: SamplingConfig | None = None,
     streaming: bool = False,
 ) -> Rollout:
-    """Generate completions for problems and have them judged.
+    """Generate completions for problems and grade them.
 
     Args:
         problems: N rows of `input_ids`, `input_lengths`, `prompt` (text), `answer` (text) and `metadata` (dict).
-        seed: decides every draw (see `GenerationInterface.generate`).
-        streaming: have the completions of a problem judged while those of others are still being generated. The
-            rollout is the same.
+        num_generations: completions per problem (G).
+        seed: determines every sampled token (see `GenerationInterface.generate`).
+        timer: receives the phases "generation" and "reward".
+        greedy: take the most likely token instead of sampling.
+        sampling: overrides the configured temperature, top-p and top-k.
+        streaming: grade the completions of a problem while those of others are being generated. The result is equal.
 
     Raises:
-        EnvironmentFailure: a completion could not be judged; nothing of the rollout is used then.
+        EnvironmentFailure: a completion could not be graded. The rollout is discarded.
     """
     prompts = BatchedDataDict({key: problems[key] for key in ("input_ids", "input_lengths")})
-    how: dict[str, Any] = {
+    options: _GenerateOptions = {
         "seed": seed,
         "num_generations": num_generations,
         "greedy": greedy,
         "sampling": sampling,
     }
-    known = [
-        {**metadata, "ground_truth": answer}
-        for metadata, answer in zip(problems["metadata"], problems["answer"], strict=True)
+    metadata = [
+        {**record, "ground_truth": answer}
+        for record, answer in zip(problems["metadata"], problems["answer"], strict=True)
     ]
-    parts: list[tuple[list[int], GenerationResult, Future[EnvironmentReturn]]] = []
-    with ThreadPoolExecutor(1, "judge") as judge:
+    positions: list[int] = []  # of the problems, in the order of the results
+    results: list[GenerationResult] = []
+    grades: list[Future[EnvironmentReturn]] = []
+    with ThreadPoolExecutor(1, "grading") as executor:
         with timer.phase("generation"):
-            whole = list(range(problems.size))
-            pieces = generation.stream(prompts, **how) if streaming else [(whole, generation.generate(prompts, **how))]
-            for chosen, piece in pieces:
-                of_completions = [known[position] for position in chosen for _ in range(num_generations)]
-                parts.append((chosen, piece, judge.submit(environment.step, piece.texts, of_completions)))
+            if streaming:
+                chunks = generation.stream(prompts, **options)
+            else:
+                chunks = iter([(list(range(problems.size)), generation.generate(prompts, **options))])
+            for indices, result in chunks:
+                repeated = [metadata[index] for index in indices for _ in range(num_generations)]
+                positions += indices
+                results.append(result)
+                grades.append(executor.submit(environment.step, result.texts, repeated))
         with timer.phase("reward"):
-            judged = [verdict.result() for _, _, verdict in parts]
-            positions = [position for chosen, _, _ in parts for position in chosen]
-            order = _row_order(positions, num_generations)
-            verdict, metrics = environment.global_post_process_and_metrics(_judged_in_order(judged, order))
-    results = [piece for _, piece, _ in parts]
-    batch = _batch_in_order([training_batch(result) for result in results], order)
+            # Row i of the rollout is row order[i] of the concatenated results.
+            order = (np.argsort(positions)[:, None] * num_generations + np.arange(num_generations)).ravel()
+            graded, metrics = environment.global_post_process_and_metrics(
+                _concatenate_grades([grade.result() for grade in grades], order)
+            )
+    rows = torch.from_numpy(order)
+    batch = BatchedDataDict.from_batches([training_batch(result) for result in results]).select_indices(rows)
     batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
-    batch["rewards"] = torch.tensor(verdict.rewards, dtype=torch.float32)
-    truncated = torch.cat([result.truncated for result in results])
+    batch["rewards"] = torch.tensor(graded.rewards, dtype=torch.float32)
     return Rollout(
         batch=batch,
-        truncated=truncated if order is None else truncated[torch.from_numpy(order)],
+        truncated=torch.cat([result.truncated for result in results])[rows],
         prompts=[text for text in problems["prompt"] for _ in range(num_generations)],
-        completions=_list_in_order([result.texts for result in results], order),
+        completions=_concatenate_lists([result.texts for result in results], order),
         metrics=metrics,
     )
 
 
-def _row_order(positions: list[int], num_generations: int) -> npt.NDArray[np.int64] | None:
-    """Where to find row 0, 1, ... of the rollout among the rows of the pieces, which hold `positions` one by one.
-
-    None where the pieces hold them in order.
-    """
-    place = np.argsort(positions)  # positions are 0, 1, ... in some order, so this is where each of them lies
-    if np.array_equal(place, np.arange(len(place))):
-        return None
-    return (place[:, None] * num_generations + np.arange(num_generations)).ravel()
+def _concatenate_lists(parts: list[list[Any]], order: npt.NDArray[np.int64]) -> list[Any]:
+    values = [value for part in parts for value in part]
+    return [values[row] for row in order]
 
 
-def _batch_in_order(batches: list[BatchedDataDict], order: npt.NDArray[np.int64] | None) -> BatchedDataDict:
-    whole = batches[0] if len(batches) == 1 else BatchedDataDict.from_batches(batches)
-    return whole if order is None else whole.select_indices(torch.from_numpy(order))
-
-
-def _list_in_order(parts: list[list[Any]], order: npt.NDArray[np.int64] | None) -> list[Any]:
-    whole = parts[0] if len(parts) == 1 else [value for part in parts for value in part]
-    return whole if order is None else [whole[row] for row in order]
-
-
-def _judged_in_order(parts: list[EnvironmentReturn], order: npt.NDArray[np.int64] | None) -> EnvironmentReturn:
-    """What was said of the pieces as one, in the order of the rollout."""
-    if len(parts) == 1 and order is None:
-        return parts[0]
-    rows = slice(None) if order is None else order
+def _concatenate_grades(parts: list[EnvironmentReturn], order: npt.NDArray[np.int64]) -> EnvironmentReturn:
+    """Join the grades of several chunks and put them into the order of the rollout."""
 
     def array(name: str) -> npt.NDArray[Any]:
-        joined: npt.NDArray[Any] = np.concatenate([getattr(part, name) for part in parts])[rows]
+        joined: npt.NDArray[Any] = np.concatenate([getattr(part, name) for part in parts])[order]
         return joined
 
     def values(name: str) -> list[Any]:
-        return _list_in_order([getattr(part, name) for part in parts], order)
+        return _concatenate_lists([getattr(part, name) for part in parts], order)
 
     return EnvironmentReturn(
         rewards=array("rewards"),
@@ -156,7 +153,7 @@ def _judged_in_order(parts: list[EnvironmentReturn], order: npt.NDArray[np.int64
 
 
 def training_batch(result: GenerationResult) -> BatchedDataDict:
-    """The completions in the layout of `models.policy.interfaces`, every completion token and sample counted."""
+    """Convert completions to the layout of `models.policy.interfaces`; all completion tokens and samples count."""
     positions = torch.arange(result.output_ids.shape[1])
     in_completion = (positions >= result.prompt_lengths[:, None]) & (positions < result.output_lengths[:, None])
     return BatchedDataDict(
@@ -169,13 +166,13 @@ def training_batch(result: GenerationResult) -> BatchedDataDict:
 
 
 def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
-    """Several rollouts as one; groups stay apart."""
+    """Join several rollouts into one. Groups of different rollouts stay separate."""
     if len(rollouts) == 1:
         return rollouts[0]
-    first_free = 0
+    num_groups = 0
     for rollout in rollouts:
-        rollout.batch["group"] = rollout.batch["group"] + first_free
-        first_free = int(rollout.batch["group"].max()) + 1
+        rollout.batch["group"] = rollout.batch["group"] + num_groups
+        num_groups = int(rollout.batch["group"].max()) + 1
     sizes = [len(rollout.completions) for rollout in rollouts]
     return Rollout(
         batch=BatchedDataDict.from_batches([r.batch for r in rollouts], pad_value_dict={"input_ids": pad_token_id}),
@@ -187,28 +184,37 @@ def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
 
 
 def select(rollout: Rollout, rows: torch.Tensor) -> Rollout:
-    """The samples at `rows` (a boolean mask [B], or indices)."""
+    """Select the samples at `rows` (a boolean mask [B], or indices)."""
     indices = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-    chosen = indices.tolist()
+    selected = indices.tolist()
     return Rollout(
         batch=rollout.batch.select_indices(indices),
         truncated=rollout.truncated[indices],
-        prompts=[rollout.prompts[i] for i in chosen],
-        completions=[rollout.completions[i] for i in chosen],
+        prompts=[rollout.prompts[i] for i in selected],
+        completions=[rollout.completions[i] for i in selected],
         metrics=rollout.metrics,
     )
 
 
 def draw_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else: no generator state has to survive a restart."""
+    """Derive a 63-bit seed from `parts` alone, so that a restart needs no saved generator state.
+
+    Example:
+        >>> draw_seed(42, "train", 1) == draw_seed(42, "train", 1)
+        True
+    """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k completions is right.
+    """Estimate, without bias, the probability that at least one of k completions is correct.
 
     1 - C(n - c, k) / C(n, k), Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+
+    Example:
+        >>> pass_at_k(num_samples=4, num_correct=1, k=2)
+        0.5
 
     Raises:
         ValueError: k is not between 1 and `num_samples`, or `num_correct` is not between 0 and `num_samples`.

@@ -1,8 +1,8 @@
-"""The commands of `nemo-rl`, and how it ends.
+"""The commands of `nemo-rl` and their exit codes.
 
-Exit codes: 0 fine; 1 a finding (damage, a difference, a venv that is not there) or an operation that failed;
-2 wrong input; 130 interrupted. Results go to standard output, everything else to standard error.
-Nothing heavy is imported before a command needs it: `nemo-rl --help` must feel instant.
+Exit codes: 0 success; 1 a finding (damage, a difference, a missing venv) or a failed operation; 2 invalid input;
+130 interrupted. Results go to standard output, everything else to standard error. Commands import heavy modules lazily,
+so that `nemo-rl --help` starts fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_rl.errors import NemoRLError, exit_code
 
 app = typer.Typer(
     name="nemo-rl",
-    help="Workers on Ray, every class in its own uv-built venv.",
+    help="Run distributed workers on Ray, each class in its own uv venv.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,11 +41,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def run() -> None:
     """Run the command line of this process and exit with its code."""
     for name, closed in (("stdout", sys.stdout is None), ("stderr", sys.stderr is None)):
-        if closed:  # as after `>&-`: nobody listens
+        if closed:  # by `>&-` in a shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a log or a path may hold what the locale does not
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+        sys.stdout.reconfigure(errors="backslashreplace")  # logs and paths may contain characters outside the locale
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up like Ctrl-C
     code: int | str | None = 0
     try:
         app()
@@ -58,8 +58,8 @@ def run() -> None:
         code = exit_code(error) if isinstance(error, NemoRLError) else 1
     try:
         sys.stdout.flush()
-    except OSError as error:  # a full disk, or a reader that has gone, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+    except OSError as error:  # the disk is full, or the reader (such as `head`) has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         if not isinstance(error, BrokenPipeError):
             typer.echo(f"nemo-rl: standard output cannot be written: {error.strerror}", err=True)
         code = code or 1

@@ -1,4 +1,4 @@
-"""What `nemo-rl doctor` looks at on one machine: each check is a function that returns one `Check`."""
+"""The checks of `nemo-rl doctor`: functions that check this machine and suggest fixes."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from nemo_rl.venvs import Store
 OK, WARNING, FATAL = "ok", "warning", "fatal"
 
 _GB = 10**9
-_MIN_FREE_GB, _GOOD_FREE_GB = 2, 40  # a venv with torch and CUDA takes 5 GB, all of them about 20
+_MIN_FREE_GB, _GOOD_FREE_GB = 2, 40  # a venv with torch and CUDA takes 5 GB, all venvs about 20 GB
 _MIN_SHM_GB = 1
 _MIN_FILES = 4096
 MAX_CLOCK_OFFSET_S = 5.0
-# Ray's own, where a head on this machine would listen: GCS, client server, dashboard, agent.
+# Default ports of a Ray head.
 _RAY_PORTS = {6379: "GCS", 10001: "client server", 8265: "dashboard and job server", 52365: "agent"}
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "cephfs", "beegfs", "fuse.juicefs", "wekafs", "9p", "cifs", "smb3", "afs")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """Holds the result of one check.
 
     Attributes:
-        name: what was looked at.
-        state: `ok`; `warning` for what may hurt; `fatal` for what would stop a run.
-        found: what is there.
-        fix: what to do; empty when `ok`.
+        name: subject of the check.
+        state: `ok`, `warning` (may cause problems) or `fatal` (would stop a run).
+        found: the value or state that was found.
+        fix: suggested fix; empty if `ok`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """All checks of this machine, in a fixed order. Probe files are removed again; nothing else is written."""
+    """Run all checks of this machine in a fixed order. Temporary probe files are removed."""
     checks: list[Callable[[], Check | Iterator[Check]]] = [
         check_python,
         check_uv,
@@ -73,42 +73,42 @@ def run_checks() -> list[Check]:
         check_shared_filesystem,
         check_locks,
     ]
-    found: list[Check] = []
+    results: list[Check] = []
     for check in checks:
         try:
             result = check()
-            found.extend([result] if isinstance(result, Check) else result)
-        except OSError as error:  # one thing that cannot be looked at must not hide all others
+            results.extend([result] if isinstance(result, Check) else result)
+        except OSError as error:  # a check that fails must not hide the other checks
             name = check.__name__.removeprefix("check_").replace("_", " ")
-            found.append(Check(name, WARNING, f"cannot be looked at: {error}", "see whether that path can be used"))
-    return found
+            results.append(Check(name, WARNING, f"the check failed: {error}", "check the permissions of that path"))
+    return results
 
 
 def _nearest(path: Path) -> Path:
-    """The deepest directory above or at `path` that is there, as far as this user may see."""
+    """Return the deepest existing directory at or above `path` that this user can access."""
 
-    def is_there(candidate: Path) -> bool:
+    def exists(candidate: Path) -> bool:
         try:
             return candidate.is_dir()
         except PermissionError:
             return False
 
-    return next(filter(is_there, (path, *path.parents)), Path("/"))
+    return next(filter(exists, (path, *path.parents)), Path("/"))
 
 
 def check_python() -> Check:
-    """The driver's own Python, and whether the platform has packages at all."""
+    """Check the Python version and whether ray has wheels for the platform."""
     version, machine = platform.python_version(), platform.machine()
     found = f"{version} at {sys.executable}, {platform.system()} {machine}"
     if not (3, 11) <= sys.version_info[:2] < (3, 14):
         return Check("Python", FATAL, found, "use Python 3.11, 3.12 or 3.13: uv venv --python 3.11")
     if platform.system() != "Linux" or machine not in ("x86_64", "aarch64"):
-        return Check("Python", FATAL, found, "run on Linux, x86_64 or aarch64: ray has no wheels for others")
+        return Check("Python", FATAL, found, "use Linux on x86_64 or aarch64; ray has no wheels for other platforms")
     return Check("Python", OK, found)
 
 
 def check_uv() -> Check:
-    """uv starts."""
+    """Check that uv runs."""
     from nemo_rl.venvs.uv import find_uv
 
     try:
@@ -120,7 +120,7 @@ def check_uv() -> Check:
 
 
 def check_project() -> Check:
-    """The lock is there and matches pyproject.toml."""
+    """Check that uv.lock exists and matches pyproject.toml."""
     from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
     from nemo_rl.venvs import plan
 
@@ -135,7 +135,7 @@ def check_project() -> Check:
 
 
 def check_ray() -> Check:
-    """ray is installed, and the cluster that RAY_ADDRESS names can be reached."""
+    """Check that ray is installed and that the cluster at RAY_ADDRESS is reachable."""
     try:
         version = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
@@ -147,12 +147,15 @@ def check_ray() -> Check:
     with contextlib.suppress(OSError, ValueError):
         socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=5).close()
         return Check("Ray", OK, f"{version}; the cluster at {address} answers")
-    fix = "start it (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine alone"
-    return Check("Ray", FATAL, f"{version}; nobody answers at RAY_ADDRESS={address}", fix)
+    fix = "start it (`ray start --head`), correct RAY_ADDRESS, or unset it to run on this machine only"
+    return Check("Ray", FATAL, f"{version}; no connection to RAY_ADDRESS={address}", fix)
 
 
 def check_token() -> Check:
-    """Whoever knows the token of a Ray cluster runs code on it; without one, whoever reaches its ports does."""
+    """Check that the token of the Ray cluster exists and is private.
+
+    The token allows its holder to run code on the cluster. Without a token, access to its ports is enough.
+    """
     variables, address = settings.snapshot(), settings.RAY_ADDRESS.get()
     if variables.get("RAY_AUTH_TOKEN"):
         return Check("token", OK, "in RAY_AUTH_TOKEN")
@@ -161,11 +164,13 @@ def check_token() -> Check:
     if not path.is_file():
         if variables.get("RAY_AUTH_MODE") == "token" and address not in (None, "local"):
             fix = "copy the head's token there (`ray get-auth-token`), or set RAY_AUTH_TOKEN_PATH"
-            return Check("token", FATAL, f"RAY_AUTH_MODE=token, and no file {path}", fix)
-        return Check("token", OK, "none needed: a local cluster makes its own")
+            return Check("token", FATAL, f"RAY_AUTH_MODE=token, but {path} does not exist", fix)
+        return Check("token", OK, "not needed: a local cluster creates a token")
     if path.stat().st_mode & 0o077:
-        return Check("token", WARNING, f"others may read {path}", f"chmod 600 {path}, and make a new one")
-    return Check("token", OK, f"in {path}, which nobody else may read")
+        return Check(
+            "token", WARNING, f"{path} is readable by other users", f"chmod 600 {path}, and create a new token"
+        )
+    return Check("token", OK, f"in {path}, readable only by this user")
 
 
 def check_cpu() -> Check:
@@ -212,78 +217,79 @@ def cpu_check(cpu_info: str, machine: str) -> Check:
 
 
 def check_gpu() -> Check:
-    """The GPU driver, where there is one."""
+    """Check the GPU driver, if there is one."""
     devices = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()]
     program = shutil.which("nvidia-smi")
     if program is None:
         if devices:
             fix = "install the driver's tools, or start the container with --gpus all"
-            return Check("GPU", WARNING, f"{len(devices)} devices but no nvidia-smi", fix)
-        return Check("GPU", OK, "none: jobs run on CPUs (cluster.gpus_per_node=0)")
+            return Check("GPU", WARNING, f"{len(devices)} devices, but nvidia-smi is missing", fix)
+        return Check("GPU", OK, "none; jobs run on CPUs (cluster.gpus_per_node=0)")
     query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError) as error:
-        return Check("GPU", WARNING, str(error), "see whether `nvidia-smi` works")
+        return Check("GPU", WARNING, str(error), "check that `nvidia-smi` works")
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        found = (done.stderr or done.stdout).strip().partition("\n")[0] or f"nvidia-smi ends with {done.returncode}"
-        return Check("GPU", WARNING, found, "reload the driver, or restart the machine; jobs on CPUs still run")
+        found = (done.stderr or done.stdout).strip().partition("\n")[0] or f"nvidia-smi exits with {done.returncode}"
+        return Check("GPU", WARNING, found, "reload the driver or restart the machine; jobs on CPUs still run")
     return Check("GPU", OK, f"{len(lines)} x {lines[0]}")
 
 
 def check_home() -> Iterator[Check]:
-    """Models, uv's cache and Ray's token are kept in the home directory by default. No finding where there is one."""
+    """Check that there is a home directory, the default location of models, uv's cache and Ray's token."""
     if settings.home_dir() is None:
-        found = f"none: user id {os.getuid()} has no account, and HOME is not set"
-        yield Check("home", WARNING, found, "set HOME to a directory to write in (containers take -e HOME=/tmp)")
+        found = f"none; user id {os.getuid()} has no account, and HOME is not set"
+        yield Check("home", WARNING, found, "set HOME to a writable directory (in containers: -e HOME=/tmp)")
 
 
 def check_compiler() -> Check:
-    """What Triton, which vLLM uses on GPUs, compiles a small module with where it runs."""
+    """Check for a C compiler and Python headers, which Triton (used by vLLM on GPUs) needs at run time."""
     compiler = settings.snapshot().get("CC") or shutil.which("gcc") or shutil.which("clang")
     scheme = sysconfig.get_default_scheme()
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, which Triton does not follow either
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # like Triton, ignore Debian's scheme
     header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
-    lacks = [what for what, there in (("no C compiler", compiler), (f"no {header}", header.is_file())) if not there]
-    if not lacks:
+    missing = [part for part, ok in (("no C compiler", compiler), (f"no {header}", header.is_file())) if not ok]
+    if not missing:
         return Check("compiler", OK, f"{compiler}, with Python's headers")
     if shutil.which("nvidia-smi") is None:
-        return Check("compiler", OK, f"{', '.join(lacks)}; only GPUs need it")
-    fix = "apt-get install gcc libc6-dev python3-dev (or set CC): vLLM does not start on a GPU without"
-    return Check("compiler", WARNING, ", ".join(lacks), fix)
+        return Check("compiler", OK, f"{', '.join(missing)}; needed only with GPUs")
+    fix = "apt-get install gcc libc6-dev python3-dev, or set CC: vLLM needs them to start on a GPU"
+    return Check("compiler", WARNING, ", ".join(missing), fix)
 
 
 def check_disk() -> Iterator[Check]:
-    """Space where venvs, uv's cache, temporary files and Ray's session are."""
-    for what, path, name in (
+    """Check the free space for venvs, uv's cache, temporary files and Ray's session."""
+    for purpose, path, name in (
         ("venvs", settings.venv_dir(), settings.VENV_DIR.name),
         ("uv's cache", settings.uv_cache_dir(), "UV_CACHE_DIR"),
         ("temporary files", Path(settings.snapshot().get("TMPDIR") or "/tmp"), "TMPDIR"),
     ):
-        there = _nearest(path)
-        free = shutil.disk_usage(there).free / _GB
+        directory = _nearest(path)
+        free = shutil.disk_usage(directory).free / _GB
         found = f"{path}: {free:.1f} GB free"
-        if there != path and os.path.lexists(path):
-            state, fix, found = FATAL, f"set {name} to a directory that can be entered", f"{path} is none, or is closed"
-        elif not os.access(there, os.W_OK) and what == "temporary files":
-            state, fix = FATAL, f"set {name} to a directory to write in"
-        elif not os.access(there, os.W_OK):
-            state, fix = WARNING, f"only venvs that are ready can be used; else set {name} to a directory to write in"
+        if directory != path and os.path.lexists(path):
+            found = f"{path} is not an accessible directory"
+            state, fix = FATAL, f"set {name} to an accessible directory"
+        elif not os.access(directory, os.W_OK) and purpose == "temporary files":
+            state, fix = FATAL, f"set {name} to a writable directory"
+        elif not os.access(directory, os.W_OK):
+            state, fix = WARNING, f"only existing venvs can be used; to build venvs, set {name} to a writable directory"
         elif free < _MIN_FREE_GB:
             state, fix = FATAL, f"free space (nemo-rl venvs prune, uv cache prune), or set {name} to another disk"
-        elif free < _GOOD_FREE_GB and what == "venvs":
-            state, fix = WARNING, f"all venvs together take about 20 GB: free space or set {name}"
+        elif free < _GOOD_FREE_GB and purpose == "venvs":
+            state, fix = WARNING, f"all venvs take about 20 GB: free space or set {name}"
         else:
             state, fix = OK, ""
-        yield Check(f"disk: {what}", state, found, fix)
+        yield Check(f"disk: {purpose}", state, found, fix)
 
 
 def check_shm() -> Check:
-    """Ray's object store and torch's workers live in /dev/shm."""
+    """Check the size of /dev/shm, which Ray's object store and torch use."""
     path = Path("/dev/shm")
     if not path.is_dir():
-        return Check("shared memory", WARNING, "no /dev/shm", "mount it: containers take --shm-size=16g")
+        return Check("shared memory", WARNING, "no /dev/shm", "mount it (in containers: --shm-size=16g)")
     size = shutil.disk_usage(path).total / _GB
     if size < _MIN_SHM_GB:
         return Check("shared memory", WARNING, f"{size:.2f} GB", "start the container with --shm-size=16g")
@@ -291,7 +297,7 @@ def check_shm() -> Check:
 
 
 def check_open_files() -> Check:
-    """Ray opens a connection per process pair."""
+    """Check the limit on open files; Ray opens a connection per pair of processes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft >= _MIN_FILES or soft == resource.RLIM_INFINITY:
         return Check("open files", OK, str(soft))
@@ -299,26 +305,26 @@ def check_open_files() -> Check:
 
 
 def check_ports() -> Check:
-    """The ports of a Ray head that would be started here."""
-    taken = []
-    for port, what in _RAY_PORTS.items():
+    """Check that the default ports of a Ray head are free."""
+    used = []
+    for port, service in _RAY_PORTS.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                taken.append(f"{port} ({what})")
-    if not taken:
+                used.append(f"{port} ({service})")
+    if not used:
         return Check("ports", OK, "Ray's default ports are free")
     fix = (
-        "if that is your cluster, fine. For a second one on this machine give other ports to `ray start`: --port, "
+        "none needed if this is your cluster. To start a second one here, pass other ports to `ray start`: --port, "
         "--dashboard-port, --dashboard-agent-listen-port, --ray-client-server-port"
     )
-    return Check("ports", WARNING, f"in use: {', '.join(taken)}", fix)
+    return Check("ports", WARNING, f"in use: {', '.join(used)}", fix)
 
 
 def check_clock() -> Check:
-    """This machine's clock against that of the disk's server: locks, leases and certificates go by it."""
+    """Compare this machine's clock with the file server's; locks, leases and certificates depend on it."""
     for path in (settings.venv_dir(), Path(settings.snapshot().get("TMPDIR") or "/tmp")):
         if path.is_dir() and os.access(path, os.W_OK):
             probe = path / f".clock-{os.getpid()}-{os.urandom(4).hex()}"
@@ -329,22 +335,28 @@ def check_clock() -> Check:
     else:
         return Check("clock", OK, time.strftime("%F %T %Z"))
     if offset > MAX_CLOCK_OFFSET_S:
-        return Check("clock", WARNING, f"{offset:.0f} s away from that of {path}", "synchronise clocks (NTP, chrony)")
+        return Check(
+            "clock", WARNING, f"differs by {offset:.0f} s from that of {path}", "synchronise clocks (NTP, chrony)"
+        )
     return Check("clock", OK, f"{time.strftime('%F %T %Z')}; agrees with that of {path}")
 
 
 def check_shared_filesystem() -> Check:
-    """Whether the venv directory is on a file system that nodes share, and whether locks work there."""
+    """Check whether nodes share the file system of the venv directory, and whether locks work on it."""
     path = settings.venv_dir()
-    there = _nearest(path)
-    mounts = [part for part in psutil.disk_partitions(all=True) if there.is_relative_to(part.mountpoint)]
+    directory = _nearest(path)
+    mounts = [part for part in psutil.disk_partitions(all=True) if directory.is_relative_to(part.mountpoint)]
     kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown"
     shared = kind in _SHARED
-    is_given = settings.VENV_SPREAD.get() == "auto"
-    apart = "local: nodes give venvs to one another" if is_given else "local: each node builds"
-    found = f"{path} is on {kind}, " + ("which nodes share: each venv is built once" if shared else apart)
-    if os.access(there, os.W_OK):
-        probe = there / f".lock-{os.getpid()}-{os.urandom(4).hex()}"
+    if shared:
+        strategy = "shared by nodes: each venv is built once"
+    elif settings.VENV_SPREAD.get() == "auto":
+        strategy = "local: one node builds each venv and broadcasts it"
+    else:
+        strategy = "local: each node builds its venvs"
+    found = f"{path} is on {kind}, {strategy}"
+    if os.access(directory, os.W_OK):
+        probe = directory / f".lock-{os.getpid()}-{os.urandom(4).hex()}"
         try:
             with probe.open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -357,7 +369,7 @@ def check_shared_filesystem() -> Check:
 
 
 def check_locks() -> Check:
-    """Build locks that are held now. One of a dead process cannot be: the kernel lets go of it."""
+    """List build locks that are held. The kernel releases the locks of dead processes."""
     held = []
     for lock in sorted(Store.default().directory.glob("*.lock")):
         with contextlib.suppress(OSError), lock.open() as file:
@@ -367,5 +379,5 @@ def check_locks() -> Check:
                 held.append(f"{lock.name}: {file.read().strip() or 'holder unknown'}")
     if not held:
         return Check("build locks", OK, "none held")
-    fix = "a build is running; if that process hangs, end it: its lock ends with it"
+    fix = "a build is running; if the process hangs, kill it to release the lock"
     return Check("build locks", WARNING, "; ".join(held), fix)

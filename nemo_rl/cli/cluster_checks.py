@@ -1,4 +1,4 @@
-"""The checks of `nemo-rl doctor`, on every node of a running cluster."""
+"""Runs the checks of `nemo-rl doctor` on every node of a running cluster."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ _SHORT_ID = 8
 
 @contextlib.contextmanager
 def joined_cluster(address: str | None = None) -> Iterator[None]:
-    """While the block runs, this process is connected to the running cluster at `address`, else of `RAY_ADDRESS`.
+    """Connect this process to the cluster at `address`, or at `RAY_ADDRESS`, during the block.
 
     Raises:
         ConfigError: neither names a cluster.
-        ClusterError: it cannot be joined.
+        ClusterError: the cluster cannot be joined.
     """
     address = address or settings.RAY_ADDRESS.get()
     if address in (None, "local"):
-        raise ConfigError("which cluster? Give --address HOST:PORT of its head, or set RAY_ADDRESS.")
+        raise ConfigError(
+            "no cluster address: use --address HOST:PORT with the address of its head, or set RAY_ADDRESS."
+        )
     with settings.exported({settings.RAY_ADDRESS.name: address}):
         init_ray()
         try:
@@ -42,7 +44,7 @@ def joined_cluster(address: str | None = None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NodeChecks:
-    """What was found on one node. Several nodes may have one address: raylets of one host, hosts behind one gateway."""
+    """Holds the checks of one node. Nodes may share an address: raylets of one host, or hosts behind one gateway."""
 
     node_id: str
     address: str
@@ -50,30 +52,35 @@ class NodeChecks:
 
     @property
     def label(self) -> str:
-        """For people: the address and the first digits of the id."""
+        """Address and first digits of the node id, for display."""
         return f"{self.address} ({self.node_id[:_SHORT_ID]})"
 
 
 def check_nodes() -> list[NodeChecks]:
-    """The checks of every node of the cluster that was joined. A node that does not answer has one fatal finding."""
+    """Run the checks on every node of the connected cluster. A node that does not answer gets one fatal check."""
     nodes = alive_nodes()
     answers = ask_nodes(run_checks, nodes, timeout_s=_TIMEOUT_S)
-    found = {node.node_id: NodeChecks(node.node_id, node.address, _checks(answer)) for node, answer in answers}
+    results = {node.node_id: NodeChecks(node.node_id, node.address, _checks(answer)) for node, answer in answers}
     asked = time.time()
     clocks = ask_nodes(_now, nodes, timeout_s=_TIMEOUT_S)
     answered = time.time()
-    for node, there in clocks:
-        if isinstance(there, float):
-            found[node.node_id].checks.append(clock_check(there, asked, answered))
-    return list(found.values())
+    for node, node_time in clocks:
+        if isinstance(node_time, float):
+            results[node.node_id].checks.append(clock_check(node_time, asked, answered))
+    return list(results.values())
 
 
-def clock_check(there: float, asked: float, answered: float) -> Check:
-    """A node's clock against the driver's, which said `asked` before and `answered` after the node said `there`."""
-    offset = max(asked - there, there - answered, 0.0)
+def clock_check(node_time: float, asked: float, answered: float) -> Check:
+    """Compare a node's clock with the driver's.
+
+    Args:
+        node_time: time on the node.
+        asked, answered: times on the driver before and after the node read its clock.
+    """
+    offset = max(asked - node_time, node_time - answered, 0.0)
     if offset > MAX_CLOCK_OFFSET_S:
-        return Check("clock of the driver", WARNING, f"{offset:.0f} s away from it", "synchronise clocks (NTP, chrony)")
-    return Check("clock of the driver", OK, "agrees with it")
+        return Check("clock of the driver", WARNING, f"differs by {offset:.0f} s", "synchronise clocks (NTP, chrony)")
+    return Check("clock of the driver", OK, "agrees")
 
 
 def _now() -> float:
@@ -86,4 +93,4 @@ def _checks(answer: list[Check] | RayError) -> list[Check]:
     why = str(answer).strip().rpartition("\n")[2]
     if isinstance(answer, GetTimeoutError):
         why = f"no answer within {_TIMEOUT_S:.0f} s"
-    return [Check("node", FATAL, why, "see this node's logs; take it out of the cluster until it answers")]
+    return [Check("node", FATAL, why, "read the logs of this node, and remove it from the cluster until it answers")]

@@ -1,4 +1,4 @@
-"""How the command line shows things: rich on a terminal, aligned plain text when piped, JSON on request."""
+"""Output of the command line: rich on a terminal, aligned plain text in a pipe, JSON on request."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _REFRESH_S = 0.1
 
 
 def print_json(value: Any) -> None:
-    """JSON on standard output."""
+    """Write JSON to standard output."""
     sys.stdout.write(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def print_line(text: str = "") -> None:
-    """A line on standard output."""
+    """Write a line to standard output."""
     sys.stdout.write(text + "\n")
 
 
 def note(text: str) -> None:
-    """A line on standard error."""
+    """Write a line to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on standard output: with lines and colours on a terminal, else aligned text and nothing cut off."""
+    """Write a table to standard output: styled on a terminal, else aligned text without truncation."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.text import Text
@@ -54,7 +54,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def size(num_bytes: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes.
+
+    Example:
+        >>> size(1_500_000)
+        '2 MB'
+    """
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}"
@@ -63,7 +68,7 @@ def size(num_bytes: float) -> str:
 
 
 def ago(moment: float) -> str:
-    """How long ago a time (seconds since the epoch) was."""
+    """Format the time since `moment` (seconds since the epoch)."""
     seconds = max(0.0, time.time() - moment)
     for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
         if seconds < limit:
@@ -73,7 +78,7 @@ def ago(moment: float) -> str:
 
 @dataclass
 class _Row:
-    """What is known of one running build."""
+    """Holds the state of one running build."""
 
     phase: str = "start"
     since: float = field(default_factory=time.monotonic)
@@ -83,9 +88,9 @@ class _Row:
 
 
 class BuildView:
-    """Live progress of builds on standard error: a table on a terminal, one line per finished phase elsewhere.
+    """Shows the progress of builds on standard error: a live table on a terminal, else one line per finished phase.
 
-    A context manager; pass its `update` to `build_all`.
+    A context manager. Pass its `update` to `build_all`.
     """
 
     def __init__(self) -> None:
@@ -98,7 +103,7 @@ class BuildView:
             from rich.console import Console
             from rich.live import Live
 
-            # Refreshed by hand: builders are forked from this process, which therefore must have no threads.
+            # No refresh thread: builders are forked from this process, which must be single-threaded.
             self._live = Live(console=Console(stderr=True), auto_refresh=False)
             self._live.start()
         return self
@@ -109,7 +114,7 @@ class BuildView:
             self._live.stop()
 
     def update(self, name: str, event: Progress | Outcome | None) -> None:
-        """Take in one event of the builder called `name`; None only refreshes."""
+        """Process one event of the builder `name`. None only refreshes the table."""
         if isinstance(event, Progress):
             self._progress(name, event)
         elif isinstance(event, Outcome):
@@ -122,7 +127,7 @@ class BuildView:
     def _progress(self, name: str, event: Progress) -> None:
         row = self._rows.setdefault(name, _Row())
         if row.state != "running":
-            return  # a further name of a venv that is ready
+            return  # another name of a finished venv
         if event.state == "started":
             row.phase, row.since, row.detail = event.phase, time.monotonic(), event.detail
             if self._live is None and event.phase == "wait":

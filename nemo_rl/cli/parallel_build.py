@@ -1,13 +1,14 @@
-"""Build several venvs at once: one process per py_executable, so that Ctrl-C reaches each as it would a single one.
+"""Builds several venvs in parallel, with one process per py_executable.
 
 ::
 
-    command line ── fork ──► builder of BASE      (own session; uv below it dies with it)
-         ▲                     │ Progress, then results or an error, over a pipe
+    command line ── fork ──► builder of BASE      (its own session; its uv process ends with it)
+         ▲                     │ Progress, then Outcome
          │                     ▼
-         └── events ────────── pipe          Ctrl-C or SIGTERM here: SIGINT to each builder, which removes what it
-                                             began and lets go of its lock; then this process ends with 130.
-                                             SIGKILL here: the kernel sends the builders the same SIGINT.
+         └── events ────────── pipe
+
+On Ctrl-C or SIGTERM the command line sends SIGINT to each builder. A builder removes its partial venv and releases its
+lock; then the command line exits with 130. On SIGKILL of the command line, the kernel sends SIGINT to the builders.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one target: a venv or an error."""
+    """Holds the result of one target: a venv or an error."""
 
     target: Target
     venv: SealedVenv | None = None
@@ -43,17 +44,23 @@ class Outcome:
     seconds: float = 0.0
 
 
-# Called with the name of a builder's first target, and what it reports; with None at least every `_POLL_S`.
+# Called with the name of a builder's first target and each of its events, and with None at least every `_POLL_S`.
 OnEvent = Callable[[str, Progress | Outcome | None], None]
 
 
 def build_all(targets: Sequence[Target], *, force: bool, jobs: int, on_event: OnEvent) -> list[Outcome]:
-    """Make the venvs of all targets ready; one outcome per target, in their order.
+    """Build the venvs of all targets. Return one outcome per target, in order.
 
-    Targets with the same py_executable share a builder, and thereby the build.
+    Targets with the same py_executable share one build.
+
+    Args:
+        targets: venvs to build.
+        force: rebuild existing venvs.
+        jobs: maximum number of parallel builds.
+        on_event: called with the events of the builders.
 
     Raises:
-        KeyboardInterrupt: interrupted; every builder has ended and cleaned up.
+        KeyboardInterrupt: interrupted; all builders have ended and cleaned up.
     """
     groups: dict[str, list[Target]] = {}
     for target in targets:
@@ -84,7 +91,7 @@ def build_all(targets: Sequence[Target], *, force: bool, jobs: int, on_event: On
 
 @dataclass
 class _Builder:
-    """The process that builds one py_executable, seen from here."""
+    """Represents the process that builds one py_executable."""
 
     targets: list[Target]
     process: ForkProcess
@@ -94,12 +101,12 @@ class _Builder:
 
     @staticmethod
     def start(targets: list[Target], force: bool, job_id: str) -> _Builder:
-        context = multiprocessing.get_context("fork")  # nothing heavy is loaded and no thread runs in this process
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_build, args=(targets, force, job_id, there, os.getpid()))
+        context = multiprocessing.get_context("fork")  # this process is small and single-threaded
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_build, args=(targets, force, job_id, sender, os.getpid()))
         process.start()
-        there.close()
-        return _Builder(targets, process, here)
+        sender.close()
+        return _Builder(targets, process, receiver)
 
     def receive(self) -> Iterator[Progress | Outcome]:
         try:
@@ -121,7 +128,7 @@ class _Builder:
 
 
 def _stop(builders: Iterable[_Builder]) -> None:
-    """Interrupt what still runs and wait until it has cleaned up. A second Ctrl-C kills it."""
+    """Interrupt running builders and wait until they have cleaned up. A second Ctrl-C kills them."""
     alive = [builder.process for builder in builders if builder.process.is_alive()]
     try:
         for process in alive:
@@ -138,8 +145,8 @@ def _stop(builders: Iterable[_Builder]) -> None:
 
 
 def _build(targets: list[Target], force: bool, job_id: str, connection: Connection, parent: int) -> None:
-    """The builder process."""
-    os.setsid()  # the terminal's Ctrl-C goes to the command line alone, which passes it on once
+    """Run in the builder process: build the targets and send their outcomes."""
+    os.setsid()  # only the command line receives Ctrl-C of the terminal, and sends it to the builders once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
@@ -149,7 +156,7 @@ def _build(targets: list[Target], force: bool, job_id: str, connection: Connecti
         for target in targets:
             connection.send(_outcome(target, force, job_id, connection))
     except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(130)  # `ensure` has cleaned up; nobody wants a traceback
+        os._exit(130)  # `ensure` has cleaned up; exit without a traceback
 
 
 def _outcome(target: Target, force: bool, job_id: str, connection: Connection) -> Outcome:
@@ -158,7 +165,7 @@ def _outcome(target: Target, force: bool, job_id: str, connection: Connection) -
         venv = ensure(target.py_executable, target.name, force_rebuild=force, job_id=job_id, progress=connection.send)
     except NemoRLError as error:
         return Outcome(target, error=error, seconds=time.monotonic() - start)
-    except BrokenPipeError:  # the command line has ended
+    except BrokenPipeError:  # the command line has exited
         raise
     except OSError as error:
         failure = VenvBuildError(f"The venv {target.name!r} cannot be built on {socket.gethostname()}: {error}")

@@ -1,4 +1,4 @@
-"""What the user may name on the command line: a worker class by its FQN, or an extra of the project."""
+"""Targets of the command line: worker classes by FQN, and extras of the project."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Target:
-    """One venv that was asked for.
+    """Names one venv.
 
     Attributes:
-        name: what it is called in the venv directory: the FQN, the extra, or `base` for the project without extras.
-        py_executable: what runs it.
+        name: name in the venv directory: the FQN, the extra, or `base` for the project without extras.
+        py_executable: the py_executable of the venv.
     """
 
     name: str
@@ -28,14 +28,14 @@ class Target:
 
 
 def registered_targets() -> list[Target]:
-    """Every registered worker class."""
+    """Return all registered worker classes."""
     from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env, registered_actors
 
     return [Target(fqn, get_actor_python_env(fqn)) for fqn in registered_actors()]
 
 
 def find_target(name: str) -> Target:
-    """The target of a name. Raises `UnregisteredActorError` or `ConfigError` that says what there is."""
+    """Find a target by name. Raises `UnregisteredActorError` or `ConfigError`, which list the known names."""
     from nemo_rl.distributed.ray_actor_environment_registry import (
         PY_EXECUTABLES,
         get_actor_python_env,
@@ -54,7 +54,7 @@ def find_target(name: str) -> Target:
     known = [BASE, *extras]
     by_class = {fqn.rpartition(".")[2]: fqn for fqn in registered_actors()}
     if name in by_class:
-        raise ConfigError(f"{name!r} is a class name; give it in full: {by_class[name]}")
+        raise ConfigError(f"{name!r} is a class name; use its full name: {by_class[name]}")
     near = nearest_names(name, [*known, *by_class])
     hint = f" Did you mean {by_class.get(near[0], near[0])}?" if near else ""
     raise ConfigError(
@@ -64,7 +64,7 @@ def find_target(name: str) -> Target:
 
 
 def project_extras() -> list[str]:
-    """The extras that the project declares. Raises `LockMismatchError` when its pyproject.toml cannot be read."""
+    """Return the extras of the project. Raises `LockMismatchError` if its pyproject.toml cannot be read."""
     path = settings.project_root() / "pyproject.toml"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def project_extras() -> list[str]:
 
 
 def is_interpreter(py_executable: str) -> bool:
-    """Whether a py_executable is an interpreter's path, for which there is nothing to build."""
+    """Return whether a py_executable is the path of an interpreter, which needs no build."""
     from nemo_rl.venvs import InterpreterSpec, parse_py_executable
 
     try:

@@ -1,4 +1,4 @@
-"""`nemo-rl venvs ...`: build, look at and look after the venvs of workers."""
+"""`nemo-rl venvs` builds, inspects and maintains the venvs of workers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_rl import settings
+from nemo_rl.cli.options import Json
 from nemo_rl.errors import ConfigError, NemoRLError, exit_code
 
 if TYPE_CHECKING:
     from nemo_rl.cli.targets import Target
 
 app = typer.Typer(
-    help="Build, inspect and look after the venvs that workers run in.",
+    help="Build, inspect and maintain the venvs of workers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-
 
 @app.command("list")
 def list_command(json: Json = False) -> None:
-    """Show the venvs on disk, and for every registered worker whether its venv is ready."""
+    """List the venvs on disk, and the state of the venv of each registered worker."""
     from nemo_rl.cli import display
     from nemo_rl.cli.targets import registered_targets
     from nemo_rl.venvs import list_venvs
@@ -60,7 +59,7 @@ def list_command(json: Json = False) -> None:
 
 
 def _worker_state(fqn: str, py_executable: str) -> dict[str, str]:
-    """`ready`, `not built`, `interpreter` (nothing to build), or `cannot be resolved: why`."""
+    """Return the state of a worker's venv: `ready`, `not built`, `interpreter`, or `cannot be resolved: REASON`."""
     from nemo_rl.venvs import find_sealed, plan
 
     digest = ""
@@ -82,24 +81,25 @@ def build(
         list[str] | None, typer.Argument(metavar="[FQN|EXTRA]...", help="Worker classes, extras, or `base`.")
     ] = None,
     all_workers: Annotated[bool, typer.Option("--all", help="Every registered worker.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build again what is ready.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Venvs that are built at the same time.")] = 4,
-    offline: Annotated[bool, typer.Option("--offline", help="Ask no registry.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild existing venvs.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Maximum number of parallel builds.")] = 4,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
     from_bundle: Annotated[
-        Path | None, typer.Option("--from-bundle", metavar="FILE", help="Build from what `bundle` wrote; offline.")
+        Path | None,
+        typer.Option("--from-bundle", metavar="FILE", help="Build offline from an archive that `bundle` wrote."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make venvs ready, in parallel, and show what each phase takes. Ctrl-C leaves nothing half-built."""
+    """Build venvs in parallel and show the duration of each phase. Ctrl-C removes unfinished venvs."""
     from nemo_rl.cli import display
     from nemo_rl.cli.parallel_build import build_all
 
-    chosen = _chosen(targets, all_workers, "build")
+    selected = _select_targets(targets, all_workers, "build")
     try:
-        with _sources(from_bundle, offline, chosen), display.BuildView() as view:
-            outcomes = build_all(chosen, force=force, jobs=jobs, on_event=view.update)
+        with _package_source(from_bundle, offline, selected), display.BuildView() as view:
+            outcomes = build_all(selected, force=force, jobs=jobs, on_event=view.update)
     except KeyboardInterrupt:
-        display.note("nemo-rl: interrupted; what was being built has been removed")
+        display.note("nemo-rl: interrupted; unfinished venvs were removed")
         raise typer.Exit(130) from None
     records = [_outcome_record(outcome) for outcome in outcomes]
     if json:
@@ -114,16 +114,16 @@ def build(
         raise typer.Exit(min(exit_code(outcome.error) for outcome in failures if outcome.error))
 
 
-def _chosen(names: list[str] | None, all_workers: bool, verb: str) -> list[Target]:
+def _select_targets(names: list[str] | None, all_workers: bool, verb: str) -> list[Target]:
     from nemo_rl.cli.targets import find_target, registered_targets
 
     if bool(names) == all_workers:
-        raise ConfigError(f"say what to {verb}: worker classes or extras, or --all (and not both)")
+        raise ConfigError(f"{verb} needs either worker classes and extras, or --all, but not both")
     return registered_targets() if all_workers else [find_target(name) for name in dict.fromkeys(names or ())]
 
 
-def _sources(bundle: Path | None, offline: bool, targets: list[Target]) -> AbstractContextManager[object]:
-    """Where packages come from while the block runs."""
+def _package_source(bundle: Path | None, offline: bool, targets: list[Target]) -> AbstractContextManager[object]:
+    """Set the source of packages during the block: the index, uv's cache, or a bundle."""
     from nemo_rl.cli.targets import is_interpreter
     from nemo_rl.venvs.transfer.bundle import opened_bundle
 
@@ -141,21 +141,21 @@ def bundle(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("nemo-rl-bundle.tar.gz"),
     json: Json = False,
 ) -> None:
-    """Write one archive from which venvs can be built without a registry, and prove that they can."""
+    """Write an archive for building venvs offline, and test it by building each venv from it."""
     from nemo_rl.cli import display
     from nemo_rl.cli.targets import is_interpreter
     from nemo_rl.venvs.transfer.bundle import write_bundle
 
-    wanted = {t.name: t.py_executable for t in _chosen(targets, all_workers, "bundle")}
-    wanted = {name: text for name, text in wanted.items() if not is_interpreter(text)}
-    index = write_bundle(wanted, output)
+    selected = {t.name: t.py_executable for t in _select_targets(targets, all_workers, "bundle")}
+    selected = {name: text for name, text in selected.items() if not is_interpreter(text)}
+    index = write_bundle(selected, output)
     packed = output.stat().st_size
     if json:
         display.print_json({"path": str(output), "packed_bytes": packed, **dataclasses.asdict(index)})
         return
-    what = f"{len(index.venvs)} venvs for Python {index.python} on {index.platform}"
-    display.print_line(f"{output}: {what}, {display.size(packed)} ({display.size(index.num_bytes)} unpacked)")
-    command = ["nemo-rl", "venvs", "build", "--from-bundle", str(output), *wanted]
+    content = f"{len(index.venvs)} venvs for Python {index.python} on {index.platform}"
+    display.print_line(f"{output}: {content}, {display.size(packed)} ({display.size(index.num_bytes)} unpacked)")
+    command = ["nemo-rl", "venvs", "build", "--from-bundle", str(output), *selected]
     display.print_line(f"Build from it: {shlex.join(command)}")
 
 
@@ -181,10 +181,12 @@ def _outcome_record(outcome: Any) -> dict[str, Any]:
 
 @app.command()
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|DIGEST]...", help="Default: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME|DIGEST]...", help="Venvs to verify. Default: all.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Compare every installed file with what was installed. Exit code 1 when something is damaged."""
+    """Compare every installed file with its recorded hash. The exit code is 1 if a file is damaged."""
     from nemo_rl.cli import display
     from nemo_rl.venvs import list_venvs
     from nemo_rl.venvs import verify as verify_venv
@@ -193,8 +195,8 @@ def verify(
     known = {name for info in infos for name in info.names} | {info.digest for info in infos}
     unknown = [name for name in names or () if name not in known and name[:16] not in known]
     if unknown:
-        there = ", ".join(sorted(name for info in infos for name in info.names)) or "none"
-        raise ConfigError(f"there is no venv {', '.join(map(repr, unknown))} on disk. There are: {there}")
+        existing = ", ".join(sorted(name for info in infos for name in info.names)) or "none"
+        raise ConfigError(f"there is no venv {', '.join(map(repr, unknown))} on disk. Existing venvs: {existing}")
     findings = [finding for name in names or sorted(info.digest for info in infos) for finding in verify_venv(name)]
     if json:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
@@ -204,21 +206,22 @@ def verify(
         damaged = " ".join(dict.fromkeys(finding.venv for finding in findings))
         display.note(f"nemo-rl: {len(findings)} findings. Repair with: nemo-rl venvs build --force {damaged}")
     else:
-        display.print_line("All files are as they were installed.")
+        display.print_line("No damaged files.")
     if findings:
         raise typer.Exit(1)
 
 
 @app.command()
 def prune(
-    everything: Annotated[bool, typer.Option("--all", help="Also venvs that have a name.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also remove venvs that have a name.")] = False,
     older_than: Annotated[
-        float, typer.Option("--older-than", min=0, metavar="DAYS", help="Keep what was used within these days.")
+        float,
+        typer.Option("--older-than", min=0, metavar="DAYS", help="Keep venvs that were used in the last DAYS days."),
     ] = 0.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the venvs to remove without removing them.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove venvs that no name points to and nobody uses, and what dead builders left."""
+    """Remove venvs that have no name and are not in use, and leftovers of dead builders."""
     from nemo_rl.cli import display
     from nemo_rl.venvs import prune as prune_venvs
 
@@ -235,32 +238,32 @@ def prune(
     verb = "Would remove" if dry_run else "Removed"
     display.print_line(f"{verb} {len(report.removed)} venvs, {display.size(report.freed_bytes)} of disk.")
     if report.skipped:
-        display.print_line(f"In use or being built, so left alone: {', '.join(dict.fromkeys(report.skipped))}.")
+        display.print_line(f"Kept, because in use or being built: {', '.join(dict.fromkeys(report.skipped))}.")
 
 
 @app.command()
 def path(target: Annotated[str, typer.Argument(metavar="FQN|EXTRA")], json: Json = False) -> None:
-    """Print the interpreter that a worker runs with. Exit code 1 when its venv has not been built."""
+    """Print the path of a worker's interpreter. The exit code is 1 if its venv is not built."""
     from nemo_rl.cli import display
     from nemo_rl.cli.targets import find_target
     from nemo_rl.venvs import InterpreterSpec, Store, find_sealed, plan
 
-    found = find_target(target)
-    venv_plan = plan(found.py_executable)
+    worker = find_target(target)
+    venv_plan = plan(worker.py_executable)
     if venv_plan.is_interpreter:
         assert isinstance(venv_plan.spec, InterpreterSpec)
         python, built = venv_plan.spec.path, True
     else:
         store, sealed = Store.default(), find_sealed(venv_plan.digest)
-        is_named = store.names().get(found.name) == venv_plan.digest[:16]
-        python = str((store.name_path(found.name) if is_named else store.link(venv_plan.digest)) / "bin" / "python")
+        is_named = store.names().get(worker.name) == venv_plan.digest[:16]
+        python = str((store.name_path(worker.name) if is_named else store.link(venv_plan.digest)) / "bin" / "python")
         built = sealed is not None
     if json:
-        display.print_json({"name": found.name, "python": python, "built": built, "digest": venv_plan.digest})
+        display.print_json({"name": worker.name, "python": python, "built": built, "digest": venv_plan.digest})
     elif built:
         display.print_line(python)
     if not built:
-        display.note(f"nemo-rl: the venv of {target} has not been built. Run: nemo-rl venvs build {target}")
+        display.note(f"nemo-rl: the venv of {target} is not built. Run: nemo-rl venvs build {target}")
         raise typer.Exit(1)
 
 
@@ -269,32 +272,32 @@ def why(
     target: Annotated[str, typer.Argument(metavar="FQN|EXTRA")],
     package: Annotated[str, typer.Argument(metavar="PACKAGE")],
     other: Annotated[
-        str | None, typer.Option("--and", metavar="FQN|EXTRA", help="Compare with this one. Default: all workers.")
+        str | None, typer.Option("--and", metavar="FQN|EXTRA", help="Compare with this target. Default: all workers.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say which version of a package a worker gets, why, and why other workers get another one.
+    """Explain which version of a package a worker gets, and why other workers get a different one.
 
-    Exit code 1 when the worker does not have the package, or when the one given by --and differs.
+    The exit code is 1 if the worker does not have the package, or if the target of --and has a different version.
     """
     from nemo_rl.cli import display, why_view
     from nemo_rl.cli.targets import find_target, registered_targets
 
-    mine = find_target(target)
-    others = [find_target(other)] if other else [t for t in registered_targets() if t.name != mine.name]
-    answer = why_view.answer(mine, others, package)
+    worker = find_target(target)
+    others = [find_target(other)] if other else [t for t in registered_targets() if t.name != worker.name]
+    answer = why_view.answer(worker, others, package)
     if json:
         display.print_json(why_view.to_json(answer))
     else:
         why_view.show(answer)
-    if answer.mine.version is None or (other is not None and answer.others[0].difference is not None):
+    if answer.explanation.version is None or (other is not None and answer.others[0].difference is not None):
         raise typer.Exit(1)
 
 
 def _plain(info: Any) -> dict[str, Any]:
     manifest = dataclasses.asdict(info.manifest) if info.manifest else None
     if manifest is not None:
-        manifest["num_records"] = len(manifest.pop("records"))  # thousands of lines that `verify` is for
+        manifest["num_records"] = len(manifest.pop("records"))  # thousands of entries, used only by `verify`
     return {
         "digest": info.digest,
         "names": list(info.names),

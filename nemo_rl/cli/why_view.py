@@ -1,4 +1,4 @@
-"""`nemo-rl venvs why`: gathers the explanations and shows them."""
+"""Computes and prints the answer of `nemo-rl venvs why`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MAX_DEMANDS = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """Other workers that share one py_executable, against the one that was asked about.
+    """Compares other workers with the same py_executable to the worker in question.
 
     Attributes:
-        workers: their FQNs.
-        explanation: None when their venv cannot be resolved here; then `difference` says why.
-        difference: why their version is another; None when it is the same.
+        workers: FQNs of the other workers.
+        explanation: explanation for them; None if their venv cannot be resolved here.
+        difference: why their version differs or cannot be resolved; None if the versions are equal.
     """
 
     workers: tuple[str, ...]
@@ -34,17 +34,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Answer:
-    """Everything `why` has to say. `near` holds similar names when the package is not there."""
+    """Holds the explanation for a worker, its comparisons, and similar names if the package is missing."""
 
-    mine: Explanation
+    explanation: Explanation
     others: tuple[Comparison, ...]
     near: tuple[str, ...]
 
 
-def answer(mine: Target, others: Sequence[Target], package: str) -> Answer:
-    """Explain a package of one target, and why the others differ. Raises what `plan` and `explain` raise for `mine`."""
-    venv_plan = plan(mine.py_executable)
-    explanation = explain(mine.name, venv_plan, package)
+def answer(target: Target, others: Sequence[Target], package: str) -> Answer:
+    """Explain a package of a target, and why other targets differ. Raises the errors of `plan` and `explain`."""
+    venv_plan = plan(target.py_executable)
+    explanation = explain(target.name, venv_plan, package)
     near: list[str] = []
     if explanation.version is None:
         names = {line.partition("==")[0].partition(" @ ")[0] for line in venv_plan.requirements}
@@ -55,55 +55,55 @@ def answer(mine: Target, others: Sequence[Target], package: str) -> Answer:
     comparisons = [
         _comparison(explanation, py_executable, tuple(names), package)
         for py_executable, names in groups.items()
-        if py_executable != mine.py_executable or len(others) == 1
+        if py_executable != target.py_executable or len(others) == 1
     ]
     return Answer(explanation, tuple(comparisons), tuple(near))
 
 
-def _comparison(mine: Explanation, py_executable: str, names: tuple[str, ...], package: str) -> Comparison:
+def _comparison(explanation: Explanation, py_executable: str, names: tuple[str, ...], package: str) -> Comparison:
     try:
         other = explain(names[0], plan(py_executable), package)
     except NemoRLError as error:
         return Comparison(names, None, f"its venv cannot be resolved here: {str(error).partition(chr(10))[0]}")
-    return Comparison(names, other, difference(mine, other))
+    return Comparison(names, other, difference(explanation, other))
 
 
 def show(result: Answer) -> None:
-    """Print the answer for people."""
-    mine = result.mine
-    if mine.version is None:
+    """Print the answer as text."""
+    explanation = result.explanation
+    if explanation.version is None:
         hint = f" Did you mean {', '.join(result.near)}?" if result.near else ""
-        display.print_line(f"{mine.worker} does not have {mine.package}.{hint}")
+        display.print_line(f"{explanation.worker} does not have {explanation.package}.{hint}")
     else:
-        display.print_line(f"{mine.worker} gets {mine.package} {mine.version}")
-        for route in mine.routes:
+        display.print_line(f"{explanation.worker} gets {explanation.package} {explanation.version}")
+        for route in explanation.routes:
             display.print_line(f"  through {route}")
-        if mine.source == "interpreter":
-            display.print_line(f"  installed in the interpreter {mine.spec}, which is used as it is")
-        if mine.replaced:
-            display.print_line(f"  in place of {mine.replaced} of the venv below")
-        demands = [str(demand) for demand in mine.demands]
+        if explanation.source == "interpreter":
+            display.print_line(f"  installed in the interpreter {explanation.spec}, which is not a managed venv")
+        if explanation.replaced:
+            display.print_line(f"  replaces {explanation.replaced} of the base venv")
+        demands = [str(demand) for demand in explanation.demands]
         if demands:
-            display.print_line(f"  asked for by {abbreviated(demands, _MAX_DEMANDS)}")
+            display.print_line(f"  required by {abbreviated(demands, _MAX_DEMANDS)}")
     if not result.others:
         return
     display.print_line()
     rows = []
     for comparison in result.others:
         other = comparison.explanation
-        version = "?" if other is None else other.version or "not there"
+        version = "?" if other is None else other.version or "none"
         for worker in comparison.workers:
             rows.append([worker, version, "same" if comparison.difference is None else "differs"])
-    display.print_table(["other workers", mine.package, ""], rows)
+    display.print_table(["other workers", explanation.package, ""], rows)
     for comparison in result.others:
         if comparison.difference is not None:
             display.print_line(f"\n{', '.join(comparison.workers)}:\n  {comparison.difference}")
 
 
 def to_json(result: Answer) -> dict[str, Any]:
-    """The answer as plain data."""
+    """Convert the answer to JSON types."""
     return {
-        **explanation_to_json(result.mine),
+        **explanation_to_json(result.explanation),
         "near": list(result.near),
         "others": [
             {

@@ -1,7 +1,7 @@
-"""The command line that every job shares: `--config FILE`, `--dry-run`, dotted overrides, exit codes.
+"""Command line of all job scripts: `--config FILE`, `--dry-run`, dotted overrides, exit codes.
 
-Exit codes: 0 the job is done; 2 the input is wrong (one sentence on standard error says what, and nothing was
-started); 1 something failed while it ran; 130 interrupted.
+Exit codes: 0 the job finished; 1 the job failed; 2 the input is invalid (standard error has the error in one sentence,
+and nothing was started); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class JobArguments(Generic[ConfigT]):
-    """What the user asked for: the checked configuration, its name (the file's), and whether to only plan."""
+    """Holds the arguments of a job.
+
+    Attributes:
+        config: the validated configuration.
+        name: stem of the configuration file.
+        dry_run: print the plan and start nothing.
+    """
 
     config: ConfigT
     name: str
@@ -43,7 +49,21 @@ def run_command(
     job: Callable[[JobArguments[ConfigT]], None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line, run the job, and turn what goes wrong into one sentence and an exit code."""
+    """Parse the command line and run the job. Report an error as one sentence and an exit code.
+
+    Example::
+
+        sys.exit(run_command(MasterConfig, Path("configs/grpo_math_embedded.yaml"), run_grpo))
+
+    Args:
+        schema: the configuration class.
+        default_config: YAML file that is used without `--config`.
+        job: called with the parsed arguments.
+        argv: the command line; None uses `sys.argv`.
+
+    Returns:
+        The exit code (see the top of this module).
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     arguments = _parser(schema, default_config).parse_intermixed_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -51,7 +71,7 @@ def run_command(
         config = load_config(schema, arguments.config, arguments.overrides)
         job(JobArguments(config, arguments.config.stem, arguments.dry_run))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
     except NemoRLError as error:
         if settings.TRACEBACK.get():
@@ -61,7 +81,7 @@ def run_command(
     except OSError as error:
         if error.errno not in _DISK_FULL or settings.TRACEBACK.get():
             raise
-        print(f"error: {error}; make room, and the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"error: {error}; free space and run the same command to resume from the checkpoint", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -73,14 +93,14 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
 
 
 class _KeyListing(argparse.Action):
-    """`--help`: the usual text, then every key of the configuration."""
+    """Implements `--help`: prints the usage and every configuration key."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, schema: type[ConfigModel]) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show this message and every configuration key")
+        super().__init__(option_strings, dest, nargs=0, help="show this message and all configuration keys")
         self._schema = schema
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
-        previous = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends as other programs do
+        previous = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently in `--help | head`
         try:
             parser.print_help()
             print("\nconfiguration keys (type = default):")
@@ -99,8 +119,13 @@ def _parser(schema: type[ConfigModel], default_config: Path) -> argparse.Argumen
     parser.add_argument(
         "--config", type=Path, default=default_config, metavar="FILE", help=f"YAML (default: {default_config.name})"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="e.g. grpo.num_prompts_per_step=8; wins over the file"
+        "--dry-run", action="store_true", help="validate the configuration and print the plan without starting the job"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="for example grpo.num_prompts_per_step=8; overrides the file",
     )
     return parser

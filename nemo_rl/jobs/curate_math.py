@@ -1,9 +1,9 @@
-"""From a messy collection of mathematical problems to one file that GRPO trains on.
+"""Curates raw math problems into a file that GRPO trains on.
 
 ::
 
     JSONL ─▶ repair text ─▶ filter ─▶ exact duplicates ─▶ near duplicates ─▶ answers, by two versions of sympy
-          ─▶ difficulty, guessed or by a model's pass rate ─▶ problems.parquet, report.html
+          ─▶ difficulty, from solution length or a model's pass rate ─▶ problems.parquet, report.html
 """
 
 from __future__ import annotations
@@ -38,69 +38,77 @@ HELD_OUT_FILE = "held_out.parquet"
 
 
 class SampleConfig(ConfigModel):
-    """The sample that is made where no input is given."""
+    """Configures the sample that is generated if no input is given."""
 
     kind: SampleKind = Field(
         "word_problems", description="word_problems, or arithmetic, which the embedded model can learn."
     )
-    num_lines: int = Field(2000, ge=1, description="Lines of the sample, good and bad ones.")
-    seed: int = Field(0, description="Decides every line of it.")
+    num_lines: int = Field(2000, ge=1, description="Number of lines, valid and invalid ones.")
+    seed: int = Field(0, description="Seed of the sample.")
 
 
 class InputConfig(ConfigModel):
-    """Where the problems come from: JSON lines with the keys problem, answer and solution."""
+    """Configures the input: JSON lines with the keys problem, answer and solution."""
 
-    paths: list[str] = Field(default=[], description="Files, directories, patterns or fsspec URLs. Empty: a sample.")
+    paths: list[str] = Field(
+        default=[], description="Files, directories, glob patterns or fsspec URLs. Empty generates a sample."
+    )
     sample: SampleConfig = Field(default_factory=SampleConfig)
-    fallback_encoding: str | None = Field("cp1252", description="Of lines that are not UTF-8. Null: they are broken.")
-    task_size: str = Field("256KiB", description="How much a task reads.")
+    fallback_encoding: str | None = Field(
+        "cp1252", description="Encoding of lines that are not UTF-8. Null rejects these lines."
+    )
+    task_size: str = Field("256KiB", description="Bytes that one task reads.")
 
 
 class DedupConfig(ConfigModel):
-    """When two problems count as one."""
+    """Configures when two problems are duplicates."""
 
-    threshold: float = Field(0.7, gt=0, lt=1, description="Jaccard similarity of their shingles.")
+    threshold: float = Field(0.7, gt=0, lt=1, description="Minimum Jaccard similarity of the shingles of duplicates.")
     shingle_words: int = Field(3, ge=1, description="Words per shingle.")
     protect_numbers: bool = Field(True, description="Problems with different numbers are never duplicates.")
 
 
 class VerifyConfig(ConfigModel):
-    """How answers are checked."""
+    """Configures how answers are verified."""
 
     sympy_versions: list[str] = Field(
-        default=["1.13.3", "1.12.1"], min_length=1, description="One stage each, in a venv with that version."
+        default=["1.13.3", "1.12.1"],
+        min_length=1,
+        description="SymPy versions. Each version is a stage in its own venv.",
     )
-    timeout_s: float = Field(5.0, gt=0, description="CPU seconds that one answer may take.")
+    timeout_s: float = Field(5.0, gt=0, description="CPU time limit per answer, in seconds.")
 
 
 class CurateConfig(ConfigModel):
-    """The whole job."""
+    """Configures the curation job."""
 
     input: InputConfig = Field(default_factory=InputConfig)
-    output_dir: str = Field("results/curate_math", description="For the result, the report and the run directory.")
-    executor: Literal["actor_pool", "ray_data", "xenna"] = Field(
-        "actor_pool", description="What moves the tasks; xenna needs the extra of that name."
+    output_dir: str = Field(
+        "results/curate_math", description="Directory of the result, the report and the run directory."
     )
-    min_problem_chars: int = Field(20, ge=0, description="Shorter problems are dropped.")
-    max_problem_chars: int = Field(4000, ge=1, description="Longer problems are dropped.")
+    executor: Literal["actor_pool", "ray_data", "xenna"] = Field(
+        "actor_pool", description="Executor of the pipeline. xenna needs the extra `xenna`."
+    )
+    min_problem_chars: int = Field(20, ge=0, description="Drop shorter problems.")
+    max_problem_chars: int = Field(4000, ge=1, description="Drop longer problems.")
     dedup: DedupConfig = Field(default_factory=DedupConfig)
     languages: list[str] = Field(
-        default=[], description="ISO 639 codes of the languages that stay, and formulas with them. Empty: all."
+        default=[], description="ISO 639 codes of the languages to keep. Formulas are always kept. Empty keeps all."
     )
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
     held_out_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of the problems that goes to held_out.parquet instead, for validation."
+        0.0, ge=0, lt=1, description="Fraction of the problems that is written to held_out.parquet for validation."
     )
-    max_retries: int = Field(1, ge=0, description="How often a task that raised is tried again.")
+    max_retries: int = Field(1, ge=0, description="Maximum retries of a failed task.")
 
 
 def run_curate(arguments: JobArguments[CurateConfig]) -> None:
-    """Run the job; see the top of this module. The same command goes on where a run that was killed stopped."""
+    """Run the curation job. After a crash the same command resumes it."""
     config = arguments.config
     output = Path(config.output_dir)
     if arguments.dry_run:
-        logger.info("%s", curation_pipeline(config, config.input.paths or ["(a sample)"]).describe())
+        logger.info("%s", curation_pipeline(config, config.input.paths or ["(generated sample)"]).describe())
         return
     paths = config.input.paths or [str(_sample(config.input.sample, output))]
     pipeline = curation_pipeline(config, paths)
@@ -112,7 +120,7 @@ def run_curate(arguments: JobArguments[CurateConfig]) -> None:
             logger.info("report: %s", report)
     written = {task.data[0]: task._metadata["num_rows"] for task in tasks if isinstance(task, FileGroupTask)}
     if not any(written.values()):
-        raise ConfigError(f"no problem was left of {', '.join(paths)}; {output / 'report.html'} says why")
+        raise ConfigError(f"no problem of {', '.join(paths)} was kept; {output / 'report.html'} lists the reasons")
     for path, num_rows in written.items():
         logger.info("%d problems in %s", num_rows, path)
     held_out = f" data.validation.path={output / HELD_OUT_FILE}" if config.held_out_share else ""
@@ -120,7 +128,7 @@ def run_curate(arguments: JobArguments[CurateConfig]) -> None:
 
 
 def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
-    """The stages of the job."""
+    """Return the pipeline of the job: read, clean, deduplicate, verify, grade, write."""
     checks = [
         MathAnswerCheck(
             solution="solution" if index == 0 else None, timeout_s=config.verify.timeout_s, output=f"checked_by_{index}"
@@ -129,7 +137,7 @@ def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
     ]
     return Pipeline(
         "curate math",
-        "Raw problems to problems that a model can be trained on.",
+        "Curates raw problems into training data.",
         stages=[
             JsonlReader(
                 paths,
@@ -166,17 +174,17 @@ def _writer(config: CurateConfig) -> SingleParquetWriter:
 
 
 def _executor(config: CurateConfig) -> Executor:
-    kinds: dict[str, Callable[[], Executor]] = {
+    executors: dict[str, Callable[[], Executor]] = {
         "actor_pool": RayActorPoolExecutor,
         "ray_data": RayDataExecutor,
         "xenna": XennaExecutor,
     }
-    return kinds[config.executor]()
+    return executors[config.executor]()
 
 
 def _sample(config: SampleConfig, output: Path) -> Path:
     path = output / f"sample-{config.kind}-{config.num_lines}-{config.seed}.jsonl"
     if not path.exists():
         sample = write_messy_math(path, config.num_lines, config.seed, config.kind)
-        logger.info("no input.paths: made a sample of %s", dict(sample.counts))
+        logger.info("input.paths is empty: generated a sample of %s", dict(sample.counts))
     return path

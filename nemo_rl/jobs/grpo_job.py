@@ -1,4 +1,4 @@
-"""A GRPO job from configuration to report: the parts are made here, the loop is `nemo_rl.algorithms.grpo`.
+"""Runs a GRPO job: starts its worker groups, runs the loop of `nemo_rl.algorithms.grpo`, and writes the report.
 
 ::
 
@@ -6,7 +6,7 @@
                                                 ├───┼─ generation ──┼─► GRPO.run ─► report
     second thread   model, tokenizer, data ─────┘   └─ environment ─┘
 
-Whatever was started is stopped in reverse order, however the job ends.
+However the job ends, it stops everything it started, in reverse order.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INPUTS_THREAD = "driver: inputs"
-Problems = tuple[ProblemDataset, ProblemDataset | None]  # to train on, to validate with
+Problems = tuple[ProblemDataset, ProblemDataset | None]  # training, validation
 
 
 def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
-    """Run a GRPO job; with `--dry-run`, print what it would do."""
+    """Run a GRPO job, or print its plan with `--dry-run`."""
     config = arguments.config
     check_model_name(config.policy)
     roles = job_roles(config)
@@ -62,18 +62,18 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         console = Console()
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
-    problems = load_datasets(config.data)  # read before anything is started: most mistakes are in the data
+    problems = load_datasets(config.data)  # loaded first, to report errors before anything is started
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:
-        logger.info("%s is finished: %s. A higher grpo.max_num_steps goes on with it", run.path, finished["reason"])
+        logger.info("%s is finished: %s. Increase grpo.max_num_steps to continue it", run.path, finished["reason"])
         return
     run.reopen()
     with ExitStack() as stack:
         view = stack.enter_context(ConsoleView(arguments.name, config.grpo.max_num_steps))
         timeline = Timeline(run.path, view)
         timeline.record_process_start()
-        reason, step = _Life(config, roles, problems, run, view, timeline, stack).train()
+        reason, step = _RunAttempt(config, roles, problems, run, view, timeline, stack).train()
     run.finish(step, reason)
     logger.info("finished after step %d: %s", step, reason)
     if config.logger.report:
@@ -84,7 +84,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the second thread prepares."""
+    """Holds the inputs that the second thread prepares."""
 
     model: ModelFiles
     loader: PromptLoader
@@ -93,7 +93,7 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Clusters:
-    """The bundles of each worker group; the same object where they are shared."""
+    """Holds the cluster of each worker group; both are the same object if the groups share bundles."""
 
     policy: RayVirtualCluster
     generation: RayVirtualCluster
@@ -101,7 +101,7 @@ class _Clusters:
 
 @dataclass(frozen=True)
 class _Workers:
-    """The worker groups of the job, ready."""
+    """Holds the started worker groups of the job."""
 
     policy: Policy
     generation: Generation
@@ -109,8 +109,12 @@ class _Workers:
 
 
 @dataclass(frozen=True)
-class _Life:
-    """One life of a run: from an opened run directory to the end of the loop. What it starts is put on `stack`."""
+class _RunAttempt:
+    """Runs one attempt of a run, from an opened run directory to the end of the loop.
+
+    Attributes:
+        stack: receives a shutdown callback for everything that the attempt starts.
+    """
 
     config: MasterConfig
     roles: list[Role]
@@ -121,11 +125,11 @@ class _Life:
     stack: ExitStack
 
     def train(self) -> tuple[str, int]:
-        """Train; returns why the run ended, and its last step."""
+        """Train, and return the reason for the end and the last step."""
         config = self.config
         checkpoints = CheckpointStore(self.run.checkpoint_dir, config.checkpointing)
         checkpoint = checkpoints.latest()
-        # Opened first: a logging backend that is not installed is refused before anything is started.
+        # Opened first, so that a missing logging backend is reported before anything is started.
         recorder = self.stack.enter_context(
             Logger(
                 self.run.path,
@@ -155,19 +159,21 @@ class _Life:
             on_first_step=self.timeline.mark_first_step,
         )
         if checkpoint is not None:
-            logger.info("going on from %s", checkpoint.path)
+            logger.info("resuming from %s", checkpoint.path)
             with self.timeline.phase("load checkpoint"):
                 loop.resume(checkpoint)
         return loop.run(), loop.step
 
     def _start(self) -> tuple[_Inputs, _Workers]:
-        """Prepare the inputs and start Ray side by side, then all worker groups at once."""
+        """Prepare the inputs and start Ray concurrently, build the venvs, then start all worker groups."""
         preparing = run_in_thread(self._prepare_inputs, "inputs")
         clusters = self._start_clusters()
         if preparing.done():
-            preparing.result()  # wrong inputs are told before a venv is built
-        with self.timeline.phase("venvs"):
-            _make_venvs_ready(self.roles, self.view, self.timeline)
+            preparing.result()  # raise errors of the inputs before building venvs
+        with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline) as phases:
+            from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+
+            ensure_venvs_on_each_node({role.fqn: role.py_executable for role in self.roles}, progress=phases)
         inputs = preparing.result()
         with self.timeline.phase("start workers", waits=True):
             workers = self._start_workers(inputs.model, clusters)
@@ -197,7 +203,7 @@ class _Life:
         return _Inputs(model, loader, batch)
 
     def _start_clusters(self) -> _Clusters:
-        """Join or start Ray, and say what is needed of it; nothing is reserved yet."""
+        """Join or start Ray and describe the clusters of the worker groups, without reserving resources."""
         config = self.config.cluster
         with self.timeline.phase("Ray"):
             import ray
@@ -223,7 +229,7 @@ class _Life:
         return _Clusters(policy, generation)
 
     def _start_workers(self, model: ModelFiles, clusters: _Clusters) -> _Workers:
-        """Start all groups, then wait for all: the first that fails ends the job, with its own error."""
+        """Start all worker groups, then wait for them. The first error ends the job."""
         from nemo_rl.environments.remote import RemoteEnvironment
         from nemo_rl.models.generation.generation import Generation
         from nemo_rl.models.policy.policy import Policy
@@ -249,7 +255,7 @@ class _Life:
 
 
 def _weight_route(chosen: str, clusters: _Clusters) -> Route:
-    """How weights travel between these clusters; raises as `choose_route` does."""
+    """Choose the weight transport between these clusters. Raises the errors of `choose_route`."""
     import ray
 
     from nemo_rl.models.weights.routes import Place, choose_route
@@ -262,18 +268,8 @@ def _weight_route(chosen: str, clusters: _Clusters) -> Route:
     )
 
 
-def _make_venvs_ready(roles: list[Role], view: ConsoleView, timeline: Timeline) -> None:
-    from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
-
-    phases = VenvPhases(view, timeline)
-    try:
-        ensure_venvs_on_each_node({role.fqn: role.py_executable for role in roles}, progress=phases)
-    finally:
-        phases.close()
-
-
 def _attest(workers: _Workers) -> list[dict[str, Any]]:
-    """Which worker runs where, in which venv, and what its start was spent on: the whole map of the job."""
+    """Return one record per worker of the job: node, venv, versions and startup phases."""
     groups = {
         "policy": workers.policy.attestation(),
         "generation": workers.generation.attestation(),

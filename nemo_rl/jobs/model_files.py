@@ -1,4 +1,4 @@
-"""What the driver reads of a model before any worker starts: its tokenizer, its context length, its size."""
+"""Reads a model's tokenizer, context length and size in the driver, before any worker starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model as the workers will load it.
+    """Describes the model that the workers load.
 
     Attributes:
         name: directory or hub name.
-        tokenizer: of the model, or of `policy.tokenizer_name`.
-        pad_token_id: what fills rows; end-of-sequence for a tokenizer without padding.
+        tokenizer: tokenizer of the model, or of `policy.tokenizer_name`.
+        pad_token_id: the padding token; end-of-sequence if the tokenizer has no padding token.
     """
 
     name: str
@@ -30,14 +30,14 @@ class ModelFiles:
 
 
 def check_model_name(config: PolicyConfig) -> None:
-    """Refuse a path that does not exist, without importing anything. Raises `ConfigError`."""
+    """Raise `ConfigError` if the model or tokenizer is a path that does not exist. Imports nothing."""
     check_model_path(config.model_name, "policy.model_name")
     if config.tokenizer_name is not None:
         check_model_path(config.tokenizer_name, "policy.tokenizer_name", is_model=False)
 
 
 def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
-    """Refuse a name that looks like a path where there is nothing. Raises `ConfigError` that names the `key`."""
+    """Raise `ConfigError`, which names the configuration `key`, if `name` looks like a path but does not exist."""
     if name == EMBEDDED_MODEL:
         return
     path = Path(name).expanduser()
@@ -49,13 +49,13 @@ def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
 
 
 def prepare_model(config: PolicyConfig) -> ModelFiles:
-    """Check that the model fits the configuration, make it if it is the embedded one, and load the tokenizer.
+    """Check that the model fits the configuration, create the embedded model if needed, and load the tokenizer.
 
     Raises:
-        ConfigError: the model or tokenizer cannot be loaded, has no token to pad with, or `check_model_fits`.
+        ConfigError: the model or tokenizer cannot be loaded, there is no padding token, or the model does not fit.
     """
     check_model_fits(config, load_architecture(config))
-    # Two seconds to import, and a job that is refused early need not wait for them.
+    # The import takes two seconds, so it follows the checks.
     from transformers import AutoTokenizer
 
     name = config.model_name
@@ -75,7 +75,7 @@ def prepare_model(config: PolicyConfig) -> ModelFiles:
 
 
 def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
-    """The model's `config.json`; that of the embedded model without making it. Raises as `load_model_config`."""
+    """Load the model's `config.json`. The embedded model need not exist. Raises the errors of `load_model_config`."""
     if config.model_name != EMBEDDED_MODEL:
         return load_model_config(config.model_name, local_only)
     from nemo_rl.models.embedded import architecture, make_tokenizer
@@ -84,7 +84,7 @@ def load_architecture(config: PolicyConfig, local_only: bool = False) -> Pretrai
 
 
 def check_model_fits(config: PolicyConfig, model: PretrainedConfig) -> None:
-    """Raise `ConfigError` when the model's context or vocabulary is too small, or a backend cannot divide it."""
+    """Raise `ConfigError` if the model's context or vocabulary is too small, or a backend cannot shard it."""
     context = getattr(model, "max_position_embeddings", None)
     if context is not None and config.max_sequence_length > context:
         raise ConfigError(
@@ -104,7 +104,7 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig) -> None:
 
 
 def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
-    """The model's `config.json`; `local_only` asks no hub. Raises `ConfigError` when it cannot be read."""
+    """Load the model's `config.json`, with `local_only` without the network. Raises `ConfigError` on failure."""
     from transformers import AutoConfig
 
     try:
@@ -114,7 +114,7 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
 
 
 def count_parameters(model_config: PretrainedConfig) -> int:
-    """Number of parameters, tied ones once, without allocating them."""
+    """Count the parameters without allocating them. Tied parameters count once."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +125,12 @@ def count_parameters(model_config: PretrainedConfig) -> int:
 
 
 def parameters_in_name(name: str) -> int | None:
-    """The size that a model's name states ("Qwen2.5-1.5B-Instruct": 1.5e9), or None."""
+    """Parse the size in a model's name; return None if it has no size.
+
+    Example:
+        >>> parameters_in_name("Qwen2.5-1.5B-Instruct")
+        1500000000
+    """
     sizes: list[Any] = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])", name.replace("_", "-"))
     if not sizes:
         return None
@@ -137,5 +142,5 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"the {what} {name} cannot be loaded: {reason}. Check the name, the network and HF_TOKEN, "
-        "or download it and give its directory in policy.model_name"
+        "or download it and set policy.model_name to its directory"
     )

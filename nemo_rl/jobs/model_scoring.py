@@ -1,12 +1,12 @@
-"""How hard problems are for a model: the share of its answers to each that are right, as a stage of a pipeline.
+"""Measures how difficult problems are for a model: a pipeline stage that computes pass rates.
 
 ::
 
     rows ─▶ prompts ─▶ generation worker, in the stage's own process ─▶ completions ─▶ MathEnvironment ─▶ pass rates
 
-The stage's worker *is* a generation worker of the RL half, in the Python that the registry gives that class, and the
-judge is its environment: a problem is scored as a GRPO job would sample and reward it. What the executors do for any
-stage (Pythons made ready, workers, GPUs, retries, resuming) holds for this one.
+The worker of the stage is a generation worker of a GRPO job, in its registered Python, and the grader is the math
+environment. A problem is scored exactly as a GRPO job would sample and reward it. Executors treat it like any other
+stage: venvs, workers, GPUs, retries, resume.
 """
 
 from __future__ import annotations
@@ -42,59 +42,68 @@ NUM_LEVELS = 5
 
 
 class ScoringConfig(ConfigModel):
-    """Which model is asked, how often, and which problems stay."""
+    """Configures the scoring model, the number of samples, and the range of pass rates to keep."""
 
     model: str | None = Field(
-        None, description="Hugging Face directory or hub name, or `embedded`. Null: difficulty is a guess, no model."
+        None,
+        description="Hugging Face directory or hub name, or `embedded`. Null estimates difficulty without a model.",
     )
     num_samples: int = Field(8, ge=1, description="Completions per problem.")
-    seed: int = Field(0, ge=0, description="Decides every draw.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling.")
     max_sequence_length: int = Field(
-        1024, ge=2, description="Longest prompt plus completion in tokens; never more than the model's context."
+        1024, ge=2, description="Maximum tokens of prompt plus completion. Limited to the model's context."
     )
     prompt_template: str | None = Field(None, description="As data.prompt_template of a GRPO job.")
     system_prompt: str | None = Field(None, description="As data.system_prompt of a GRPO job.")
-    min_pass_rate: float = Field(0.0, ge=0, le=1, description="Problems that are solved less often are dropped.")
-    max_pass_rate: float = Field(1.0, ge=0, le=1, description="Problems that are solved more often are dropped.")
-    use_gpu: bool = Field(False, description="Give each worker a GPU; else it computes on CPUs.")
+    min_pass_rate: float = Field(0.0, ge=0, le=1, description="Drop problems with a lower pass rate.")
+    max_pass_rate: float = Field(1.0, ge=0, le=1, description="Drop problems with a higher pass rate.")
+    use_gpu: bool = Field(False, description="Give each worker a GPU. Otherwise workers run on CPUs.")
     generation: GenerationConfig = Field(
         default_factory=lambda: GenerationConfig(max_new_tokens=256), description="As policy.generation of a GRPO job."
     )
     math: MathEnvironmentConfig = Field(default_factory=MathEnvironmentConfig, description="As env.math of a GRPO job.")
 
     @model_validator(mode="after")
-    def _can_be_run(self) -> ScoringConfig:
+    def _check_scoring(self) -> ScoringConfig:
         if self.min_pass_rate > self.max_pass_rate:
-            raise ValueError(f"min_pass_rate={self.min_pass_rate} and max_pass_rate={self.max_pass_rate} leave nothing")
+            raise ValueError(f"min_pass_rate={self.min_pass_rate} is above max_pass_rate={self.max_pass_rate}")
         if self.generation.options.workers_per_replica != 1:
-            raise ValueError("generation.options spreads a model over several workers; a stage's worker is alone")
+            raise ValueError(
+                "generation.options shards the model over several workers; a stage supports one worker per replica"
+            )
         return self
 
 
 class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Adds `pass_rate`, the share of right completions, and `difficulty`, from 1 (nearly always right) to 5.
+    """Adds `pass_rate`, the fraction of correct completions, and `difficulty`, from 1 (easy) to 5 (hard).
 
-    A draw depends on the seed and on the task's place in the input, so every executor and every repetition gives the
-    same rates (but for the last bits of probabilities, which depend on the number of threads).
+    Sampling depends on the seed and the position of the task in the input, so all executors and repetitions compute the
+    same pass rates (up to rounding, which depends on the number of threads).
+
+    Example::
+
+        Pipeline("score", stages=[reader, ModelPassRate(ScoringConfig(model="embedded")), writer]).run()
 
     Args:
-        config: with a model.
-        problem: column with the prompt, as text.
+        config: scoring configuration with a model.
+        problem: column with the prompt text.
         answer: column with the expected answer.
 
     Raises:
-        ConfigError: there is no model, or no such backend.
+        ConfigError: the model is not set or does not exist, or the backend is unknown.
     """
 
     def __init__(self, config: ScoringConfig, *, problem: str = "problem", answer: str = "answer") -> None:
         if config.model is None:
-            raise ConfigError("scoring.model is not set: name a Hugging Face directory or hub name, or `embedded`")
+            raise ConfigError(
+                "scoring.model is not set: set it to a Hugging Face directory or hub name, or to `embedded`"
+            )
         check_model_path(config.model, "scoring.model")
         self.model: str = config.model
         self.problem = problem
         self.answer = answer
         self._config = config
-        # A run directory knows a run by its stages' public attributes.
+        # The run directory compares the public attributes of stages when a run is resumed.
         self.content = config.model_dump_json(exclude={"generation": {"num_workers"}})
         self.num_workers = config.generation.num_workers
         self.resources = Resources(cpus=float(config.generation.num_threads or 1), gpus=float(config.use_gpu))
@@ -156,7 +165,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
     def _prompts(
         self, problems: Sequence[Any], answers: Sequence[Any]
     ) -> tuple[list[TokenizedProblem], list[str | None]]:
-        """The rows that can be asked, and why the others cannot."""
+        """Return the prompts of valid rows, and the reason for each invalid row."""
         faults: list[str | None] = [None] * len(problems)
         prompts = []
         for row, (text, answer) in enumerate(zip(problems, answers)):
@@ -167,12 +176,12 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
             else:
                 problem = Problem(text, answer, row)
                 prompt = self._formatter.text(problem, f"row {row}")
-                # A chat template writes special tokens itself.
+                # A chat template already adds the special tokens.
                 ids = self._tokenizer([prompt], add_special_tokens=not self._formatter.is_chat)["input_ids"][0]
                 if len(ids) < self._max_length:
                     prompts.append(TokenizedProblem(problem, prompt, np.asarray(ids, dtype=np.int32)))
                 else:
-                    faults[row] = f"prompt that leaves the model no room within {self._max_length} tokens"
+                    faults[row] = f"prompt without room for a completion within {self._max_length} tokens"
         return prompts, faults
 
     def _num_right(self, prompts: list[TokenizedProblem], lineage: str) -> list[int]:
@@ -182,10 +191,10 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
 
         config = self._config
         batch = collate(prompts, pad_token_id=0)
-        place = hashlib.blake2b(f"{config.seed} {lineage}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{config.seed} {lineage}".encode(), digest_size=8).digest()
         result = self._worker.generate(
             {"input_ids": batch["input_ids"], "input_lengths": batch["input_lengths"]},
-            seed=int.from_bytes(place, "big"),
+            seed=int.from_bytes(digest, "big"),
             num_generations=config.num_samples,
             greedy=False,
             sampling=None,
@@ -198,14 +207,14 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def _fault(self, rate: float) -> str | None:
         if rate < self._config.min_pass_rate:
-            return f"solved in less than {self._config.min_pass_rate:.0%} of the tries"
+            return f"solved in less than {self._config.min_pass_rate:.0%} of the samples"
         if rate > self._config.max_pass_rate:
-            return f"solved in more than {self._config.max_pass_rate:.0%} of the tries"
+            return f"solved in more than {self._config.max_pass_rate:.0%} of the samples"
         return None
 
 
 def _load_weights(worker: GenerationWorkerBase, name: str, precision: str) -> None:
-    """Give a worker the weights of a model on disk, as a policy's worker would before its first step."""
+    """Load the weights of a model on disk into a worker, like the first weight sync of a policy."""
     from nemo_rl.models.policy.hf_loading import load_config, load_model
     from nemo_rl.models.weights.sender import publish
 

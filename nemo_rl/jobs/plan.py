@@ -1,4 +1,4 @@
-"""What a job would do, without starting anything: `--dry-run` on this machine, `nemo-rl plan` also on a cluster."""
+"""Plans a job without starting it: `--dry-run` for this machine, `nemo-rl plan` also for a cluster."""
 
 from __future__ import annotations
 
@@ -32,22 +32,19 @@ _GIB = 2**30
 _NODE_TIMEOUT_S = 120.0
 THIS_MACHINE = "this machine"
 
-# Of the policy's part of the cluster and of generation's: the address of each of the job's nodes, or nothing.
-Addresses = tuple[Sequence[str], Sequence[str]]
-NOWHERE: Addresses = ((), ())
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class VenvState:
-    """The venv of one or more roles.
+    """Describes the venv of one or more roles.
 
     Attributes:
-        roles: who runs in it.
-        py_executable: as the registry says.
-        digest: None for a bare interpreter, such as the driver's.
-        num_packages: in a venv of the engine.
-        state: what would happen; of several nodes, on how many.
+        roles: names of the roles that run in the venv.
+        py_executable: the registered py_executable.
+        digest: digest of the venv; None for an interpreter such as the driver's.
+        num_packages: number of packages; None for an interpreter.
+        state: state of the venv, with the number of nodes per state if they differ.
     """
 
     roles: list[str]
@@ -59,7 +56,13 @@ class VenvState:
 
 @dataclass(frozen=True)
 class NodeForecast:
-    """One node: what making its venvs ready would take, or why it is not known."""
+    """Forecasts the venv builds of one node.
+
+    Attributes:
+        address: address of the node.
+        venvs: one forecast per venv.
+        problem: why there is no forecast; empty if there is one.
+    """
 
     address: str
     venvs: list[VenvForecast] = field(default_factory=list)
@@ -68,7 +71,7 @@ class NodeForecast:
 
 @dataclass(frozen=True)
 class Placement:
-    """One bundle: which GPU or CPU of which node of the job, who works there, and the Ray node where it is known."""
+    """Describes one bundle: its GPU or CPU, its workers, and the address of its node if known."""
 
     bundle: str
     workers: str
@@ -77,7 +80,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one GPU (or in one process on CPU), by what they are for; activations are not in it."""
+    """Estimates the memory of one GPU (on CPU: of one process) in bytes, without activations."""
 
     num_parameters: int
     source: str
@@ -87,16 +90,31 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Everything that is known."""
+        """Sum of the known parts."""
         return self.training + self.generation_weights + (self.kv_cache or 0)
 
 
 @dataclass(frozen=True)
-class JobPlan:
-    """A whole job.
+class NodeAssignment:
+    """Assigns the nodes of a job to nodes of the running cluster.
 
     Attributes:
-        obstacle: why the running cluster could not serve it now; empty when it could, or was not asked.
+        policy: address of each node of the policy's cluster.
+        generation: address of each node of the generation cluster, if it is separate.
+        obstacle: why a node could not be assigned; empty if all are.
+    """
+
+    policy: Sequence[str] = ()
+    generation: Sequence[str] = ()
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Describes what a job would do.
+
+    Attributes:
+        obstacle: why the running cluster cannot start the job now; empty if it can or no cluster was asked.
     """
 
     roles: list[Role]
@@ -109,10 +127,11 @@ class JobPlan:
 
 
 def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
-    """Work out what a job would do. Raises what the job would raise for the same wrong input.
+    """Plan a job. Raises the errors that the job would raise for invalid input.
 
     Args:
-        on_cluster: ask every node of the Ray cluster that this process is connected to. Else only this machine.
+        config: configuration of the job.
+        on_cluster: ask every node of the Ray cluster that this process is connected to, instead of this machine.
     """
     check_model_name(config.policy)
     roles = job_roles(config)
@@ -120,26 +139,26 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     ray_nodes = _alive_nodes() if on_cluster else None
     plans = {role.fqn: venvs.plan(role.py_executable) for role in roles}
     nodes = _forecasts(plans, ray_nodes)
-    addresses, obstacle = (NOWHERE, "") if ray_nodes is None else addresses_on(ray_nodes, config.cluster)
+    assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster)
     return JobPlan(
         roles=roles,
-        placements=_placements(config, roles, addresses),
+        placements=_placements(config, roles, assignment),
         venvs=_venv_states(roles, plans, nodes),
         nodes=nodes,
         memory=_estimate_memory(config),
         samples_per_step=config.num_samples_per_step,
-        obstacle=obstacle,
+        obstacle=assignment.obstacle,
     )
 
 
-def _placements(config: MasterConfig, roles: list[Role], addresses: Addresses) -> list[Placement]:
+def _placements(config: MasterConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
     cluster = config.cluster
     policy, generation = (role for role in roles if role.share)
     if cluster.generation is None:
-        rows = _bundles(cluster, "", [policy, generation], addresses[0])
+        rows = _bundles(cluster, "", [policy, generation], assignment.policy)
     else:
-        rows = _bundles(cluster, "", [policy], addresses[0])
-        rows += _bundles(cluster.generation, "generation ", [generation], addresses[1])
+        rows = _bundles(cluster, "", [policy], assignment.policy)
+        rows += _bundles(cluster.generation, "generation ", [generation], assignment.generation)
     rows.append(Placement("any node, no bundle", ", ".join(role.name for role in roles if not role.share)))
     return rows
 
@@ -150,33 +169,35 @@ def _bundles(part: BundlesConfig, prefix: str, roles: list[Role], addresses: Seq
     for rank in range(part.num_workers):
         names = [f"{role.name}-{rank}" for role in roles if rank < role.num_workers]
         node = rank // per_node
-        where = addresses[node] if addresses else ""
-        rows.append(Placement(f"{prefix}node {node}, {kind} {rank % per_node}", ", ".join(names), where))
+        address = addresses[node] if addresses else ""
+        rows.append(Placement(f"{prefix}node {node}, {kind} {rank % per_node}", ", ".join(names), address))
     return rows
 
 
-def addresses_on(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> tuple[Addresses, str]:
-    """Where the job's nodes would be on what is free now, and what stands in the way (empty: nothing)."""
-    found: list[Sequence[str]] = [(), ()]
+def assign_nodes(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> NodeAssignment:
+    """Assign the nodes of a job to nodes of a cluster, from their free resources."""
+    addresses: list[Sequence[str]] = [(), ()]
     free = [dict(node.free) for node in nodes]
     for index, part in enumerate([cluster] if cluster.generation is None else [cluster, cluster.generation]):
         bundle = {"GPU": 1.0, "CPU": 1.0} if part.use_gpus else {"CPU": 1.0}
         capacities = [placement.capacity(resources, bundle) for resources in free]
-        chosen = placement.plan(capacities, [part.workers_per_node] * part.num_nodes, "SPREAD")
-        if chosen is None:
+        assigned = placement.plan(capacities, [part.workers_per_node] * part.num_nodes, "SPREAD")
+        if assigned is None:
             kind = "GPUs" if part.use_gpus else "CPUs"
-            there = ", ".join(f"{node.address} {room}" for node, room in zip(nodes, capacities, strict=True))
-            asked = f"{part.num_nodes} nodes with {part.workers_per_node} {kind} each are asked for"
-            return (found[0], found[1]), f"{asked}; free: {there or 'no node'}."
-        for node in chosen:
+            available = ", ".join(f"{node.address} {count}" for node, count in zip(nodes, capacities, strict=True))
+            request = f"the job needs {part.num_nodes} nodes with {part.workers_per_node} {kind} each"
+            return NodeAssignment(addresses[0], addresses[1], f"{request}; free: {available or 'no node'}.")
+        for node in assigned:
             for name, amount in bundle.items():
                 free[node][name] -= amount * part.workers_per_node
-        found[index] = [nodes[node].address for node in chosen]
-    return (found[0], found[1]), ""
+        addresses[index] = [nodes[node].address for node in assigned]
+    return NodeAssignment(addresses[0], addresses[1])
 
 
 def _alive_nodes() -> list[NodeResources]:
-    from nemo_rl.distributed.cluster.nodes import alive_nodes  # imports ray, which a plan for this machine need not
+    from nemo_rl.distributed.cluster.nodes import (
+        alive_nodes,
+    )  # imports ray, which a plan for this machine does not need
 
     return [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]
 
@@ -191,30 +212,33 @@ def _forecasts(plans: dict[str, venvs.VenvPlan], nodes: list[NodeResources] | No
     from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 
     answers = ask_nodes(forecast_venvs, nodes, plans, sizes, driver_variables(), timeout_s=_NODE_TIMEOUT_S)
-    found = [
+    forecasts = [
         NodeForecast(node.address, problem=f"no answer: {str(answer).strip().rpartition(chr(10))[2]}")
         if isinstance(answer, RayError)
         else NodeForecast(node.address, answer)
         for node, answer in answers
     ]
-    return found if settings.VENV_SPREAD.get() == "off" else with_sources(found)
+    return forecasts if settings.VENV_SPREAD.get() == "off" else assign_sources(forecasts)
 
 
-def with_sources(nodes: Sequence[NodeForecast]) -> list[NodeForecast]:
-    """Forecasts of nodes that give venvs to one another: the first that has a venv, else the first that lacks it, is
-    where the others get it from; for how long that takes there is no measure."""
+def assign_sources(nodes: Sequence[NodeForecast]) -> list[NodeForecast]:
+    """Adapt forecasts to the broadcast of venvs between nodes.
+
+    Nodes without a venv receive it from the first node that has it, else from the first node, which builds it. The
+    duration of the transfer is not estimated.
+    """
     return [replace(node, venvs=[_from_source(venv, node, nodes) for venv in node.venvs]) for node in nodes]
 
 
 def _from_source(venv: VenvForecast, node: NodeForecast, nodes: Sequence[NodeForecast]) -> VenvForecast:
     if venv.state != BUILT:
         return venv
-    same = [(other, theirs) for other in nodes for theirs in other.venvs if theirs.digest == venv.digest]
-    having = [pair for pair in same if pair[1].state == READY]
-    source, there = (having or [pair for pair in same if pair[1].state == BUILT])[0]
+    same = [(other, candidate) for other in nodes for candidate in other.venvs if candidate.digest == venv.digest]
+    ready = [pair for pair in same if pair[1].state == READY]
+    source, forecast = (ready or [pair for pair in same if pair[1].state == BUILT])[0]
     if source is node:
         return venv
-    how = "which has it" if having else f"which builds it in {there.seconds:g} s"
+    how = "which has it" if ready else f"which builds it in {forecast.seconds:g} s"
     basis = f"from {source.address}, {how}"
     return replace(venv, state=RECEIVED, num_cached=0, num_unknown=0, download_bytes=0, seconds=0.0, basis=basis)
 
@@ -227,11 +251,11 @@ def _venv_states(roles: list[Role], plans: dict[str, venvs.VenvPlan], nodes: lis
     for py_executable, group in by_python.items():
         plan, names = plans[group[0].fqn], [role.name for role in group]
         if plan.is_interpreter:
-            states.append(VenvState(names, py_executable, None, None, "used as it is"))
+            states.append(VenvState(names, py_executable, None, None, "interpreter"))
             continue
-        found = Counter(venv.state for node in nodes for venv in node.venvs if venv.digest == plan.digest)
-        found.update("unknown" for node in nodes if node.problem)
-        state = next(iter(found)) if len(found) == 1 else ", ".join(f"{s} on {n} nodes" for s, n in found.items())
+        counts = Counter(venv.state for node in nodes for venv in node.venvs if venv.digest == plan.digest)
+        counts.update("unknown" for node in nodes if node.problem)
+        state = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{s} on {n} nodes" for s, n in counts.items())
         states.append(VenvState(names, py_executable, plan.digest, len(plan.packages), state))
     return states
 
@@ -254,16 +278,15 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
 
 def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | None, str]:
     try:
-        # A plan downloads nothing.
-        model = load_architecture(policy, local_only=True)
+        model = load_architecture(policy, local_only=True)  # a plan downloads nothing
     except ConfigError:
-        return None, parameters_in_name(policy.model_name), "from its name: config.json is not on this machine"
+        return None, parameters_in_name(policy.model_name), "from its name, because config.json is not on this machine"
     check_model_fits(policy, model)
     return model, count_parameters(model), "counted"
 
 
 def _kv_numbers_per_token(model: PretrainedConfig) -> int:
-    """How many numbers the cache holds for one token of one sequence."""
+    """Return the number of KV cache elements per token of a sequence."""
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     return 2 * model.num_hidden_layers * heads * head_dim

@@ -1,4 +1,4 @@
-"""How a plan of a job is shown: tables for people."""
+"""Prints a job plan as tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 def print_plan(plan: JobPlan, console: Console) -> None:
-    """Show a plan as tables."""
+    """Print a plan as tables."""
     workers = _table("workers", "role", "workers", "share of its bundle", "worker class")
     for role in plan.roles:
         workers.add_row(role.name, str(role.num_workers), f"{role.share:g}" if role.share else "none", role.fqn)
@@ -34,20 +34,20 @@ def print_plan(plan: JobPlan, console: Console) -> None:
 
 
 def _build_tables(plan: JobPlan) -> list[Table | Text]:
-    """What is to be done on the nodes, if anything; nodes with the same to do share a row."""
+    """Return a table of the venvs to build or receive. Nodes with equal rows share a row."""
     rows: Counter[tuple[str, ...]] = Counter()
-    where: dict[tuple[str, ...], str] = {}
+    first_node: dict[tuple[str, ...], str] = {}
     for node in plan.nodes:
         lines = [(node.problem, "", "", "", "", "")] if node.problem else map(_build_row, node.venvs)
         for line in lines:
             rows[line] += 1
-            where.setdefault(line, node.address)
+            first_node.setdefault(line, node.address)
     todo = {line: count for line, count in rows.items() if line[0] != READY}
     if not todo:
         return []
-    table = _table("to be made ready", "nodes", "state", "to fetch", "installed", "seconds", "digest", "basis")
+    table = _table("venvs to build or receive", "nodes", "state", "download", "installed", "seconds", "digest", "basis")
     for line, count in todo.items():
-        table.add_row(where[line] if count == 1 else f"{where[line]} and {count - 1} more", *line)
+        table.add_row(first_node[line] if count == 1 else f"{first_node[line]} and {count - 1} more", *line)
     return [table]
 
 
@@ -55,10 +55,10 @@ def _build_row(venv: VenvForecast) -> tuple[str, ...]:
     if venv.state != BUILT:
         installed = _megabytes(venv.installed_bytes) if venv.installed_bytes else ""
         return (venv.state, "", installed, "", venv.digest[:16], venv.basis)
-    least = "at least " if venv.num_unknown else ""
+    bound = "at least " if venv.num_unknown else ""
     basis = venv.basis + (f"; without {venv.num_unknown} packages of unknown size" if venv.num_unknown else "")
-    sizes = (f"{least}{_megabytes(venv.download_bytes)}", f"{least}{_megabytes(venv.installed_bytes)}")
-    return (venv.state, *sizes, f"{least}{venv.seconds:g}", venv.digest[:16], basis)
+    sizes = (f"{bound}{_megabytes(venv.download_bytes)}", f"{bound}{_megabytes(venv.installed_bytes)}")
+    return (venv.state, *sizes, f"{bound}{venv.seconds:g}", venv.digest[:16], basis)
 
 
 def _megabytes(num_bytes: int) -> str:
@@ -75,7 +75,9 @@ def _table(title: str, *columns: str) -> Table:
 def _memory_lines(plan: JobPlan) -> list[Text]:
     memory = plan.memory
     if memory is None:
-        return [Text("memory: unknown, the model's config.json is not on this machine and its name states no size")]
+        return [
+            Text("memory: unknown, because config.json of the model is not on this machine and its name has no size")
+        ]
     cache = "unknown" if memory.kv_cache is None else f"{memory.kv_cache / _GIB:.2f} GiB"
     training, weights = memory.training / _GIB, memory.generation_weights / _GIB
     return [

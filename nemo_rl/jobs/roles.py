@@ -1,4 +1,4 @@
-"""Which workers a GRPO job has: class, Python and number, decided by the configuration alone."""
+"""Derives the worker groups of a GRPO job from its configuration: class, Python and number of workers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Role:
-    """One worker group of a job.
+    """Describes one worker group of a job.
 
     Attributes:
         name: "policy", "generation" or "environment".
-        fqn: fully qualified name of the worker class; also the name of its venv.
-        py_executable: the Python it runs in.
-        num_workers: over all nodes.
-        share: part of its bundle (a GPU, or a CPU) that one worker takes; 0 for workers outside the bundles.
+        fqn: fully qualified name of the worker class, which is also the name of its venv.
+        py_executable: the Python of its workers.
+        num_workers: number of workers on all nodes.
+        share: fraction of a bundle (a GPU or a CPU) per worker; 0 for workers outside the bundles.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Role:
 
 
 def num_colocated_groups(config: MasterConfig) -> int:
-    """Worker groups that share the policy's bundles."""
+    """Return the number of worker groups that share the policy's bundles."""
     return 2 if config.cluster.generation is None else 1
 
 
 def job_roles(config: MasterConfig) -> list[Role]:
-    """The roles of a job. Raises `ConfigError` or `UnregisteredActorError` for a name that nobody knows."""
+    """Return the roles of a job. Raises `ConfigError` or `UnregisteredActorError` for an unknown name."""
     policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     policy_python = trainer.py_executable(policy.py_executable, use_gpus=cluster.use_gpus)
@@ -52,7 +52,7 @@ def job_roles(config: MasterConfig) -> list[Role]:
     num_generators = generation.num_workers or part.num_workers
     replica_bundles(
         [part.workers_per_node] * part.num_nodes, generation.num_workers, generation.options.workers_per_replica
-    )  # refuses numbers that do not fit
+    )  # raises if the numbers do not fit
     share = 1 / num_colocated_groups(config)
     environment = environment_fqn(config.env.name)
     return [
@@ -63,19 +63,19 @@ def job_roles(config: MasterConfig) -> list[Role]:
 
 
 def check_weight_route(config: MasterConfig) -> None:
-    """Raise `ConfigError` for a `policy.weight_transport` that is unknown, or that cannot reach all workers.
+    """Raise `ConfigError` for a `policy.weight_transport` that is unknown or cannot reach all workers.
 
-    Where nodes will be is not known yet: policy, generation and driver are taken to be on the same ones.
+    The nodes are not known yet, so the check assumes that policy, generation and driver share nodes.
     """
-    chosen, cluster = config.policy.weight_transport, config.cluster
-    if chosen == "auto":
+    transport, cluster = config.policy.weight_transport, config.cluster
+    if transport == "auto":
         return
     from nemo_rl.models.weights.routes import choose_route  # imports torch
 
     policy = _places(cluster, "policy")
     generation = policy if cluster.generation is None else _places(cluster.generation, "generation")
     try:
-        choose_route(chosen, policy=policy, generation=generation, driver_node_id=policy[0].node_id)
+        choose_route(transport, policy=policy, generation=generation, driver_node_id=policy[0].node_id)
     except WeightSyncError as error:
         raise ConfigError(f"policy.weight_transport: {error}") from error
 

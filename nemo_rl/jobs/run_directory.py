@@ -1,14 +1,14 @@
-"""One directory per run, with one owner at a time; the same command goes on with an unfinished run.
+"""Manages run directories: one directory per run, one process at a time. The same command resumes an unfinished run.
 
     DIR/
       config.yaml        the resolved configuration
       metrics.jsonl  samples.jsonl  timeline.jsonl  attestation.json
       checkpoints/   tensorboard/   report.html
-      finished.json      there once the run has ended by itself: its last step and why it ended
-      run.lock           held (flock) by the driver that works here
+      finished.json      last step and reason, written when the run reaches its end
+      run.lock           locked (flock) by the running driver
 
-With `logger.log_dir` set, DIR is that directory. Without it, runs are numbered below `results/<config name>/`: the last
-one is resumed if it has the same configuration and has not finished, else the next number is taken.
+DIR is `logger.log_dir` if set. Otherwise runs are numbered in `results/<config name>/`: the job resumes the last run if
+its configuration is the same and it has not finished, else it creates the next number.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.config import dump_yaml, load_config
 from nemo_rl.utils.files import write_atomically
 
-# What may differ between the lives of one run: when it stops, and what is told to whom. Everything else decides
-# what the numbers mean.
+# Keys that may change when a run is resumed: limits, logging and checkpointing. All other keys affect the results.
 CHANGEABLE = (
     "grpo.max_num_steps",
     "grpo.max_num_epochs",
@@ -42,7 +41,13 @@ _CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", "run.lock"
 
 @dataclass
 class RunDirectory:
-    """An opened run directory; the lock is held until `close` or the end of the process."""
+    """Represents an open run directory, locked until `close` or the end of the process.
+
+    Attributes:
+        path: the directory.
+        checkpoint_dir: where checkpoints are written.
+        is_new: True if this process created the run.
+    """
 
     path: Path
     checkpoint_dir: Path
@@ -50,19 +55,19 @@ class RunDirectory:
     _lock: IO[str]
 
     def finish(self, step: int, reason: str) -> None:
-        """Mark the run as ended by itself."""
+        """Mark the run as finished."""
         write_atomically(self.path / _FINISHED, json.dumps({"step": step, "reason": reason}))
 
     def finished(self) -> dict[str, Any] | None:
-        """`step` and `reason` if the run has ended by itself, else None."""
+        """Return `step` and `reason` if the run has finished, else None."""
         return _finished(self.path)
 
     def reopen(self) -> None:
-        """Take the mark of an ended run away, because there is more to do."""
+        """Remove the mark of a finished run, to continue it."""
         (self.path / _FINISHED).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let another process open the directory."""
+        """Release the lock, so that another process can open the directory."""
         self._lock.close()
 
 
@@ -72,11 +77,11 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
     Args:
         config: the resolved configuration.
         name: name of the configuration, for numbered runs.
-        root: where numbered runs are kept.
+        root: parent directory of numbered runs.
 
     Raises:
-        ConfigError: the directory is in use by another process, cannot be written, or holds a run with a
-            configuration that means something else (the message lists the keys).
+        ConfigError: the directory is in use by another process, is not writable, or holds a run with another
+            configuration (the message lists the keys).
     """
     if config.logger.log_dir is not None:
         path = Path(config.logger.log_dir)
@@ -89,7 +94,7 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
         lock = _lock(path)
     except OSError as error:
         raise ConfigError(
-            f"run directory {path} cannot be used: {error}. Set logger.log_dir to another place"
+            f"run directory {path} cannot be used: {error}. Set logger.log_dir to another directory"
         ) from error
     try:
         if config.checkpointing.enabled:
@@ -97,7 +102,7 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
         is_new = not (path / _CONFIG).exists()
         if not is_new:
             _check_same_run(path, config)
-        # As it is, because a run that goes on compares with it; so nobody else may read one that holds a secret.
+        # Secrets are not masked, because a resumed run compares its configuration; the file is then private.
         plain = config.model_dump(mode="json")
         write_atomically(path / _CONFIG, dump_yaml(config), private=mask_secrets(plain) != plain)
     except BaseException:
@@ -107,19 +112,19 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
 
 
 def _check_writable(checkpoints: Path) -> None:
-    """Raise `ConfigError` now rather than at the first checkpoint, when hours of training may be lost."""
+    """Raise `ConfigError` before training, rather than at the first checkpoint."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=checkpoints).close()
     except OSError as error:
         raise ConfigError(
             f"no checkpoint can be written to {checkpoints}: {error}. Set checkpointing.checkpoint_dir to another "
-            "place, or checkpointing.enabled=false"
+            "directory, or checkpointing.enabled=false"
         ) from error
 
 
 def differing_keys(old: MasterConfig, new: MasterConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose change makes it another run, with both values."""
+    """Return the dotted keys that may not change in a resumed run but differ, with both values."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return {
         key: (before.get(key), after.get(key))
@@ -137,7 +142,7 @@ def _numbered(config: MasterConfig, parent: Path) -> Path:
         try:
             if not differing_keys(load_config(MasterConfig, last / _CONFIG), config):
                 return last
-        except ConfigError:  # written by another version of this package: it is not ours to resume
+        except ConfigError:  # written by another version of this package, so it cannot be resumed
             pass
     return parent / f"{numbers[-1] + 1:03d}"
 
@@ -149,7 +154,7 @@ def _check_same_run(path: Path, config: MasterConfig) -> None:
         changes = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in shown.items())
         raise ConfigError(
             f"{path} holds a run with another configuration ({changes}). "
-            "Use another logger.log_dir, or give the old values to go on with it"
+            "Set another logger.log_dir, or use the old values to resume it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Shows the builds of venvs on all nodes as phases of a job's start."""
+"""Reports venv builds on all nodes as startup phases of a job."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from nemo_rl.observability.console import ConsoleView
     from nemo_rl.observability.timer import Timeline
 
-# What a warm start does in passing is not worth a line.
-_SHORTEST_SHOWN_S = 0.1
+# Shorter phases, as in a warm start, are not shown.
+_MIN_PHASE_S = 0.1
 
 
 class VenvPhases:
-    """A callback for `ensure_venvs_on_each_node`; call `close` when it has returned."""
+    """Shows the progress of `ensure_venvs_on_each_node` in the console and the timeline. A context manager."""
 
     def __init__(self, view: ConsoleView, timeline: Timeline) -> None:
         self._view, self._timeline = view, timeline
@@ -27,14 +27,17 @@ class VenvPhases:
         if event.state == "started" and event.phase != "resolve":
             self._open.add(key)
             self._view.phase_started(*key)
-        elif event.state in ("done", "failed") and (key in self._open or event.seconds >= _SHORTEST_SHOWN_S):
+        elif event.state in ("done", "failed") and (key in self._open or event.seconds >= _MIN_PHASE_S):
             self._open.discard(key)
             self._view.phase_ended(*key, event.seconds)
             now = time.time()
             self._timeline.record(key[0], now - event.seconds, now, key[1], progress.node)
 
-    def close(self) -> None:
-        """Forget phases whose end was never told, such as those of a node that died."""
+    def __enter__(self) -> VenvPhases:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Phases of a node that died are still open.
         for key in self._open:
             self._view.phase_ended(*key, 0.0)
         self._open.clear()

@@ -1,4 +1,4 @@
-"""Advantages against hand-computed values, an independent slow reference, and properties."""
+"""Compares advantages with hand-computed values, an independent slow reference, and invariants."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ CONFIGS = [AdvantageConfig(baseline=b, normalize_std=n) for b in ("leave_one_out
 
 
 def slow_reference(rewards: list[float], groups: list[int], mask: list[float], config: AdvantageConfig) -> list[float]:
-    """The formulas sample by sample, with the standard library only."""
+    """Compute the formulas sample by sample with the standard library."""
     result = []
     for i, reward in enumerate(rewards):
-        mine = [j for j in range(len(rewards)) if groups[j] == groups[i] and mask[j] > 0]
-        others = [rewards[j] for j in mine if j != i]
-        if i not in mine or len({rewards[j] for j in mine}) < 2:
+        group = [j for j in range(len(rewards)) if groups[j] == groups[i] and mask[j] > 0]
+        others = [rewards[j] for j in group if j != i]
+        if i not in group or len({rewards[j] for j in group}) < 2:
             result.append(0.0)
             continue
-        whole = [rewards[j] for j in mine]
-        value = reward - (statistics.mean(others) if config.baseline == "leave_one_out" else statistics.mean(whole))
-        result.append(value / (statistics.stdev(whole) + STD_EPSILON) if config.normalize_std else value)
+        values = [rewards[j] for j in group]
+        value = reward - (statistics.mean(others) if config.baseline == "leave_one_out" else statistics.mean(values))
+        result.append(value / (statistics.stdev(values) + STD_EPSILON) if config.normalize_std else value)
     return result
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
     size = draw(st.integers(1, 24))
-    # Sixteenths are exact in float32, so that "equal rewards" means the same to the reference.
+    # Sixteenths are exact in float32, so equal rewards are also equal in the reference.
     reward = st.integers(-32, 32).map(lambda k: k / 16)
     return (
         draw(st.lists(reward, min_size=size, max_size=size)),
@@ -50,35 +50,35 @@ def batches(draw: st.DrawFn) -> Batch:
 
 def test_leave_one_out_by_hand() -> None:
     # Group of (1, 0, 0, 0): 1 - 0 and 0 - 1/3. Group of (2, 4): 2 - 4 and 4 - 2.
-    got = compute_advantages(torch.tensor([1.0, 0, 0, 0]), 4, PLAIN_RLOO)
-    torch.testing.assert_close(got, torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
+    advantages = compute_advantages(torch.tensor([1.0, 0, 0, 0]), 4, PLAIN_RLOO)
+    torch.testing.assert_close(advantages, torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     torch.testing.assert_close(compute_advantages(torch.tensor([2.0, 4.0]), 2, PLAIN_RLOO), torch.tensor([-2.0, 2.0]))
 
 
 def test_mean_baseline_by_hand() -> None:
-    got = compute_advantages(torch.tensor([1.0, 0, 0, 0]), 4, PLAIN_MEAN)
-    torch.testing.assert_close(got, torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    advantages = compute_advantages(torch.tensor([1.0, 0, 0, 0]), 4, PLAIN_MEAN)
+    torch.testing.assert_close(advantages, torch.tensor([0.75, -0.25, -0.25, -0.25]))
 
 
 def test_std_by_hand() -> None:
     # (1, 0, 0, 0): mean 1/4, squared deviations 9/16 + 3/16, over n - 1 = 3: variance 1/4, deviation 1/2.
     rewards = torch.tensor([1.0, 0, 0, 0])
-    got = compute_advantages(rewards, 4, AdvantageConfig(baseline="mean", normalize_std=True))
-    torch.testing.assert_close(got, torch.tensor([1.5, -0.5, -0.5, -0.5]), rtol=1e-5, atol=0)
-    # Leave-one-out divides by the deviation of the whole group, not of the three equal others (which is 0).
-    got = compute_advantages(rewards, 4, AdvantageConfig(baseline="leave_one_out", normalize_std=True))
-    torch.testing.assert_close(got, torch.tensor([2.0, -2 / 3, -2 / 3, -2 / 3]), rtol=1e-5, atol=0)
+    advantages = compute_advantages(rewards, 4, AdvantageConfig(baseline="mean", normalize_std=True))
+    torch.testing.assert_close(advantages, torch.tensor([1.5, -0.5, -0.5, -0.5]), rtol=1e-5, atol=0)
+    # Leave-one-out divides by the deviation of the group, not by that of the three equal other samples (0).
+    advantages = compute_advantages(rewards, 4, AdvantageConfig(baseline="leave_one_out", normalize_std=True))
+    torch.testing.assert_close(advantages, torch.tensor([2.0, -2 / 3, -2 / 3, -2 / 3]), rtol=1e-5, atol=0)
 
 
-def test_masked_samples_leave_baseline_and_std() -> None:
+def test_masked_samples_do_not_affect_baseline_and_std() -> None:
     rewards, mask = torch.tensor([1.0, 0.0, 100.0, 5.0, 7.0, 9.0]), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    got = compute_advantages(rewards, 3, PLAIN_RLOO, mask)
-    torch.testing.assert_close(got, torch.tensor([1.0, -1.0, 0.0, -3.0, 0.0, 3.0]))
+    advantages = compute_advantages(rewards, 3, PLAIN_RLOO, mask)
+    torch.testing.assert_close(advantages, torch.tensor([1.0, -1.0, 0.0, -3.0, 0.0, 3.0]))
 
 
-def test_a_masked_reward_may_be_anything() -> None:
-    got = compute_advantages(torch.tensor([1.0, 0.0, math.nan]), 3, PLAIN_RLOO, torch.tensor([1.0, 1.0, 0.0]))
-    assert got.tolist() == [1.0, -1.0, 0.0]
+def test_masked_reward_may_be_nan() -> None:
+    advantages = compute_advantages(torch.tensor([1.0, 0.0, math.nan]), 3, PLAIN_RLOO, torch.tensor([1.0, 1.0, 0.0]))
+    assert advantages.tolist() == [1.0, -1.0, 0.0]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -88,12 +88,12 @@ def test_equal_rewards_give_exactly_zero(config: AdvantageConfig, reward: float)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_group_of_one_valid_sample_gives_zero(config: AdvantageConfig) -> None:
-    got = compute_advantages(torch.tensor([3.0, 1.0]), 2, config, torch.tensor([1.0, 0.0]))
-    assert got.tolist() == [0.0, 0.0]
+def test_single_valid_sample_gives_zero(config: AdvantageConfig) -> None:
+    advantages = compute_advantages(torch.tensor([3.0, 1.0]), 2, config, torch.tensor([1.0, 0.0]))
+    assert advantages.tolist() == [0.0, 0.0]
 
 
-def test_rounding_noise_is_not_blown_up() -> None:
+def test_rounding_noise_is_not_amplified() -> None:
     rewards = torch.tensor([0.5, 0.5 + 1e-10, 0.5, 0.5], dtype=torch.float64)
     assert compute_advantages(rewards, 4, AdvantageConfig()).abs().max().item() < 1e-3
 
@@ -107,14 +107,14 @@ def test_dtype_follows_the_rewards() -> None:
 @given(batches(), st.sampled_from(CONFIGS))
 def test_equals_the_slow_reference(batch: Batch, config: AdvantageConfig) -> None:
     rewards, groups, mask = batch
-    got = compute_advantages(torch.tensor(rewards), torch.tensor(groups), config, torch.tensor(mask))
+    advantages = compute_advantages(torch.tensor(rewards), torch.tensor(groups), config, torch.tensor(mask))
     expected = torch.tensor(slow_reference(rewards, groups, mask, config))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=100, deadline=None)
 @given(batches(), st.sampled_from(CONFIGS), st.randoms(use_true_random=False))
-def test_order_of_samples_does_not_matter(batch: Batch, config: AdvantageConfig, rng: random.Random) -> None:
+def test_sample_order_does_not_matter(batch: Batch, config: AdvantageConfig, rng: random.Random) -> None:
     rewards, groups, mask = (torch.tensor(column) for column in batch)
     order = list(range(len(rewards)))
     rng.shuffle(order)
@@ -143,10 +143,10 @@ def test_normalised_advantages_ignore_shift_and_scale(batch: Batch, shift: float
     )
 
 
-def test_leave_one_out_is_unbiased_and_the_mean_baseline_is_not() -> None:
-    """Kool et al.: the expected gradient with the leave-one-out baseline is that of the expected reward.
+def test_only_leave_one_out_is_unbiased() -> None:
+    """The expected gradient with the leave-one-out baseline is the gradient of the expected reward (Kool et al.).
 
-    Two samples of a biased coin p with reward 1 for heads; all four outcomes are enumerated.
+    The test enumerates all four outcomes of two samples of a biased coin p with reward 1 for heads.
     d E[r] / d theta = p (1 - p) for p = sigmoid(theta), and grad log pi is 1 - p for heads, -p for tails.
     """
     p = 0.3
@@ -163,7 +163,7 @@ def test_leave_one_out_is_unbiased_and_the_mean_baseline_is_not() -> None:
     assert expected["mean"] == pytest.approx(p * (1 - p) / 2)  # smaller by (n - 1) / n
 
 
-def test_signal() -> None:
+def test_group_has_signal() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     assert group_has_signal(rewards, 2).tolist() == [True, True, False, False, True, True, False, False]
     masked = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
@@ -175,13 +175,13 @@ def test_signal() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(batches())
-def test_signal_is_where_advantages_are_not_all_zero(batch: Batch) -> None:
+def test_signal_means_nonzero_advantages(batch: Batch) -> None:
     rewards, groups, mask = (torch.tensor(column) for column in batch)
     signal = group_has_signal(rewards, groups, mask)
     advantages = compute_advantages(rewards, groups, PLAIN_RLOO, mask)
     for group in groups.unique():
-        here = groups == group
-        assert signal[here].all() == signal[here].any() == (advantages[here] != 0).any()
+        members = groups == group
+        assert signal[members].all() == signal[members].any() == (advantages[members] != 0).any()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_signal_is_where_advantages_are_not_all_zero(batch: Batch) -> None:
         (torch.zeros(4), 2, torch.ones(3), "sample_mask has the shape"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_mismatched_arguments_are_refused(
     rewards: torch.Tensor, groups: torch.Tensor | int, mask: torch.Tensor | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -203,6 +203,6 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_reward_that_is_no_number_is_an_error_not_a_zero(broken: float) -> None:
+def test_non_finite_reward_is_an_error(broken: float) -> None:
     with pytest.raises(EnvironmentFailure, match="sample 1"):
         compute_advantages(torch.tensor([0.0, broken]), 2, PLAIN_RLOO)

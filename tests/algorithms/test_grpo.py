@@ -1,4 +1,4 @@
-"""The loop, with fakes at its protocol seams: a policy that is one number, a generator that answers with it."""
+"""Tests the GRPO loop with in-memory implementations of its interfaces: the policy is a single number."""
 
 import json
 import threading
@@ -27,7 +27,7 @@ PAD = 0
 
 @dataclass
 class FakePolicy:
-    """`skill` grows by the mean positive advantage; a completion is right with probability `skill`."""
+    """Has one weight, `skill`: the probability of a correct completion. It grows by the mean positive advantage."""
 
     skill: float = 0.3
     batches: list[BatchedDataDict] = field(default_factory=list)
@@ -95,7 +95,7 @@ class FakeEnvironment:
 
     def step(self, completions, metadata) -> EnvironmentReturn:
         if self.fails:
-            raise EnvironmentFailure("the judge is gone")
+            raise EnvironmentFailure("the grader died")
         count = len(completions)
         return EnvironmentReturn(
             rewards=np.array([c == "right" for c in completions], dtype=np.float32),
@@ -168,25 +168,25 @@ def build(*overrides: str, directory: Path | None = None, **parts: Any) -> GRPO:
     return GRPO(config=config, pad_token_id=PAD, **parts)
 
 
-def without_times(records: list[dict[str, Any]]) -> str:
+def without_timings(records: list[dict[str, Any]]) -> str:
     return json.dumps([{k: v for k, v in r.items() if not k.startswith(("timing/", "perf/"))} for r in records])
 
 
-def test_a_run_trains_all_steps_validates_and_says_why_it_ended():
+def test_run_trains_validates_and_returns_the_reason():
     job = build("grpo.validation.period=2")
     assert job.run() == "all 6 steps are done"
     assert [r["step"] for r in job.recorder.metrics if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in job.recorder.metrics if "val/accuracy" in r] == [0, 2, 4, 6]
     assert len(job.recorder.samples) == 4 * 8
-    # Generation always serves the weights after the step before, and is told only when they have changed.
+    # Generation always uses the weights of the previous step and is updated only when they changed.
     assert job.generation.syncs == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 4])
-def test_a_resumed_run_records_what_an_undisturbed_one_does(tmp_path, killed_after):
+def test_resumed_run_equals_an_uninterrupted_run(tmp_path, killed_after):
     options = ("checkpointing.save_period=1", "grpo.validation.period=2")
-    whole = build(*options, directory=tmp_path / "whole")
-    whole.run()
+    uninterrupted = build(*options, directory=tmp_path / "uninterrupted")
+    uninterrupted.run()
 
     first = build(
         *options, f"grpo.max_num_steps={killed_after}", "grpo.validation.at_end=false", directory=tmp_path / "x"
@@ -196,34 +196,34 @@ def test_a_resumed_run_records_what_an_undisturbed_one_does(tmp_path, killed_aft
     second.resume(second.checkpoints.latest())
     second.run()
     records = first.recorder.metrics + second.recorder.metrics
-    # The check against the generator also runs at the first step of the second life.
-    for record in records + whole.recorder.metrics:
+    # The logprob check also runs at the first step after a resume.
+    for record in records + uninterrupted.recorder.metrics:
         record.pop("train/logprob_error", None)
-    assert without_times(records) == without_times(whole.recorder.metrics)
-    assert second.policy.skill == whole.policy.skill
+    assert without_timings(records) == without_timings(uninterrupted.recorder.metrics)
+    assert second.policy.skill == uninterrupted.policy.skill
 
 
-def test_generation_that_disagrees_stops_the_run_before_the_gradient():
+def test_logprob_mismatch_stops_the_run_before_training():
     job = build(policy=FakePolicy(logprob_offset=0.5))
     with pytest.raises(LogprobMismatchError, match=r"differ by 0\.5 nats.*max_mean_error=0\.02"):
         job.run()
     assert job.policy.batches == []
 
 
-def test_generation_that_serves_other_weights_stops_the_run():
+def test_digest_mismatch_stops_the_run():
     job = build(generation=FakeGeneration(corrupt=True))
     with pytest.raises(WeightSyncError, match="garbage"):
         job.run()
 
 
-def test_a_failed_environment_is_an_error_and_never_reaches_the_gradient():
+def test_environment_failure_stops_the_run_before_training():
     job = build("grpo.validation.at_start=false", environment=FakeEnvironment(fails=True))
     with pytest.raises(EnvironmentFailure):
         job.run()
     assert job.policy.batches == []
 
 
-def test_dynamic_sampling_fills_the_batch_with_groups_that_teach():
+def test_dynamic_sampling_fills_the_batch_with_signal():
     job = build("grpo.dynamic_sampling.enabled=true", "grpo.max_num_steps=1", "grpo.validation.at_start=false")
     job.policy.skill = 0.05
     job.run()
@@ -234,7 +234,7 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_teach():
     assert job.recorder.metrics[0]["train/num_rollouts"] > 1
 
 
-def test_dynamic_sampling_gives_up_at_its_limit_and_still_fills_the_batch():
+def test_dynamic_sampling_stops_at_its_limit():
     job = build(
         "grpo.dynamic_sampling.enabled=true",
         "grpo.dynamic_sampling.max_generation_batches=3",
@@ -248,7 +248,7 @@ def test_dynamic_sampling_gives_up_at_its_limit_and_still_fills_the_batch():
     assert job.policy.batches[0]["advantages"].abs().max() == 0
 
 
-def test_early_stop_ends_the_run_at_the_validation_that_reaches_it():
+def test_early_stop_ends_the_run():
     job = build("grpo.early_stop.threshold=0.2", "grpo.validation.period=1", "grpo.validation.max_num_problems=8")
     job.policy.skill = 1.0
     assert job.run() == "val/accuracy reached 1.000"
@@ -265,14 +265,14 @@ def test_early_stop_ends_the_run_at_the_validation_that_reaches_it():
         ("checkpointing.metric_name=train/reward", "checkpointing.metric_name=train/reward is not measured"),
     ],
 )
-def test_a_metric_that_nobody_measures_is_refused_before_the_first_step(override, expected):
+def test_unknown_metric_is_refused_before_the_first_step(override, expected):
     job = build(override)
     with pytest.raises(ConfigError, match=expected):
         job.run()
     assert job.step == 0
 
 
-def test_a_checkpoint_that_cannot_be_used_says_so_in_one_sentence_and_what_to_do(tmp_path):
+def test_unusable_checkpoint_error_names_the_fix(tmp_path):
     class OtherModel(FakePolicy):
         def load_checkpoint(self, directory):
             error = RayTaskError("load_checkpoint", "a long traceback", CheckpointError("of another model"))
@@ -282,7 +282,7 @@ def test_a_checkpoint_that_cannot_be_used_says_so_in_one_sentence_and_what_to_do
     job = build(directory=tmp_path, policy=OtherModel())
     checkpoint = job.checkpoints.latest()
     with pytest.raises(
-        CheckpointError, match=f"^of another model. If it is damaged, remove {checkpoint.path}"
+        CheckpointError, match=f"^of another model. If the checkpoint is damaged, remove {checkpoint.path}"
     ) as raised:
         job.resume(checkpoint)
     assert "traceback" not in str(raised.value)
@@ -294,7 +294,7 @@ def test_epochs_limit_the_run():
     assert job.step == 2
 
 
-def test_validation_with_several_generations_reports_pass_at_k():
+def test_validation_reports_pass_at_k():
     job = build("grpo.validation.num_generations=4", "grpo.max_num_steps=1")
     job.run()
     record = job.recorder.metrics[0]
@@ -302,7 +302,7 @@ def test_validation_with_several_generations_reports_pass_at_k():
     assert record["val/pass@1"] <= record["val/pass@2"] <= record["val/pass@4"]
 
 
-def test_old_logprobs_are_computed_only_where_they_differ_from_the_current_ones():
+def test_old_logprobs_are_computed_only_for_several_updates():
     once = build("grpo.max_num_steps=1")
     once.run()
     assert "prev_logprobs" not in once.policy.batches[0]
@@ -315,36 +315,34 @@ def test_old_logprobs_are_computed_only_where_they_differ_from_the_current_ones(
     assert "prev_logprobs" in minibatches.policy.batches[0]
 
 
-def test_reference_logprobs_are_asked_for_only_with_a_kl_term():
+def test_reference_logprobs_are_computed_only_with_a_kl_term():
     for coefficient, expected in (("0", False), ("0.1", True)):
         job = build("grpo.max_num_steps=1", f"loss.kl_coef={coefficient}")
         job.run()
         assert ("reference_policy_logprobs" in job.policy.batches[0]) is expected
 
 
-# --- rollouts ahead --------------------------------------------------------------------------------------------------
-
 AHEAD = ("grpo.max_trajectory_age=1", "grpo.logprob_check.period=100")
 
 
-def test_rollouts_ahead_are_made_with_weights_of_the_step_before():
+def test_rollouts_ahead_use_older_weights():
     job = build(*AHEAD, "grpo.validation.at_start=false", "grpo.validation.period=0")
     job.run()
     records = [r for r in job.recorder.metrics if "train/loss" in r]
     assert [r["train/trajectory_age"] for r in records] == [0, 1, 1, 1, 1, 1]
-    # Steps 1 and 2 share the first weights; none is made for a step beyond the last.
+    # Steps 1 and 2 use the first weights. No rollout is generated beyond the last step.
     assert job.generation.num_calls == 6 + 1
     assert job.generation.syncs == [0, 1, 2, 3, 4, 6]
 
 
-def test_rollouts_lag_by_no_more_than_allowed():
+def test_trajectory_age_is_bounded():
     job = build("grpo.max_trajectory_age=3", "grpo.logprob_check.period=100", "grpo.validation.period=2")
     job.run()
     ages = [r["train/trajectory_age"] for r in job.recorder.metrics if "train/loss" in r]
     assert max(ages) == 3
 
 
-def test_steps_that_compare_logprobs_are_not_made_ahead():
+def test_check_steps_are_not_rolled_out_ahead():
     job = build("grpo.max_trajectory_age=2", "grpo.logprob_check.period=3")
     job.run()
     records = [r for r in job.recorder.metrics if "train/loss" in r]
@@ -353,7 +351,7 @@ def test_steps_that_compare_logprobs_are_not_made_ahead():
     assert all(r["train/trajectory_age"] == 0 for r in records if r["step"] in compared)
 
 
-def test_a_rollout_ahead_that_fails_ends_the_run_before_its_gradient():
+def test_failed_rollout_ahead_stops_the_run_before_training():
     job = build(*AHEAD, "grpo.validation.at_start=false", environment=FakeEnvironment(fails=True))
     with pytest.raises(EnvironmentFailure):
         job.run()
@@ -361,10 +359,10 @@ def test_a_rollout_ahead_that_fails_ends_the_run_before_its_gradient():
 
 
 @pytest.mark.parametrize("killed_after", [1, 3, 4])
-def test_a_resumed_run_goes_on_with_the_rollouts_that_were_ahead(tmp_path, killed_after):
+def test_resumed_run_reuses_the_rollouts_ahead(tmp_path, killed_after):
     options = (*AHEAD, "checkpointing.save_period=1", "grpo.validation.period=2", "grpo.dynamic_sampling.enabled=true")
-    whole = build(*options, directory=tmp_path / "whole")
-    whole.run()
+    uninterrupted = build(*options, directory=tmp_path / "uninterrupted")
+    uninterrupted.run()
     first = build(*options, directory=tmp_path / "x")
     original = first._save
 
@@ -380,16 +378,16 @@ def test_a_resumed_run_goes_on_with_the_rollouts_that_were_ahead(tmp_path, kille
     second.resume(second.checkpoints.latest())
     second.run()
     records = first.recorder.metrics + second.recorder.metrics
-    assert without_times(records) == without_times(whole.recorder.metrics)
+    assert without_timings(records) == without_timings(uninterrupted.recorder.metrics)
 
 
-def test_rollouts_ahead_end_with_the_problems():
+def test_rollouts_ahead_stop_after_the_last_epoch():
     job = build(*AHEAD, "grpo.max_num_epochs=1", loader=FakeLoader(length=8))
     assert job.run() == "all 1 epochs are done"
     assert job.step == 2
 
 
-def test_older_weights_need_a_correction():
+def test_older_weights_need_importance_correction():
     with pytest.raises(ConfigError, match="needs loss.importance_correction"):
         build(*AHEAD, "loss.importance_correction=none")
 
@@ -398,8 +396,8 @@ ON_ONE_GPU = ("cluster.gpus_per_node=1", "grpo.max_num_steps=2", "grpo.validatio
 SLEEPS = ("policy.generation.backend=vllm",)
 
 
-def events_of(*overrides: str) -> list[str]:
-    """What a run of two steps and a last validation asks of policy and generation, in order."""
+def record_calls(*overrides: str) -> list[str]:
+    """Return the calls to policy and generation in a run of two steps and a final validation."""
     events: list[str] = []
 
     class Generation(FakeGeneration):
@@ -419,7 +417,7 @@ def events_of(*overrides: str) -> list[str]:
 
     class Policy(FakePolicy):
         def offload(self, *, keep_weights=False):
-            events.append("leave, but for the weights" if keep_weights else "leave")
+            events.append("offload but weights" if keep_weights else "offload")
 
         def get_logprobs(self, batch):
             events.append("logprobs")
@@ -433,57 +431,57 @@ def events_of(*overrides: str) -> list[str]:
     return events
 
 
-def test_policy_and_generation_take_turns_on_shared_gpus():
-    generates = ["update", "leave", "wake kv_cache", "generate", "sleep"]
-    assert events_of(*SLEEPS) == [
-        # generation is awake when it has started
-        *["leave, but for the weights", "update", "leave", "generate", "sleep", "logprobs", "train"],
-        *["leave, but for the weights", "wake weights", *generates, "train"],
-        *["leave, but for the weights", "wake weights", *generates],
+def test_policy_and_generation_alternate_on_shared_gpus():
+    generates = ["update", "offload", "wake kv_cache", "generate", "sleep"]
+    assert record_calls(*SLEEPS) == [
+        # Generation starts awake.
+        *["offload but weights", "update", "offload", "generate", "sleep", "logprobs", "train"],
+        *["offload but weights", "wake weights", *generates, "train"],
+        *["offload but weights", "wake weights", *generates],
     ]
 
 
-def test_weights_that_generation_has_already_are_not_asked_for():
-    events = events_of(*SLEEPS, "grpo.validation.at_start=true", "grpo.max_num_steps=1")
+def test_current_weights_are_not_published_again():
+    events = record_calls(*SLEEPS, "grpo.validation.at_start=true", "grpo.max_num_steps=1")
     rollout = events[events.index("sleep") + 1 :]
-    assert rollout[:4] == ["leave", "wake all", "generate", "sleep"]
+    assert rollout[:4] == ["offload", "wake all", "generate", "sleep"]
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ("policy.offload=false", *SLEEPS),
-        ("policy.generation.backend=torch",),  # which does not sleep
+        ("policy.generation.backend=torch",),  # does not support sleep
         ("policy.generation.backend=vllm", "policy.generation.options.enable_sleep_mode=false"),
     ],
 )
-def test_a_policy_that_need_not_leave_stays(overrides):
-    events = events_of(*overrides)
-    assert not [event for event in events if event.startswith("leave")]
+def test_policy_is_not_offloaded_when_disabled(overrides):
+    events = record_calls(*overrides)
+    assert not [event for event in events if event.startswith("offload")]
     assert "sleep" in events
 
 
 @pytest.mark.parametrize("overrides", [("cluster.generation.gpus_per_node=1",), AHEAD])
-def test_nobody_takes_turns_where_each_has_its_own_time_or_place(overrides):
-    assert set(events_of(*SLEEPS, *overrides)) == {"update", "generate", "logprobs", "train"}
+def test_separate_or_asynchronous_groups_do_not_sleep(overrides):
+    assert set(record_calls(*SLEEPS, *overrides)) == {"update", "generate", "logprobs", "train"}
 
 
-def test_a_policy_leaves_a_cpu_too_where_asked_to():
-    events = events_of("cluster.gpus_per_node=0", "policy.offload=true")
-    assert events[:5] == ["leave, but for the weights", "update", "leave", "generate", "logprobs"]
+def test_policy_can_be_offloaded_on_cpu():
+    events = record_calls("cluster.gpus_per_node=0", "policy.offload=true")
+    assert events[:5] == ["offload but weights", "update", "offload", "generate", "logprobs"]
 
 
-def test_a_policy_that_trains_ahead_cannot_leave():
+def test_offload_is_refused_with_rollouts_ahead():
     with pytest.raises(ConfigError, match=r"policy\.offload=true: with grpo\.max_trajectory_age=1"):
         build(*AHEAD, "policy.offload=true")
 
 
 class SlowGeneration(FakeGeneration):
-    """From the second on, a call lasts until weights change under it, or for `patience_s`."""
+    """Blocks each call but the first until an in-flight weight update, or for `timeout_s`."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, timeout_s: float) -> None:
         super().__init__()
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self.changed = threading.Event()
 
     def update_weights(self, update, *, in_flight=False):
@@ -493,13 +491,13 @@ class SlowGeneration(FakeGeneration):
 
     def generate(self, *args, **kwargs):
         if self.num_calls:
-            self.changed.wait(self.patience_s)
+            self.changed.wait(self.timeout_s)
         return super().generate(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("wanted", "patience_s"), [(False, 0.3), (True, 60.0)])
-def test_weights_reach_a_rollout_that_is_under_way_only_where_asked_for(wanted, patience_s):
-    generation = SlowGeneration(patience_s)
+@pytest.mark.parametrize(("enabled", "timeout_s"), [(False, 0.3), (True, 60.0)])
+def test_in_flight_updates_are_opt_in(enabled, timeout_s):
+    generation = SlowGeneration(timeout_s)
     quick = ("grpo.max_num_steps=3", "grpo.validation={at_start: false, at_end: false, period: 0}")
-    build(*AHEAD, *quick, f"grpo.in_flight_weight_updates={wanted}", generation=generation).run()
-    assert (generation.num_in_flight > 0) is wanted
+    build(*AHEAD, *quick, f"grpo.in_flight_weight_updates={enabled}", generation=generation).run()
+    assert (generation.num_in_flight > 0) is enabled

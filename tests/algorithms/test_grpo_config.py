@@ -1,4 +1,4 @@
-"""Values of a GRPO job's configuration that no run could honour are refused when it is read."""
+"""Tests that invalid values of a GRPO configuration are refused when it is loaded."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from nemo_rl.utils.config import load_config
         ("grpo.in_flight_weight_updates=true", "needs max_trajectory_age of at least 1"),
     ],
 )
-def test_a_value_that_no_run_could_honour_is_refused(override: str, expected: str) -> None:
+def test_invalid_value_is_refused(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(MasterConfig, None, [override])
 
 
-def test_in_flight_updates_go_with_rollouts_ahead() -> None:
+def test_in_flight_updates_work_with_rollouts_ahead() -> None:
     overrides = ["grpo.in_flight_weight_updates=true", "grpo.max_trajectory_age=1"]
     assert load_config(MasterConfig, None, overrides).grpo.in_flight_weight_updates

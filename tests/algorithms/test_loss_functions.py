@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss against hand-computed values, a slow reference and exact expectations."""
+"""Compares the clipped policy-gradient loss with hand-computed values, a slow reference and exact expectations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nemo_rl.algorithms.config import LossConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 
 Batch = dict[str, torch.Tensor]
-# Clips, dual clip and truncation all bite on the batches below.
+# Clipping, dual clip and truncation all take effect on the batches below.
 TIGHT = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.25, "dual_clip": 1.5, "importance_cap": 1.2}
 
 
 def make_batch(rows: int, length: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Batch]:
-    """Random log-probabilities of a policy, and a batch whose old policies lie around it."""
+    """Make random log-probabilities of a policy, and a batch whose old policies are close to it."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def make_batch(rows: int, length: int, seed: int, dtype: torch.dtype = torch.flo
         "generation_logprobs": logprobs + 0.3 * noise(rows, length),
         "reference_policy_logprobs": logprobs + 0.5 * noise(rows, length),
     }
-    batch["token_mask"][0, 1], batch["sample_mask"][0] = 1, 1  # never empty as a whole
+    batch["token_mask"][0, 1], batch["sample_mask"][0] = 1, 1  # at least one counted token
     return logprobs, batch
 
 
@@ -52,7 +52,7 @@ def apply(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> tuple[tor
 
 
 def slow_reference(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> dict[str, float]:
-    """Loss and metrics token by token, with the standard library only."""
+    """Compute loss and metrics token by token with the standard library."""
     data = {name: value.tolist() for name, value in batch.items()}
     sums = dict.fromkeys(
         ("ratio_mean", "clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl", "entropy_estimate",
@@ -67,7 +67,7 @@ def slow_reference(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> 
         counted = [t for t in range(1, len(row)) if data["token_mask"][i][t]]
         advantage = data["advantages"][i]
         per_sample.append([])
-        whole = math.prod(
+        sequence_weight = math.prod(
             math.exp(data["prev_logprobs"][i][t]) / math.exp(data["generation_logprobs"][i][t]) for t in counted
         )
         for t in counted:
@@ -79,10 +79,10 @@ def slow_reference(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> 
             if config.dual_clip is not None and advantage < 0:
                 surrogate = max(surrogate, config.dual_clip * advantage)
                 sums["clip_fraction_dual"] += ratio > config.dual_clip
-            raw = whole if config.importance_correction == "sequence" else math.exp(old) / math.exp(gen)
+            raw = sequence_weight if config.importance_correction == "sequence" else math.exp(old) / math.exp(gen)
             cap = config.importance_cap or math.inf
             weight = 1.0 if config.importance_correction == "none" else min(raw, cap)
-            inverse = math.exp(ref) / math.exp(row[t])  # pi_ref / pi, as Schulman's note has it
+            inverse = math.exp(ref) / math.exp(row[t])  # pi_ref / pi, as in Schulman's note
             kl = {
                 "k1": -math.log(inverse),
                 "k2": math.log(inverse) ** 2 / 2,
@@ -113,7 +113,7 @@ def slow_reference(config: LossConfig, logprobs: torch.Tensor, batch: Batch) -> 
 
 
 def one_token(ratio: float, advantage: float, **options: Any) -> float:
-    """The loss of a single token whose ratio to the previous policy is `ratio`."""
+    """Compute the loss of a single token with this ratio to the previous policy."""
     logprobs = torch.tensor([[0.0, math.log(0.25 * ratio)]], dtype=torch.float64)
     old = torch.tensor([[0.0, math.log(0.25)]], dtype=torch.float64)
     batch = {
@@ -132,8 +132,8 @@ def one_token(ratio: float, advantage: float, **options: Any) -> float:
         (1.0, 2.0, -2.0),  # on policy: -A
         (1.1, 2.0, -2.2),  # inside the clip range: -rA
         (2.0, 2.0, -2.6),  # above 1 + 0.3 with A > 0: clipped
-        (0.5, 2.0, -1.0),  # below 1 - 0.2 with A > 0: the clip must not hide a good token made unlikely
-        (2.0, -2.0, 4.0),  # above with A < 0: nor a bad one made likely
+        (0.5, 2.0, -1.0),  # below 1 - 0.2 with A > 0: not clipped
+        (2.0, -2.0, 4.0),  # above with A < 0: not clipped
         (0.5, -2.0, 1.6),  # below with A < 0: clipped
         (2.0, 0.0, 0.0),
     ],
@@ -151,7 +151,7 @@ def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float) -> None:
 
 
 def two_samples() -> tuple[torch.Tensor, Batch]:
-    """One token with advantage 3 and three tokens with advantage -1, on policy."""
+    """Make one token with advantage 3 and three tokens with advantage -1, on policy."""
     logprobs = torch.full((2, 5), -1.0, dtype=torch.float64)
     return logprobs, {
         "token_mask": torch.tensor([[0.0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]),
@@ -170,7 +170,7 @@ def test_aggregation_by_hand() -> None:
 
 def test_importance_correction_by_hand() -> None:
     logprobs, batch = two_samples()
-    # The generator found each token 1.5 times less likely than the policy does.
+    # Under the generator each token is 1.5 times less likely than under the policy.
     batch["generation_logprobs"] = logprobs - math.log(1.5)
     token = apply(LossConfig(importance_correction="token"), logprobs, batch)
     assert token[0].item() == pytest.approx(1.5 * (-3 + 3) / 4)
@@ -199,7 +199,7 @@ def test_kl_by_hand(estimator: Any, expected: float) -> None:
 
 
 def exact_kl_gradient(estimator: Any, theta: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Expected gradient of the KL term over all tokens of a small vocabulary, weighted by the policy's probability."""
+    """Compute the expected gradient of the KL term over all tokens of a small vocabulary."""
     expected = torch.zeros_like(theta)
     for token in range(len(theta)):
         logits = theta.clone().requires_grad_()
@@ -232,7 +232,7 @@ def test_expected_gradient_of_each_kl_estimator(estimator: str, direction: str) 
 
 
 def test_gradient_of_the_plain_loss_is_the_policy_gradient() -> None:
-    """On policy and without extras: -A * grad(log pi) / number of tokens."""
+    """On policy and without KL term the gradient is -A * grad(log pi) / number of tokens."""
     logprobs, batch = two_samples()
     leaf = logprobs.clone().requires_grad_()
     apply(LossConfig(), leaf, batch)[0].backward()
@@ -274,7 +274,7 @@ def test_gradient_equals_finite_differences(config: LossConfig) -> None:
 
 
 def test_gradient_of_k1_equals_that_of_k2() -> None:
-    """k1's gradient is not that of its value (see the docstring), so finite differences do not apply to it."""
+    """The gradient of k1 is not the derivative of its value, so finite differences do not apply to it."""
     logprobs, batch = make_batch(3, 5, seed=7)
     gradients = []
     for estimator in ("k1", "k2"):
@@ -288,29 +288,29 @@ def test_gradient_of_k1_equals_that_of_k2() -> None:
 @given(st.sampled_from(ALL_VARIANTS), st.integers(2, 8), st.integers(0, 10**6), st.lists(st.integers(1, 7), max_size=4))
 def test_micro_batches_add_up(config: LossConfig, rows: int, seed: int, cuts: list[int]) -> None:
     logprobs, batch = make_batch(rows, 6, seed)
-    whole = logprobs.clone().requires_grad_()
-    loss, metrics = apply(config, whole, batch)
+    single = logprobs.clone().requires_grad_()
+    loss, metrics = apply(config, single, batch)
     loss.backward()
     parts = logprobs.clone().requires_grad_()
     edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
     total, reduced = 0.0, dict[str, float]()
     for start, end in itertools.pairwise(edges):
         part = {name: value[start:end] for name, value in batch.items()}
-        piece, piece_metrics = ClippedPGLoss(config)(parts[start:end], part, *counts(batch))
-        piece.backward()
-        total += piece.item()
-        for name, value in piece_metrics.items():
+        part_loss, part_metrics = ClippedPGLoss(config)(parts[start:end], part, *counts(batch))
+        part_loss.backward()
+        total += part_loss.item()
+        for name, value in part_metrics.items():
             join = max if name.endswith("_max") else min if name.endswith("_min") else (lambda a, b: a + b)
             reduced[name] = join(reduced[name], value.item()) if name in reduced else value.item()
     assert total == pytest.approx(loss.item(), abs=1e-12)
-    torch.testing.assert_close(parts.grad, whole.grad)
+    torch.testing.assert_close(parts.grad, single.grad)
     for name, value in metrics.items():
         assert reduced[name] == pytest.approx(value.item(), abs=1e-12), name
 
 
 @pytest.mark.parametrize("config", ALL_VARIANTS, ids=variant_name)
-def test_what_does_not_count_cannot_matter(config: LossConfig) -> None:
-    """Poison in masked tokens, masked samples and position 0 reaches neither loss, metrics nor gradient."""
+def test_masked_positions_have_no_effect(config: LossConfig) -> None:
+    """NaN and inf in masked tokens, masked samples and position 0 reach neither loss, metrics nor gradient."""
     logprobs, batch = make_batch(6, 6, seed=3)
     batch["sample_mask"][2] = 0
     clean = logprobs.clone().requires_grad_()
@@ -334,8 +334,8 @@ def test_what_does_not_count_cannot_matter(config: LossConfig) -> None:
 
 
 @pytest.mark.parametrize("config", ALL_VARIANTS, ids=variant_name)
-def test_nothing_counts(config: LossConfig) -> None:
-    """A fully masked micro-batch is neutral; so is a batch of prompts only (T = 1)."""
+def test_fully_masked_batch_is_neutral(config: LossConfig) -> None:
+    """A batch with only prompts (T = 1) is neutral as well."""
     logprobs, batch = make_batch(2, 4, seed=1)
     batch["sample_mask"] = torch.zeros(2)
     loss, metrics = apply(config, logprobs.requires_grad_(), batch)
@@ -363,14 +363,14 @@ def test_no_gradient_reaches_the_old_policies() -> None:
     assert [tensor.grad for tensor in old] == [None, None]
 
 
-def test_kl_is_a_metric_even_without_weight() -> None:
+def test_kl_is_reported_with_zero_coefficient() -> None:
     logprobs, batch = make_batch(4, 6, seed=2)
     loss, metrics = apply(LossConfig(kl_coef=0.0), logprobs, batch)
     assert metrics["kl"].item() > 0
     assert loss.item() == metrics["policy_loss"].item()
 
 
-def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
+def test_missing_old_logprobs_default_to_the_policy() -> None:
     logprobs, batch = make_batch(3, 6, seed=11)
     logprobs.requires_grad_()
     on_policy = batch | {"prev_logprobs": logprobs.detach()}
@@ -393,22 +393,22 @@ def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
         ({}, "advantages", "the loss"),
     ],
 )
-def test_a_missing_key_is_named(options: dict[str, Any], missing: str, needed_by: str) -> None:
+def test_missing_key_is_named(options: dict[str, Any], missing: str, needed_by: str) -> None:
     logprobs, batch = make_batch(2, 4, seed=2)
     del batch[missing]
     with pytest.raises(ValueError, match=f"{needed_by} needs '{missing}'"):
         apply(LossConfig(**options), logprobs, batch)
 
 
-def test_a_wrong_shape_is_named() -> None:
+def test_wrong_shape_is_named() -> None:
     logprobs, batch = make_batch(2, 4, seed=2)
     batch["prev_logprobs"] = batch["prev_logprobs"][:, 1:]
     with pytest.raises(ValueError, match=r"'prev_logprobs' has the shape \[2, 3\], expected \[2, 4\]"):
         apply(LossConfig(), logprobs, batch)
 
 
-def test_a_pickled_loss_needs_torch_only(tmp_path: Any) -> None:
-    """It is unpickled in every policy worker's venv, whatever else that holds."""
+def test_pickled_loss_needs_only_torch(tmp_path: Any) -> None:
+    """Policy workers in any venv unpickle the loss."""
     loss_fn = ClippedPGLoss(LossConfig(kl_coef=0.1, **TIGHT))  # type: ignore[arg-type]
     logprobs, batch = make_batch(3, 5, seed=5)
     (tmp_path / "case.pkl").write_bytes(pickle.dumps((loss_fn, logprobs, batch, counts(batch))))

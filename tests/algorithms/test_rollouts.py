@@ -13,7 +13,7 @@ from nemo_rl.observability.timer import Timer
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (4, 1, 2), (5, 2, 3), (6, 6, 6), (6, 0, 6), (7, 3, 1)])
-def test_pass_at_k_equals_counting_all_subsets(n, c, k):
+def test_pass_at_k_equals_subset_count(n, c, k):
     outcomes = [True] * c + [False] * (n - c)
     subsets = list(itertools.combinations(outcomes, k))
     assert math.isclose(pass_at_k(n, c, k), sum(map(any, subsets)) / len(subsets))
@@ -25,7 +25,7 @@ def test_pass_at_k_refuses_impossible_counts(n, c, k):
         pass_at_k(n, c, k)
 
 
-def test_seeds_depend_on_every_part_and_on_nothing_else():
+def test_seeds_depend_on_every_part():
     seeds = {draw_seed(a, b, c) for a in range(3) for b in ("train", "validation") for c in range(3)}
     assert len(seeds) == 18
     assert draw_seed(1, "train", 2) == draw_seed(1, "train", 2)
@@ -33,7 +33,7 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
     assert draw_seed(1, 23) != draw_seed(12, 3)
 
 
-def test_the_training_batch_counts_exactly_the_completion_tokens():
+def test_training_batch_masks_completion_tokens():
     result = GenerationResult(
         output_ids=torch.tensor([[5, 6, 7, 8, 0], [5, 7, 0, 0, 0]]),
         output_lengths=torch.tensor([4, 2]),
@@ -49,7 +49,7 @@ def test_the_training_batch_counts_exactly_the_completion_tokens():
     assert batch["sample_mask"].tolist() == [1, 1]
 
 
-def rollout_of(rewards: list[float], length: int, group_size: int) -> Rollout:
+def make_rollout(rewards: list[float], length: int, group_size: int) -> Rollout:
     count = len(rewards)
     batch = BatchedDataDict(
         input_ids=torch.ones(count, length, dtype=torch.long),
@@ -61,26 +61,26 @@ def rollout_of(rewards: list[float], length: int, group_size: int) -> Rollout:
     return Rollout(batch, torch.zeros(count, dtype=torch.bool), texts, texts, {"accuracy": sum(rewards) / count})
 
 
-def test_concatenated_rollouts_keep_their_groups_apart_and_pad():
-    whole = concatenate([rollout_of([1, 0], 3, 2), rollout_of([1, 1, 0, 0], 5, 2)], pad_token_id=9)
-    assert whole.batch["group"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert whole.batch["input_ids"][0].tolist() == [1, 1, 1, 9, 9]
-    assert whole.batch["token_mask"][0].tolist() == [1, 1, 1, 0, 0]
-    assert whole.metrics["accuracy"] == pytest.approx(0.5)
-    assert whole.completions == ["0", "1", "0", "1", "2", "3"]
+def test_concatenate_pads_and_separates_groups():
+    rollout = concatenate([make_rollout([1, 0], 3, 2), make_rollout([1, 1, 0, 0], 5, 2)], pad_token_id=9)
+    assert rollout.batch["group"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert rollout.batch["input_ids"][0].tolist() == [1, 1, 1, 9, 9]
+    assert rollout.batch["token_mask"][0].tolist() == [1, 1, 1, 0, 0]
+    assert rollout.metrics["accuracy"] == pytest.approx(0.5)
+    assert rollout.completions == ["0", "1", "0", "1", "2", "3"]
 
 
-def test_selection_keeps_texts_and_tensors_together():
-    chosen = select(rollout_of([1, 0, 1, 0], 2, 2), torch.tensor([False, False, True, True]))
+def test_select_keeps_texts_and_tensors_aligned():
+    chosen = select(make_rollout([1, 0, 1, 0], 2, 2), torch.tensor([False, False, True, True]))
     assert chosen.completions == ["2", "3"]
     assert chosen.batch["rewards"].tolist() == [1, 0]
 
 
 class Echo:
-    """Completes prompt p with p + 1 tokens, all equal to 10 p + (number of the completion), and streams by `pieces`."""
+    """Completes prompt p with p + 1 tokens of value 10 p + completion index; streams the prompts in `chunks`."""
 
-    def __init__(self, pieces: list[list[int]]) -> None:
-        self.pieces = pieces
+    def __init__(self, chunks: list[list[int]]) -> None:
+        self.chunks = chunks
 
     def generate(self, prompts, *, seed, num_generations, greedy, sampling, chosen=None) -> GenerationResult:
         ids = prompts["input_ids"][:, 0].tolist() if chosen is None else chosen
@@ -98,12 +98,12 @@ class Echo:
             weights_version=0,
         )
 
-    def stream(self, prompts, **how):
-        for piece in self.pieces:
-            yield piece, self.generate(prompts, **how, chosen=piece)
+    def stream(self, prompts, **options):
+        for chunk in self.chunks:
+            yield chunk, self.generate(prompts, **options, chosen=chunk)
 
 
-class Judge:
+class Grader:
     def step(self, completions, metadata) -> EnvironmentReturn:
         values = [int(text) for text in completions]
         assert [m["ground_truth"] for m in metadata] == [f"a{v // 10}" for v in values]
@@ -116,8 +116,8 @@ class Judge:
         return result, {"last": float(result.rewards[-1])}
 
 
-@pytest.mark.parametrize("pieces", [[[2], [0, 1]], [[1], [2], [0]], [[2, 1, 0]]])
-def test_a_streamed_rollout_is_the_one_that_comes_at_once(pieces):
+@pytest.mark.parametrize("chunks", [[[2], [0, 1]], [[1], [2], [0]], [[2, 1, 0]]])
+def test_streamed_rollout_equals_batch_rollout(chunks):
     problems = BatchedDataDict(
         input_ids=torch.tensor([[0], [1], [2]]),
         input_lengths=torch.ones(3, dtype=torch.long),
@@ -125,13 +125,13 @@ def test_a_streamed_rollout_is_the_one_that_comes_at_once(pieces):
         answer=["a0", "a1", "a2"],
         metadata=[{}] * 3,
     )
-    at_once, streamed = (
-        collect(problems, Echo(pieces), Judge(), num_generations=2, seed=0, timer=Timer(), streaming=streaming)
+    batch_rollout, streamed = (
+        collect(problems, Echo(chunks), Grader(), num_generations=2, seed=0, timer=Timer(), streaming=streaming)
         for streaming in (False, True)
     )
-    assert streamed.completions == at_once.completions == ["0", "1", "10", "11", "20", "21"]
-    assert streamed.prompts == at_once.prompts
-    assert streamed.metrics == at_once.metrics == {"last": 21.0}
-    assert torch.equal(streamed.truncated, at_once.truncated)
-    for key, value in at_once.batch.items():
+    assert streamed.completions == batch_rollout.completions == ["0", "1", "10", "11", "20", "21"]
+    assert streamed.prompts == batch_rollout.prompts
+    assert streamed.metrics == batch_rollout.metrics == {"last": 21.0}
+    assert torch.equal(streamed.truncated, batch_rollout.truncated)
+    for key, value in batch_rollout.batch.items():
         assert torch.equal(streamed.batch[key], value), key

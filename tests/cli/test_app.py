@@ -1,4 +1,4 @@
-"""How `nemo-rl` ends where the place that it writes to does not take what it says."""
+"""Tests `nemo-rl` with a closed pipe, a full disk and a limited locale."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shell(line: str, store: Path, stdout: int = subprocess.PIPE, **env: str) -> 
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path, unbuffered: str) -> None:
+def test_closed_pipe_is_silent(tmp_path: Path, unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = shell(COMMAND, tmp_path, writer, PYTHONUNBUFFERED=unbuffered)
@@ -37,7 +37,7 @@ def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path, unbuffe
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_result_that_cannot_be_written_is_a_failure_in_one_sentence(tmp_path: Path, unbuffered: str) -> None:
+def test_full_disk_is_one_message(tmp_path: Path, unbuffered: str) -> None:
     done = shell(f"{COMMAND} >/dev/full", tmp_path, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 1
     assert done.stderr.startswith("nemo-rl: ")
@@ -45,12 +45,12 @@ def test_a_result_that_cannot_be_written_is_a_failure_in_one_sentence(tmp_path: 
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_closed_standard_output_does_not_matter(tmp_path: Path) -> None:
+def test_closed_standard_output_is_accepted(tmp_path: Path) -> None:
     done = shell(f"{COMMAND} >&-", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_the_locale_does_not_have_is_written_all_the_same(tmp_path: Path) -> None:
+def test_characters_outside_the_locale_are_escaped(tmp_path: Path) -> None:
     done = shell(f"{COMMAND.rpartition(' ')[0]} why base n\u00fcmpy", tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (1, "")
     assert "base does not have n\\xfcmpy." in done.stdout

@@ -1,4 +1,4 @@
-"""`nemo-rl doctor` and `nemo-rl plan` as processes."""
+"""Runs `nemo-rl doctor` and `nemo-rl plan` as processes."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
     return {check["name"]: check for check in json.loads(done.stdout)}
 
 
-def test_a_sound_machine_has_nothing_fatal_and_json_stands_alone(tmp_path: Path) -> None:
+def test_healthy_machine_has_no_fatal_check(tmp_path: Path) -> None:
     done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
-    found = checks(done)
+    findings = checks(done)
     assert done.returncode == 0, done.stdout
-    assert {"Python", "uv", "lock", "Ray", "CPU", "GPU", "ports", "clock", "file system", "build locks"} <= found.keys()
-    assert all(check["fix"] for check in found.values() if check["state"] != "ok")
+    expected = {"Python", "uv", "lock", "Ray", "CPU", "GPU", "ports", "clock", "file system", "build locks"}
+    assert expected <= findings.keys()
+    assert all(check["fix"] for check in findings.values() if check["state"] != "ok")
     assert list(tmp_path.glob(".clock*")) == list(tmp_path.glob(".lock-*")) == []
 
 
-def test_a_machine_with_gpus_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_machine_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     assert check_compiler().state == OK
     driver = tmp_path / "nvidia-smi"
     driver.touch(mode=0o755)
-    lacking = check_compiler()
-    assert (lacking.state, "no C compiler" in lacking.found, "install gcc" in lacking.fix) == (WARNING, True, True)
+    missing = check_compiler()
+    assert (missing.state, "no C compiler" in missing.found, "install gcc" in missing.fix) == (WARNING, True, True)
     (tmp_path / "gcc").touch(mode=0o755)
     assert "C compiler" not in check_compiler().found
 
@@ -97,23 +98,21 @@ def test_a_cpu_without_avx2_is_a_warning() -> None:
         ({"NEMO_RL_PROJECT_ROOT": "/nowhere"}, "lock", "NEMO_RL_PROJECT_ROOT"),
     ],
 )
-def test_what_would_stop_a_run_is_fatal_and_says_the_fix(
-    tmp_path: Path, env: dict[str, str], name: str, fix: str
-) -> None:
+def test_fatal_checks_suggest_the_fix(tmp_path: Path, env: dict[str, str], name: str, fix: str) -> None:
     done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path), **env)
     assert done.returncode == 1
     assert checks(done)[name]["state"] == "fatal"
     assert fix in checks(done)[name]["fix"]
 
 
-def test_a_lock_that_does_not_match_says_to_lock_again(tmp_path: Path) -> None:
+def test_lock_mismatch_suggests_uv_lock(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\n')
     done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path / "v"), NEMO_RL_PROJECT_ROOT=str(tmp_path))
     assert done.returncode == 1
     assert "uv lock" in checks(done)["lock"]["fix"]
 
 
-def test_a_port_in_use_and_a_held_build_lock_are_warnings_with_their_holder(tmp_path: Path) -> None:
+def test_port_and_lock_warnings_name_the_holder(tmp_path: Path) -> None:
     store = tmp_path / ".store"
     store.mkdir()
     with socket.socket() as taken, (store / "0123456789abcdef.lock").open("w") as lock:
@@ -122,20 +121,20 @@ def test_a_port_in_use_and_a_held_build_lock_are_warnings_with_their_holder(tmp_
             taken.bind(("127.0.0.1", 10001))
             taken.listen()
         except OSError:
-            pass  # somebody else has it, which serves as well
+            pass  # another process already uses the port
         lock.write(json.dumps({"pid": 42, "host": "h"}))
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0
-    found = checks(done)
-    assert "10001" in found["ports"]["found"]
-    assert found["build locks"]["state"] == "warning"
-    assert '"pid": 42' in found["build locks"]["found"]
+    findings = checks(done)
+    assert "10001" in findings["ports"]["found"]
+    assert findings["build locks"]["state"] == "warning"
+    assert '"pid": 42' in findings["build locks"]["found"]
     assert checks(run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path)))["build locks"]["state"] == "ok"
 
 
-def test_a_venv_directory_that_is_a_file_is_fatal(tmp_path: Path) -> None:
+def test_file_as_venv_directory_is_fatal(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path / "file"))
     assert done.returncode == 1
@@ -143,13 +142,13 @@ def test_a_venv_directory_that_is_a_file_is_fatal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("doctor", "--json"), ("plan", str(CONFIG), "--json")])
-def test_a_user_without_an_account_or_home_directory_gets_an_answer(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_user_without_account_or_home_is_supported(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     program = (
         "import os, pwd\n"
         "os.environ.pop('HOME', None)\n"
-        "def nobody(uid):\n"
-        "    raise KeyError(uid)\n"  # as for `docker run --user 4444`
-        "pwd.getpwuid = nobody\n"
+        "def unknown_user(uid):\n"
+        "    raise KeyError(uid)\n"  # as in `docker run --user 4444`
+        "pwd.getpwuid = unknown_user\n"
         "from nemo_rl.cli import main\n"
         "main()\n"
     )
@@ -159,23 +158,23 @@ def test_a_user_without_an_account_or_home_directory_gets_an_answer(tmp_path: Pa
         assert "HOME" in checks(done)["home"]["fix"]
 
 
-def test_a_clock_that_is_off_is_told(tmp_path: Path) -> None:
+def test_clock_offset_is_a_warning(tmp_path: Path) -> None:
     program = (
         "import time, os, pathlib\n"
         "touch = pathlib.Path.touch\n"
         "def late(path, *a, **k):\n"
-        "    touch(path); os.utime(path, (time.time() - 60,) * 2)\n"  # as a file server that is a minute behind
+        "    touch(path); os.utime(path, (time.time() - 60,) * 2)\n"  # a file server whose clock is a minute behind
         "pathlib.Path.touch = late\n"
         "from nemo_rl.cli import checks\n"
         "print(checks.check_clock())\n"
     )
     done = run(program=program, NEMO_RL_VENV_DIR=str(tmp_path))
     assert "state='warning'" in done.stdout
-    assert "60 s away" in done.stdout
+    assert "differs by 60 s" in done.stdout
 
 
-def on_a_cluster(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line against a running cluster with two CPUs, whose address it is given."""
+def run_on_cluster(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Start a local cluster with two CPUs and run the command line with its address."""
     program = (
         "import sys\n"
         "import ray\n"
@@ -188,17 +187,17 @@ def on_a_cluster(*arguments: str, **env: str) -> subprocess.CompletedProcess[str
     return run(program=program, **env)
 
 
-def test_every_node_of_a_running_cluster_is_checked(tmp_path: Path) -> None:
-    done = on_a_cluster("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
+def test_doctor_checks_every_node_of_a_cluster(tmp_path: Path) -> None:
+    done = run_on_cluster("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert {check["node"] for check in found} == {"127.0.0.1"}
-    states = {check["name"]: check["state"] for check in found}
+    findings = json.loads(done.stdout)
+    assert {check["node"] for check in findings} == {"127.0.0.1"}
+    states = {check["name"]: check["state"] for check in findings}
     assert "uv" in states
     assert states["clock of the driver"] == "ok"
 
 
-def test_two_nodes_of_one_address_are_told_apart(tmp_path: Path) -> None:
+def test_nodes_with_one_address_are_listed_separately(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from ray.cluster_utils import Cluster\n"
@@ -211,29 +210,28 @@ def test_two_nodes_of_one_address_are_told_apart(tmp_path: Path) -> None:
         "main()\n"
     )
     done = run(program=program, NEMO_RL_VENV_DIR=str(tmp_path), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
-    found = json.loads(done.stdout)
-    assert {check["node"] for check in found} == {"127.0.0.1"}
-    names = {
-        node_id: [c["name"] for c in found if c["node_id"] == node_id] for node_id in {c["node_id"] for c in found}
-    }
+    findings = json.loads(done.stdout)
+    assert {check["node"] for check in findings} == {"127.0.0.1"}
+    node_ids = {check["node_id"] for check in findings}
+    names = {node_id: [c["name"] for c in findings if c["node_id"] == node_id] for node_id in node_ids}
     assert len(names) == 2
-    assert all(own.count("uv") == own.count("clock of the driver") == 1 for own in names.values())
+    assert all(checks.count("uv") == checks.count("clock of the driver") == 1 for checks in names.values())
 
 
 @pytest.mark.parametrize(
-    ("there", "state"), [(100.5, "ok"), (96.0, "ok"), (105.0, "ok"), (90.0, "warning"), (110.0, "warning")]
+    ("node_time", "state"), [(100.5, "ok"), (96.0, "ok"), (105.0, "ok"), (90.0, "warning"), (110.0, "warning")]
 )
-def test_a_nodes_clock_is_compared_with_the_drivers(there: float, state: str) -> None:
-    assert clock_check(there, asked=100.0, answered=101.0).state == state
+def test_node_clock_is_compared_with_the_driver(node_time: float, state: str) -> None:
+    assert clock_check(node_time, asked=100.0, answered=101.0).state == state
 
 
-def test_a_token_that_others_may_read_or_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_readable_or_missing_token_is_reported(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("a" * 64)
     token.chmod(0o644)
     env = {"NEMO_RL_VENV_DIR": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": ""}
-    found = checks(run("doctor", "--json", **env))["token"]
-    assert (found["state"], found["fix"].split()[0]) == ("warning", "chmod")
+    finding = checks(run("doctor", "--json", **env))["token"]
+    assert (finding["state"], finding["fix"].split()[0]) == ("warning", "chmod")
     token.chmod(0o600)
     assert checks(run("doctor", "--json", **env))["token"]["state"] == "ok"
     token.unlink()
@@ -241,31 +239,33 @@ def test_a_token_that_others_may_read_or_that_is_not_there_is_told(tmp_path: Pat
     assert (done.returncode, checks(done)["token"]["state"]) == (1, "fatal")
 
 
-def test_a_plan_for_a_running_cluster_says_where_bundles_would_be_and_what_its_nodes_lack(tmp_path: Path) -> None:
-    done = on_a_cluster("plan", str(CONFIG), "cluster.cpu_workers_per_node=2", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
+def test_cluster_plan_has_placements_and_builds(tmp_path: Path) -> None:
+    done = run_on_cluster(
+        "plan", str(CONFIG), "cluster.cpu_workers_per_node=2", "--json", NEMO_RL_VENV_DIR=str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
-    venv_plan = json.loads(done.stdout)
-    assert [place["address"] for place in venv_plan["placements"]] == ["127.0.0.1", "127.0.0.1", ""]
-    assert venv_plan["obstacle"] == ""
-    (node,) = venv_plan["nodes"]
+    job_plan = json.loads(done.stdout)
+    assert [place["address"] for place in job_plan["placements"]] == ["127.0.0.1", "127.0.0.1", ""]
+    assert job_plan["obstacle"] == ""
+    (node,) = job_plan["nodes"]
     assert (node["address"], node["problem"]) == ("127.0.0.1", "")
     assert {venv["state"] for venv in node["venvs"]} == {"would be built"}
     assert all(venv["installed_bytes"] > 10**9 and venv["basis"] for venv in node["venvs"])
 
 
-def test_a_cluster_must_be_named() -> None:
+def test_cluster_option_needs_an_address() -> None:
     done = run("doctor", "--cluster")
     assert done.returncode == 2
     assert "--address HOST:PORT" in done.stderr
 
 
-def test_a_plan_starts_nothing_and_says_which_venvs_would_be_built(tmp_path: Path) -> None:
+def test_plan_lists_builds_and_starts_nothing(tmp_path: Path) -> None:
     done = run("plan", str(CONFIG), "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    venv_plan = json.loads(done.stdout)
-    assert [role["name"] for role in venv_plan["roles"]] == ["policy", "generation", "environment"]
-    assert "would be built" in {venv["state"] for venv in venv_plan["venvs"]}
-    (node,) = venv_plan["nodes"]
+    job_plan = json.loads(done.stdout)
+    assert [role["name"] for role in job_plan["roles"]] == ["policy", "generation", "environment"]
+    assert "would be built" in {venv["state"] for venv in job_plan["venvs"]}
+    (node,) = job_plan["nodes"]
     assert node["address"] == "this machine"
     for venv in node["venvs"]:
         assert venv["seconds"] > 0
@@ -273,7 +273,7 @@ def test_a_plan_starts_nothing_and_says_which_venvs_would_be_built(tmp_path: Pat
     assert not [path for path in tmp_path.glob(".store/*") if path.is_dir() and path.name != ".resolved"]
 
 
-def test_a_plan_takes_overrides_and_refuses_wrong_ones() -> None:
+def test_plan_validates_overrides() -> None:
     overrides = ("grpo.num_prompts_per_step=3", "grpo.num_generations_per_prompt=5")
     assert json.loads(run("plan", str(CONFIG), *overrides, "--json").stdout)["samples_per_step"] == 15
     done = run("plan", str(CONFIG), "grpo.num_promts_per_step=2")

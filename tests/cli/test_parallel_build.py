@@ -1,4 +1,4 @@
-"""Builders that meet what the machine does not allow."""
+"""Tests builders that fail with an operating system error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemo_rl.cli import parallel_build
 from nemo_rl.cli.targets import Target
 
 
-def test_what_the_machine_does_not_allow_is_the_outcome_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_os_error_is_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     def ensure(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/shut/venvs")
 

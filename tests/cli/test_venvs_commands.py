@@ -1,4 +1,4 @@
-"""The command line as its users meet it: real processes on small real projects."""
+"""Runs `nemo-rl venvs` as real processes on small real projects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parent.parent / "venvs"))
 from sample_projects import make_wheel, uv
 
 OLD, NEW, SYSTEM = "demo.workers.OldWorker", "demo.workers.NewWorker", "demo.workers.SystemWorker"
-# Builds for a minute, and says in a file that it has begun.
+# A build backend that writes its pid to a file and then builds for a minute.
 SLOW_BACKEND = """
 import os, time
 def build_wheel(directory, settings=None, metadata=None):
@@ -35,7 +35,7 @@ build_editable = build_wheel
 
 @dataclass
 class Cli:
-    """Runs `nemo-rl` for one project, with venvs of its own."""
+    """Runs `nemo-rl` for one project with a separate venv directory."""
 
     root: Path
     venvs: Path
@@ -61,7 +61,7 @@ class Cli:
         return json.loads(done.stdout)
 
     def builds(self) -> list[Path]:
-        """Venv directories in the store, whole or not."""
+        """Return the venv directories in the store, complete or not."""
         store = self.venvs / ".store"
         return (
             [entry for entry in store.iterdir() if entry.is_dir() and len(entry.name) == 25] if store.exists() else []
@@ -70,7 +70,7 @@ class Cli:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
-    """A project whose extras `old` and `new` conflict over alpha, and a distribution that registers workers for it."""
+    """Make a project whose extras `old` and `new` conflict over alpha, and a distribution that registers workers."""
     wheels, root, site = tmp_path / "wheels", tmp_path / "project", tmp_path / "site"
     make_wheel(wheels, "alpha", "1.0")
     make_wheel(wheels, "alpha", "2.0")
@@ -125,11 +125,11 @@ def _slow_package(folder: Path) -> None:
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
+        result = condition()
+        if result:
+            return result
         time.sleep(0.02)
-    raise AssertionError(f"gave up waiting: {what}")
+    raise AssertionError(f"timed out waiting until {what}")
 
 
 def ended(process: psutil.Process) -> bool:
@@ -139,7 +139,7 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
-def test_help_loads_neither_ray_nor_torch_nor_the_engine() -> None:
+def test_help_imports_no_heavy_module() -> None:
     program = (
         "import sys; sys.argv = ['nemo-rl', '--help']\n"
         "from nemo_rl.cli import main\n"
@@ -156,7 +156,7 @@ def test_build_path_list_verify_and_prune(cli: Cli) -> None:
     assert cli("venvs", "path", OLD).returncode == 1
     built = cli.json("venvs", "build", OLD, NEW, "old")
     assert [record["name"] for record in built] == [OLD, NEW, "old"]
-    # OLD and old are the same packages: whichever begins first builds for both.
+    # OLD and old have the same packages: the first builder builds the venv for both.
     assert (built[1]["state"], sorted({built[0]["state"], built[2]["state"]})) == ("built", ["built", "ready"])
     assert built[0]["digest"] == built[2]["digest"] != built[1]["digest"]
     assert set(built[1]["phases"]) >= {"fetch", "check"}
@@ -179,7 +179,7 @@ def test_build_path_list_verify_and_prune(cli: Cli) -> None:
     assert len(cli.builds()) == 1
 
 
-def test_verify_finds_damage_and_build_force_repairs_it(cli: Cli) -> None:
+def test_verify_finds_damage_and_force_repairs_it(cli: Cli) -> None:
     (built,) = cli.json("venvs", "build", "new")
     module = next((cli.venvs / "new").glob("lib/*/site-packages/alpha/__init__.py"))
     module.unlink()
@@ -196,18 +196,18 @@ def test_verify_finds_damage_and_build_force_repairs_it(cli: Cli) -> None:
 
 
 def test_build_all_builds_every_registered_worker(cli: Cli) -> None:
-    """This package's own vllm and mcore workers cannot be built from this project: they fail, the others do not."""
+    """The vllm and mcore workers of nemo_rl fail, because this project does not have their extras."""
     done = cli("venvs", "build", "--all", "--json")
     records = {record["name"]: record for record in json.loads(done.stdout)}
     assert (records[OLD]["state"], records[SYSTEM]["state"]) == ("built", "interpreter")
-    # NewWorker and this package's torch workers hold the same packages: one of them builds for all.
-    alike = [record["state"] for record in records.values() if record["digest"] == records[NEW]["digest"]]
-    assert len(alike) > 1
-    assert sorted(alike) == ["built", *["ready"] * (len(alike) - 1)]
+    # NewWorker and the torch workers of nemo_rl have the same packages: one of them builds the venv.
+    same_venv = [record["state"] for record in records.values() if record["digest"] == records[NEW]["digest"]]
+    assert len(same_venv) > 1
+    assert sorted(same_venv) == ["built", *["ready"] * (len(same_venv) - 1)]
     vllm = records["nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker"]
     assert vllm["state"] == "failed"
     assert "has no extra 'vllm'" in vllm["error"]
-    assert done.returncode == 2  # every failure is wrong input
+    assert done.returncode == 2  # all failures are invalid input
     assert done.stderr.count("has no extra 'vllm'") == 1
     assert "Traceback" not in done.stderr
 
@@ -227,11 +227,11 @@ def test_build_shows_a_live_table_on_a_terminal(cli: Cli) -> None:
     command = cli.command("venvs", "build", "base")
     process = subprocess.Popen(command, env={**cli.env, "TERM": "xterm"}, stdout=terminal, stderr=terminal)
     os.close(terminal)
-    shown = b"".join(_read_all(controller)).decode()
-    assert process.wait(60) == 0, shown
-    assert "\x1b[" in shown
-    assert "compile" in shown
-    assert "built" in shown
+    output = b"".join(_read_all(controller)).decode()
+    assert process.wait(60) == 0, output
+    assert "\x1b[" in output
+    assert "compile" in output
+    assert "built" in output
 
 
 def _read_all(descriptor: int) -> Iterator[bytes]:
@@ -247,7 +247,7 @@ def _read_all(descriptor: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_build_leaves_nothing(cli: Cli, tmp_path: Path, how: signal.Signals) -> None:
+def test_interrupted_build_leaves_no_venv(cli: Cli, tmp_path: Path, how: signal.Signals) -> None:
     marker = tmp_path / "slow_build_pid"
     process = cli.start("venvs", "build", "slow", "new")
     pid = int(wait_for(lambda: marker.exists() and marker.read_text(), "the build begins"))
@@ -261,23 +261,26 @@ def test_an_interrupted_build_leaves_nothing(cli: Cli, tmp_path: Path, how: sign
         assert process.returncode == 130
         assert "interrupted" in errors
         assert "Traceback" not in errors
-        # When the command has ended, the clean-up has too.
+        # The command exits only after the clean-up.
         assert ended(backend)
         assert len(cli.builds()) == 1
-    wait_for(lambda: ended(backend) and len(cli.builds()) == 1, "everything of the build is gone")
+    wait_for(lambda: ended(backend) and len(cli.builds()) == 1, "the build is removed")
     assert cli("venvs", "verify").returncode == 0
     assert not (cli.venvs / "slow").exists()
 
 
-def test_the_command_that_bundle_ends_with_can_be_pasted(cli: Cli, tmp_path: Path) -> None:
-    done = cli("venvs", "bundle", "new", "--output", str(tmp_path / "my bundle.tar.gz"))
+def test_bundle_prints_the_build_command(cli: Cli, tmp_path: Path) -> None:
+    archive = str(tmp_path / "my bundle.tar.gz")
+    done = cli("venvs", "bundle", "base", "new", "--output", archive)
     assert done.returncode == 0, done.stderr
+    built = cli("venvs", "build", "--offline", "--from-bundle", archive, "base", "new")
+    assert built.returncode == 0, built.stderr
     program, *words = shlex.split(done.stdout.rpartition("Build from it: ")[2])
     assert (program, cli(*words).returncode) == ("nemo-rl", 0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_bundle_leaves_nothing(cli: Cli, tmp_path: Path, how: signal.Signals) -> None:
+def test_interrupted_bundle_leaves_no_file(cli: Cli, tmp_path: Path, how: signal.Signals) -> None:
     marker, folder = tmp_path / "slow_build_pid", tmp_path / "bundles"
     process = cli.start("venvs", "bundle", "slow", "--output", str(folder / "bundle.tar.gz"))
     pid = int(wait_for(lambda: marker.exists() and marker.read_text(), "the build begins"))
@@ -291,7 +294,7 @@ def test_an_interrupted_bundle_leaves_nothing(cli: Cli, tmp_path: Path, how: sig
     wait_for(lambda: ended(backend), "the build has ended")
 
 
-def test_a_builder_that_is_killed_is_an_error_that_says_so(cli: Cli, tmp_path: Path) -> None:
+def test_killed_builder_is_reported(cli: Cli, tmp_path: Path) -> None:
     marker = tmp_path / "slow_build_pid"
     process = cli.start("venvs", "build", "slow")
     wait_for(lambda: marker.exists() and marker.read_text(), "the build begins")
@@ -301,18 +304,18 @@ def test_a_builder_that_is_killed_is_an_error_that_says_so(cli: Cli, tmp_path: P
     assert process.returncode == 1
     assert "the venv 'slow' was killed by SIGKILL" in errors
     assert "Traceback" not in errors
-    (again,) = cli.json("venvs", "build", "new")  # what it left is no obstacle
+    (again,) = cli.json("venvs", "build", "new")  # leftovers do not block the next build
     assert again["state"] == "built"
 
 
-def test_why_names_version_path_and_the_reason_for_the_difference(cli: Cli) -> None:
+def test_why_explains_version_and_difference(cli: Cli) -> None:
     cli("venvs", "build", OLD)
     done = cli("venvs", "why", OLD, "Alpha", "--and", NEW)
     assert done.returncode == 1  # they differ
     assert f"{OLD} gets alpha 1.0" in done.stdout
     assert "through extra old -> tool 3.1 -> alpha 1.0" in done.stdout
     assert f"{OLD} cannot have 2.0: tool 3.1 (alpha<2) excludes it" in done.stdout
-    answer = cli.json("venvs", "why", OLD, "alpha")  # against all others: differences are no failure
+    answer = cli.json("venvs", "why", OLD, "alpha")  # without --and, differences do not change the exit code
     others = {worker: other for other in answer["others"] for worker in other["workers"]}
     assert others[NEW]["explanation"]["version"] == "2.0"
     assert "declared as conflicting" in others[NEW]["difference"]
@@ -322,13 +325,13 @@ def test_why_names_version_path_and_the_reason_for_the_difference(cli: Cli) -> N
     assert "cannot be resolved here" in vllm["difference"]
 
 
-def test_why_of_the_same_version(cli: Cli) -> None:
+def test_why_with_equal_versions(cli: Cli) -> None:
     done = cli("venvs", "why", "base", "alpha", "--and", NEW)
     assert done.returncode == 0
     assert "same" in done.stdout
 
 
-def test_why_not_there(cli: Cli) -> None:
+def test_why_missing_package_suggests_names(cli: Cli) -> None:
     done = cli("venvs", "why", OLD, "tols", "--and", NEW)
     assert done.returncode == 1
     assert "does not have tols. Did you mean tool?" in done.stdout
@@ -337,10 +340,10 @@ def test_why_not_there(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["build"], "say what to build"),
-        (["build", "--all", "old"], "and not both"),
+        (["build"], "build needs either worker classes and extras, or --all"),
+        (["build", "--all", "old"], "but not both"),
         (["build", "odl"], "Did you mean old?"),
-        (["build", "OldWorker"], f"give it in full: {OLD}"),
+        (["build", "OldWorker"], f"use its full name: {OLD}"),
         (["path", "demo.workers.OldWorkr"], f"Nearest registered names: {OLD}"),
         (["why", "nothing.Here", "alpha"], "no py_executable is registered"),
         (["build", "old", "--jobs", "0"], "--jobs"),
@@ -348,7 +351,7 @@ def test_why_not_there(cli: Cli) -> None:
         (["fly"], "No such command"),
     ],
 )
-def test_wrong_input_is_one_message_and_exit_code_2(cli: Cli, arguments: list[str], message: str) -> None:
+def test_invalid_input_is_one_message_and_exit_code_2(cli: Cli, arguments: list[str], message: str) -> None:
     done = cli("venvs", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -357,7 +360,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(cli: Cli, arguments: list[st
     assert not cli.venvs.exists()
 
 
-def test_a_lock_that_does_not_match_is_wrong_input(cli: Cli) -> None:
+def test_lock_mismatch_is_exit_code_2(cli: Cli) -> None:
     text = (cli.root / "pyproject.toml").read_text()
     (cli.root / "pyproject.toml").write_text(
         text.replace('dependencies = ["alpha"]', 'dependencies = ["alpha", "tool"]')
@@ -368,7 +371,7 @@ def test_a_lock_that_does_not_match_is_wrong_input(cli: Cli) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_traceback_on_request(cli: Cli) -> None:
+def test_traceback_variable(cli: Cli) -> None:
     done = cli("venvs", "build", "odl", NEMO_RL_TRACEBACK="1")
     assert "Traceback" in done.stderr
     assert "ConfigError" in done.stderr

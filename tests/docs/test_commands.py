@@ -1,17 +1,20 @@
-"""Every command on the pages is run: here for real but cheaply, by a named test elsewhere, or it says why not.
+"""Tests that every command on the pages is run.
 
-A command that is not run is in a block behind `<!-- not run: why -->`. A new one fails here until it is one of these.
+A command runs in this file without side effects, in the test that `RUN_ELSEWHERE` names, or in CI. A command that
+cannot run is in a block after `<!-- not run: why -->`. A new command fails here until one of these holds.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 import pandas
@@ -30,40 +33,98 @@ _BLOCK = re.compile(
 )
 PLACEHOLDERS = {"FILE": "examples/configs/grpo_math_embedded.yaml", "section.key=value": "grpo.seed=1"}
 
-# Beginning of a command -> (file, words in it that show that it runs the command).
-ELSEWHERE: dict[str, tuple[str, str]] = {
-    "pip install uv": (".ci/run", "python3 -m pip install --quiet uv"),
-    "uv run --group test pytest": (".ci/run", "uv run --group test pytest"),
-    "uv run examples/backends/run_with_transformers_generation.py": (
-        "tests/functional/test_own_backend.py",
-        "run_with_transformers_generation.py",
+
+class Value(Enum):
+    """Stands for a command line argument whose value differs between a page and the test that runs the command."""
+
+    ANY = auto()
+
+
+ANY = Value.ANY
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Names the test that runs a command of the pages.
+
+    Attributes:
+        command: the command as on the pages. ANY stands for a file, venv, worker or job of the page.
+        test: `path::function`. The function contains the arguments of the command in order, in one list or call.
+        program: number of leading words of `command` that the test replaces by its own program.
+    """
+
+    command: tuple[str | Value, ...]
+    test: str
+    program: int = 1
+
+    def __str__(self) -> str:
+        return " ".join("..." if word is ANY else str(word) for word in self.command)
+
+
+PLUGIN = "tests/examples/test_plugin.py::"
+SUBMISSION = "tests/jobs/test_submission.py::test_job_can_be_followed_and_stopped"
+BUNDLE = "tests/cli/test_venvs_commands.py::test_bundle_prints_the_build_command"
+WORDS = "nemo_rl_plugin.words_dataset:WordsDataset"
+REVERSE = ("uv", "run", "examples/run_grpo_math.py", "env.name=reverse", f"data.train.kind={WORDS}")
+
+RUN_ELSEWHERE = [
+    Evidence(
+        ("uv", "run", "examples/backends/run_with_transformers_generation.py", "grpo.max_num_steps=3"),
+        "tests/functional/test_own_backend.py::test_backend_in_one_file_trains",
+        program=2,
     ),
-    "uv pip install --no-deps examples/plugin": ("tests/examples/test_plugin.py", '"pip", "install"'),
-    "uv run python examples/plugin/run_shorten.py": ("tests/examples/test_plugin.py", '"plugin/run_shorten.py"'),
-    "uv run python examples/plugin/run_distance.py": ("tests/examples/test_plugin.py", '"plugin/run_distance.py"'),
-    "uv run examples/run_grpo_math.py env.name=reverse": ("tests/examples/test_plugin.py", '"env.name=reverse"'),
-    "uv run examples/run_curate_math.py --config examples/configs/curate_arithmetic.yaml": (
-        "tests/jobs/test_curate_math.py",
-        '"examples/configs/curate_arithmetic.yaml"',
+    Evidence(("uv", "pip", "install", "--no-deps", "examples/plugin"), PLUGIN + "site"),
+    Evidence(
+        ("uv", "run", "python", "examples/plugin/run_shorten.py", "texts.jsonl", "shortened"),
+        PLUGIN + "test_stage_runs_in_a_venv_with_its_package",
+        program=3,
     ),
-    "uv run examples/run_grpo_math.py data.train.path=results/curate_arithmetic": (
-        "tests/jobs/test_curate_math.py",
-        "data.train.path={out / 'problems.parquet'}",
+    Evidence(
+        ("uv", "run", "python", "examples/plugin/run_distance.py"),
+        PLUGIN + "test_worker_runs_in_a_venv_with_its_package",
+        program=3,
     ),
-    "nemo-rl venvs why nemo_rl_plugin.": ("tests/examples/test_plugin.py", '"venvs", "why"'),
-    "nemo-rl venvs why my.workers.": ("tests/cli/test_venvs_commands.py", '"why", OLD, "Alpha", "--and", NEW'),
-    "nemo-rl venvs build vllm-cpu": ("tests/cli/test_venvs_commands.py", '"build"'),
-    "nemo-rl venvs build --offline --from-bundle": ("tests/venvs/transfer/test_bundle.py", '"--from-bundle"'),
-    "nemo-rl venvs bundle": ("tests/venvs/transfer/test_bundle.py", '"bundle", "base"'),
-    "nemo-rl status": ("tests/jobs/test_submission.py", '"status"'),
-    "nemo-rl logs": ("tests/jobs/test_submission.py", '"logs"'),
-    "nemo-rl stop": ("tests/jobs/test_submission.py", '"stop"'),
-}
+    Evidence(
+        ("nemo-rl", "venvs", "why", "nemo_rl_plugin.distance_worker.DistanceWorker", "rapidfuzz"),
+        PLUGIN + "test_worker_runs_in_a_venv_with_its_package",
+    ),
+    Evidence(
+        (*REVERSE, "grpo.max_num_steps=2", "grpo.num_prompts_per_step=16"),
+        PLUGIN + "test_job_trains_on_the_words_dataset",
+        program=2,
+    ),
+    Evidence(
+        (
+            *REVERSE,
+            f"data.validation.kind={WORDS}",
+            "grpo.max_num_steps=2",
+            "grpo.num_prompts_per_step=16",
+            "grpo.validation.max_num_problems=16",
+        ),
+        PLUGIN + "test_job_validates_with_the_reverse_environment",
+        program=2,
+    ),
+    Evidence(
+        ("nemo-rl", "venvs", "why", ANY, ANY, "--and", ANY),
+        "tests/cli/test_venvs_commands.py::test_why_explains_version_and_difference",
+    ),
+    Evidence(
+        ("nemo-rl", "venvs", "build", ANY, ANY),
+        "tests/cli/test_venvs_commands.py::test_build_path_list_verify_and_prune",
+    ),
+    Evidence(("nemo-rl", "venvs", "bundle", ANY, ANY, "--output", ANY), BUNDLE),
+    Evidence(("nemo-rl", "venvs", "build", "--offline", "--from-bundle", ANY, ANY, ANY), BUNDLE),
+    Evidence(("nemo-rl", "status"), SUBMISSION),
+    Evidence(("nemo-rl", "logs", "-f", ANY), SUBMISSION),
+    Evidence(("nemo-rl", "stop", ANY), SUBMISSION),
+]
+# Commands that CI runs in `.ci/run`, before or instead of the tests.
+RUN_BY_CI = ("pip install uv", "uv run --group test pytest")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a page; `why_not` is the page's reason for one that no test runs."""
+    """Holds a command of a page. `why_not` is the page's reason if no test can run it."""
 
     page: str
     text: str
@@ -86,8 +147,8 @@ def commands() -> Iterator[Command]:
                         yield Command(page.name, text, why_not or None)
 
 
-def run_script_without_starting_it(words: list[str]) -> None:
-    """A job's script, with `--dry-run`: reads and checks the configuration, and plans. Local data are opened, too."""
+def dry_run_script(words: list[str]) -> None:
+    """Run a job script with `--dry-run`, which validates the configuration and plans the job. Load local data too."""
     script, *arguments = words
     if "--help" not in arguments and "--dry-run" not in arguments:
         arguments.append("--dry-run")
@@ -101,16 +162,16 @@ def run_script_without_starting_it(words: list[str]) -> None:
 
 
 def run_command_line(words: list[str]) -> None:
-    """`nemo-rl ...`; a submission only as far as its report of what would travel."""
+    """Run a `nemo-rl` command. `submit` only lists the files to upload."""
     if words[0] == "submit":
         words[1:1] = ["--dry-run", "--working-dir", str(REPOSITORY)]
     result = CliRunner().invoke(app, words)
-    # `doctor` ends with 1 where a machine is not fit, which is no fault of the command.
+    # `doctor` exits with 1 if the machine has problems.
     assert result.exit_code == 0 or (words[0] == "doctor" and result.exit_code == 1), (result.output, result.exception)
 
 
 RUNNERS: dict[str, Callable[[list[str]], None]] = {
-    "uv run examples/run_": run_script_without_starting_it,
+    "uv run examples/run_": dry_run_script,
     "nemo-rl doctor": run_command_line,
     "nemo-rl plan": run_command_line,
     "nemo-rl submit": run_command_line,
@@ -119,50 +180,110 @@ RUNNERS: dict[str, Callable[[list[str]], None]] = {
 
 
 def runner_of(command: Command) -> Callable[[list[str]], None] | None:
-    found = [runner for start, runner in RUNNERS.items() if command.text.startswith(start)]
-    return found[0] if found and not elsewhere(command) else None
+    """Find the function that runs a command in this file."""
+    if command.text in RUN_BY_CI or evidence_for(command):
+        return None
+    return next((runner for start, runner in RUNNERS.items() if command.text.startswith(start)), None)
 
 
-def elsewhere(command: Command) -> tuple[str, str] | None:
-    return next((where for start, where in ELSEWHERE.items() if command.text.startswith(start)), None)
+def evidence_for(command: Command) -> Evidence | None:
+    """Find the evidence whose words equal those of a command. ANY matches one word that is not an option."""
+    words = shlex.split(command.text)
+    return next((evidence for evidence in RUN_ELSEWHERE if matches(evidence.command, words)), None)
+
+
+def matches(pattern: Sequence[str | Value], words: Sequence[str | None]) -> bool:
+    """Return whether each word equals its pattern, or the pattern is ANY and the word is not an option."""
+    return len(pattern) == len(words) and all(
+        not (word or "").startswith("-") if expected is ANY else word == expected
+        for expected, word in zip(pattern, words)
+    )
+
+
+def argument_lists(function: ast.AST) -> Iterator[list[str | None]]:
+    """Yield the elements of each list and tuple and the arguments of each call; None for values but strings."""
+    for node in ast.walk(function):
+        elements = node.elts if isinstance(node, (ast.List, ast.Tuple)) else getattr(node, "args", None)
+        if isinstance(elements, list):
+            yield [e.value if isinstance(e, ast.Constant) and isinstance(e.value, str) else None for e in elements]
+
+
+def runs(test: str, arguments: Sequence[str | Value]) -> bool:
+    """Return whether a test function contains `arguments` in order and without gaps, in one list or call."""
+    path, _, name = test.partition("::")
+    tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return any(
+        matches(arguments, elements[start : start + len(arguments)])
+        for elements in argument_lists(function)
+        for start in range(len(elements))
+    )
 
 
 EVERY = sorted(set(commands()), key=str)
 
 
-def test_no_command_is_left_out() -> None:
+def test_every_command_is_run() -> None:
     assert len(EVERY) > 30
-    lost = [str(c) for c in EVERY if c.why_not is None and not elsewhere(c) and not runner_of(c)]
-    assert not lost, "\n".join(["Run these here, in a named test, or mark them `<!-- not run: why -->`:", *lost])
+    not_run = [
+        str(command)
+        for command in EVERY
+        if command.why_not is None
+        and command.text not in RUN_BY_CI
+        and not evidence_for(command)
+        and not runner_of(command)
+    ]
+    assert not not_run, "\n".join(
+        ["Run these here or in a named test, or mark them `<!-- not run: why -->`:", *not_run]
+    )
 
 
-def test_what_is_run_elsewhere_is_run_there() -> None:
-    for start, (path, words) in ELSEWHERE.items():
-        assert any(command.text.startswith(start) for command in EVERY), f"no page has {start!r} any more"
-        assert words in (REPOSITORY / path).read_text(encoding="utf-8"), f"{path} does not run {start!r}"
+@pytest.mark.parametrize("evidence", RUN_ELSEWHERE, ids=str)
+def test_evidence_runs_the_command(evidence: Evidence) -> None:
+    assert any(evidence_for(command) is evidence for command in EVERY), "no page has this command"
+    assert runs(evidence.test, evidence.command[evidence.program :]), f"{evidence.test} does not run it"
+
+
+@pytest.mark.parametrize("arguments", [("venvs", "build"), ("status", "--all"), ("stop", "long-two"), ("logs", "-f")])
+def test_partial_or_other_arguments_are_no_evidence(arguments: tuple[str, ...]) -> None:
+    assert not runs(SUBMISSION, (*arguments, "long-one", ANY))
+
+
+def test_ci_runs_its_commands() -> None:
+    lines = [line.split() for line in (REPOSITORY / ".ci" / "run").read_text().splitlines()]
+    for command in RUN_BY_CI:
+        assert any(each.text == command for each in EVERY), f"no page has {command!r}"
+        words = command.split()
+        assert any([word for word in line if word in words][-len(words) :] == words for line in lines), command
 
 
 def test_uv_runs_scripts_in_this_project() -> None:
-    """For `uv run SCRIPT` uv takes the project above the script: one in the plugin would not have nemo_rl."""
+    """`uv run SCRIPT` uses the project that contains the script. A script in the plugin would not find nemo_rl."""
     scripts = {c.text.split()[2] for c in EVERY if re.match(r"uv run \S+\.py\b", c.text)}
     assert scripts
     for script in scripts:
         assert next(p for p in (REPOSITORY / script).parents if (p / "pyproject.toml").is_file()) == REPOSITORY, script
 
 
-def test_reasons_are_reasons() -> None:
+def test_reasons_have_several_words() -> None:
     assert all(len(command.why_not.split()) > 3 for command in EVERY if command.why_not)
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that looks like the repository, with data files such as the pages speak of."""
+    """Make a directory with the files of the repository and the data files that the pages use."""
     for name in ("examples", "nemo_rl", "docs", "pyproject.toml", "uv.lock", ".git"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     row = {"problem": "1+1", "question": "1+1", "answer": "That is #### 2", "solution": "2"}
     for name in ("train.jsonl", "test.jsonl", "problems.jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
-    pandas.DataFrame([row]).to_parquet(tmp_path / "train.parquet")
+    curated = tmp_path / "results" / "curate_arithmetic"
+    curated.mkdir(parents=True)
+    for path in (tmp_path / "train.parquet", curated / "problems.parquet", curated / "held_out.parquet"):
+        pandas.DataFrame([row]).to_parquet(path)
+    model = tmp_path / "results/grpo_math_embedded/001/checkpoints/step_000120/policy/model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -171,7 +292,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("command", [c for c in EVERY if c.why_not is None and runner_of(c)], ids=str)
 @pytest.mark.usefixtures("workplace")
-def test_the_command_works(command: Command) -> None:
+def test_command_works(command: Command) -> None:
     runner = runner_of(command)
     assert runner is not None
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command.text)]

@@ -1,4 +1,4 @@
-"""What a page or a message names exists: configuration keys and their values, commands, files, variables."""
+"""Tests that everything the pages and messages name exists: configuration keys, commands, files, variables, tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "benchmarks" / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SCHEMAS: tuple[type[ConfigModel], ...] = (MasterConfig, CurateConfig)
 _ROOTS = "|".join(sorted({name for schema in SCHEMAS for name in schema.model_fields}))
-# `section.key`, `section.*.key`, `section.key=value`; not a file, an address or an attribute of something.
+# `section.key`, `section.*.key` or `section.key=value`, but no file name, address or attribute.
 _KEY = re.compile(rf"(?<![\w./$-])((?:{_ROOTS})(?:\.(?:[a-z]\w*|\*))+)(?![\w(/:…]|\.\w)(?:=('[^'\n]*'|[^\s`;,)|]+))?")
 _FILE_SUFFIXES = (".md", ".py", ".yaml", ".jsonl", ".parquet", ".html", ".json", ".svg")
 _VARIABLE = re.compile(r"\b(?:NEMO_RL|NRL)_[A-Z_0-9]*[A-Z0-9]\b")
@@ -35,7 +35,7 @@ _FILE = re.compile(r"(?<![\w/.-])((?:examples|docker|tools|benchmarks|tests)/[\w
 
 
 def texts(*, code: bool = True) -> Iterator[tuple[str, str]]:
-    """(where, text) of every page, and of every string in the package's source; `…` stands for what is filled in."""
+    """Yield (location, text) of every page and of every string in the source; `…` replaces formatted values."""
     for page in PAGES:
         yield page.relative_to(REPOSITORY).as_posix(), page.read_text(encoding="utf-8")
     for path in sorted((REPOSITORY / "nemo_rl").rglob("*.py")) if code else ():
@@ -50,21 +50,21 @@ def texts(*, code: bool = True) -> Iterator[tuple[str, str]]:
 
 
 def fields_of(schema: type[ConfigModel], parts: list[str]) -> list[FieldInfo | None]:
-    """The fields that a dotted key may mean, `*` being any; None for a key of a section that a plugin decides."""
+    """Return the fields that match a dotted key with wildcards; None for a key in a section of a plugin."""
     section_classes: list[type[ConfigModel]] = [schema]
     if issubclass(schema, OpenSection):
         section_classes += [variant for _, variant in schema.variants()]
-    found: list[FieldInfo | None] = []
+    fields: list[FieldInfo | None] = []
     for section in section_classes:
         for name in fnmatch.filter(section.model_fields, parts[0]):
             field = section.model_fields[name]
             if len(parts) == 1:
-                found.append(field)
+                fields.append(field)
             elif (below := _section(field.annotation)) is not None:
-                found += fields_of(below, parts[1:])
+                fields += fields_of(below, parts[1:])
             elif "dict" in str(field.annotation):
-                found.append(None)
-    return found
+                fields.append(None)
+    return fields
 
 
 def accepts(field: FieldInfo | None, value: str) -> bool:
@@ -79,13 +79,13 @@ def accepts(field: FieldInfo | None, value: str) -> bool:
 
 
 def problem_with(key: str, value: str | None) -> str | None:
-    """What is wrong with a key as it is written in a text, if anything."""
+    """Return the problem with a key and its value, or None."""
     fields = [field for schema in SCHEMAS for field in fields_of(schema, key.split("."))]
     if not fields:
-        return "there is no such key"
+        return "unknown key"
     if value is None or "…" in value or "%" in value or value.strip("'\"").isupper():  # a placeholder
         return None
-    return None if any(accepts(field, value) for field in fields) else f"does not take {value}"
+    return None if any(accepts(field, value) for field in fields) else f"does not accept {value}"
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,17 @@ def problem_with(key: str, value: str | None) -> str | None:
         ("policy.options.tensor_size", "2"),
     ],
 )
-def test_this_test_notices_a_key_or_value_that_is_wrong(key: str, value: str | None) -> None:
+def test_wrong_key_or_value_is_detected(key: str, value: str | None) -> None:
     assert problem_with(key, value)
 
 
-def test_every_configuration_key_that_a_text_names_exists_and_takes_its_value() -> None:
+def test_named_configuration_keys_exist() -> None:
     seen, wrong = 0, []
     for where, text in texts():
-        own = set(re.findall(r"^    (\w+): .* = Field\(", text, re.MULTILINE))  # an example's section, on its page
+        example_keys = set(re.findall(r"^    (\w+): .* = Field\(", text, re.MULTILINE))  # of a section in an example
         for match in _KEY.finditer(text):
             key, value = match[1], match[2].rstrip(".:") if match[2] else None
-            if key.endswith(_FILE_SUFFIXES) or key.rpartition(".")[2] in own:
+            if key.endswith(_FILE_SUFFIXES) or key.rpartition(".")[2] in example_keys:
                 continue
             seen += 1
             if problem := problem_with(key, value):
@@ -117,7 +117,7 @@ def test_every_configuration_key_that_a_text_names_exists_and_takes_its_value() 
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_command_that_a_text_names_exists_with_its_options() -> None:
+def test_named_commands_and_options_exist() -> None:
     seen, wrong = 0, []
     for where, text in texts():
         for match in _COMMAND.finditer(text):
@@ -130,7 +130,7 @@ def test_every_command_that_a_text_names_exists_with_its_options() -> None:
 
 
 def unknown_in_command(line: str) -> str | None:
-    """The first command or option of `nemo-rl <line>` that does not exist; alternatives are written `a | b`."""
+    """Return the first unknown command or option of `nemo-rl <line>`. `a | b` lists alternatives."""
     group: Any = typer.main.get_command(app)
     try:
         words = shlex.split(line.replace("\\", ""))
@@ -152,11 +152,11 @@ def unknown_in_command(line: str) -> str | None:
 
 
 @pytest.mark.parametrize("line", ["veins list", "venvs list --jason", "plan --adress X", "venvs list | bild | prune"])
-def test_this_test_notices_a_command_that_is_wrong(line: str) -> None:
+def test_wrong_command_is_detected(line: str) -> None:
     assert unknown_in_command(line)
 
 
-def test_every_variable_that_a_text_names_is_one_of_the_settings() -> None:
+def test_named_variables_exist() -> None:
     wrong = [
         f"{where}: {name}"
         for where, text in texts()
@@ -166,18 +166,18 @@ def test_every_variable_that_a_text_names_is_one_of_the_settings() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_file_that_a_text_names_is_there() -> None:
+def test_named_files_exist() -> None:
     wrong = []
     for where, text in texts():
         bases = (REPOSITORY, (REPOSITORY / where.partition(":")[0]).parent, REPOSITORY / "tests")
         for name in _FILE.findall(text):
-            # Benchmarks make their results; a clone has none.
+            # Benchmark results are not in the repository.
             if not name.startswith("benchmarks/results") and not any((base / name).exists() for base in bases):
                 wrong.append(f"{where}: {name}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_test_that_a_page_names_is_there() -> None:
+def test_named_tests_exist() -> None:
     named = [
         (page.name, *match)
         for page in PAGES
@@ -188,24 +188,28 @@ def test_every_test_that_a_page_names_is_there() -> None:
         assert f"\ndef {test}(" in (REPOSITORY / "tests" / path).read_text(encoding="utf-8"), f"{page}: {path}::{test}"
 
 
-def test_every_sentence_of_the_security_page_has_its_test() -> None:
+def test_security_claims_have_tests() -> None:
     page = (REPOSITORY / "docs" / "security.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| |", "| ---"))]
     assert len(rows) > 20
     assert not [row for row in rows if "::test_" not in row]
 
 
-def test_every_message_that_the_troubleshooting_page_explains_is_one_that_the_program_or_ray_says() -> None:
+def test_troubleshooting_messages_exist() -> None:
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    said = [re.sub(r"\s+", " ", text) for where, text in texts() if where.startswith("nemo_rl/")]
-    known = {"No available agent to submit job", "InvalidAuthToken", "has no extra"}  # Ray's; put together from parts
-    # Triton's and vLLM's, which only GPUs make them say.
+    messages_in_source = [re.sub(r"\s+", " ", text) for where, text in texts() if where.startswith("nemo_rl/")]
+    known = {
+        "No available agent to submit job",
+        "InvalidAuthToken",
+        "has no extra",
+    }  # from Ray, or assembled from parts
+    # From Triton and vLLM on GPUs.
     known |= {"Failed to find C compiler", "Free memory on device", "No available memory for the cache blocks"}
     messages = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
     assert len(messages) > 20
     wrong = []
     for message in messages:
         parts = [part for part in re.split(r" ?\(?(?:\.\.\.| -> )\)? ?", message) if part.strip("() ")]
-        if message not in known and not any(all(part in text for part in parts) for text in said):
+        if message not in known and not any(all(part in text for part in parts) for text in messages_in_source):
             wrong.append(message)
     assert not wrong, "\n".join(wrong)

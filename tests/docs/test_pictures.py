@@ -1,4 +1,4 @@
-"""Generated pictures of the documentation are up to date."""
+"""Tests that generated pictures in the documentation are up to date."""
 
 from __future__ import annotations
 

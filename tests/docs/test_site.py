@@ -1,4 +1,4 @@
-"""The documentation: it builds without a warning, and every page can be found."""
+"""Tests that the documentation builds without warnings, and that its links and names are valid."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 
 
-def test_every_page_is_in_the_navigation_and_the_other_way_round() -> None:
+def test_navigation_lists_every_page() -> None:
     navigation = (REPOSITORY / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     listed = set(re.findall(r": ([\w-]+\.md)$", navigation, flags=re.MULTILINE))
     assert listed == {page.name for page in DOCS.glob("*.md")}
 
 
-def test_relative_links_lead_somewhere() -> None:
+def test_relative_links_exist() -> None:
     for page in [*DOCS.glob("*.md"), REPOSITORY / "README.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_name_of_the_api_reference_is_defined_where_it_says() -> None:
+def test_api_reference_names_exist() -> None:
     seen = 0
     for page in DOCS.glob("api-*.md"):
         for block in page.read_text(encoding="utf-8").split("\n::: ")[1:]:
@@ -41,7 +41,7 @@ def test_every_name_of_the_api_reference_is_defined_where_it_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
     from nemo_rl.venvs.uv import find_uv
 
     env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "UV_PYTHON")}

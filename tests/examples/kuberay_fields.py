@@ -1,9 +1,8 @@
-"""The part of KubeRay's API (ray.io/v1) and of Kubernetes' pods that the examples use: names, types and demands.
+"""Pydantic models of the fields of KubeRay (ray.io/v1) and Kubernetes pods that the examples use.
 
-Written down from KubeRay 1.6's reference of its custom resources; names, types and allowed values of each were also
-compared with the operator's published Go types, which its CRDs are generated from. Pods are checked in whole against
-Kubernetes' own schema as well (`test_cluster_examples.py`). A field that is not here is refused, as the API server
-refuses unknown ones under strict validation; so is a wrong type, such as a number for `ray start`.
+The fields follow the API reference of KubeRay 1.6. Names, types and allowed values were compared with the operator's Go
+types, from which its CRDs are generated. `test_cluster_examples.py` also validates pods against the Kubernetes schema.
+Unknown fields and wrong types, such as a number in `rayStartParams`, are refused, as in strict API server validation.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class EnvVar(Strict):
     valueFrom: ValueFrom | None = None
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        assert (self.value is None) != (self.valueFrom is None), f"{self.name} needs either a value or a reference"
+    def _check_value(self) -> Self:
+        assert (self.value is None) != (self.valueFrom is None), f"{self.name} needs either value or valueFrom"
         return self
 
 
@@ -86,9 +85,9 @@ class PodSpec(Strict):
     volumes: list[Volume] = []
 
     @model_validator(mode="after")
-    def _mounts_have_volumes(self) -> Self:
+    def _check_volumes(self) -> Self:
         mounted = {mount.name for container in self.containers for mount in container.volumeMounts}
-        assert mounted == {volume.name for volume in self.volumes}, "mounts and volumes differ"
+        assert mounted == {volume.name for volume in self.volumes}, "volumeMounts and volumes differ"
         return self
 
 
@@ -108,8 +107,10 @@ class WorkerGroup(HeadGroup):
     maxReplicas: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
-    def _replicas_are_in_order(self) -> Self:
-        assert self.minReplicas <= self.replicas <= self.maxReplicas, "replicas are not within their bounds"
+    def _check_replicas(self) -> Self:
+        assert self.minReplicas <= self.replicas <= self.maxReplicas, (
+            "replicas must be between minReplicas and maxReplicas"
+        )
         return self
 
 
@@ -132,8 +133,10 @@ class RayJobSpec(Strict):
     rayClusterSpec: RayClusterSpec
 
     @model_validator(mode="after")
-    def _time_to_live_needs_a_shutdown(self) -> Self:
-        assert self.shutdownAfterJobFinishes or not self.ttlSecondsAfterFinished, "the operator refuses this"
+    def _check_ttl(self) -> Self:
+        assert self.shutdownAfterJobFinishes or not self.ttlSecondsAfterFinished, (
+            "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+        )
         return self
 
 

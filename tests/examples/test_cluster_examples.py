@@ -1,4 +1,4 @@
-"""The examples for clusters and the Dockerfile: what can be said about them without a cluster or a Docker engine."""
+"""Validates the cluster examples and the Dockerfile without a cluster or a Docker engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cluster_spec(name: str, manifest: dict[str, Any] | None = None) -> dict[str,
 
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
-def test_a_manifest_has_only_fields_that_the_operator_knows_with_values_that_it_takes(name: str) -> None:
+def test_manifest_fields_are_valid(name: str) -> None:
     manifest = yaml.safe_load((CLUSTERS / name).read_text())
     KINDS[manifest["kind"]].model_validate(manifest)
     group = cluster_spec(name, manifest)["workerGroupSpecs"][0]
@@ -52,7 +52,7 @@ def test_a_manifest_has_only_fields_that_the_operator_knows_with_values_that_it_
 
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
-def test_the_pods_of_a_manifest_match_kubernetes_own_schema(name: str) -> None:
+def test_pods_match_the_kubernetes_schema(name: str) -> None:
     spec = cluster_spec(name)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "any"}, "spec": group["template"]["spec"]}
@@ -66,7 +66,7 @@ def test_the_pods_of_a_manifest_match_kubernetes_own_schema(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
-def test_a_manifest_has_one_image_without_root_and_the_locked_ray(name: str) -> None:
+def test_manifest_has_one_image_without_root_and_locked_ray(name: str) -> None:
     spec = cluster_spec(name)
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
@@ -79,9 +79,9 @@ def test_a_manifest_has_one_image_without_root_and_the_locked_ray(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-raycluster.yaml"])
-def test_secrets_of_a_manifest_are_references_and_authentication_is_on(name: str) -> None:
+def test_manifest_secrets_are_references(name: str) -> None:
     spec = cluster_spec(name)
-    # The operator gives the token to every container, that of a RayJob's submitter too.
+    # The operator passes the token to every container, including a RayJob's submitter.
     assert spec["authOptions"] == {"mode": "token"}
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         for container in group["template"]["spec"]["containers"]:
@@ -90,19 +90,19 @@ def test_secrets_of_a_manifest_are_references_and_authentication_is_on(name: str
                 assert not entry["name"].startswith("RAY_AUTH")
 
 
-def test_the_job_of_a_manifest_exists() -> None:
+def test_manifest_entrypoint_exists() -> None:
     job = yaml.safe_load((CLUSTERS / "kuberay-rayjob.yaml").read_text())
     words = job["spec"]["entrypoint"].split()
     assert all((REPOSITORY / word).is_file() for word in words if word.endswith((".py", ".yaml")))
 
 
-def test_no_example_holds_a_value_of_a_secret() -> None:
+def test_examples_contain_no_secrets() -> None:
     for path in [*CLUSTERS.iterdir(), REPOSITORY / "docker" / "Dockerfile"]:
         assert not SECRET_VALUE.search(path.read_text()), path
 
 
 @pytest.mark.parametrize("script", ["examples/clusters/slurm.sbatch", "tools/build_image.sh"])
-def test_a_shell_script_is_one(script: str) -> None:
+def test_shell_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(REPOSITORY / script)], check=True)
 
 
@@ -112,26 +112,26 @@ def instructions() -> list[tuple[str, str]]:
     return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in text.splitlines() if line.strip()]
 
 
-def test_the_dockerfile_has_its_targets_and_ends_without_root() -> None:
+def test_dockerfile_targets_and_user() -> None:
     stages = [words[2] for words in (rest.split() for name, rest in instructions() if name == "FROM")]
     assert {"hermetic", "release"} <= set(stages)
-    assert stages[-1] == "release", "the default target"
+    assert stages[-1] == "release", "the default target must be release"
     assert [rest for name, rest in instructions() if name == "USER"][-1] != "root"
-    assert not [rest for name, rest in instructions() if "<<" in rest], "Debian's buildah knows no heredocs"
+    assert not [rest for name, rest in instructions() if "<<" in rest], "Debian's buildah does not support heredocs"
 
 
-def test_every_file_that_an_image_copies_is_there_and_not_ignored() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     ignore = (REPOSITORY / ".dockerignore").read_text().splitlines()
-    taken = {line[1:] for line in ignore if line.startswith("!")}
+    included = {line[1:] for line in ignore if line.startswith("!")}
     for name, rest in instructions():
         if name == "COPY" and not rest.startswith("--from"):
             for source in rest.split()[:-1]:
                 assert (REPOSITORY / source).exists(), source
-                assert source == "." or source.split("/")[0] in taken, source
+                assert source == "." or source.split("/")[0] in included, source
 
 
-def test_the_stage_that_builds_venvs_has_all_the_code_that_building_needs(tmp_path: Path) -> None:
-    """So a change elsewhere builds nothing again, and no file that is needed is missing."""
+def test_venvs_stage_has_the_source_it_needs(tmp_path: Path) -> None:
+    """Copies only the files of this stage and runs `nemo-rl venvs build` with them."""
     for name, rest in instructions():
         *sources, target = rest.split()
         if name == "COPY" and all(source.startswith("nemo_rl") for source in sources):
@@ -144,13 +144,13 @@ def test_the_stage_that_builds_venvs_has_all_the_code_that_building_needs(tmp_pa
                     shutil.copy(REPOSITORY / source, to)
     env = {"PYTHONPATH": str(tmp_path), "NEMO_RL_PROJECT_ROOT": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
     env["NEMO_RL_VENV_DIR"] = str(tmp_path / "venvs")
-    command = [sys.executable, "-m", "nemo_rl.cli", "venvs", "build", "nobody"]
+    command = [sys.executable, "-m", "nemo_rl.cli", "venvs", "build", "unknown"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "neither a registered worker class nor an extra" in done.stderr
 
 
-def test_images_of_backends_that_the_project_does_not_have_are_not_offered() -> None:
+def test_dockerfile_uses_existing_extras() -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = (REPOSITORY / "docker" / "Dockerfile").read_text()
     assert set(re.findall(r"--extra (\S+)", text)) <= set(extras)

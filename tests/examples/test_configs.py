@@ -1,4 +1,4 @@
-"""What the shipped configurations say of themselves."""
+"""Validates the configurations in examples/configs and the commands in their headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def header(config: Path) -> str:
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("grpo_*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_is_valid_also_as_its_header_says_for_one_gpu(config: Path) -> None:
+def test_configuration_and_its_overrides_are_valid(config: Path) -> None:
     load_config(MasterConfig, config, [])
     for overrides in ON_ONE_GPU.findall(header(config)):
         assert load_config(MasterConfig, config, overrides.split()).cluster.gpus_per_node == 1
@@ -29,7 +29,7 @@ def test_a_configuration_is_valid_also_as_its_header_says_for_one_gpu(config: Pa
 @pytest.mark.parametrize(
     "name", ["grpo_math_1B", "grpo_math_1B_megatron", "grpo_math_8B_megatron", "grpo_math_async_1B"]
 )
-def test_models_that_fill_gpus_are_served_by_vllm(name: str) -> None:
-    """The torch backend takes memory for every row's longest completion: 90 GB for the 8B model."""
+def test_large_models_use_vllm(name: str) -> None:
+    """The torch backend reserves memory for the longest completion of every row: 90 GB for the 8B model."""
     generation = load_config(MasterConfig, CONFIGS / f"{name}.yaml", []).policy.generation
     assert generation.backend == "vllm"

@@ -1,4 +1,4 @@
-"""The README's main job as a user runs it: real processes, real Ray, real venvs, on the embedded model."""
+"""Runs the default GRPO job with real processes, Ray and venvs on the embedded model."""
 
 import json
 import os
@@ -36,53 +36,53 @@ def metrics(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def comparable(records: list[dict]) -> list[dict]:
-    """What must be equal bit for bit: all but times. (The check against the generator also runs after a resume.)"""
+def reproducible_metrics(records: list[dict]) -> list[dict]:
+    """Drop the metrics that may differ between equal runs: times, and the logprob check after a resume."""
     skip = ("timing/", "perf/", "train/logprob_error", "val/env_verify_latency", "train/env_verify_latency", "time")
     return [{k: v for k, v in record.items() if not k.startswith(skip)} for record in records]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = run(*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
 
-def test_a_run_leaves_metrics_checkpoint_report_and_attestation(undisturbed):
-    records = metrics(undisturbed)
+def test_run_writes_metrics_checkpoint_report_and_attestation(uninterrupted):
+    records = metrics(uninterrupted)
     steps = [r for r in records if "train/loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
     for key in ("train/reward", "train/kl", "train/grad_norm", "timing/generation_s", "timing/train_s"):
         assert all(key in r for r in steps), key
     assert [r["step"] for r in records if "val/accuracy" in r] == [0, 2, 4, 5]
-    assert "<svg" in (undisturbed / "report.html").read_text()
-    workers = json.loads((undisturbed / "attestation.json").read_text())
+    assert "<svg" in (uninterrupted / "report.html").read_text()
+    workers = json.loads((uninterrupted / "attestation.json").read_text())
     assert {w["group"] for w in workers} == {"policy", "generation", "environment"}
-    assert list((undisturbed / "tensorboard").iterdir())
-    assert json.loads((undisturbed / "finished.json").read_text())["step"] == 5
+    assert list((uninterrupted / "tensorboard").iterdir())
+    assert json.loads((uninterrupted / "finished.json").read_text())["step"] == 5
 
 
-def test_transformers_loads_the_checkpoint(undisturbed):
+def test_transformers_loads_the_checkpoint(uninterrupted):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    policy = undisturbed / "checkpoints" / "step_000005" / "policy"
+    policy = uninterrupted / "checkpoints" / "step_000005" / "policy"
     directory = next(p.parent for p in policy.rglob("config.json"))
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory).vocab_size <= model.config.vocab_size
 
 
-def test_the_same_command_on_a_finished_run_has_nothing_to_do(undisturbed):
-    before = (undisturbed / "metrics.jsonl").read_bytes()
-    done = run(*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={undisturbed}")
+def test_finished_run_is_not_continued(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = run(*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={uninterrupted}")
     assert done.returncode == 0
     assert "finished" in done.stderr + done.stdout
-    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("victim", ["driver", "policy"])
-def test_a_killed_run_goes_on_and_records_what_an_undisturbed_one_does(tmp_path, undisturbed, victim):
+def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     directory = tmp_path / "run"
     arguments = (*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")
     job = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -98,15 +98,15 @@ def test_a_killed_run_goes_on_and_records_what_an_undisturbed_one_does(tmp_path,
     wait_for(lambda: not orphans(job.pid), None, seconds=60)
     resumed = run(*arguments)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert comparable(metrics(directory)) == comparable(metrics(undisturbed))
+    assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(uninterrupted))
 
 
-def test_an_asynchronous_run_that_is_killed_goes_on_with_the_rollouts_that_were_ahead(tmp_path):
-    recipe = ("--config", str(ROOT / "examples" / "configs" / "grpo_math_cpu_async.yaml"))
-    arguments = (*recipe, *SMALL, "grpo.max_num_steps=5")
-    whole = run(*arguments, f"logger.log_dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    ages = [r["train/trajectory_age"] for r in metrics(tmp_path / "whole") if "train/loss" in r]
+def test_killed_asynchronous_run_resumes_with_equal_metrics(tmp_path):
+    config = ("--config", str(ROOT / "examples" / "configs" / "grpo_math_cpu_async.yaml"))
+    arguments = (*config, *SMALL, "grpo.max_num_steps=5")
+    uninterrupted = run(*arguments, f"logger.log_dir={tmp_path / 'uninterrupted'}")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr[-3000:]
+    ages = [r["train/trajectory_age"] for r in metrics(tmp_path / "uninterrupted") if "train/loss" in r]
     assert ages == [0, 1, 1, 1, 1]
     directory = tmp_path / "run"
     job = subprocess.Popen(
@@ -118,10 +118,10 @@ def test_an_asynchronous_run_that_is_killed_goes_on_with_the_rollouts_that_were_
     wait_for(lambda: not orphans(job.pid), None, seconds=60)
     resumed = run(*arguments, f"logger.log_dir={directory}")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert comparable(metrics(directory)) == comparable(metrics(tmp_path / "whole"))
+    assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(tmp_path / "uninterrupted"))
 
 
-def test_an_interrupted_run_leaves_no_process(tmp_path):
+def test_interrupted_run_leaves_no_process(tmp_path):
     directory = tmp_path / "run"
     job = subprocess.Popen(
         command(*SMALL, "grpo.max_num_steps=1000", f"logger.log_dir={directory}"),
@@ -152,7 +152,7 @@ def test_an_interrupted_run_leaves_no_process(tmp_path):
         (["cluster.cpu_workers_per_node=512", "grpo.num_prompts_per_step=512"], "CPU"),
     ],
 )
-def test_wrong_input_is_one_sentence_exit_code_2_and_leaves_nothing_running(tmp_path, arguments, expected):
+def test_invalid_input_is_one_sentence_and_leaves_no_process(tmp_path, arguments, expected):
     job = subprocess.Popen(
         command(*arguments, f"logger.log_dir={tmp_path / 'run'}"),
         stdout=subprocess.DEVNULL,
@@ -175,7 +175,7 @@ def test_help_lists_the_keys():
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("grpo_*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_has_a_plan(config, tmp_path):
+def test_every_configuration_has_a_plan(config, tmp_path):
     done = run("--config", str(config), "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "policy" in done.stdout
@@ -192,10 +192,10 @@ def wait_for(condition, job: subprocess.Popen | None, seconds: float = 200) -> N
 
 
 def orphans(driver: int) -> list[int]:
-    """Ray processes whose session was started by `driver` (its name holds that process id)."""
-    found = []
+    """Return the Ray processes of the session that `driver` started. The session name has its process id."""
+    pids = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
         if f"_{driver}/" in line or line.endswith(f"_{driver}"):
-            found.append(process.pid)
-    return [pid for pid in found if pid not in (driver, os.getpid())]
+            pids.append(process.pid)
+    return [pid for pid in pids if pid not in (driver, os.getpid())]

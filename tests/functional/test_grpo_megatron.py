@@ -1,4 +1,4 @@
-"""The embedded job with Megatron-Core as trainer, as a user runs it: two policy workers that share every matrix."""
+"""Runs the default GRPO job with Megatron-Core and tensor parallelism over two policy workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
             *(sys.executable, str(ROOT / "examples" / "run_grpo_math.py"), "--config", str(CONFIG), *SMALL),
             *(f"logger.log_dir={directory}", *arguments),
         ],
-        env={**os.environ, "RAY_ADDRESS": "local"},  # a cluster of its own, whatever else runs on the machine
+        env={**os.environ, "RAY_ADDRESS": "local"},  # start a separate cluster
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -45,7 +45,7 @@ def run(directory: Path, *arguments: str) -> None:
     try:
         _, errors = job.communicate(timeout=280)
     finally:
-        job.kill()  # where the test gave up; does nothing to a job that has ended
+        job.kill()  # no effect on a job that has ended
     assert job.returncode == 0, errors[-3000:]
 
 
@@ -55,17 +55,17 @@ def steps(directory: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("megatron") / "run"
     run(directory, "grpo.max_num_steps=3")
     return directory
 
 
-def test_megatron_and_torch_workers_train_together_each_in_its_venv(undisturbed: Path) -> None:
-    found = steps(undisturbed)
-    assert sorted(found) == [1, 2, 3]
-    assert found[1]["train/logprob_error"] < 1e-4
-    workers = json.loads((undisturbed / "attestation.json").read_text())
+def test_megatron_and_torch_workers_use_separate_venvs(uninterrupted: Path) -> None:
+    records = steps(uninterrupted)
+    assert sorted(records) == [1, 2, 3]
+    assert records[1]["train/logprob_error"] < 1e-4
+    workers = json.loads((uninterrupted / "attestation.json").read_text())
     policy = [worker for worker in workers if worker["group"] == "policy"]
     assert [worker["tensor_rank"] for worker in policy] == [0, 1]
     assert all(worker["megatron_core"] for worker in policy)
@@ -73,33 +73,33 @@ def test_megatron_and_torch_workers_train_together_each_in_its_venv(undisturbed:
     assert prefixes["policy"] != prefixes["generation"]
 
 
-def test_transformers_loads_the_checkpoint(undisturbed: Path) -> None:
+def test_transformers_loads_the_checkpoint(uninterrupted: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory = undisturbed / "checkpoints" / "step_000003" / "policy" / "model"
+    directory = uninterrupted / "checkpoints" / "step_000003" / "policy" / "model"
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert AutoTokenizer.from_pretrained(directory).vocab_size <= model.config.vocab_size
 
 
-def assert_same_run(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
-    assert sorted(found) == sorted(expected)
+def assert_same_run(actual: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
+    assert sorted(actual) == sorted(expected)
     for step, record in expected.items():
-        assert found[step]["train/reward"] == record["train/reward"]
-        assert found[step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-3, abs=1e-5)
+        assert actual[step]["train/reward"] == record["train/reward"]
+        assert actual[step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three starts of a whole job
-def test_a_run_with_pipeline_stages_goes_on_where_it_stopped(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)  # starts a job three times
+def test_run_with_pipeline_stages_resumes(uninterrupted: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run(directory, "grpo.max_num_steps=2", *PIPELINE)
     run(directory, "grpo.max_num_steps=3", *PIPELINE)
-    assert_same_run(steps(directory), steps(undisturbed))
+    assert_same_run(steps(directory), steps(uninterrupted))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three starts of a whole job
-def test_a_lost_rank_stops_the_job_and_the_same_command_resumes_it(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)  # starts a job three times
+def test_lost_rank_stops_the_job_which_can_resume(uninterrupted: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     job = start(directory, "grpo.max_num_steps=3")
     deadline = time.monotonic() + 200
@@ -111,9 +111,9 @@ def test_a_lost_rank_stops_the_job_and_the_same_command_resumes_it(undisturbed: 
     assert len(ranks) == 2
     ranks[1].kill()
     _, errors = job.communicate(timeout=120)
-    assert job.returncode == 1, "the job must end although the other rank waits for the lost one"
+    assert job.returncode == 1, "the job must end although the other rank waits for the lost rank"
     assert "policy" in errors
-    _, left = psutil.wait_procs(ranks, timeout=60)
-    assert not left, "the other rank must not stay behind"
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive, "the other rank must end as well"
     run(directory, "grpo.max_num_steps=3")
-    assert_same_run(steps(directory), steps(undisturbed))
+    assert_same_run(steps(directory), steps(uninterrupted))

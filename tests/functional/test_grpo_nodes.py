@@ -1,4 +1,4 @@
-"""The embedded job on a cluster of two nodes, of which one is lost on the way."""
+"""Runs the default GRPO job on a cluster of two nodes and removes one during the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = (
 
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
-    """A head and a second node, of which the head is preferred; this process does not connect to them."""
+    """Start a head and a second node. The driver prefers the head. This process does not connect."""
     with simulated_nodes({"num_cpus": 2}, {"num_cpus": 2}, is_joined=False) as cluster:
         _, cluster.second = cluster.list_all_nodes()
         yield cluster
@@ -57,13 +57,13 @@ def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         _, errors = job.communicate(timeout=280)
     finally:
-        job.kill()  # where the test gave up; does nothing to a job that has ended
+        job.kill()  # no effect on a job that has ended
     return job.returncode, errors
 
 
-def assert_same_steps(found: Path, expected: Path) -> None:
+def assert_same_steps(actual: Path, expected: Path) -> None:
     records = []
-    for directory in (found, expected):
+    for directory in (actual, expected):
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         records.append({line["step"]: line for line in lines if "train/loss" in line})
     assert sorted(records[0]) == sorted(records[1]) == [1, 2, 3, 4]
@@ -72,30 +72,30 @@ def assert_same_steps(found: Path, expected: Path) -> None:
         assert records[0][step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-3, abs=1e-5)
 
 
-def test_a_job_goes_on_when_a_node_with_generation_workers_is_lost(nodes: Cluster, tmp_path: Path) -> None:
-    spread = ("cluster.generation.num_nodes=2", "cluster.generation.cpu_workers_per_node=1")
-    code, errors = finish(start(tmp_path / "whole", nodes, *spread))
+def test_job_survives_the_loss_of_a_generation_node(nodes: Cluster, tmp_path: Path) -> None:
+    layout = ("cluster.generation.num_nodes=2", "cluster.generation.cpu_workers_per_node=1")
+    code, errors = finish(start(tmp_path / "uninterrupted", nodes, *layout))
     assert code == 0, errors[-3000:]
-    job = start(tmp_path / "run", nodes, *spread)
+    job = start(tmp_path / "run", nodes, *layout)
     wait_for_checkpoint(tmp_path / "run", 2, job)
     nodes.remove_node(nodes.second, allow_graceful=False)
     code, errors = finish(job)
     assert code == 0, errors[-3000:]
     assert "replicas go on without it" in errors
-    assert_same_steps(tmp_path / "run", tmp_path / "whole")
+    assert_same_steps(tmp_path / "run", tmp_path / "uninterrupted")
 
 
-def test_a_job_whose_policy_loses_a_node_stops_and_the_same_command_resumes_it(nodes: Cluster, tmp_path: Path) -> None:
-    spread = ("cluster.num_nodes=2", "cluster.cpu_workers_per_node=1", "policy.generation.num_workers=1")
-    code, errors = finish(start(tmp_path / "whole", nodes, *spread))
+def test_loss_of_a_policy_node_stops_the_job_which_can_resume(nodes: Cluster, tmp_path: Path) -> None:
+    layout = ("cluster.num_nodes=2", "cluster.cpu_workers_per_node=1", "policy.generation.num_workers=1")
+    code, errors = finish(start(tmp_path / "uninterrupted", nodes, *layout))
     assert code == 0, errors[-3000:]
-    job = start(tmp_path / "run", nodes, *spread)
+    job = start(tmp_path / "run", nodes, *layout)
     wait_for_checkpoint(tmp_path / "run", 2, job)
     nodes.remove_node(nodes.second, allow_graceful=False)
     code, errors = finish(job)
-    assert code == 1, "the job must end although the other rank waits for the lost one"
+    assert code == 1, "the job must end although the other rank waits for the lost rank"
     assert "policy" in errors
     nodes.add_node(num_cpus=2, include_dashboard=False)
-    code, errors = finish(start(tmp_path / "run", nodes, *spread))
+    code, errors = finish(start(tmp_path / "run", nodes, *layout))
     assert code == 0, errors[-3000:]
-    assert_same_steps(tmp_path / "run", tmp_path / "whole")
+    assert_same_steps(tmp_path / "run", tmp_path / "uninterrupted")

@@ -1,4 +1,4 @@
-"""The real loop with the real policy worker and generator, in this process, without Ray (`benchmarks/one_process`)."""
+"""Runs the GRPO loop with real policy and generation workers in this process (`benchmarks/one_process`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, **policy: Any) -> list[dict[str, float]]:
-    """What is recorded of each step, without what depends on time."""
+    """Train, and return the metrics of each step except timings."""
     config = MasterConfig.model_validate(
         {
             "grpo": {
@@ -57,9 +57,9 @@ def run(model: Path, **policy: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_a_run_in_which_the_policy_leaves_is_the_same_run(model: Path, sharding: str) -> None:
-    stays = run(model, sharding=sharding)
+def test_offloading_does_not_change_the_run(model: Path, sharding: str) -> None:
+    resident = run(model, sharding=sharding)
     assert not dist.is_initialized()
-    leaves = run(model, sharding=sharding, offload=True)
-    assert leaves == stays
-    assert [step["train/grad_norm"] > 0 for step in stays] == [True] * STEPS
+    offloaded = run(model, sharding=sharding, offload=True)
+    assert offloaded == resident
+    assert [step["train/grad_norm"] > 0 for step in resident] == [True] * STEPS

@@ -1,4 +1,4 @@
-"""The job with three venvs as a user runs it: torch trains, vLLM generates, the driver's Python judges."""
+"""Runs the GRPO job with three Pythons: torch trains, vLLM generates, the driver's Python grades."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 
-def test_the_embedded_job_runs_with_vllm(tmp_path: Path) -> None:
+def test_embedded_job_runs_with_vllm(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     arguments = [
         "--config=examples/configs/grpo_math_cpu_vllm.yaml",

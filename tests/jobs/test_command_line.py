@@ -20,19 +20,19 @@ def config_file(tmp_path) -> Path:
     return path
 
 
-def test_a_job_gets_the_checked_configuration_its_name_and_the_mode(config_file):
-    seen = []
-    assert run_command(MasterConfig, config_file, seen.append, ["--dry-run", "grpo.max_num_steps=3"]) == 0
-    (arguments,) = seen
+def test_job_receives_config_name_and_mode(config_file):
+    received = []
+    assert run_command(MasterConfig, config_file, received.append, ["--dry-run", "grpo.max_num_steps=3"]) == 0
+    (arguments,) = received
     assert (arguments.config.grpo.seed, arguments.config.grpo.max_num_steps) == (5, 3)
     assert (arguments.name, arguments.dry_run) == ("job", True)
 
 
-def test_options_and_overrides_may_be_mixed(config_file, tmp_path):
-    seen = []
+def test_options_and_overrides_can_be_mixed(config_file, tmp_path):
+    received = []
     argv = ["grpo.seed=1", "--config", str(config_file), "grpo.max_num_steps=3", "--dry-run", "grpo.seed=2"]
-    assert run_command(MasterConfig, tmp_path / "unused.yaml", seen.append, argv) == 0
-    assert (seen[0].config.grpo.seed, seen[0].config.grpo.max_num_steps) == (2, 3)
+    assert run_command(MasterConfig, tmp_path / "unused.yaml", received.append, argv) == 0
+    assert (received[0].config.grpo.seed, received[0].config.grpo.max_num_steps) == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_errors_are_one_sentence_and_an_exit_code(config_file, capsys, error, co
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_the_error_of_a_worker_is_its_own_sentence(config_file, capsys):
+def test_worker_error_is_one_sentence(config_file, capsys):
     def job(arguments):
         raise RayTaskError("train", "a long traceback", NonFiniteError("the loss is nan")).as_instanceof_cause()
 
@@ -55,17 +55,17 @@ def test_the_error_of_a_worker_is_its_own_sentence(config_file, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_disk_that_is_full_is_one_sentence_with_the_file(config_file, capsys):
+def test_full_disk_error_names_the_file(config_file, capsys):
     def job(arguments):
         append_text(Path("/dev/full"), "{}\n")
 
     assert run_command(MasterConfig, config_file, job, []) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: [Errno 28] No space left on device: '/dev/full'; make room")
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 28] No space left on device: '/dev/full'; free space")
+    assert error.count("\n") == 1
 
 
-def test_our_own_bugs_keep_their_traceback(config_file):
+def test_unexpected_exception_keeps_its_traceback(config_file):
     def job(arguments):
         raise KeyError("bug")
 
@@ -73,15 +73,15 @@ def test_our_own_bugs_keep_their_traceback(config_file):
         run_command(MasterConfig, config_file, job, [])
 
 
-def test_a_wrong_key_never_reaches_the_job(config_file, capsys):
-    seen = []
-    assert run_command(MasterConfig, config_file, seen.append, ["grpo.sede=1"]) == 2
+def test_unknown_key_does_not_start_the_job(config_file, capsys):
+    received = []
+    assert run_command(MasterConfig, config_file, received.append, ["grpo.sede=1"]) == 2
     assert "did you mean grpo.seed?" in capsys.readouterr().err
-    assert not seen
+    assert not received
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_the_job_cleanly(config_file, signal_number):
+def test_interrupt_ends_the_job_cleanly(config_file, signal_number):
     code = f"""
 import sys, time
 from pathlib import Path
@@ -105,7 +105,7 @@ sys.exit(run_command(MasterConfig, Path({str(config_file)!r}), job, []))
     assert "Traceback" not in errors
 
 
-def test_help_lists_every_key_without_starting_anything(config_file, capsys):
+def test_help_lists_every_key(config_file, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_command(MasterConfig, config_file, lambda arguments: None, ["--help"])
     assert exit_.value.code == 0
@@ -114,7 +114,7 @@ def test_help_lists_every_key_without_starting_anything(config_file, capsys):
     assert "Longest completion in tokens." in output
 
 
-def test_a_listing_of_keys_may_be_cut_short():
+def test_help_ends_silently_on_a_closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
     script = Path(__file__).resolve().parents[2] / "examples" / "run_grpo_math.py"

@@ -1,4 +1,4 @@
-"""The curation job, from its command line to a file that the GRPO job reads."""
+"""Tests the curation job from its command line to a file that a GRPO job trains on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "configs" / "curate_math.yaml"
 
 
-def test_a_dry_run_describes_the_pipeline_and_starts_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dry_run_prints_the_pipeline(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     overrides = ["--dry-run", f"output_dir={tmp_path / 'out'}", "verify.sympy_versions=['1.13.3']"]
     assert run_command(CurateConfig, CONFIG, run_curate, overrides) == 0
@@ -28,7 +28,7 @@ def test_a_dry_run_describes_the_pipeline_and_starts_nothing(tmp_path: Path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"output_dir={tmp_path / 'out'}", f"input.paths=[{tmp_path / 'nowhere.jsonl'}]"]
     assert run_command(CurateConfig, CONFIG, run_curate, overrides) == 2
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
@@ -36,7 +36,7 @@ def test_a_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["actor_pool", "ray_data"])
-def test_a_messy_sample_becomes_training_data(tmp_path: Path, executor: str) -> None:
+def test_raw_sample_becomes_training_data(tmp_path: Path, executor: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "examples" / "run_curate_math.py"), f"output_dir={out}"]
     command += ["input.sample.num_lines=400", "input.task_size=20KiB", f"executor={executor}"]
@@ -60,7 +60,7 @@ def test_a_messy_sample_becomes_training_data(tmp_path: Path, executor: str) -> 
 
 @pytest.mark.slow
 def test_from_raw_data_to_a_trained_model(tmp_path: Path) -> None:
-    """docs/tutorial.md, in a short form: the model that scored the problems is trained on them."""
+    """Run docs/tutorial.md in a short form: score problems with a model, then train the model on them."""
     out, run = tmp_path / "out", tmp_path / "run"
     curate = ["examples/run_curate_math.py", "--config", "examples/configs/curate_arithmetic.yaml"]
     curate += [f"output_dir={out}", "input.sample.num_lines=700", "languages=[en]"]
@@ -77,14 +77,14 @@ def test_from_raw_data_to_a_trained_model(tmp_path: Path) -> None:
     assert problems["pass_rate"].between(0.1, 0.9).all()
     assert problems["difficulty"].between(1, 5).all()
     assert set(problems["language"]) == {"und"}  # a formula has no language
-    assert "solved in less than 10% of the tries" in (out / "report.html").read_text()
+    assert "solved in less than 10% of the samples" in (out / "report.html").read_text()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3]
     assert records[0]["val/accuracy"] > 0
     assert list((run / "checkpoints").glob("step_000003/policy/**/config.json"))
 
 
-def test_a_model_that_is_not_there_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_scoring_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["--dry-run", "scoring.model=/no/such/model"]
     assert run_command(CurateConfig, CONFIG, run_curate, overrides) == 2
     assert "scoring.model: there is no directory /no/such/model" in capsys.readouterr().err

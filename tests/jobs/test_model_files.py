@@ -19,27 +19,27 @@ from nemo_rl.utils.config import load_config
         ("models/base", None),
     ],
 )
-def test_sizes_stated_in_names(name, expected):
+def test_size_in_model_name(name, expected):
     assert parameters_in_name(name) == expected
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./no/such/model", "~/no-such-model", "a/b/c"])
-def test_a_path_that_does_not_exist_is_refused_before_anything_is_imported(name):
+def test_missing_model_path_is_refused(name):
     with pytest.raises(ConfigError, match="policy.model_name: there is no directory"):
         check_model_name(PolicyConfig(model_name=name))
 
 
-def test_a_directory_without_a_model_is_refused(tmp_path):
+def test_directory_without_config_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no config.json"):
         check_model_name(PolicyConfig(model_name=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["embedded", "gpt2", "Qwen/Qwen2.5-1.5B-Instruct"])
-def test_hub_names_and_the_embedded_model_pass(name):
+def test_hub_names_and_embedded_model_are_accepted(name):
     check_model_name(PolicyConfig(model_name=name))
 
 
-def test_parameters_are_counted_with_tied_ones_once():
+def test_tied_parameters_count_once():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -77,7 +77,7 @@ def test_parameters_are_counted_with_tied_ones_once():
         ),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch, overrides, expected):
+def test_unfit_model_is_refused_before_it_is_created(tmp_path, monkeypatch, overrides, expected):
     monkeypatch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path))
     config = load_config(MasterConfig, None, overrides)
     with pytest.raises(ConfigError, match=expected):
@@ -97,6 +97,6 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkey
         ),
     ],
 )
-def test_generation_workers_that_have_no_place_are_refused_before_anything_starts(overrides, expected):
+def test_too_many_generation_workers_are_refused(overrides, expected):
     with pytest.raises(ConfigError, match=expected):
         job_roles(load_config(MasterConfig, None, overrides))

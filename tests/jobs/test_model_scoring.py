@@ -1,4 +1,4 @@
-"""Pass rates of a real model: the embedded one, on problems that it half knows."""
+"""Tests the pass rates of the embedded model on problems that it can partly solve."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ GENERATION = {"max_new_tokens": 8, "py_executable": PY_EXECUTABLES.SYSTEM}
 
 
 def scoring(**changes: Any) -> ScoringConfig:
-    given = {"model": "embedded", "generation": GENERATION, "math": {"answer_format": "whole"}, **changes}
-    return validate(ScoringConfig, given, where="scoring")
+    values = {"model": "embedded", "generation": GENERATION, "math": {"answer_format": "whole"}, **changes}
+    return validate(ScoringConfig, values, where="scoring")
 
 
 def arithmetic(num_problems: int, level: int) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def started() -> Iterator[ModelPassRate]:
     stage.teardown()
 
 
-def test_rates_tell_what_the_model_knows_from_what_it_does_not(started: ModelPassRate) -> None:
+def test_pass_rates_separate_easy_and_hard_problems(started: ModelPassRate) -> None:
     frame = scored(started, [*arithmetic(32, level=1), *arithmetic(32, level=5)])
     sums, products = (frame[frame["level"] == level] for level in (1, 5))
     assert sums["pass_rate"].mean() > 0.1
@@ -61,14 +61,14 @@ def test_rates_tell_what_the_model_knows_from_what_it_does_not(started: ModelPas
     assert len(set(levels)) > 1
 
 
-def test_rates_are_repeated_and_differ_from_task_to_task(started: ModelPassRate) -> None:
+def test_pass_rates_are_reproducible_per_task(started: ModelPassRate) -> None:
     rows = arithmetic(24, level=1)
     first = scored(started, rows)["pass_rate"].tolist()
     assert scored(started, rows)["pass_rate"].tolist() == first
     assert scored(started, rows, "00001")["pass_rate"].tolist() != first
 
 
-def test_a_model_without_chance_agrees_with_transformers() -> None:
+def test_greedy_pass_rates_equal_transformers() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,7 +89,7 @@ def test_a_model_without_chance_agrees_with_transformers() -> None:
 
 
 class Drops:
-    """Collects what a stage reports."""
+    """Collects the dropped rows that a stage reports."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -98,7 +98,7 @@ class Drops:
         self.counts[reason] = self.counts.get(reason, 0) + count
 
 
-def test_what_cannot_be_asked_and_what_is_too_hard_is_dropped_and_told() -> None:
+def test_invalid_and_too_hard_problems_are_dropped() -> None:
     stage = ModelPassRate(scoring(num_samples=4, max_sequence_length=32, min_pass_rate=0.01))
     stage.setup()
     stage._reporter = drops = Drops()  # type: ignore[assignment]
@@ -113,15 +113,15 @@ def test_what_cannot_be_asked_and_what_is_too_hard_is_dropped_and_told() -> None
     frame = scored(stage, rows)
     stage.teardown()
     assert frame["pass_rate"].min() >= 0.25
-    assert drops.counts.pop("prompt that leaves the model no room within 32 tokens") == 1
+    assert drops.counts.pop("prompt without room for a completion within 32 tokens") == 1
     assert (drops.counts.pop("no problem"), drops.counts.pop("no answer")) == (1, 1)
-    assert drops.counts == {"solved in less than 1% of the tries": len(rows) - 3 - len(frame)}
+    assert drops.counts == {"solved in less than 1% of the samples": len(rows) - 3 - len(frame)}
 
 
-def test_wrong_configurations() -> None:
-    with pytest.raises(ConfigError, match="leave nothing"):
+def test_invalid_configurations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="min_pass_rate=0.5 is above max_pass_rate=0.4"):
         scoring(min_pass_rate=0.5, max_pass_rate=0.4)
-    with pytest.raises(ConfigError, match="a stage's worker is alone"):
+    with pytest.raises(ConfigError, match="a stage supports one worker per replica"):
         scoring(generation={"backend": "vllm", "options": {"tensor_parallel_size": 2}})
     with pytest.raises(ConfigError, match=r"scoring\.model is not set"):
         ModelPassRate(ScoringConfig())
@@ -129,8 +129,8 @@ def test_wrong_configurations() -> None:
         ModelPassRate(scoring(model="/no/such/model"))
 
 
-def test_each_backend_scores_in_the_python_of_its_workers() -> None:
-    """As a GRPO job runs them; without a GPU vLLM has another one."""
+def test_stage_runs_in_the_python_of_the_backend() -> None:
+    """The stage uses the Python of a GRPO job. vLLM has a separate one without GPUs."""
     pythons = {
         (backend, use_gpu): ModelPassRate(scoring(generation={"backend": backend}, use_gpu=use_gpu))
         for backend in ("torch", "vllm")
@@ -145,7 +145,7 @@ def test_each_backend_scores_in_the_python_of_its_workers() -> None:
     assert [stage.resources.gpus for stage in pythons.values()] == [0, 1, 0, 1]
 
 
-def test_the_stage_in_a_pipeline_gives_the_rates_of_this_process(started: ModelPassRate, tmp_path: Path) -> None:
+def test_pipeline_computes_the_same_pass_rates(started: ModelPassRate, tmp_path: Path) -> None:
     rows = arithmetic(16, level=1)
     start_local_ray(num_cpus=2, num_gpus=0)
     try:
@@ -158,8 +158,8 @@ def test_the_stage_in_a_pipeline_gives_the_rates_of_this_process(started: ModelP
 
 
 @pytest.mark.slow
-def test_vllm_in_its_own_venv_scores_as_torch_does() -> None:
-    """Without chance, so that only what is computed can differ: a sum may be rounded to another token now and then."""
+def test_vllm_pass_rates_equal_torch() -> None:
+    """Compare greedy completions. Rounding may rarely select another token."""
     rows = arithmetic(64, level=1)
     greedy = {"max_new_tokens": 8, "top_k": 1}
     torch_stage = ModelPassRate(scoring(num_samples=1, generation={**GENERATION, **greedy}))

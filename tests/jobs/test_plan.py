@@ -1,10 +1,10 @@
-"""Where a job would be on a cluster, from what its nodes have free."""
+"""Tests how a plan assigns the nodes and venv builds of a job to the nodes of a cluster."""
 
 from __future__ import annotations
 
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
-from nemo_rl.jobs.plan import NodeForecast, addresses_on, with_sources
+from nemo_rl.jobs.plan import NodeForecast, assign_nodes, assign_sources
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast
 
 
@@ -13,23 +13,23 @@ def nodes(**gpus: int) -> list[NodeResources]:
     return [NodeResources(f"id-{name}", name, has, has) for name, has in resources.items()]
 
 
-def test_the_nodes_of_a_job_are_spread_over_what_is_free() -> None:
-    (policy, generation), obstacle = addresses_on(nodes(a=8, b=8, c=4), ClusterConfig(num_nodes=2, gpus_per_node=8))
-    assert (list(policy), list(generation), obstacle) == (["a", "b"], [], "")
+def test_nodes_are_assigned_to_free_nodes() -> None:
+    plan = assign_nodes(nodes(a=8, b=8, c=4), ClusterConfig(num_nodes=2, gpus_per_node=8))
+    assert (list(plan.policy), list(plan.generation), plan.obstacle) == (["a", "b"], [], "")
 
 
-def test_generation_gets_what_the_policy_leaves() -> None:
+def test_generation_uses_remaining_nodes() -> None:
     cluster = ClusterConfig(gpus_per_node=8, generation=BundlesConfig(num_nodes=2, gpus_per_node=4))
-    (policy, generation), obstacle = addresses_on(nodes(a=8, b=4, c=4), cluster)
-    assert (list(policy), list(generation), obstacle) == (["a"], ["b", "c"], "")
+    plan = assign_nodes(nodes(a=8, b=4, c=4), cluster)
+    assert (list(plan.policy), list(plan.generation), plan.obstacle) == (["a"], ["b", "c"], "")
 
 
-def test_what_is_missing_is_said_with_what_is_free() -> None:
+def test_obstacle_lists_free_resources() -> None:
     cluster = ClusterConfig(gpus_per_node=8, generation=BundlesConfig(num_nodes=2, gpus_per_node=4))
-    (policy, generation), obstacle = addresses_on(nodes(a=8, b=4), cluster)
-    assert (list(policy), list(generation)) == (["a"], [])
-    assert obstacle == "2 nodes with 4 GPUs each are asked for; free: a 0, b 4."
-    assert "free: no node." in addresses_on([], cluster)[1]
+    plan = assign_nodes(nodes(a=8, b=4), cluster)
+    assert (list(plan.policy), list(plan.generation)) == (["a"], [])
+    assert plan.obstacle == "the job needs 2 nodes with 4 GPUs each; free: a 0, b 4."
+    assert "free: no node." in assign_nodes([], cluster).obstacle
 
 
 def forecasts(**states: str) -> list[NodeForecast]:
@@ -40,14 +40,14 @@ def forecasts(**states: str) -> list[NodeForecast]:
     ]
 
 
-def test_a_venv_that_nobody_has_is_built_on_one_node_and_comes_to_the_others_from_there() -> None:
-    first, second = (node.venvs[0] for node in with_sources(forecasts(a=BUILT, b=BUILT)))
+def test_missing_venv_is_built_once_and_broadcast() -> None:
+    first, second = (node.venvs[0] for node in assign_sources(forecasts(a=BUILT, b=BUILT)))
     assert (first.state, first.download_bytes) == (BUILT, 10)
     assert (second.state, second.download_bytes, second.installed_bytes) == (RECEIVED, 0, 20)
     assert second.basis == "from a, which builds it in 3 s"
 
 
-def test_a_venv_that_a_node_has_is_built_nowhere() -> None:
-    nodes = with_sources(forecasts(a=BUILT, b=READY, c=BUILT))
+def test_existing_venv_is_broadcast_without_a_build() -> None:
+    nodes = assign_sources(forecasts(a=BUILT, b=READY, c=BUILT))
     assert [node.venvs[0].state for node in nodes] == [RECEIVED, READY, RECEIVED]
     assert nodes[0].venvs[0].basis == "from b, which has it"

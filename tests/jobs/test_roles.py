@@ -1,4 +1,4 @@
-"""What a configuration says of a job's workers, before anything is started."""
+"""Tests the checks of the weight transport before a job starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nemo_rl.utils.config import load_config
         (["policy.weight_transport=shared_memory", "cluster.num_nodes=2"], "here they are on several"),
     ],
 )
-def test_a_transport_that_cannot_reach_the_workers_is_refused(overrides: list[str], expected: str) -> None:
+def test_unreachable_transport_is_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         check_weight_route(load_config(MasterConfig, None, overrides))
 
@@ -38,5 +38,5 @@ def test_a_transport_that_cannot_reach_the_workers_is_refused(overrides: list[st
         ["policy.weight_transport=nccl", "cluster={gpus_per_node: 1, generation: {gpus_per_node: 1}}"],
     ],
 )
-def test_a_transport_that_reaches_them_passes(overrides: list[str]) -> None:
+def test_reachable_transport_is_accepted(overrides: list[str]) -> None:
     check_weight_route(load_config(MasterConfig, None, overrides))

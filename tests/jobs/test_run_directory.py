@@ -15,7 +15,7 @@ def config_with(*overrides):
     return load_config(MasterConfig, None, list(overrides))
 
 
-def test_runs_are_numbered_and_an_unfinished_one_is_gone_on_with(tmp_path):
+def test_unfinished_numbered_run_is_resumed(tmp_path):
     config = config_with()
     first = open_run_directory(config, "job", tmp_path)
     assert first.path == tmp_path / "job" / "001"
@@ -31,18 +31,18 @@ def test_runs_are_numbered_and_an_unfinished_one_is_gone_on_with(tmp_path):
     assert open_run_directory(config, "job", tmp_path).path == tmp_path / "job" / "002"
 
 
-def test_another_configuration_gets_another_number(tmp_path):
+def test_other_configuration_gets_a_new_number(tmp_path):
     open_run_directory(config_with(), "job", tmp_path).close()
     assert open_run_directory(config_with("grpo.seed=7"), "job", tmp_path).path.name == "002"
 
 
-def test_a_run_in_progress_is_not_joined_by_a_numbered_one(tmp_path):
+def test_numbered_run_does_not_join_a_running_one(tmp_path):
     holder = open_run_directory(config_with(), "job", tmp_path)
     assert open_run_directory(config_with(), "job", tmp_path).path.name == "002"
     holder.close()
 
 
-def test_a_named_directory_in_use_is_refused_and_names_its_holder(tmp_path):
+def test_directory_in_use_error_names_the_process(tmp_path):
     config = config_with(f"logger.log_dir={tmp_path / 'run'}")
     holder = open_run_directory(config, "job")
     with pytest.raises(ConfigError, match=r"in use by process \d+ on "):
@@ -51,7 +51,7 @@ def test_a_named_directory_in_use_is_refused_and_names_its_holder(tmp_path):
     open_run_directory(config, "job").close()
 
 
-def test_a_killed_owner_does_not_keep_the_directory(tmp_path):
+def test_killed_process_releases_the_directory(tmp_path):
     code = f"""
 import os, signal
 from nemo_rl.algorithms.config import MasterConfig
@@ -65,22 +65,22 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not open_run_directory(config_with(f"logger.log_dir={tmp_path / 'run'}"), "job").is_new
 
 
-def test_a_directory_with_another_run_is_refused_and_the_keys_are_named(tmp_path):
+def test_directory_of_another_run_is_refused(tmp_path):
     directory = f"logger.log_dir={tmp_path / 'run'}"
     open_run_directory(config_with(directory), "job").close()
     with pytest.raises(ConfigError, match=r"policy\.optimizer\.lr: 1e-06 -> 0\.5"):
         open_run_directory(config_with(directory, "policy.optimizer.lr=0.5"), "job")
-    # What only says how long to train may change.
+    # Limits may change.
     open_run_directory(config_with(directory, "grpo.max_num_steps=500"), "job").close()
 
 
-def test_an_unusable_directory_is_a_clear_error(tmp_path):
+def test_unusable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot be used.*logger\.log_dir"):
         open_run_directory(config_with(f"logger.log_dir={tmp_path / 'file' / 'run'}"), "job")
 
 
-def test_secrets_of_a_configuration_reach_neither_report_nor_message_nor_other_users(tmp_path):
+def test_configured_secrets_stay_private(tmp_path):
     config = config_with("logger.mlflow.tracking_uri=https://me:hunter2@host", "env.options={api_key: sesame}")
     run = open_run_directory(config, "job", tmp_path)
     (run.path / "metrics.jsonl").write_text("")
@@ -104,7 +104,7 @@ def current_umask():
     return umask
 
 
-def test_a_place_that_takes_no_checkpoint_is_refused_before_there_is_one_to_write(tmp_path):
+def test_unwritable_checkpoint_directory_is_refused(tmp_path):
     (tmp_path / "file").touch()
     taken = f"checkpointing.checkpoint_dir={tmp_path / 'file'}"
     with pytest.raises(ConfigError, match="no checkpoint can be written to .*file.*checkpointing.checkpoint_dir"):

@@ -1,4 +1,4 @@
-"""Jobs on a real local Ray head with its job server and token authentication, through the command line."""
+"""Submits jobs through the command line to a real local Ray head with job server and token authentication."""
 
 from __future__ import annotations
 
@@ -15,26 +15,23 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import requests
-from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
-from ray.job_submission import JobStatus
 
-from nemo_rl.errors import ConfigError, SubmissionError
-from nemo_rl.jobs.submission import JobServer, JobState, Secret, Submission, parse_env
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.submission import Secret, Submission, parse_env
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECRET = "hf_a_value_that_nobody_may_see"
+SECRET = "hf_a_value_that_must_stay_secret"
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_a_secret_in_plain_sight_is_refused_by_name_and_never_repeated() -> None:
+def test_plain_secret_is_refused_and_not_printed() -> None:
     for submission in (
         Submission(["python", "x.py"], env={"HF_TOKEN": SECRET}),
         Submission(["python", "x.py", f"--wandb.api-key={SECRET}"]),
@@ -45,14 +42,14 @@ def test_a_secret_in_plain_sight_is_refused_by_name_and_never_repeated() -> None
     Submission(["python", "x.py", "policy.max_new_tokens=3"], env={"TOKENIZERS_PARALLELISM": "0"}).check()
 
 
-def test_a_secret_is_a_reference_in_the_command() -> None:
+def test_secret_is_a_reference_in_the_entrypoint() -> None:
     submission = Submission(["python", "a b.py"], secrets=[Secret.parse("T=/run/s"), Secret.parse("U")])
     assert submission.entrypoint.startswith('T="$(cat /run/s)" && export T && : "${U:?')
     assert submission.entrypoint.endswith("exec python 'a b.py'")
 
 
 @pytest.mark.parametrize("text", ["1X", "X=relative/path", "X=", "X;rm -rf=/x", "X$(id)"])
-def test_a_reference_that_is_none_is_refused(text: str) -> None:
+def test_invalid_secret_reference_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--secret"):
         Secret.parse(text)
 
@@ -61,71 +58,19 @@ def test_a_reference_that_is_none_is_refused(text: str) -> None:
     ("fields", "message"),
     [
         ({"name": "a b/c"}, "--name 'a b/c': expected letters"),
-        ({"working_dir": "s4://bucket/x.zip"}, "--working-dir s4://bucket/x.zip: Ray fetches from https, s3"),
-        ({"py_modules": ["ftp://host/m.zip"]}, "--py-module ftp://host/m.zip: Ray fetches from"),
+        ({"working_dir": "s4://bucket/x.zip"}, "--working-dir s4://bucket/x.zip: Ray downloads only from https, s3"),
+        ({"py_modules": ["ftp://host/m.zip"]}, "--py-module ftp://host/m.zip: Ray downloads only from"),
     ],
 )
-def test_what_the_job_server_could_not_serve_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_name_or_uri_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Submission(["true"], **fields).check()
 
 
-def test_variables_are_assignments() -> None:
+def test_env_needs_assignments() -> None:
     assert parse_env(["A=1", "B=x=y", "C="]) == {"A": "1", "B": "x=y", "C": ""}
     with pytest.raises(ConfigError, match="--env A: expected"):
         parse_env(["A"])
-
-
-@pytest.mark.parametrize(
-    ("status", "exit_code", "expected"),
-    [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
-)
-def test_the_code_of_a_job_is_that_of_its_command(status: str, exit_code: int | None, expected: int) -> None:
-    assert JobState("j", status, "", "", None, None, exit_code).code == expected
-
-
-def test_a_server_that_is_not_there_is_one_sentence_with_the_remedy() -> None:
-    with pytest.raises(SubmissionError, match="--address"):
-        JobServer("http://127.0.0.1:9")
-    with pytest.raises(ConfigError, match="http://host:port"):
-        JobServer("127.0.0.1:8265")
-
-
-class LosingClient:
-    """A job server that breaks off its log and is away for some questions; then the job has ended."""
-
-    def __init__(self, num_lost: int) -> None:
-        self.num_lost = num_lost
-
-    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        yield "one\n"
-        if self.num_lost > 0:
-            raise ConnectionResetError
-        yield "two\n"
-
-    def get_job_info(self, job_id: str) -> JobDetails:
-        self.num_lost -= 1
-        if self.num_lost >= 0:
-            raise requests.ConnectionError("refused")
-        return JobDetails(type=JobType.SUBMISSION, submission_id=job_id, status=JobStatus.SUCCEEDED, entrypoint="x")
-
-    def get_job_logs(self, job_id: str) -> str:
-        return "one\ntwo\nthree\n"
-
-
-@pytest.mark.parametrize("num_lost", [0, 3, 1000])
-def test_a_server_that_is_away_for_a_while_loses_nothing(num_lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_rl.jobs.submission._RECONNECT_PAUSE_S", 0.0)
-    server = object.__new__(JobServer)
-    server.address, server._client = "http://127.0.0.1:9", LosingClient(num_lost)
-    told: list[str] = []
-    if num_lost < 1000:
-        assert server.follow("job", told.append).status == "SUCCEEDED"
-        assert "".join(told) == "one\ntwo\nthree\n"
-        return
-    with pytest.raises(SubmissionError, match="the log of job cannot be followed: no Ray job server answers"):
-        server.follow("job", told.append)
-    assert "".join(told) == "one\n"
 
 
 def free_ports(count: int) -> list[int]:
@@ -138,7 +83,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
-    """A head whose own environment holds a secret; the value is the environment of a user who may talk to it."""
+    """Start a head whose environment has a secret, and yield the environment of a client with its token."""
     gcs, server, agent = free_ports(3)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "PYTHONPATH": str(REPOSITORY)}
     env |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{server}", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -151,7 +96,7 @@ def head() -> Iterator[dict[str, str]]:
         command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
         command += ["--num-cpus=2", "--num-gpus=0", "--disable-usage-stats", f"--temp-dir={folder}"]
         process = psutil.Popen(command, env={**env, "HF_TOKEN": SECRET}, stdout=log, stderr=log)
-        stack.callback(end_with_children, process)
+        stack.callback(kill_with_children, process)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError):
@@ -165,12 +110,12 @@ def head() -> Iterator[dict[str, str]]:
         yield env
 
 
-def end_with_children(process: psutil.Popen) -> None:
-    everything = [*process.children(recursive=True), process] if process.is_running() else []
-    for each in everything:
+def kill_with_children(process: psutil.Popen) -> None:
+    processes = [*process.children(recursive=True), process] if process.is_running() else []
+    for member in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs(everything, timeout=30)
+            member.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +148,7 @@ def sources(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_job_gets_its_tracked_files_its_variables_and_ends_with_its_own_code(cli: Cli, sources: Path) -> None:
+def test_job_gets_files_and_variables_and_returns_its_code(cli: Cli, sources: Path) -> None:
     done = cli(
         *("submit", "--exclude", "*.log", "--env", "GREETING=hello world", "--env", "CODE=7"),
         *("--", "python", "job.py", "--flag", "a b"),
@@ -212,35 +157,35 @@ def test_a_job_gets_its_tracked_files_its_variables_and_ends_with_its_own_code(c
     assert done.returncode == 7, done.stderr
     assert "argument ['--flag', 'a b'] variable hello world" in done.stdout
     assert "files ['job.py']" in done.stdout
-    assert "untracked.txt (--untracked takes it along)" in done.stderr
+    assert "untracked.txt (--untracked uploads them)" in done.stderr
     assert "FAILED with exit code 7" in done.stderr
 
 
-def test_secrets_reach_the_job_and_nothing_that_can_be_read_later(cli: Cli, sources: Path, tmp_path: Path) -> None:
+def test_secrets_reach_only_the_job(cli: Cli, sources: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "key"
     file.write_text("from a file")
     submit = ("submit", "--env", f"OUT={out}", "--name", "with-secret")
     done = cli(*submit, "--secret", "HF_TOKEN", "--", "python", "job.py", cwd=sources)
     assert done.returncode == 0, done.stderr
     assert out.read_text() == SECRET
-    told = done.stdout + done.stderr + cli("status", "--json").stdout + cli("logs", "with-secret").stdout
-    assert "with-secret" in told
-    assert SECRET not in told
+    output = done.stdout + done.stderr + cli("status", "--json").stdout + cli("logs", "with-secret").stdout
+    assert "with-secret" in output
+    assert SECRET not in output
     done = cli("submit", "--env", f"OUT={out}", "--secret", f"HF_TOKEN={file}", "--", "python", "job.py", cwd=sources)
     assert done.returncode == 0, done.stderr
     assert out.read_text() == "from a file"
 
 
-def test_a_secret_that_the_head_lacks_fails_before_the_command_starts(cli: Cli, sources: Path) -> None:
+def test_missing_secret_fails_before_the_command(cli: Cli, sources: Path) -> None:
     done = cli("submit", "--secret", "MISSING_TOKEN", "--", "python", "job.py", cwd=sources)
     assert done.returncode not in (0, 7)
-    assert "MISSING_TOKEN: not set where the Ray head runs" in done.stdout
+    assert "MISSING_TOKEN: not set in the environment of the Ray head" in done.stdout
     assert "argument" not in done.stdout
 
 
-def test_a_job_can_be_left_looked_at_and_stopped(cli: Cli, head: dict[str, str], sources: Path) -> None:
+def test_job_can_be_followed_and_stopped(cli: Cli, head: dict[str, str], sources: Path) -> None:
     (sources / "long.py").write_text(
-        "import time\nprint('begun', flush=True)\nwhile True:\n    time.sleep(0.2)\n    print('on', flush=True)\n"
+        "import time\nprint('started', flush=True)\nwhile True:\n    time.sleep(0.2)\n    print('on', flush=True)\n"
     )
     done = cli("submit", "--untracked", "--no-wait", "--name", "long-one", "--", "python", "long.py", cwd=sources)
     assert (done.returncode, done.stdout) == (0, "long-one\n"), done.stderr
@@ -253,15 +198,18 @@ def test_a_job_can_be_left_looked_at_and_stopped(cli: Cli, head: dict[str, str],
     )
     with contextlib.closing(follower.stdout), contextlib.closing(follower.stderr):  # type: ignore[type-var]
         assert follower.stdout is not None
-        assert any(line == "begun\n" for line in follower.stdout)
+        assert any(line == "started\n" for line in follower.stdout)
         assert "RUNNING" in cli("status", "long-one").stdout
+        assert "long-one" in cli("status").stdout
         again = cli("submit", "--name", "long-one", "--", "python", "long.py", cwd=sources)
         assert again.returncode == 2
         assert "there is a job 'long-one' at" in again.stderr
         assert "Traceback" not in again.stderr
-        some = f"{sys.executable} -m nemo_rl.cli logs -f long-one | head -n 3; exit ${{PIPESTATUS[0]}}"
-        gone = subprocess.run(["bash", "-c", some], env=head, capture_output=True, text=True, timeout=120, check=False)
-        assert (gone.returncode, gone.stderr) == (1, ""), "a reader that has gone is no lost connection"
+        pipeline = f"{sys.executable} -m nemo_rl.cli logs -f long-one | head -n 3; exit ${{PIPESTATUS[0]}}"
+        closed_pipe = subprocess.run(
+            ["bash", "-c", pipeline], env=head, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert (closed_pipe.returncode, closed_pipe.stderr) == (1, ""), "a closed pipe is not a lost connection"
         assert cli("stop", "long-one").returncode == 0
         assert follower.wait(timeout=60) == 130
     assert cli("stop", "long-one").returncode == 1
@@ -272,7 +220,7 @@ def test_a_job_can_be_left_looked_at_and_stopped(cli: Cli, head: dict[str, str],
     ).items()
 
 
-def test_modules_come_as_directory_wheel_and_zip(cli: Cli, sources: Path, tmp_path: Path) -> None:
+def test_modules_from_directory_wheel_and_zip(cli: Cli, sources: Path, tmp_path: Path) -> None:
     package = tmp_path / "as_directory"
     package.mkdir()
     (package / "__init__.py").write_text("NAME = 'directory'\n")
@@ -293,7 +241,7 @@ def test_modules_come_as_directory_wheel_and_zip(cli: Cli, sources: Path, tmp_pa
     assert "['directory', 'zip', 'wheel']" in done.stdout
 
 
-def test_too_much_is_refused_before_anything_is_sent(cli: Cli, sources: Path) -> None:
+def test_large_upload_is_refused(cli: Cli, sources: Path) -> None:
     (sources / "big.bin").write_bytes(b"x" * 300_000)
     done = cli("submit", "--untracked", "--max-size", "100kB", "--", "python", "job.py", cwd=sources)
     assert done.returncode == 2
@@ -301,29 +249,29 @@ def test_too_much_is_refused_before_anything_is_sent(cli: Cli, sources: Path) ->
     assert "submitted" not in done.stderr
 
 
-def test_a_dry_run_lists_the_files_as_json(cli: Cli, sources: Path) -> None:
+def test_dry_run_lists_the_files_as_json(cli: Cli, sources: Path) -> None:
     done = cli(
         "submit", "--dry-run", "--json", "--", "python", "job.py", cwd=sources, RAY_API_SERVER_ADDRESS="http://x:1"
     )
     assert json.loads(done.stdout)["files"] == {"working_dir": ["job.py", "unwanted.log"]}
 
 
-def test_without_the_token_the_server_refuses_and_the_message_says_what_to_set(cli: Cli) -> None:
+def test_wrong_token_error_names_the_variable(cli: Cli) -> None:
     done = cli("status", RAY_AUTH_TOKEN="b" * 64)
     assert done.returncode == 1
     assert "RAY_AUTH_TOKEN_PATH" in done.stderr
 
 
-def test_an_unknown_job_is_named(cli: Cli) -> None:
+def test_unknown_job_is_named(cli: Cli) -> None:
     for command in (("status",), ("logs",), ("logs", "-f"), ("stop",)):
-        done = cli(*command, "nobody")
+        done = cli(*command, "unknown")
         assert done.returncode == 2, done.stderr
-        assert "no job 'nobody'" in done.stderr
+        assert "no job 'unknown'" in done.stderr
 
 
 @contextlib.contextmanager
 def second_network() -> Iterator[tuple[str, str]]:
-    """A network namespace with one link to this one: (its name, this side's address)."""
+    """Create a network namespace linked to this one; yield its name and the address of this side."""
     name, subnet = f"nrl{os.getpid() % 100000}", f"10.{77 + os.getpid() % 100}.{os.getpid() % 250}"
     commands = [
         f"ip netns add {name}",
@@ -339,23 +287,23 @@ def second_network() -> Iterator[tuple[str, str]]:
             subprocess.run(command.split(), check=True, capture_output=True)
         yield name, f"{subnet}.1"
     finally:
-        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)  # and with it the link
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)  # also deletes the link
 
 
 class Forwarder(socketserver.BaseRequestHandler):
-    """What `ssh -L` does: passes bytes on to a port of loopback, both ways."""
+    """Forwards bytes to a port on localhost in both directions, like `ssh -L`."""
 
     port = 0
 
     def handle(self) -> None:
-        with socket.create_connection(("127.0.0.1", self.port)) as there:
-            back = threading.Thread(target=self._pass, args=(there, self.request), daemon=True)
+        with socket.create_connection(("127.0.0.1", self.port)) as upstream:
+            back = threading.Thread(target=self._copy, args=(upstream, self.request), daemon=True)
             back.start()
-            self._pass(self.request, there)
+            self._copy(self.request, upstream)
             back.join()
 
     @staticmethod
-    def _pass(source: socket.socket, target: socket.socket) -> None:
+    def _copy(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 target.sendall(data)
@@ -363,7 +311,7 @@ class Forwarder(socketserver.BaseRequestHandler):
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
-def test_a_job_is_submitted_from_a_second_network_namespace(head: dict[str, str], sources: Path) -> None:
+def test_submit_from_another_network_namespace(head: dict[str, str], sources: Path) -> None:
     port = int(head["RAY_API_SERVER_ADDRESS"].rpartition(":")[2])
     with second_network() as (name, address):
         handler = type("Handler", (Forwarder,), {"port": port})
@@ -372,9 +320,9 @@ def test_a_job_is_submitted_from_a_second_network_namespace(head: dict[str, str]
             threading.Thread(target=server.serve_forever, daemon=True).start()
             url = f"http://{address}:{server.server_address[1]}"
             cli = ["ip", "netns", "exec", name, sys.executable, "-m", "nemo_rl.cli", "submit"]
-            without = subprocess.run([*cli, "--", "true"], cwd=sources, env=head, capture_output=True, check=False)
+            unforwarded = subprocess.run([*cli, "--", "true"], cwd=sources, env=head, capture_output=True, check=False)
             done = subprocess.run(
-                [*cli, "--address", url, "--", "python", "job.py", "from afar"],
+                [*cli, "--address", url, "--", "python", "job.py", "remote argument"],
                 cwd=sources,
                 env=head,
                 capture_output=True,
@@ -383,6 +331,6 @@ def test_a_job_is_submitted_from_a_second_network_namespace(head: dict[str, str]
                 check=False,
             )
             server.shutdown()
-    assert without.returncode == 1, "the namespace reaches the head without the forwarded port"
+    assert unforwarded.returncode == 1, "the namespace reaches the head without the forwarded port"
     assert done.returncode == 0, done.stderr
-    assert "argument ['from afar']" in done.stdout
+    assert "argument ['remote argument']" in done.stdout

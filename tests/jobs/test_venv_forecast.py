@@ -1,4 +1,4 @@
-"""What making venvs ready would take, said beforehand, and compared with what it then took. Real uv, no network."""
+"""Compares forecasts of venv builds with the builds. Uses real uv without network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_rl.jobs.venv_forecast import BUILT, IGNORED, READY, REFUSED, VenvForec
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The py_executable of a locked project with one package, which no venv of the (empty) store holds."""
+    """Return the py_executable of a locked project with one package, with an empty venv store."""
     wheels, project = tmp_path / "wheels", tmp_path / "project"
     make_wheel(wheels, "alpha", "1.0", num_modules=20)
     project.mkdir()
@@ -33,13 +33,13 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def forecast(command: str, sizes: dict[str, int] | None = None) -> VenvForecast:
-    (found,) = forecast_venvs({"worker": venvs.plan(command)}, sizes or {}, {})
-    return found
+    (result,) = forecast_venvs({"worker": venvs.plan(command)}, sizes or {}, {})
+    return result
 
 
-def test_the_bytes_are_those_of_the_venv_that_is_then_built(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_equals_the_build(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = forecast(command)
-    assert (before.state, before.num_unknown) == (BUILT, 1), "nobody has seen this package"
+    assert (before.state, before.num_unknown) == (BUILT, 1), "the size of this package is unknown"
     manifest = venvs.ensure(command, "worker").manifest
     after = forecast(command)
     assert (after.state, after.seconds, after.download_bytes) == (READY, 0.0, 0)
@@ -53,7 +53,7 @@ def test_the_bytes_are_those_of_the_venv_that_is_then_built(command: str, monkey
     assert again.basis == f"the build of {manifest.built_at[:16]} on this node"
 
 
-def test_what_the_cache_has_is_not_fetched_and_what_it_lacks_is(command: str, tmp_path: Path) -> None:
+def test_only_missing_packages_are_downloaded(command: str, tmp_path: Path) -> None:
     sizes = {"alpha==1.0": 1_000_000}
     assert forecast(command, sizes).download_bytes == 1_000_000
     venvs.ensure(command, "worker")
@@ -61,11 +61,11 @@ def test_what_the_cache_has_is_not_fetched_and_what_it_lacks_is(command: str, tm
     cached = forecast(command, sizes)
     assert (cached.state, cached.download_bytes, cached.num_cached) == (BUILT, 0, 1)
     assert cached.installed_bytes > 10_000
-    assert "measured on two cores" in cached.basis, "no build is left here to go by"
+    assert "measured on two cores" in cached.basis, "the store has no earlier build"
 
 
 @pytest.mark.parametrize(("policy", "state"), [("refuse", REFUSED), ("ignore", IGNORED), ("rebuild", BUILT)])
-def test_the_drift_policy_is_in_the_forecast(
+def test_drift_policy_sets_the_state(
     command: str, policy: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     venvs.ensure(command, "worker")
@@ -76,17 +76,17 @@ def test_the_drift_policy_is_in_the_forecast(
     assert forecast(command).state == state
 
 
-def test_an_additive_venv_comes_after_its_base(command: str) -> None:
+def test_overlay_follows_its_base_venv(command: str) -> None:
     plan = venvs.plan(f"{command} --with alpha==1.0")
-    found = forecast_venvs({"worker": plan}, {}, {})
+    forecasts = forecast_venvs({"worker": plan}, {}, {})
     assert plan.base is not None
-    assert [venv.digest for venv in found] == [plan.base.digest, plan.digest]
-    assert [venv.state for venv in found] == [BUILT, BUILT]
+    assert [venv.digest for venv in forecasts] == [plan.base.digest, plan.digest]
+    assert [venv.state for venv in forecasts] == [BUILT, BUILT]
 
 
-def test_sizes_in_a_lock_are_those_of_the_wheel_that_fits_here(command: str, tmp_path: Path) -> None:
+def test_lock_sizes_are_those_of_the_best_wheel(command: str, tmp_path: Path) -> None:
     plan = venvs.plan(command)
-    assert wheel_sizes_of([plan]) == {}, "uv writes sizes only of wheels that a registry told"
+    assert wheel_sizes_of([plan]) == {}, "uv writes only sizes that the index reports"
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     machine = "x86_64" if "x86_64" in plan.python.platform else "aarch64"
     (tmp_path / "project" / "uv.lock").write_text(

@@ -1,4 +1,4 @@
-"""The page of environment variables is what the settings say."""
+"""Tests that the page of environment variables matches the settings."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def tool() -> ModuleType:
     return module
 
 
-def test_the_page_is_current(tool: ModuleType) -> None:
+def test_page_is_current(tool: ModuleType) -> None:
     assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run: python tools/write_env_table.py"
 
 
 @pytest.mark.parametrize("variable", settings.ALL.values(), ids=lambda variable: variable.name)
-def test_every_variable_fits_a_table_row(variable: settings.Variable) -> None:
+def test_help_texts_fit_a_table_row(variable: settings.Variable) -> None:
     assert variable.help
     assert "\n" not in variable.help
     assert "|" not in variable.help

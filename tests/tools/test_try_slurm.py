@@ -1,4 +1,4 @@
-"""The Slurm example on a real Slurm with two nodes: a job that ends well, one that fails, one that is cancelled."""
+"""Runs the Slurm example on a real Slurm with two nodes: jobs that succeed, fail and are cancelled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "try_slurm.py"
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root and iproute2")
 @pytest.mark.skipif(shutil.which("slurmd") is None, reason="Slurm is not installed: see tools/try_slurm.py")
-def test_jobs_on_a_real_slurm_end_as_they_should_and_leave_nothing_behind() -> None:
+def test_slurm_jobs_end_as_expected() -> None:
     done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     good, bad, cancelled = (json.loads(line) for line in done.stdout.splitlines())
     assert (good["state"], good["steps"], good["nodes"]) == ("COMPLETED", 3, 2)
     assert (bad["state"], cancelled["state"]) == ("FAILED", "CANCELLED")
     for outcome in (good, bad, cancelled):
-        assert (outcome["left_processes"], outcome["left_tokens"]) == ([], [])
+        assert (outcome["remaining_processes"], outcome["remaining_tokens"]) == ([], [])

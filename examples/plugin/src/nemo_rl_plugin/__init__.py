@@ -1,1 +1,1 @@
-"""An example of a distribution that extends nemo_rl."""
+"""Example of a distribution that extends nemo_rl."""

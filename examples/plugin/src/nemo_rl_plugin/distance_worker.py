@@ -1,4 +1,4 @@
-"""A worker class that needs a package which nobody else has."""
+"""A worker class that needs an additional package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from rapidfuzz.distance import Levenshtein
 
 
 class DistanceWorker:
-    """Says how far two texts are apart."""
+    """Computes edit distances."""
 
     def distance(self, left: str, right: str) -> int:
-        """Edits that turn `left` into `right`."""
+        """Return the number of edits between two texts."""
         return Levenshtein.distance(left, right)

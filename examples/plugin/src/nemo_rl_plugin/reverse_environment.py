@@ -1,4 +1,4 @@
-"""A task for a language model: write a word backwards."""
+"""An environment that asks for a word written backwards."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from nemo_rl.errors import EnvironmentFailure
 
 
 class ReverseEnvironment(EnvironmentInterface):
-    """Reward 1 for `metadata["word"]` backwards, else 0."""
+    """Gives reward 1 for `metadata["word"]` backwards, else 0."""
 
     def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
         start = time.perf_counter()
         try:
             words = [str(record["word"]) for record in metadata]
         except KeyError:
-            # Not the model's fault, so not a reward of 0.
-            raise EnvironmentFailure("a sample has no 'word': the data set does not fit this environment") from None
+            # The data set is wrong, not the completion, so this is an error and not a reward of 0.
+            raise EnvironmentFailure("a sample has no 'word'; use a data set for the environment `reverse`") from None
         answers = [completion.strip() for completion in completions]
         rewards = np.array([float(a == word[::-1]) for a, word in zip(answers, words, strict=True)], dtype=np.float32)
         return EnvironmentReturn(
@@ -35,4 +35,4 @@ class ReverseEnvironment(EnvironmentInterface):
         return result, {"accuracy": float(result.rewards.mean())} if result.size else {}
 
     def shutdown(self) -> None:
-        """Nothing was started."""
+        """Do nothing; the environment starts no processes."""

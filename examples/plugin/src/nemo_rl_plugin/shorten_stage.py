@@ -1,4 +1,4 @@
-"""A pipeline stage: cut texts to a number of words, as a library counts them that only this stage has."""
+"""A pipeline stage that shortens texts, with a package that only this stage has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_rl.pipelines import DocumentBatch, ProcessingStage
 
 
 class Shorten(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Keeps the first `num_words` words of the column `text`. Empty texts are dropped, and counted."""
+    """Keeps the first `num_words` words of the column `text`, and adds their width. Drops empty texts."""
 
     runtime_env: Mapping[str, Any] | None = {"uv": ["wcwidth==0.2.14"]}
 
@@ -23,7 +23,7 @@ class Shorten(ProcessingStage[DocumentBatch, DocumentBatch]):
         return ["data"], ["width"]
 
     def setup(self) -> None:
-        import wcwidth  # only this stage's Python has it
+        import wcwidth  # installed only in the Python of this stage
 
         self._width = wcwidth.wcswidth
 

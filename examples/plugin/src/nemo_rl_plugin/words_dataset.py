@@ -1,4 +1,4 @@
-"""A data set that is made, not read: words to write backwards."""
+"""A generated data set of words to write backwards."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ SHORTEST, LONGEST = 2, 4
 
 
 class WordsDataset(ProblemDataset):
-    """Numbers of two to four digits as words; train and validation never share one."""
+    """Uses numbers of two to four digits as words. Training and validation words are disjoint."""
 
     def __init__(self, words: list[str]) -> None:
         self._words = words
 
     @classmethod
     def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
-        every = [str(number) for number in range(10 ** (SHORTEST - 1), 10**LONGEST)]
-        random.Random(data.arithmetic.seed).shuffle(every)
-        held_out = len(every) // 8
-        words = every[:held_out] if role == "validation" else every[held_out:]
-        wanted = config.max_num_problems or len(words)
-        if wanted > len(words):
-            raise DataError(f"data.{role}.max_num_problems={wanted}: there are only {len(words)} words")
-        return cls(words[:wanted])
+        words = [str(number) for number in range(10 ** (SHORTEST - 1), 10**LONGEST)]
+        random.Random(data.arithmetic.seed).shuffle(words)
+        held_out = len(words) // 8
+        words = words[:held_out] if role == "validation" else words[held_out:]
+        num_words = config.max_num_problems or len(words)
+        if num_words > len(words):
+            raise DataError(f"data.{role}.max_num_problems={num_words}: there are only {len(words)} words")
+        return cls(words[:num_words])
 
     def __len__(self) -> int:
         return len(self._words)
 
     def problem(self, index: int) -> Problem:
         word = self._words[index]
-        # The environment is given the metadata, and besides the answer as `ground_truth`.
+        # The environment receives the metadata and the answer as `ground_truth`.
         return Problem(prompt=f"{word} backwards=", answer=word[::-1], index=index, metadata={"word": word})
 
     def where(self, index: int) -> str:
