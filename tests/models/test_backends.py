@@ -9,8 +9,8 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY, PY_EXECUTABLES
 from nemo_rl.errors import ConfigError
-from nemo_rl.models.backends import DATA_PARALLEL, Backend, PolicyOptions
-from nemo_rl.models.policy.registry import BACKENDS
+from nemo_rl.models.backends import POLICY_BACKENDS, Backend
+from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyOptions
 from nemo_rl.utils.config import dump_yaml, iter_keys, load_config
 
 FQN = "somewhere.workers.PairPolicyWorker"
@@ -30,7 +30,7 @@ class PairOptions(PolicyOptions):
 
 @pytest.fixture
 def pair(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "pair", Backend(FQN, PairOptions))
+    monkeypatch.setitem(POLICY_BACKENDS, "pair", Backend(FQN, PairOptions))
 
 
 def test_options_are_those_of_the_chosen_backend(pair, tmp_path):
@@ -72,7 +72,7 @@ def test_help_lists_the_options_with_what_chooses_them(pair):
 
 
 def test_nodes_without_gpus_get_their_own_python_unless_somebody_chose_one(monkeypatch):
-    backend = Backend(FQN, PolicyOptions, cpu_py_executable=PY_EXECUTABLES.VLLM_CPU, replaces=PY_EXECUTABLES.VLLM)
+    backend = Backend(FQN, cpu_py_executable=PY_EXECUTABLES.VLLM_CPU, replaces=PY_EXECUTABLES.VLLM)
     monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, FQN, PY_EXECUTABLES.VLLM)
     assert backend.py_executable(None, use_gpus=True) == PY_EXECUTABLES.VLLM
     assert backend.py_executable(None, use_gpus=False) == PY_EXECUTABLES.VLLM_CPU

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions, check_options
+from nemo_rl.models.backends import POLICY_BACKENDS, policy_backend
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.policy.registry import policy_backend
-from nemo_rl.utils.config import ConfigModel
+from nemo_rl.utils.config import ConfigModel, OpenSection
 
-__all__ = ["DATA_PARALLEL", "EMBEDDED_MODEL", "PolicyConfig"]  # what algorithms see of a policy's configuration
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from nemo_rl.distributed.named_sharding import NamedSharding
 
 EMBEDDED_MODEL = "embedded"
+DATA_PARALLEL = "data_parallel"
+
+
+class PolicyOptions(OpenSection):
+    """The options of one policy backend; a subclass adds keys.
+
+    Without options, every worker holds the whole model and is one data-parallel rank.
+    """
+
+    def layout(self, num_workers: int) -> NamedSharding:
+        """Place the ranks on named axes. One axis must be `DATA_PARALLEL`; batches are replicated along all others.
+
+        Raises:
+            ConfigError: the options do not divide `num_workers`.
+        """
+        from nemo_rl.distributed.named_sharding import NamedSharding
+
+        return NamedSharding(list(range(num_workers)), [DATA_PARALLEL])
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Raise `ConfigError` for settings of `policy` that this backend does not support."""
+
+    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        """Raise `ModelError` for a model that this backend does not support, or cannot divide as configured.
+
+        The driver calls this as soon as it has read the model's configuration, before any worker starts.
+        """
+
+    def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
+        """Estimate the bytes of weights, gradients and AdamW state in one worker, without activations."""
+        # AdamW keeps two float32 moments besides the float32 master weight and its gradient.
+        return num_parameters * 16 // (num_workers if policy.sharding == "fsdp" else 1)
+
+    @classmethod
+    def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
+        return [
+            (f"policy.backend={name}", backend.options_class(PolicyOptions))
+            for name, backend in POLICY_BACKENDS.items()
+        ]
 
 
 class EmbeddedModelConfig(ConfigModel):
@@ -82,7 +124,7 @@ class PolicyConfig(ConfigModel):
     model_name: str = Field(EMBEDDED_MODEL, description="Hugging Face directory or hub name, or `embedded`.")
     tokenizer_name: str | None = Field(None, description="Hugging Face directory or hub name. Null: the model's.")
     embedded: EmbeddedModelConfig = Field(default_factory=EmbeddedModelConfig)
-    backend: str = Field("torch", description="A name in nemo_rl.models.policy.registry.BACKENDS.")
+    backend: str = Field("torch", description="A name in nemo_rl.models.backends.POLICY_BACKENDS.")
     options: SerializeAsAny[PolicyOptions] = Field(
         default_factory=PolicyOptions, description="What only this backend knows."
     )
@@ -141,7 +183,7 @@ class PolicyConfig(ConfigModel):
     def _options_of_backend(cls, value: Any, info: ValidationInfo) -> PolicyOptions:
         if "backend" not in info.data:  # refused already
             return PolicyOptions()
-        return check_options(policy_backend(info.data["backend"]), value, key="policy.options")
+        return policy_backend(info.data["backend"]).check_options(value, PolicyOptions, key="policy.options")
 
     @model_validator(mode="after")
     def _options_fit(self) -> PolicyConfig:

@@ -52,6 +52,11 @@ class ParallelModel(ABC):
         """Hugging Face names and parameters in the model's order, tied ones once. Sharded ones are DTensors."""
         return dict(self.module.named_parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._group.device
+
     @abstractmethod
     def precision(self) -> AbstractContextManager[Any]:
         """The context of every forward pass."""

@@ -6,7 +6,7 @@
       ▲                                                      │
       └──────── results in the batch's own order ◄───────────┘
 
-This module imports no worker: the backend's class is named by `registry` and imported in its own venv.
+This module imports no worker: the backend's class is named by `models.backends` and imported in its own venv.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDic
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
-from nemo_rl.models.backends import DATA_PARALLEL
+from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
-from nemo_rl.models.generation.registry import generation_backend
-from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.config import DATA_PARALLEL, EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
-from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 from nemo_rl.models.weights.routes import Route

@@ -31,11 +31,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from nemo_rl.errors import CheckpointError, ModelError
-from nemo_rl.models.policy import random_state
 from nemo_rl.models.policy.hf_loading import load_config, load_model, load_tokenizer
 from nemo_rl.models.policy.optimizer import STATE_KEYS, PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, TensorReader
-from nemo_rl.models.policy.process_group import ProcessGroup
+from nemo_rl.models.policy.process_group import ProcessGroup, capture_random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +70,9 @@ class TrainedState(Protocol):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters, float32, gathered one at a time; on rank 0 at least. A collective: exhaust it."""
+
+    def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the model computes with, in its dtype, on rank 0 or on all ranks; likewise."""
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimizer's state by `optimizer_keys`, likewise."""
@@ -164,6 +166,9 @@ class TorchState:
         return [f"{name}/{key}" for name in self._optimizer.names for key in STATE_KEYS]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._model.full_tensors()
+
+    def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         return self._model.full_tensors()
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -260,7 +265,7 @@ def _optimizer_files(state: TrainedState, *, keep: bool) -> Iterator[dict[str, t
 def _gather_random_states(group: ProcessGroup) -> dict[str, torch.Tensor]:
     """ "<rank>/<generator>" -> state, of all ranks, on all ranks. A collective."""
     result: dict[str, torch.Tensor] = {}
-    for key, own in random_state.capture(group.device).items():
+    for key, own in capture_random_state(group.device).items():
         of_ranks = [own]
         if group.world_size > 1:
             of_ranks = [torch.empty_like(own) for _ in range(group.world_size)]
@@ -272,7 +277,7 @@ def _gather_random_states(group: ProcessGroup) -> dict[str, torch.Tensor]:
 def _scatter_random_states(states: dict[str, torch.Tensor] | None, group: ProcessGroup) -> None:
     """Restore each rank's own from rank 0's `states`. A collective."""
     own: dict[str, torch.Tensor] = {}
-    for key, like in random_state.capture(group.device).items():
+    for key, like in capture_random_state(group.device).items():
         for rank in range(group.world_size):
             found = None if states is None else states.get(f"{rank}/{key}")
             state = like.clone() if found is None else found
@@ -280,7 +285,7 @@ def _scatter_random_states(states: dict[str, torch.Tensor] | None, group: Proces
                 dist.broadcast(state, src=0)
             if rank == group.rank:
                 own[key] = state
-    random_state.restore(own, group.device)
+    restore_random_state(own, group.device)
 
 
 def _agree(group: ProcessGroup, error: str | None, what: str) -> None:

@@ -11,13 +11,11 @@ from nemo_rl.distributed.worker_groups import RayWorkerGroup
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightStream
 from nemo_rl.models.weights.routes import Place, assign_senders
-from nemo_rl.models.weights.stream import connect
+from nemo_rl.models.weights.stream import Endpoint, connect
 from nemo_rl.models.weights.transports import make_transport
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.cluster.bundles import Bundle
-
-Endpoint = tuple[str | tuple[str, int], bytes]
 
 
 class WeightSenders:

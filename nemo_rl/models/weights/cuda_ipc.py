@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing  # teaches the pickling of connections how to share tensors
 
 from nemo_rl.models.weights.buffers import ReusedBuffers
-from nemo_rl.models.weights.transports import WeightTransport
+from nemo_rl.models.weights.transport import WeightTransport
 
 
 class CudaIpcTransport(WeightTransport):

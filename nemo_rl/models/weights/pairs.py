@@ -38,7 +38,7 @@ from nemo_rl import settings
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.interfaces import WeightBucket
-from nemo_rl.models.weights.transports import WeightTransport
+from nemo_rl.models.weights.transport import WeightTransport
 
 _SENDER, _RECEIVER = 0, 1  # ranks of a pair
 _TIMEOUT = datetime.timedelta(minutes=10)

@@ -12,7 +12,8 @@ from nemo_rl.models.weights.digest import WeightDigest, check_digest, digest_ten
 from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightStream, WeightUpdate
 from nemo_rl.models.weights.sender import tensor_in
 from nemo_rl.models.weights.stream import connect, half_of_the_threads, sender_ended
-from nemo_rl.models.weights.transports import WeightTransport, make_transport
+from nemo_rl.models.weights.transport import WeightTransport
+from nemo_rl.models.weights.transports import make_transport
 
 _Tensors = Generator[tuple[str, torch.Tensor], None, None]
 OnLoaded = Callable[[Sequence[TensorSpec]], None]

@@ -10,7 +10,8 @@ import torch
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import WeightDigest, dtype_by_name, dtype_name
 from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightUpdate
-from nemo_rl.models.weights.transports import WeightTransport, make_transport
+from nemo_rl.models.weights.transport import WeightTransport
+from nemo_rl.models.weights.transports import make_transport
 
 # Tensors start at multiples of a cache line, which also suits every dtype. Those whose sizes are multiples of it
 # lie gap-free one after the other: the decoder multiplies by q, k and v at once without copying them.

@@ -29,7 +29,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from nemo_rl.errors import WeightSyncError
-from nemo_rl.models.weights.transports import WeightTransport
+from nemo_rl.models.weights.transport import WeightTransport
 
 # How many segments a receiver keeps mapped: two updates of 64 buckets each.
 _MAX_MAPPINGS = 128

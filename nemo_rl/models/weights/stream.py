@@ -41,7 +41,8 @@ from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import dtype_by_name
 from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream
 from nemo_rl.models.weights.sender import BucketPacker
-from nemo_rl.models.weights.transports import WeightTransport, make_transport
+from nemo_rl.models.weights.transport import WeightTransport
+from nemo_rl.models.weights.transports import make_transport
 
 # Who has come in has so many seconds to show the key: what does not speak our language does not stay.
 _HANDSHAKE_S = 30
@@ -50,6 +51,10 @@ _WINDOW = 2
 # Receivers that keep what they get take it in larger buckets: each of them may be a mapping and an open file.
 _KEPT_BUCKETS = 8
 _MAX_KEPT_BUCKET_BYTES = 64 << 20
+
+
+# Address of a sender's socket (a name on its node, or host and port) and the key that admits receivers.
+Endpoint = tuple[str | tuple[str, int], bytes]
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class WeightStreamer:
         self._bucket_bytes = bucket_bytes or self._transport.bucket_bytes
         self._door: _Door | None = None
 
-    def endpoint(self, host: str | None = None) -> tuple[str | tuple[str, int], bytes]:
+    def endpoint(self, host: str | None = None) -> Endpoint:
         """Address and key for `WeightStream`; from now on receivers can come.
 
         Args:

@@ -18,9 +18,9 @@ from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import NonFiniteError
+from nemo_rl.models.backends import policy_backend
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
-from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.venvs import create_local_venv
 

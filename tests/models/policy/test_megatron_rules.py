@@ -11,10 +11,10 @@ from tiny_policy import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.errors import ModelError
+from nemo_rl.models.policy.logprob_forward import token_logprobs
 from nemo_rl.models.policy.megatron.families import find_family
 from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
 from nemo_rl.models.policy.megatron.sharding_rules import ModelShape, SplitAttention, SplitGated
-from nemo_rl.models.policy.token_logprobs import token_logprobs
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2, 4])

@@ -261,7 +261,7 @@ def test_weights_that_are_away_are_refused(llama: Path, sharding: str) -> None:
     worker.get_reference_policy_logprobs(make_batch())
     worker.offload()
     ids = make_batch()["input_ids"]
-    for module, name in ((worker._model.module, "weights"), (worker._reference[0].module, "reference")):
+    for module, name in ((worker._model.module, "weights"), (worker._reference._model.module, "reference")):
         with pytest.raises(ModelError, match=rf"{name}.* are in the host's memory"):
             module(input_ids=ids)
 

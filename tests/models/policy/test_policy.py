@@ -16,10 +16,9 @@ from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, NonFiniteError, WorkerStartError
-from nemo_rl.models.backends import Backend, PolicyOptions
+from nemo_rl.models.backends import POLICY_BACKENDS, Backend, policy_backend
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
-from nemo_rl.models.policy.registry import BACKENDS, policy_backend
 from nemo_rl.models.weights.receiver import receive
 
 WORKERS = 2
@@ -163,7 +162,7 @@ def test_workers_have_what_cuda_reads_before_they_import_anything(
     fqn = "variables_worker.VariablesWorker"
     wanted = policy_backend("megatron").gpu_env_vars
     assert wanted == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    monkeypatch.setitem(BACKENDS, "variables", Backend(fqn, PolicyOptions, gpu_env_vars=wanted))
+    monkeypatch.setitem(POLICY_BACKENDS, "variables", Backend(fqn, gpu_env_vars=wanted))
     monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, fqn, "unused")
 
     def variables(place: RayVirtualCluster) -> dict[str, str]:

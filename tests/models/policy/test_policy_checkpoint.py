@@ -15,7 +15,7 @@ from tiny_policy import advantage_loss, assert_equal, make_batch, make_llama, ma
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_rl.errors import CheckpointError
-from nemo_rl.models.policy import random_state
+from nemo_rl.models.policy.process_group import capture_random_state, restore_random_state, seed_everything
 
 State = dict[str, torch.Tensor]
 
@@ -201,22 +201,22 @@ def test_all_ranks_learn_that_loading_failed(llama: Path, tmp_path: Path, two_ra
 
 
 def test_random_states_are_equal_after_restoring_them() -> None:
-    random_state.seed_everything(5, 0)
+    seed_everything(5, 0)
     first = draws()
-    random_state.seed_everything(5, 0)
+    seed_everything(5, 0)
     assert draws() == first
-    state = random_state.capture(torch.device("cpu"))
+    state = capture_random_state(torch.device("cpu"))
     second = draws()
     assert second != first
-    random_state.restore(state, torch.device("cpu"))
+    restore_random_state(state, torch.device("cpu"))
     assert draws() == second
-    random_state.seed_everything(5, 1)
+    seed_everything(5, 1)
     assert draws() != first
 
 
 def test_a_worker_on_a_cpu_asks_no_gpu_for_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray leaves all GPUs of a node visible to workers that were given none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    state = random_state.capture(torch.device("cpu"))
+    state = capture_random_state(torch.device("cpu"))
     assert "cuda" not in state
-    random_state.restore({**state, "cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))
+    restore_random_state({**state, "cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from nemo_rl.errors import ConfigError
-from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions
+from nemo_rl.errors import ConfigError, ModelError
+from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyConfig, PolicyOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nemo_rl.distributed.named_sharding import NamedSharding
-    from nemo_rl.models.policy.config import PolicyConfig
 
 TENSOR_PARALLEL = "tensor_parallel"
 CONTEXT_PARALLEL = "context_parallel"
 PIPELINE_PARALLEL = "pipeline_parallel"
+# Their frequencies depend on the configuration only and their output is not scaled.
+_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class MegatronOptions(PolicyOptions):
@@ -83,9 +84,34 @@ class MegatronOptions(PolicyOptions):
             )
 
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
-        from nemo_rl.models.policy.megatron.model_check import check_model  # imports transformers
+        from nemo_rl.models.policy.megatron.families import find_family  # imports transformers
 
-        check_model(model, policy, self)
+        name, tensor, stages = policy.model_name, self.tensor_parallel_size, self.pipeline_parallel_size
+        problem = find_family(model.model_type).problem(model)
+        if problem is None and model.hidden_act != "silu":
+            problem = f"its activation is {model.hidden_act!r} instead of 'silu'"
+        rope = (model.rope_parameters or {}).get("rope_type", "default")
+        if problem is None and rope not in _ROPE_TYPES:
+            problem = f"its rotary embedding has the type {rope!r}; supported: {', '.join(_ROPE_TYPES)}"
+        if problem is not None:
+            raise ModelError(f"policy.backend=megatron cannot train {name!r}: {problem}. Set policy.backend=torch")
+        heads, groups = model.num_attention_heads, model.num_key_value_heads
+        if heads % tensor or model.intermediate_size % tensor or (groups % tensor and tensor % groups):
+            raise ModelError(
+                f"policy.options.tensor_parallel_size={tensor} must divide the {heads} attention heads and the MLP "
+                f"width {model.intermediate_size} of {name!r}, and divide its {groups} key-value heads or be a "
+                "multiple of them"
+            )
+        if model.num_hidden_layers % stages:
+            raise ModelError(
+                f"policy.options.pipeline_parallel_size={stages} must divide the {model.num_hidden_layers} layers of "
+                f"{name!r}"
+            )
+        if policy.max_sequence_length > model.max_position_embeddings:
+            raise ModelError(
+                f"policy.max_sequence_length={policy.max_sequence_length} exceeds the {model.max_position_embeddings} "
+                f"positions of the model {name!r}"
+            )
 
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
         """Weights and gradients are split over stages and tensor-parallel workers, the optimizer as configured."""

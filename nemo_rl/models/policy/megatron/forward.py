@@ -11,7 +11,7 @@ megatron-core's own schedule moves micro-batches through the stages (one forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,9 +27,6 @@ from nemo_rl.models.policy.megatron.config import MegatronOptions
 from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
 from nemo_rl.models.policy.megatron.parallel import Grid
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
-
-# What a micro-batch and its [b, T] log-probabilities become: a scalar loss, and anything to keep.
-Judge = Callable[[torch.Tensor, BatchedDataDict], tuple[torch.Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,20 +67,30 @@ class PipelineForward:
             2 * options.context_parallel_size if options.context_parallel_size > 1 else 1
         )
 
-    def train(self, parts: Sequence[BatchedDataDict], judge: Judge) -> None:
-        """Forward and backward passes; gradients add up and are reduced at the end. A collective.
+    def train(
+        self,
+        parts: Iterable[BatchedDataDict],
+        loss: Callable[[torch.Tensor, BatchedDataDict], torch.Tensor],
+    ) -> None:
+        """Run forward and backward passes; then every gradient is the sum over micro-batches and ranks. A collective.
 
-        `judge` is called on the last stage, once per micro-batch, in order.
+        Args:
+            parts: micro-batches, on any device.
+            loss: computes the loss from the [b, T] log-probabilities and the micro-batch. It is called on the last
+                stage, once per micro-batch, in order.
         """
 
-        def loss(prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-            value, kept = judge(self._logprobs(prepared, logits), part)
-            return value, torch.zeros((), dtype=torch.int, device=logits.device), kept
+        def finish(prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor) -> tuple[torch.Tensor, Any, None]:
+            value = loss(self._logprobs(prepared, logits), part)
+            return value, torch.zeros((), dtype=torch.int, device=logits.device), None
 
-        self._run(parts, loss, only_loss_tokens=True, forward_only=False)
+        self._run(list(parts), finish, only_loss_tokens=True, forward_only=False)
 
-    def logprobs(self, parts: Sequence[BatchedDataDict]) -> list[torch.Tensor]:
-        """The [b, T] float32 log-probabilities of each micro-batch on the last stage, else nothing. A collective."""
+    def logprobs(self, parts: Iterable[BatchedDataDict]) -> list[torch.Tensor]:
+        """Return the [b, T] float32 log-probabilities of each micro-batch on the last stage, nothing on other stages.
+
+        A collective.
+        """
 
         def collect(
             prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor, non_loss_data: bool
@@ -91,7 +98,7 @@ class PipelineForward:
             return self._logprobs(prepared, logits).cpu()
 
         with torch.no_grad():
-            return self._run(parts, collect, only_loss_tokens=False, forward_only=True)
+            return self._run(list(parts), collect, only_loss_tokens=False, forward_only=True)
 
     def _run(
         self,

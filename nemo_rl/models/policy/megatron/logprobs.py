@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_rl.models.policy.token_logprobs import row_chunks
+from nemo_rl.models.policy.logprob_forward import row_chunks
 
 
 def vocabulary_parallel_logprobs(

@@ -75,7 +75,5 @@ def make_grid(world: ProcessGroup, options: MegatronOptions) -> Grid:
 
 
 def leave_grid() -> None:
-    """Forget megatron-core's groups and leave the process group. Idempotent."""
+    """Destroy megatron-core's groups of ranks. Idempotent."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()

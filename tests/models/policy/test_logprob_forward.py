@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl.models.policy import token_logprobs as module
-from nemo_rl.models.policy.token_logprobs import token_logprobs
+from nemo_rl.models.policy import logprob_forward
+from nemo_rl.models.policy.logprob_forward import token_logprobs
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 50, 2**24])
 def test_values_and_gradients_are_those_of_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(logprob_forward, "CHUNK_ELEMENTS", chunk_elements)
     torch.manual_seed(0)
     logits = (torch.randn(13, 17) * 5).requires_grad_()
     tokens, weights = torch.randint(0, 17, (13,)), torch.randn(13)
