@@ -13,7 +13,7 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel
 
-# Logits that are held in float32 at a time: 2**24 are 64 MiB.
+# Logits held in float32 at a time: 2**24 elements are 64 MiB.
 CHUNK_ELEMENTS = 2**24
 # Packed and padded passes of one model differ by rounding only. Attending to another sequence changes far more.
 _PACKING_TOLERANCE = {True: 0.1, False: 1e-3}  # in nats, by whether matrices are multiplied in bfloat16
@@ -96,10 +96,14 @@ class LogprobForward:
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[n, tokens[n]], computed in float32 a chunk of rows at a time.
+    """Compute log softmax(logits)[n, tokens[n]] in float32, one chunk of rows at a time.
 
-    Besides the logits themselves, the backward pass takes one more buffer of their size and dtype (their gradient);
-    neither pass holds more than `CHUNK_ELEMENTS` elements in float32.
+    The backward pass allocates one more buffer of the logits' size and dtype (their gradient). Neither pass holds more
+    than `CHUNK_ELEMENTS` elements in float32.
+
+    Example:
+        >>> token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3])).exp()
+        tensor([0.2500, 0.2500])
 
     Args:
         logits: [N, V], any floating dtype.
@@ -129,17 +133,17 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, tokens, normalizers = ctx.saved_tensors
         (gradient,) = gradients
-        of_logits = torch.empty_like(logits)
+        logits_gradient = torch.empty_like(logits)
         for rows in row_chunks(logits):
             # d logprob / d logits = onehot(token) - softmax(logits)
             weight = gradient[rows, None]
             chunk = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-weight)
-            of_logits[rows] = chunk.scatter_add_(-1, tokens[rows, None], weight)
-        return of_logits, None
+            logits_gradient[rows] = chunk.scatter_add_(-1, tokens[rows, None], weight)
+        return logits_gradient, None
 
 
 def row_chunks(logits: torch.Tensor) -> list[slice]:
-    """Slices of rows of [N, V] logits, of at most `CHUNK_ELEMENTS` elements each."""
+    """Return slices of rows of [N, V] logits with at most `CHUNK_ELEMENTS` elements each."""
     num_rows, vocabulary = logits.shape
     size = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
     return [slice(start, start + size) for start in range(0, num_rows, size)]

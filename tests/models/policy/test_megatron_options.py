@@ -30,14 +30,14 @@ def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart() -> None
         (["policy.options.tensor_parallel_size=2"], "1 workers cannot be divided into groups of 2"),
         (["policy.options.sequence_parallel=true"], "sequence_parallel needs tensor_parallel_size of at least 2"),
         (["policy.options.tensor_paralel_size=2"], "did you mean tensor_parallel_size"),
-        (["policy.sharding=fsdp"], "policy.sharding=fsdp is of the torch backend"),
+        (["policy.sharding=fsdp"], "policy.sharding=fsdp is for the torch backend"),
         (
             [
                 "policy.options.context_parallel_size=2",
                 "cluster.cpu_workers_per_node=2",
                 "policy.batching={mode: packed, max_tokens: 128}",
             ],
-            "do not go together",
+            "policy.batching.mode=packed does not support policy.options.context_parallel_size",
         ),
     ],
 )

@@ -48,7 +48,7 @@ def test_each_rank_has_its_gates_then_what_they_gate() -> None:
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"'mamba'; it knows llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match=r"'mamba'; supported: llama, qwen2, qwen3"):
         find_family("mamba")
 
 

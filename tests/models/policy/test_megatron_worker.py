@@ -271,7 +271,7 @@ def test_a_missing_checkpoint_is_an_error_on_every_rank(
         ("odd", {"options": {"pipeline_parallel_size": 2}}, "must divide the 3 layers"),
         ("odd", {"options": {"tensor_parallel_size": 2}}, "must divide the 3 attention heads"),
         ("biased", {}, "its projections have biases"),
-        ("gpt2", {}, "does not know the model family 'gpt2'; it knows llama, qwen2, qwen3"),
+        ("gpt2", {}, "does not support the model family 'gpt2'; supported: llama, qwen2, qwen3"),
         ("llama", {"max_sequence_length": 65}, "exceeds the 64 positions"),
         ("llama", {"backend": "torch"}, "set policy.backend=megatron"),
     ],

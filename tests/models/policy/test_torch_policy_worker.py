@@ -259,7 +259,7 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model directory '.*nowhere'.*policy\.model_name"):
         make_worker(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         make_worker(tmp_path / "empty")
 
 
