@@ -74,9 +74,9 @@ class Peer:
                 self.process.kill()
                 return sent.result(120), "", 0.0, 0
             assert self.pipe.poll(120), "no answer from the other process"
-            found, announced, last, grown = self.pipe.recv()
+            actual, announced, last, grown = self.pipe.recv()
             assert announced == sent.result(120)
-            return found, announced, last, grown
+            return actual, announced, last, grown
 
 
 @pytest.fixture(params=["cuda_ipc", "nccl"])
@@ -96,9 +96,9 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
 @pytest.mark.parametrize("what", ["copy", "keep", "verify"])
 def test_repeated_streams_are_exact(peer: Peer, what: str) -> None:
     for value in (1.0, 2.0, 3.0):
-        found, announced, last, _ = peer.load(value, what)
+        actual, announced, last, _ = peer.load(value, what)
         named = [(name, tensor.bfloat16()) for name, tensor in tensors(value)]
-        assert found == announced == digest_tensors(named, on_gpu=True)
+        assert actual == announced == digest_tensors(named, on_gpu=True)
         assert last == float(torch.tensor(value + 39 / 8).bfloat16())
 
 
@@ -121,10 +121,10 @@ def test_stream_works_with_expandable_segments(peer: Peer) -> None:
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     try:
         torch.cuda.empty_cache()
-        found, announced, *_ = peer.load(1.0)
+        actual, announced, *_ = peer.load(1.0)
     finally:
         torch._C._accelerator_setAllocatorSettings(before)
-    assert found == announced
+    assert actual == announced
 
 
 def test_killed_receiver_does_not_block_the_sender(peer: Peer) -> None:

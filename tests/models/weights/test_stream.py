@@ -301,14 +301,14 @@ def test_pair_is_reused_and_replaced_after_failure(other: Child) -> None:
     known = set(pairs._pairs)
     with ThreadPoolExecutor(1) as threads:
         sender = Sender(WeightStreamer("gloo", BUCKET_BYTES), threads, "gloo", "127.0.0.1")
-        found = []
+        actual = []
         for _ in range(2):
             (stream,), sent = sender.begin(1)
             other.pipe.send((stream, "copy"))
             assert other.answer() == sent.result(60)
-            found.append([(peer, group) for peer, group in pairs._pairs.items() if peer not in known])
-        assert len(found[0]) == 1
-        assert found[0] == found[1]
+            actual.append([(peer, group) for peer, group in pairs._pairs.items() if peer not in known])
+        assert len(actual[0]) == 1
+        assert actual[0] == actual[1]
         pairs_at_the_end = []
 
         def gathered() -> Iterator[tuple[str, torch.Tensor]]:

@@ -109,10 +109,10 @@ def test_flipped_bit_is_detected(position: int) -> None:
     update.buckets[0].handle[position] ^= 1
     with pytest.raises(WeightSyncError, match="version 17") as failure:
         next(receive(update))
-    found = digest_tensors(receive(update, verify=False))
-    assert found != update.digest
+    actual = digest_tensors(receive(update, verify=False))
+    assert actual != update.digest
     assert update.digest in str(failure.value)
-    assert found in str(failure.value)
+    assert actual in str(failure.value)
 
 
 def test_short_bucket_is_refused() -> None:
