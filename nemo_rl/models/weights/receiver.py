@@ -53,7 +53,7 @@ def receive(
         WeightSyncError: while iterating: a bucket is missing or too short, the sender has ended, or (with `verify`) the
             digest differs from the sender's. The message has the version and both digests.
     """
-    return IncomingWeights(update, torch.device(device), verify, keeps, on_loaded)
+    return IncomingWeights(update, device=torch.device(device), verify=verify, keeps=keeps, on_loaded=on_loaded)
 
 
 class IncomingWeights:
@@ -62,6 +62,7 @@ class IncomingWeights:
     def __init__(
         self,
         update: WeightUpdate | WeightStream,
+        *,
         device: torch.device,
         verify: bool,
         keeps: bool,
