@@ -11,13 +11,12 @@ from nemo_rl.distributed.ray_actor_environment_registry import register_actor_en
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
 from nemo_rl.jobs.command_line import run_command
 from nemo_rl.jobs.grpo_job import run_grpo
-from nemo_rl.models.backends import Backend, GenerationOptions
-from nemo_rl.models.generation.registry import BACKENDS
+from nemo_rl.models.backends import GENERATION_BACKENDS, Backend
 
 HERE = Path(__file__).resolve().parent
 WORKER = "transformers_generation_worker.TransformersGenerationWorker"
 
-BACKENDS["transformers"] = Backend(WORKER, GenerationOptions)
+GENERATION_BACKENDS["transformers"] = Backend(WORKER)
 register_actor_environment(WORKER, PY_EXECUTABLES.BASE)
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig) -> None:
         )
     try:
         config.options.check_model(model, config)
-        config.generation.options.check_model(model, config)
+        config.generation.options.check_model(model, config.model_name, config.generation)
     except ModelError as error:
         raise ConfigError(str(error)) from error
 

@@ -26,8 +26,8 @@ from nemo_rl.environments.config import MathEnvironmentConfig
 from nemo_rl.environments.math_environment import GROUND_TRUTH, MathEnvironment
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_files import check_model_path, load_model_config
+from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, EmbeddedModelConfig
 from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Resources
 from nemo_rl.pipelines.stages.text import drop_rows

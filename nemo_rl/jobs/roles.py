@@ -9,9 +9,8 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.environments.registry import environment_fqn
 from nemo_rl.errors import ConfigError, WeightSyncError
-from nemo_rl.models.generation.registry import generation_backend
+from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
-from nemo_rl.models.policy.registry import policy_backend
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig

@@ -1,6 +1,6 @@
-"""The Megatron worker on CUDA devices, against the torch worker on the CPU.
+"""The Megatron worker on CUDA devices, compared with the torch worker on the CPU.
 
-Takes a Python with megatron-core: this one, or that of the MCORE venv.
+The ranks run in a Python with megatron-core: this one, or that of the MCORE venv.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_trained_like_torch_on_the_cpu(model: Path, results: list[TrainResult], state: dict[str, Any]) -> None:
     alone = make_worker(model)
-    for found in results:
+    for actual in results:
         expected = alone.train(make_batch(), advantage_loss)
-        assert found.metrics == pytest.approx(expected.metrics, rel=1e-2, abs=1e-3)
+        assert actual.metrics == pytest.approx(expected.metrics, rel=1e-2, abs=1e-3)
     for name, tensor in weights(alone).items():
         if "/" not in name:
             torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-2)
@@ -68,14 +68,14 @@ def test_bfloat16_trains_float32_weights(qwen: Path, one_gpu: RankProcesses, act
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_a_checkpoint_restores_weights_and_optimizer(qwen: Path, one_gpu: RankProcesses, tmp_path: Path) -> None:
+def test_checkpoint_restores_weights_and_optimizer(qwen: Path, one_gpu: RankProcesses, tmp_path: Path) -> None:
     config = {"precision": "bfloat16"}
     ((_, saved),) = one_gpu.run(TRAIN, qwen, config, 2, save=tmp_path, **CUDA)
     ((_, loaded),) = one_gpu.run(TRAIN, qwen, config, 0, load=tmp_path, **CUDA)
     assert_equal(saved, loaded)
 
 
-def test_published_weights_are_those_of_the_cpu(qwen: Path, one_gpu: RankProcesses) -> None:
+def test_published_weights_match_the_cpu(qwen: Path, one_gpu: RankProcesses) -> None:
     expected = make_worker(qwen).publish_weights(7, "float32")
     assert expected is not None
     (published,) = one_gpu.run("tiny_megatron.publish", qwen, {}, **CUDA)
@@ -89,7 +89,7 @@ def test_two_gpus_train_like_one_cpu(qwen: Path, two_gpus_of_megatron: RankProce
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_come_back_bit_for_bit(qwen: Path, two_gpus_of_megatron: RankProcesses, layout: str) -> None:
+def test_gathered_weights_are_exact(qwen: Path, two_gpus_of_megatron: RankProcesses, layout: str) -> None:
     published, _ = two_gpus_of_megatron.run("tiny_megatron.publish", qwen, {"options": LAYOUTS[layout]}, **CUDA)
     update = make_worker(qwen).publish_weights(7, "float32")
     assert update is not None

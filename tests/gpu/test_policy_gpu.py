@@ -1,4 +1,4 @@
-"""The policy worker on CUDA devices, against the same worker on the CPU."""
+"""The policy worker on CUDA devices, compared with the same worker on the CPU."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_float32_matches_the_cpu(llama: Path, sharding: str, mode: str) -> None:
     shard = (result[0] if isinstance(result, tuple) else result)[0]
     gpu, cpu = make_worker(llama, "cuda", sharding=sharding, **config), make_worker(llama, "cpu", **config)
     for _ in range(3):
-        found, expected = gpu.train(shard, advantage_loss), cpu.train(shard, advantage_loss)
-        assert found.metrics == pytest.approx(expected.metrics, rel=1e-2, abs=1e-3)
+        actual, expected = gpu.train(shard, advantage_loss), cpu.train(shard, advantage_loss)
+        assert actual.metrics == pytest.approx(expected.metrics, rel=1e-2, abs=1e-3)
     torch.testing.assert_close(gpu.get_logprobs(shard), cpu.get_logprobs(shard), rtol=1e-2, atol=1e-2)
 
 
@@ -57,7 +57,7 @@ def test_bfloat16_trains_float32_weights(llama: Path, sharding: str, activation_
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_what_is_not_finite_changes_nothing(llama: Path, sharding: str) -> None:
+def test_non_finite_loss_changes_nothing(llama: Path, sharding: str) -> None:
     worker = make_worker(llama, "cuda", sharding=sharding)
     before = weights(worker)
     with pytest.raises(NonFiniteError):
@@ -66,7 +66,7 @@ def test_what_is_not_finite_changes_nothing(llama: Path, sharding: str) -> None:
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_a_checkpoint_restores_weights_and_optimizer(llama: Path, tmp_path: Path, sharding: str) -> None:
+def test_checkpoint_restores_weights_and_optimizer(llama: Path, tmp_path: Path, sharding: str) -> None:
     worker = make_worker(llama, "cuda", sharding=sharding)
     worker.train(make_batch(), advantage_loss)
     worker.save_checkpoint(tmp_path)
@@ -79,7 +79,7 @@ def test_a_checkpoint_restores_weights_and_optimizer(llama: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_published_weights_are_those_of_the_cpu(llama: Path, sharding: str) -> None:
+def test_published_weights_match_the_cpu(llama: Path, sharding: str) -> None:
     update = make_worker(llama, "cuda", sharding=sharding).publish_weights(1, "float32")
     expected = make_worker(llama, "cpu").publish_weights(1, "float32")
     assert update is not None

@@ -1,4 +1,4 @@
-"""Weights from one process's GPU memory to another's: CUDA IPC on one GPU, NCCL between two."""
+"""Streams of weights between GPU processes: CUDA IPC on one GPU, NCCL between two."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from nemo_rl.models.weights.digest import digest_tensors
+from nemo_rl.models.weights.digest import digest_tensors, row_sums
 from nemo_rl.models.weights.interfaces import WeightStream
 from nemo_rl.models.weights.receiver import receive
-from nemo_rl.models.weights.row_sums import row_sums
 from nemo_rl.models.weights.stream import WeightStreamer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,15 +24,15 @@ BUCKET_BYTES = 8 * MIB
 
 
 def tensors(value: float, device: str = "cuda") -> Iterator[tuple[str, torch.Tensor]]:
-    """As a policy gathers them: each lives only until it has been copied."""
+    """Yield tensors as a policy gathers them: each is freed after it has been copied."""
     for index in range(NUM_TENSORS):
         yield f"layers.{index}.up.weight", torch.full(SHAPE, value + index / 8, device=device)
 
 
 def child(connection: Connection, device_index: int) -> None:
-    """A generator's process on a GPU: loads each stream, in place or into new memory."""
+    """Run a receiver on a GPU in another process: load each stream in place or into new memory."""
     torch.cuda.set_device(device_index)
-    own: dict[str, torch.Tensor] = {}
+    loaded: dict[str, torch.Tensor] = {}
     for stream, what in iter(connection.recv, None):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -42,13 +41,13 @@ def child(connection: Connection, device_index: int) -> None:
             if what == "hang":
                 connection.send("joined")
                 connection.recv()
-            if what == "keep" or name not in own:
-                own[name] = tensor if what == "keep" else tensor.clone()
+            if what == "keep" or name not in loaded:
+                loaded[name] = tensor if what == "keep" else tensor.clone()
             else:
-                own[name].copy_(tensor)
-        digest = weights.digest_of(own.items())
+                loaded[name].copy_(tensor)
+        digest = weights.digest_of(loaded.items())
         grown = torch.cuda.max_memory_allocated() - before
-        connection.send((digest, weights.digest, float(own["layers.39.up.weight"][0, 0]), grown))
+        connection.send((digest, weights.digest, float(loaded["layers.39.up.weight"][0, 0]), grown))
 
 
 @dataclass
@@ -75,9 +74,9 @@ class Peer:
                 self.process.kill()
                 return sent.result(120), "", 0.0, 0
             assert self.pipe.poll(120), "no answer from the other process"
-            found, announced, last, grown = self.pipe.recv()
+            actual, announced, last, grown = self.pipe.recv()
             assert announced == sent.result(120)
-            return found, announced, last, grown
+            return actual, announced, last, grown
 
 
 @pytest.fixture(params=["cuda_ipc", "nccl"])
@@ -95,45 +94,45 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
 
 
 @pytest.mark.parametrize("what", ["copy", "keep", "verify"])
-def test_every_bit_arrives_again_and_again(peer: Peer, what: str) -> None:
+def test_repeated_streams_are_exact(peer: Peer, what: str) -> None:
     for value in (1.0, 2.0, 3.0):
-        found, announced, last, _ = peer.load(value, what)
+        actual, announced, last, _ = peer.load(value, what)
         named = [(name, tensor.bfloat16()) for name, tensor in tensors(value)]
-        assert found == announced == digest_tensors(named, on_gpu=True)
+        assert actual == announced == digest_tensors(named, on_gpu=True)
         assert last == float(torch.tensor(value + 39 / 8).bfloat16())
 
 
 def test_extra_memory_is_a_few_buckets_on_both_sides(peer: Peer) -> None:
-    peer.load(0.0)  # the receiver's own memory, and both sides' libraries
-    torch.cuda.ipc_collect()  # what the receiver let go of after the sender had ended
+    peer.load(0.0)  # allocates the receiver's weights and loads both sides' libraries
+    torch.cuda.ipc_collect()  # memory that the receiver released after the sender had ended
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     *_, grown = peer.load(1.0)
     assert torch.cuda.max_memory_allocated() - before < 5 * 16 * MIB < NUM_TENSORS * 2 * MIB + 16 * MIB
     assert grown < 5 * 16 * MIB
     torch.cuda.ipc_collect()
-    assert torch.cuda.memory_allocated() - before < MIB  # nothing is kept between two streams
+    assert torch.cuda.memory_allocated() - before < MIB  # no memory is kept between two streams
 
 
-def test_an_allocator_with_expandable_segments_does_not_matter(peer: Peer) -> None:
+def test_stream_works_with_expandable_segments(peer: Peer) -> None:
     if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
-        pytest.skip(f"torch {torch.__version__} does not tell how its allocator is set")
+        pytest.skip(f"torch {torch.__version__} cannot report its allocator settings")
     before = torch._C._accelerator_getAllocatorSettings()
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     try:
         torch.cuda.empty_cache()
-        found, announced, *_ = peer.load(1.0)
+        actual, announced, *_ = peer.load(1.0)
     finally:
         torch._C._accelerator_setAllocatorSettings(before)
-    assert found == announced
+    assert actual == announced
 
 
-def test_a_receiver_that_is_killed_is_not_waited_for(peer: Peer) -> None:
+def test_killed_receiver_does_not_block_the_sender(peer: Peer) -> None:
     digest, *_ = peer.load(1.0, "hang")
     assert digest == digest_tensors([(name, tensor.bfloat16()) for name, tensor in tensors(1.0)], on_gpu=True)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 6, 1 << 14, (1 << 25) + 5])
-def test_sums_of_rows_are_those_of_the_cpu(num_bytes: int) -> None:
+def test_row_sums_match_the_cpu(num_bytes: int) -> None:
     data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
     assert torch.equal(row_sums(data.cuda()).cpu(), row_sums(data))

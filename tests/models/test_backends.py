@@ -1,4 +1,4 @@
-"""A backend's own options, from the command line to the section that the worker gets."""
+"""Backends: options from the command line to the worker's section, and the workers' Python."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY, PY_EXECUTABLES
 from nemo_rl.errors import ConfigError
-from nemo_rl.models.backends import DATA_PARALLEL, Backend, PolicyOptions
-from nemo_rl.models.policy.registry import BACKENDS
+from nemo_rl.models.backends import POLICY_BACKENDS, Backend
+from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyOptions
 from nemo_rl.utils.config import dump_yaml, iter_keys, load_config
 
 FQN = "somewhere.workers.PairPolicyWorker"
@@ -30,10 +30,10 @@ class PairOptions(PolicyOptions):
 
 @pytest.fixture
 def pair(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "pair", Backend(FQN, PairOptions))
+    monkeypatch.setitem(POLICY_BACKENDS, "pair", Backend(FQN, PairOptions))
 
 
-def test_options_are_those_of_the_chosen_backend(pair, tmp_path):
+def test_options_use_the_section_of_the_backend(pair, tmp_path):
     overrides = ["policy.backend=pair", "policy.options.tensor_parallel_size=2", "cluster.cpu_workers_per_node=2"]
     config = load_config(MasterConfig, None, overrides)
     assert config.policy.options == PairOptions(tensor_parallel_size=2)
@@ -55,24 +55,24 @@ def test_options_are_those_of_the_chosen_backend(pair, tmp_path):
         ),
     ],
 )
-def test_wrong_options_are_one_clear_sentence(pair, overrides, expected):
+def test_invalid_options_are_refused(pair, overrides, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config(MasterConfig, None, overrides)
 
 
-def test_samples_are_split_over_data_parallel_ranks_only(pair):
+def test_batch_size_check_counts_data_parallel_ranks(pair):
     overrides = ["policy.backend=pair", "policy.options.tensor_parallel_size=2", "cluster.cpu_workers_per_node=6"]
     with pytest.raises(ConfigError, match="over 3 data-parallel"):
         load_config(MasterConfig, None, overrides)
 
 
-def test_help_lists_the_options_with_what_chooses_them(pair):
+def test_help_names_the_backend_of_each_option(pair):
     keys = {key.name: key for key in iter_keys(MasterConfig)}
     assert "Only with policy.backend=pair" in keys["policy.options.tensor_parallel_size"].help
 
 
-def test_nodes_without_gpus_get_their_own_python_unless_somebody_chose_one(monkeypatch):
-    backend = Backend(FQN, PolicyOptions, cpu_py_executable=PY_EXECUTABLES.VLLM_CPU, replaces=PY_EXECUTABLES.VLLM)
+def test_cpu_nodes_use_cpu_python_unless_configured(monkeypatch):
+    backend = Backend(FQN, cpu_py_executable=PY_EXECUTABLES.VLLM_CPU, replaces=PY_EXECUTABLES.VLLM)
     monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, FQN, PY_EXECUTABLES.VLLM)
     assert backend.py_executable(None, use_gpus=True) == PY_EXECUTABLES.VLLM
     assert backend.py_executable(None, use_gpus=False) == PY_EXECUTABLES.VLLM_CPU

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
-from nemo_rl.models.backends import GenerationOptions, check_options
-from nemo_rl.models.generation.registry import generation_backend
-from nemo_rl.utils.config import ConfigModel
+from nemo_rl.models.backends import GENERATION_BACKENDS, generation_backend
+from nemo_rl.utils.config import ConfigModel, OpenSection
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class GenerationOptions(OpenSection):
+    """The options of one generation backend; a subclass adds keys."""
+
+    @property
+    def workers_per_replica(self) -> int:
+        """Number of workers (bundles) that hold one copy of the model together."""
+        return 1
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether `sleep` frees GPU memory."""
+        return False
+
+    def check_model(self, model: PretrainedConfig, model_name: str, generation: GenerationConfig) -> None:
+        """Raise `ModelError` for a model that this backend does not support, or cannot divide as configured.
+
+        The driver calls this as soon as it has read the model's configuration, before any worker starts.
+
+        Args:
+            model: the configuration of the model.
+            model_name: directory or hub name of the model, for messages.
+            generation: the section that these options belong to.
+        """
+
+    @classmethod
+    def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
+        return [
+            (f"policy.generation.backend={name}", backend.options_class(GenerationOptions))
+            for name, backend in GENERATION_BACKENDS.items()
+        ]
 
 
 class SamplingConfig(ConfigModel):
@@ -36,7 +71,7 @@ class SamplingConfig(ConfigModel):
 class GenerationConfig(SamplingConfig):
     """Who generates completions, and how."""
 
-    backend: str = Field("torch", description="A name in nemo_rl.models.generation.registry.BACKENDS.")
+    backend: str = Field("torch", description="A name in nemo_rl.models.backends.GENERATION_BACKENDS.")
     options: SerializeAsAny[GenerationOptions] = Field(
         default_factory=GenerationOptions, description="What only this backend knows."
     )
@@ -74,4 +109,5 @@ class GenerationConfig(SamplingConfig):
     def _options_of_backend(cls, value: Any, info: ValidationInfo) -> GenerationOptions:
         if "backend" not in info.data:  # refused already
             return GenerationOptions()
-        return check_options(generation_backend(info.data["backend"]), value, key="policy.generation.options")
+        backend = generation_backend(info.data["backend"])
+        return backend.check_options(value, GenerationOptions, key="policy.generation.options")

@@ -8,7 +8,7 @@
 
 A replica is one worker, or a tied group of workers that hold one copy of the model together and all get its prompts.
 `replicas` says what happens when one of them dies.
-This module imports no worker: the backend's class is named by `registry` and imported in its own venv.
+This module imports no worker: the backend's class is named by `models.backends` and imported in its own venv.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
+from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
 from nemo_rl.models.generation.prompts import check_prompt_lengths
-from nemo_rl.models.generation.registry import generation_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.models.generation.replicas import Replicas
 from nemo_rl.models.generation.results import join

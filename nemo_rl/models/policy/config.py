@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions, check_options
+from nemo_rl.models.backends import POLICY_BACKENDS, policy_backend
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.policy.registry import policy_backend
-from nemo_rl.utils.config import ConfigModel
+from nemo_rl.utils.config import ConfigModel, OpenSection
 
-__all__ = ["DATA_PARALLEL", "EMBEDDED_MODEL", "PolicyConfig"]  # what algorithms see of a policy's configuration
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from nemo_rl.distributed.named_sharding import NamedSharding
 
 EMBEDDED_MODEL = "embedded"
+DATA_PARALLEL = "data_parallel"
+
+
+class PolicyOptions(OpenSection):
+    """The options of one policy backend; a subclass adds keys.
+
+    Without options, every worker holds the whole model and is one data-parallel rank.
+    """
+
+    def layout(self, num_workers: int) -> NamedSharding:
+        """Place the ranks on named axes. One axis must be `DATA_PARALLEL`; batches are replicated along all others.
+
+        Raises:
+            ConfigError: the options do not divide `num_workers`.
+        """
+        from nemo_rl.distributed.named_sharding import NamedSharding
+
+        return NamedSharding(list(range(num_workers)), [DATA_PARALLEL])
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Raise `ConfigError` for settings of `policy` that this backend does not support."""
+
+    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
+        """Raise `ModelError` for a model that this backend does not support, or cannot divide as configured.
+
+        The driver calls this as soon as it has read the model's configuration, before any worker starts.
+        """
+
+    def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
+        """Estimate the bytes of weights, gradients and AdamW state in one worker, without activations."""
+        # AdamW keeps two float32 moments besides the float32 master weight and its gradient.
+        return num_parameters * 16 // (num_workers if policy.sharding == "fsdp" else 1)
+
+    @classmethod
+    def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
+        return [
+            (f"policy.backend={name}", backend.options_class(PolicyOptions))
+            for name, backend in POLICY_BACKENDS.items()
+        ]
 
 
 class EmbeddedModelConfig(ConfigModel):
-    """The tiny Llama that the project makes itself: `policy.model_name: embedded`."""
+    """The tiny Llama that the project trains itself: `policy.model_name: embedded`."""
 
     hidden_size: int = Field(128, ge=8, description="Width of the model.")
     num_layers: int = Field(2, ge=1, description="Transformer layers.")
     num_attention_heads: int = Field(4, ge=1, description="Attention heads.")
     seed: int = Field(0, description="Seed of the initial weights and of the warm-up.")
     warmup_accuracy: float = Field(
-        0.2, gt=0, le=1, description="The supervised warm-up ends when this share of train problems is right."
+        0.2, gt=0, le=1, description="The supervised warm-up ends at this accuracy on train problems."
     )
-    warmup_steps: int = Field(1000, ge=0, description="Most steps of that warm-up.")
+    warmup_steps: int = Field(1000, ge=0, description="Maximum steps of the supervised warm-up.")
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> EmbeddedModelConfig:
-        if self.hidden_size % (2 * self.num_attention_heads):  # rotary embeddings turn pairs of numbers
+        if self.hidden_size % (2 * self.num_attention_heads):  # rotary embeddings rotate pairs of dimensions
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be num_attention_heads ({self.num_attention_heads}) times an "
                 "even number"
@@ -39,7 +81,7 @@ class EmbeddedModelConfig(ConfigModel):
 
 
 class OptimizerConfig(ConfigModel):
-    """AdamW."""
+    """The AdamW optimizer."""
 
     lr: float = Field(1e-6, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moment estimates.")
@@ -50,43 +92,43 @@ class OptimizerConfig(ConfigModel):
     @classmethod
     def _moments_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= rate < 1 for rate in value):
-            raise ValueError("both must be at least 0 and less than 1")
+            raise ValueError("both decay rates must be at least 0 and less than 1")
         return value
 
 
 class SchedulerConfig(ConfigModel):
-    """Learning-rate schedule, in optimizer steps."""
+    """The learning-rate schedule, in optimizer steps."""
 
     kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     total_steps: int | None = Field(
-        None, ge=1, description="Steps until min_lr_ratio. Null: grpo.max_num_steps' worth."
+        None, ge=1, description="Steps until min_lr_ratio. Null: all optimizer steps of grpo.max_num_steps."
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
 
 
 class BatchingConfig(ConfigModel):
-    """Micro-batches bounded by tokens instead of by samples."""
+    """Limits micro-batches by samples or by tokens."""
 
     mode: Literal["fixed", "dynamic", "packed"] = Field(
         "fixed",
-        description="fixed: by batch size; dynamic: similar lengths together, padded; packed: sequences in one row.",
+        description="fixed: by sample count; dynamic: similar lengths together, padded; packed: sequences in one row.",
     )
-    max_tokens: int = Field(8192, ge=1, description="Tokens of one micro-batch in the modes dynamic and packed.")
+    max_tokens: int = Field(8192, ge=1, description="Maximum tokens of a micro-batch in the modes dynamic and packed.")
     length_multiple: int = Field(1, ge=1, description="Micro-batch lengths are rounded up to a multiple of this.")
 
 
 class PolicyConfig(ConfigModel):
-    """The model that is trained."""
+    """The model to train, its optimizer and its workers."""
 
     model_name: str = Field(EMBEDDED_MODEL, description="Hugging Face directory or hub name, or `embedded`.")
-    tokenizer_name: str | None = Field(None, description="Hugging Face directory or hub name. Null: the model's.")
+    tokenizer_name: str | None = Field(None, description="Hugging Face directory or hub name. Null: model_name.")
     embedded: EmbeddedModelConfig = Field(default_factory=EmbeddedModelConfig)
-    backend: str = Field("torch", description="A name in nemo_rl.models.policy.registry.BACKENDS.")
+    backend: str = Field("torch", description="A name in nemo_rl.models.backends.POLICY_BACKENDS.")
     options: SerializeAsAny[PolicyOptions] = Field(
-        default_factory=PolicyOptions, description="What only this backend knows."
+        default_factory=PolicyOptions, description="Options of this backend."
     )
-    py_executable: str | None = Field(None, description="Python of the workers. Null: what the registry says.")
+    py_executable: str | None = Field(None, description="Python of the workers. Null: the registered one.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Compute dtype; master weights are float32."
     )
@@ -94,7 +136,7 @@ class PolicyConfig(ConfigModel):
         "ddp", description="Replicate the model on every worker, or shard it (FSDP2)."
     )
     num_threads: int | None = Field(
-        None, ge=1, description="Torch threads of one worker on CPU. Null: its share of the CPUs."
+        None, ge=1, description="Torch threads of one worker on CPUs. Null: an equal share of the node's CPUs."
     )
     attn_implementation: str = Field(
         "sdpa", description="Attention kernel of transformers: sdpa, eager, flash_attention_2."
@@ -109,19 +151,19 @@ class PolicyConfig(ConfigModel):
     train_micro_batch_size: int = Field(64, ge=1, description="Samples per forward and backward pass of one worker.")
     logprob_batch_size: int = Field(256, ge=1, description="Samples per forward pass for log-probabilities.")
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global L2 norm of the gradient. Null: do not.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient's global L2 norm. Null: do not clip.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     offload: bool | None = Field(
         None,
-        description="While generation works, keep weights and optimizer state in the host's memory and drop gradients. "
-        "Null: where both share GPUs and generation sleeps while the policy trains.",
+        description="During generation, keep weights and optimizer state in host memory and drop gradients. "
+        "Null: if policy and generation share GPUs and generation sleeps while the policy trains.",
     )
     weight_transport: str = Field(
         "auto",
-        description="How weights travel to generation: a name in nemo_rl.models.weights.transports.TRANSPORTS. "
-        "`auto` chooses by where the workers are.",
+        description="Transport of weights to generation: a name in nemo_rl.models.weights.transports.TRANSPORTS. "
+        "`auto` chooses by the placement of the workers.",
     )
     weight_bucket_mib: int = Field(256, ge=1, description="Weights are published in buckets of this size, in MiB.")
     weight_stream_bucket_mib: int | None = Field(
@@ -139,22 +181,22 @@ class PolicyConfig(ConfigModel):
     @field_validator("options", mode="before")
     @classmethod
     def _options_of_backend(cls, value: Any, info: ValidationInfo) -> PolicyOptions:
-        if "backend" not in info.data:  # refused already
+        if "backend" not in info.data:  # already rejected
             return PolicyOptions()
-        return check_options(policy_backend(info.data["backend"]), value, key="policy.options")
+        return policy_backend(info.data["backend"]).check_options(value, PolicyOptions, key="policy.options")
 
     @model_validator(mode="after")
     def _options_fit(self) -> PolicyConfig:
         self.options.check(self)
         if self.offload and not policy_backend(self.backend).offloads:
-            raise ValueError(f"policy.offload=true: the workers of policy.backend={self.backend} cannot do that")
+            raise ValueError(f"policy.offload=true is not supported by policy.backend={self.backend}")
         return self
 
     def offloads(self, *, shares_gpus: bool) -> bool:
-        """Whether the policy leaves its devices while generation works.
+        """Whether the policy frees its devices during generation.
 
         Args:
-            shares_gpus: with generation, which works while the policy does not.
+            shares_gpus: whether policy and generation use the same GPUs in turns.
         """
         if self.offload is not None:
             return self.offload

@@ -1,9 +1,9 @@
 """Attention and norms of Hugging Face models for training in float32 on a CPU.
 
-Short sequences of small models spend most of a layer outside its matrix products: torch's attention kernel for CPUs is
-made for long sequences, and transformers writes a norm as six operations, each with a gradient of its own. Here
-attention over a short sequence is two batched matrix products and a softmax, and a norm one operation with its gradient
-written out. Both compute what transformers computes, up to the order of additions.
+With small models and short sequences, a layer spends most of its time outside matrix products: torch's attention kernel
+for CPUs is optimized for long sequences, and transformers computes a norm as six operations, each with its own
+gradient. Here, attention over a short sequence is two batched matrix products and a softmax, and a norm is one
+operation with an explicit gradient. Both compute the same as transformers, up to the order of additions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# Beyond this many scores of a row of heads, torch's kernel, which never holds all of them, is faster.
+# For longer sequences, torch's kernel, which never materializes all scores, is faster.
 MAX_SHORT_LENGTH = 128
 ATTENTION = "nemo_rl_cpu"
 _HIDDEN = torch.finfo(torch.float32).min
@@ -24,7 +24,7 @@ _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 def use_cpu_kernels(model: PreTrainedModel) -> None:
-    """Let a float32 model on the CPU use the kernels of this file, in place; parameters and names stay."""
+    """Let a float32 model on the CPU use the kernels of this module, in place. Parameters and names do not change."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, short_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -43,7 +43,7 @@ def short_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention with grouped heads, as transformers calls it.
+    """Compute causal attention with grouped heads, with the signature that transformers expects.
 
     Args:
         query: [B, heads, T, head_dim].
@@ -51,7 +51,7 @@ def short_attention(
         attention_mask: None for plain causal attention, else [B or 1, 1, T, T] bool.
 
     Returns:
-        [B, T, heads, head_dim], and None for the weights.
+        [B, T, heads, head_dim], and None instead of the attention weights.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads, key_length = key.shape[1], key.shape[2]
@@ -60,9 +60,9 @@ def short_attention(
     group = heads // kv_heads
     if attention_mask is None:
         attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    # Not minus infinity: padding that may attend to nothing would become NaN, also in the gradients of all others.
+    # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.
     bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, _HIDDEN)
-    # The heads of a group share keys: they are further rows of one product.
+    # The heads of a group share keys, so they are additional rows of one product.
     bias = bias.expand(batch, kv_heads, length, length)[:, :, None].expand(-1, -1, group, -1, -1)
     scores = torch.baddbmm(
         bias.reshape(batch * kv_heads, group * length, length),
@@ -101,8 +101,8 @@ class _RMSNorm(torch.autograd.Function):
         normal, inverse, weight = ctx.saved_tensors
         (gradient,) = gradients
         product = gradient * normal
-        of_weight = product.reshape(-1, product.shape[-1]).sum(0)
+        weight_gradient = product.reshape(-1, product.shape[-1]).sum(0)
         # d/dx: (g w - n mean(g w n)) / rms
         along = (product @ weight).div_(product.shape[-1]).unsqueeze(-1)
-        of_x = torch.mul(gradient, weight).addcmul_(normal, along, value=-1).mul_(inverse)
-        return of_x, of_weight, None
+        x_gradient = torch.mul(gradient, weight).addcmul_(normal, along, value=-1).mul_(inverse)
+        return x_gradient, weight_gradient, None

@@ -1,4 +1,4 @@
-"""Hugging Face models and tokenizers from a directory or the hub, with errors that say what to do."""
+"""Loads Hugging Face models and tokenizers from a directory or the hub, with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from nemo_rl.errors import ModelError
 
-# What transformers raises for a missing, unreachable, foreign or damaged model.
+# transformers raises these for a missing, unreachable, unsupported or damaged model.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
 def load_config(name: str, attn_implementation: str) -> PreTrainedConfig:
-    """The configuration of a causal language model, with dropout off.
+    """Load the configuration of a causal language model, with dropout off.
 
-    Dropout is off because the log-probabilities of the policy that is trained must be those of the policy that sampled.
+    Dropout is off because the policy that is trained must be the policy that sampled.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: the model does not exist or its configuration cannot be read.
     """
     _check_directory(name)
     try:
@@ -37,7 +37,7 @@ def load_config(name: str, attn_implementation: str) -> PreTrainedConfig:
 
 
 def load_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with its weights as float32 on the CPU.
+    """Load the model with float32 weights on the CPU.
 
     Raises:
         ModelError: weights are missing, damaged, or do not fit the configuration.
@@ -50,7 +50,7 @@ def load_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights (on the meta device), as float32."""
+    """Build the float32 model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
@@ -58,34 +58,34 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises `ModelError` when there is none."""
+    """Load the tokenizer of a model. Raises `ModelError` if it cannot be loaded."""
     _check_directory(name)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except _LOADING_ERRORS as error:
         raise ModelError(
             f"the tokenizer of {name!r} cannot be loaded: {_first_line(error)}. "
-            "Set policy.tokenizer_name to a directory or hub name that has one"
+            "Set policy.tokenizer_name to a directory or hub name with a tokenizer"
         ) from error
     return tokenizer
 
 
 def _check_directory(name: str) -> None:
-    """A name that looks like a path must be one: transformers would ask the hub for it, and blame the hub."""
+    """Check that a name that looks like a path is a directory. transformers would look for it on the hub."""
     path = Path(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         raise ModelError(f"there is no model directory {name!r}: correct policy.model_name, or give a hub name")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"the directory {name!r} holds no config.json: it is not a Hugging Face model")
+        raise ModelError(f"the directory {name!r} has no config.json: it is not a Hugging Face model")
 
 
 def _missing(name: str, error: Exception) -> str:
     kind = "directory" if Path(name).is_dir() else "hub name"
     return (
         f"the model of the {kind} {name!r} cannot be loaded: {_first_line(error)}. Correct policy.model_name; "
-        "for a model on the hub check network, HF_HOME and, if it is gated, HF_TOKEN; with HF_HUB_OFFLINE=1 it must be "
-        "in the cache"
+        "for a model on the hub check the network, HF_HOME and, if it is gated, HF_TOKEN; with HF_HUB_OFFLINE=1 it "
+        "must be in the cache"
     )
 
 

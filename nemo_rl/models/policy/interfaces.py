@@ -1,19 +1,19 @@
-"""What the algorithms know of a policy, and what a policy worker knows of a loss.
+"""The interface between algorithms and a policy, and between a policy worker and a loss.
 
-Layout of a training batch (`BatchedDataDict`), B samples padded on the right to T tokens:
+Layout of a training batch (`BatchedDataDict`) with B samples, padded on the right to T tokens:
 
     input_ids                    [B, T] int64    prompt, completion, padding
     input_lengths                [B]    int64    prompt + completion
-    token_mask                   [B, T] float32  1 on completion tokens that the loss counts
-    sample_mask                  [B]    float32  0 leaves a whole sample out of the loss
+    token_mask                   [B, T] float32  1 for completion tokens in the loss
+    sample_mask                  [B]    float32  0 excludes the whole sample from the loss
     advantages                   [B]    float32
-    generation_logprobs          [B, T] float32  what the generator reported when it sampled
-    prev_logprobs                [B, T] float32  of the policy before the step; left out where that is the policy
-                                                 being trained, which is so in the first update on a batch
+    generation_logprobs          [B, T] float32  reported by the generator when it sampled
+    prev_logprobs                [B, T] float32  of the policy before the step; absent in the first update on a
+                                                 batch, where they equal those of the policy being trained
     reference_policy_logprobs    [B, T] float32  only with a KL term
 
-Every log-probability at [b, t] is that of token t given the tokens before it, at temperature 1 unless said
-otherwise; position 0 is 0, and so is padding.
+The log-probability at [b, t] is that of token t given the tokens before it, at temperature 1 unless stated otherwise.
+Position 0 and padding are 0.
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ if TYPE_CHECKING:
 
 
 class LossFunction(Protocol):
-    """A loss over one micro-batch; picklable, importable in the worker's venv.
+    """Computes the loss of one micro-batch. It must be picklable, and importable in the worker's venv.
 
-    The worker sums the returned losses over micro-batches and ranks (gradients are summed, not averaged), so a loss
-    normalises by the *global* counts that it is given: the result does not depend on micro-batch size or on the
-    number of workers.
+    The worker sums losses and gradients over micro-batches and ranks and never averages them. So a loss divides by the
+    *global* counts that it gets, and the result depends neither on the micro-batch size nor on the number of workers.
+
+    Example:
+        The policy gradient, averaged over tokens::
+
+            def policy_gradient(logprobs, batch, global_num_tokens, global_num_samples):
+                mask = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
+                values = logprobs[:, 1:] * batch["advantages"][:, None] * mask
+                return -values.sum() / global_num_tokens, {}
     """
 
     def __call__(
@@ -46,28 +53,28 @@ class LossFunction(Protocol):
         global_num_tokens: torch.Tensor,
         global_num_samples: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of one micro-batch.
+        """Return loss and metrics of one micro-batch.
 
         Args:
             logprobs: [b, T] float32 with gradient, of the policy being trained.
-            batch: the micro-batch, laid out as above.
+            batch: the micro-batch, in the layout above.
             global_num_tokens: scalar; `(token_mask[:, 1:] * sample_mask[:, None]).sum()` over the optimizer batch.
             global_num_samples: scalar; `sample_mask.sum()` over the optimizer batch.
 
         Returns:
-            The scalar loss, and detached scalar metrics that add up over micro-batches and ranks
-            (each already divided by a global count). A name ending in `_max` or `_min` is reduced so instead.
+            The scalar loss, and detached scalar metrics, already divided by a global count, which are summed over
+            micro-batches and ranks. A metric whose name ends in `_max` or `_min` takes the maximum or minimum.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What one call of `train` did.
+    """Describes one call of `train`.
 
     Attributes:
-        metrics: scalars of the call: `loss`, `grad_norm` (before clipping), `lr`, and the loss function's own,
-            reduced over micro-batches and ranks and averaged over optimizer steps.
+        metrics: `loss`, `grad_norm` (before clipping), `lr`, and the metrics of the loss function, reduced over
+            micro-batches and ranks and averaged over optimizer steps.
         num_optimizer_steps: optimizer steps taken by this call.
         num_tokens: tokens in the forward passes, without padding.
     """
@@ -78,41 +85,44 @@ class TrainResult:
 
 
 class PolicyInterface(ABC):
-    """A policy that is spread over worker processes, seen from the driver. Calls block until all workers are done."""
+    """Controls a policy over its worker processes from the driver. Calls block until all workers are done."""
 
     @abstractmethod
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        """Log-probabilities of `input_ids` under the current weights, [B, T] float32, in the order of the batch."""
+        """Return log-probabilities of `input_ids` under the current weights, [B, T] float32, in the batch's order."""
 
     @abstractmethod
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        """The same under the weights the run started from (they are loaded at the first call or when configured)."""
+        """Return log-probabilities under the initial weights of the run, which the first call loads."""
 
     @abstractmethod
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
         """Take one optimizer step per `train_global_batch_size` samples of the batch, in the batch's order.
 
         Raises:
-            NonFiniteError: a loss or gradient norm is not finite; the weights are as before that optimizer step.
+            NonFiniteError: a loss or gradient norm is not finite. The weights are as before that optimizer step.
         """
 
     @abstractmethod
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
-        """Make the current weights available to generation workers, cast to `dtype` ("float32", "bfloat16")."""
+        """Publish the current weights for generation workers, cast to `dtype` ("float32", "bfloat16")."""
 
     def offer_weights(self, version: int, dtype: str) -> WeightUpdate | WeightOffer:
-        """The same for receivers that load them before the policy trains on: they may then be sent while they are
-        loaded, which takes less memory and time. A policy that has no way to do that publishes them."""
+        """Offer the current weights to receivers that load them before the next call of `train`.
+
+        They may then be streamed while they are loaded, which takes less memory and time. A policy that cannot stream
+        publishes them.
+        """
         return self.publish_weights(version, dtype)
 
-    def offload(self, *, keep_weights: bool = False) -> None:  # noqa: B027 - what shares no memory does nothing
-        """Give the devices' memory to generation: gradients are dropped, optimizer state and weights go to the host.
+    def offload(self, *, keep_weights: bool = False) -> None:  # noqa: B027 - optional
+        """Free the devices' memory for generation: drop gradients, move optimizer state and weights to the host.
 
-        Every other call brings back what it needs. Sending weights, and log-probabilities of the reference policy, let
-        go of it again when they are done.
+        Every other call brings back what it needs. Sending weights, and log-probabilities of the reference policy, move
+        it to the host again afterwards.
 
         Args:
-            keep_weights: they are about to be sent.
+            keep_weights: leave the weights on the devices, because they are about to be sent.
 
         Raises:
             TrainingError: a host has not enough memory.
@@ -124,11 +134,11 @@ class PolicyInterface(ABC):
 
     @abstractmethod
     def load_checkpoint(self, directory: Path) -> None:
-        """Restore what `save_checkpoint` wrote. Raises `CheckpointError` when it does not fit this policy."""
+        """Restore what `save_checkpoint` wrote. Raises `CheckpointError` if it does not fit this policy."""
 
     @abstractmethod
     def attestation(self) -> list[dict[str, Any]]:
-        """Which worker runs where, in which venv: one record per worker."""
+        """Return one record per worker: where it runs, in which venv, with which software."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -10,21 +12,22 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel
-from nemo_rl.models.policy.token_logprobs import token_logprobs
 
-# Packed and padded passes of one model differ by rounding only; a token that sees another sequence differs by far more.
+# Logits held in float32 at a time: 2**24 elements are 64 MiB.
+CHUNK_ELEMENTS = 2**24
+# Packed and padded passes of one model differ by rounding only. Attending to another sequence changes far more.
 _PACKING_TOLERANCE = {True: 0.1, False: 1e-3}  # in nats, by whether matrices are multiplied in bfloat16
 
 
 class LogprobForward:
-    """Log-probabilities [b, T] float32 of a micro-batch under `model`, with gradient where enabled.
+    """Computes log-probabilities of micro-batches under a model.
 
     Args:
-        model: whose precision and sharding the pass follows.
+        model: the model; the pass uses its precision and its sharding.
         packed: lay the sequences of a micro-batch end to end.
 
     Raises:
-        ModelError: with `packed`, when the model lets packed sequences see each other.
+        ModelError: with `packed`, if the model lets packed sequences attend to each other.
     """
 
     def __init__(self, model: ParallelModel, *, packed: bool) -> None:
@@ -34,9 +37,29 @@ class LogprobForward:
         if packed:
             self._check_packing()
 
-    def __call__(self, batch: BatchedDataDict, *, only_loss_tokens: bool) -> torch.Tensor:
-        """See `microbatching.model_inputs` for the arguments."""
-        return self._run(model_inputs(batch, packed=self._packed, only_loss_tokens=only_loss_tokens))
+    def train(
+        self,
+        parts: Iterable[BatchedDataDict],
+        loss: Callable[[torch.Tensor, BatchedDataDict], torch.Tensor],
+    ) -> None:
+        """Run forward and backward passes; then every gradient is the sum over micro-batches and ranks. A collective.
+
+        Args:
+            parts: micro-batches, on any device.
+            loss: computes the loss from the [b, T] log-probabilities and the micro-batch.
+        """
+        for part in parts:
+            part = part.to(self._model.device)
+            loss(self._run(model_inputs(part, packed=self._packed, only_loss_tokens=True)), part).backward()
+        self._model.reduce_gradients()
+
+    def logprobs(self, parts: Iterable[BatchedDataDict]) -> Iterator[torch.Tensor]:
+        """Yield the [b, T] float32 log-probabilities of each micro-batch, without gradient."""
+        for part in parts:
+            with torch.no_grad():
+                inputs = model_inputs(part.to(self._model.device), packed=self._packed, only_loss_tokens=False)
+                result = self._run(inputs)
+            yield result
 
     def _run(self, inputs: ModelInputs) -> torch.Tensor:
         options: dict[str, int | torch.Tensor] = {}
@@ -52,8 +75,8 @@ class LogprobForward:
         return inputs.scatter(token_logprobs(logits.flatten(0, 1), inputs.tokens))
 
     def _check_packing(self) -> None:
-        """Packing relies on transformers deriving the attention mask from positions; not every architecture does."""
-        device = next(self._model.module.parameters()).device
+        """Check that transformers derives the attention mask from positions, which not every architecture does."""
+        device = self._model.device
         vocabulary = self._model.config.get_text_config().vocab_size
         ids = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]], device=device) % vocabulary
         batch = BatchedDataDict(input_ids=ids, input_lengths=torch.tensor([6, 4], device=device))
@@ -67,6 +90,60 @@ class LogprobForward:
             attention = self._model.config._attn_implementation
             raise ModelError(
                 f"{type(self._model.module).__name__} with policy.attn_implementation={attention} lets packed "
-                f"sequences see each other (log-probabilities differ by {error:.3g}): set policy.batching.mode to "
-                "dynamic or fixed"
+                f"sequences attend to each other (log-probabilities differ by {error:.3g}): set "
+                "policy.batching.mode to dynamic or fixed"
             )
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Compute log softmax(logits)[n, tokens[n]] in float32, one chunk of rows at a time.
+
+    The backward pass allocates one more buffer of the logits' size and dtype (their gradient). Neither pass holds more
+    than `CHUNK_ELEMENTS` elements in float32.
+
+    Example:
+        >>> token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3])).exp()
+        tensor([0.2500, 0.2500])
+
+    Args:
+        logits: [N, V], any floating dtype.
+        tokens: [N] int64.
+
+    Returns:
+        [N] float32, differentiable with respect to `logits`.
+    """
+    result: torch.Tensor = _TokenLogprobs.apply(logits, tokens)
+    return result
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
+        normalizers = torch.empty_like(logprobs)
+        for rows in row_chunks(logits):
+            chunk = logits[rows].float()
+            normalizers[rows] = torch.logsumexp(chunk, dim=-1)
+            logprobs[rows] = chunk.gather(-1, tokens[rows, None]).squeeze(-1)
+        logprobs -= normalizers
+        ctx.save_for_backward(logits, tokens, normalizers)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, tokens, normalizers = ctx.saved_tensors
+        (gradient,) = gradients
+        logits_gradient = torch.empty_like(logits)
+        for rows in row_chunks(logits):
+            # d logprob / d logits = onehot(token) - softmax(logits)
+            weight = gradient[rows, None]
+            chunk = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-weight)
+            logits_gradient[rows] = chunk.scatter_add_(-1, tokens[rows, None], weight)
+        return logits_gradient, None
+
+
+def row_chunks(logits: torch.Tensor) -> list[slice]:
+    """Return slices of rows of [N, V] logits with at most `CHUNK_ELEMENTS` elements each."""
+    num_rows, vocabulary = logits.shape
+    size = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
+    return [slice(start, start + size) for start in range(0, num_rows, size)]

@@ -1,14 +1,14 @@
-"""From a worker's shard of a batch to micro-batches, and from a micro-batch to the model's inputs.
+"""Splits a worker's shard of a batch into micro-batches, and lays out the model's inputs.
 
-Two layouts of the model's input::
+There are two layouts of the inputs::
 
-    padded   row = sequence, padded on the right to the longest of the micro-batch. Needs no attention mask:
-             under causal attention no token sees the padding behind it.
-    packed   all sequences end to end in one row; positions start again at 0 with each sequence, from which
-             transformers makes a block-diagonal causal mask (or the sequence bounds of flash attention).
+    padded   one row per sequence, padded on the right to the longest of the micro-batch. No attention mask is
+             needed: under causal attention no token attends to the padding behind it.
+    packed   all sequences end to end in one row. Positions restart at 0 with each sequence; from them
+             transformers derives a block-diagonal causal mask (or the sequence bounds of flash attention).
 
-In both, logits are computed only where a log-probability is wanted, as far as the model lets us choose (columns of the
-input): large vocabularies make logits the largest tensor of a step.
+Logits are computed only where a log-probability is needed, as far as the model supports it (it selects columns of the
+input), because with a large vocabulary they are the largest tensor of a step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nemo_rl.models.policy.config import BatchingConfig
 
 
 def sharding_args(batching: BatchingConfig) -> dict[str, Any]:
-    """What `BatchedDataDict.shard_by_batch_size` needs to plan micro-batches for this mode."""
+    """Return the arguments with which `BatchedDataDict.shard_by_batch_size` plans micro-batches for this mode."""
     if batching.mode == "dynamic":
         args = {"max_tokens_per_microbatch": batching.max_tokens, "sequence_length_round": batching.length_multiple}
         return {"dynamic_batching_args": args}
@@ -40,10 +40,10 @@ def sharding_args(batching: BatchingConfig) -> dict[str, Any]:
 
 
 def global_batches(shard: BatchedDataDict, local_batch_size: int | None) -> list[BatchedDataDict]:
-    """A worker's rows of each optimizer step: as its plan says, else `local_batch_size` at a time (None: all at once).
+    """Split a worker's rows into optimizer steps: by their plan, else `local_batch_size` rows each (None: one step).
 
     Raises:
-        DataError: rows that do not divide.
+        DataError: the rows do not divide.
     """
     plan = shard.microbatch_plan
     if plan is not None:
@@ -55,10 +55,10 @@ def global_batches(shard: BatchedDataDict, local_batch_size: int | None) -> list
 
 
 def microbatches(shard: BatchedDataDict, size: int, length_multiple: int = 1) -> Iterator[BatchedDataDict]:
-    """The micro-batches of a shard: those of its plan, else `size` rows at a time (the last may hold fewer).
+    """Yield the micro-batches of a shard: those of its plan, else `size` rows each (the last may have fewer).
 
-    Every tensor that is as wide as `input_ids` is cut to the longest sequence of the micro-batch (rounded up to
-    `length_multiple`).
+    Every tensor with the width of `input_ids` is truncated to the longest sequence of the micro-batch, rounded up to a
+    multiple of `length_multiple`.
     """
     plan = shard.microbatch_plan
     if plan is not None and not plan.packed:
@@ -81,15 +81,15 @@ def microbatches(shard: BatchedDataDict, size: int, length_multiple: int = 1) ->
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One forward pass over [R, C] tokens that yields K logits per row, and where they belong.
+    """Inputs of one forward pass over [R, C] tokens that yields K logits per row, and their positions in the result.
 
     Attributes:
         input_ids: [R, C] int64.
-        position_ids: [R, C] int64 when packed, else None (0, 1, 2, ...).
-        logits_to_keep: as transformers takes it: K, the number of last columns, or int64 [K], the columns.
-        tokens: [R * K] int64, the token whose log-probability is wanted, per logit.
-        rows, positions: packed only: int64 [K], where it belongs in the [b, T] result.
-        first: padded only: the position in the result that the first kept column belongs to.
+        position_ids: [R, C] int64 if packed, else None (0, 1, 2, ...).
+        logits_to_keep: as in transformers: K, the number of last columns, or int64 [K], the columns.
+        tokens: [R * K] int64, the token to score at each logit.
+        rows, positions: packed only: int64 [K], indices of each log-probability in the [b, T] result.
+        first: padded only: position in the result of the first kept column.
         valid: [b, T] bool, False where the result is 0 (position 0, padding).
     """
 
@@ -103,7 +103,7 @@ class ModelInputs:
     valid: torch.Tensor
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """[R * K] log-probabilities to [b, T], 0 where there is none. Differentiable."""
+        """Scatter [R * K] log-probabilities to [b, T], with 0 elsewhere. Differentiable."""
         batch_size, width = self.valid.shape
         if self.rows is not None and self.positions is not None:
             result = logprobs.new_zeros(batch_size, width).index_put((self.rows, self.positions), logprobs)
@@ -114,23 +114,23 @@ class ModelInputs:
 
 
 def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool) -> ModelInputs:
-    """Inputs for the log-probabilities of a micro-batch.
+    """Lay out the inputs for the log-probabilities of a micro-batch.
 
     Args:
         batch: `input_ids` [b, T], `input_lengths` [b], and with `only_loss_tokens` `token_mask` [b, T].
         packed: lay the sequences end to end in one row.
-        only_loss_tokens: compute no logits where no sample's `token_mask` counts the next token (packed: where that
-            sample's does not); the result is 0 there.
+        only_loss_tokens: skip logits of tokens outside `token_mask`, where the result is 0. In the padded layout a
+            column is skipped only if no sample needs it.
 
     Raises:
-        DataError: lengths that do not fit `input_ids`.
+        DataError: the lengths do not fit `input_ids`.
     """
     input_ids, lengths = batch["input_ids"], batch["input_lengths"]
     batch_size, width = input_ids.shape
     if not 0 < int(lengths.min()) <= int(lengths.max()) <= width:
         raise DataError(
             f"input_lengths from {int(lengths.min())} to {int(lengths.max())} do not fit input_ids of shape "
-            f"{[batch_size, width]}: every sample holds at least one token"
+            f"{[batch_size, width]}: every sample must have at least one token"
         )
     position = torch.arange(width, device=input_ids.device)
     valid = (position < lengths[:, None]) & (position > 0)
@@ -139,10 +139,10 @@ def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool
 
 
 def _padded(input_ids: torch.Tensor, valid: torch.Tensor, wanted: torch.Tensor) -> ModelInputs:
-    counted = wanted.any(dim=0).nonzero().view(-1)
-    # Where nothing is wanted one column is computed and masked: under FSDP other ranks wait in the forward pass.
-    first = int(counted[0]) if len(counted) else min(1, input_ids.shape[1] - 1)
-    last = int(counted[-1]) if len(counted) else first
+    columns = wanted.any(dim=0).nonzero().view(-1)
+    # If no logits are needed, one column is computed and masked: under FSDP other ranks wait in the forward pass.
+    first = int(columns[0]) if len(columns) else min(1, input_ids.shape[1] - 1)
+    last = int(columns[-1]) if len(columns) else first
     return ModelInputs(
         # The logits for token t are those of column t - 1: the last token is never an input.
         input_ids=input_ids[:, : max(last, 1)],

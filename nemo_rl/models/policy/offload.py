@@ -1,21 +1,20 @@
-"""What a policy worker holds on its device, and how it makes room for generation on the same one.
+"""Moves the memory of a policy worker to the host while generation uses the same device.
 
-A model with P parameters takes, per worker (its share of them where they are sharded)::
+A model with P parameters takes, per worker (its share of P if the model is sharded)::
 
-    part              torch          Megatron, bfloat16             without it on the device
+    part              torch          Megatron, bfloat16             when offloaded
     WEIGHTS           4 P bytes      2 P                            copied to the host
     OPTIMIZER         8 P            12 P / data-parallel workers   copied to the host
-    GRADIENTS         4 P            4 P (float32 reduction)        dropped: nothing is kept between two calls
+    GRADIENTS         4 P            4 P (float32 reduction)        dropped: they are not kept between calls
     REFERENCE         4 P            2 P                            copied to the host once: it never changes
 
-Calls say what they need (`needs`), which brings it back; `PolicyMemory.offload` lets it leave. Memory leaves by
-storage: parameters, views and tied weights stay the very objects that modules, buffers of gradients and optimizers
-hold, and a storage that several share moves once. On CPUs all of this happens just the same, between two places of one
-memory.
+Methods declare the parts that they need (`needs`), which brings them back; `PolicyMemory.offload` moves them away.
+Memory moves by storage: parameters, views and tied weights remain the same objects in modules, gradient buffers and
+optimizers, and a shared storage moves once. On CPUs the same happens, from host memory to host memory.
 
-megatron-core's own helpers are used for its buffers of gradients only. Those for weights and optimizer states cover the
-distributed optimizer alone, replace tensors instead of moving them (a float32 optimizer steps views of the weights),
-and wait for pageable memory.
+Of megatron-core's helpers only those for gradient buffers are used. Its helpers for weights and optimizer states
+support the distributed optimizer only, replace tensors instead of moving them (a float32 optimizer steps views of the
+weights), and wait for pageable memory.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from nemo_rl.errors import ModelError, TrainingError
 
 logger = logging.getLogger(__name__)
 
-# Pinned memory is rounded up to a power of two, and a chunk is one already.
+# A power of two, because pinned memory is rounded up to one.
 _CHUNK_BYTES = 256 << 20
 _ALIGNMENT = 256
 _GIB = 1 << 30
@@ -47,7 +46,7 @@ Tensors = Callable[[], Iterable[torch.Tensor]]
 
 
 class Part(StrEnum):
-    """What moves as a whole."""
+    """A part of a worker's memory that moves as a unit."""
 
     WEIGHTS = "weights"
     GRADIENTS = "gradients"
@@ -56,21 +55,21 @@ class Part(StrEnum):
 
 
 class Movable(Protocol):
-    """A part that can leave the device."""
+    """A part that can be moved from the device to the host and back."""
 
     def leave(self) -> None:
-        """Free its memory on the device. When it raises, nothing has left."""
+        """Free its memory on the device. If this raises, the part is still on the device."""
 
     def come_back(self) -> None:
-        """Take memory again, and begin to fill it. When it raises, nothing has come back."""
+        """Allocate memory on the device and start to fill it. If this raises, the part is still on the host."""
 
     def wait(self) -> None:
-        """Let what is computed from now on wait until it is filled; does not block this thread."""
+        """Make later computations on the device wait until the memory is filled; does not block this thread."""
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """A part whose contents nobody needs once it leaves. `release` may be called when there is nothing to release."""
+    """A part whose contents are dropped when it leaves. `release` may be called repeatedly."""
 
     release: Callable[[], object]
     regain: Callable[[], object] = lambda: None
@@ -82,12 +81,12 @@ class Scratch:
         self.regain()
 
     def wait(self) -> None:
-        """What `regain` takes is there when it returns."""
+        """Do nothing: the memory is ready when `regain` returns."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A storage of `num_bytes`, which the host keeps from `offset` on."""
+class _StoragePlace:
+    """A storage of `num_bytes` and its `offset` in host memory."""
 
     storage: torch.UntypedStorage
     num_bytes: int
@@ -95,14 +94,14 @@ class _Place:
 
 
 class StoredTensors:
-    """Tensors whose memory leaves and comes back with its contents.
+    """Moves the memory of tensors to the host and back, with its contents.
 
-    Copies run on a stream of their own, to and from pinned memory that is used again every time.
+    Copies run on a separate CUDA stream, to and from pinned memory that is reused.
 
     Args:
-        tensors: gives those there are now; asked each time they leave. Shards count, not whole sharded tensors.
-        device: where all of them are.
-        constant: their contents never change, so one copy serves for good.
+        tensors: returns the current tensors; called each time they leave. Of sharded tensors, the local shards move.
+        device: device of all tensors.
+        constant: the contents never change, so they are copied to the host only once.
     """
 
     def __init__(self, tensors: Tensors, device: torch.device, *, constant: bool = False) -> None:
@@ -111,7 +110,7 @@ class StoredTensors:
         self._constant = constant
         self._host = _HostMemory(pinned=device.type == "cuda")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._places: list[_Place] = []
+        self._places: list[_StoragePlace] = []
         self._is_copied = False
 
     def leave(self) -> None:
@@ -120,7 +119,7 @@ class StoredTensors:
             self._host.reserve(sum(place.num_bytes + _ALIGNMENT for place in self._places))
             with self._copying():
                 for place in self._places:
-                    for on_host, on_device in self._pieces(place):
+                    for on_host, on_device in self._chunks(place):
                         on_host.copy_(on_device, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
@@ -138,7 +137,7 @@ class StoredTensors:
             raise
         with self._copying():
             for place in self._places:
-                for on_host, on_device in self._pieces(place):
+                for on_host, on_device in self._chunks(place):
                     on_device.copy_(on_host, non_blocking=True)
 
     def wait(self) -> None:
@@ -150,22 +149,22 @@ class StoredTensors:
         if self._stream is None:
             yield
             return
-        # Memory that is taken anew may have been somebody else's until what runs now is done.
+        # Newly allocated memory may still be used by kernels that run on the current stream.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield
 
-    def _pieces(self, place: _Place) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A storage's memory on the host and on the device, byte by byte, cut where the host's is."""
+    def _chunks(self, place: _StoragePlace) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield a storage's memory on the host and on the device as uint8, split at the chunks of host memory."""
         on_device = torch.empty(0, dtype=torch.uint8, device=self._device).set_(place.storage)
         start = 0
-        for on_host in self._host.pieces(place.offset, place.num_bytes):
+        for on_host in self._host.slices(place.offset, place.num_bytes):
             yield on_host, on_device[start : start + len(on_host)]
             start += len(on_host)
 
 
 class _HostMemory:
-    """Memory of the host in chunks; it only grows."""
+    """Host memory in chunks; it never shrinks."""
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
@@ -174,7 +173,7 @@ class _HostMemory:
         self._num_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Have at least so much. Raises `TrainingError` when the host has not got it."""
+        """Grow to at least `num_bytes`. Raises `TrainingError` if the host has not enough memory."""
         while self._num_bytes < num_bytes:
             size = min(_CHUNK_BYTES, num_bytes - self._num_bytes)
             try:
@@ -182,28 +181,28 @@ class _HostMemory:
             except RuntimeError as error:
                 raise TrainingError(
                     f"policy.offload needs {num_bytes / _GIB:.1f} GiB of this node's memory for one worker's tensors, "
-                    f"and it gives {self._num_bytes / _GIB:.1f} GiB: {error}. Shard the policy over more workers, or "
-                    "set policy.offload=false"
+                    f"but only {self._num_bytes / _GIB:.1f} GiB could be allocated: {error}. Shard the policy over "
+                    "more workers, or set policy.offload=false"
                 ) from error
             self._chunks.append(chunk)
             self._starts.append(self._num_bytes)
             self._num_bytes += size
 
-    def pieces(self, offset: int, num_bytes: int) -> Iterator[torch.Tensor]:
-        """The bytes from `offset` on, in parts that do not cross from one chunk to the next."""
+    def slices(self, offset: int, num_bytes: int) -> Iterator[torch.Tensor]:
+        """Yield `num_bytes` bytes starting at `offset`, split at the boundaries of chunks."""
         index = bisect.bisect_right(self._starts, offset) - 1
         while num_bytes:
-            piece = self._chunks[index][offset - self._starts[index] :][:num_bytes]
-            yield piece
-            offset += len(piece)
-            num_bytes -= len(piece)
+            part = self._chunks[index][offset - self._starts[index] :][:num_bytes]
+            yield part
+            offset += len(part)
+            num_bytes -= len(part)
             index += 1
 
 
-def _places(tensors: Iterable[torch.Tensor]) -> Iterator[_Place]:
-    """Each storage that has memory of its own once, in the order of the tensors.
+def _places(tensors: Iterable[torch.Tensor]) -> Iterator[_StoragePlace]:
+    """Yield each distinct resizable storage once, in the order of the tensors.
 
-    Some memory of a CPU cannot leave, and stays: that of a file, and what numpy has looked at.
+    Some CPU storages are not resizable and stay: those mapped from a file or shared with numpy.
     """
     seen: set[int] = set()
     offset = 0
@@ -213,15 +212,15 @@ def _places(tensors: Iterable[torch.Tensor]) -> Iterator[_Place]:
         num_bytes = storage.nbytes()
         if num_bytes and storage.resizable() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            yield _Place(storage, num_bytes, offset)
+            yield _StoragePlace(storage, num_bytes, offset)
             offset += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class PolicyMemory:
-    """The parts of one worker and where they are.
+    """Tracks which parts of one worker's memory are on the device.
 
     Attributes:
-        is_shared: `offload` has been called, so somebody else wants the memory, too.
+        is_shared: whether `offload` has been called, which means that another process uses the device too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -231,30 +230,32 @@ class PolicyMemory:
         self._away: set[Part] = set()
 
     def add(self, part: Part, movable: Movable) -> None:
-        """Take charge of a part, which is on the device."""
+        """Track a part that is on the device."""
         self._parts[part] = movable
 
     def is_here(self, part: Part) -> bool:
-        """Whether it is on the device; a part that there is not yet is not."""
+        """Whether a part is on the device; False if it was not added."""
         return part in self._parts and part not in self._away
 
     def guard(self, module: nn.Module, part: Part) -> None:
-        """Make calls of `module` a `ModelError` while its weights, which are `part`, are away.
+        """Make calls of `module` raise `ModelError` while its weights (`part`) are on the host.
 
         Kernels would read from address 0 instead.
         """
-        # Weakly: parts know the optimizer, which knows megatron-core's wrapper, whose hooks on gradients are held in
-        # C++. Python's garbage collector does not see that circle: the model would stay as long as the process.
+        # A weak reference, because parts reference the optimizer, which references megatron-core's wrapper, whose
+        # gradient hooks C++ holds. Python's garbage collector cannot see that cycle, so the model would never be freed.
         memory = weakref.proxy(self)
 
         def check(*_: Any) -> None:
             if not memory.is_here(part):
-                raise ModelError(f"the {part} are in the host's memory: this call did not say that it needs them")
+                raise ModelError(
+                    f"the {part} are in the host's memory: this method does not declare that it needs them"
+                )
 
-        module.register_forward_pre_hook(check, prepend=True)  # before FSDP gathers them
+        module.register_forward_pre_hook(check, prepend=True)  # runs before FSDP gathers the weights
 
     def offload(self, *, keep_weights: bool = False) -> None:
-        """Let everything leave, the weights unless they are kept. What is away already stays there.
+        """Move all parts to the host, except the weights if they are kept.
 
         Raises:
             TrainingError: the host has not enough memory.
@@ -263,7 +264,7 @@ class PolicyMemory:
         self._leave(part for part in self._parts if not (keep_weights and part == Part.WEIGHTS))
 
     def expect(self, *parts: Part) -> None:
-        """Begin to bring parts back; `need` comes before they are used.
+        """Start to bring parts back. Call `need` before they are used.
 
         Raises:
             TrainingError: the device has not enough memory.
@@ -275,21 +276,23 @@ class PolicyMemory:
                 except torch.OutOfMemoryError as error:
                     raise TrainingError(
                         f"the policy's {part} do not fit back on {self._device}: {error}. Generation keeps too much "
-                        "while it sleeps, or the batch is too large: lower policy.train_micro_batch_size, or shard the "
-                        "policy over more workers"
+                        "memory while it sleeps, or the batch is too large: lower policy.train_micro_batch_size, or "
+                        "shard the policy over more workers"
                     ) from error
                 self._away.discard(part)
 
     def need(self, *parts: Part) -> None:
-        """Have parts on the device, for whatever is computed from now on. Raises like `expect`."""
+        """Bring parts back for all later computations on the device. Raises the errors of `expect`."""
         self.expect(*parts)
         for part in parts:
             self._parts[part].wait()
 
     @contextlib.contextmanager
     def lend(self, part: Part) -> Iterator[None]:
-        """Have a part, which the block may add, while the block runs; where memory is shared it leaves again if it was
-        not here."""
+        """Keep a part on the device while the block runs. The block may add the part.
+
+        If memory is shared and the part was on the host before, it leaves again.
+        """
         was_here = self.is_here(part)
         if part in self._parts:
             self.need(part)
@@ -305,21 +308,21 @@ class PolicyMemory:
             return
         on_gpu = self._device.type == "cuda"
         if on_gpu:
-            torch.cuda.synchronize(self._device)  # streams of collectives may still read them
+            torch.cuda.synchronize(self._device)  # collectives on other streams may still read them
         for part in leaving:
             self._parts[part].leave()
             self._away.add(part)
         if on_gpu:
-            torch.cuda.ipc_collect()  # of weights that were sent
-            torch.cuda.empty_cache()  # other processes cannot take what the allocator keeps
-        logger.debug("on the host now: %s", ", ".join(leaving))
+            torch.cuda.ipc_collect()  # frees weights that were sent
+            torch.cuda.empty_cache()  # the allocator's cache is not available to other processes
+        logger.debug("moved to the host: %s", ", ".join(leaving))
 
 
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 def needs(*parts: Part) -> Callable[[MethodT], MethodT]:
-    """For methods of workers that have a `_memory`: these parts are on the device when it begins, and stay there."""
+    """Decorate a method of a worker with a `_memory`: bring these parts to the device first; they stay there."""
 
     def decorate(method: MethodT) -> MethodT:
         @functools.wraps(method)
@@ -333,7 +336,7 @@ def needs(*parts: Part) -> Callable[[MethodT], MethodT]:
 
 
 def borrows(part: Part) -> Callable[[MethodT], MethodT]:
-    """For methods of workers that have a `_memory`: the part is there while it runs; see `PolicyMemory.lend`."""
+    """Decorate a method of a worker with a `_memory`: the part is on the device during it; see `PolicyMemory.lend`."""
 
     def decorate(method: MethodT) -> MethodT:
         @functools.wraps(method)

@@ -1,4 +1,4 @@
-"""AdamW with a learning-rate schedule, clipping of the global norm, and a guard against non-finite gradients."""
+"""AdamW with a learning-rate schedule, clipping of the global norm, and a check for non-finite gradients."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from nemo_rl.models.policy.config import OptimizerConfig, SchedulerConfig
 
 
 def learning_rate_factor(config: SchedulerConfig, total_steps: int, step: int) -> float:
-    """Share of the peak learning rate at optimizer step `step` (0 is the first).
+    """Return the learning rate at optimizer step `step` (0 is the first) as a fraction of the peak.
 
-    Warm-up rises linearly from 0 and reaches 1 at its last step; the first step already learns. After it `linear` and
-    `cosine` fall from 1 to `min_lr_ratio`, which they reach at `total_steps` and keep.
+    Warm-up rises linearly and reaches 1 at its last step; its first step has a positive rate. Then `linear` and
+    `cosine` fall from 1 to `min_lr_ratio` at `total_steps` and stay there.
+
+    Example:
+        >>> config = SchedulerConfig(kind="linear", warmup_steps=2)
+        >>> [learning_rate_factor(config, 6, step) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.75]
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -29,7 +34,7 @@ def learning_rate_factor(config: SchedulerConfig, total_steps: int, step: int) -
 
 
 def check_finite(step: int, loss: float, norm: float, lr: float) -> None:
-    """Raise `NonFiniteError` unless loss and gradient norm of an optimizer step are finite."""
+    """Raise `NonFiniteError` if the loss or the gradient norm of an optimizer step is not finite."""
     if not (math.isfinite(norm) and math.isfinite(loss)):
         raise NonFiniteError(
             f"optimizer step {step}: loss {loss}, gradient norm {norm}, learning rate {lr:.3g}. "
@@ -42,12 +47,12 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class PolicyOptimizer:
-    """Optimizer steps over named parameters (float32, possibly sharded).
+    """Takes optimizer steps over named parameters (float32, possibly sharded).
 
-    Weight decay is for matrices only: not for biases and the weights of norms.
+    Weight decay applies to matrices only, not to biases and the weights of norms.
 
     Attributes:
-        num_steps: optimizer steps taken so far, those of earlier processes included.
+        num_steps: optimizer steps taken so far, including those before a restart.
     """
 
     def __init__(
@@ -85,15 +90,15 @@ class PolicyOptimizer:
         return self._peak_lr * learning_rate_factor(self._scheduler, self._total_steps, self.num_steps)
 
     def zero_grad(self) -> None:
-        """Forget the gradients and free their memory."""
+        """Delete the gradients and free their memory."""
         self._adamw.zero_grad(set_to_none=True)
 
     def step(self, loss: float) -> float:
-        """Clip, step, forget the gradients; returns the global L2 norm before clipping. A collective when sharded.
+        """Clip, step, delete the gradients; returns the global L2 norm before clipping. A collective if sharded.
 
         Raises:
-            NonFiniteError: `loss` (over all ranks) or the norm is not finite. The weights are untouched, the gradients
-                gone.
+            NonFiniteError: `loss` (over all ranks) or the norm is not finite. The weights are unchanged and the
+                gradients deleted.
         """
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         total = nn.utils.get_total_norm(gradients)
@@ -114,19 +119,19 @@ class PolicyOptimizer:
         return norm
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
-        """Everything that AdamW remembers; nothing before the first step."""
+        """Yield the state of AdamW; nothing before the first step."""
         for state in self._adamw.state.values():
             yield from state.values()
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters that are trained, in the model's order."""
+        """Names of the trained parameters, in the model's order."""
         return list(self._parameters)
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
-        """AdamW's own state of a parameter: `step`, a scalar, and `exp_avg`, `exp_avg_sq`, sharded like the parameter.
+        """Return AdamW's state of a parameter: the scalar `step`, and `exp_avg`, `exp_avg_sq`, sharded like it.
 
-        The tensors are the optimizer's; fill them in place to restore a state. Zeros before the first step.
+        The tensors belong to the optimizer: fill them in place to restore a state. They are 0 before the first step.
         """
         parameter = self._parameters[name]
         state: dict[str, torch.Tensor] = self._adamw.state[parameter]

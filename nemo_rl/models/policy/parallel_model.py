@@ -1,7 +1,7 @@
-"""A Hugging Face model over the workers of a group: replicated, or sharded with FSDP2.
+"""A Hugging Face model over the ranks of a process group: replicated, or sharded with FSDP2.
 
-Both offer the same few things to the worker: the module to call, a context for its precision, the global gradient, and
-its full tensors one by one. Gradients are summed over ranks, never averaged: losses divide by global counts.
+Both have the same interface: the module to call, a context for its precision, the reduction of gradients, and access to
+full tensors one by one. Gradients are summed over ranks, never averaged, because losses divide by global counts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TensorReader = Callable[[str], torch.Tensor]
 
 
 class ParallelModel(ABC):
-    """One model over all ranks of a process group.
+    """Holds one model over all ranks of a process group.
 
     Attributes:
-        module: call it with the model's inputs. Under FSDP every call, forward or backward, is a collective.
-        config: of the Hugging Face model.
+        module: the model to call. Under FSDP every forward and backward pass is a collective.
+        config: configuration of the Hugging Face model.
         bfloat16: whether matrices are multiplied in bfloat16 instead of float32.
     """
 
@@ -49,41 +49,46 @@ class ParallelModel(ABC):
         self._group = group
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Hugging Face names and parameters in the model's order, tied ones once. Sharded ones are DTensors."""
+        """Return Hugging Face names and parameters in the model's order, tied ones once. Sharded ones are DTensors."""
         return dict(self.module.named_parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        return self._group.device
 
     @abstractmethod
     def precision(self) -> AbstractContextManager[Any]:
-        """The context of every forward pass."""
+        """Return the context for a forward pass."""
 
     @abstractmethod
     def reduce_gradients(self) -> None:
-        """Make every gradient the sum over all ranks. A collective."""
+        """Sum every gradient over all ranks. A collective."""
 
     @abstractmethod
     def full(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of a (possibly sharded) parameter or optimizer state. A collective."""
+        """Gather a (possibly sharded) parameter or optimizer state. A collective."""
 
     @abstractmethod
     def copy_from_rank_0(self, target: torch.Tensor, source: torch.Tensor | None) -> None:
-        """Fill a (possibly sharded) tensor from rank 0's full `source`; None on other ranks. A collective."""
+        """Fill a (possibly sharded) tensor from the full `source` on rank 0 (None on other ranks). A collective."""
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and full parameters in the model's order, gathered one at a time. A collective: exhaust it."""
+        """Yield names and full parameters in the model's order, gathered one at a time. A collective: exhaust it."""
         for name, parameter in self.parameters().items():
             yield name, self.full(parameter.detach())
 
     def load_full_tensors(self, read: TensorReader | None) -> None:
-        """Fill the parameters; `read(name)` gives each one's full value on rank 0. A collective."""
+        """Fill the parameters from `read(name)`, which returns the full value on rank 0. A collective."""
         with torch.no_grad():
             for name, parameter in self.parameters().items():
                 self.copy_from_rank_0(parameter, None if read is None else read(name))
 
 
 class ReplicatedModel(ParallelModel):
-    """Every rank holds the whole model and sees its own samples (data parallel).
+    """Replicates the model on every rank (data parallel).
 
-    bfloat16 is autocast: weights, gradients and the residual stream are float32, matrix products bfloat16.
+    bfloat16 uses autocast: weights, gradients and the residual stream are float32, matrix products bfloat16.
     """
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -96,7 +101,7 @@ class ReplicatedModel(ParallelModel):
             return
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
-            if parameter.grad is None:  # unused on this rank, maybe not on others
+            if parameter.grad is None:  # unused on this rank, but possibly used on others
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([cast(torch.Tensor, parameter.grad) for parameter in trained]):
             flat = torch.cat([gradient.view(-1) for gradient in bucket])
@@ -115,9 +120,9 @@ class ReplicatedModel(ParallelModel):
 
 
 class ShardedModel(ParallelModel):
-    """Parameters, gradients and optimizer state are split over the ranks (FSDP2); layers are gathered as they run.
+    """Shards parameters, gradients and optimizer state over the ranks (FSDP2); layers are gathered when they run.
 
-    bfloat16: layers are gathered and run in bfloat16; shards, reduction of gradients and optimizer are float32.
+    bfloat16: layers are gathered and run in bfloat16; shards, the reduction of gradients and the optimizer are float32.
     """
 
     def __init__(self, module: PreTrainedModel, group: ProcessGroup, *, bfloat16: bool) -> None:
@@ -130,12 +135,12 @@ class ShardedModel(ParallelModel):
         return nullcontext()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        # A forward pass without a backward one leaves the outermost group gathered; its shards are what lasts.
+        # After a forward pass without a backward pass the outermost group is still gathered.
         cast(FSDPModule, self.module).reshard()
         return super().parameters()
 
     def reduce_gradients(self) -> None:
-        """FSDP2 has summed them in the backward pass."""
+        """Do nothing: FSDP2 sums gradients in the backward pass."""
 
     def full(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -154,14 +159,16 @@ class ShardedModel(ParallelModel):
 
 
 def load_parallel_model(policy: PolicyConfig, group: ProcessGroup, *, trained: bool) -> ParallelModel:
-    """The model that `policy.model_name` names, with its initial weights, over all ranks of `group`. A collective.
+    """Load `policy.model_name` with its initial weights over all ranks of `group`. A collective.
 
     Args:
-        trained: with gradients (and activation checkpointing where configured); else frozen.
+        policy: the policy section.
+        group: the ranks.
+        trained: enable gradients (and activation checkpointing if configured); else freeze the model.
 
     Raises:
-        ModelError: the model cannot be loaded or does not fit the configuration. Weights that cannot be read fail
-            rank 0 alone when sharded; the others wait for it and end with the group.
+        ModelError: the model cannot be loaded or does not fit the configuration. If the model is sharded, unreadable
+            weights raise on rank 0 only; the other ranks wait for it and end with the group.
     """
     config = load_config(policy.model_name, policy.attn_implementation)
     _check_length(policy, config)
@@ -177,7 +184,7 @@ def load_parallel_model(policy: PolicyConfig, group: ProcessGroup, *, trained: b
 def _load_sharded(
     policy: PolicyConfig, config: PreTrainedConfig, group: ProcessGroup, *, trained: bool
 ) -> ShardedModel:
-    """Only rank 0 reads the weights, into its main memory; a device holds its shards and one full tensor at a time."""
+    """Load the weights into rank 0's main memory. A device holds its shards and one full tensor at a time."""
     loaded = load_model(policy.model_name, config) if group.rank == 0 else None
     module = empty_model(config)
     if loaded is not None:
@@ -185,7 +192,7 @@ def _load_sharded(
     _prepare(module, policy, trained=trained)
     model = ShardedModel(module, group, bfloat16=policy.precision == "bfloat16")
     module.to_empty(device=group.device)
-    module.tie_weights()  # tied parameters were made one by one
+    module.tie_weights()  # `to_empty` has allocated tied parameters separately
     _use_cpu_kernels(module, policy, group)
     parameters = {} if loaded is None else {name: value.detach() for name, value in loaded.named_parameters()}
     model.load_full_tensors(None if loaded is None else parameters.__getitem__)
@@ -217,12 +224,12 @@ def _shard(module: PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPoli
     layers = [part for part in module.modules() if type(part).__name__ in classes]
     if not layers:
         raise ModelError(
-            f"{type(module).__name__} does not say which of its layers can be sharded (_no_split_modules): "
+            f"{type(module).__name__} does not declare which of its layers can be sharded (_no_split_modules): "
             "set policy.sharding=ddp"
         )
     for part in (*layers, module):
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy)
-        # A plain sum. Without the second line it would be asked for as "multiply by 1, then add", which gloo refuses.
+        # A plain sum. Without the second line FSDP would request a premultiplied sum, which gloo does not support.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 

@@ -1,12 +1,12 @@
-"""The driver's side of a policy: shards batches over the workers and puts their answers together.
+"""The policy on the driver: shards batches over the workers and merges their results.
 
 ::
 
     batch ──shard──► one object per data-parallel rank ──► workers (collectives among themselves)
       ▲                                                      │
-      └──────── results in the batch's own order ◄───────────┘
+      └──────── results in the order of the batch ◄──────────┘
 
-This module imports no worker: the backend's class is named by `registry` and imported in its own venv.
+This module imports no worker: `models.backends` names the worker class, which is imported in its own venv.
 """
 
 from __future__ import annotations
@@ -23,35 +23,42 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDic
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
-from nemo_rl.models.backends import DATA_PARALLEL
+from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
-from nemo_rl.models.generation.registry import generation_backend
-from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.config import DATA_PARALLEL, EMBEDDED_MODEL, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
-from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 from nemo_rl.models.weights.routes import Route
 
 
 class Policy(PolicyInterface):
-    """A policy on all bundles of a cluster, one data-parallel worker each.
+    """Runs a policy with one worker on each bundle of a cluster.
 
-    The constructor returns at once, while the workers start; `wait_ready`, or the first call, waits for them.
+    The constructor returns immediately and the workers start in the background. `wait_ready`, or the first call, waits
+    for them.
+
+    Example:
+        Train one step on CPUs::
+
+            with RayVirtualCluster([2], use_gpus=False) as cluster:
+                policy = Policy(cluster, PolicyConfig(), "path/to/model", total_steps=100, seed=0)
+                print(policy.train(batch, loss_fn).metrics["loss"])
+                policy.shutdown()
 
     Args:
-        cluster: where the workers run.
-        config: of the policy.
-        model_name: Hugging Face directory or hub name; None takes `config.model_name`. The embedded model must have
-            been made: pass its directory.
+        cluster: the cluster that the workers run on.
+        config: the policy section.
+        model_name: Hugging Face directory or hub name; None takes `config.model_name`. For the embedded model, pass the
+            directory that `ensure_embedded_model` returns.
         total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
-        seed: of the run.
-        route: how weights travel to generation; None: published by Ray.
+        seed: seed of the run.
+        route: transports of weights to generation; None: published through Ray.
 
     Raises:
-        ConfigError: an unknown backend.
-        ModelError: `embedded` is still to be resolved.
+        ConfigError: the backend is unknown.
+        ModelError: the model name is `embedded`.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class Policy(PolicyInterface):
             tokenizer_name = config.tokenizer_name or model_name
             config = config.model_copy(update={"model_name": model_name, "tokenizer_name": tokenizer_name})
         if config.model_name == EMBEDDED_MODEL:
-            raise ModelError("the embedded model must be made first: pass model_name=ensure_embedded_model(...)")
+            raise ModelError("the embedded model has not been resolved: pass model_name=ensure_embedded_model(...)")
         self._config = config
         self._layout = config.options.layout(cluster.world_size())
         self._dp_size = self._layout.get_axis_size(DATA_PARALLEL)
@@ -92,7 +99,7 @@ class Policy(PolicyInterface):
             **stream_options,
             py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
-        cluster.bundles()  # reserved before the threads of several groups ask for them
+        cluster.bundles()  # reserves them before the threads of several groups do
         self._offer: PolicyWeights | None = None
         self._stopped = threading.Event()
         threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
@@ -108,7 +115,7 @@ class Policy(PolicyInterface):
         threads.shutdown(wait=False)
 
     def wait_ready(self) -> None:
-        """Wait until every worker holds the model. Raises whatever made the start fail."""
+        """Wait until every worker holds the model. Raises the error that made the start fail."""
         self._starting.result()
 
     @property
@@ -122,8 +129,8 @@ class Policy(PolicyInterface):
         return self._logprobs("get_reference_policy_logprobs", batch)
 
     def _logprobs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
-        needed = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
-        shards, order = self._shard(needed, batch_size=None)
+        inputs = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
+        shards, order = self._shard(inputs, batch_size=None)
         results = self._on_shards(method, shards)
         logprobs = torch.cat(results)
         if order is None:
@@ -173,16 +180,16 @@ class Policy(PolicyInterface):
         self._on_all("load_checkpoint", directory=str(directory.absolute()))
 
     def attestation(self) -> list[dict[str, Any]]:
-        own = self._on_all("attestation")
-        return [launched | reported for launched, reported in zip(self._workers.attestation, own)]
+        reports = self._on_all("attestation")
+        return [launched | reported for launched, reported in zip(self._workers.attestation, reports)]
 
     def shutdown(self) -> None:
         self._stopped.set()
-        if self._starting.exception() is None:  # of a start that is still under way: it ends soon
+        if self._starting.exception() is None:  # waits for a start that is still running; it ends soon
             self._workers.shutdown(cleanup_method="shutdown")
 
     def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:
-        """Shards, one per data-parallel rank, and the order that brings their rows back (None: they are in order)."""
+        """Return one shard per data-parallel rank, and the batch index of each of their rows (None: in order)."""
         result = batch.shard_by_batch_size(self._dp_size, batch_size, **sharding_args(self._config.batching))
         return result if isinstance(result, tuple) else (result, None)
 

@@ -1,4 +1,4 @@
-"""What a policy keeps on disk, and how it comes back. No pickle anywhere: safetensors and JSON only.
+"""Checkpoints of a policy, in safetensors and JSON. No file is pickled.
 
 ::
 
@@ -8,12 +8,11 @@
       rng.safetensors           "<rank>/<generator>"
       trainer.json              optimizer steps, world size, names and shapes of the parameters
 
-Everything is in full form, whatever the backend and the sharding: rank 0 gathers tensor by tensor and writes, so a
-checkpoint depends neither on the number of workers nor on how they share the model, and only rank 0 needs the
-directory. The schedule is a function of the number of optimizer steps. Random states come back where the number of
-workers is the same.
+Tensors are saved unsharded: rank 0 gathers and writes them one by one. So a checkpoint depends neither on the backend
+nor on the number of workers and their sharding, and only rank 0 accesses the directory. The learning rate is a function
+of the number of optimizer steps. Random states are restored if the number of workers is the same.
 
-Writing is not atomic: the caller gives a directory that it renames when all is done.
+Writing is not atomic: the caller passes a temporary directory and renames it afterwards.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from nemo_rl.errors import CheckpointError, ModelError
-from nemo_rl.models.policy import random_state
 from nemo_rl.models.policy.hf_loading import load_config, load_model, load_tokenizer
 from nemo_rl.models.policy.optimizer import STATE_KEYS, PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, TensorReader
-from nemo_rl.models.policy.process_group import ProcessGroup
+from nemo_rl.models.policy.process_group import ProcessGroup, capture_random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +42,12 @@ MODEL_DIRECTORY = "model"
 TRAINER_FILE = "trainer.json"
 RNG_FILE = "rng.safetensors"
 OPTIMIZER_FILES = "optimizer-*.safetensors"
-# Rank 0 holds one such file of optimizer state at a time.
+# Rank 0 holds one file of optimizer state in memory at a time.
 MAX_FILE_BYTES = 4 * 2**30
 
 
 class TrainedState(Protocol):
-    """A model and its optimizer, however they are spread over ranks, in whole tensors with Hugging Face names.
+    """Gives access to a model and its optimizer as full tensors with Hugging Face names, for any sharding.
 
     Attributes:
         num_steps: optimizer steps taken.
@@ -59,35 +57,38 @@ class TrainedState(Protocol):
 
     @property
     def module(self) -> PreTrainedModel:
-        """The Hugging Face model; its tensors may be shards or have no values, the rest of it is saved."""
+        """The Hugging Face model, saved except for its tensors, which may be shards or on the meta device."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Names and shapes of the parameters in the model's order, tied ones once."""
+        """Names and full shapes of the parameters in the model's order, tied ones once."""
 
     @property
     def optimizer_keys(self) -> list[str]:
-        """ "<parameter>/<name of a moment>" of everything that the optimizer keeps."""
+        """ "<parameter>/<name of a moment>" for all of the optimizer's state."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters, float32, gathered one at a time; on rank 0 at least. A collective: exhaust it."""
+        """Yield float32 parameters, gathered one at a time, at least on rank 0. A collective: exhaust it."""
+
+    def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights in the model's compute dtype, on rank 0 or on all ranks. A collective: exhaust it."""
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The optimizer's state by `optimizer_keys`, likewise."""
+        """Yield the optimizer's state by `optimizer_keys`, at least on rank 0. A collective: exhaust it."""
 
     def load(self, weight: TensorReader | None, moment: TensorReader | None) -> None:
-        """Take over weights (by name) and moments (by key), which rank 0 reads. A collective."""
+        """Load weights by name and moments by key with rank 0's readers (None on other ranks). A collective."""
 
 
 def save(directory: Path, state: TrainedState, group: ProcessGroup, tokenizer_name: str) -> None:
-    """Write a checkpoint into `directory`, which is made. A collective; returns when it is written, on all ranks.
+    """Create `directory` and write a checkpoint into it. A collective; all ranks return after it is written.
 
     Raises:
         CheckpointError: rank 0 cannot write.
     """
     writes = group.rank == 0
     error: str | None = None
-    # On rank 0 an error must not stop the gathering, in which the other ranks wait.
+    # An error on rank 0 must not stop gathering, because the other ranks wait in it.
     gathered = {name: tensor.cpu() for name, tensor in state.weights() if writes}
     random_states = _gather_random_states(group)
     try:
@@ -109,10 +110,10 @@ def save(directory: Path, state: TrainedState, group: ProcessGroup, tokenizer_na
 
 
 def load(directory: Path, state: TrainedState, group: ProcessGroup) -> None:
-    """Restore what `save` wrote, with whatever backend and layout. A collective.
+    """Restore what `save` wrote, under any backend and layout. A collective.
 
     Raises:
-        CheckpointError: on every rank; it is missing, damaged, or of another model. Then nothing has changed.
+        CheckpointError: on every rank: the checkpoint is missing, damaged, or of another model. Nothing has changed.
     """
     reads = group.rank == 0
     error: str | None = None
@@ -132,12 +133,14 @@ def load(directory: Path, state: TrainedState, group: ProcessGroup) -> None:
         _scatter_random_states(source.random_states() if source else None, group)
     elif reads:
         logger.warning(
-            "the checkpoint is of %d workers, there are %d: random states start anew", world_size, group.world_size
+            "the checkpoint has the random states of %d workers, this policy has %d: they restart from the seed",
+            world_size,
+            group.world_size,
         )
 
 
 class TorchState:
-    """The torch backend's: a `ParallelModel` and its `PolicyOptimizer`."""
+    """The `TrainedState` of the torch backend: a `ParallelModel` and its `PolicyOptimizer`."""
 
     def __init__(self, model: ParallelModel, optimizer: PolicyOptimizer) -> None:
         self._model = model
@@ -166,6 +169,9 @@ class TorchState:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._model.full_tensors()
 
+    def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._model.full_tensors()
+
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self._optimizer.names:
             for key, state in self._optimizer.state(name).items():
@@ -181,7 +187,7 @@ class TorchState:
 
 
 class _Source:
-    """An opened checkpoint on rank 0: everything is checked to be there before the first tensor is handed out."""
+    """Reads a checkpoint on rank 0. The constructor checks that it is complete."""
 
     def __init__(self, directory: Path, state: TrainedState) -> None:
         path = str(directory / MODEL_DIRECTORY)
@@ -195,7 +201,7 @@ class _Source:
         missing = sorted(set(state.optimizer_keys) - self._files.keys())
         missing = missing or sorted(state.shapes.keys() - self._parameters.keys())
         if missing:
-            raise CheckpointError(f"it lacks {len(missing)} tensors, the first is {missing[0]}")
+            raise CheckpointError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
 
     def parameter(self, name: str) -> torch.Tensor:
         return self._parameters[name]
@@ -213,7 +219,7 @@ def _write_model(path: Path, state: TrainedState, tensors: dict[str, torch.Tenso
     try:
         load_tokenizer(tokenizer_name).save_pretrained(path)
     except ModelError as error:
-        logger.warning("the checkpoint has no tokenizer: %s", error)
+        logger.warning("the checkpoint is written without a tokenizer: %s", error)
 
 
 def _write_trainer(path: Path, state: TrainedState, group: ProcessGroup) -> None:
@@ -229,20 +235,22 @@ def _write_trainer(path: Path, state: TrainedState, group: ProcessGroup) -> None
 def _read_trainer(path: Path, state: TrainedState) -> dict[str, Any]:
     trainer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if trainer.get("format") != FORMAT:
-        raise CheckpointError(f"{path.name} is of format {trainer.get('format')!r}, this version reads format {FORMAT}")
-    own = {name: list(shape) for name, shape in state.shapes.items()}
-    saved = trainer["parameters"]
-    if saved != own:
-        name = min(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         raise CheckpointError(
-            f"it is of another model: {name} has the shape {saved.get(name, 'none')} there and {own.get(name, 'none')} "
-            "in policy.model_name's"
+            f"{path.name} has the format {trainer.get('format')!r}; this version reads format {FORMAT}"
+        )
+    shapes = {name: list(shape) for name, shape in state.shapes.items()}
+    saved = trainer["parameters"]
+    if saved != shapes:
+        name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+        raise CheckpointError(
+            f"it is of another model: {name} has the shape {saved.get(name, 'none')} in the checkpoint and "
+            f"{shapes.get(name, 'none')} in policy.model_name"
         )
     return trainer
 
 
 def _optimizer_files(state: TrainedState, *, keep: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """The optimizer's full state, gathered (a collective) and cut into files; empty ones unless `keep`."""
+    """Gather the optimizer's full state and split it into files; they are empty unless `keep`. A collective."""
     tensors: dict[str, torch.Tensor] = {}
     num_bytes = 0
     for key, full in state.moments():
@@ -258,33 +266,33 @@ def _optimizer_files(state: TrainedState, *, keep: bool) -> Iterator[dict[str, t
 
 
 def _gather_random_states(group: ProcessGroup) -> dict[str, torch.Tensor]:
-    """ "<rank>/<generator>" -> state, of all ranks, on all ranks. A collective."""
+    """Return the states of all ranks by "<rank>/<generator>", on all ranks. A collective."""
     result: dict[str, torch.Tensor] = {}
-    for key, own in random_state.capture(group.device).items():
-        of_ranks = [own]
+    for key, state in capture_random_state(group.device).items():
+        states = [state]
         if group.world_size > 1:
-            of_ranks = [torch.empty_like(own) for _ in range(group.world_size)]
-            dist.all_gather(of_ranks, own)
-        result.update({f"{rank}/{key}": state for rank, state in enumerate(of_ranks)})
+            states = [torch.empty_like(state) for _ in range(group.world_size)]
+            dist.all_gather(states, state)
+        result.update({f"{rank}/{key}": state for rank, state in enumerate(states)})
     return result
 
 
 def _scatter_random_states(states: dict[str, torch.Tensor] | None, group: ProcessGroup) -> None:
-    """Restore each rank's own from rank 0's `states`. A collective."""
-    own: dict[str, torch.Tensor] = {}
-    for key, like in random_state.capture(group.device).items():
+    """Restore each rank's states from rank 0's `states`. A collective."""
+    restored: dict[str, torch.Tensor] = {}
+    for key, current in capture_random_state(group.device).items():
         for rank in range(group.world_size):
-            found = None if states is None else states.get(f"{rank}/{key}")
-            state = like.clone() if found is None else found
+            saved = None if states is None else states.get(f"{rank}/{key}")
+            state = current.clone() if saved is None else saved
             if group.world_size > 1:
                 dist.broadcast(state, src=0)
             if rank == group.rank:
-                own[key] = state
-    random_state.restore(own, group.device)
+                restored[key] = state
+    restore_random_state(restored, group.device)
 
 
 def _agree(group: ProcessGroup, error: str | None, what: str) -> None:
-    """Raise on every rank when rank 0 met an error. A collective."""
+    """Raise on every rank if rank 0 has an error. A collective."""
     if not group.sum([float(error is not None)])[0]:
         return
-    raise CheckpointError(f"{what}: {error or 'rank 0 met an error, which it reports'}")
+    raise CheckpointError(f"{what}: {error or 'rank 0 failed; see its error'}")

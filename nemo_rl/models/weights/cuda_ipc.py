@@ -1,10 +1,11 @@
-"""Weight buckets in a GPU's memory, for a sender and receivers that share the GPU: nothing is moved.
+"""Weight buckets in GPU memory, for a sender and receivers on the same GPU. Nothing is copied between processes.
 
-torch knows how to send a tensor on a GPU to another process: what is pickled is CUDA's handle of the allocation, which
-the receiver opens (cudaIpcOpenMemHandle). Opening takes longer than copying a bucket does; so a stream goes through a
-few buffers again and again, and receivers keep each open until the stream ends.
+torch pickles a CUDA tensor as CUDA's handle of its allocation, which the receiver opens (cudaIpcOpenMemHandle).
+Opening a handle takes longer than copying a bucket, so a stream reuses a few buffers, and receivers keep each one open
+until the stream ends.
 
-Expandable segments (`PYTORCH_ALLOC_CONF=expandable_segments:True`) have no such handle: buffers lie outside them.
+Expandable segments (`PYTORCH_ALLOC_CONF=expandable_segments:True`) have no such handles, so buffers are allocated
+outside them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.multiprocessing  # teaches the pickling of connections how to share tensors
+import torch.multiprocessing  # registers how connections pickle CUDA tensors
 
 from nemo_rl.models.weights.buffers import ReusedBuffers
-from nemo_rl.models.weights.transports import WeightTransport
+from nemo_rl.models.weights.transport import WeightTransport
 
 
 class CudaIpcTransport(WeightTransport):
-    """The GPU's memory, for processes that use the same GPU.
+    """Shares GPU memory between processes on the same GPU.
 
     Args:
-        device: of the sender's buffers.
+        device: device of the sender's buffers.
     """
 
     publishes = False
@@ -36,14 +37,14 @@ class CudaIpcTransport(WeightTransport):
     def __init__(self, device: str = "cuda") -> None:
         self._device = torch.device(device)
         self._buffers = ReusedBuffers(self._device)
-        self._opened: dict[int, torch.Tensor] = {}  # by address; of receivers
+        self._opened: dict[int, torch.Tensor] = {}  # a receiver's buffers, by address
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         with _outside_expandable_segments():
             return self._buffers.lend(num_bytes)
 
     def put(self, buffer: torch.Tensor) -> Any:
-        self.settle()  # its readers do not wait for the sender's CUDA stream
+        self.settle()  # readers do not wait for the sender's CUDA stream
         return buffer
 
     def get(self, handle: Any) -> torch.Tensor:
@@ -64,14 +65,14 @@ class CudaIpcTransport(WeightTransport):
 
 @contextlib.contextmanager
 def _outside_expandable_segments() -> Iterator[None]:
-    """What is allocated in the block can be shared, whatever the user has told the allocator, which knows it after."""
+    """Disable expandable segments within the block, so that its allocations can be shared."""
     chosen: str = getattr(torch._C, "_accelerator_getAllocatorSettings", str)()
-    options = [option.strip() for option in chosen.split(",")]  # a list's own commas come back where they were
+    options = [option.strip() for option in chosen.split(",")]  # commas within a value are restored by the join below
     others = [option for option in options if not option.startswith("expandable_segments:")]
     if len(others) == len(options):
         yield
         return
-    # Options that the text lacks fall back to their defaults; so all of them are said again, both times.
+    # An option that the text does not name is reset to its default, so both calls pass all options.
     torch._C._accelerator_setAllocatorSettings(",".join([*others, "expandable_segments:False"]))
     try:
         yield

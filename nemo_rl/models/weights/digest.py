@@ -1,7 +1,12 @@
-"""One digest for a set of named tensors, equal for sender and receiver whatever buffers and devices they live on."""
+"""A digest of named tensors that does not depend on the buffers and devices that hold them.
+
+Sender and receivers compute it over their own memory and compare. On GPUs it is computed from `row_sums` instead of the
+tensors' bytes, so that a few bytes per row leave the GPU.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,19 +18,27 @@ import xxhash
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.interfaces import TensorSpec
-from nemo_rl.models.weights.row_sums import row_sums
 from nemo_rl.utils.futures import completed
 
+WORDS_PER_ROW = 4096
+_WORD_BYTES = 4
+# 32 MiB of products, which stay in a GPU's cache until they are summed.
+_ROWS_AT_ONCE = 1024
 _PIECE_BYTES = 512 * 1024
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype in a `TensorSpec`: "float32", "bfloat16", ..."""
+    """Return the name of a dtype in a `TensorSpec`: "float32", "bfloat16", ...
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_by_name(name: str) -> torch.dtype:
-    """The inverse of `dtype_name`. Raises `WeightSyncError` for a name that torch does not know."""
+    """Invert `dtype_name`. Raises `WeightSyncError` if the name is not a torch dtype."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise WeightSyncError(f"{name!r} is not the name of a torch dtype; expected one like 'float32' or 'bfloat16'")
@@ -33,15 +46,21 @@ def dtype_by_name(name: str) -> torch.dtype:
 
 
 class WeightDigest:
-    """XXH3-128 over name, dtype, shape and the XXH3-128 of the bytes of every tensor, in the order given.
+    """Computes the XXH3-128 over name, dtype, shape and the XXH3-128 of the bytes of every tensor, in the given order.
 
-    Names and shapes are part of it, so that two tensors of equal bytes cannot change places; padding between tensors
-    is not, so that the layout of the buffers does not matter. Tensors are read by as many threads as torch has in this
-    process; `hexdigest` waits for them.
+    Names and shapes are included, so tensors with equal bytes cannot be swapped. Padding between tensors is not, so the
+    layout of the buffers does not matter. As many threads as torch has in this process read the tensors; `hexdigest`
+    waits for them.
+
+    Example:
+        >>> digest = WeightDigest()
+        >>> digest.add_tensor("weight", torch.ones(2, 2))
+        >>> len(digest.hexdigest())
+        32
 
     Args:
-        on_gpu: instead of a tensor's bytes take its `row_sums`, computed where it lies: nothing but those leaves a GPU.
-            It is another digest: sender and receivers compute the same one.
+        on_gpu: digest each tensor's `row_sums`, computed on its device, instead of its bytes. The result differs from
+            the digest of the bytes, so sender and receivers must use the same value.
     """
 
     def __init__(self, *, on_gpu: bool = False) -> None:
@@ -52,21 +71,23 @@ class WeightDigest:
         self._pending: deque[tuple[bytes, Future[bytes]]] = deque()
 
     def add(self, name: str, dtype: str, shape: Iterable[int], data: npt.NDArray[np.uint8]) -> None:
-        """Take in one tensor, whose bytes in row-major order are `data`; they must stay until `settle`."""
+        """Add one tensor with the row-major bytes `data`, which must not change until `settle`."""
         self._add(name, dtype, shape, data.size, lambda: xxhash.xxh3_128(data.data).digest())
 
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Take in a tensor as it lies in memory (from a GPU it is copied); it must stay until `settle`."""
+        """Add a tensor (a CUDA tensor is copied to the host unless `on_gpu`). It must not change until `settle`."""
         if self._on_gpu:
             self._sums.append((_header(name, dtype_name(tensor.dtype), tensor.shape), row_sums(tensor)))
             return
         self.add(name, dtype_name(tensor.dtype), tensor.shape, tensor_bytes(tensor))
 
     def copy_in(self, spec: TensorSpec, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy a tensor, cast to the target's dtype, and take in the copy; both must stay until `settle`.
+        """Copy `source` into `target`, cast to its dtype, and add the copy. Both must not change until `settle`.
 
         Args:
-            target: contiguous, of the source's shape; on the CPU, unless the digest is `on_gpu`.
+            spec: name, dtype and shape of the copy.
+            source: the tensor.
+            target: contiguous, in the source's shape; on the CPU unless the digest is `on_gpu`.
         """
         if self._on_gpu:
             target.copy_(source)
@@ -81,13 +102,13 @@ class WeightDigest:
         self._add(spec.name, spec.dtype, spec.shape, copied.size, lambda: _copied(original, copied))
 
     def settle(self) -> None:
-        """Wait until all tensors so far have been read (on GPUs: by what comes later on the same CUDA stream)."""
+        """Wait until all added tensors have been read. On GPUs, later work on the same CUDA stream waits instead."""
         self._drain(0)
 
     def hexdigest(self) -> str:
-        """The digest of all tensors, 32 hexadecimal digits. Ends the threads."""
+        """Return the digest of all tensors, 32 hexadecimal digits, and end the threads."""
         self._drain(0)
-        self._take_sums()
+        self._hash_sums()
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
@@ -103,20 +124,20 @@ class WeightDigest:
                 self._threads = ThreadPoolExecutor(num_threads, "digest")
             future = self._threads.submit(read)
         self._pending.append((header, future))
-        self._drain(2 * num_threads)  # whoever gathers tensors one by one holds only a few
+        self._drain(2 * num_threads)  # bounds the tensors held by a caller that gathers them one by one
 
-    def _take_sums(self) -> None:
+    def _hash_sums(self) -> None:
         if not self._sums:
             return
         headers, sums = zip(*self._sums, strict=True)
         self._sums = []
         on_host = torch.cat(sums).cpu()
-        for header, own in zip(headers, on_host.split([len(part) for part in sums]), strict=True):
+        for header, tensor_sums in zip(headers, on_host.split([len(part) for part in sums]), strict=True):
             self._hash.update(header)
-            self._hash.update(xxhash.xxh3_128(tensor_bytes(own).data).digest())
+            self._hash.update(xxhash.xxh3_128(tensor_bytes(tensor_sums).data).digest())
 
-    def _drain(self, num_left: int) -> None:
-        while len(self._pending) > num_left:
+    def _drain(self, max_pending: int) -> None:
+        while len(self._pending) > max_pending:
             header, future = self._pending.popleft()
             self._hash.update(header)
             self._hash.update(future.result())
@@ -127,7 +148,7 @@ def _header(name: str, dtype: str, shape: Iterable[int]) -> bytes:
 
 
 def _copied(original: npt.NDArray[np.uint8], copied: npt.NDArray[np.uint8]) -> bytes:
-    """Copy, and digest the copy: piece by piece, so that it is read from the processor's cache, and takes no time."""
+    """Copy and digest piece by piece, so that the digest reads each piece from the CPU cache at almost no cost."""
     digest = xxhash.xxh3_128()
     for start in range(0, copied.size, _PIECE_BYTES):
         piece = slice(start, start + _PIECE_BYTES)
@@ -137,7 +158,7 @@ def _copied(original: npt.NDArray[np.uint8], copied: npt.NDArray[np.uint8]) -> b
 
 
 def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]], *, on_gpu: bool = False) -> str:
-    """The digest over tensors as they lie in this process's memory; `on_gpu` as of `WeightDigest`."""
+    """Return the digest of tensors in this process's memory; see `WeightDigest` for `on_gpu`."""
     digest = WeightDigest(on_gpu=on_gpu)
     for name, tensor in named_tensors:
         digest.add_tensor(name, tensor)
@@ -145,7 +166,7 @@ def digest_tensors(named_tensors: Iterable[tuple[str, torch.Tensor]], *, on_gpu:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A tensor's bytes in row-major order, one-dimensional; a view where it is contiguous and on the CPU."""
+    """Return a tensor's bytes in row-major order, one-dimensional; a view if it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
@@ -153,13 +174,43 @@ def check_digest(*, version: int, expected: str, found: str, where: str) -> None
     """Raise `WeightSyncError` unless the digests are equal.
 
     Args:
-        version: of the weights.
-        expected: what the sender computed.
-        found: what was computed over the weights as they arrived.
-        where: who holds them, for the message.
+        version: version of the weights.
+        expected: the sender's digest.
+        found: the digest of the weights that arrived.
+        where: the receiver, for the message.
     """
     if found != expected:
         raise WeightSyncError(
             f"weights of version {version} arrived damaged at {where}: expected digest {expected}, found {found}. "
-            "Nothing may be generated with them; restart the job from its last checkpoint."
+            "They must not be used for generation; restart the job from its last checkpoint."
         )
+
+
+def row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """Reduce a tensor's row-major bytes to [ceil(bytes / 16 KiB)] int64 on its device; an empty tensor to [0].
+
+    The bytes are read as 32-bit words w, in rows of `WORDS_PER_ROW`. Each row becomes the sum of w[i] * c[i] modulo
+    2^64, with fixed pseudo-random odd 64-bit c (multilinear hashing: Carter and Wegman, "Universal classes of hash
+    functions", 1979). A change of one word always changes the sum of its row. Any other damage that is independent of c
+    goes undetected with a probability of at most 2^-32. This is no defence against an attacker.
+
+    The call does not wait for the device. The last word is padded with zeros.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.data_ptr() % _WORD_BYTES or data.numel() % _WORD_BYTES:
+        data = torch.nn.functional.pad(data, (0, -data.numel() % _WORD_BYTES))  # a copy, which is aligned
+    words = data.view(torch.int32)
+    factors = _factors(str(tensor.device))
+    num_rows = words.numel() // WORDS_PER_ROW
+    rows = words[: num_rows * WORDS_PER_ROW].view(num_rows, WORDS_PER_ROW)
+    sums = [(part * factors).sum(dim=1) for part in rows.split(_ROWS_AT_ONCE)] if num_rows else []
+    remainder = words[num_rows * WORDS_PER_ROW :]
+    if remainder.numel():
+        sums.append((remainder * factors[: remainder.numel()]).sum(dim=0, keepdim=True))
+    return torch.cat(sums) if sums else words.long()
+
+
+@functools.cache
+def _factors(device: str) -> torch.Tensor:
+    drawn = np.random.Generator(np.random.PCG64(20_26)).integers(0, 2**63, WORDS_PER_ROW, dtype=np.int64)
+    return torch.from_numpy(drawn * 2 + 1).to(device)

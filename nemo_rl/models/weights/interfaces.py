@@ -1,6 +1,6 @@
-"""How weights travel from policy to generation: the one contract that every transport fulfils.
+"""The data that the driver passes between the policy, which sends weights, and generation, which loads them.
 
-Published: they stay as they are while the policy trains on, and whoever starts anew can load them again.
+Published weights stay unchanged while the policy continues to train, and a restarted worker can load them again::
 
     policy worker (rank 0)                         generation workers
     ─────────────────────                          ──────────────────
@@ -9,10 +9,10 @@ Published: they stay as they are while the policy trains on, and whoever starts 
     publish it (transport)          ── handles ──►  map or receive the buffer, load the tensors,
     digest over all buckets         ── digest ───►  digest over their own memory, compare, answer
 
-The driver passes `WeightUpdate` along (a few hundred bytes per tensor, no weights) and compares the digests again.
+The driver forwards a `WeightUpdate` (a few hundred bytes per tensor, no weights) and compares the digests again.
 
-Streamed (see `stream`): sent bucket by bucket while they are loaded, so that a few buckets are all the memory that it
-takes, and gathering, copying and loading go on at the same time. The policy has to wait meanwhile.
+Streamed weights (see `stream`) are sent bucket by bucket while they are loaded. Gathering, copying and loading overlap,
+and the extra memory is a few buckets. The policy waits until the stream ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one tensor lies in its bucket: Hugging Face parameter name, dtype ("float32"), shape, byte offset."""
+    """Locates one tensor in its bucket: Hugging Face parameter name, dtype ("float32"), shape, offset in bytes."""
 
     name: str
     dtype: str
@@ -38,7 +38,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WeightBucket:
-    """One flat buffer of `num_bytes` bytes; `handle` is what the transport needs to reach it (a Ray ObjectRef, ...)."""
+    """Describes one flat buffer of `num_bytes` bytes. The transport reaches it by `handle` (a Ray ObjectRef, ...)."""
 
     tensors: tuple[TensorSpec, ...]
     num_bytes: int
@@ -47,13 +47,13 @@ class WeightBucket:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """One published set of weights.
+    """Describes one published set of weights.
 
     Attributes:
-        version: the training step after which they were taken; grows with every update.
+        version: the training step after which the weights were taken; it grows with every update.
         transport: name of the transport that reads the buckets.
-        buckets: in a fixed order, together every parameter once (tied parameters once, under their first name).
-        digest: of every tensor, in bucket order; see `digest.WeightDigest`.
+        buckets: all buckets in a fixed order. They hold every parameter once (tied parameters under their first name).
+        digest: digest of all tensors in bucket order; see `digest.WeightDigest`.
     """
 
     version: int
@@ -64,15 +64,15 @@ class WeightUpdate:
 
 @dataclass(frozen=True)
 class WeightStream:
-    """Where one receiver gets weights that are sent while they are loaded.
+    """Tells one receiver where to get weights that are sent while they are loaded.
 
     Attributes:
-        version: as of `WeightUpdate`.
+        version: see `WeightUpdate`.
         transport: name of the transport that reads the buckets.
-        address: of the sender's socket: a name on its node, or host and port.
-        key: what proves to the sender that the receiver may ask, and to the receiver that the sender is the one.
-        stream: which of the sender's streams.
-        receiver: which of its receivers.
+        address: address of the sender's socket: a name on its node, or host and port.
+        key: shared secret by which sender and receiver authenticate each other.
+        stream: number of the sender's stream.
+        receiver: number of the receiver in the stream.
     """
 
     version: int
@@ -84,12 +84,12 @@ class WeightStream:
 
 
 class WeightOffer(ABC):
-    """On the driver: weights that are sent whenever receivers ask for them, until the policy trains on.
+    """Offers weights on the driver; receivers may load them until the policy's next training step.
 
-    A stream at a time: `open`, let the receivers load, `finish`.
+    One stream is open at a time: call `open`, let the receivers load, call `finish`.
 
     Attributes:
-        version: as of `WeightUpdate`.
+        version: see `WeightUpdate`.
     """
 
     version: int
@@ -97,25 +97,28 @@ class WeightOffer(ABC):
     @property
     @abstractmethod
     def digest(self) -> str:
-        """As of `WeightUpdate`. Raises `WeightSyncError` before they have been sent once."""
+        """See `WeightUpdate`. Raises `WeightSyncError` before the first stream has finished."""
 
     @property
     @abstractmethod
     def references(self) -> Sequence[Any]:
-        """Ray's references to the sending calls: waited for beside the receivers', because either side may fail."""
+        """Ray references of the sending calls. Wait for them along with the receivers' calls: either side may fail."""
 
     @abstractmethod
     def open(self, receivers: Mapping[int, Bundle]) -> dict[int, WeightStream]:
-        """Begin to send to receivers, whatever their numbers, on these bundles; what each of them needs to join.
+        """Start a stream; returns what each receiver needs to join it.
+
+        Args:
+            receivers: the bundle of each receiver, by a number that the caller chooses.
 
         Raises:
-            WeightSyncError: the policy has other weights by now.
+            WeightSyncError: the policy no longer has these weights.
         """
 
     @abstractmethod
     def leave(self, stream: WeightStream) -> None:
-        """Tell the sender that a receiver is dead, and may never have joined."""
+        """Report to the sender that a receiver is dead and may never join."""
 
     @abstractmethod
     def finish(self) -> str:
-        """Wait until all has been sent; the digest. Raises what made the sending fail."""
+        """Wait until everything is sent and return the digest. Raises the sender's error if sending failed."""

@@ -1,16 +1,14 @@
-"""Weight buckets from one process to another, wherever they are: by NCCL between GPUs, by gloo between CPUs.
+"""Weight buckets between any two processes: by NCCL between GPUs, by gloo between CPUs.
 
-Sender and receiver make a torch process group of their own, of two ranks, which belongs to neither's other groups: a
-receiver that dies takes nobody with it. Making one takes NCCL a while; so both sides keep it for the next stream.
-
-::
+Sender and receiver create a torch process group of two ranks, separate from all other groups: if a receiver dies, no
+other group fails. NCCL takes a while to create a group, so both sides keep it for the next stream::
 
     sender                                                receiver
     ──────                                                ────────
-                     ◄── who I am, have I a group of ours ──
+                     ◄── its process, its existing groups ──
     ── address of a store for a new group, or None ──►
-    make the group                                        make the group
-    ── bucket (its description), and its bytes by the group ──►
+    create the group                                      create the group
+    ── description of a bucket; its bytes by the group ──►
 """
 
 from __future__ import annotations
@@ -38,12 +36,12 @@ from nemo_rl import settings
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.interfaces import WeightBucket
-from nemo_rl.models.weights.transports import WeightTransport
+from nemo_rl.models.weights.transport import WeightTransport
 
 _SENDER, _RECEIVER = 0, 1  # ranks of a pair
 _TIMEOUT = datetime.timedelta(minutes=10)
-# torch's threads that watch over a group end the whole process when the other side is gone, unless told to do no more
-# than give the group up (`ErrorHandlingMode` in torch's ProcessGroupNCCL.hpp). Read when a group is made.
+# By default, torch's watchdog thread of a group ends the whole process when the other side dies. In this mode it only
+# aborts the group (`ErrorHandlingMode` in torch's ProcessGroupNCCL.hpp). torch reads it when it creates a group.
 _ONLY_CLEAN_UP = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
 _Group = Any  # ProcessGroupGloo or ProcessGroupNCCL
 _Lend = Callable[[int], torch.Tensor]  # bytes -> memory for a bucket
@@ -51,19 +49,19 @@ _Lend = Callable[[int], torch.Tensor]  # bytes -> memory for a bucket
 
 @dataclass
 class _Pair:
-    """This process's end of a pair, and memory for what it receives."""
+    """This process's end of a pair, and its receive buffers."""
 
     group: _Group
     buffers: ReusedBuffers
 
 
-# Pairs of this process that are whole: (the other process, own rank) -> pair.
+# Usable pairs of this process: (the other process, this process's rank) -> pair.
 _pairs: dict[tuple[str, int], _Pair] = {}
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a receiver says first: which process it is, and whether it has a group with the sender's."""
+class _Hello:
+    """The receiver's first message: its process, its software, and the processes that it has groups with."""
 
     process: str
     software: str
@@ -71,16 +69,16 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What the sender says then: where to meet for a new group (host, port, prefix); None: take the old one."""
+class _Invitation:
+    """The sender's reply: the store of a new group (host, port, prefix); None: use the existing group."""
 
     process: str
     software: str
-    meeting: tuple[str, int, str] | None
+    store: tuple[str, int, str] | None
 
 
 class PairTransport(WeightTransport):
-    """Process groups of two. A bucket's handle is its memory; what `over` returns moves it."""
+    """Sends buckets over process groups of two. A handle is the buffer; the connection of `over` transfers it."""
 
     publishes = False
     streams = True
@@ -104,56 +102,57 @@ class PairTransport(WeightTransport):
         key = self._meet(connection, sends=sends)
         pair = _pairs[key]
         lend = functools.partial(torch.empty, dtype=torch.uint8, device=self.device) if keeps else pair.buffers.lend
-        met: Any = _PairConnection(connection, key, pair, lend)
-        return cast(Connection, met)
+        over_pair: Any = _PairConnection(connection, key, pair, lend)
+        return cast(Connection, over_pair)
 
     def software(self) -> str:
-        """What has to be the same on both sides."""
+        """Return the software that must be the same on both sides."""
         return ""
 
     @abstractmethod
     def make_group(self, store: Any, rank: int, host: str) -> _Group:
-        """This process's end of a group of two; `host` is its own address."""
+        """Create this process's end of a group of two. `host` is this process's address."""
 
     def _meet(self, connection: Connection, *, sends: bool) -> tuple[str, int]:
-        """Where in `_pairs` the pair with the other side is, which is made if need be."""
+        """Return the key in `_pairs` of the pair with the other side, which is created if it does not exist."""
         host = _own_address(connection)
         if sends:
-            call: _Call = connection.recv()
-            key = (call.process, _SENDER)
-            knows = self._process() in call.pairs and key in _pairs
-            meeting = None if knows else (host, _store(host).port, secrets.token_hex(8))
-            connection.send(_Answer(self._process(), self.software(), meeting))
-            other = call.software
+            hello: _Hello = connection.recv()
+            key = (hello.process, _SENDER)
+            exists = self._process() in hello.pairs and key in _pairs
+            new_store = None if exists else (host, _store(host).port, secrets.token_hex(8))
+            connection.send(_Invitation(self._process(), self.software(), new_store))
+            other_software = hello.software
         else:
             known = frozenset(process for process, rank in _pairs if rank == _RECEIVER)
-            connection.send(_Call(self._process(), self.software(), known))
-            answer: _Answer = connection.recv()
-            key, meeting, other = (answer.process, _RECEIVER), answer.meeting, answer.software
-        if other != self.software():
+            connection.send(_Hello(self._process(), self.software(), known))
+            invitation: _Invitation = connection.recv()
+            key, new_store = (invitation.process, _RECEIVER), invitation.store
+            other_software = invitation.software
+        if other_software != self.software():
             raise WeightSyncError(
-                f"weights cannot be sent: this worker has {self.software()}, the other side {other}. Give both the "
-                "same torch (its NCCL must be the same), or set policy.weight_transport=ray."
+                f"weights cannot be sent: this worker has {self.software()}, the other side {other_software}. Install "
+                "the same torch on both sides (its NCCL must be the same), or set policy.weight_transport=ray."
             )
-        if meeting is not None:
-            group = self._new_group(meeting, host, _SENDER if sends else _RECEIVER)
+        if new_store is not None:
+            group = self._new_group(new_store, host, _SENDER if sends else _RECEIVER)
             _pairs[key] = _Pair(group, ReusedBuffers(self.device))
         return key
 
-    def _new_group(self, meeting: tuple[str, int, str], host: str, rank: int) -> _Group:
-        address, port, prefix = meeting
+    def _new_group(self, new_store: tuple[str, int, str], host: str, rank: int) -> _Group:
+        address, port, prefix = new_store
         try:
             store = _store(host) if rank == _SENDER else TCPStore(address, port, is_master=False, timeout=_TIMEOUT)
             return self.make_group(PrefixStore(prefix, store), rank, host)
         except RuntimeError as error:
-            raise ConnectionError(f"sender and receiver do not meet at {address}:{port}: {error}") from error
+            raise ConnectionError(f"sender and receiver cannot connect at {address}:{port}: {error}") from error
 
     def _process(self) -> str:
         return f"{_process_token(os.getpid())} {type(self).__name__}"
 
 
 class GlooTransport(PairTransport):
-    """TCP between CPUs."""
+    """Sends weights between CPUs over TCP."""
 
     device = "cpu"
     bucket_bytes = 16 << 20
@@ -166,7 +165,7 @@ class GlooTransport(PairTransport):
 
 
 class NcclTransport(PairTransport):
-    """NVLink, PCIe or the network between GPUs, whatever NCCL finds."""
+    """Sends weights between GPUs with NCCL, over NVLink, PCIe or the network."""
 
     device = "cuda"
     on_gpu = True
@@ -175,7 +174,7 @@ class NcclTransport(PairTransport):
         return f"NCCL {'.'.join(str(part) for part in torch.cuda.nccl.version())}"
 
     def make_group(self, store: Any, rank: int, host: str) -> _Group:
-        from torch.distributed import ProcessGroupNCCL  # not in every build of torch
+        from torch.distributed import ProcessGroupNCCL  # CPU builds of torch lack it
 
         options = ProcessGroupNCCL.Options()
         options._timeout = _TIMEOUT
@@ -192,14 +191,14 @@ class NcclTransport(PairTransport):
 
 
 class _PairConnection:
-    """A connection over which buckets go with their bytes. The group is kept only if all was well until the end."""
+    """A connection that transfers the bytes of buckets too. The group is kept only if the stream ends normally."""
 
     def __init__(self, connection: Connection, key: tuple[str, int], pair: _Pair, lend: _Lend) -> None:
         self._connection = connection
         self._key = key
         self._pair = pair
         self._lend = lend
-        self._sending: deque[Any] = deque()  # torch's handles of what the receiver does not have yet
+        self._sending: deque[Any] = deque()  # torch's handles of pending sends
         self._is_over = False
 
     def send(self, message: Any) -> None:
@@ -237,7 +236,7 @@ class _PairConnection:
 
 
 def _or_eof(call: Callable[[], Any]) -> Any:
-    """torch says `RuntimeError` when the other side is gone; connections say `EOFError`."""
+    """Raise `EOFError`, as connections do, instead of torch's `RuntimeError` when the other side has ended."""
     try:
         return call()
     except RuntimeError as error:
@@ -245,14 +244,14 @@ def _or_eof(call: Callable[[], Any]) -> Any:
 
 
 def _own_address(connection: Connection) -> str:
-    """This side's IP address, as the other side sees it; on one node that of loopback."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as own:
-        return str(own.getsockname()[0]) if own.family != socket.AF_UNIX else "127.0.0.1"
+    """Return this side's IP address as the other side sees it; the loopback address on the same node."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        return str(duplicate.getsockname()[0]) if duplicate.family != socket.AF_UNIX else "127.0.0.1"
 
 
 @functools.cache
 def _store(host: str) -> Any:
-    """Where groups of this process as a sender are made; it listens on one address only."""
+    """Return the store for the groups in which this process sends. It listens on `host` only."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -262,5 +261,5 @@ def _store(host: str) -> Any:
 
 @functools.cache
 def _process_token(pid: int) -> str:
-    """The same for as long as the process lives; a forked one is another."""
+    """Return a random token of this process. A forked process has another pid, hence another token."""
     return secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""The generators' side: published or streamed buckets as named tensors."""
+"""The receiver of published or streamed weights: buckets as named tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nemo_rl.models.weights.digest import WeightDigest, check_digest, digest_ten
 from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightStream, WeightUpdate
 from nemo_rl.models.weights.sender import tensor_in
 from nemo_rl.models.weights.stream import connect, half_of_the_threads, sender_ended
-from nemo_rl.models.weights.transports import WeightTransport, make_transport
+from nemo_rl.models.weights.transport import WeightTransport
+from nemo_rl.models.weights.transports import make_transport
 
 _Tensors = Generator[tuple[str, torch.Tensor], None, None]
 OnLoaded = Callable[[Sequence[TensorSpec]], None]
@@ -26,34 +27,42 @@ def receive(
     keeps: bool = False,
     on_loaded: OnLoaded | None = None,
 ) -> IncomingWeights:
-    """The tensors of a set of weights, in its order; to be iterated once.
+    """Iterate over the tensors of a set of weights once, in its order.
 
-    On the CPU they are views onto memory that is shared with other processes, never to be written to. Elsewhere each
-    bucket is copied to `device` at once, and they are views of the copy.
+    On the CPU, tensors are views of memory that is shared with other processes: never write to them. On another device,
+    each bucket is copied to `device` as a whole, and tensors are views of the copy.
+
+    Example:
+        Publish and receive weights within one process::
+
+            update = publish(model.named_parameters(), version=1, dtype="bfloat16", transport="local")
+            for name, tensor in receive(update):
+                parameters[name].copy_(tensor)
 
     Args:
-        update: published weights, whose views live for as long as any of them is; or a stream, whose views are good
-            until the next bucket is asked for.
-        device: where the tensors are wanted.
-        verify: compare the digest over what arrived: of published weights before the first tensor is handed out, of a
-            stream after the last. A receiver that computes the digest over its own memory need not do it twice.
-        keeps: of a stream too, views live for as long as any of them is: in what was sent, where it stays as it is, or
-            else in copies. The memory is then one of the model's size.
-        on_loaded: called with the tensors of each bucket when they have been taken and more is asked for.
+        update: published weights, whose views keep their memory alive; or a stream, whose views are valid until the
+            first tensor of the next bucket is requested.
+        device: device of the tensors.
+        verify: compare digests over the memory that arrived: for published weights before the first tensor, for a
+            stream after the last. Not needed if the receiver compares the digest of its own memory.
+        keeps: make the views of a stream keep their memory alive too: the sender's buffers if their contents stay
+            unchanged, else copies. This takes memory of the model's size.
+        on_loaded: called with the tensors of a bucket after all of them were taken, when the next one is requested.
 
     Raises:
-        WeightSyncError: while iterating: a bucket is gone or too short, the sender has ended, or (with `verify`) the
-            digest is not the sender's; the message names version, expected and found digest.
+        WeightSyncError: while iterating: a bucket is missing or too short, the sender has ended, or (with `verify`) the
+            digest differs from the sender's. The message has the version and both digests.
     """
-    return IncomingWeights(update, torch.device(device), verify, keeps, on_loaded)
+    return IncomingWeights(update, device=torch.device(device), verify=verify, keeps=keeps, on_loaded=on_loaded)
 
 
 class IncomingWeights:
-    """What `receive` returns: iterate it for names and tensors; then `digest` is what the sender computed."""
+    """Iterates over names and tensors; afterwards `digest` is the sender's digest. Created by `receive`."""
 
     def __init__(
         self,
         update: WeightUpdate | WeightStream,
+        *,
         device: torch.device,
         verify: bool,
         keeps: bool,
@@ -66,10 +75,10 @@ class IncomingWeights:
         self._on_loaded = on_loaded
         self._transport: WeightTransport = make_transport(update.transport)
         self._sent: str | None = None
-        is_there = self._transport.on_gpu == (device.type != "cpu")  # what is sent lies where it is wanted
-        self._keeps_sent = keeps and is_there and self._transport.may_be_kept
+        needs_no_copy = self._transport.on_gpu == (device.type != "cpu")
+        self._keeps_sent = keeps and needs_no_copy and self._transport.may_be_kept
         self._arrived: WeightDigest | None = None
-        self._views: list[tuple[str, int, int]] = []  # that arrived: name, address, bytes
+        self._views: list[tuple[str, int, int]] = []  # name, address and bytes of each tensor that arrived
         if isinstance(update, WeightStream):
             self._tensors = self._streamed(update)
             if self._keeps_sent or verify:
@@ -79,7 +88,7 @@ class IncomingWeights:
 
     @property
     def digest(self) -> str:
-        """The sender's digest. Raises `WeightSyncError` before all tensors have been taken."""
+        """The sender's digest. Raises `WeightSyncError` until all tensors have been taken."""
         if self._sent is None:
             raise WeightSyncError(f"not all weights of version {self._update.version} were loaded")
         return self._sent
@@ -91,13 +100,13 @@ class IncomingWeights:
         return next(self._tensors)
 
     def close(self) -> None:
-        """Leave a stream that was not taken to its end: its sender does not wait any longer."""
+        """Leave a stream before its end, so that its sender stops waiting."""
         self._tensors.close()
 
     def digest_of(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        """The digest over a receiver's own memory, when all has been loaded.
+        """Return the digest of the receiver's own memory after everything has been loaded.
 
-        What a receiver that `keeps` the arrived memory computes with was read when it arrived, and is not read again.
+        If these tensors are the memory that arrived (`keeps`), the digest computed on arrival is returned.
         """
         named_tensors = list(named_tensors)
         if self._arrived is not None and self._views == [_view(name, tensor) for name, tensor in named_tensors]:
@@ -124,7 +133,7 @@ class IncomingWeights:
                 connection = stack.enter_context(self._transport.over(joined, sends=False, keeps=self._keeps_sent))
                 while isinstance(message := connection.recv(), WeightBucket):
                     yield from self._loaded(message)
-                    del message  # and with it the right to read the memory
+                    del message  # releases the handle, and with it the right to read the memory
                     self._transport.settle()
                     connection.send(None)
             except (OSError, EOFError) as error:
@@ -134,7 +143,7 @@ class IncomingWeights:
         self._sent = message
 
     def _loaded(self, bucket: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a streamed bucket."""
+        """Yield the tensors of a streamed bucket."""
         buffer = self._buffer(bucket)
         yield from self._local(bucket, buffer)
         if self._arrived is not None:
@@ -158,7 +167,7 @@ class IncomingWeights:
     def _local(self, bucket: WeightBucket, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         local = buffer.to(self._device)
         if self._keeps and not self._keeps_sent and local.data_ptr() == buffer.data_ptr():
-            local = local.clone()  # the memory will be another bucket's
+            local = local.clone()  # the next bucket overwrites the memory
         for spec in bucket.tensors:
             yield spec.name, tensor_in(local, spec)
 

@@ -1,4 +1,4 @@
-"""Which transport carries weights between which places, and which worker of the policy sends to which receiver."""
+"""Chooses the transports between policy and generation, and the policy worker that sends to each receiver."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from nemo_rl.models.weights.transports import make_transport
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is: the Ray node's id, and its GPU there; None for one that computes on CPUs."""
+    """Locates a worker: the id of its Ray node, and its GPU there (None for a worker on CPUs)."""
 
     node_id: str
     gpu_id: str | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Place:
-        """The place of a worker on this bundle."""
+        """Return the place of a worker on this bundle."""
         return cls(bundle.node_id, bundle.gpu_id)
 
 
 @dataclass(frozen=True)
 class Route:
-    """How weights travel.
+    """Names the transports between policy and generation.
 
     Attributes:
-        published: name of the transport of weights that are published.
-        streamed: name of the transport of those that are streamed; None: never.
+        published: transport of published weights.
+        streamed: transport of streamed weights; None: weights are never streamed.
         spans_nodes: whether driver and workers are on several nodes.
     """
 
@@ -42,24 +42,30 @@ class Route:
 def choose_route(
     chosen: str, *, policy: Sequence[Place], generation: Sequence[Place], driver_node_id: str | None
 ) -> Route:
-    """The transports that the configuration names, or (`auto`) the best ones for where driver and workers are.
+    """Return the configured transport, or the fastest ones that reach all workers (`auto`).
+
+    Example:
+        Two workers on the same node share its memory::
+
+            place = Place("node-id")
+            route = choose_route("auto", policy=[place], generation=[place], driver_node_id="node-id")
 
     Raises:
-        WeightSyncError: there is no such transport.
-        ConfigError: it does not reach all workers.
+        WeightSyncError: the transport is unknown.
+        ConfigError: the transport does not reach all workers.
     """
     best = _best_route(policy, generation, driver_node_id)
     if chosen == "auto":
         return best
     transport = make_transport(chosen)
     if chosen == "shared_memory" and best.published != chosen:
-        raise _unreachable(chosen, "for driver and workers on one node (Linux), and here they are on several")
+        raise _unreachable(chosen, "for driver and workers on one Linux node, and here they are on several")
     if transport.on_gpu and not _all_on_gpus(policy, generation):
         raise _unreachable(chosen, "for workers on GPUs, and here not all of them have one")
     if chosen == "cuda_ipc" and best.streamed != chosen:
-        raise _unreachable(chosen, "for generation on GPUs of the policy, and here it has GPUs of its own")
+        raise _unreachable(chosen, "for generation on the policy's GPUs, and here it has separate GPUs")
     if chosen == "nccl" and best.streamed == "cuda_ipc":
-        raise _unreachable(chosen, "for generation on GPUs of its own, and here it shares the policy's")
+        raise _unreachable(chosen, "for generation on separate GPUs, and here it shares the policy's")
     return replace(
         best,
         published=chosen if transport.publishes else best.published,
@@ -68,8 +74,11 @@ def choose_route(
 
 
 def assign_senders(senders: Sequence[Place], receivers: Sequence[Place]) -> list[int]:
-    """For each receiver the index of its sender: on its own GPU, or else the least busy one, of its node if there is
-    any. The first of equals."""
+    """Return the index of a sender for each receiver.
+
+    A receiver gets the sender on its GPU, else the one with the fewest receivers on its node, else the one with the
+    fewest receivers. Ties go to the first.
+    """
     load = [0] * len(senders)
     assigned = []
     for receiver in receivers:

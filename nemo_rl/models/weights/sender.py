@@ -1,4 +1,4 @@
-"""The policy's side: lay tensors out in flat buckets, publish them, and say what is in them."""
+"""The sender of weights: packs tensors into flat buckets and publishes them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ import torch
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import WeightDigest, dtype_by_name, dtype_name
 from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightUpdate
-from nemo_rl.models.weights.transports import WeightTransport, make_transport
+from nemo_rl.models.weights.transport import WeightTransport
+from nemo_rl.models.weights.transports import make_transport
 
-# Tensors start at multiples of a cache line, which also suits every dtype. Those whose sizes are multiples of it
-# lie gap-free one after the other: the decoder multiplies by q, k and v at once without copying them.
+# Tensors start at multiples of a cache line, which aligns every dtype. Tensors whose sizes are multiples of it are
+# adjacent, so the decoder can multiply by q, k and v at once without copying them.
 ALIGNMENT = 64
 DEFAULT_BUCKET_BYTES = 256 * 1024 * 1024
 
 
 class WeightSender:
-    """Publishes a model's weights again and again, and uses the memory again where the transport can.
+    """Publishes successive versions of a model's weights and reuses memory if the transport can.
+
+    Example:
+        Within one process::
+
+            sender = WeightSender("local")
+            update = sender.publish(model.named_parameters(), version=1, dtype="bfloat16")
 
     Args:
         transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`.
-        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own.
+        bucket_bytes: size of a bucket; a larger tensor gets a bucket to itself.
 
     Raises:
-        WeightSyncError: there is no such transport.
+        WeightSyncError: the transport is unknown.
     """
 
     def __init__(self, transport: str = "ray", bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
@@ -38,18 +45,18 @@ class WeightSender:
         """Publish a model's weights.
 
         Args:
-            named_tensors: Hugging Face parameter names and tensors on any device, in the model's own order, tied
-                parameters once. A generator may gather each tensor as it is asked for: only one bucket is held at a
-                time.
-            version: of these weights; grows with every call.
-            dtype: floating-point tensors are cast to it ("float32", "bfloat16"); others stay as they are.
+            named_tensors: Hugging Face parameter names and tensors on any device, in the model's order, tied
+                parameters once. A generator may gather each tensor when it is requested: at most one bucket of them is
+                held at a time.
+            version: version of these weights; it grows with every call.
+            dtype: floating-point tensors are cast to it ("float32", "bfloat16"); other tensors keep their dtype.
 
         Returns:
-            What receivers need. The published memory is free again when it and the receivers' tensors are gone: keep
-            it until the receivers have answered.
+            What receivers need. The published memory is freed when the update and the receivers' tensors are deleted:
+            keep the update until the receivers have answered.
 
         Raises:
-            WeightSyncError: a name comes twice, there is no tensor at all, or dtype is unknown.
+            WeightSyncError: a name occurs twice, there are no tensors, or dtype is unknown.
         """
         buckets: list[WeightBucket] = []
         packer = BucketPacker(dtype_by_name(dtype), self._bucket_bytes, self._transport, buckets.append)
@@ -65,20 +72,26 @@ def publish(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     transport: str = "ray",
 ) -> WeightUpdate:
-    """Publish a model's weights once; see `WeightSender`."""
+    """Publish a model's weights once; see `WeightSender`.
+
+    Example:
+        Within one process::
+
+            update = publish(model.named_parameters(), version=1, dtype="float32", transport="local")
+    """
     return WeightSender(transport, bucket_bytes).publish(named_tensors, version=version, dtype=dtype)
 
 
 class BucketPacker:
-    """Fills one bucket after the other, with a single copy (which also casts and leaves the device) per tensor.
+    """Fills buckets one by one. A single copy per tensor casts it and moves it to the bucket's device.
 
     Args:
         dtype: floating-point tensors are cast to it.
-        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own.
-        transport: where the buckets lie.
-        emit: takes each bucket that is full.
-        keep_modules: parameters of one module are never parted (its projections are at times multiplied with at once);
-            buckets then grow as they must.
+        bucket_bytes: size of a bucket; a larger tensor gets a bucket to itself.
+        transport: allocates the buckets.
+        emit: called with each full bucket.
+        keep_modules: keep the parameters of one module in one bucket, even if it exceeds `bucket_bytes`. A receiver can
+            then multiply by several projections at once.
     """
 
     def __init__(
@@ -101,11 +114,11 @@ class BucketPacker:
         self._used = 0
 
     def pack(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> str:
-        """Lay all tensors out; returns the digest over them. Raises as `WeightSender.publish` does."""
+        """Pack all tensors and return their digest. Raises the errors of `WeightSender.publish`."""
         for name, tensor in named_tensors:
             self._add(name, tensor.detach())
         if not self._names:
-            raise WeightSyncError(f"weights of version {version} hold no tensor")
+            raise WeightSyncError(f"weights of version {version} contain no tensors")
         if self._pending:
             self._flush()
         return self._digest.hexdigest()
@@ -142,12 +155,12 @@ class BucketPacker:
 
 
 def _module_of(name: str) -> str:
-    """`model.layers.0.mlp` for `model.layers.0.mlp.up_proj.weight`."""
+    """Return `model.layers.0.mlp` for `model.layers.0.mlp.up_proj.weight`."""
     return name.rsplit(".", 2)[0]
 
 
 def tensor_in(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The tensor that `spec` describes, as a view into its bucket's buffer."""
+    """Return the tensor that `spec` describes, as a view of its bucket's buffer."""
     dtype = dtype_by_name(spec.dtype)
     num_bytes = math.prod(spec.shape) * dtype.itemsize
     return buffer[spec.offset : spec.offset + num_bytes].view(dtype).view(spec.shape)

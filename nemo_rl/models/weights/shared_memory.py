@@ -1,16 +1,16 @@
-"""Weight buckets in shared memory that is used again: between processes of one node, without a copy and without a file.
+"""Weight buckets in reused shared memory, between processes on one Linux node, without copies and without files.
 
 ::
 
     sender                                     driver, receivers
     ──────                                     ─────────────────
     segment = memfd, mapped once               lease = the same memory, opened through /proc/<sender>/fd
-    free?  exclusive lock, without waiting ◄── a shared lock, from unpickling until handle and tensors are gone
-    fill it, hand out a lease  ── pickled ──►  map it (kept for the next update), read
+    free? exclusive lock, non-blocking    ◄──  shared lock, from unpickling until handle and tensors are deleted
+    fill it, create a lease   ── pickled ──►   map it (kept for the next update), read
 
-New memory costs a page fault per 4 KiB, which takes longer than the copy itself; so segments are filled again as soon
-as nobody reads them. The kernel keeps the locks: those of a process that was killed are gone with it, and so is the
-memory once all of its users are. Linux only.
+New memory costs a page fault per 4 KiB, which takes longer than the copy itself, so a segment is reused as soon as it
+has no readers. The kernel owns the locks: when a process is killed, its locks are released, and the memory is freed
+with its last user.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from nemo_rl.errors import WeightSyncError
-from nemo_rl.models.weights.transports import WeightTransport
+from nemo_rl.models.weights.transport import WeightTransport
 
-# How many segments a receiver keeps mapped: two updates of 64 buckets each.
+# Number of segments that a receiver keeps mapped: two updates of 64 buckets each.
 _MAX_MAPPINGS = 128
 _NAME = "nemo_rl_weights"
 
-# Segments that this process has read: (sender's pid, name) -> mapping. Shared by all transports of the process.
+# Segments that this process has read: (sender's pid, name) -> mapping. All transports of the process share them.
 _mappings: OrderedDict[tuple[int, str], mmap.mmap] = OrderedDict()
 
 
 class SharedMemoryTransport(WeightTransport):
-    """The node's memory, for a sender and receivers that run on one node."""
+    """Shares memory between a sender and receivers on one node."""
 
     streams = True
-    bucket_bytes = 8 << 20  # stay in the processor's cache on their way
+    bucket_bytes = 8 << 20  # stays in the CPU cache from sender to receiver
 
     def __init__(self) -> None:
         self._segments: list[_Segment] = []
@@ -63,13 +63,12 @@ class SharedMemoryTransport(WeightTransport):
         return lease
 
     def get(self, handle: Lease) -> torch.Tensor:
-        # Through DLPack, because torch.from_numpy warns of arrays that are not writable. The tensor owns the array.
+        # Through DLPack, because torch.from_numpy warns about read-only arrays. The tensor owns the array.
         return from_dlpack(handle.array())
 
     def _free_segment(self, num_bytes: int) -> _Segment:
-        """A segment that nobody reads, locked; a new one where there is none of that size."""
-        # Powers of two, so that buckets of almost the same size can take one another's place. What is not written to
-        # takes no memory.
+        """Return a segment without readers, locked; a new one if none of that size is free."""
+        # Sizes are powers of two, so that buckets of similar sizes share segments. Unwritten pages take no memory.
         size = max(mmap.PAGESIZE, 1 << (num_bytes - 1).bit_length())
         for segment in self._segments:
             if segment.num_bytes == size and segment.lock():
@@ -81,7 +80,7 @@ class SharedMemoryTransport(WeightTransport):
 
 
 class _Segment:
-    """Anonymous memory of the sender; it lives as long as somebody has it open or mapped."""
+    """Anonymous memory of the sender. It exists as long as a process has it open or mapped."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -92,7 +91,7 @@ class _Segment:
         self.mapping = mmap.mmap(self.fd, num_bytes)
 
     def lock(self) -> bool:
-        """Take it for filling. False while somebody has a lease."""
+        """Lock the segment for writing; returns False while a lease exists."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -101,33 +100,33 @@ class _Segment:
 
 
 class Lease:
-    """The right to read a filled segment: it is not filled again while the lease, or an array of it, lives.
+    """Protects a filled segment from reuse while the lease, or an array of it, exists.
 
-    Unpickling it takes a lease of one's own. On another node, or when the sender is gone, that is not possible; the
-    lease is then good for nothing but being passed on.
+    Unpickling creates another lease. On another node, or after the sender has ended, the unpickled lease cannot read
+    the segment, but it can be pickled again and forwarded.
     """
 
     def __init__(self, pid: int, fd: int, name: str, num_bytes: int) -> None:
         self._origin = (pid, fd, name, num_bytes)
-        self._own_fd = _open_segment(pid, fd, name)
-        if self._own_fd is not None:
-            weakref.finalize(self, os.close, self._own_fd)
-            fcntl.flock(self._own_fd, fcntl.LOCK_SH)
+        self._fd = _open_segment(pid, fd, name)
+        if self._fd is not None:
+            weakref.finalize(self, os.close, self._fd)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lease, self._origin
 
     def check(self) -> None:
-        """Raise `WeightSyncError` unless the memory can be reached from here."""
-        if self._own_fd is None:
+        """Raise `WeightSyncError` if this process cannot read the memory."""
+        if self._fd is None:
             raise WeightSyncError(
                 f"published weights cannot be read: process {self._origin[0]}, which holds them, has ended or cannot "
-                "be reached from here. Restart the job; with workers on several nodes or in several containers set "
-                "policy.weight_transport=ray."
+                "be reached from this process. Restart the job; with workers on several nodes or in several containers "
+                "set policy.weight_transport=ray."
             )
 
     def array(self) -> npt.NDArray[np.uint8]:
-        """The bytes, not to be written to; the array keeps the lease. Raises as `check` does."""
+        """Return the bytes, which must not be written to. The array keeps the lease. Raises the error of `check`."""
         self.check()
         pid, _, name, num_bytes = self._origin
         array = np.frombuffer(self._mapping(pid, name), dtype=np.uint8, count=num_bytes).view(_LeasedArray)
@@ -137,9 +136,9 @@ class Lease:
     def _mapping(self, pid: int, name: str) -> mmap.mmap:
         mapping = _mappings.get((pid, name))
         if mapping is None:
-            # A mapping keeps a duplicate of its file descriptor, and with it the lock that belongs to that: so it gets
-            # one of its own, without a lock.
-            unlocked = os.open(f"/proc/self/fd/{self._own_fd}", os.O_RDONLY | os.O_CLOEXEC)
+            # A mapping duplicates its file descriptor, and the duplicate would hold the lease's lock. So the mapping
+            # gets another open file, without a lock.
+            unlocked = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
             mapping = mmap.mmap(unlocked, 0, prot=mmap.PROT_READ)
             os.close(unlocked)
             _mappings[pid, name] = mapping
@@ -150,15 +149,15 @@ class Lease:
 
 
 class _LeasedArray(np.ndarray[Any, np.dtype[np.uint8]]):
-    """An array that keeps the lease of its memory."""
+    """An array that keeps the lease of its memory alive."""
 
     lease: Lease
 
 
 def _open_segment(pid: int, fd: int, name: str) -> int | None:
-    """Open a segment of another process (or of this one); None when it is not there."""
+    """Open a segment of another process (or of this one); returns None if it does not exist."""
     try:
-        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return None
     except OSError as error:
@@ -166,8 +165,8 @@ def _open_segment(pid: int, fd: int, name: str) -> int | None:
             f"published weights cannot be opened: {error}. Each bucket is an open file: raise the limit (ulimit -n) or "
             "policy.weight_bucket_mib, or set policy.weight_transport=ray."
         ) from error
-    # A process of another node may have the same id, and a file under the same number.
-    if os.readlink(f"/proc/self/fd/{own}").startswith(f"/memfd:{name}"):
-        return own
-    os.close(own)
+    # A process on this node may have the pid and file descriptor of the sender on another node.
+    if os.readlink(f"/proc/self/fd/{opened}").startswith(f"/memfd:{name}"):
+        return opened
+    os.close(opened)
     return None

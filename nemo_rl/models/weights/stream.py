@@ -1,23 +1,23 @@
-"""The policy's side of a stream: buckets are filled, sent and loaded at the same time, in memory that is used again.
+"""The sender of a stream: buckets are filled, sent and loaded at the same time, in reused memory.
 
 ::
 
-    sender (a worker of the policy)                       receivers (generation)
-    ───────────────────────────────                       ──────────────────────
-    listens                            ◄── join ──        connect
-    fill bucket, put                   ── bucket ──►      read it, load its tensors
-    fill the next one meanwhile        ◄── loaded ──      let go of it
-    at most `_WINDOW` under way
-    all sent                           ── digest ──►      compare with the digest over their own memory
+    sender (a policy worker)                              receivers (generation)
+    ────────────────────────                              ──────────────────────
+    listen                             ◄── join ──        connect
+    fill a bucket, put it              ── bucket ──►      read it, load its tensors
+    fill the next one                  ◄── loaded ──      release it
+    (at most `_WINDOW` are in flight)
+    all sent                           ── digest ──►      compare with the digest of their own memory
 
-Only descriptions go over the socket, which is one of the node or, for receivers elsewhere, of TCP: the bytes go by a
-`WeightTransport`, which fills a buffer again when its last reader has let go of it. So the extra memory is a few
-buckets, whatever the model's size, and on CPUs small buckets stay in the processor's cache on their way: the whole
-costs about what one copy does.
+Only descriptions go over the socket: a Unix socket, or TCP for receivers on other nodes. A `WeightTransport` carries
+the bytes and reuses a buffer when its last reader has released it. So the extra memory is a few buckets for any model
+size. On CPUs, small buckets stay in the CPU cache from sender to receiver, and a stream costs about as much as one
+copy.
 
-Receivers that compute with what they got (`keeps`) never let go of it: theirs is the memory. A receiver that ends is
-left out; one that ended before it could join is reported by the driver (`leave`). By the transport either rank 0 of the
-policy sends to all receivers, or every rank to some of them (`assign_senders`).
+Receivers that compute with the received memory (`keeps`) never release it, so they need memory of the model's size. A
+receiver that ends is dropped; the driver reports one that ended before it could join (`leave`). Depending on the
+transport, rank 0 of the policy sends to all receivers, or every rank sends to some of them (`assign_senders`).
 """
 
 from __future__ import annotations
@@ -41,20 +41,25 @@ from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import dtype_by_name
 from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream
 from nemo_rl.models.weights.sender import BucketPacker
-from nemo_rl.models.weights.transports import WeightTransport, make_transport
+from nemo_rl.models.weights.transport import WeightTransport
+from nemo_rl.models.weights.transports import make_transport
 
-# Who has come in has so many seconds to show the key: what does not speak our language does not stay.
+# A connection that does not authenticate and join within this many seconds is closed.
 _HANDSHAKE_S = 30
-# Buckets that receivers have not answered for: one that they load, one that waits for them.
+# Buckets in flight per receiver: one that it loads and one that waits.
 _WINDOW = 2
-# Receivers that keep what they get take it in larger buckets: each of them may be a mapping and an open file.
+# Receivers that keep the memory get larger buckets, because each bucket may be a mapping and an open file.
 _KEPT_BUCKETS = 8
 _MAX_KEPT_BUCKET_BYTES = 64 << 20
 
 
+# Address of a sender's socket (a name on its node, or host and port) and the key that admits receivers.
+Endpoint = tuple[str | tuple[str, int], bytes]
+
+
 @dataclass(frozen=True)
-class Joined:
-    """What a receiver says first. `keeps`: it computes with the received memory; `leaves`: it will not come."""
+class JoinRequest:
+    """A receiver's first message. `keeps`: it computes with the received memory; `leaves`: it will never join."""
 
     stream: int
     receiver: int
@@ -63,10 +68,10 @@ class Joined:
 
 
 def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False) -> Connection:
-    """Join a stream, or report that its receiver will not. Raises `WeightSyncError` when the sender is not there."""
+    """Join a stream, or report that its receiver never will. Raises `WeightSyncError` if the sender has ended."""
     try:
         connection = Client(stream.address, authkey=stream.key)
-        connection.send(Joined(stream.stream, stream.receiver, keeps, leaves))
+        connection.send(JoinRequest(stream.stream, stream.receiver, keeps, leaves))
     except (OSError, EOFError, AuthenticationError) as error:
         raise sender_ended(stream) from error
     return connection
@@ -74,7 +79,7 @@ def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False) 
 
 @contextlib.contextmanager
 def half_of_the_threads() -> Iterator[None]:
-    """Both sides of a stream work at the same time, on one node: each takes half of what it would take alone."""
+    """Halve torch's threads: both sides of a stream compute at the same time, usually on one node."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(max(1, num_threads // 2))
     try:
@@ -84,41 +89,48 @@ def half_of_the_threads() -> Iterator[None]:
 
 
 def sender_ended(stream: WeightStream) -> WeightSyncError:
-    """The error of a receiver whose sender is gone."""
+    """Return the error of a receiver whose sender has ended."""
     return WeightSyncError(
-        f"the policy's worker that sends the weights of version {stream.version} has ended or given up: its own error "
-        "says why. If there is none, it cannot be reached from here (workers in several containers, or ports between "
-        "nodes that are closed): set policy.weight_transport=ray."
+        f"the policy worker that sends the weights of version {stream.version} has ended or stopped: see its error. "
+        "If it has none, this process cannot reach it (workers in several containers, or closed ports between nodes): "
+        "set policy.weight_transport=ray."
     )
 
 
 class WeightStreamer:
-    """Sends a model's weights again and again.
+    """Streams successive versions of a model's weights.
+
+    Example:
+        Send to receiver 0, which iterates over `receive(WeightStream(1, "shared_memory", address, key, 1, 0))`::
+
+            streamer = WeightStreamer("shared_memory")
+            address, key = streamer.endpoint()
+            digest = streamer.send(model.named_parameters(), version=1, dtype="bfloat16", stream=1, receivers=[0])
 
     Args:
-        transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS`, of one that `streams`.
-        bucket_bytes: size of a bucket; a tensor that is larger has a bucket of its own. None: what suits the transport.
+        transport: a name in `nemo_rl.models.weights.transports.TRANSPORTS` whose transport `streams`.
+        bucket_bytes: size of a bucket; a larger tensor gets a bucket to itself. None: the transport's default.
 
     Raises:
-        WeightSyncError: there is no such transport, or it does not stream.
+        WeightSyncError: the transport is unknown or does not stream.
     """
 
     def __init__(self, transport: str = "shared_memory", bucket_bytes: int | None = None) -> None:
         self._transport: WeightTransport = make_transport(transport)
         if not self._transport.streams:
-            raise WeightSyncError(f"weights cannot be streamed by the transport {transport!r}, only published")
+            raise WeightSyncError(f"the transport {transport!r} can only publish weights, not stream them")
         self._bucket_bytes = bucket_bytes or self._transport.bucket_bytes
-        self._door: _Door | None = None
+        self._server: _HandshakeServer | None = None
 
-    def endpoint(self, host: str | None = None) -> tuple[str | tuple[str, int], bytes]:
-        """Address and key for `WeightStream`; from now on receivers can come.
+    def endpoint(self, host: str | None = None) -> Endpoint:
+        """Start to accept receivers; returns the address and the key for `WeightStream`.
 
         Args:
-            host: this node's IP address, for receivers on other nodes too. None: only those of this node can come.
+            host: this node's IP address, to accept receivers on other nodes too. None: accept this node's only.
         """
-        if self._door is None:
-            self._door = _Door(host)
-        return self._door.address, self._door.key
+        if self._server is None:
+            self._server = _HandshakeServer(host)
+        return self._server.address, self._server.key
 
     def send(
         self,
@@ -129,19 +141,19 @@ class WeightStreamer:
         stream: int,
         receivers: Collection[int],
     ) -> str:
-        """Send weights to `receivers`, waiting for each to join or to be reported gone. Returns the digest of all.
+        """Wait until each receiver has joined or has been reported dead, and send the weights. Returns their digest.
 
         Args:
-            named_tensors, version, dtype: as for `WeightSender.publish`.
-            stream: number of this stream, which receivers ask for.
-            receivers: who is to join.
+            named_tensors, version, dtype: see `WeightSender.publish`.
+            stream: number of this stream, which receivers request.
+            receivers: numbers of the receivers.
 
         Raises:
-            WeightSyncError: a name comes twice, there is no tensor at all, or dtype is unknown.
+            WeightSyncError: a name occurs twice, there are no tensors, or dtype is unknown.
         """
         with contextlib.ExitStack() as stack, half_of_the_threads():
             stack.callback(self._transport.release)
-            group = _Receivers(self._joined(stream, set(receivers), stack))
+            group = _Receivers(list(self._accept(stream, set(receivers), stack)))
             keeps = any(peer.keeps for peer in group.peers)
             bucket_bytes = self._bucket_bytes
             if keeps:
@@ -157,94 +169,92 @@ class WeightStreamer:
             group.finish(digest)
         return digest
 
-    def _joined(self, stream: int, waiting: set[int], stack: contextlib.ExitStack) -> Iterator[_Peer]:
+    def _accept(self, stream: int, missing: set[int], stack: contextlib.ExitStack) -> Iterator[_Peer]:
+        """Yield the receivers of a stream as they join, until none is missing."""
         self.endpoint()
-        assert self._door is not None
-        while waiting:
-            connection, joined = self._door.next()
+        assert self._server is not None
+        while missing:
+            connection, request = self._server.next()
             stack.callback(connection.close)
-            if joined.stream != stream or joined.receiver not in waiting:
+            if request.stream != stream or request.receiver not in missing:
                 connection.close()
                 continue
-            waiting.discard(joined.receiver)
-            if joined.leaves:
+            missing.discard(request.receiver)
+            if request.leaves:
                 connection.close()
                 continue
-            with contextlib.suppress(OSError, EOFError):  # it ended right after it had joined
-                yield _Peer(stack.enter_context(self._transport.over(connection, sends=True)), joined.keeps)
+            with contextlib.suppress(OSError, EOFError):  # the receiver ended right after it had joined
+                yield _Peer(stack.enter_context(self._transport.over(connection, sends=True)), request.keeps)
 
 
-class _Door:
-    """Where receivers come in: a socket, and threads that let in whoever has the key."""
+class _HandshakeServer:
+    """Accepts connections on a socket and authenticates them by the key, each in a thread."""
 
     def __init__(self, host: str | None) -> None:
         self.key = secrets.token_bytes(32)
-        # In the abstract namespace: no file is left behind, whoever is killed. The key decides who is let in.
-        own = f"\0nemo_rl_weights_{os.getpid()}_{secrets.token_hex(8)}"
-        self._listener = Listener(own if host is None else (host, 0), backlog=128)
+        # The abstract namespace leaves no file behind if the process is killed. The key authenticates receivers.
+        name = f"\0nemo_rl_weights_{os.getpid()}_{secrets.token_hex(8)}"
+        self._listener = Listener(name if host is None else (host, 0), backlog=128)
         self.address: str | tuple[str, int] = self._listener.address
-        self._arrived: queue.SimpleQueue[tuple[Connection, Joined]] = queue.SimpleQueue()
-        threading.Thread(target=self._open, name="weight streams", daemon=True).start()
+        self._requests: queue.SimpleQueue[tuple[Connection, JoinRequest]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="weight streams", daemon=True).start()
 
-    def next(self) -> tuple[Connection, Joined]:
-        """Wait for the next receiver."""
-        return self._arrived.get()
+    def next(self) -> tuple[Connection, JoinRequest]:
+        """Wait for the next authenticated connection and its request."""
+        return self._requests.get()
 
-    def _open(self) -> None:
+    def _serve(self) -> None:
         while True:
             try:
                 connection = self._listener.accept()
-            except OSError:  # it was gone again
+            except OSError:  # the peer has disconnected
                 continue
-            # Each in a thread of its own: a stranger that says nothing keeps nobody waiting.
-            threading.Thread(target=self._admit, args=(connection,), name="receiver of weights", daemon=True).start()
+            # One thread per connection, so that a silent peer delays no other.
+            arguments = (connection,)
+            threading.Thread(target=self._authenticate, args=arguments, name="weight handshake", daemon=True).start()
 
-    def _admit(self, connection: Connection) -> None:
+    def _authenticate(self, connection: Connection) -> None:
         try:
             _set_read_timeout(connection, _HANDSHAKE_S)
             deliver_challenge(connection, self.key)
             answer_challenge(connection, self.key)
-            joined = connection.recv()
+            request = connection.recv()
             _set_read_timeout(connection, 0)
-            self._arrived.put((connection, joined))
+            self._requests.put((connection, request))
         except (OSError, EOFError, AuthenticationError):
-            connection.close()  # it ended, or was never one of ours
+            connection.close()  # the peer ended or has another key
 
 
 def _set_read_timeout(connection: Connection, seconds: int) -> None:
-    """Let reading raise `BlockingIOError` after a while; 0: never."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as own:
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
+    """Make reads raise `BlockingIOError` after this many seconds; 0: never."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
 
 
 @dataclass
 class _Peer:
-    """A receiver, as the sender sees it."""
+    """A receiver that has joined, and the number of messages that it has not answered."""
 
     connection: Connection
     keeps: bool
-    num_under_way: int = 0
+    num_in_flight: int = 0
 
 
 @dataclass
 class _Receivers:
-    """All receivers of a stream that are still there, and the buckets that not all of them have loaded."""
+    """The live receivers of a stream, and the buckets that not all of them have loaded."""
 
-    found: Iterable[_Peer]
-    peers: list[_Peer] = field(init=False)
-    _under_way: deque[WeightBucket] = field(default_factory=deque)
-
-    def __post_init__(self) -> None:
-        self.peers = list(self.found)
+    peers: list[_Peer]
+    _in_flight: deque[WeightBucket] = field(default_factory=deque)
 
     def send(self, bucket: WeightBucket) -> None:
-        """Send a bucket; returns when the next one may be filled."""
+        """Send a bucket; returns when the window allows another one."""
         self._to_all(bucket)
-        self._under_way.append(bucket)  # its handle keeps the memory until the receivers have it
+        self._in_flight.append(bucket)  # its handle keeps the memory until all receivers have loaded it
         self._settle(_WINDOW)
 
     def finish(self, digest: str) -> None:
-        """Tell the digest when all buckets have been loaded."""
+        """Wait until all buckets have been loaded and send the digest."""
         self._settle(0)
         self._to_all(digest)
 
@@ -253,21 +263,24 @@ class _Receivers:
             try:
                 peer.connection.send(message)
             except (OSError, EOFError):
-                self._leave_out(peer)
-            peer.num_under_way += 1
+                self._drop(peer)
+            peer.num_in_flight += 1
 
-    def _settle(self, num_left: int) -> None:
+    def _settle(self, max_in_flight: int) -> None:
         for peer in self.peers.copy():
             try:
-                while peer.num_under_way > num_left:
+                while peer.num_in_flight > max_in_flight:
                     peer.connection.recv()
-                    peer.num_under_way -= 1
+                    peer.num_in_flight -= 1
             except (OSError, EOFError):
-                self._leave_out(peer)
-        while len(self._under_way) > num_left:
-            self._under_way.popleft()
+                self._drop(peer)
+        while len(self._in_flight) > max_in_flight:
+            self._in_flight.popleft()
 
-    def _leave_out(self, peer: _Peer) -> None:
-        """It has ended. Closed at once: what still waits for it on a GPU may keep what comes later from starting."""
+    def _drop(self, peer: _Peer) -> None:
+        """Drop a receiver that has ended.
+
+        Its connection is closed at once: operations that wait for it on a GPU could block later ones.
+        """
         self.peers.remove(peer)
         peer.connection.close()

@@ -15,9 +15,9 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError, WorkerStartError
+from nemo_rl.models.backends import GENERATION_BACKENDS, generation_backend
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation
-from nemo_rl.models.generation.registry import BACKENDS, generation_backend
 from nemo_rl.models.generation.replica_layout import even_parts, replica_bundles
 from nemo_rl.models.generation.results import join, select
 from nemo_rl.models.policy.config import PolicyConfig
@@ -56,7 +56,7 @@ def test_workers_of_one_replica_are_neighbours_on_one_node() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
-    assert generation_backend("torch") == BACKENDS["torch"]
+    assert generation_backend("torch") == GENERATION_BACKENDS["torch"]
     with pytest.raises(ConfigError, match="'torhc' is unknown. Did you mean 'torch'"):
         generation_backend("torhc")
 

@@ -96,7 +96,7 @@ def test_an_offer_ends_when_the_policy_changes(both: tuple[Policy, Generation], 
     policy.save_checkpoint(tmp_path / "c")
     old = offer(policy, 3)
     policy.load_checkpoint(tmp_path / "c")
-    with pytest.raises(WeightSyncError, match="does not have the weights of version 3 any more"):
+    with pytest.raises(WeightSyncError, match="no longer has the weights of version 3"):
         generation.update_weights(old)
     with pytest.raises(WeightSyncError, match="version 3 have not been sent yet"):
         _ = old.digest

@@ -1,4 +1,4 @@
-"""Processes that play the ranks of a process group, kept alive over many short scenarios (importing torch is slow)."""
+"""Processes that are the ranks of process groups. They run many short scenarios, because importing torch is slow."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HERE = Path(__file__).resolve().parent
 class RankProcesses:
     """`run(scenario, ...)` calls `scenario(rank, ...)` in all ranks at once and returns their results in rank order.
 
-    Each run is a process group of its own. A failure in any rank is raised here with that rank's traceback. The
-    scenario must be a function of a module that the ranks' Python can import.
+    Each run is a new process group. A failure in any rank fails the test with that rank's traceback. The scenario must
+    be a function of a module that the ranks' Python can import.
     """
 
     def __init__(self, world_size: int, python: str = sys.executable) -> None:
         key = os.urandom(16)
-        # Where this Python finds its packages, if not in its venv, is where ranks with the same Python find theirs.
+        # Ranks with the same Python inherit its PYTHONPATH.
         inherited = [os.environ["PYTHONPATH"]] if python == sys.executable and os.environ.get("PYTHONPATH") else []
         path = os.pathsep.join([str(HERE), str(HERE.parents[2]), *inherited])
         self._processes = []
@@ -59,7 +59,7 @@ class RankProcesses:
             process.wait()
 
     def run(self, scenario: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> list[Any]:
-        """`scenario` is a function, or "module.function" of this directory where this Python cannot import it."""
+        """Run a function, or "module.function" of this directory if this Python cannot import it."""
         if isinstance(scenario, str):
             module, _, name = scenario.partition(".")
             file = str(HERE / f"{module}.py")
@@ -80,7 +80,7 @@ class RankProcesses:
 
 
 def megatron_python() -> str:
-    """A Python with megatron-core: this one where it has it, else that of the MCORE venv, which is built if need be."""
+    """Return a Python with megatron-core: this one if it has it, else the MCORE venv's, which is built if needed."""
     from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
     from nemo_rl.venvs import create_local_venv
 
@@ -90,7 +90,7 @@ def megatron_python() -> str:
 
 
 def _send(pipe: Connection, value: Any) -> None:
-    # Plain pickle copies tensors; `Connection.send` would share their memory, which needs both processes alive.
+    # Plain pickle copies tensors. `Connection.send` would share their memory, which requires that both processes live.
     pipe.send_bytes(pickle.dumps(value))
 
 
@@ -114,7 +114,7 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-            # Workers freeze what they hold; here it must go, with the threads of its process groups.
+            # Workers freeze their objects for the garbage collector; the next scenario needs their memory and threads.
             gc.unfreeze()
             gc.collect()
 

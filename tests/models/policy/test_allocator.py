@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# What the steps of a training loop do: many blocks of a few sizes, all freed at the end of the step. Prints the page
-# faults of the last step.
+# Allocates like a training loop: many blocks of a few sizes, all freed at the end of each step. Prints the page faults
+# of the last step.
 PROGRAM = """
 import resource, torch
 from nemo_rl.models.policy.allocator import keep_freed_memory
@@ -20,8 +20,8 @@ print(faults)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is glibc on Linux only")
-def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
-    # Without the call the last step has 0 to 86,000 faults, depending on what happens to lie at the top of the heap.
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    # Without the call the last step has 0 to 86,000 faults, depending on the block at the top of the heap.
     answer = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True)
     assert int(answer.stdout) < 100

@@ -23,7 +23,7 @@ def case(request, tmp_path, monkeypatch):
     return tmp_path, torch.randint(1, 16, (3, 9)), mask
 
 
-def test_logits_and_gradients_are_those_of_transformers(case) -> None:
+def test_cpu_kernels_match_transformers(case) -> None:
     directory, ids, mask = case
     results = []
     for changed in (False, True):
@@ -38,11 +38,11 @@ def test_logits_and_gradients_are_those_of_transformers(case) -> None:
             logits = logits * mask[..., None]
         logits.square().mean().backward()
         results.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_other_attention_stays(tmp_path) -> None:
+def test_eager_attention_is_kept(tmp_path) -> None:
     make_llama(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
     use_cpu_kernels(model)

@@ -24,8 +24,8 @@ def test_values_and_gradients_are_those_of_a_plain_layer(
         y = layer(x)
         y.backward(gradient)
         results.append([y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_weights_and_inputs_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The Megatron backend as the driver sees it: options, layout, estimate of memory."""
+"""The Megatron backend on the driver: options, layout, memory estimate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_rl.models.policy.megatron.config import MegatronOptions
 from nemo_rl.utils.config import iter_keys, load_config
 
 
-def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart() -> None:
+def test_layout_order_of_parallel_axes() -> None:
     options = MegatronOptions(tensor_parallel_size=2, context_parallel_size=2, pipeline_parallel_size=2)
     layout = options.layout(16)
     assert layout.shape == {"pipeline_parallel": 2, "data_parallel": 2, "context_parallel": 2, "tensor_parallel": 2}
@@ -30,28 +30,28 @@ def test_tensor_parallel_ranks_are_neighbours_and_stages_are_far_apart() -> None
         (["policy.options.tensor_parallel_size=2"], "1 workers cannot be divided into groups of 2"),
         (["policy.options.sequence_parallel=true"], "sequence_parallel needs tensor_parallel_size of at least 2"),
         (["policy.options.tensor_paralel_size=2"], "did you mean tensor_parallel_size"),
-        (["policy.sharding=fsdp"], "policy.sharding=fsdp is of the torch backend"),
+        (["policy.sharding=fsdp"], "policy.sharding=fsdp is for the torch backend"),
         (
             [
                 "policy.options.context_parallel_size=2",
                 "cluster.cpu_workers_per_node=2",
                 "policy.batching={mode: packed, max_tokens: 128}",
             ],
-            "do not go together",
+            "policy.batching.mode=packed does not support policy.options.context_parallel_size",
         ),
     ],
 )
-def test_wrong_options_are_one_clear_sentence(overrides: list[str], expected: str) -> None:
+def test_invalid_options_are_refused(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         load_config(MasterConfig, None, ["policy.backend=megatron", *overrides])
 
 
-def test_only_data_parallel_workers_share_the_samples() -> None:
+def test_tensor_parallel_workers_need_no_extra_samples() -> None:
     overrides = ["policy.backend=megatron", "policy.options.tensor_parallel_size=2", "cluster.cpu_workers_per_node=2"]
     load_config(MasterConfig, None, [*overrides, "grpo.num_prompts_per_step=1", "policy.train_global_batch_size=1"])
 
 
-def test_memory_is_split_over_stages_ranks_and_replicas() -> None:
+def test_training_bytes_divide_by_parallel_sizes() -> None:
     def estimate(options: dict, workers: int, **policy: object) -> int:
         overrides = [f"policy.options.{key}={value}" for key, value in options.items()]
         overrides += [f"policy.{key}={value}" for key, value in policy.items()]
@@ -66,13 +66,13 @@ def test_memory_is_split_over_stages_ranks_and_replicas() -> None:
     assert estimate({}, 1, precision="bfloat16") == 18_000_000
 
 
-def test_help_lists_every_option() -> None:
+def test_help_lists_every_megatron_option() -> None:
     keys = {key.name: key.help for key in iter_keys(MasterConfig)}
     for name in MegatronOptions.model_fields:
         assert "Only with policy.backend=megatron" in keys[f"policy.options.{name}"]
 
 
-def test_the_driver_reads_options_without_torch() -> None:
+def test_options_import_neither_torch_nor_megatron() -> None:
     code = "import nemo_rl.models.policy.megatron.config, sys; print('torch' in sys.modules, 'megatron' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -1,4 +1,4 @@
-"""The driver's side of a Megatron policy, over real Ray workers in the MCORE venv."""
+"""A Megatron policy with Ray workers in the MCORE venv."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import NonFiniteError
+from nemo_rl.models.backends import policy_backend
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
-from nemo_rl.models.policy.registry import policy_backend
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.venvs import create_local_venv
 
-# The workers' venv holds this project, not this directory.
+# The workers' venv contains this project, not this directory, so they cannot unpickle a loss of a test.
 LOSS = ClippedPGLoss(LossConfig(importance_correction="none"))
 CONFIG: dict[str, Any] = {
     "num_threads": 1,
@@ -55,7 +55,7 @@ def policy(model: Path) -> Iterator[Policy]:
     ray.shutdown()
 
 
-def test_a_megatron_policy_does_what_one_torch_worker_does(policy: Policy, model: Path, tmp_path: Path) -> None:
+def test_megatron_policy_matches_one_torch_worker(policy: Policy, model: Path, tmp_path: Path) -> None:
     batch, alone = make_batch(), make_worker(model)
     start = alone.get_logprobs(batch)
     torch.testing.assert_close(policy.get_logprobs(batch), start, rtol=0, atol=1e-4)
@@ -71,7 +71,7 @@ def test_a_megatron_policy_does_what_one_torch_worker_does(policy: Policy, model
     assert_equal(published, {name: parameter.detach() for name, parameter in saved.named_parameters()})
 
 
-def test_a_worker_error_reaches_the_driver_by_its_type(policy: Policy) -> None:
+def test_worker_error_keeps_its_type_on_the_driver(policy: Policy) -> None:
     batch = make_batch()
     before = policy.get_logprobs(batch)
     batch["advantages"] = torch.full_like(batch["advantages"], torch.nan)
@@ -80,7 +80,7 @@ def test_a_worker_error_reaches_the_driver_by_its_type(policy: Policy) -> None:
     assert torch.equal(policy.get_logprobs(batch), before)
 
 
-def test_attestation_names_venv_and_place_of_every_worker(policy: Policy) -> None:
+def test_attestation_has_venv_and_pipeline_stage(policy: Policy) -> None:
     records = policy.attestation()
     assert [record["pipeline_stage"] for record in records] == [0, 1]
     python = Path(create_local_venv(PY_EXECUTABLES.MCORE, policy_backend("megatron").fqn))

@@ -1,4 +1,4 @@
-"""Hugging Face tensors to Megatron's shards and back, without megatron-core."""
+"""Conversion between Hugging Face tensors and Megatron's shards, without megatron-core."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from tiny_policy import FAMILIES, make_model
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.errors import ModelError
+from nemo_rl.models.policy.logprob_forward import token_logprobs
 from nemo_rl.models.policy.megatron.families import find_family
 from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
 from nemo_rl.models.policy.megatron.sharding_rules import ModelShape, SplitAttention, SplitGated
-from nemo_rl.models.policy.token_logprobs import token_logprobs
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_comes_back_bit_for_bit(tmp_path: Path, name: str, tensor_parallel_size: int) -> None:
+def test_rules_round_trip_every_parameter(tmp_path: Path, name: str, tensor_parallel_size: int) -> None:
     module = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, name))
     family, shape = find_family(module.config.model_type), ModelShape(2, tensor_parallel_size)
-    left = {key: parameter.detach() for key, parameter in module.named_parameters()}
+    remaining = {key: parameter.detach() for key, parameter in module.named_parameters()}
     tables = [("", family.model), *((f"model.layers.{layer}.", family.layer) for layer in range(4))]
     for prefix, table in tables:
         for rule in table.values():
-            tensors = [left.pop(f"{prefix}{part}") for part in rule.names]
+            tensors = [remaining.pop(f"{prefix}{part}") for part in rule.names]
             shards = rule.shards(tensors, shape)
             assert len(shards) == (tensor_parallel_size if rule.split else 1)
-            for tensor, found in zip(tensors, rule.tensors(shards, [t.shape for t in tensors], shape), strict=True):
-                assert torch.equal(tensor, found)
-    assert not left, f"the tables lack {sorted(left)}"
+            for tensor, actual in zip(tensors, rule.tensors(shards, [t.shape for t in tensors], shape), strict=True):
+                assert torch.equal(tensor, actual)
+    assert not remaining, f"the tables lack {sorted(remaining)}"
 
 
-def test_attention_is_laid_out_group_by_group() -> None:
+def test_attention_layout_by_group() -> None:
     query, key, value = torch.arange(4.0), torch.tensor([10.0, 11.0]), torch.tensor([20.0, 21.0])
     rule = SplitAttention("q", "k", "v")
     shards = rule.shards([query, key, value], ModelShape(2, 2))
     assert shards.tolist() == [[0, 1, 10, 20], [2, 3, 11, 21]]
 
 
-def test_each_rank_has_its_gates_then_what_they_gate() -> None:
+def test_gated_mlp_layout() -> None:
     rule = SplitGated("gate", "up")
     shards = rule.shards([torch.arange(4.0), torch.arange(10.0, 14.0)], ModelShape(1, 2))
     assert shards.tolist() == [[0, 1, 10, 11], [2, 3, 12, 13]]
 
 
-def test_an_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"'mamba'; it knows llama, qwen2, qwen3"):
+def test_unsupported_family_lists_supported_ones() -> None:
+    with pytest.raises(ModelError, match=r"'mamba'; supported: llama, qwen2, qwen3"):
         find_family("mamba")
 
 
@@ -57,17 +57,17 @@ def logprobs_of_shard(rank: int, vocabulary: int, padded: int) -> tuple[torch.Te
     draws = torch.Generator().manual_seed(1)
     logits = torch.randn(7, padded, generator=draws) * 5
     tokens = torch.randint(vocabulary, (7,), generator=draws)
-    own = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
+    local = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
     group = torch.distributed.group.WORLD
     assert group is not None
-    logprobs = vocabulary_parallel_logprobs(own, tokens, vocabulary, group)
+    logprobs = vocabulary_parallel_logprobs(local, tokens, vocabulary, group)
     (logprobs * torch.arange(7)).sum().backward()
-    assert own.grad is not None
-    return logprobs.detach(), own.grad
+    assert local.grad is not None
+    return logprobs.detach(), local.grad
 
 
 @pytest.mark.parametrize(("vocabulary", "padded"), [(10, 10), (9, 10), (3, 10)])
-def test_logprobs_need_no_whole_logits(two_ranks: RankProcesses, vocabulary: int, padded: int) -> None:
+def test_vocabulary_parallel_logprobs_match_full_logits(two_ranks: RankProcesses, vocabulary: int, padded: int) -> None:
     (first, first_gradient), (second, second_gradient) = two_ranks.run(logprobs_of_shard, vocabulary, padded)
     draws = torch.Generator().manual_seed(1)
     logits = (torch.randn(7, padded, generator=draws) * 5).requires_grad_()

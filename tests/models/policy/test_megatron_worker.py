@@ -1,4 +1,4 @@
-"""Megatron workers in their own venv, two ranks on gloo, against the torch worker in this process."""
+"""Megatron workers in the MCORE venv, two ranks on gloo, compared with the torch worker in this process."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    made = {family: make_model(root / family, family) for family in FAMILIES}
-    made["tied"] = make_model(root / "tied", "qwen2", tied=True)
-    made["one_group"] = make_model(root / "one_group", "llama", num_key_value_heads=1)
-    return made
+    models = {family: make_model(root / family, family) for family in FAMILIES}
+    models["tied"] = make_model(root / "tied", "qwen2", tied=True)
+    models["one_group"] = make_model(root / "one_group", "llama", num_key_value_heads=1)
+    return models
 
 
 def torch_steps(model: Path, steps: int = 3, **config: Any) -> tuple[list[TrainResult], State]:
@@ -53,70 +53,70 @@ def torch_steps(model: Path, steps: int = 3, **config: Any) -> tuple[list[TrainR
     return results, weights(worker)
 
 
-def assert_close(found: State, expected: State, tolerance: float = 1e-4) -> None:
+def assert_close(actual: State, expected: State, tolerance: float = 1e-4) -> None:
     """Every tensor differs by at most `tolerance` of its norm."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     errors = {
-        name: float((found[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)) for name in expected
+        name: float((actual[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)) for name in expected
     }
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < tolerance, f"{worst} differs by {errors[worst]:.2g}"
 
 
-def assert_same_metrics(found: list[TrainResult], expected: list[TrainResult]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same_metrics(actual: list[TrainResult], expected: list[TrainResult]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert one.metrics == pytest.approx(other.metrics, rel=1e-4, abs=1e-6)
         assert (one.num_optimizer_steps, one.num_tokens) == (other.num_optimizer_steps, other.num_tokens)
 
 
 @pytest.mark.parametrize("layout", ["alone", "tp2", "pp2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_are_those_of_torch(
+def test_megatron_logprobs_match_torch(
     models: dict[str, Path], megatron_ranks: RankProcesses, family: str, layout: str
 ) -> None:
     config = {"options": LAYOUTS.get(layout, {})}
     results = megatron_ranks.run("tiny_megatron.logprobs", models[family], config, layout == "alone")
     expected = make_worker(models[family]).get_logprobs(make_batch())
     for result in filter(None, results):
-        found, reference_agrees, record = result
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        actual, reference_agrees, record = result
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
         assert reference_agrees
         assert record["megatron_core"]
-    assert expected.abs().max() > 1, "the test is to see differences"
+    assert expected.abs().max() > 1, "log-probabilities must be large enough to show differences"
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "packed"])
 @pytest.mark.parametrize("layout", ["tp2_sequence", "pp2"])
-def test_logprobs_do_not_depend_on_how_a_batch_is_cut(
+def test_megatron_logprobs_match_in_every_batching_mode(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, mode: str
 ) -> None:
     config = {"options": LAYOUTS[layout], **MODES[mode]}
-    (found, _, _), _ = megatron_ranks.run("tiny_megatron.logprobs", models["qwen3"], config)
+    (actual, _, _), _ = megatron_ranks.run("tiny_megatron.logprobs", models["qwen3"], config)
     expected = make_worker(models["qwen3"], **MODES[mode]).get_logprobs(shard_of(make_batch(), 0, 1, **MODES[mode]))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["cp2", "tp2_sequence", "tp2"])
-def test_one_key_value_head_and_split_sequences(
+def test_one_key_value_head_with_split_sequences(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
 ) -> None:
     results = megatron_ranks.run("tiny_megatron.logprobs", models["one_group"], {"options": LAYOUTS[layout]})
     expected = make_worker(models["one_group"]).get_logprobs(make_batch())
-    for found, _, _ in results:
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    for actual, _, _ in results:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_steps_are_those_of_torch(
+def test_ten_steps_match_torch(
     models: dict[str, Path], megatron_ranks: RankProcesses, family: str, layout: str
 ) -> None:
     results = megatron_ranks.run("tiny_megatron.train", models[family], {"options": LAYOUTS[layout]}, 10)
     metrics, state = torch_steps(models[family], 10)
-    for found, _ in results:
+    for actual, _ in results:
         losses = [result.metrics["loss"] for result in metrics]
-        assert [result.metrics["loss"] for result in found] == pytest.approx(losses, rel=1e-4, abs=1e-6)
-    # The moments are of gradients, in which rounding is not averaged out.
+        assert [result.metrics["loss"] for result in actual] == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    # Moments differ more than weights, because gradients do not average rounding errors out.
     for key, tolerance in (("", 1e-4), ("/exp_avg", 1e-3), ("/exp_avg_sq", 1e-3)):
         chosen = {name for name in state if name.endswith(key) and ("/" in name) == bool(key)}
         assert_close({n: results[0][1][n] for n in chosen}, {n: state[n] for n in chosen}, tolerance)
@@ -124,12 +124,12 @@ def test_ten_steps_are_those_of_torch(
 
 @pytest.mark.parametrize("layout", ["tp2_sequence", "cp2", "dp2", "dp2_plain"])
 def test_every_layout_trains_like_torch(models: dict[str, Path], megatron_ranks: RankProcesses, layout: str) -> None:
-    (found, state), (again, _) = megatron_ranks.run(
+    (actual, state), (again, _) = megatron_ranks.run(
         "tiny_megatron.train", models["qwen3"], {"options": LAYOUTS[layout]}
     )
     expected, expected_state = torch_steps(models["qwen3"])
-    assert_same_metrics(found, expected)
-    assert found == again
+    assert_same_metrics(actual, expected)
+    assert actual == again
     assert_close(state, expected_state)
 
 
@@ -154,10 +154,10 @@ def test_four_ranks_train_like_torch(
         return
     for name in ("qwen3", "tied"):
         config = {"options": options, **MODES[mode]}
-        (found, state), *others = four_ranks.run("tiny_megatron.train", models[name], config)
+        (actual, state), *others = four_ranks.run("tiny_megatron.train", models[name], config)
         expected, expected_state = torch_steps(models[name])
-        assert_same_metrics(found, expected)
-        assert all(metrics == found for metrics, _ in others)
+        assert_same_metrics(actual, expected)
+        assert all(metrics == actual for metrics, _ in others)
         assert_close(state, expected_state, 3e-4)
 
 
@@ -166,20 +166,20 @@ def test_tied_embeddings_and_recomputed_activations(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
 ) -> None:
     config = {"options": LAYOUTS[layout], "activation_checkpointing": True, **MODES["packed"]}
-    (found, state), _ = megatron_ranks.run("tiny_megatron.train", models["tied"], config)
+    (actual, state), _ = megatron_ranks.run("tiny_megatron.train", models["tied"], config)
     expected, expected_state = torch_steps(models["tied"])
     assert "lm_head.weight" not in state
-    assert_same_metrics(found, expected)
+    assert_same_metrics(actual, expected)
     assert_close(state, expected_state)
 
 
 def test_bfloat16_keeps_float32_master_weights(models: dict[str, Path], megatron_ranks: RankProcesses) -> None:
     for layout in ("dp2", "tp2"):
         config = {"options": LAYOUTS[layout], "precision": "bfloat16"}
-        (found, state), _ = megatron_ranks.run("tiny_megatron.train", models["llama"], config)
+        (actual, state), _ = megatron_ranks.run("tiny_megatron.train", models["llama"], config)
         expected, expected_state = torch_steps(models["llama"])
-        assert found[0].metrics["loss"] == pytest.approx(expected[0].metrics["loss"], rel=0.05)
-        assert found[0].metrics["loss"] != expected[0].metrics["loss"]
+        assert actual[0].metrics["loss"] == pytest.approx(expected[0].metrics["loss"], rel=0.05)
+        assert actual[0].metrics["loss"] != expected[0].metrics["loss"]
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in state.values())
         assert state.keys() == expected_state.keys()
@@ -187,14 +187,14 @@ def test_bfloat16_keeps_float32_master_weights(models: dict[str, Path], megatron
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "tied"])
-def test_published_weights_are_the_models_bit_for_bit(
+def test_published_megatron_weights_are_exact(
     models: dict[str, Path], megatron_ranks: RankProcesses, name: str, layout: str
 ) -> None:
     published, nothing = megatron_ranks.run("tiny_megatron.publish", models[name], {"options": LAYOUTS[layout]})
     assert nothing is None
-    digest, names, found = published
+    digest, names, actual = published
     module = AutoModelForCausalLM.from_pretrained(models[name])
-    assert_equal(found, {key: tensor.detach() for key, tensor in module.named_parameters()})
+    assert_equal(actual, {key: tensor.detach() for key, tensor in module.named_parameters()})
     assert names == [key for key, _ in module.named_parameters()]
     update = make_worker(models[name]).publish_weights(7, "float32")
     assert update is not None
@@ -203,9 +203,7 @@ def test_published_weights_are_the_models_bit_for_bit(
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
-def test_what_is_not_finite_changes_nothing(
-    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str
-) -> None:
+def test_non_finite_loss_changes_nothing(models: dict[str, Path], megatron_ranks: RankProcesses, layout: str) -> None:
     config = {"options": LAYOUTS[layout]}
     assert megatron_ranks.run("tiny_megatron.not_finite_changes_nothing", models["llama"], config) == [True, True]
 
@@ -221,21 +219,21 @@ def test_what_is_not_finite_changes_nothing(
         pytest.param("cp2", "tp2_sequence", marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_goes_on_under_any_layout(
+def test_resume_under_any_layout(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, saved: str, resumed: str
 ) -> None:
     train, model, directory = "tiny_megatron.train", models["tied"], tmp_path / "c"
     undisturbed, _ = megatron_ranks.run(
         train, model, {"options": LAYOUTS[saved]}, 3, save=directory, steps_after_save=2
     )
-    found, _ = megatron_ranks.run(train, model, {"options": LAYOUTS[resumed]}, 2, load=directory)
-    assert_same_metrics(found[0], undisturbed[0][3:])
+    actual, _ = megatron_ranks.run(train, model, {"options": LAYOUTS[resumed]}, 2, load=directory)
+    assert_same_metrics(actual[0], undisturbed[0][3:])
     if saved == resumed:
-        assert_equal(found[1], undisturbed[1])
-    assert_close(found[1], undisturbed[1])
+        assert_equal(actual[1], undisturbed[1])
+    assert_close(actual[1], undisturbed[1])
 
 
-def test_checkpoints_move_between_torch_and_megatron(
+def test_checkpoints_load_across_backends(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path
 ) -> None:
     worker = make_worker(models["qwen3"])
@@ -257,7 +255,7 @@ def test_checkpoints_move_between_torch_and_megatron(
     )
 
 
-def test_a_missing_checkpoint_is_an_error_on_every_rank(
+def test_missing_checkpoint_raises_on_every_rank(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path
 ) -> None:
     errors = megatron_ranks.run("tiny_megatron.load_fails", models["llama"], tmp_path / "nowhere")
@@ -271,12 +269,12 @@ def test_a_missing_checkpoint_is_an_error_on_every_rank(
         ("odd", {"options": {"pipeline_parallel_size": 2}}, "must divide the 3 layers"),
         ("odd", {"options": {"tensor_parallel_size": 2}}, "must divide the 3 attention heads"),
         ("biased", {}, "its projections have biases"),
-        ("gpt2", {}, "does not know the model family 'gpt2'; it knows llama, qwen2, qwen3"),
+        ("gpt2", {}, "does not support the model family 'gpt2'; supported: llama, qwen2, qwen3"),
         ("llama", {"max_sequence_length": 65}, "exceeds the 64 positions"),
         ("llama", {"backend": "torch"}, "set policy.backend=megatron"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(
+def test_unsupported_model_or_layout_is_refused(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, name: str, config: Any, expected: str
 ) -> None:
     if name == "odd":
@@ -307,26 +305,24 @@ def test_what_cannot_be_divided_is_refused(
     ],
     ids=str,
 )
-def test_memory_that_is_given_away_in_between_changes_no_bit(
+def test_megatron_offload_is_bit_exact(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, config: dict[str, Any]
 ) -> None:
     how = {"options": LAYOUTS[layout], **config}
-    offloaded = megatron_ranks.run("tiny_megatron.train_in_turns", models["tied"], how, offloads=True)
-    plain = megatron_ranks.run("tiny_megatron.train_in_turns", models["tied"], how, offloads=False)
-    for (found, state), (expected, expected_state) in zip(offloaded, plain):
-        assert found == expected
+    offloaded = megatron_ranks.run("tiny_megatron.train_with_offload", models["tied"], how, offloads=True)
+    plain = megatron_ranks.run("tiny_megatron.train_with_offload", models["tied"], how, offloads=False)
+    for (actual, state), (expected, expected_state) in zip(offloaded, plain):
+        assert actual == expected
         assert_equal(state, expected_state)
 
 
-def test_a_worker_that_was_shut_down_leaves_no_model_behind(
-    models: dict[str, Path], megatron_ranks: RankProcesses
-) -> None:
-    assert all(megatron_ranks.run("tiny_megatron.is_gone_after_shutdown", models["llama"], {"options": {}}))
+def test_shutdown_frees_the_model(models: dict[str, Path], megatron_ranks: RankProcesses) -> None:
+    assert all(megatron_ranks.run("tiny_megatron.is_freed_after_shutdown", models["llama"], {"options": {}}))
 
 
 @pytest.mark.parametrize("layout", ["pp2", "dp2"])
-def test_checkpoints_of_a_policy_whose_memory_is_given_away(
+def test_megatron_checkpoint_while_offloaded(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, layout: str
 ) -> None:
     config = {"options": LAYOUTS[layout], "precision": "bfloat16"}
-    assert all(megatron_ranks.run("tiny_megatron.checkpoint_in_turns", models["llama"], config, tmp_path))
+    assert all(megatron_ranks.run("tiny_megatron.checkpoint_while_offloaded", models["llama"], config, tmp_path))

@@ -9,7 +9,7 @@ from nemo_rl.models.policy.microbatching import microbatches, model_inputs
 
 
 def batch_of(lengths: list[int], prompts: list[int], width: int = 8) -> BatchedDataDict:
-    """Row r holds the tokens 10 r + 1, 10 r + 2, ..."""
+    """A batch whose row r has the tokens 10 r + 1, 10 r + 2, ..."""
     position = torch.arange(width)
     inside = position < torch.tensor(lengths)[:, None]
     ids = (10 * torch.arange(len(lengths))[:, None] + position + 1) * inside
@@ -22,22 +22,22 @@ def batch_of(lengths: list[int], prompts: list[int], width: int = 8) -> BatchedD
     )
 
 
-def test_fixed_micro_batches_are_cut_to_their_longest_row() -> None:
+def test_fixed_micro_batches_are_truncated_to_longest_row() -> None:
     parts = list(microbatches(batch_of([3, 5, 2, 4, 7], [1] * 5), 2))
     assert [list(part["input_ids"].shape) for part in parts] == [[2, 5], [2, 4], [1, 7]]
     assert [list(part["token_mask"].shape) for part in parts] == [[2, 5], [2, 4], [1, 7]]
     assert [part["names"] for part in parts] == [["row 0", "row 1"], ["row 2", "row 3"], ["row 4"]]
 
 
-def test_lengths_are_rounded_up_but_not_beyond_the_width() -> None:
+def test_length_multiple_is_limited_by_the_width() -> None:
     parts = list(microbatches(batch_of([3, 5, 2, 7], [1] * 4), 2, length_multiple=3))
     assert [part["input_ids"].shape[1] for part in parts] == [6, 8]
 
 
-def test_padded_inputs_end_before_the_last_token_and_keep_only_wanted_columns() -> None:
+def test_padded_inputs_keep_needed_columns_only() -> None:
     batch = batch_of([5, 6], [3, 4])
     inputs = model_inputs(batch, packed=False, only_loss_tokens=True)
-    # Tokens 3 to 5 are counted in some row: their logits are those of columns 2 to 4.
+    # Tokens 3 to 5 are in the loss of some row; columns 2 to 4 compute their logits.
     assert inputs.input_ids.tolist() == [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]]
     assert inputs.logits_to_keep == 3
     assert inputs.tokens.tolist() == [4, 5, 0, 14, 15, 16]
@@ -45,7 +45,7 @@ def test_padded_inputs_end_before_the_last_token_and_keep_only_wanted_columns() 
     assert scattered.tolist() == [[0, 0, 0, 1, 2, 0, 0, 0], [0, 0, 0, 4, 5, 6, 0, 0]]
 
 
-def test_packed_inputs_hold_no_padding_and_restart_positions() -> None:
+def test_packed_inputs_have_no_padding() -> None:
     batch = batch_of([5, 1, 3], [3, 1, 1])
     inputs = model_inputs(batch, packed=True, only_loss_tokens=True)
     assert inputs.input_ids.tolist() == [[1, 2, 3, 4, 11, 21, 22]]
@@ -59,7 +59,7 @@ def test_packed_inputs_hold_no_padding_and_restart_positions() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("only_loss_tokens", [False, True])
-def test_every_position_but_the_first_without_a_mask(packed: bool, only_loss_tokens: bool) -> None:
+def test_all_positions_but_the_first_are_scored(packed: bool, only_loss_tokens: bool) -> None:
     batch = batch_of([5, 1, 8], [1, 1, 1])
     inputs = model_inputs(batch, packed=packed, only_loss_tokens=only_loss_tokens)
     scattered = inputs.scatter(torch.ones(len(inputs.tokens)))
@@ -68,7 +68,7 @@ def test_every_position_but_the_first_without_a_mask(packed: bool, only_loss_tok
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("width", [1, 4])
-def test_a_micro_batch_that_counts_nothing_still_runs_and_is_all_zero(packed: bool, width: int) -> None:
+def test_micro_batch_without_loss_tokens_is_all_zero(packed: bool, width: int) -> None:
     batch = batch_of([1, 1], [1, 1], width=width)
     inputs = model_inputs(batch, packed=packed, only_loss_tokens=True)
     kept = inputs.logits_to_keep
@@ -79,7 +79,7 @@ def test_a_micro_batch_that_counts_nothing_still_runs_and_is_all_zero(packed: bo
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [3, 9]])
-def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
+def test_invalid_lengths_are_refused(lengths: list[int]) -> None:
     batch = batch_of([3, 3], [1, 1])
     batch["input_lengths"] = torch.tensor(lengths)
     with pytest.raises(DataError, match=rf"from {min(lengths)} to {max(lengths)} do not fit"):

@@ -1,6 +1,6 @@
-"""Parts of a policy leave the device and come back: what is trained in between is the same to the last bit.
+"""Offloading of a policy's memory: training is bit-exact with and without it.
 
-On a CPU memory leaves in the same way as on a GPU: a storage is copied, then freed.
+On a CPU, memory moves as on a GPU: a storage is copied, then freed.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def _no_process_group_stays() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# --- the mover -------------------------------------------------------------------------------------------------------
+# --- StoredTensors ---------------------------------------------------------------------------------------------------
 
 
-def test_views_and_tied_weights_move_once_and_stay_what_they_are() -> None:
+def test_views_and_tied_weights_move_once() -> None:
     buffer = torch.arange(12.0)
     first, second = nn.Parameter(buffer[:4].view(2, 2)), nn.Parameter(buffer[4:])
-    own = nn.Parameter(torch.ones(3))
-    expected = [tensor.detach().clone() for tensor in (first, second, own, buffer)]
-    moved = StoredTensors(lambda: [first, second, own, own], CPU)
+    separate = nn.Parameter(torch.ones(3))
+    expected = [tensor.detach().clone() for tensor in (first, second, separate, buffer)]
+    moved = StoredTensors(lambda: [first, second, separate, separate], CPU)
     moved.leave()
-    assert [tensor.untyped_storage().nbytes() for tensor in (buffer, first, second, own)] == [0, 0, 0, 0]
+    assert [tensor.untyped_storage().nbytes() for tensor in (buffer, first, second, separate)] == [0, 0, 0, 0]
     assert len(moved._places) == 2
     moved.come_back()
     moved.wait()
-    assert all(torch.equal(found, value) for found, value in zip((first, second, own, buffer), expected))
+    assert all(torch.equal(actual, value) for actual, value in zip((first, second, separate, buffer), expected))
     with torch.no_grad():
         first.fill_(7)
     assert torch.equal(buffer[:4], torch.full((4,), 7.0))
 
 
-def test_storages_are_cut_where_the_memory_of_the_host_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storages_are_split_at_host_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "_CHUNK_BYTES", 1000)
     tensors = [torch.randn(size) for size in (1, 700, 3, 250, 64)] + [torch.empty(0)]
     expected = [tensor.clone() for tensor in tensors]
@@ -62,15 +62,15 @@ def test_storages_are_cut_where_the_memory_of_the_host_is(monkeypatch: pytest.Mo
     for _ in range(2):
         moved.leave()
         moved.come_back()
-        assert all(torch.equal(found, value) for found, value in zip(tensors, expected))
-    tensors.append(torch.randn(5000))  # such as the state of an optimizer after its first step
+        assert all(torch.equal(actual, value) for actual, value in zip(tensors, expected))
+    tensors.append(torch.randn(5000))  # like optimizer state that the first step creates
     expected.append(tensors[-1].clone())
     moved.leave()
     moved.come_back()
-    assert all(torch.equal(found, value) for found, value in zip(tensors, expected))
+    assert all(torch.equal(actual, value) for actual, value in zip(tensors, expected))
 
 
-def test_the_memory_of_the_host_is_used_again() -> None:
+def test_host_memory_is_reused() -> None:
     tensor = torch.randn(1000)
     moved = StoredTensors(lambda: [tensor], CPU)
     addresses = set()
@@ -82,19 +82,19 @@ def test_the_memory_of_the_host_is_used_again() -> None:
     assert len(addresses) == 1
 
 
-def test_what_never_changes_is_copied_once() -> None:
+def test_constant_tensors_are_copied_once() -> None:
     tensor = torch.zeros(4)
     moved = StoredTensors(lambda: [tensor], CPU, constant=True)
     moved.leave()
     moved.come_back()
-    tensor += 1  # which nobody does
+    tensor += 1  # violates `constant`, to show that the second copy is skipped
     moved.leave()
     moved.come_back()
     assert torch.equal(tensor, torch.zeros(4))
 
 
-def test_a_host_without_memory_keeps_everything_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Pages of 2**62 bytes are nowhere; a real allocation fails.
+def test_out_of_host_memory_keeps_parts_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An allocation of 2**62 bytes fails on every machine.
     tensor = torch.ones(3)
     memory = PolicyMemory(CPU)
     moved = StoredTensors(lambda: [tensor], CPU)
@@ -107,7 +107,7 @@ def test_a_host_without_memory_keeps_everything_on_the_device(monkeypatch: pytes
     assert torch.equal(tensor, torch.ones(3))
 
 
-def test_a_device_without_memory_is_told_and_nothing_has_come_back() -> None:
+def test_out_of_device_memory_keeps_parts_on_the_host() -> None:
     class Full:
         def leave(self) -> None: ...
 
@@ -124,10 +124,10 @@ def test_a_device_without_memory_is_told_and_nothing_has_come_back() -> None:
     assert not memory.is_here(Part.OPTIMIZER)
 
 
-# --- what is here when -----------------------------------------------------------------------------------------------
+# --- PolicyMemory ----------------------------------------------------------------------------------------------------
 
 
-def test_a_borrowed_part_leaves_again_only_where_memory_is_shared() -> None:
+def test_lent_part_leaves_only_if_memory_is_shared() -> None:
     tensor = torch.ones(3)
     memory = PolicyMemory(CPU)
     memory.add(Part.WEIGHTS, StoredTensors(lambda: [tensor], CPU))
@@ -144,7 +144,7 @@ def test_a_borrowed_part_leaves_again_only_where_memory_is_shared() -> None:
     assert memory.is_here(Part.WEIGHTS)
 
 
-def test_weights_stay_when_they_are_kept() -> None:
+def test_keep_weights() -> None:
     released = []
     memory = PolicyMemory(CPU)
     memory.add(Part.WEIGHTS, Scratch(lambda: released.append("weights")))
@@ -159,8 +159,8 @@ def test_weights_stay_when_they_are_kept() -> None:
 # --- the torch worker ------------------------------------------------------------------------------------------------
 
 
-def make_own_worker(model: Path, **config: Any) -> TorchPolicyWorker:
-    """A worker whose weights have memory of their own, as on a GPU: on a CPU they may be mapped from their file."""
+def make_movable_worker(model: Path, **config: Any) -> TorchPolicyWorker:
+    """A worker whose weights can move, as on a GPU. On a CPU they may be mapped from their file."""
     worker = make_worker(model, **config)
     for parameter in worker._model.parameters().values():
         if not isinstance(parameter, DTensor):
@@ -169,7 +169,7 @@ def make_own_worker(model: Path, **config: Any) -> TorchPolicyWorker:
 
 
 def bytes_on_device(worker: Any) -> int:
-    """Of all storages that parameters, gradients and optimizer states of this worker have."""
+    """Sum the bytes of all storages of parameters, gradients and optimizer state."""
     tensors = [*worker._model.parameters().values(), *worker._optimizer.state_tensors()]
     tensors += [parameter.grad for parameter in worker._model.parameters().values() if parameter.grad is not None]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in (tensor.detach() for tensor in tensors)]
@@ -177,34 +177,34 @@ def bytes_on_device(worker: Any) -> int:
 
 
 def train(rank: int, model: Path, num_ranks: int, *, offloads: bool, **config: Any) -> Any:
-    """Five steps with everything in between that a run does; losses, log-probabilities and state."""
-    worker = make_own_worker(model, **config)
+    """Train five steps with every call of a run in between; returns losses, log-probabilities and state."""
+    worker = make_movable_worker(model, **config)
     shard = shard_of(make_batch(), rank, num_ranks, **config)
-    found: list[Any] = []
+    actual: list[Any] = []
     for step in range(5):
         if offloads:
             worker.offload(keep_weights=True)
-        # The digest of what needs no cast looks at the weights through numpy, and on a CPU such memory has to stay.
+        # Without a cast, the digest reads the weights through numpy, and on a CPU such memory cannot move.
         update = worker.publish_weights(step, "bfloat16")
-        found.append(update and update.digest)
+        actual.append(update and update.digest)
         if offloads:
             worker.offload()
             assert bytes_on_device(worker) == 0
-        found.append(worker.get_logprobs(shard))
-        found.append(worker.get_reference_policy_logprobs(shard))
-        found.append(worker.train(shard, advantage_loss).metrics)
+        actual.append(worker.get_logprobs(shard))
+        actual.append(worker.get_reference_policy_logprobs(shard))
+        actual.append(worker.train(shard, advantage_loss).metrics)
     if offloads:
         worker.offload()
         worker._memory.need(Part.WEIGHTS, Part.OPTIMIZER)
-    result = found, weights(worker)
+    result = actual, weights(worker)
     worker.shutdown()
     return result
 
 
 def assert_same(first: Any, second: Any) -> None:
-    (found, state), (expected, expected_state) = first, second
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected):
+    (actual, state), (expected, expected_state) = first, second
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     assert_equal(state, expected_state)
 
@@ -218,12 +218,12 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("config", CASES, ids=str)
-def test_training_is_the_same_to_the_last_bit(tied_llama: Path, config: dict[str, Any]) -> None:
+def test_offload_is_bit_exact(tied_llama: Path, config: dict[str, Any]) -> None:
     assert_same(train(0, tied_llama, 1, offloads=True, **config), train(0, tied_llama, 1, offloads=False, **config))
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_two_ranks_train_the_same_to_the_last_bit(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
+def test_offload_is_bit_exact_on_two_ranks(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
     offloaded = two_ranks.run(train, llama, 2, offloads=True, sharding=sharding)
     plain = two_ranks.run(train, llama, 2, offloads=False, sharding=sharding)
     for one, other in zip(offloaded, plain):
@@ -231,8 +231,8 @@ def test_two_ranks_train_the_same_to_the_last_bit(llama: Path, two_ranks: RankPr
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_every_call_works_when_all_is_away(llama: Path, tmp_path: Path, sharding: str) -> None:
-    worker = make_own_worker(llama, sharding=sharding)
+def test_every_method_works_while_offloaded(llama: Path, tmp_path: Path, sharding: str) -> None:
+    worker = make_movable_worker(llama, sharding=sharding)
     batch = make_batch()
     worker.train(batch, advantage_loss)
     expected = weights(worker)
@@ -246,7 +246,7 @@ def test_every_call_works_when_all_is_away(llama: Path, tmp_path: Path, sharding
     worker.train(batch, advantage_loss)
     after = weights(worker)
     worker.shutdown()
-    other = make_own_worker(llama, sharding=sharding)
+    other = make_movable_worker(llama, sharding=sharding)
     other.offload()
     other.load_checkpoint(tmp_path)
     assert_equal(weights(other), expected)
@@ -256,18 +256,18 @@ def test_every_call_works_when_all_is_away(llama: Path, tmp_path: Path, sharding
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_weights_that_are_away_are_refused(llama: Path, sharding: str) -> None:
-    worker = make_own_worker(llama, sharding=sharding)
+def test_offloaded_model_refuses_to_run(llama: Path, sharding: str) -> None:
+    worker = make_movable_worker(llama, sharding=sharding)
     worker.get_reference_policy_logprobs(make_batch())
     worker.offload()
     ids = make_batch()["input_ids"]
-    for module, name in ((worker._model.module, "weights"), (worker._reference[0].module, "reference")):
+    for module, name in ((worker._model.module, "weights"), (worker._reference._model.module, "reference")):
         with pytest.raises(ModelError, match=rf"{name}.* are in the host's memory"):
             module(input_ids=ids)
 
 
-def test_gradients_of_a_loss_that_raised_leave(llama: Path) -> None:
-    worker = make_own_worker(llama, train_micro_batch_size=4)
+def test_offload_drops_gradients_of_a_failed_loss(llama: Path) -> None:
+    worker = make_movable_worker(llama, train_micro_batch_size=4)
 
     seen: list[int] = []
 
@@ -286,8 +286,8 @@ def test_gradients_of_a_loss_that_raised_leave(llama: Path) -> None:
     assert bytes_on_device(worker) == 0
 
 
-def test_the_optimizer_comes_back_while_gradients_are_computed(llama: Path) -> None:
-    worker = make_own_worker(llama)
+def test_optimizer_returns_during_the_backward_pass(llama: Path) -> None:
+    worker = make_movable_worker(llama)
     worker.train(make_batch(), advantage_loss)
     worker.offload()
     here: list[bool] = []
@@ -300,8 +300,8 @@ def test_the_optimizer_comes_back_while_gradients_are_computed(llama: Path) -> N
     assert here == [True]
 
 
-def test_a_worker_that_nobody_asked_keeps_everything(llama: Path) -> None:
-    worker = make_own_worker(llama)
+def test_nothing_moves_without_offload(llama: Path) -> None:
+    worker = make_movable_worker(llama)
     addresses: Callable[[], list[int]] = lambda: [p.data_ptr() for p in worker._model.parameters().values()]  # noqa: E731
     before = addresses()
     worker.publish_weights(1, "float32")

@@ -15,17 +15,17 @@ def factors(config: SchedulerConfig, total: int, steps: int) -> list[float]:
     return [learning_rate_factor(config, total, step) for step in range(steps)]
 
 
-def test_warm_up_then_constant() -> None:
+def test_constant_schedule_after_warm_up() -> None:
     config = SchedulerConfig(warmup_steps=4)
     assert factors(config, 10, 7) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_linear_reaches_its_end_at_total_steps_and_stays() -> None:
+def test_linear_schedule_ends_at_total_steps() -> None:
     config = SchedulerConfig(kind="linear", warmup_steps=2, min_lr_ratio=0.2)
     assert factors(config, 6, 8) == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
-def test_cosine_is_half_way_down_in_the_middle() -> None:
+def test_cosine_schedule() -> None:
     config = SchedulerConfig(kind="cosine", min_lr_ratio=0.1)
     assert factors(config, 4, 6) == pytest.approx(
         [
@@ -39,7 +39,7 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
     )
 
 
-def test_warm_up_that_lasts_as_long_as_the_run() -> None:
+def test_warm_up_of_the_whole_run() -> None:
     assert factors(SchedulerConfig(kind="linear", warmup_steps=3), 3, 4) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
@@ -51,7 +51,7 @@ def make(max_grad_norm: float | None, **optimizer: float) -> tuple[dict[str, nn.
     )
 
 
-def test_clipping_bounds_what_adam_sees_and_reports_the_norm_before() -> None:
+def test_clipping_returns_the_norm_before() -> None:
     parameters, optimizer = make(1.0)
     parameters["matrix"].grad = torch.full((2, 2), 3.0)
     parameters["bias"].grad = torch.tensor([0.0, 8.0])
@@ -60,7 +60,7 @@ def test_clipping_bounds_what_adam_sees_and_reports_the_norm_before() -> None:
     torch.testing.assert_close(seen, torch.full((2, 2), 0.3))
 
 
-def test_without_a_bound_nothing_is_clipped() -> None:
+def test_no_clipping_without_max_grad_norm() -> None:
     parameters, optimizer = make(None)
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 100.0)
@@ -68,7 +68,7 @@ def test_without_a_bound_nothing_is_clipped() -> None:
     torch.testing.assert_close(optimizer.state("bias")["exp_avg"], torch.full((2,), 10.0))
 
 
-def test_weight_decay_is_for_matrices_only() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     parameters, optimizer = make(None, weight_decay=0.5)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -78,7 +78,7 @@ def test_weight_decay_is_for_matrices_only() -> None:
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_what_is_not_finite_is_refused_without_a_step(loss: float, gradient: float) -> None:
+def test_non_finite_step_is_refused(loss: float, gradient: float) -> None:
     parameters, optimizer = make(1.0)
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, gradient)

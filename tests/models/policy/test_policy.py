@@ -1,4 +1,4 @@
-"""The driver's side, over real Ray workers."""
+"""A policy with Ray workers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, NonFiniteError, WorkerStartError
-from nemo_rl.models.backends import Backend, PolicyOptions
+from nemo_rl.models.backends import POLICY_BACKENDS, Backend, policy_backend
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.policy import Policy
-from nemo_rl.models.policy.registry import BACKENDS, policy_backend
 from nemo_rl.models.weights.receiver import receive
 
 WORKERS = 2
@@ -29,10 +28,10 @@ WORKERS = 2
 def cluster() -> Iterator[RayVirtualCluster]:
     patch = pytest.MonkeyPatch()
     patch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
-    # The loss is pickled by name, so the workers must find its module.
+    # The loss is pickled by name, so the workers must be able to import its module.
     patch.setenv("PYTHONPATH", str(Path(__file__).parent))
     assert not ray.is_initialized(), "another test left Ray running"
-    start_local_ray(num_cpus=4, num_gpus=1)  # which nobody looks for
+    start_local_ray(num_cpus=4, num_gpus=1)  # a logical GPU that no worker uses
     with RayVirtualCluster([WORKERS], use_gpus=False, max_colocated_worker_groups=3) as cluster:
         yield cluster
     ray.shutdown()
@@ -52,7 +51,7 @@ def make_policy(cluster: RayVirtualCluster, model: Path, **config: Any) -> Polic
 
 @pytest.fixture(scope="module")
 def policies(cluster: RayVirtualCluster, llama: Path) -> Iterator[dict[str, Policy]]:
-    """Started side by side; each of a mode of batching and a sharding."""
+    """Policies with different batching modes and shardings, started together."""
     configs: dict[str, dict[str, Any]] = {
         "ddp": {"train_global_batch_size": 4, "logprob_batch_size": 3},
         "fsdp": {
@@ -70,9 +69,7 @@ def policies(cluster: RayVirtualCluster, llama: Path) -> Iterator[dict[str, Poli
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_policy_does_what_one_worker_does(
-    policies: dict[str, Policy], llama: Path, tmp_path: Path, name: str
-) -> None:
+def test_policy_matches_one_worker(policies: dict[str, Policy], llama: Path, tmp_path: Path, name: str) -> None:
     policy, batch = policies[name], make_batch()
     alone = make_worker(llama)
     start = alone.get_logprobs(batch)
@@ -91,7 +88,7 @@ def test_a_policy_does_what_one_worker_does(
     torch.testing.assert_close(saved, trained, rtol=1e-4, atol=1e-4)
 
 
-def test_published_weights_are_those_of_the_checkpoint(policies: dict[str, Policy], tmp_path: Path) -> None:
+def test_published_weights_equal_the_checkpoint(policies: dict[str, Policy], tmp_path: Path) -> None:
     policy = policies["ddp"]
     policy.save_checkpoint(tmp_path / "c")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "c" / "model")
@@ -100,7 +97,7 @@ def test_published_weights_are_those_of_the_checkpoint(policies: dict[str, Polic
     assert_equal(dict(receive(update)), dict(saved.named_parameters()))
 
 
-def test_a_loaded_checkpoint_undoes_training(policies: dict[str, Policy], tmp_path: Path) -> None:
+def test_loading_a_checkpoint_undoes_training(policies: dict[str, Policy], tmp_path: Path) -> None:
     policy, batch = policies["fsdp"], make_batch()
     before = policy.get_logprobs(batch)
     policy.save_checkpoint(tmp_path / "c")
@@ -112,7 +109,7 @@ def test_a_loaded_checkpoint_undoes_training(policies: dict[str, Policy], tmp_pa
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_policy_that_leaves_computes_and_sends_the_same(policies: dict[str, Policy], name: str) -> None:
+def test_offload_changes_neither_logprobs_nor_weights(policies: dict[str, Policy], name: str) -> None:
     policy, batch = policies[name], make_batch()
     expected = policy.get_logprobs(batch)
     digest = policy.publish_weights(1, "bfloat16").digest
@@ -125,7 +122,7 @@ def test_a_policy_that_leaves_computes_and_sends_the_same(policies: dict[str, Po
     assert policy.train(batch, advantage_loss).metrics["grad_norm"] > 0
 
 
-def test_a_worker_error_reaches_the_driver_by_its_type(policies: dict[str, Policy]) -> None:
+def test_worker_error_keeps_its_type_on_the_driver(policies: dict[str, Policy]) -> None:
     policy, batch = policies["ddp"], make_batch()
     before = policy.get_logprobs(batch)
     with pytest.raises(NonFiniteError, match="loss nan"):
@@ -133,48 +130,48 @@ def test_a_worker_error_reaches_the_driver_by_its_type(policies: dict[str, Polic
     assert torch.equal(policy.get_logprobs(batch), before)
 
 
-def test_attestation_names_every_worker(policies: dict[str, Policy]) -> None:
+def test_attestation_of_every_worker(policies: dict[str, Policy]) -> None:
     records = policies["fsdp"].attestation()
     assert [record["rank"] for record in records] == list(range(WORKERS))
     assert len({record["pid"] for record in records}) == WORKERS
     assert all(record["torch"] == torch.__version__ and record["num_threads"] == 1 for record in records)
 
 
-def test_a_model_that_cannot_be_loaded_fails_the_start(cluster: RayVirtualCluster, tmp_path: Path) -> None:
+def test_missing_model_fails_the_start(cluster: RayVirtualCluster, tmp_path: Path) -> None:
     policy = make_policy(cluster, tmp_path / "nowhere")
     with pytest.raises(WorkerStartError, match=r"no model directory '.*nowhere'"):
         policy.wait_ready()
     policy.shutdown()
 
 
-def test_the_embedded_model_is_made_before(cluster: RayVirtualCluster) -> None:
+def test_unresolved_embedded_model_is_refused(cluster: RayVirtualCluster) -> None:
     with pytest.raises(ModelError, match="ensure_embedded_model"):
         Policy(cluster, PolicyConfig(), total_steps=1, seed=0)
 
 
-def test_an_unknown_backend_names_the_nearest() -> None:
+def test_unknown_backend_suggests_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'torsh' is unknown\. Did you mean 'torch'\?"):
         policy_backend("torsh")
 
 
-def test_workers_have_what_cuda_reads_before_they_import_anything(
+def test_gpu_env_vars_are_set_before_imports(
     cluster: RayVirtualCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fqn = "variables_worker.VariablesWorker"
-    wanted = policy_backend("megatron").gpu_env_vars
-    assert wanted == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    monkeypatch.setitem(BACKENDS, "variables", Backend(fqn, PolicyOptions, gpu_env_vars=wanted))
+    expected = policy_backend("megatron").gpu_env_vars
+    assert expected == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    monkeypatch.setitem(POLICY_BACKENDS, "variables", Backend(fqn, gpu_env_vars=expected))
     monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, fqn, "unused")
 
     def variables(place: RayVirtualCluster) -> dict[str, str]:
         policy = make_policy(place, llama, backend="variables")
-        found = policy.attestation()[0]["variables"]
+        reported = policy.attestation()[0]["variables"]
         policy.shutdown()
-        return found
+        return reported
 
     with RayVirtualCluster([1], use_gpus=True) as on_gpu:
-        found = variables(on_gpu)
-    assert wanted.items() <= found.items()
-    assert found["CUDA_VISIBLE_DEVICES"].isdigit()  # its own GPU, and no other
+        reported = variables(on_gpu)
+    assert expected.items() <= reported.items()
+    assert reported["CUDA_VISIBLE_DEVICES"].isdigit()  # only the GPU of this worker
     with RayVirtualCluster([1], use_gpus=False) as on_cpu:
         assert variables(on_cpu)["CUDA_VISIBLE_DEVICES"] == ""

@@ -15,7 +15,7 @@ from tiny_policy import advantage_loss, assert_equal, make_batch, make_llama, ma
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_rl.errors import CheckpointError
-from nemo_rl.models.policy import random_state
+from nemo_rl.models.policy.process_group import capture_random_state, restore_random_state, seed_everything
 
 State = dict[str, torch.Tensor]
 
@@ -25,12 +25,12 @@ def draws() -> list[float]:
 
 
 def undisturbed(rank: int, world_size: int, model: Path, directory: Path, config: dict[str, Any]) -> tuple[State, Any]:
-    """Three steps, a checkpoint, three more."""
+    """Train three steps, save a checkpoint, train three more."""
     shard = make_batch().chunk(rank, world_size)
     worker = make_worker(model, **config)
     for _ in range(3):
         worker.train(shard, advantage_loss)
-    draws()  # leaves a spare normal deviate behind, which is state too
+    draws()  # caches a spare normal deviate, which belongs to the state
     worker.save_checkpoint(directory)
     drawn = draws()
     for _ in range(3):
@@ -39,20 +39,20 @@ def undisturbed(rank: int, world_size: int, model: Path, directory: Path, config
 
 
 def resumed(rank: int, world_size: int, model: Path, directory: Path, config: dict[str, Any]) -> tuple[State, Any]:
-    """A new worker that loads the checkpoint and takes the last three steps."""
+    """Load the checkpoint in a new worker and train the last three steps."""
     shard = make_batch().chunk(rank, world_size)
     worker = make_worker(model, **config)
     worker.load_checkpoint(directory)
     drawn = draws()
     results = [worker.train(shard, advantage_loss) for _ in range(3)]
-    assert results[0].metrics["lr"] < 1e-2, "the schedule went on, past its warm-up"
+    assert results[0].metrics["lr"] < 1e-2, "the schedule did not continue after its warm-up"
     return weights(worker), drawn
 
 
 def test_one_worker_resumes_bit_for_bit(llama: Path, tmp_path: Path) -> None:
     expected, drawn = undisturbed(0, 1, llama, tmp_path / "c", {})
-    found, drawn_again = resumed(0, 1, llama, tmp_path / "c", {})
-    assert_equal(expected, found)
+    actual, drawn_again = resumed(0, 1, llama, tmp_path / "c", {})
+    assert_equal(expected, actual)
     assert drawn == drawn_again
 
 
@@ -60,10 +60,10 @@ def test_one_worker_resumes_bit_for_bit(llama: Path, tmp_path: Path) -> None:
 def test_two_workers_resume_bit_for_bit(llama: Path, tmp_path: Path, two_ranks: RankProcesses, sharding: str) -> None:
     arguments = (2, llama, tmp_path / "c", {"sharding": sharding})
     first, second = two_ranks.run(undisturbed, *arguments), two_ranks.run(resumed, *arguments)
-    for (expected, drawn), (found, drawn_again) in zip(first, second, strict=True):
-        assert_equal(expected, found)
+    for (expected, drawn), (actual, drawn_again) in zip(first, second, strict=True):
+        assert_equal(expected, actual)
         assert drawn == drawn_again
-    assert first[0][1] != first[1][1], "ranks draw differently"
+    assert first[0][1] != first[1][1], "ranks must draw different numbers"
 
 
 def train_and_save(rank: int, model: Path, directory: Path, config: dict[str, Any]) -> State:
@@ -83,7 +83,7 @@ def load_and_describe(rank: int, model: Path, directory: Path, config: dict[str,
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_checkpoint_fits_every_layout(
+def test_checkpoint_loads_under_every_sharding(
     llama: Path, tied_llama: Path, tmp_path: Path, two_ranks: RankProcesses, tied: bool
 ) -> None:
     model = tied_llama if tied else llama
@@ -98,7 +98,7 @@ def test_a_checkpoint_fits_every_layout(
         assert_equal(saved, loaded)
 
 
-def test_transformers_loads_model_and_tokenizer(tmp_path: Path) -> None:
+def test_transformers_loads_the_checkpoint(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -114,7 +114,7 @@ def test_transformers_loads_model_and_tokenizer(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "c" / "model").get_vocab() == words
 
 
-def test_optimizer_state_is_cut_into_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_state_is_split_into_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_rl.models.policy.policy_checkpoint.MAX_FILE_BYTES", 10_000)
     worker = make_worker(llama)
     worker.train(make_batch(), advantage_loss)
@@ -149,8 +149,8 @@ def copy_of(source: Path, target: Path) -> Path:
         ("model/model.safetensors", "model"),
     ],
 )
-@pytest.mark.parametrize("damage", ["missing", "cut off"])
-def test_a_damaged_checkpoint_changes_nothing(
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_checkpoint_changes_nothing(
     llama: Path, saved: Path, tmp_path: Path, file: str, message: str, damage: str
 ) -> None:
     directory = copy_of(saved, tmp_path / "c")
@@ -167,14 +167,14 @@ def test_a_damaged_checkpoint_changes_nothing(
     assert_equal(before, weights(worker))
 
 
-def test_a_checkpoint_of_another_model_is_refused(saved: Path, tied_llama: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(saved: Path, tied_llama: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"another model: lm_head\.weight has the shape \[29, 32\] there and none"
+        CheckpointError, match=r"another model: lm_head\.weight has the shape \[29, 32\] in the checkpoint and none"
     ):
         make_worker(tied_llama).load_checkpoint(saved)
 
 
-def test_a_checkpoint_of_another_format_is_refused(llama: Path, saved: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_another_format_is_refused(llama: Path, saved: Path, tmp_path: Path) -> None:
     directory = copy_of(saved, tmp_path / "c")
     trainer = json.loads((directory / "trainer.json").read_text())
     (directory / "trainer.json").write_text(json.dumps(trainer | {"format": 99}))
@@ -182,8 +182,8 @@ def test_a_checkpoint_of_another_format_is_refused(llama: Path, saved: Path, tmp
         make_worker(llama).load_checkpoint(directory)
 
 
-def test_a_place_that_cannot_be_written_is_an_error(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_unwritable_checkpoint_directory_raises(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*file"):
         make_worker(llama).save_checkpoint(tmp_path / "file" / "checkpoint")
 
@@ -194,29 +194,29 @@ def fail_to_load(rank: int, model: Path, directory: Path, config: dict[str, Any]
     return str(error.value)
 
 
-def test_all_ranks_learn_that_loading_failed(llama: Path, tmp_path: Path, two_ranks: RankProcesses) -> None:
+def test_failed_load_raises_on_all_ranks(llama: Path, tmp_path: Path, two_ranks: RankProcesses) -> None:
     first, second = two_ranks.run(fail_to_load, llama, tmp_path / "nowhere", {"sharding": "fsdp"})
     assert "trainer.json" in first
     assert "rank 0" in second
 
 
-def test_random_states_are_equal_after_restoring_them() -> None:
-    random_state.seed_everything(5, 0)
+def test_random_states_are_restored() -> None:
+    seed_everything(5, 0)
     first = draws()
-    random_state.seed_everything(5, 0)
+    seed_everything(5, 0)
     assert draws() == first
-    state = random_state.capture(torch.device("cpu"))
+    state = capture_random_state(torch.device("cpu"))
     second = draws()
     assert second != first
-    random_state.restore(state, torch.device("cpu"))
+    restore_random_state(state, torch.device("cpu"))
     assert draws() == second
-    random_state.seed_everything(5, 1)
+    seed_everything(5, 1)
     assert draws() != first
 
 
-def test_a_worker_on_a_cpu_asks_no_gpu_for_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray leaves all GPUs of a node visible to workers that were given none."""
+def test_cpu_worker_ignores_gpu_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All GPUs of a node are visible to Ray workers without GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    state = random_state.capture(torch.device("cpu"))
+    state = capture_random_state(torch.device("cpu"))
     assert "cuda" not in state
-    random_state.restore({**state, "cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))
+    restore_random_state({**state, "cuda": torch.zeros(16, dtype=torch.uint8)}, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""One worker, and two that train together: results do not depend on how samples are cut up."""
+"""One torch worker, and two that train together: results do not depend on micro-batches and shards."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_same_metrics(first: list[TrainResult], second: list[TrainResult]) -> 
 
 
 def reference_logprobs(model: Path, batch: BatchedDataDict) -> torch.Tensor:
-    """One sequence at a time, by transformers alone."""
+    """Compute log-probabilities one sequence at a time with transformers alone."""
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     result = torch.zeros(batch["input_ids"].shape)
     for row, length in enumerate(batch["input_lengths"].tolist()):
@@ -79,7 +79,7 @@ def reference_logprobs(model: Path, batch: BatchedDataDict) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logprobs_are_those_of_each_sequence_alone(llama: Path, mode: str, attention: str) -> None:
+def test_logprobs_match_single_sequences(llama: Path, mode: str, attention: str) -> None:
     config = MODES[mode]
     worker = make_worker(llama, attn_implementation=attention, **config)
     batch = make_batch()
@@ -90,8 +90,8 @@ def test_logprobs_are_those_of_each_sequence_alone(llama: Path, mode: str, atten
     assert logprobs.shape == batch["input_ids"].shape
 
 
-def test_the_first_step_matches_adamw_by_hand(llama: Path) -> None:
-    """The whole batch at once through transformers, torch's plain clipping and the published AdamW update."""
+def test_first_step_matches_adamw_by_hand(llama: Path) -> None:
+    """Compare with one pass of transformers over the batch, torch's clipping and the published AdamW update."""
     batch = make_batch()
     module = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attention_dropout=0.0)
     logprobs = torch.log_softmax(module(input_ids=batch["input_ids"]).logits[:, :-1], dim=-1)
@@ -104,25 +104,25 @@ def test_the_first_step_matches_adamw_by_hand(llama: Path) -> None:
     assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert result.metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     assert result.metrics["lr"] == pytest.approx(1e-2 * 1 / 2)  # first of two warm-up steps
-    assert norm > 0.5, "the test is to cover clipping"
+    assert norm > 0.5, "the step must clip"
     for name, parameter in module.named_parameters():
         gradient = parameter.grad
         assert gradient is not None
         decay = 0.1 if parameter.ndim > 1 else 0.0
-        # After one step both moments' bias corrections leave gradient and its square.
+        # After one step the bias-corrected moments equal the gradient and its square.
         expected = parameter * (1 - 0.005 * decay) - 0.005 * gradient / (gradient.abs() + EPS)
         torch.testing.assert_close(state[name], expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training_does_not_depend_on_micro_batches(llama: Path, mode: str) -> None:
-    whole = train_alone(llama, train_micro_batch_size=8)
-    cut = train_alone(llama, **MODES[mode])
-    assert_same_metrics(whole[0], cut[0])
-    assert_close(whole[1], cut[1])
+    expected = train_alone(llama, train_micro_batch_size=8)
+    results = train_alone(llama, **MODES[mode])
+    assert_same_metrics(expected[0], results[0])
+    assert_close(expected[1], results[1])
 
 
-def test_training_twice_is_equal_bit_for_bit(llama: Path) -> None:
+def test_training_is_deterministic(llama: Path) -> None:
     assert_equal(train_alone(llama)[1], train_alone(llama)[1])
 
 
@@ -139,7 +139,7 @@ def test_two_workers_train_like_one(llama: Path, two_ranks: RankProcesses, shard
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_workers_repeat_themselves_bit_for_bit(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
+def test_two_workers_are_deterministic(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
     runs = [two_ranks.run(train_as_rank, llama, {"sharding": sharding}) for _ in range(2)]
     assert_equal(runs[0][0][1], runs[1][0][1])
     assert runs[0][0][0] == runs[1][0][0]
@@ -172,7 +172,7 @@ def test_several_optimizer_steps_per_call(llama: Path) -> None:
         both.train(batch, advantage_loss, local_batch_size=3)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(llama: Path) -> None:
+def test_non_finite_loss_does_not_change_training(llama: Path) -> None:
     worker = make_worker(llama)
     worker.train(make_batch(), advantage_loss)
     before = weights(worker)
@@ -198,11 +198,11 @@ def fail_on_one_rank(rank: int, model: Path, config: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_all_ranks_see_that_one_rank_is_not_finite(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
+def test_non_finite_loss_on_one_rank_raises_on_all(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
     assert two_ranks.run(fail_on_one_rank, llama, {"sharding": sharding}) == [True, True]
 
 
-def test_reference_logprobs_stay_those_of_the_start(llama: Path) -> None:
+def test_reference_keeps_the_initial_weights(llama: Path) -> None:
     worker = make_worker(llama)
     batch = make_batch()
     start = worker.get_logprobs(batch)
@@ -212,7 +212,7 @@ def test_reference_logprobs_stay_those_of_the_start(llama: Path) -> None:
     assert (worker.get_logprobs(batch) - start).abs().max() > 0.01
 
 
-def test_bfloat16_computes_coarsely_and_keeps_float32_weights(llama: Path) -> None:
+def test_bfloat16_keeps_float32_weights(llama: Path) -> None:
     worker = make_worker(llama, precision="bfloat16")
     batch = make_batch()
     exact = reference_logprobs(llama, batch)
@@ -244,9 +244,7 @@ def publish_as_rank(rank: int, model: Path, sharding: str) -> Any:
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_published_weights_are_the_same_however_they_are_held(
-    llama: Path, two_ranks: RankProcesses, sharding: str
-) -> None:
+def test_published_weights_do_not_depend_on_sharding(llama: Path, two_ranks: RankProcesses, sharding: str) -> None:
     alone = make_worker(llama).publish_weights(7, "float32")
     update, nothing = two_ranks.run(publish_as_rank, llama, sharding)
     assert nothing is None
@@ -255,27 +253,27 @@ def test_published_weights_are_the_same_however_they_are_held(
     assert names == [name for name, _ in AutoModelForCausalLM.from_pretrained(llama).named_parameters()]
 
 
-def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
+def test_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model directory '.*nowhere'.*policy\.model_name"):
         make_worker(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         make_worker(tmp_path / "empty")
 
 
-def test_a_damaged_model_is_named(llama: Path, tmp_path: Path) -> None:
+def test_damaged_model_is_refused(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"cannot be loaded"):
         make_worker(tmp_path)
 
 
-def test_a_model_that_is_too_short_is_refused(llama: Path) -> None:
+def test_too_long_sequences_are_refused(llama: Path) -> None:
     with pytest.raises(ModelError, match=r"max_sequence_length=65 exceeds the 64 positions"):
         make_worker(llama, max_sequence_length=65)
 
 
-def test_attestation_names_the_stack(llama: Path) -> None:
+def test_attestation_has_software_and_model(llama: Path) -> None:
     record = make_worker(llama).attestation()
     assert record["torch"] == torch.__version__
     assert record["model"] == "LlamaForCausalLM"

@@ -1,4 +1,4 @@
-"""What ranks of a Megatron policy do in the tests. Imported in the MCORE venv, which has no pytest."""
+"""Scenarios for ranks of a Megatron policy. The MCORE venv, which has no pytest, imports this module."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ def megatron_worker(model: Path | str, device_type: str = "cpu", **config: Any) 
 
 
 def shard_for(worker: MegatronPolicyWorker) -> BatchedDataDict:
-    """This rank's rows of the batch that all tests take."""
+    """Return this rank's rows of the batch that all tests use."""
     data, batching = worker._grid.data, worker._config.batching
     return shard_of(make_batch(), data.rank, data.world_size, batching=batching.model_dump())
 
 
 def state_of(worker: MegatronPolicyWorker) -> State:
-    """Master weights and moments by Hugging Face name, on rank 0. A collective."""
+    """Return master weights and moments by Hugging Face name on rank 0. A collective."""
     state = {name: tensor.cpu().clone() for name, tensor in worker._state.weights()}
     state.update({key: tensor.cpu().clone() for key, tensor in worker._state.moments()})
     return state if worker._grid.world.rank == 0 else {}
 
 
 def alone(rank: int) -> bool:
-    """Let rank 0 be a process group of its own; the others have nothing to do."""
+    """Make rank 0 a single process; returns False on the other ranks, which do nothing."""
     os.environ.update(WORLD_SIZE="1")
     return rank == 0
 
 
 def logprobs(rank: int, model: Path, config: dict[str, Any], single: bool = False) -> Any:
-    """Log-probabilities of this rank's shard, and whether the frozen reference gives the same bits."""
+    """Return log-probabilities of this rank's shard, and whether those of the reference are bit-identical."""
     world_size = os.environ["WORLD_SIZE"]
     try:
         if single and not alone(rank):
             return None
         with megatron_worker(model, **config) as worker:
             shard = shard_for(worker)
-            found = worker.get_logprobs(shard)
-            return found, torch.equal(found, worker.get_reference_policy_logprobs(shard)), worker.attestation()
+            actual = worker.get_logprobs(shard)
+            return actual, torch.equal(actual, worker.get_reference_policy_logprobs(shard)), worker.attestation()
     finally:
         os.environ["WORLD_SIZE"] = world_size
 
@@ -92,7 +92,7 @@ def train(
     steps_after_save: int = 0,
     device_type: str = "cpu",
 ) -> Any:
-    """Metrics of each step, and the state after the last one on rank 0."""
+    """Return the metrics of each step, and on rank 0 the state after the last one."""
     with megatron_worker(model, device_type, **config) as worker:
         if load is not None:
             worker.load_checkpoint(load)
@@ -104,25 +104,25 @@ def train(
         return results, state_of(worker)
 
 
-def is_gone_after_shutdown(rank: int, model: Path, config: dict[str, Any]) -> bool:
-    """Whether nothing holds the model, and with it its memory, once its worker has been shut down and let go."""
+def is_freed_after_shutdown(rank: int, model: Path, config: dict[str, Any]) -> bool:
+    """Return whether the model is garbage-collected after its worker has been shut down and deleted."""
     with megatron_worker(model, **config) as worker:
         worker.train(shard_for(worker), advantage_loss)
-        found = weakref.ref(worker._forward._model)
+        actual = weakref.ref(worker._forward._model)
     del worker
     gc.unfreeze()
     gc.collect()
-    return found() is None
+    return actual() is None
 
 
 def served(rank: int, model: Path, config: dict[str, Any]) -> str:
-    """Digest of the weights that every rank gathers, where every rank sends."""
+    """Return the digest of the weights gathered on every rank, as for streams that every rank sends."""
     with megatron_worker(model, **config) as worker:
         return digest_tensors(worker._state.served_weights(on_all_ranks=True))
 
 
 def publish(rank: int, model: Path, config: dict[str, Any], device_type: str = "cpu") -> Any:
-    """Digest and names of the published weights, and all weights read back, on rank 0."""
+    """Return on rank 0 the digest and the names of the published weights, and all weights."""
     with megatron_worker(model, device_type, **config) as worker:
         update = worker.publish_weights(7, "float32")
         weights = {name: tensor.clone() for name, tensor in worker._state.weights()}
@@ -145,7 +145,7 @@ def not_finite_changes_nothing(rank: int, model: Path, config: dict[str, Any]) -
 
 
 def refused(rank: int, model: Path, config: dict[str, Any]) -> str:
-    """The error that the worker's start ends with."""
+    """Return the error of the worker's start."""
     try:
         with megatron_worker(model, **config):
             return ""
@@ -162,33 +162,33 @@ def load_fails(rank: int, model: Path, directory: Path) -> str:
         return ""
 
 
-def train_in_turns(rank: int, model: Path, config: dict[str, Any], *, offloads: bool) -> Any:
-    """Five steps with what a run does in between, while the device's memory is given away and taken back, or not."""
+def train_with_offload(rank: int, model: Path, config: dict[str, Any], *, offloads: bool) -> Any:
+    """Train five steps with every call of a run in between, with or without offloading."""
     with megatron_worker(model, **config) as worker:
         shard = shard_for(worker)
-        # The digest of what needs no cast looks at the weights through numpy, and on a CPU such memory has to stay.
+        # Without a cast, the digest reads the weights through numpy, and on a CPU such memory cannot move.
         dtype = "bfloat16" if worker._config.precision == "float32" else "float32"
-        found: list[Any] = []
+        actual: list[Any] = []
         for step in range(5):
             if offloads:
                 worker.offload(keep_weights=True)
             update = worker.publish_weights(step, dtype)
-            found.append(update and update.digest)
+            actual.append(update and update.digest)
             if offloads:
                 worker.offload()
                 assert bytes_on_device(worker) == 0
-            found.append(worker.get_logprobs(shard).tolist())
-            found.append(worker.get_reference_policy_logprobs(shard).tolist())
-            found.append(worker.train(shard, advantage_loss).metrics)
+            actual.append(worker.get_logprobs(shard).tolist())
+            actual.append(worker.get_reference_policy_logprobs(shard).tolist())
+            actual.append(worker.train(shard, advantage_loss).metrics)
         if offloads:
             worker.offload()
             assert refuses_to_compute(worker)
             worker._memory.need(Part.WEIGHTS, Part.OPTIMIZER)
-        return found, state_of(worker)
+        return actual, state_of(worker)
 
 
 def bytes_on_device(worker: MegatronPolicyWorker) -> int:
-    """Of all storages that weights, buffers of gradients and the optimizer have."""
+    """Sum the bytes of all storages of weights, gradient buffers and the optimizer."""
     wrapped = worker._optimizer._model
     buffers = [data for buffer in wrapped.buffers for data in (buffer.grad_data, buffer.param_data) if data is not None]
     tensors = [*wrapped.parameters(), *buffers, *worker._optimizer.state_tensors()]
@@ -203,37 +203,37 @@ def refuses_to_compute(worker: MegatronPolicyWorker) -> bool:
     return False
 
 
-def memory_of_phases(rank: int, model: Path, config: dict[str, Any]) -> tuple[int, dict[str, int]]:
-    """Parameters of a worker on a GPU, and the bytes that it has allocated there in each phase of a step."""
+def memory_by_phase(rank: int, model: Path, config: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Return the number of parameters of a worker on a GPU, and its allocated bytes in each phase of a step."""
     start = torch.cuda.memory_allocated()
     phases: dict[str, int] = {}
     with megatron_worker(model, "cuda", **config) as worker:
 
-        def note(phase: str) -> None:
+        def record(phase: str) -> None:
             torch.cuda.synchronize()
             torch._C._cuda_clearCublasWorkspaces()
             phases[phase] = torch.cuda.memory_allocated() - start
 
         shard = shard_for(worker)
         worker.train(shard, advantage_loss)
-        note("trained")
+        record("trained")
         worker.offload(keep_weights=True)
-        note("weights are kept")
+        record("weights kept")
         worker.offload()
-        note("away")
+        record("offloaded")
         worker.publish_weights(1, "float32")
-        note("sent")
+        record("sent")
         worker.get_logprobs(shard)
-        note("logprobs")
+        record("logprobs")
         worker.train(shard, advantage_loss)
-        note("trained again")
+        record("trained again")
         return worker.attestation()["num_parameters"], phases
 
 
-def checkpoint_in_turns(
+def checkpoint_while_offloaded(
     rank: int, model: Path, config: dict[str, Any], directory: Path, device_type: str = "cpu"
 ) -> bool:
-    """Whether a checkpoint that is saved, and loaded, while everything is away is the state itself."""
+    """Return whether a checkpoint that is saved and loaded while everything is offloaded restores the state."""
     with megatron_worker(model, device_type, **config) as worker:
         worker.train(shard_for(worker), advantage_loss)
         expected = state_of(worker)
@@ -242,5 +242,5 @@ def checkpoint_in_turns(
         worker.train(shard_for(worker), advantage_loss)
         worker.offload()
         worker.load_checkpoint(directory)
-        found = state_of(worker)
-        return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+        actual = state_of(worker)
+        return actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in actual)

@@ -1,4 +1,4 @@
-"""A tiny model, a batch and a loss for the tests of this room; importable in other processes."""
+"""Tiny models, a batch and a loss for the tests of policies. Other processes can import this module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
 
 VOCABULARY = 29
-# With a smaller one AdamW's first steps are the signs of gradients, also of those that are nothing but rounding.
+# With a smaller eps, AdamW's first steps are signs of gradients, even of gradients that are only rounding errors.
 EPS = 1e-4
 
 
@@ -40,7 +40,7 @@ FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qw
 
 
 def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 0, **config: Any) -> Path:
-    """A random model of a family, with two key-value heads and biases and norms that are not trivial."""
+    """Save a random model of a family with two key-value heads and random biases and norms."""
     defaults: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -64,7 +64,7 @@ def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 
 
 
 def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict:
-    """Samples of different lengths whose prompts differ in length, and one that the loss leaves out."""
+    """Return samples with prompts and completions of different lengths; the loss excludes one of them."""
     draws = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, width + 1, (size,), generator=draws)
     prompts = torch.randint(2, 5, (size,), generator=draws)
@@ -82,7 +82,7 @@ def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict
 
 
 def shard_of(batch: BatchedDataDict, rank: int, num_ranks: int, **config: Any) -> BatchedDataDict:
-    """A data-parallel rank's rows, with a plan of micro-batches where the mode of `config` needs one."""
+    """Return a data-parallel rank's rows, with a plan of micro-batches if the mode of `config` needs one."""
     result = batch.shard_by_batch_size(num_ranks, None, **sharding_args(BatchingConfig(**config.get("batching", {}))))
     return (result[0] if isinstance(result, tuple) else result)[rank]
 
@@ -90,7 +90,7 @@ def shard_of(batch: BatchedDataDict, rank: int, num_ranks: int, **config: Any) -
 def advantage_loss(
     logprobs: torch.Tensor, batch: Any, global_num_tokens: torch.Tensor, global_num_samples: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Policy gradient over tokens, with a sample-level term, and metrics of every kind."""
+    """Policy gradient over tokens with a sample-level term, and metrics of every reduction."""
     mask = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
     values = logprobs[:, 1:] * mask
     loss = -(values * batch["advantages"][:, None]).sum() / global_num_tokens
@@ -123,7 +123,7 @@ def make_worker(model: Path | str, device_type: str = "cpu", **config: Any) -> T
 
 
 def weights(worker: TorchPolicyWorker) -> dict[str, torch.Tensor]:
-    """Full copies of the parameters, and of the optimizer's state. A collective."""
+    """Return full copies of the parameters and of the optimizer's state. A collective."""
     model, optimizer = worker._model, worker._optimizer
     state = {name: tensor.cpu().clone() for name, tensor in model.full_tensors()}
     for name in optimizer.names:
@@ -133,7 +133,7 @@ def weights(worker: TorchPolicyWorker) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    """Bit for bit."""
+    """Assert that all tensors are bit-identical."""
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, different

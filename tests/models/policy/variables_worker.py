@@ -1,4 +1,4 @@
-"""A worker that says which variables its process had before its own first line."""
+"""A worker that reports the environment variables that its process had when this module was imported."""
 
 from __future__ import annotations
 

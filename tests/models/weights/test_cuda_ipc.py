@@ -1,4 +1,4 @@
-"""What sharing a GPU's memory asks of torch's allocator, as far as a CPU shows it; `tests/gpu` has the rest."""
+"""The allocator settings of `CudaIpcTransport`, as far as a CPU can test them; see tests/gpu for the rest."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ import torch
 from nemo_rl.models.weights.cuda_ipc import CudaIpcTransport
 
 
-def settings() -> str:
+def allocator_settings() -> str:
     return torch._C._accelerator_getAllocatorSettings()
 
 
 @pytest.fixture
-def chosen() -> Iterator[str]:
-    before = settings()
+def configured() -> Iterator[str]:
+    before = allocator_settings()
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True,roundup_power2_divisions:[256:1,>:4]")
-    yield settings()
+    yield allocator_settings()
     torch._C._accelerator_setAllocatorSettings(before)
 
 
-def test_buffers_are_not_in_expandable_segments_and_all_else_may_be(
-    chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_buffers_avoid_expandable_segments(configured: str, monkeypatch: pytest.MonkeyPatch) -> None:
     transport = CudaIpcTransport("cpu")
-    lend, found = transport._buffers.lend, []
+    lend, seen = transport._buffers.lend, []
 
-    def note_and_lend(num_bytes: int) -> torch.Tensor:
-        found.append(settings())
+    def record_and_lend(num_bytes: int) -> torch.Tensor:
+        seen.append(allocator_settings())
         return lend(num_bytes)
 
-    monkeypatch.setattr(transport._buffers, "lend", note_and_lend)
+    monkeypatch.setattr(transport._buffers, "lend", record_and_lend)
     assert transport.allocate(5).numel() == 5
-    assert found == ["roundup_power2_divisions:[256:1,>:4],expandable_segments:False"]
-    assert settings() == chosen
+    assert seen == ["roundup_power2_divisions:[256:1,>:4],expandable_segments:False"]
+    assert allocator_settings() == configured
 
     def fail(num_bytes: int) -> torch.Tensor:
         raise torch.OutOfMemoryError
@@ -43,4 +41,4 @@ def test_buffers_are_not_in_expandable_segments_and_all_else_may_be(
     monkeypatch.setattr(transport._buffers, "lend", fail)
     with pytest.raises(torch.OutOfMemoryError):
         transport.allocate(5)
-    assert settings() == chosen
+    assert allocator_settings() == configured

@@ -1,4 +1,4 @@
-"""Which transport is taken, who sends to whom, and what is refused."""
+"""Which transports are chosen, which policy worker sends to which receiver, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.models.weights.routes import Place, Route, assign_senders, choose_route
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory needs Linux")
 
 HERE, THERE = Place("a"), Place("b")
 
@@ -22,10 +22,10 @@ def route(policy: list[Place], generation: list[Place], chosen: str = "auto", dr
     return choose_route(chosen, policy=policy, generation=generation, driver_node_id=driver)
 
 
-def test_auto_follows_from_where_the_workers_are() -> None:
+def test_auto_route_by_placement() -> None:
     assert route([HERE], [HERE, HERE]) == Route("shared_memory", "shared_memory", spans_nodes=False)
     assert route([HERE], [HERE, THERE]) == Route("ray", "gloo", spans_nodes=True)
-    assert route([THERE], [THERE]) == Route("ray", "gloo", spans_nodes=True)  # the driver reports receivers that died
+    assert route([THERE], [THERE]) == Route("ray", "gloo", spans_nodes=True)  # the driver must reach the sender, too
     assert route(gpus("a", 0, 1), gpus("a", 1, 0)) == Route("shared_memory", "cuda_ipc", spans_nodes=False)
     assert route(gpus("a", 0, 1), gpus("a", 2, 3)) == Route("shared_memory", "nccl", spans_nodes=False)
     both = gpus("a", 0, 1) + gpus("b", 0, 1)
@@ -34,35 +34,37 @@ def test_auto_follows_from_where_the_workers_are() -> None:
     assert route(gpus("a", 0), [HERE]) == Route("shared_memory", "shared_memory", spans_nodes=False)
 
 
-def test_a_choice_holds_for_streams_or_for_what_is_published() -> None:
+def test_configured_transport_streams_or_publishes() -> None:
     assert route([HERE], [HERE], "ray") == Route("ray", None, spans_nodes=False)
     assert route([HERE], [HERE], "gloo") == Route("shared_memory", "gloo", spans_nodes=False)
     assert route(gpus("a", 0), gpus("a", 0), "shared_memory") == Route("shared_memory", "shared_memory", False)
 
 
 @pytest.mark.parametrize(
-    ("chosen", "policy", "generation", "why"),
+    ("chosen", "policy", "generation", "reason"),
     [
-        ("shared_memory", [HERE], [THERE], "on one node"),
+        ("shared_memory", [HERE], [THERE], "on one Linux node"),
         ("nccl", [HERE], [HERE], "workers on GPUs"),
         ("cuda_ipc", gpus("a", 0), [HERE], "workers on GPUs"),
-        ("cuda_ipc", gpus("a", 0), gpus("a", 1), "on GPUs of the policy"),
+        ("cuda_ipc", gpus("a", 0), gpus("a", 1), "on the policy's GPUs"),
         ("nccl", gpus("a", 0), gpus("a", 0), "shares the policy's"),
     ],
 )
-def test_a_choice_that_does_not_reach_all_is_refused(
-    chosen: str, policy: list[Place], generation: list[Place], why: str
+def test_unreachable_transport_is_refused(
+    chosen: str, policy: list[Place], generation: list[Place], reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"policy.weight_transport={chosen} is for .*{why}.* Set it to auto or ray"):
+    with pytest.raises(
+        ConfigError, match=f"policy.weight_transport={chosen} is for .*{reason}.* Set it to auto or ray"
+    ):
         route(policy, generation, chosen)
 
 
-def test_an_unknown_transport_is_named() -> None:
+def test_unknown_transport_suggests_nearest() -> None:
     with pytest.raises(WeightSyncError, match="unknown weight transport 'ncl'. Did you mean 'nccl'"):
         route([HERE], [HERE], "ncl")
 
 
-def test_receivers_get_the_sender_on_their_gpu_or_else_the_least_busy_near_one() -> None:
+def test_assign_senders_by_gpu_then_node_then_load() -> None:
     policy = gpus("a", 0, 1) + gpus("b", 0, 1)
     assert assign_senders(policy, gpus("b", 1) + gpus("a", 1)) == [3, 1]
     assert assign_senders(policy, gpus("a", 2, 3, 4)) == [0, 1, 0]

@@ -1,4 +1,4 @@
-"""Weights in shared memory: who may read what for how long, and when memory is used again."""
+"""Leases on shared memory: how long memory stays readable, and when it is reused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_rl.models.weights.digest import digest_tensors
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.models.weights.sender import WeightSender
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd needs Linux")
 
 
 def _tensors(value: float) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def _addresses(update: Any) -> set[str]:
 
 
 def _reader(connection: Connection) -> None:
-    """Another process: answers what it reads, and keeps the views until it is told to drop them."""
+    """Run in another process: answer with the digest of the weights, and keep the views until "drop"."""
     views: dict[str, torch.Tensor] = {}
     for message in iter(connection.recv, None):
         if message == "drop":
@@ -70,14 +70,14 @@ def reader():
     process.end()
 
 
-def test_another_process_reads_what_was_published_and_memory_is_used_again(reader: _Process) -> None:
+def test_other_process_reads_and_memory_is_reused(reader: _Process) -> None:
     sender = WeightSender("shared_memory", bucket_bytes=20_000)
     first = _publish(sender, 1)
     assert len(first.buckets) == 3
     assert reader.ask(pickle.dumps(first)) == first.digest
     second = _publish(sender, 2)
     assert not _addresses(first) & _addresses(second)
-    # The reader still looks at the first, whether or not anybody else does.
+    # The reader still holds views of the first update.
     used = _addresses(first)
     digest = first.digest
     del first
@@ -92,7 +92,7 @@ def test_another_process_reads_what_was_published_and_memory_is_used_again(reade
     assert reader.ask("drop") is None
 
 
-def test_views_keep_the_memory_and_share_it() -> None:
+def test_views_share_memory_and_keep_it_alive() -> None:
     sender = WeightSender("shared_memory")
     update = _publish(sender, 1)
     used = _addresses(update)
@@ -108,7 +108,7 @@ def test_views_keep_the_memory_and_share_it() -> None:
     assert used & _addresses(_publish(sender, 3))
 
 
-def test_a_reader_that_is_killed_gives_its_memory_back(reader: _Process) -> None:
+def test_killed_reader_releases_its_memory(reader: _Process) -> None:
     sender = WeightSender("shared_memory")
     update = _publish(sender, 1)
     used = _addresses(update)
@@ -126,7 +126,7 @@ def _publishes(connection: Connection) -> None:
     connection.recv()
 
 
-def test_memory_outlives_its_sender_for_those_who_have_it_and_nobody_else() -> None:
+def test_memory_outlives_sender_for_lease_holders_only() -> None:
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=_publishes, args=(other,), daemon=True)
@@ -142,7 +142,7 @@ def test_memory_outlives_its_sender_for_those_who_have_it_and_nobody_else() -> N
         next(receive(late))
 
 
-def test_another_file_under_the_same_number_is_not_taken_for_weights() -> None:
+def test_foreign_file_descriptor_is_refused() -> None:
     sender = WeightSender("shared_memory")
     update = _publish(sender, 1)
     lease = update.buckets[0].handle

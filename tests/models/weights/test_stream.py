@@ -1,4 +1,4 @@
-"""Streams of weights between real processes: what arrives, who is waited for, and how much memory it takes."""
+"""Streams of weights between processes: exactness, failures of either side, and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_rl.models.weights.shared_memory import SharedMemoryTransport
 from nemo_rl.models.weights.stream import WeightStreamer, connect
 from nemo_rl.models.weights.transports import TRANSPORTS
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd are Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd need Linux")
 
 NUM_TENSORS = 24
 BUCKET_BYTES = 2 * 4 * 64 * 32  # two tensors each: twelve buckets
@@ -38,7 +38,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Sender:
-    """A streamer, which sends in a thread, as a policy's worker does in its process."""
+    """Sends in a thread, as a policy worker sends in its process."""
 
     streamer: WeightStreamer
     threads: ThreadPoolExecutor
@@ -71,17 +71,17 @@ class Sender:
 
 
 def shared_by_torch() -> CudaIpcTransport:
-    """What shares tensors of a GPU, with tensors of the CPU: torch hands over both in the same way."""
+    """Share CPU tensors by the transport for CUDA tensors: torch passes both between processes in the same way."""
     return CudaIpcTransport("cpu")
 
 
 class PairsAsOnGpus(GlooTransport):
-    """What NCCL does, which digests where weights lie, with gloo."""
+    """Digests on the device like `NcclTransport`, but transfers with gloo."""
 
     on_gpu = True
 
 
-TRIALS = {"torch_ipc": shared_by_torch, "pairs_as_on_gpus": PairsAsOnGpus}
+STAND_INS = {"torch_ipc": shared_by_torch, "pairs_as_on_gpus": PairsAsOnGpus}
 
 
 @pytest.fixture
@@ -90,10 +90,10 @@ def sender() -> Iterator[Sender]:
         yield Sender(WeightStreamer(bucket_bytes=BUCKET_BYTES), threads)
 
 
-@pytest.fixture(params=["shared_memory", "gloo", *TRIALS])
+@pytest.fixture(params=["shared_memory", "gloo", *STAND_INS])
 def any_sender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
-    """Of every transport that streams, or what comes nearest on CPUs; pairs meet by TCP."""
-    for name, make in TRIALS.items():
+    """A sender for every streaming transport, or its nearest equivalent on CPUs; pairs connect by TCP."""
+    for name, make in STAND_INS.items():
         monkeypatch.setitem(TRANSPORTS, name, make)
     with ThreadPoolExecutor(1) as threads:
         host = "127.0.0.1" if isinstance(TRANSPORTS[request.param](), GlooTransport) else None
@@ -101,17 +101,17 @@ def any_sender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def load(stream: WeightStream, **how: bool) -> tuple[dict[str, torch.Tensor], str]:
-    """What a receiver has, which copies it or keeps it, and the digest over it."""
+    """Receive a stream, copied or kept; returns the tensors and their digest."""
     weights = receive(stream, **how)
-    own = {name: tensor if how.get("keeps") else tensor.clone() for name, tensor in weights}
-    digest = weights.digest_of(own.items())
+    received = {name: tensor if how.get("keeps") else tensor.clone() for name, tensor in weights}
+    digest = weights.digest_of(received.items())
     assert weights.digest == digest
-    return own, digest
+    return received, digest
 
 
 def child(connection: Connection) -> None:
-    """Another process, which does one thing after the other until it is killed."""
-    TRANSPORTS.update(TRIALS)
+    """Run in another process: receive streams until killed."""
+    TRANSPORTS.update(STAND_INS)
     for stream, what in iter(connection.recv, None):
         if what == "join and hang":
             arriving = receive(stream)
@@ -143,34 +143,34 @@ def other() -> Iterator[Child]:
 
 
 @pytest.mark.parametrize("what", ["copy", "keep"])
-def test_several_processes_get_every_bit(any_sender: Sender, other: Child, what: str) -> None:
+def test_streamed_weights_are_exact_in_two_processes(any_sender: Sender, other: Child, what: str) -> None:
     for value in (0.0, 100.0):
         (mine, theirs), sent = any_sender.begin(2, value)
         other.pipe.send((theirs, what))
-        own, digest = load(mine)
+        received, digest = load(mine)
         expected = tensors(value)
-        assert list(own) == list(expected)
-        assert all(torch.equal(own[name], expected[name]) for name in expected)
+        assert list(received) == list(expected)
+        assert all(torch.equal(received[name], expected[name]) for name in expected)
         assert digest == other.answer() == sent.result(60) == any_sender.digest_of(expected.items())
 
 
-def test_a_stream_casts_as_publishing_does(any_sender: Sender) -> None:
+def test_stream_casts_dtype(any_sender: Sender) -> None:
     (stream,), sent = any_sender.begin(1, 0.3, dtype="bfloat16")
-    own, digest = load(stream)
-    assert own["layers.0.up.weight"].dtype == torch.bfloat16
+    received, digest = load(stream)
+    assert received["layers.0.up.weight"].dtype == torch.bfloat16
     assert digest == sent.result(60)
 
 
-def test_extra_memory_is_a_few_buckets_whatever_the_size(sender: Sender) -> None:
+def test_stream_reuses_a_few_buckets(sender: Sender) -> None:
     for value in range(3):
         (stream,), sent = sender.begin(1, value)
         load(stream)
         sent.result(60)
-    assert sender.num_segments <= 4 < NUM_TENSORS // 2  # under way, being filled, and what the reader still looks at
+    assert sender.num_segments <= 4 < NUM_TENSORS // 2  # in flight, being filled, and still being read
 
 
-def test_gathering_goes_on_while_receivers_load(any_sender: Sender) -> None:
-    """A tensor that is gathered when others are being loaded: the sender is ahead, but only by what is allowed."""
+def test_sender_gathers_ahead_within_the_window(any_sender: Sender) -> None:
+    """The sender gathers tensors while the receiver loads earlier ones, but only as far as the window allows."""
     gathered = 0
 
     def gathering() -> Iterator[tuple[str, torch.Tensor]]:
@@ -192,32 +192,32 @@ def test_gathering_goes_on_while_receivers_load(any_sender: Sender) -> None:
     sent.result(60)
 
 
-def test_kept_memory_is_read_once_and_belongs_to_the_receiver(any_sender: Sender) -> None:
+def test_kept_memory_is_never_overwritten(any_sender: Sender) -> None:
     (stream,), sent = any_sender.begin(1, 1.0)
-    own, digest = load(stream, keeps=True)
+    received, digest = load(stream, keeps=True)
     sent.result(60)
     (again,), sent = any_sender.begin(1, 50.0)
     load(again, keeps=True)
     sent.result(60)
-    assert any_sender.digest_of(own.items()) == digest  # not written over by the second stream
+    assert any_sender.digest_of(received.items()) == digest  # the second stream has not overwritten it
     weights = receive(again)
-    assert weights.digest_of(own.items()) == digest  # other memory than what arrived: it is read
+    assert weights.digest_of(received.items()) == digest  # not the memory that arrived, so it is read
 
 
-def test_modules_are_not_parted_where_the_memory_is_kept() -> None:
+def test_kept_modules_stay_contiguous() -> None:
     names = [f"layers.{layer}.attention.{part}.weight" for layer in range(8) for part in "qkv"]
     streamer = WeightStreamer(bucket_bytes=64)
     with ThreadPoolExecutor(1) as threads:
         sender = Sender(streamer, threads)
         (stream,), sent = sender.begin(1, tensors=[(name, torch.ones(16, 4)) for name in names])
-        own, _ = load(stream, keeps=True)
+        received, _ = load(stream, keeps=True)
         sent.result(60)
     for layer in range(8):
-        q, k, v = (own[f"layers.{layer}.attention.{part}.weight"].data_ptr() for part in "qkv")
+        q, k, v = (received[f"layers.{layer}.attention.{part}.weight"].data_ptr() for part in "qkv")
         assert (k - q, v - k) == (256, 256)
 
 
-def test_a_receiver_that_is_killed_is_not_waited_for(any_sender: Sender, other: Child) -> None:
+def test_killed_receiver_does_not_block_the_sender(any_sender: Sender, other: Child) -> None:
     (mine, theirs), sent = any_sender.begin(2)
     other.pipe.send((theirs, "join and hang"))
     done: Future[str] = Future()
@@ -228,7 +228,7 @@ def test_a_receiver_that_is_killed_is_not_waited_for(any_sender: Sender, other: 
     assert done.result(60) == sent.result(60)
 
 
-def test_a_receiver_that_never_came_is_reported(any_sender: Sender) -> None:
+def test_reported_receiver_does_not_block_the_sender(any_sender: Sender) -> None:
     (mine, theirs), sent = any_sender.begin(2)
     done: Future[str] = Future()
     threading.Thread(target=lambda: done.set_result(load(mine)[1])).start()
@@ -236,34 +236,34 @@ def test_a_receiver_that_never_came_is_reported(any_sender: Sender) -> None:
     assert done.result(60) == sent.result(60)
 
 
-def test_a_sender_that_fails_is_told_to_its_receivers(any_sender: Sender) -> None:
+def test_sender_error_reaches_receivers(any_sender: Sender) -> None:
     def failing() -> Iterator[tuple[str, torch.Tensor]]:
         yield from list(tensors(0.0).items())[:5]
-        raise RuntimeError("a rank is gone")
+        raise RuntimeError("a rank died")
 
     (stream,), sent = any_sender.begin(1, tensors=failing())
-    with pytest.raises(WeightSyncError, match="version 1 has ended or given up"):
+    with pytest.raises(WeightSyncError, match="version 1 has ended or stopped"):
         load(stream)
-    with pytest.raises(RuntimeError, match="a rank is gone"):
+    with pytest.raises(RuntimeError, match="a rank died"):
         sent.result(60)
-    (stream,), sent = any_sender.begin(1)  # and it can go on
+    (stream,), sent = any_sender.begin(1)  # the next stream works
     assert load(stream)[1] == sent.result(60)
 
 
-def test_strangers_and_latecomers_are_left_out(any_sender: Sender) -> None:
+def test_wrong_key_and_wrong_stream_are_rejected(any_sender: Sender) -> None:
     (stream,), sent = any_sender.begin(1)
-    with pytest.raises(WeightSyncError, match="ended or given up"):
+    with pytest.raises(WeightSyncError, match="ended or stopped"):
         list(receive(replace(stream, key=b"guessed")))
-    with pytest.raises(WeightSyncError, match="ended or given up"):
+    with pytest.raises(WeightSyncError, match="ended or stopped"):
         list(receive(replace(stream, stream=stream.stream + 1)))
     Client(stream.address).close()
-    silent = Client(stream.address)  # keeps nobody waiting
+    silent = Client(stream.address)  # must not delay the stream
     assert load(stream)[1] == sent.result(60)
     silent.close()
     assert repr(stream.key) not in repr(stream)
 
 
-def test_a_receiver_that_gives_up_is_not_waited_for(any_sender: Sender) -> None:
+def test_closed_receiver_does_not_block_the_sender(any_sender: Sender) -> None:
     (stream,), sent = any_sender.begin(1)
     weights = receive(stream)
     next(weights)
@@ -272,7 +272,7 @@ def test_a_receiver_that_gives_up_is_not_waited_for(any_sender: Sender) -> None:
     assert sent.result(60) == any_sender.digest_of(tensors(0.0).items())
 
 
-def test_what_was_not_read_to_the_end_has_no_digest(any_sender: Sender) -> None:
+def test_partially_read_stream_has_no_digest(any_sender: Sender) -> None:
     (stream,), sent = any_sender.begin(1)
     weights = receive(stream)
     next(weights)
@@ -283,7 +283,7 @@ def test_what_was_not_read_to_the_end_has_no_digest(any_sender: Sender) -> None:
     assert weights.digest == sent.result(60)
 
 
-def test_damage_on_the_way_is_found(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_bucket_is_detected(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     put = SharedMemoryTransport.put
 
     def damaged(self: SharedMemoryTransport, buffer: torch.Tensor) -> object:
@@ -297,39 +297,39 @@ def test_damage_on_the_way_is_found(sender: Sender, monkeypatch: pytest.MonkeyPa
     sent.result(60)
 
 
-def test_a_pair_is_made_once_and_anew_after_a_failure(other: Child) -> None:
+def test_pair_is_reused_and_replaced_after_failure(other: Child) -> None:
     known = set(pairs._pairs)
     with ThreadPoolExecutor(1) as threads:
         sender = Sender(WeightStreamer("gloo", BUCKET_BYTES), threads, "gloo", "127.0.0.1")
-        found = []
+        actual = []
         for _ in range(2):
             (stream,), sent = sender.begin(1)
             other.pipe.send((stream, "copy"))
             assert other.answer() == sent.result(60)
-            found.append([(peer, group) for peer, group in pairs._pairs.items() if peer not in known])
-        assert len(found[0]) == 1
-        assert found[0] == found[1]
-        at_the_end = []
+            actual.append([(peer, group) for peer, group in pairs._pairs.items() if peer not in known])
+        assert len(actual[0]) == 1
+        assert actual[0] == actual[1]
+        pairs_at_the_end = []
 
         def gathered() -> Iterator[tuple[str, torch.Tensor]]:
             yield from tensors(0.0).items()
-            at_the_end.append(set(pairs._pairs))
+            pairs_at_the_end.append(set(pairs._pairs))
 
         (stream,), sent = sender.begin(1, tensors=gathered())
         other.pipe.send((stream, "join and hang"))
         assert other.answer() == "joined"
         other.process.kill()
         sent.result(60)
-        # Not only when the stream has ended: a message to the dead that waits on a GPU holds up what comes after it.
-        assert at_the_end == [known]
+        # The pair is dropped before the stream ends: on a GPU a pending message to a dead receiver blocks later ones.
+        assert pairs_at_the_end == [known]
 
 
-def test_what_cannot_stream_is_refused() -> None:
-    with pytest.raises(WeightSyncError, match="cannot be streamed by the transport 'ray', only published"):
+def test_publish_only_transport_is_refused() -> None:
+    with pytest.raises(WeightSyncError, match="the transport 'ray' can only publish weights, not stream them"):
         WeightStreamer("ray")
 
 
-def test_buffers_are_used_again_when_nobody_has_them() -> None:
+def test_buffers_are_reused_when_unreferenced() -> None:
     buffers = ReusedBuffers()
     first, second = buffers.lend(100), buffers.lend(100)
     addresses = {first.data_ptr(), second.data_ptr()}
@@ -340,9 +340,9 @@ def test_buffers_are_used_again_when_nobody_has_them() -> None:
     assert again.shape == (200,)
     assert again.data_ptr() == view.data_ptr()
     del again, second
-    large = buffers.lend(64 << 20)  # takes the place of one that is too small
+    large = buffers.lend(64 << 20)  # replaces one that is too small
     assert {large.data_ptr()}.isdisjoint(addresses)
     kept = buffers.lend(100)
     assert kept.data_ptr() in addresses
-    del buffers, large  # nobody is left to take it back
+    del buffers, large  # the pool is deleted before `kept`
     kept.fill_(1)

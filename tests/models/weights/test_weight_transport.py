@@ -1,4 +1,4 @@
-"""Publishing and receiving weights: layout, digest, zero copy, lifetime."""
+"""Published weights: layout, digest, zero copy, lifetime."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def _tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 1 << 20])
-def test_round_trip_keeps_every_bit_in_any_bucket_size(dtype: str, bucket_bytes: int) -> None:
+def test_round_trip_is_exact_for_any_bucket_size(dtype: str, bucket_bytes: int) -> None:
     tensors = _tensors()
     update = publish(tensors.items(), version=3, dtype=dtype, bucket_bytes=bucket_bytes, transport="local")
     received = dict(receive(update))
     assert list(received) == list(tensors)
     for name, tensor in tensors.items():
-        wanted = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-        assert received[name].dtype == wanted.dtype
-        assert torch.equal(received[name], wanted)
+        expected = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        assert received[name].dtype == expected.dtype
+        assert torch.equal(received[name], expected)
     assert update.digest == digest_tensors(received.items())
     assert all(spec.offset % ALIGNMENT == 0 for bucket in update.buckets for spec in bucket.tensors)
     if bucket_bytes == 1:
         assert len(update.buckets) == len(tensors)
 
 
-def test_the_digest_is_the_documented_one() -> None:
+def test_digest_formula() -> None:
     tensor = torch.tensor([1.0, -2.0])
     content = xxhash.xxh3_128(np.array([1.0, -2.0], np.float32).tobytes()).digest()
     expected = xxhash.xxh3_128(b"w\0float32\0(2,)\0" + content).hexdigest()
@@ -60,7 +60,7 @@ def test_the_digest_is_the_documented_one() -> None:
     assert publish([("w", tensor)], version=0, dtype="float32", transport="local").digest == expected
 
 
-def test_the_digest_depends_on_name_order_dtype_and_shape_but_not_on_buckets() -> None:
+def test_digest_covers_metadata_but_not_buckets() -> None:
     a, b = torch.ones(2, 3), torch.ones(3, 2)
     digests = [
         digest_tensors([("a", a), ("b", b)]),
@@ -75,7 +75,7 @@ def test_the_digest_depends_on_name_order_dtype_and_shape_but_not_on_buckets() -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_threads_change_neither_the_digest_nor_the_weights(dtype: str) -> None:
+def test_threads_do_not_change_digest_or_weights(dtype: str) -> None:
     tensors = {f"w{index}": torch.randn(400, 300 + index) for index in range(40)}
     num_threads = torch.get_num_threads()
     updates = []
@@ -91,12 +91,12 @@ def test_threads_change_neither_the_digest_nor_the_weights(dtype: str) -> None:
         assert torch.equal(tensor, tensors[name].to(tensor.dtype))
 
 
-def test_adjacent_tensors_lie_gap_free() -> None:
+def test_adjacent_tensors_have_no_gap() -> None:
     received = dict(receive(publish(_tensors().items(), version=0, dtype="float32", transport="local")))
     assert received["q"].data_ptr() + received["q"].numel() * 4 == received["k"].data_ptr()
 
 
-def test_later_changes_of_the_source_do_not_reach_the_receiver() -> None:
+def test_published_weights_are_a_copy() -> None:
     source = torch.ones(4)
     update = publish([("w", source)], version=0, dtype="float32", transport="local")
     source.zero_()
@@ -104,28 +104,28 @@ def test_later_changes_of_the_source_do_not_reach_the_receiver() -> None:
 
 
 @pytest.mark.parametrize("position", [0, -1])
-def test_a_flipped_bit_is_found_and_named(position: int) -> None:
+def test_flipped_bit_is_detected(position: int) -> None:
     update = publish([("w", torch.ones(64))], version=17, dtype="float32", transport="local")
     update.buckets[0].handle[position] ^= 1
     with pytest.raises(WeightSyncError, match="version 17") as failure:
         next(receive(update))
-    found = digest_tensors(receive(update, verify=False))
-    assert found != update.digest
+    actual = digest_tensors(receive(update, verify=False))
+    assert actual != update.digest
     assert update.digest in str(failure.value)
-    assert found in str(failure.value)
+    assert actual in str(failure.value)
 
 
-def test_a_short_bucket_is_refused() -> None:
+def test_short_bucket_is_refused() -> None:
     update = publish([("w", torch.ones(64))], version=1, dtype="float32", transport="local")
     bucket = dataclasses.replace(update.buckets[0], handle=update.buckets[0].handle[:-4])
     with pytest.raises(WeightSyncError, match="252 bytes instead of 256"):
         next(receive(dataclasses.replace(update, buckets=(bucket,))))
 
 
-def test_mistakes_of_the_sender_are_refused() -> None:
+def test_publish_refuses_invalid_arguments() -> None:
     with pytest.raises(WeightSyncError, match="'w' is published twice"):
         publish([("w", torch.ones(1)), ("w", torch.ones(1))], version=0, dtype="float32", transport="local")
-    with pytest.raises(WeightSyncError, match="no tensor"):
+    with pytest.raises(WeightSyncError, match="contain no tensors"):
         publish([], version=0, dtype="float32", transport="local")
     with pytest.raises(WeightSyncError, match="'float33'"):
         publish([("w", torch.ones(1))], version=0, dtype="float33", transport="local")
@@ -133,7 +133,7 @@ def test_mistakes_of_the_sender_are_refused() -> None:
         publish([("w", torch.ones(1))], version=0, dtype="float32", transport="lokal")
 
 
-def test_a_generator_is_drawn_bucket_by_bucket() -> None:
+def test_publish_holds_one_bucket_of_a_generator() -> None:
     alive: list[int] = []
 
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
@@ -143,19 +143,19 @@ def test_a_generator_is_drawn_bucket_by_bucket() -> None:
             yield f"w{index}", torch.ones(16).as_subclass(_Gathered)
 
     publish(gathered(), version=0, dtype="float32", bucket_bytes=128, transport="local")
-    assert max(alive) <= 5, alive  # two per bucket, their detached copies, and the one in hand
+    assert max(alive) <= 5, alive  # two per bucket, their detached copies, and the current one
 
 
 class _Gathered(torch.Tensor):
-    """A tensor that a test can count."""
+    """A tensor type that the test counts."""
 
 
-def test_the_registry_holds_what_the_documentation_names() -> None:
+def test_registry_has_the_documented_transports() -> None:
     assert set(TRANSPORTS) == {"ray", "shared_memory", "gloo", "cuda_ipc", "nccl", "local"}
 
 
 def _in_cluster(connection) -> None:
-    """Everything that needs Ray, in a process of its own: what was seen is sent back."""
+    """Run everything that needs Ray in a separate process, and send back the results."""
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     import ray
 
@@ -183,7 +183,7 @@ def _in_cluster(connection) -> None:
         expected, size = update.digest, len(pickle.dumps(dataclasses.replace(update, buckets=())))
         del update
         gc.collect()
-        # Enough to push anything that nobody holds out of the store.
+        # Enough to evict every unreferenced object from the store.
         for _ in range(40):
             ray.put(np.zeros(8 * 1024 * 1024, np.uint8))
         connection.send((expected, loaded, ray.get(receiver.digest.remote()), size))
@@ -191,7 +191,7 @@ def _in_cluster(connection) -> None:
         ray.shutdown()
 
 
-def test_through_ray_views_are_shared_and_outlive_the_handle() -> None:
+def test_ray_views_are_shared_and_outlive_the_handle() -> None:
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
     process = context.Process(target=_in_cluster, args=(child,))

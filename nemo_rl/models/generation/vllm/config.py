@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from nemo_rl.errors import ModelError
-from nemo_rl.models.backends import GenerationOptions
+from nemo_rl.models.generation.config import GenerationConfig, GenerationOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from nemo_rl.models.policy.config import PolicyConfig
 
 
 class VllmOptions(GenerationOptions):
@@ -60,8 +58,8 @@ class VllmOptions(GenerationOptions):
     def sleeps(self) -> bool:
         return self.enable_sleep_mode
 
-    def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
-        sequences = self.max_num_seqs or policy.generation.max_batch_size
+    def check_model(self, model: PretrainedConfig, model_name: str, generation: GenerationConfig) -> None:
+        sequences = self.max_num_seqs or generation.max_batch_size
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < sequences:
             raise ModelError(
                 f"policy.generation.options.max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -73,5 +71,5 @@ class VllmOptions(GenerationOptions):
         if heads % size or (groups % size and size % groups):
             raise ModelError(
                 f"policy.generation.options.tensor_parallel_size={size} must divide the {heads} attention heads of "
-                f"{policy.model_name!r}, and divide its {groups} key-value heads or be a multiple of them"
+                f"{model_name!r}, and divide its {groups} key-value heads or be a multiple of them"
             )

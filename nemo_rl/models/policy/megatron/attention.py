@@ -1,7 +1,7 @@
-"""Parts of a layer that megatron-core's own local versions lack without Transformer Engine or Apex.
+"""Attention and norm for megatron-core's layers without Transformer Engine or Apex.
 
-Its `DotProductAttention` holds all scores of a sequence in memory and knows neither packed sequences nor context
-parallelism; its norm refuses sequence parallelism. Both are replaced through the layer's specification.
+megatron-core's `DotProductAttention` keeps all scores of a sequence in memory and supports neither packed sequences nor
+context parallelism; its norm does not support sequence parallelism. The layer's specification replaces both.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import nn
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Sequences end to end in one row; `lengths` saves asking the GPU for them in every layer."""
+    """Describes sequences end to end in one row. `lengths` is on the host, so that no layer waits for the GPU."""
 
     lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> PackedSequences:
-        """Describe sequences of these lengths."""
+        """Describe sequences of the given lengths."""
         bounds = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
         longest = max(lengths)
         return cls(
@@ -40,7 +40,7 @@ class PackedSequences(PackedSeqParams):
 
 
 class RmsNorm(nn.RMSNorm):
-    """RMS norm as Megatron's layers build it; under sequence parallelism its gradient is summed over ranks."""
+    """RMS norm that Megatron's layers can build. Under sequence parallelism its gradient is summed over ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -48,10 +48,10 @@ class RmsNorm(nn.RMSNorm):
 
 
 class CausalAttention(nn.Module):
-    """Causal attention by torch's `scaled_dot_product_attention` (flash attention where the device has it).
+    """Computes causal attention with torch's `scaled_dot_product_attention` (flash attention if the device has it).
 
-    Under context parallelism every rank holds two chunks of each sequence, the i-th from the front and the i-th from
-    the back (`context_order`), gathers keys and values of all, and attends with its own queries.
+    Under context parallelism, rank i holds two chunks of each sequence, the i-th from the front and the i-th from the
+    back (`context_order`). It gathers the keys and values of all ranks and attends with its own queries.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class CausalAttention(nn.Module):
         packed_seq_params: PackedSequences | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """[s, b, heads, width] queries and [s, b, groups, width] keys and values to [s, b, heads * width].
+        """Return [s, b, heads * width] for queries [s, b, heads, width] and keys and values [s, b, groups, width].
 
-        Packed: [t, heads, width] and [t, groups, width] to [t, heads * width].
+        Packed: [t, heads * width] for [t, heads, width] and [t, groups, width].
         """
         if packed_seq_params is not None:
             lengths = packed_seq_params.lengths
@@ -91,7 +91,7 @@ class CausalAttention(nn.Module):
         if self._context.size() == 1:
             return self._attend(query, key, value)
         order = context_order(key.shape[0] * self._context.size(), self._context.size()).to(key.device)
-        whole_key, whole_value = (
+        full_key, full_value = (
             torch.empty_like(gathered).index_copy(0, order, gathered)
             for gathered in (gather_from_sequence_parallel_region(part, group=self._context) for part in (key, value))
         )
@@ -99,15 +99,15 @@ class CausalAttention(nn.Module):
         rank, size = self._context.rank(), 2 * self._context.size()
         ends = [len(front) * (rank + 1), len(front) * (size - rank)]
         return torch.cat(
-            [self._attend(part, whole_key[:end], whole_value[:end]) for part, end in zip((front, back), ends)]
+            [self._attend(part, full_key[:end], full_value[:end]) for part, end in zip((front, back), ends)]
         )
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The queries are those of the last positions of the keys."""
-        missing = len(key) - len(query)
+        """Attend causally; the queries have the last positions of the keys."""
+        offset = len(key) - len(query)
         mask = None
-        if missing:
-            rows = torch.arange(len(query), device=query.device)[:, None] + missing
+        if offset:
+            rows = torch.arange(len(query), device=query.device)[:, None] + offset
             mask = torch.arange(len(key), device=query.device) <= rows
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(
@@ -117,6 +117,11 @@ class CausalAttention(nn.Module):
 
 
 def context_order(length: int, size: int) -> torch.Tensor:
-    """[length] int64: the position in the sequence of what context-parallel ranks hold, rank after rank."""
+    """Return [length] int64: the sequence positions that the context-parallel ranks hold, rank by rank.
+
+    Example:
+        >>> context_order(8, 2)
+        tensor([0, 1, 6, 7, 2, 3, 4, 5])
+    """
     chunks = torch.arange(length).chunk(2 * size)
     return torch.cat([torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(size)])

@@ -1,4 +1,4 @@
-"""The `policy.options` of the Megatron backend. Needs neither torch nor megatron-core: the driver reads it."""
+"""The `policy.options` of the Megatron backend. The driver imports this module, which needs no megatron-core."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from nemo_rl.errors import ConfigError
-from nemo_rl.models.backends import DATA_PARALLEL, PolicyOptions
+from nemo_rl.errors import ConfigError, ModelError
+from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyConfig, PolicyOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nemo_rl.distributed.named_sharding import NamedSharding
-    from nemo_rl.models.policy.config import PolicyConfig
 
 TENSOR_PARALLEL = "tensor_parallel"
 CONTEXT_PARALLEL = "context_parallel"
 PIPELINE_PARALLEL = "pipeline_parallel"
+# Their frequencies depend on the configuration only and their output is not scaled.
+_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class MegatronOptions(PolicyOptions):
-    """How the model, its optimizer and its sequences are spread over the workers."""
+    """Divides the model, its optimizer and its sequences over the workers."""
 
-    tensor_parallel_size: int = Field(1, ge=1, description="Workers that share every layer's matrices.")
-    pipeline_parallel_size: int = Field(1, ge=1, description="Stages; each worker holds the layers of one.")
-    context_parallel_size: int = Field(1, ge=1, description="Workers that share every sequence.")
+    tensor_parallel_size: int = Field(1, ge=1, description="Workers that split the matrices of every layer.")
+    pipeline_parallel_size: int = Field(1, ge=1, description="Pipeline stages; each worker holds the layers of one.")
+    context_parallel_size: int = Field(1, ge=1, description="Workers that split every sequence.")
     sequence_parallel: bool = Field(
-        False, description="Split activations between the matrices over the tensor-parallel workers as well."
+        False, description="Split activations outside matrix products over the tensor-parallel workers, too."
     )
     distributed_optimizer: bool = Field(
         True, description="Split master weights and moments over the data-parallel workers."
     )
     grad_reduce_in_fp32: bool = Field(
-        True, description="Add up and reduce gradients in float32, whatever the precision of the weights."
+        True, description="Accumulate and reduce gradients in float32 for any precision of the weights."
     )
     recompute_num_layers: int = Field(
-        1, ge=1, description="Layers recomputed together where policy.activation_checkpointing is on."
+        1, ge=1, description="Layers recomputed together if policy.activation_checkpointing is on."
     )
 
     @model_validator(mode="after")
@@ -47,17 +48,21 @@ class MegatronOptions(PolicyOptions):
 
     @property
     def workers_per_replica(self) -> int:
-        """Workers that hold one copy of the model together."""
+        """Number of workers that hold one copy of the model together."""
         return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
     def layout(self, num_workers: int) -> NamedSharding:
-        """Ranks in megatron-core's own order ("tp-cp-ep-dp-pp"): tensor parallel fastest, pipeline stages slowest."""
+        """Place the ranks in megatron-core's order ("tp-cp-ep-dp-pp"): tensor parallel fastest, pipeline slowest.
+
+        Raises:
+            ConfigError: the parallel sizes do not divide `num_workers`.
+        """
         import numpy as np
 
         from nemo_rl.distributed.named_sharding import NamedSharding
 
-        replicas, left = divmod(num_workers, self.workers_per_replica)
-        if left or not replicas:
+        replicas, remainder = divmod(num_workers, self.workers_per_replica)
+        if remainder or not replicas:
             raise ConfigError(
                 f"{num_workers} workers cannot be divided into groups of {self.workers_per_replica}, which is "
                 f"policy.options.tensor_parallel_size ({self.tensor_parallel_size}) x context_parallel_size "
@@ -73,22 +78,50 @@ class MegatronOptions(PolicyOptions):
     def check(self, policy: PolicyConfig) -> None:
         if policy.sharding != "ddp":
             raise ConfigError(
-                f"policy.sharding={policy.sharding} is of the torch backend; policy.backend=megatron shards by "
+                f"policy.sharding={policy.sharding} is for the torch backend; policy.backend=megatron shards by "
                 "policy.options (tensor_parallel_size, pipeline_parallel_size, distributed_optimizer)"
             )
         if policy.batching.mode == "packed" and self.context_parallel_size > 1:
             raise ConfigError(
-                "policy.batching.mode=packed and policy.options.context_parallel_size do not go together: "
+                "policy.batching.mode=packed does not support policy.options.context_parallel_size > 1: "
                 "set the mode to dynamic or fixed"
             )
 
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
-        from nemo_rl.models.policy.megatron.model_check import check_model  # imports transformers
+        from nemo_rl.models.policy.megatron.families import find_family  # imports transformers
 
-        check_model(model, policy, self)
+        name, tensor, stages = policy.model_name, self.tensor_parallel_size, self.pipeline_parallel_size
+        problem = find_family(model.model_type).problem(model)
+        if problem is None and model.hidden_act != "silu":
+            problem = f"its activation is {model.hidden_act!r} instead of 'silu'"
+        rope = (model.rope_parameters or {}).get("rope_type", "default")
+        if problem is None and rope not in _ROPE_TYPES:
+            problem = f"its rotary embedding has the type {rope!r}; supported: {', '.join(_ROPE_TYPES)}"
+        if problem is not None:
+            raise ModelError(f"policy.backend=megatron cannot train {name!r}: {problem}. Set policy.backend=torch")
+        heads, groups = model.num_attention_heads, model.num_key_value_heads
+        if heads % tensor or model.intermediate_size % tensor or (groups % tensor and tensor % groups):
+            raise ModelError(
+                f"policy.options.tensor_parallel_size={tensor} must divide the {heads} attention heads and the MLP "
+                f"width {model.intermediate_size} of {name!r}, and divide its {groups} key-value heads or be a "
+                "multiple of them"
+            )
+        if model.num_hidden_layers % stages:
+            raise ModelError(
+                f"policy.options.pipeline_parallel_size={stages} must divide the {model.num_hidden_layers} layers of "
+                f"{name!r}"
+            )
+        if policy.max_sequence_length > model.max_position_embeddings:
+            raise ModelError(
+                f"policy.max_sequence_length={policy.max_sequence_length} exceeds the {model.max_position_embeddings} "
+                f"positions of the model {name!r}"
+            )
 
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
-        """Weights and gradients are split over stages and tensor-parallel workers, the optimizer as configured."""
+        """Estimate the bytes in one worker.
+
+        Weights and gradients are split over stages and tensor-parallel workers, the optimizer as configured.
+        """
         model_shards = self.tensor_parallel_size * self.pipeline_parallel_size
         optimizer_shards = model_shards * (num_workers // model_shards if self.distributed_optimizer else 1)
         low = policy.precision == "bfloat16"

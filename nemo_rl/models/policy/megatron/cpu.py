@@ -1,6 +1,6 @@
-"""megatron-core 0.16 on a CPU. It is written for CUDA; this module holds everything that must be different without it.
+"""Patches that let megatron-core 0.16, which is written for CUDA, run on a CPU.
 
-All of it happens in the worker's process only, and only where the worker computes on a CPU.
+They apply to the worker's process only, and only if the worker computes on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 
 
 class _TorchWithoutCuda:
-    """The module `torch` for code that asks for `device="cuda"` by name."""
+    """Replaces the module `torch` in code that passes `device="cuda"`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -35,19 +35,19 @@ class _TorchWithoutCuda:
 
 @functools.cache
 def adapt_to_cpu() -> None:
-    """Let megatron-core find a CPU wherever it looks for a GPU. Lasts as long as the process."""
-    # Buffers and parameters are made on the "current device".
+    """Patch torch and megatron-core so that they use the CPU instead of a GPU, until the process ends."""
+    # Buffers and parameters are created on the "current device".
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    # It waits for the GPU after point-to-point messages; gloo's have arrived when they are waited for.
+    # megatron-core synchronizes the GPU after point-to-point messages. Waiting for gloo messages is enough.
     torch.cuda.synchronize = lambda device=None: None
     # Tied embeddings and index tensors are moved to the GPU.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    # Optimizers tell precisions apart by type names such as "torch.cuda.FloatTensor".
+    # Optimizers distinguish precisions by type names such as "torch.cuda.FloatTensor".
     torch.Tensor.type = _type_as_if_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
-    # These modules make small tensors with device="cuda", or in pinned memory.
+    # These modules create small tensors with device="cuda", or in pinned memory.
     for module in (schedules, clip_grads, optimizer, rope_utils, utils):
         module.torch = _TorchWithoutCuda()
-    # Recomputation saves and restores the GPU's random state; the model draws no random numbers.
+    # Recomputation saves and restores the GPU's random state, but the model draws no random numbers.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
 

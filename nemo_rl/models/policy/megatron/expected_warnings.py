@@ -1,7 +1,7 @@
-"""Keeps warnings that a user can do nothing about out of the workers' log. Imported before megatron-core.
+"""Filters warnings that a user cannot act on out of the workers' log. Import this before megatron-core.
 
-megatron-core warns while it is imported of packages that it can use and the `mcore` venv does not have, and calls what
-the venv's torch has renamed. What it warns of is known and tested here; all other warnings are shown.
+While megatron-core is imported, it warns about optional packages that the `mcore` venv does not have, and about calls
+that the venv's torch has deprecated. Both are known and tested; all other warnings are shown.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import warnings
 _EXPECTED = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
-    # Of the default of an option for CUDA graphs, which are not used.
+    # The default of an option for CUDA graphs, which are not used.
     r"full scope is deprecated",
     # The distributed optimizer keeps its gradients on views of the weights.
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-    # It frees and takes again its buffers of gradients that way.
+    # megatron-core frees and reallocates its gradient buffers through it.
     r"TypedStorage is deprecated",
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
 )

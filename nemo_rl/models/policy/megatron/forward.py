@@ -1,17 +1,17 @@
-"""From a micro-batch to the model's inputs, through the pipeline's stages, to log-probabilities.
+"""The forward and backward passes of micro-batches through the pipeline's stages.
 
 ::
 
-    micro-batch ─► tokens [R, C], padded to what the ranks divide ─► stages ─► logits of this rank's vocabulary
+    micro-batch ─► tokens [R, C], padded to a multiple of the ranks ─► stages ─► logits of this rank's vocabulary
                                                                                    │ (last stage)
-    [b, T] log-probabilities ◄── scattered ◄── of the wanted columns ◄─────────────┘
+    [b, T] log-probabilities ◄── scattered ◄── of the needed columns ◄─────────────┘
 
-megatron-core's own schedule moves micro-batches through the stages (one forward, one backward, in turn).
+megatron-core's schedule moves micro-batches through the stages (one forward pass, one backward pass in turn).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,20 +28,17 @@ from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
 from nemo_rl.models.policy.megatron.parallel import Grid
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
 
-# What a micro-batch and its [b, T] log-probabilities become: a scalar loss, and anything to keep.
-Judge = Callable[[torch.Tensor, BatchedDataDict], tuple[torch.Tensor, Any]]
-
 
 @dataclass(frozen=True)
 class _Prepared:
     """Inputs of one forward pass.
 
     Attributes:
-        inputs: as for any model.
-        input_ids: [R, C] int64: those of `inputs`, padded; under context parallelism, this rank's part of them.
+        inputs: the inputs for any backend.
+        input_ids: [R, C] int64: the padded ids of `inputs`; under context parallelism, this rank's part of them.
         width: C over all context-parallel ranks.
-        columns: K positions whose logits are wanted.
-        packed: bounds of the sequences when they lie end to end.
+        columns: the K positions whose logits are needed.
+        packed: bounds of the sequences if they are packed.
     """
 
     inputs: ModelInputs
@@ -55,8 +52,10 @@ class PipelineForward:
     """Runs micro-batches through a model and its pipeline.
 
     Args:
-        model: this rank's part, wrapped or not.
-        vocabulary: tokens of the model, without padding.
+        model: this rank's part of the model, wrapped for training or not.
+        grid: this rank's place.
+        options: the parallel sizes.
+        vocabulary: size of the model's vocabulary, without padding.
         packed: lay the sequences of a micro-batch end to end.
     """
 
@@ -70,20 +69,30 @@ class PipelineForward:
             2 * options.context_parallel_size if options.context_parallel_size > 1 else 1
         )
 
-    def train(self, parts: Sequence[BatchedDataDict], judge: Judge) -> None:
-        """Forward and backward passes; gradients add up and are reduced at the end. A collective.
+    def train(
+        self,
+        parts: Iterable[BatchedDataDict],
+        loss: Callable[[torch.Tensor, BatchedDataDict], torch.Tensor],
+    ) -> None:
+        """Run forward and backward passes; then every gradient is the sum over micro-batches and ranks. A collective.
 
-        `judge` is called on the last stage, once per micro-batch, in order.
+        Args:
+            parts: micro-batches, on any device.
+            loss: computes the loss from the [b, T] log-probabilities and the micro-batch. It is called on the last
+                stage, once per micro-batch, in order.
         """
 
-        def loss(prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-            value, kept = judge(self._logprobs(prepared, logits), part)
-            return value, torch.zeros((), dtype=torch.int, device=logits.device), kept
+        def finish(prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor) -> tuple[torch.Tensor, Any, None]:
+            value = loss(self._logprobs(prepared, logits), part)
+            return value, torch.zeros((), dtype=torch.int, device=logits.device), None
 
-        self._run(parts, loss, only_loss_tokens=True, forward_only=False)
+        self._run(list(parts), finish, only_loss_tokens=True, forward_only=False)
 
-    def logprobs(self, parts: Sequence[BatchedDataDict]) -> list[torch.Tensor]:
-        """The [b, T] float32 log-probabilities of each micro-batch on the last stage, else nothing. A collective."""
+    def logprobs(self, parts: Iterable[BatchedDataDict]) -> list[torch.Tensor]:
+        """Return the [b, T] float32 log-probabilities of each micro-batch on the last stage, nothing on other stages.
+
+        A collective.
+        """
 
         def collect(
             prepared: _Prepared, part: BatchedDataDict, logits: torch.Tensor, non_loss_data: bool
@@ -91,7 +100,7 @@ class PipelineForward:
             return self._logprobs(prepared, logits).cpu()
 
         with torch.no_grad():
-            return self._run(parts, collect, only_loss_tokens=False, forward_only=True)
+            return self._run(list(parts), collect, only_loss_tokens=False, forward_only=True)
 
     def _run(
         self,
@@ -110,7 +119,7 @@ class PipelineForward:
 
         device = self._grid.world.device
         run = get_forward_backward_func()
-        # Shapes are told from stage to stage, so the two sizes below only have to be there.
+        # Stages communicate the shapes, so the values of the two sizes below are not used.
         results: list[Any] = run(
             forward_step_func=step,
             data_iterator=(part.to(device) for part in parts),
@@ -142,26 +151,26 @@ class PipelineForward:
         return _Prepared(inputs, ids, width, columns, packed)
 
     def _logprobs(self, prepared: _Prepared, logits: torch.Tensor) -> torch.Tensor:
-        """[b, T] from what the last stage's model gave, [R, K or C, V / ranks]."""
+        """Compute [b, T] log-probabilities from the last stage's logits [R, K or C, V / ranks]."""
         inputs = prepared.inputs
         if self._grid.context.size() > 1:
             return inputs.scatter(self._context_parallel_logprobs(prepared, logits))
         if self._split_sequence:
             logits = logits[:, prepared.columns]
-        return inputs.scatter(self._of_tokens(logits.flatten(0, 1), inputs.tokens))
+        return inputs.scatter(self._token_logprobs(logits.flatten(0, 1), inputs.tokens))
 
-    def _of_tokens(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def _token_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return vocabulary_parallel_logprobs(logits, tokens, self._vocabulary, self._grid.tensor)
 
     def _context_parallel_logprobs(self, prepared: _Prepared, logits: torch.Tensor) -> torch.Tensor:
-        """[R * K]: each rank computes those of its own positions, all get all of them."""
-        context, (rows, own) = self._grid.context, prepared.input_ids.shape
+        """Compute [R * K] log-probabilities: each rank computes those of its positions, and all are gathered."""
+        context, (rows, num_positions) = self._grid.context, prepared.input_ids.shape
         order = context_order(prepared.width, context.size()).to(logits.device)
         tokens = prepared.input_ids.new_zeros(rows, prepared.width)
         tokens[:, prepared.columns] = prepared.inputs.tokens.view(rows, -1)
-        own_tokens = tokens[:, order.chunk(context.size())[context.rank()]]
-        logprobs = self._of_tokens(logits.flatten(0, 1), own_tokens.flatten()).view(rows, own)
-        # Every rank computes the same loss from all of them, so each takes the gradient of its own part.
+        local_tokens = tokens[:, order.chunk(context.size())[context.rank()]]
+        logprobs = self._token_logprobs(logits.flatten(0, 1), local_tokens.flatten()).view(rows, num_positions)
+        # Every rank computes the same loss from all log-probabilities, so each keeps the gradient of its part.
         gathered = gather_from_sequence_parallel_region(
             logprobs.t().contiguous(), tensor_parallel_output_grad=False, group=context
         )

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from logits whose vocabulary is spread over tensor-parallel ranks."""
+"""Log-probabilities of given tokens from logits whose vocabulary is split over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_rl.models.policy.token_logprobs import row_chunks
+from nemo_rl.models.policy.logprob_forward import row_chunks
 
 
 def vocabulary_parallel_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, vocabulary: int, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """log softmax(logits)[n, tokens[n]] without gathering logits: three numbers per token are reduced over ranks.
+    """Compute log softmax(logits)[n, tokens[n]] without gathering logits: ranks reduce three numbers per token.
 
-    Computed in float32 a chunk of rows at a time; the backward pass takes one more buffer of the size and dtype of the
-    local logits and no communication.
+    The computation is in float32, one chunk of rows at a time. The backward pass allocates one more buffer of the size
+    and dtype of the local logits and needs no communication.
 
     Args:
         logits: [N, V / ranks], any floating dtype: this rank's share of the (padded) vocabulary.
         tokens: [N] int64, the same on all ranks.
-        vocabulary: the number of tokens that count; columns beyond are padding, and get no gradient.
+        vocabulary: size of the vocabulary; columns beyond it are padding and get no gradient.
         group: the tensor-parallel ranks.
 
     Returns:
-        [N] float32, the same on all ranks, differentiable with respect to `logits`. Its gradient must be the same on
-        all ranks as well.
+        [N] float32, the same on all ranks, differentiable with respect to `logits`. The incoming gradient must be the
+        same on all ranks, too.
     """
     start = group.rank() * logits.shape[-1]
     counted = min(max(vocabulary - start, 0), logits.shape[-1])
@@ -44,10 +44,10 @@ class _VocabularyParallelLogprobs(torch.autograd.Function):
         counted: int,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
-        own = (tokens >= start) & (tokens < start + counted)
-        columns = torch.where(own, tokens - start, 0)
+        is_local = (tokens >= start) & (tokens < start + counted)
+        columns = torch.where(is_local, tokens - start, 0)
         largest = torch.full(tokens.shape, -torch.inf, dtype=torch.float32, device=logits.device)
-        # Row 0: sum of exponentials; row 1: the token's own logit, known to one rank.
+        # Row 0: sum of exponentials; row 1: the logit of the token, which one rank has.
         sums = torch.zeros(2, *tokens.shape, dtype=torch.float32, device=logits.device)
         chunks = row_chunks(logits)
         if counted:
@@ -59,25 +59,27 @@ class _VocabularyParallelLogprobs(torch.autograd.Function):
                 chunk = logits[rows, :counted].float() - largest[rows, None]
                 sums[1, rows] = chunk.gather(-1, columns[rows, None]).squeeze(-1)
                 sums[0, rows] = chunk.exp_().sum(dim=-1)
-        sums[1].masked_fill_(~own, 0.0)
+        sums[1].masked_fill_(~is_local, 0.0)
         _reduce(sums, dist.ReduceOp.SUM, group)
         log_sums = sums[0].log()
-        ctx.save_for_backward(logits, columns, own, largest + log_sums)
+        ctx.save_for_backward(logits, columns, is_local, largest + log_sums)
         ctx.counted = counted
         return sums[1] - log_sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
-        logits, columns, own, normalizers = ctx.saved_tensors
+        logits, columns, is_local, normalizers = ctx.saved_tensors
         (gradient,) = gradients
-        of_logits = torch.empty_like(logits)
-        of_logits[:, ctx.counted :] = 0.0
+        logits_gradient = torch.empty_like(logits)
+        logits_gradient[:, ctx.counted :] = 0.0
         for rows in row_chunks(logits) if ctx.counted else []:
             # d logprob / d logits = onehot(token) - softmax(logits)
             weight = gradient[rows, None]
             chunk = (logits[rows, : ctx.counted].float() - normalizers[rows, None]).exp_().mul_(-weight)
-            of_logits[rows, : ctx.counted] = chunk.scatter_add_(-1, columns[rows, None], weight * own[rows, None])
-        return of_logits, None, None, None, None
+            logits_gradient[rows, : ctx.counted] = chunk.scatter_add_(
+                -1, columns[rows, None], weight * is_local[rows, None]
+            )
+        return logits_gradient, None, None, None, None
 
 
 def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> None:

@@ -1,4 +1,4 @@
-"""megatron-core's GPT model for a Hugging Face configuration: this rank's layers, its share of every matrix."""
+"""Builds this rank's part of megatron-core's GPT model for a Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nemo_rl.models.policy.megatron.sharding_rules import padded_vocabulary
 
 
 class PolicyModel(GPTModel):
-    """A GPT model that computes logits only for the positions it is asked for."""
+    """A GPT model that computes logits only for selected positions."""
 
     _columns: slice | torch.Tensor | None = None
 
@@ -45,9 +45,9 @@ class PolicyModel(GPTModel):
         packed: PackedSequences | None = None,
         columns: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[R, C] tokens to [R, K, V / tensor-parallel size] logits (last stage), else to what the next stage takes.
+        """Map [R, C] tokens to logits [R, K, V / tensor-parallel size] (last stage) or to the next stage's input.
 
-        `columns` are the K positions whose logits are wanted; None: all C.
+        `columns` are the K positions whose logits are needed; None: all C.
         """
         self._columns = columns
         output: torch.Tensor = super().forward(
@@ -65,7 +65,7 @@ class PolicyModel(GPTModel):
 def build_model(
     hf: PreTrainedConfig, family: Family, policy: PolicyConfig, options: MegatronOptions, grid: Grid, *, trained: bool
 ) -> PolicyModel:
-    """This rank's part of a model that `check_model` has let pass, with memory for its weights but no values in it."""
+    """Build this rank's part of a model that `check_model` accepts. Its weights are allocated but not initialized."""
     config = _transformer_config(hf, family, policy, options, grid.world.device, trained=trained)
     model = PolicyModel(
         config,
@@ -77,7 +77,7 @@ def build_model(
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
     )
-    rotary = LlamaRotaryEmbedding(hf)  # type: ignore[arg-type]  # reads what all families have
+    rotary = LlamaRotaryEmbedding(hf)  # type: ignore[arg-type]  # it reads attributes that all families have
     model.rotary_pos_emb.inv_freq = rotary.inv_freq.detach().to(grid.world.device)
     model.to(device=grid.world.device, dtype=config.params_dtype)
     model.requires_grad_(trained)
@@ -88,7 +88,7 @@ def build_model(
 
 
 def wrap_for_training(model: PolicyModel, options: MegatronOptions) -> DistributedDataParallel:
-    """megatron-core's data parallelism around a model. Gradients are summed over ranks, never averaged."""
+    """Wrap a model in megatron-core's data parallelism. Gradients are summed over ranks, never averaged."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=options.grad_reduce_in_fp32,
         use_distributed_optimizer=options.distributed_optimizer,
@@ -100,7 +100,7 @@ def wrap_for_training(model: PolicyModel, options: MegatronOptions) -> Distribut
 
 
 def _finalize(model: list[Any], num_tokens: Any, **options: Any) -> None:
-    """Reduce gradients over ranks; they are not divided by the number of tokens, because the loss has done so."""
+    """Reduce gradients over ranks without dividing by the number of tokens, because the loss has divided by it."""
     finalize_model_grads(model, None, **options)
 
 
@@ -143,11 +143,11 @@ def _transformer_config(
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         context_parallel_size=options.context_parallel_size,
         sequence_parallel=options.sequence_parallel,
-        # Micro-batches differ in shape, which stages tell each other.
+        # Micro-batches differ in shape, so stages communicate their shapes.
         variable_seq_lengths=options.pipeline_parallel_size > 1,
-        # The default would refuse variable lengths, also for a model without experts.
+        # The default does not allow variable lengths, even for a model without experts.
         moe_token_dispatcher_type="alltoall",
-        # Losses divide by global counts: the schedule must neither divide by micro-batches nor by ranks.
+        # Losses divide by global counts, so the schedule must divide neither by micro-batches nor by ranks.
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=device.type == "cpu",
@@ -164,7 +164,7 @@ def _transformer_config(
 
 
 def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """megatron-core's own layers, with the norm and the attention of `attention`."""
+    """Return the specification of megatron-core's layers with the norm and the attention of `attention`."""
     head_norm = RmsNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,

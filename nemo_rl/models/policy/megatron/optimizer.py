@@ -1,4 +1,4 @@
-"""megatron-core's (distributed) optimizer behind the project's schedule, clipping and guard."""
+"""megatron-core's (distributed) optimizer with the project's schedule, clipping and check for non-finite gradients."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MegatronOptimizer:
-    """AdamW steps over this rank's parameters, with float32 master weights.
+    """Takes AdamW steps over this rank's parameters, with float32 master weights.
 
-    Weight decay is for matrices only. The distributed optimizer holds a share of master weights and moments on every
-    data-parallel rank.
+    Weight decay applies to matrices only. With the distributed optimizer, every data-parallel rank holds a share of the
+    master weights and moments.
 
     Attributes:
-        num_steps: optimizer steps taken so far, those of earlier processes included.
+        num_steps: optimizer steps taken so far, including those before a restart.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MegatronOptimizer:
             use_distributed_optimizer=options.distributed_optimizer,
             clip_grad=policy.max_grad_norm or 0.0,
         )
-        # All parameters are dense, so the chain has one link.
+        # All parameters are dense, so the chain has one optimizer.
         (self._optimizer,) = get_megatron_optimizer(config, [model], use_gloo_process_groups=False).chained_optimizers
         self._model = model
         self._start_states()
@@ -83,7 +83,7 @@ class MegatronOptimizer:
         return self._policy.optimizer.lr * factor
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
 
@@ -91,7 +91,7 @@ class MegatronOptimizer:
         """Clip and step; returns the L2 norm over all ranks before clipping. A collective.
 
         Raises:
-            NonFiniteError: `loss` (over all ranks) or the norm is not finite. The weights are untouched.
+            NonFiniteError: `loss` (over all ranks) or the norm is not finite. The weights are unchanged.
         """
         self._optimizer.prepare_grads()
         norm, lr = float(self._optimizer.get_grad_norm()), self.lr
@@ -106,58 +106,58 @@ class MegatronOptimizer:
         return norm
 
     def release_gradients(self) -> None:
-        """Forget the gradients, and give their buffers' memory back until `regain_gradients`."""
-        self._optimizer.zero_grad()  # what it has cast to float32
+        """Drop the gradients and free their buffers until `regain_gradients`."""
+        self._optimizer.zero_grad()  # frees gradients that it has cast to float32
         self._model.offload_grad_buffers()
 
     def regain_gradients(self) -> None:
-        """Take the buffers' memory again; they are zero."""
+        """Allocate the gradient buffers again; they are zero."""
         self._model.restore_grad_buffers(synchronize=False)
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
-        """This rank's moments, and its master weights where they have memory of their own."""
-        of_weights = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        """Yield this rank's moments, and its master weights if they do not share memory with the weights."""
+        weight_addresses = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
         adamw = self._optimizer.optimizer
         for group in adamw.param_groups:
             for main in group["params"]:
-                if main.untyped_storage().data_ptr() not in of_weights:
+                if main.untyped_storage().data_ptr() not in weight_addresses:
                     yield main
                 yield from adamw.state[main].values()
 
     def read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
-        """The master weight or a moment of one of this rank's parameters, float32, in its shape.
+        """Return the master weight or a moment of one of this rank's parameters, float32, in its shape.
 
-        With the distributed optimizer a collective of the ranks that hold the same parameter.
+        With the distributed optimizer this is a collective of the ranks that hold the same parameter.
         """
         if not isinstance(self._optimizer, DistributedOptimizer):
-            return self._of(_main(parameter), key).detach().view(parameter.shape)
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        for part, tensor in self._own_part(parameter, key):
-            whole[part] = tensor.detach()
-        dist.all_reduce(whole, group=self._optimizer.data_parallel_group)
-        return whole.view(parameter.shape)
+            return self._state_of(_main(parameter), key).detach().view(parameter.shape)
+        full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for part, tensor in self._local_part(parameter, key):
+            full[part] = tensor.detach()
+        dist.all_reduce(full, group=self._optimizer.data_parallel_group)
+        return full.view(parameter.shape)
 
     def write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
-        """The inverse of `read`; a master weight goes to the parameter itself as well. Not a collective."""
+        """Write what `read` returns. A master weight is also written to the parameter. Not a collective."""
         with torch.no_grad():
             if key == WEIGHT:
                 parameter.copy_(value)
             if not isinstance(self._optimizer, DistributedOptimizer):
-                self._of(_main(parameter), key).copy_(value)
+                self._state_of(_main(parameter), key).copy_(value)
                 return
-            for part, tensor in self._own_part(parameter, key):
+            for part, tensor in self._local_part(parameter, key):
                 tensor.copy_(value.reshape(-1)[part])
 
-    def _own_part(self, parameter: nn.Parameter, key: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Where in the flat parameter this rank's share lies, and the share; nothing where it has none."""
+    def _local_part(self, parameter: nn.Parameter, key: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield this rank's slice of the flat parameter and its tensor; nothing if it has no share."""
         places = self._optimizer.model_param_group_index_map
         if parameter in places:
             bounds = self._optimizer._get_model_param_range_map(parameter)["param"]
             group, index = places[parameter]
             main = self._optimizer.optimizer.param_groups[group]["params"][index]
-            yield slice(bounds.start, bounds.end), self._of(main, key).view(-1)
+            yield slice(bounds.start, bounds.end), self._state_of(main, key).view(-1)
 
-    def _of(self, main: torch.Tensor, key: str) -> torch.Tensor:
+    def _state_of(self, main: torch.Tensor, key: str) -> torch.Tensor:
         if key == WEIGHT:
             return main
         state: dict[str, Any] = self._optimizer.optimizer.state[main]
@@ -166,6 +166,6 @@ class MegatronOptimizer:
 
 
 def _main(parameter: nn.Parameter) -> torch.Tensor:
-    """The float32 parameter that AdamW steps: a copy of a bfloat16 one, else the parameter itself."""
+    """Return the float32 parameter that AdamW updates: a copy of a bfloat16 parameter, else the parameter itself."""
     main: torch.Tensor = getattr(parameter, "main_param", parameter)
     return main

@@ -15,12 +15,12 @@ from nemo_rl.models.policy.process_group import ProcessGroup
 
 @dataclass(frozen=True)
 class Grid:
-    """Groups of ranks that differ in one coordinate only, this process among them.
+    """Holds this process's groups of ranks; the ranks of a group differ in one coordinate only.
 
     Attributes:
         world: all ranks.
-        data: data-parallel ranks, which hold the same part of the model and see different samples.
-        tensor, context, pipeline: the other axes, as torch's groups.
+        data: data-parallel ranks, which hold the same part of the model and process different samples.
+        tensor, context, pipeline: torch's groups along the other axes.
     """
 
     world: ProcessGroup
@@ -41,11 +41,11 @@ class Grid:
 
     @property
     def is_first_replica(self) -> bool:
-        """Whether this rank's part of the model counts where all replicas hold the same."""
+        """Whether this rank belongs to the first of the replicas, which all hold the same weights."""
         return self.data.rank == 0 and self.context.rank() == 0
 
     def from_last_stage(self, value: Any) -> Any:
-        """What the last stage gives, on all stages; picklable. A collective of each pipeline."""
+        """Return the last stage's (picklable) `value` on all stages. A collective of each pipeline."""
         if self.pipeline.size() == 1:
             return value
         values = [value]
@@ -55,14 +55,14 @@ class Grid:
 
 
 def make_grid(world: ProcessGroup, options: MegatronOptions) -> Grid:
-    """Lay the ranks of an initialised `torch.distributed` out as `MegatronOptions.layout` says. A collective."""
+    """Create the groups of `MegatronOptions.layout` in an initialized `torch.distributed`. A collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tensor_parallel_size,
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         context_parallel_size=options.context_parallel_size,
         create_gloo_process_groups=False,
     )
-    # Dropout is off, so nothing is drawn while the model runs: the tracker that does nothing is enough.
+    # Dropout is off, so the model draws no random numbers and the no-op tracker is enough.
     initialize_rng_tracker(inference_rng_tracker=True)
     data = parallel_state.get_data_parallel_group()
     return Grid(
@@ -75,7 +75,5 @@ def make_grid(world: ProcessGroup, options: MegatronOptions) -> Grid:
 
 
 def leave_grid() -> None:
-    """Forget megatron-core's groups and leave the process group. Idempotent."""
+    """Destroy megatron-core's groups of ranks. Idempotent."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()

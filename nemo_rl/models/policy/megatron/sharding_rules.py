@@ -1,8 +1,8 @@
-"""How one Megatron parameter is made of Hugging Face tensors, for any tensor-parallel size, and back, bit for bit.
+"""Rules that convert Hugging Face tensors to one Megatron parameter and back, exactly, for any tensor-parallel size.
 
-A rule turns tensors of the Hugging Face model into all tensor-parallel shards of the Megatron parameter, stacked
-along a new first dimension, and takes them apart again. It only moves elements, so it serves weights and the
-optimizer's moments alike, on any device; on the meta device it gives shapes.
+A rule converts tensors of the Hugging Face model to all tensor-parallel shards of the Megatron parameter, stacked along
+a new first dimension, and inverts the conversion. It only moves elements, so it applies to weights and to the
+optimizer's moments, on any device; on the meta device it computes shapes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What rules must know of the model besides the tensors: its key-value heads, and the tensor-parallel size."""
+    """The sizes that rules need besides the tensors: the number of key-value heads, and the tensor-parallel size."""
 
     num_query_groups: int
     tensor_parallel_size: int
 
 
 class Rule(ABC):
-    """One Megatron parameter, made of the Hugging Face tensors `names`, in the order that `shards` takes them."""
+    """Converts the Hugging Face tensors `names`, in this order, to one Megatron parameter and back."""
 
-    # Whether tensor-parallel ranks hold different parts of it.
+    # Whether tensor-parallel ranks hold different parts of the parameter.
     split: ClassVar[bool] = True
 
     def __init__(self, *names: str) -> None:
@@ -34,15 +34,15 @@ class Rule(ABC):
 
     @abstractmethod
     def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-        """[tensor-parallel size, *shape of a shard]; size 1 where it is not split."""
+        """Return [tensor-parallel size, *shape of a shard]; the first dimension is 1 if the parameter is not split."""
 
     @abstractmethod
     def tensors(self, shards: torch.Tensor, shapes: Sequence[torch.Size], shape: ModelShape) -> list[torch.Tensor]:
-        """The inverse of `shards`; `shapes` are those of the Hugging Face tensors."""
+        """Invert `shards`; `shapes` are the shapes of the Hugging Face tensors."""
 
 
 class Replicated(Rule):
-    """The same on all tensor-parallel ranks."""
+    """Replicates the tensor on all tensor-parallel ranks."""
 
     split = False
 
@@ -55,7 +55,7 @@ class Replicated(Rule):
 
 
 class SplitColumns(Rule):
-    """Each rank has its share of the columns (inputs of a matrix)."""
+    """Splits the columns (the inputs of a matrix) over the ranks."""
 
     def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
         (tensor,) = tensors
@@ -66,12 +66,12 @@ class SplitColumns(Rule):
 
 
 class SplitVocabulary(Rule):
-    """Each rank has its share of the vocabulary, which is padded with rows of zeros until it divides evenly."""
+    """Splits the vocabulary over the ranks, after padding it with rows of zeros to a multiple of them."""
 
     def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
         (tensor,) = tensors
-        missing = padded_vocabulary(len(tensor), shape.tensor_parallel_size) - len(tensor)
-        padded = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+        num_padding = padded_vocabulary(len(tensor), shape.tensor_parallel_size) - len(tensor)
+        padded = torch.cat([tensor, tensor.new_zeros(num_padding, *tensor.shape[1:])]) if num_padding else tensor
         return padded.unflatten(0, (shape.tensor_parallel_size, -1))
 
     def tensors(self, shards: torch.Tensor, shapes: Sequence[torch.Size], shape: ModelShape) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ class SplitVocabulary(Rule):
 
 
 class SplitGated(Rule):
-    """Gate and up projection of a gated MLP: each rank has its share of the gate's rows, then of the other's."""
+    """Splits the gate and up projections of a gated MLP: a rank has its rows of the gate, then its rows of up."""
 
     def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
         return torch.cat([tensor.unflatten(0, (shape.tensor_parallel_size, -1)) for tensor in tensors], dim=1)
@@ -89,7 +89,7 @@ class SplitGated(Rule):
 
 
 class SplitAttention(Rule):
-    """Query, key and value projections: group by group its query heads, its key head, its value head; then split."""
+    """Interleaves query, key and value projections by group (query heads, key head, value head) and splits groups."""
 
     def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
         groups = [tensor.unflatten(0, (shape.num_query_groups, -1)) for tensor in tensors]
@@ -102,5 +102,10 @@ class SplitAttention(Rule):
 
 
 def padded_vocabulary(size: int, tensor_parallel_size: int) -> int:
-    """The next multiple of the tensor-parallel size."""
+    """Round the vocabulary size up to a multiple of the tensor-parallel size.
+
+    Example:
+        >>> padded_vocabulary(29, 4)
+        32
+    """
     return -(-size // tensor_parallel_size) * tensor_parallel_size

@@ -1,4 +1,4 @@
-"""The trained model and its optimizer as whole Hugging Face tensors: for checkpoints and for generation workers."""
+"""The trained model and its optimizer as full Hugging Face tensors, for checkpoints and for generation workers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from nemo_rl.models.policy.parallel_model import TensorReader
 
 
 class MegatronState:
-    """`policy_checkpoint.TrainedState` of this backend.
+    """The `policy_checkpoint.TrainedState` of the Megatron backend.
 
     Args:
-        skeleton: the Hugging Face model without memory for its weights.
-        dtype: of the weights that the model computes with.
-        distributed_optimizer: whether data-parallel ranks share master weights and moments.
+        skeleton: the Hugging Face model on the meta device.
+        exchange: gathers and scatters tensors.
+        optimizer: holds master weights and moments.
+        dtype: the model's compute dtype.
+        distributed_optimizer: whether data-parallel ranks split master weights and moments.
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class MegatronState:
         return [f"{name}/{key}" for name in self.shapes for key in STATE_KEYS]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Master weights, float32."""
+        """Yield the float32 master weights."""
         return self._gather(WEIGHT)
 
     def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that the model computes with, in its own dtype; on rank 0, or on all ranks."""
+        """Yield the weights in the model's compute dtype, on rank 0 or on all ranks."""
         return self._exchange.gather(
             nn.Parameter.detach, dtype=self._dtype, from_all_replicas=False, on_all_ranks=on_all_ranks
         )
@@ -79,7 +81,7 @@ class MegatronState:
         )
 
     def load_weights(self, weight: TensorReader | None) -> None:
-        """Take over weights, which rank 0 reads by name. A collective."""
+        """Load weights by name with rank 0's reader (None on other ranks). A collective."""
         self._scatter(WEIGHT, weight)
 
     def load(self, weight: TensorReader | None, moment: TensorReader | None) -> None:

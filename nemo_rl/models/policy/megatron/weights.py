@@ -1,12 +1,12 @@
-"""Weights (and the optimizer's moments) between the ranks' shards and whole Hugging Face tensors.
+"""Converts weights and the optimizer's moments between the ranks' shards and full Hugging Face tensors.
 
 ::
 
-    gather   stage's shards ──all-gather over tensor-parallel ranks──► whole parameter ──send──► rank 0 ──► tensors
-    scatter  rank 0: tensors ──► all shards of one parameter ──broadcast──► every rank keeps its own
+    gather   stage's shards ──all-gather over tensor-parallel ranks──► full parameter ──send──► rank 0 ──► tensors
+    scatter  rank 0: tensors ──► all shards of one parameter ──broadcast──► every rank keeps its shard
 
-One Megatron parameter at a time, so that no rank holds more than one parameter whole. Both work for any tensor- and
-pipeline-parallel sizes, so what was gathered under one pair can be scattered under another.
+Both process one Megatron parameter at a time, so that no rank holds more than one full parameter. They work for any
+tensor- and pipeline-parallel sizes, so tensors gathered under one layout can be scattered under another.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _OUTPUT = "output_layer.weight"
 
 @dataclass(frozen=True)
 class _Unit:
-    """One Megatron parameter of the whole model.
+    """One Megatron parameter of the full model.
 
     Attributes:
-        rule: how it is made of Hugging Face tensors.
-        names, shapes: of those tensors.
-        stage: the pipeline stage it is gathered from.
+        rule: converts Hugging Face tensors to this parameter.
+        names, shapes: names and shapes of those tensors.
+        stage: the pipeline stage that it is gathered from.
     """
 
     rule: Rule
@@ -50,13 +50,15 @@ class _Unit:
 
 
 class WeightExchange:
-    """Moves tensors between a model's shards and Hugging Face names.
+    """Gathers and scatters tensors between a model's shards and Hugging Face names.
 
     Args:
-        model: this rank's part. Its parameters are marked as split over tensor-parallel ranks or not, which
-            megatron-core's gradient norm relies on.
+        model: this rank's part of the model. The constructor marks its parameters as split over tensor-parallel ranks
+            or not, which megatron-core's gradient norm relies on.
         hf: configuration of the model.
-        shapes: names and shapes of the Hugging Face parameters, in their model's order, tied ones once.
+        family: tables of the model's family.
+        shapes: names and shapes of the Hugging Face parameters, in the model's order, tied ones once.
+        grid: this rank's place.
 
     Raises:
         ModelError: the family's tables and the model do not have the same parameters.
@@ -75,26 +77,28 @@ class WeightExchange:
             different = sorted(self._unit_of.keys() ^ shapes.keys())
             raise ModelError(
                 f"the tables of the family {hf.model_type!r} do not fit this model: {len(different)} parameters are in "
-                f"one of the two only, such as {different[0]}"
+                f"only one of the two, such as {different[0]}"
             )
-        self._own = _own_parameters(model, layers_per_stage * grid.stage)
-        unknown = sorted(self._own.keys() - self._units.keys())
+        self._local = _local_parameters(model, layers_per_stage * grid.stage)
+        unknown = sorted(self._local.keys() - self._units.keys())
         if unknown:
             raise ModelError(f"the tables of the family {hf.model_type!r} lack Megatron's {unknown[0]}")
-        for name, parameter in self._own.items():
+        for name, parameter in self._local.items():
             parameter.tensor_model_parallel = self._units[name].rule.split  # type: ignore[attr-defined]
 
     def gather(
         self, read: Read, *, dtype: torch.dtype, from_all_replicas: bool, on_all_ranks: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names and whole tensors on rank 0, in the model's order; nothing on other ranks. Exhaust it.
+        """Yield Hugging Face names and full tensors on rank 0, in the model's order; nothing on other ranks.
+
+        A collective: exhaust it.
 
         Args:
-            read: gives a parameter's weight or moment on a rank that holds the parameter.
-            dtype: of what it gives, on any rank.
-            from_all_replicas: `read` is a collective of data-parallel ranks. Otherwise only the first of them takes
+            read: returns a parameter's weight or moment on a rank that holds the parameter.
+            dtype: dtype that `read` returns on all ranks.
+            from_all_replicas: `read` is a collective of data-parallel ranks. Otherwise only the first replica takes
                 part.
-            on_all_ranks: every rank gets all of them.
+            on_all_ranks: yield all tensors on every rank.
         """
         takes_part = self._grid.is_first_replica or on_all_ranks
         if not takes_part and not from_all_replicas:
@@ -104,7 +108,7 @@ class WeightExchange:
             if name not in ready:
                 unit_name = self._unit_of[name]
                 unit = self._units[unit_name]
-                local = read(self._own[unit_name]) if self._holds(unit_name) else None
+                local = read(self._local[unit_name]) if self._holds(unit_name) else None
                 shards = self._collect(unit, local, dtype, on_all_ranks=on_all_ranks) if takes_part else None
                 if shards is None:
                     tensors = [torch.empty(0)] * len(unit.names)
@@ -116,11 +120,11 @@ class WeightExchange:
                 yield name, tensor
 
     def scatter(self, read: Callable[[str], torch.Tensor] | None, write: Write) -> None:
-        """Give every rank its shards, float32. A collective.
+        """Write every rank's float32 shards. A collective.
 
         Args:
-            read: gives a Hugging Face tensor by name; on rank 0, None elsewhere.
-            write: takes a parameter's shard.
+            read: returns a Hugging Face tensor by name on rank 0; None on other ranks.
+            write: writes a parameter's shard.
         """
         device = self._grid.world.device
         for name, unit in self._units.items():
@@ -131,18 +135,20 @@ class WeightExchange:
                 buffer = unit.rule.shards(tensors, self._shape).contiguous()
             if self._grid.world.world_size > 1:
                 dist.broadcast(buffer, src=0)
-            if name in self._own:
-                write(self._own[name], buffer[self._grid.tensor.rank() if unit.rule.split else 0])
+            if name in self._local:
+                write(self._local[name], buffer[self._grid.tensor.rank() if unit.rule.split else 0])
 
     def _holds(self, unit_name: str) -> bool:
-        """Whether this rank's stage is the one that the parameter is gathered from."""
-        return unit_name in self._own and self._units[unit_name].stage == self._grid.stage
+        """Whether the parameter is gathered from this rank's stage."""
+        return unit_name in self._local and self._units[unit_name].stage == self._grid.stage
 
     def _collect(
         self, unit: _Unit, local: torch.Tensor | None, dtype: torch.dtype, *, on_all_ranks: bool
     ) -> torch.Tensor | None:
-        """All shards of a parameter on rank 0 (None elsewhere), a collective of the first replica's ranks; or, of all
-        ranks, on all of them."""
+        """Return all shards of a parameter on rank 0, None elsewhere. A collective of the first replica's ranks.
+
+        With `on_all_ranks`, all ranks take part and return the shards.
+        """
         shards = None
         if local is not None:
             shards = local[None] if not unit.rule.split else self._all_shards(local)
@@ -159,7 +165,7 @@ class WeightExchange:
         return shards if self._grid.world.rank == 0 else None
 
     def _on_all_stages(self, unit: _Unit, shards: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """What the ranks of one stage have, on those of all stages."""
+        """Broadcast the shards of the parameter's stage to all stages."""
         if shards is None:
             shards = torch.empty(self._shards_shape(unit), dtype=dtype, device=self._grid.world.device)
         if self._grid.pipeline.size() > 1:
@@ -182,7 +188,7 @@ class WeightExchange:
 def _units(
     hf: PreTrainedConfig, family: Family, shapes: dict[str, torch.Size], layers_per_stage: int, num_stages: int
 ) -> dict[str, _Unit]:
-    """Every parameter of the whole model, by Megatron's name with the layer's number in the whole model."""
+    """Return every parameter of the full model by Megatron's name, with the layer's number in the full model."""
 
     def unit(rule: Rule, prefix: str, stage: int) -> _Unit:
         names = tuple(f"{prefix}{name}" for name in rule.names)
@@ -199,17 +205,17 @@ def _units(
     return units
 
 
-def _own_parameters(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
-    """This rank's parameters by their names in `_units`.
+def _local_parameters(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:
+    """Return this rank's parameters by their names in `_units`.
 
-    The last stage's copy of a tied embedding goes by the embedding's name.
+    The last stage's copy of a tied embedding has the embedding's name.
     """
-    own = {}
+    parameters = {}
     for name, parameter in model.named_parameters():
         layer = _LAYER.match(name)
         if layer:
             name = f"decoder.layers.{int(layer[1]) + first_layer}.{name[layer.end() :]}"
         elif name == _OUTPUT and getattr(parameter, "shared_embedding", False):
             name = _EMBEDDING
-        own[name] = parameter
-    return own
+        parameters[name] = parameter
+    return parameters

@@ -1,6 +1,6 @@
-"""Which Hugging Face models the Megatron backend can train: one module per model family, named by its `model_type`.
+"""Model families that the Megatron backend supports: one module per Hugging Face `model_type`.
 
-A new family is one file here that defines `FAMILY`; nothing lists it.
+A new family is one module in this package that defines `FAMILY`; it needs no registration.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def find_family(model_type: str) -> Family:
-    """The family of a Hugging Face `model_type`. Raises `ModelError` that names the known ones."""
+    """Return the family of a Hugging Face `model_type`. Raises `ModelError` if it is not supported."""
     known = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "family")
     if model_type not in known:
         raise ModelError(
-            f"policy.backend=megatron does not know the model family {model_type!r}; it knows {', '.join(known)}. "
-            "Set policy.backend=torch, or add a file to nemo_rl/models/policy/megatron/families"
+            f"policy.backend=megatron does not support the model family {model_type!r}; supported: "
+            f"{', '.join(known)}. Set policy.backend=torch, or add a file to nemo_rl/models/policy/megatron/families"
         )
     family: Family = importlib.import_module(f"{__name__}.{model_type}").FAMILY
     return family

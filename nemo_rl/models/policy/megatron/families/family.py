@@ -1,4 +1,4 @@
-"""What a family is: tables from Megatron's parameter names to Hugging Face's, and settings of its transformer."""
+"""The description of a model family: tables from Megatron's to Hugging Face's parameter names, and settings."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _no_problem(config: PreTrainedConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of dense decoders.
+    """Describes a family of dense decoders.
 
     Attributes:
-        layer: rules of one layer's parameters; Megatron's names are below `decoder.layers.<i>.`, Hugging Face's below
-            `model.layers.<i>.`.
-        model: rules of the others, by full names.
-        transformer: settings of `megatron.core.transformer.TransformerConfig` besides those all families share.
-        problem: why a model of the family cannot be trained by this backend; None when it can.
+        layer: rules for one layer's parameters, by Megatron's names below `decoder.layers.<i>.`. Hugging Face's names
+            are below `model.layers.<i>.`.
+        model: rules for all other parameters, by full names.
+        transformer: settings of `megatron.core.transformer.TransformerConfig` besides those that all families share.
+        problem: returns why this backend cannot train a model of the family; None if it can.
     """
 
     layer: Mapping[str, Rule]
@@ -40,7 +40,7 @@ class Family:
     problem: Callable[[PreTrainedConfig], str | None] = _no_problem
 
 
-# What most dense families have in common.
+# Rules that most dense families share.
 DENSE_LAYER: Mapping[str, Rule] = {
     "self_attention.linear_qkv.weight": SplitAttention(
         "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"

@@ -1,4 +1,4 @@
-"""Qwen 3, dense: queries and keys are normalised per head."""
+"""Qwen 3, dense: queries and keys are normalized per head."""
 
 from __future__ import annotations
 

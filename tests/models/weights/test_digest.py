@@ -1,28 +1,27 @@
-"""Digests that are computed where tensors lie: what they see, and that layout does not matter."""
+"""Row sums, and digests computed from them on the tensors' device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from nemo_rl.models.weights.digest import WeightDigest, digest_tensors
+from nemo_rl.models.weights.digest import WORDS_PER_ROW, WeightDigest, digest_tensors, row_sums
 from nemo_rl.models.weights.interfaces import TensorSpec
-from nemo_rl.models.weights.row_sums import WORDS_PER_ROW, row_sums
 
 ROW_BYTES = 4 * WORDS_PER_ROW
 
 
-def drawn(num_bytes: int) -> torch.Tensor:
+def random_bytes(num_bytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(num_bytes))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 4, 6, ROW_BYTES - 1, ROW_BYTES, ROW_BYTES + 1, 3 * ROW_BYTES + 5])
-def test_there_is_a_sum_per_row(num_bytes: int) -> None:
-    assert row_sums(drawn(num_bytes)).shape == (-(-num_bytes // ROW_BYTES),)
-    assert row_sums(drawn(num_bytes)).dtype == torch.int64
+def test_row_sums_shape(num_bytes: int) -> None:
+    assert row_sums(random_bytes(num_bytes)).shape == (-(-num_bytes // ROW_BYTES),)
+    assert row_sums(random_bytes(num_bytes)).dtype == torch.int64
 
 
-def test_a_sum_is_the_documented_one() -> None:
+def test_row_sum_formula() -> None:
     ones = row_sums(torch.eye(64, dtype=torch.int32)[:1])  # the first word is 1, the others 0
     rows = torch.zeros(2, WORDS_PER_ROW, dtype=torch.int32)
     rows[0, 0], rows[1, 0] = 3, -(2**31)
@@ -31,16 +30,16 @@ def test_a_sum_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_neither_layout_nor_alignment_matters(dtype: torch.dtype) -> None:
-    tensor = drawn(7 * ROW_BYTES).to(dtype).view(-1, 8)
+def test_row_sums_ignore_layout_and_alignment(dtype: torch.dtype) -> None:
+    tensor = random_bytes(7 * ROW_BYTES).to(dtype).view(-1, 8)
     expected = row_sums(tensor)
     shifted = torch.empty(tensor.numel() + 1, dtype=dtype)[1:].view(tensor.shape)
     assert torch.equal(row_sums(shifted.copy_(tensor)), expected)
     assert torch.equal(row_sums(tensor.T.contiguous().T), expected)
 
 
-def test_every_bit_counts() -> None:
-    data = drawn(2 * ROW_BYTES + 3)
+def test_row_sums_detect_any_flipped_bit() -> None:
+    data = random_bytes(2 * ROW_BYTES + 3)
     expected = row_sums(data)
     for position in (0, 5, ROW_BYTES - 1, ROW_BYTES, 2 * ROW_BYTES + 2):
         for bit in range(8):
@@ -49,8 +48,8 @@ def test_every_bit_counts() -> None:
             assert not torch.equal(row_sums(damaged), expected)
 
 
-def test_damage_in_many_places_is_seen() -> None:
-    weights = drawn(8 * ROW_BYTES).view(torch.int32).clone()
+def test_row_sums_detect_larger_damage() -> None:
+    weights = random_bytes(8 * ROW_BYTES).view(torch.int32).clone()
     expected = row_sums(weights)
     two_signs = weights.clone()
     two_signs[[1, 2]] ^= -(2**31)
@@ -61,7 +60,7 @@ def test_damage_in_many_places_is_seen() -> None:
     assert digest_tensors(swapped, on_gpu=True) != digest_tensors([("w", rows)], on_gpu=True)
 
 
-def test_a_digest_on_gpus_takes_names_shapes_and_order_in() -> None:
+def test_gpu_digest_covers_names_shapes_and_order() -> None:
     tensors = [("a", torch.ones(4, 2)), ("b", torch.zeros(3)), ("empty", torch.zeros(0))]
     expected = digest_tensors(tensors, on_gpu=True)
     assert digest_tensors(tensors, on_gpu=True) == expected != digest_tensors(tensors)
@@ -69,7 +68,7 @@ def test_a_digest_on_gpus_takes_names_shapes_and_order_in() -> None:
         assert digest_tensors(other, on_gpu=True) != expected
 
 
-def test_a_copy_is_digested_as_it_arrives() -> None:
+def test_copy_in_digests_the_copy() -> None:
     source, target = torch.randn(5, 3).T, torch.empty(3, 5, dtype=torch.bfloat16)
     digest = WeightDigest(on_gpu=True)
     digest.copy_in(TensorSpec("w", "bfloat16", (3, 5), 0), source, target)

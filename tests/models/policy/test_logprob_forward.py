@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_rl.models.policy import token_logprobs as module
-from nemo_rl.models.policy.token_logprobs import token_logprobs
+from nemo_rl.models.policy import logprob_forward
+from nemo_rl.models.policy.logprob_forward import token_logprobs
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 50, 2**24])
-def test_values_and_gradients_are_those_of_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+def test_token_logprobs_match_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
+    monkeypatch.setattr(logprob_forward, "CHUNK_ELEMENTS", chunk_elements)
     torch.manual_seed(0)
     logits = (torch.randn(13, 17) * 5).requires_grad_()
     tokens, weights = torch.randint(0, 17, (13,)), torch.randn(13)
@@ -21,7 +21,7 @@ def test_values_and_gradients_are_those_of_log_softmax(monkeypatch: pytest.Monke
     torch.testing.assert_close(of_result, of_expected)
 
 
-def test_bfloat16_logits_are_normalised_in_float32() -> None:
+def test_bfloat16_logits_are_normalized_in_float32() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 1000).bfloat16().requires_grad_()
     tokens = torch.randint(0, 1000, (6,))
@@ -33,5 +33,5 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
-def test_no_rows() -> None:
+def test_token_logprobs_without_rows() -> None:
     assert token_logprobs(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)).shape == (0,)
