@@ -95,7 +95,7 @@ class FakeEnvironment:
 
     def step(self, completions, metadata) -> EnvironmentReturn:
         if self.fails:
-            raise EnvironmentFailure("the judge is gone")
+            raise EnvironmentFailure("the environment has died")
         count = len(completions)
         return EnvironmentReturn(
             rewards=np.array([c == "right" for c in completions], dtype=np.float32),

@@ -20,5 +20,6 @@ def check_weight_names(expected: Collection[str], received: Collection[str], tie
     unknown = [name for name in received if name not in expected and name not in tied]
     if missing or unknown:
         raise WeightSyncError(
-            f"the published weights are not this model's: missing {abbreviated(missing)}, unknown {abbreviated(unknown)}"
+            f"the published weights are not this model's: missing {abbreviated(missing)}, "
+            f"unknown {abbreviated(unknown)}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import ray
@@ -75,6 +76,7 @@ def test_joined_results_are_padded_to_the_longest(tiny) -> None:
 def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of `wrong_digest_worker`
         start_local_ray(num_cpus=2)
         try:
             cluster = RayVirtualCluster([2], use_gpus=False, max_colocated_worker_groups=2, name="generation")
