@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl import settings
 from nemo_rl.models.worker_process import process_facts, take_cpu_share
-from nemo_rl.utils.garbage import without_collecting
+from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
     from nemo_rl.models.generation.generator import Generator, GeneratorSpec
@@ -33,7 +33,7 @@ class GenerationWorker(ABC):
     """
 
     def __init__(self, spec: GeneratorSpec, *, num_local_workers: int = 1) -> None:
-        with without_collecting():
+        with gc_paused():
             if not spec.use_gpu:
                 take_cpu_share(spec.config.num_threads, num_local_workers)
             name = f"generation worker {settings.RANK.get()} on {socket.gethostname()}"
