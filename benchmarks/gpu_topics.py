@@ -23,6 +23,8 @@ from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generator import GeneratorSpec
+from nemo_rl.models.generation.interfaces import GenerationRequest
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.offload import Part
@@ -244,8 +246,12 @@ def _generation(plan: Plan, **more: Any) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=plan.num_tokens // 4, precision=plan.precision, **more)
 
 
+def _generator_spec(plan: Plan, model: Path, config: GenerationConfig) -> GeneratorSpec:
+    return GeneratorSpec(str(model), config, plan.num_tokens, use_gpu=plan.device == "cuda")
+
+
 def _torch_engine(plan: Plan, model: Path) -> TorchGenerator:
-    return TorchGenerator(str(model), _generation(plan), max_sequence_length=plan.num_tokens, device=plan.device)
+    return TorchGenerator(_generator_spec(plan, model, _generation(plan)))
 
 
 def _vllm_engine(plan: Plan, model: Path) -> Any:
@@ -255,23 +261,23 @@ def _vllm_engine(plan: Plan, model: Path) -> Any:
     from nemo_rl.models.generation.vllm.generator import VllmGenerator
 
     config = _generation(plan, backend="vllm", options={"gpu_memory_utilization": 0.5})
-    on_gpu = plan.device == "cuda"
-    return VllmGenerator(str(model), config, max_sequence_length=plan.num_tokens, use_gpu=on_gpu)
+    return VllmGenerator(_generator_spec(plan, model, config))
 
 
 def _load_random_weights(engine: Any, model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     parameters = AutoModelForCausalLM.from_pretrained(model).named_parameters()
-    engine.update_weights(publish(parameters, version=1, dtype=engine.precision, transport="local"))
+    engine.update_weights(publish(parameters, version=1, dtype=engine.spec.precision, transport="local"))
 
 
 def _complete(plan: Plan, engine: Any) -> Metrics:
     """Measure tokens per second. A model with random weights rarely ends a completion before the limit."""
     rows = [make_tokenizer()(f"{number}+{number}=")["input_ids"] for number in range(10, 10 + plan.batch)]
     ids, lengths = torch.tensor(rows), torch.full((len(rows),), len(rows[0]))
+    request = GenerationRequest(ids, lengths, seed=1, num_generations=16)
     results: list[Any] = []
-    seconds = _seconds(plan, lambda: results.append(engine.generate(ids, lengths, seed=1, num_generations=16)))
+    seconds = _seconds(plan, lambda: results.append(engine.generate(request)))
     [result] = results
     return {"tokens/s": float((result.output_lengths - result.prompt_lengths).sum()) / seconds}
 

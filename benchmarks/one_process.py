@@ -20,7 +20,8 @@ from nemo_rl.data.processing import TokenizedProblems
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 from nemo_rl.models.embedded import make_tokenizer
-from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
+from nemo_rl.models.generation.generator import GeneratorSpec
+from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationRequest, GenerationResult
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
@@ -133,12 +134,7 @@ class OneGenerator(GenerationInterface):
         sampling: Any = None,
     ) -> GenerationResult:
         return self.generator.generate(
-            prompts["input_ids"],
-            prompts["input_lengths"],
-            seed=seed,
-            num_generations=num_generations,
-            greedy=greedy,
-            sampling=sampling,
+            GenerationRequest(prompts["input_ids"], prompts["input_lengths"], seed, num_generations, greedy, sampling)
         )
 
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:
@@ -184,19 +180,19 @@ def make_job(model: Path, config: MasterConfig, device: str) -> GRPO:
     policy = config.policy.model_copy(update={"model_name": str(model)})
     tokenizer = make_tokenizer()
     problems = TokenizedProblems(ArithmeticDataset("train", 1000), tokenizer, config.data)
-    generator = TorchGenerator(
+    spec = GeneratorSpec(
         str(model),
         policy.generation,
-        max_sequence_length=policy.max_sequence_length,
-        precision=policy.precision,
-        device=device,
+        policy.max_sequence_length,
+        default_precision=policy.precision,
+        use_gpu=device == "cuda",
     )
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
     return GRPO(
         config=config,
         policy=OneWorkerPolicy(policy, total_steps=config.num_optimizer_steps, device=device),
-        generation=OneGenerator(generator),
+        generation=OneGenerator(TorchGenerator(spec)),
         environment=Coin(),
         loader=PromptLoader(problems, pad, seed=config.grpo.seed),
         validation=None,

@@ -1,4 +1,4 @@
-"""The GRPO job with the backend of transformers_generation_worker.py: registered here, then named in the configuration.
+"""Run the GRPO job with the backend of transformers_generation_worker.py.
 
 uv run examples/backends/run_with_transformers_generation.py grpo.max_num_steps=3
 """
@@ -20,6 +20,6 @@ GENERATION_BACKENDS["transformers"] = Backend(WORKER)
 register_actor_environment(WORKER, PY_EXECUTABLES.BASE)
 
 if __name__ == "__main__":
-    # Ray lets workers import what is beside the driver's script. A worker that its venv holds needs no such thing.
+    # Ray workers can import modules beside the driver's script, so the worker class need not be installed in its venv.
     recipe = HERE.parent / "configs" / "grpo_math_embedded.yaml"
     sys.exit(run_command(MasterConfig, recipe, run_grpo, ["policy.generation.backend=transformers", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The embedded data set: arithmetic problems of graded difficulty, made from a seed.
+"""The embedded data set: arithmetic problems of graded difficulty, generated from a seed.
 
 ====== ================================== ============ =====================================
 level  problems                           example      distinct (train + validation)
@@ -10,9 +10,9 @@ level  problems                           example      distinct (train + validat
 5      products of two-digit numbers      `37*48=`     8,100
 ====== ================================== ============ =====================================
 
-Whether a problem belongs to train or to validation is decided by a hash of the problem itself, one in eight being for
-validation: the splits are disjoint for all sizes, seeds and levels. `a+b` and `b+a` hash alike, so that no validation
-problem is in train with its operands exchanged.
+A hash of the problem itself decides whether it belongs to train or to validation (one in eight): the splits are
+disjoint for all sizes, seeds and levels. `a+b` and `b+a` have the same hash, so that no validation problem is in train
+with its operands exchanged.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from nemo_rl.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from nemo_rl.data.config import DataConfig, DatasetConfig
 
-# Every character that a prompt or an answer can hold: what the embedded tokenizer must know.
+# Every character that a prompt or an answer can contain. The embedded tokenizer must know all of them.
 ALPHABET = "0123456789+-*="
-# One problem in this many is for validation.
+# One in this many problems belongs to validation.
 VALIDATION_SHARE = 8
 
 _OPERAND_BASE = 1000
@@ -49,10 +49,10 @@ class _Family:
     """All problems of one form.
 
     Attributes:
-        form: the prompt, with a `{}` for each operand.
-        solve: operands to answer.
-        operands: the values of each operand.
-        commutative: the positions of two operands whose exchange makes no other problem.
+        form: The prompt, with a `{}` for each operand.
+        solve: Computes the answer from the operands.
+        operands: The values of each operand.
+        commutative: The positions of two operands that can be exchanged without changing the problem.
     """
 
     form: str
@@ -80,32 +80,38 @@ _LEVEL_OF_FAMILY = {family: level for level, families in LEVELS.items() for fami
 
 
 class ArithmeticDataset(ProblemDataset):
-    """`num_problems` distinct problems of one split, shared evenly among the levels as far as each has enough.
+    """Generates distinct problems of one split, divided evenly among the levels as far as each level has enough.
+
+    Example:
+        >>> problem = ArithmeticDataset("validation", 4)[0]
+        >>> problem.prompt, problem.answer
+        ('14+50=', '64')
 
     Args:
         split: "train" or "validation".
-        num_problems: how many.
-        levels: difficulty levels, see the module's table.
-        seed: decides which problems, and their order; never which split a problem is in.
+        num_problems: Number of problems.
+        levels: Difficulty levels; see the module's table.
+        seed: Decides which problems are chosen, and their order; never the split of a problem.
 
     Raises:
-        ConfigError: an unknown level.
-        DataError: the levels do not have so many problems in this split.
+        ConfigError: A level is unknown.
+        DataError: The levels have fewer problems in this split.
     """
 
     def __init__(self, split: Role, num_problems: int, levels: Sequence[int] = (1,), seed: int = 0) -> None:
         unknown = sorted(set(levels) - set(LEVELS))
         if unknown or not levels:
-            raise ConfigError(f"data.arithmetic.levels: {unknown or 'no'} levels; there are {sorted(LEVELS)}")
+            what = f"unknown levels {unknown}" if unknown else "no levels given"
+            raise ConfigError(f"data.arithmetic.levels: {what}; known: {sorted(LEVELS)}")
         self._split = split
-        of_level = [_shuffled(_split_of_level(level, split), seed) for level in sorted(set(levels))]
-        counts = _shared_evenly(num_problems, [len(keys) for keys in of_level])
+        level_keys = [_shuffled(_split_of_level(level, split), seed) for level in sorted(set(levels))]
+        counts = _shared_evenly(num_problems, [len(keys) for keys in level_keys])
         if sum(counts) < num_problems:
             raise DataError(
-                f"{num_problems} arithmetic {split} problems were asked for, but the levels {sorted(set(levels))} have "
+                f"{num_problems} arithmetic {split} problems were requested, but the levels {sorted(set(levels))} have "
                 f"only {sum(counts)}. Lower data.arithmetic.num_{split} or add levels from {list(LEVELS)}."
             )
-        chosen = np.concatenate([keys[:count] for keys, count in zip(of_level, counts)])
+        chosen = np.concatenate([keys[:count] for keys, count in zip(level_keys, counts)])
         self._keys = _shuffled(chosen, seed + _MIX_SEED)
 
     @classmethod
@@ -133,29 +139,29 @@ class ArithmeticDataset(ProblemDataset):
 
 
 def num_distinct(split: Role, levels: Sequence[int]) -> int:
-    """How many distinct problems the levels have in a split."""
+    """Return the number of distinct problems that the levels have in a split."""
     return sum(len(_split_of_level(level, split)) for level in set(levels))
 
 
 def _split_of_level(level: int, split: Role) -> NDArray[np.uint64]:
-    """The keys of all problems of a level that belong to a split."""
+    """Return the keys of all problems of a level that belong to a split."""
     keys = []
     for family_index in LEVELS[level]:
         family = _FAMILIES[family_index]
         operands = np.meshgrid(*(np.arange(v.start, v.stop, dtype=np.uint64) for v in family.operands), indexing="ij")
         columns = [column.ravel() for column in operands]
-        own = _keys(family_index, columns)
+        family_keys = _keys(family_index, columns)
         if family.commutative:
             first, second = family.commutative
             low, high = np.minimum(columns[first], columns[second]), np.maximum(columns[first], columns[second])
             columns[first], columns[second] = low, high
         in_validation = mix64(_keys(family_index, columns), _SPLIT_SEED) % np.uint64(VALIDATION_SHARE) == 0
-        keys.append(own[in_validation if split == "validation" else ~in_validation])
+        keys.append(family_keys[in_validation if split == "validation" else ~in_validation])
     return np.concatenate(keys)
 
 
 def _keys(family_index: int, columns: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """One number per problem: family, then operands, the first in the lowest digits."""
+    """Encode each problem as one number: the family, then the operands, with the first in the lowest digits."""
     keys = np.full_like(columns[0], family_index * _FAMILY_BASE)
     for position, column in enumerate(columns):
         keys += column * np.uint64(_OPERAND_BASE**position)
@@ -167,7 +173,7 @@ def _shuffled(keys: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def _shared_evenly(total: int, capacities: Sequence[int]) -> list[int]:
-    """Split `total` into equal parts; what a part cannot hold goes to the others. Sums to less if all are full."""
+    """Divide `total` evenly among parts of limited capacity. The sum is smaller than `total` if all parts are full."""
     counts = [0] * len(capacities)
     open_parts = sorted(range(len(capacities)), key=lambda part: (capacities[part], part))
     while open_parts:

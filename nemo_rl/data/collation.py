@@ -1,4 +1,4 @@
-"""From tokenized problems to a batch."""
+"""Collates tokenized problems into a batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 def collate(
     problems: Sequence[TokenizedProblem], pad_token_id: int, padding_side: Literal["left", "right"] = "right"
 ) -> BatchedDataDict:
-    """One row per problem, in order.
+    """Collate problems into a batch with one row per problem, in order.
 
     Args:
-        problems: at least one.
-        pad_token_id: fills rows up to the longest prompt.
-        padding_side: where it fills them; generation workers take "right".
+        problems: At least one problem.
+        pad_token_id: Pads rows to the length of the longest prompt.
+        padding_side: Side of the padding; generation workers need "right".
 
     Returns:
         `input_ids` int64 [batch, longest prompt], `input_lengths` int64 [batch], `problem_index` int64 [batch], and the

@@ -11,7 +11,7 @@ from nemo_rl.utils.config import ConfigModel
 
 
 class DatasetConfig(ConfigModel):
-    """Where problems come from. `path` empty: the embedded generator of arithmetic problems."""
+    """Where problems come from. Without a path: the embedded generator of arithmetic problems."""
 
     path: str | None = Field(
         None, description="JSONL or Parquet file, or a Hugging Face data set (local directory or hub name)."
@@ -24,7 +24,7 @@ class DatasetConfig(ConfigModel):
     prompt_key: str = Field("problem", description="Column with the prompt: text, or a list of chat messages.")
     answer_key: str = Field("answer", description="Column with the expected answer.")
     answer_pattern: str | None = Field(
-        None, description="Regular expression whose first group is the answer within that column. Null: all of it."
+        None, description="Regular expression whose first group is the answer within that column. Null: the full text."
     )
     max_num_problems: int | None = Field(None, ge=1, description="Use only the first N problems.")
 
@@ -36,7 +36,7 @@ class DatasetConfig(ConfigModel):
         try:
             groups = re.compile(pattern).groups
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         if not groups:
             raise ValueError(f"{pattern!r} has no group; put parentheses around the answer, as in '#### (.+)'")
         return pattern
@@ -54,20 +54,21 @@ class ArithmeticConfig(ConfigModel):
 
 
 class DataConfig(ConfigModel):
-    """What the policy is trained and validated on."""
+    """Training and validation data, and how prompts are formatted."""
 
     train: DatasetConfig = Field(default_factory=DatasetConfig)
     validation: DatasetConfig | None = Field(
         None, description="Validation data. Null: the generator's validation split, or none when train has a path."
     )
     arithmetic: ArithmeticConfig = Field(default_factory=ArithmeticConfig)
-    shuffle: bool = Field(True, description="Shuffle the train problems anew in every epoch.")
+    shuffle: bool = Field(True, description="Shuffle the train problems in every epoch.")
     max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens.")
     overlong_prompts: Literal["error", "drop"] = Field(
         "error", description="What to do with a prompt that is longer than max_prompt_length."
     )
     prompt_template: str | None = Field(
-        None, description="Text with {problem}, or the path of a file with it, put around each text prompt."
+        None,
+        description="Template for text prompts: text that contains {problem}, or the path of a file with such text.",
     )
     system_prompt: str | None = Field(None, description="System message (chat models only).")
-    apply_chat_template: bool = Field(True, description="Use the tokenizer's chat template where it has one.")
+    apply_chat_template: bool = Field(True, description="Use the tokenizer's chat template if it has one.")

@@ -1,4 +1,4 @@
-"""Problems from files and from Hugging Face data sets, and the table of all kinds of data sets."""
+"""Data sets from files and from Hugging Face, and the registry of all kinds of data sets."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 
 class JsonlDataset(ProblemDataset):
-    """One JSON object per line, plain or compressed (.gz, .zst). Empty lines are skipped.
+    """Reads one JSON object per line, plain or compressed (.gz, .zst). Empty lines are skipped.
 
-    Memory holds where each line starts, and for a compressed file its decompressed bytes.
+    Memory holds the offset of each line, and for a compressed file the decompressed bytes.
     """
 
     def __init__(self, path: Path, config: DatasetConfig) -> None:
@@ -39,7 +39,7 @@ class JsonlDataset(ProblemDataset):
         offset = 0
         for line_number, line in enumerate(self._file, start=1):
             if line_number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]  # a byte order mark, as some editors write it
+                line = line[3:]  # a byte order mark that some editors write
                 offset = 3
             if line.strip():
                 self._parsed(line, line_number, len(self._offsets))
@@ -72,17 +72,24 @@ class JsonlDataset(ProblemDataset):
         except ValueError as error:  # JSONDecodeError, and numbers with more digits than Python reads
             raise DataError(f"{where}: not a JSON object on one line: {error}") from None
         except RecursionError:
-            raise DataError(f"{where}: JSON that is nested too deeply") from None
+            raise DataError(f"{where}: the JSON is nested too deeply") from None
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected a JSON object such as {{...}}, got a {type(record).__name__}")
         return problem_from_record(record, index, self._config, where)
 
 
 class TableDataset(ProblemDataset):
-    """Rows of an Arrow table, one record per row; a row becomes Python objects only when it is asked for."""
+    """Reads one record per row of an Arrow table; a row is converted to Python objects when it is read.
+
+    Args:
+        rows: `rows(start, stop)` returns a list of records.
+        columns: Names of the columns.
+        num_rows: Number of rows of the table.
+        config: Column names and limits.
+        name: Name of the table in messages.
+    """
 
     def __init__(self, rows: Any, columns: list[str], num_rows: int, config: DatasetConfig, name: str) -> None:
-        """`rows(start, stop)` returns a list of records."""
         self._rows: Callable[[int, int], list[dict[str, Any]]] = rows
         self._config, self._name = config, name
         self._num_rows = min(num_rows, config.max_num_problems or num_rows)
@@ -105,11 +112,11 @@ class TableDataset(ProblemDataset):
 
 
 class ParquetDataset(TableDataset):
-    """A Parquet file."""
+    """Reads a Parquet file."""
 
     @classmethod
     def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
-        # pyarrow is a second of import time that a run on other data need not pay.
+        # pyarrow takes a second to import, so only runs on Parquet import it.
         import pyarrow
         import pyarrow.parquet
 
@@ -126,7 +133,7 @@ class ParquetDataset(TableDataset):
 
 
 class HuggingFaceDataset(TableDataset):
-    """A data set of the `datasets` library: a directory that it saved, a directory of data files, or a hub name."""
+    """Loads a data set with the `datasets` library: a saved directory, a directory of data files, or a hub name."""
 
     @classmethod
     def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
@@ -140,7 +147,7 @@ class HuggingFaceDataset(TableDataset):
         return cls(rows, list(loaded.column_names), len(loaded), config, name)
 
 
-# A new kind of data set is one class and one line here (or `data.train.kind: package.module:Class`, and no line).
+# To add a kind of data set, write one class and one line here (or set `data.train.kind: package.module:Class`).
 DATASETS: dict[str, type[ProblemDataset]] = {
     "arithmetic": ArithmeticDataset,
     "jsonl": JsonlDataset,
@@ -150,9 +157,15 @@ DATASETS: dict[str, type[ProblemDataset]] = {
 
 
 def load_datasets(data: DataConfig) -> tuple[ProblemDataset, ProblemDataset | None]:
-    """The train data and, where there is any, the validation data of a job.
+    """Open a job's train data and its validation data, if any.
 
-    Without a `validation` section, a job on the embedded generator is validated on the generator's validation split.
+    Without a `validation` section, a job on the embedded generator uses the generator's validation split.
+
+    Example:
+        >>> from nemo_rl.data.config import DataConfig
+        >>> train, validation = load_datasets(DataConfig(arithmetic={"num_train": 100, "num_validation": 10}))
+        >>> len(train), len(validation)
+        (100, 10)
     """
     validation = data.validation
     if validation is None and dataset_kind(data.train) == "arithmetic":
@@ -166,16 +179,16 @@ def open_dataset(config: DatasetConfig, data: DataConfig, role: Role) -> Problem
 
     Raises:
         ConfigError: `kind` is unknown.
-        DataError: the data set is missing, empty, or holds a broken record.
+        DataError: The data set is missing or empty, or a record is invalid.
     """
     dataset = _dataset_class(dataset_kind(config), role).from_config(config, data, role)
     if not len(dataset):
-        raise DataError(f"data.{role}: {config.path or config.kind} holds no problems")
+        raise DataError(f"data.{role}: {config.path or config.kind} contains no problems")
     return dataset
 
 
 def dataset_kind(config: DatasetConfig) -> str:
-    """`config.kind`, with "auto" decided by the path."""
+    """Return `config.kind`, with "auto" replaced by the kind that the path implies."""
     if config.kind != "auto":
         return config.kind
     if config.path is None:
@@ -194,14 +207,16 @@ def _dataset_class(kind: str, role: Role) -> type[ProblemDataset]:
     module_name, colon, class_name = kind.partition(":")
     if not colon:
         hint = suggest_or_list(kind, ["auto", *DATASETS])
-        raise ConfigError(f"data.{role}.kind: unknown kind {kind!r}{hint} A class of your own: package.module:Class.")
+        raise ConfigError(
+            f"data.{role}.kind: unknown kind {kind!r}{hint} For your own class, use package.module:Class."
+        )
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        dataset_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"data.{role}.kind: {kind!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, ProblemDataset)):
+    if not (isinstance(dataset_class, type) and issubclass(dataset_class, ProblemDataset)):
         raise ConfigError(f"data.{role}.kind: {kind!r} is not a subclass of nemo_rl.data.problem.ProblemDataset")
-    return found
+    return dataset_class
 
 
 def _existing_file(config: DatasetConfig) -> Path:
@@ -217,13 +232,13 @@ def _existing_file(config: DatasetConfig) -> Path:
 
 
 def _open_lines(path: Path) -> IO[bytes]:
-    """The file's decompressed bytes, seekable; a plain file is read where it is."""
+    """Open the file's decompressed bytes, seekable. A plain file is not copied into memory."""
     try:
         if path.suffix == ".gz":
             with gzip.open(path) as stream:
                 return io.BytesIO(stream.read())
         if path.suffix == ".zst":
-            # pyarrow, which `datasets` needs anyway, brings zstd; Python 3.11 has none of its own.
+            # pyarrow, a dependency of `datasets`, contains zstd; Python 3.11 does not.
             import pyarrow
 
             with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd") as stream:
@@ -245,7 +260,7 @@ def _as_data_error(path: str) -> Iterator[None]:
 
 
 def _load_hugging_face(config: DatasetConfig) -> Any:
-    # `datasets` takes seconds to import: only a run that uses it pays.
+    # `datasets` takes seconds to import, so only runs that use it import it.
     import datasets
 
     if config.path is None:
@@ -256,7 +271,7 @@ def _load_hugging_face(config: DatasetConfig) -> Any:
         if saved:
             loaded = datasets.load_from_disk(str(path))
         else:
-            # With a split, also `train[:10%]` and the like.
+            # A split can also be a slice such as `train[:10%]`.
             location = str(path) if path.is_dir() else config.path
             loaded = datasets.load_dataset(location, config.name, split=config.split)
     if isinstance(loaded, datasets.Dataset):

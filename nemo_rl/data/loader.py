@@ -1,4 +1,4 @@
-"""Batches of prompts in an order that depends on nothing but the seed and how many were taken before."""
+"""Batches of prompts, in an order that depends only on the seed and on the number of prompts taken before."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 class PromptLoader:
-    """Goes through the problems epoch after epoch, each in an order of its own.
+    """Iterates over the problems epoch after epoch; each epoch has another order.
 
-    Epochs follow each other without a gap: a batch may hold the end of one and the start of the next, so every batch
-    is full. Problems that are left over after the last epoch are not used.
+    Epochs follow each other without a gap: a batch may contain the end of one epoch and the start of the next, so every
+    batch is full. Problems that do not fill a batch at the end of the last epoch are not used.
+
+    Example:
+
+        loader = PromptLoader(problems, tokenizer.pad_token_id, seed=0)
+        batch = loader.next_batch(8)
+        state = loader.state_dict()
 
     Args:
-        problems: what to draw from.
-        pad_token_id: for `collation.collate`.
-        padding_side: for `collation.collate`.
-        seed: decides the order of every epoch.
-        shuffle: False keeps the data set's own order in every epoch.
-        num_epochs: how often to go through the problems; None: without end.
+        problems: The problems.
+        pad_token_id: See `collation.collate`.
+        padding_side: See `collation.collate`.
+        seed: Decides the order of every epoch.
+        shuffle: False keeps the data set's order in every epoch.
+        num_epochs: Number of epochs. None: no limit.
     """
 
     def __init__(
@@ -52,14 +58,14 @@ class PromptLoader:
 
     @property
     def epoch(self) -> int:
-        """Complete passes over the data so far."""
+        """Number of complete epochs so far."""
         return self._epoch
 
     def next_batch(self, num_problems: int) -> BatchedDataDict | None:
-        """The next problems (see `collation.collate`), or None when the epochs do not hold so many any more.
+        """Return the next problems (see `collation.collate`), or None if fewer are left in the epochs.
 
         Raises:
-            DataError: all epochs together hold fewer problems than one batch.
+            DataError: All epochs together contain fewer problems than one batch.
         """
         if num_problems < 1:
             raise ValueError(f"num_problems must be at least 1, got {num_problems}.")
@@ -78,23 +84,23 @@ class PromptLoader:
         return collate([self._next() for _ in range(num_problems)], self._pad_token_id, self._padding_side)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, as plain data. With the same data and seed it decides all that follows."""
+        """Return the position as plain data. With the same data and seed, it decides all later batches."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken; batch sizes and `num_epochs` may differ from then.
+        """Continue from the position in `state`. Batch sizes and `num_epochs` may differ from the earlier run.
 
         Raises:
-            CheckpointError: it was taken from other data, or with another seed or order.
+            CheckpointError: The state belongs to other data, another seed or another order.
         """
         missing = sorted(set(self.state_dict()) - set(state))
         if missing:
             raise CheckpointError(f"the data position of the checkpoint lacks {missing}")
-        for name, own in self._identity().items():
-            if state[name] != own:
+        for name, value in self._identity().items():
+            if state[name] != value:
                 raise CheckpointError(
                     f"the checkpoint's data position belongs to other data: {name} was {state[name]!r} and is now "
-                    f"{own!r}. Resume with the data, seed and data.* options of the run, or start a new one."
+                    f"{value!r}. Resume with the data, seed and data.* options of the run, or start a new one."
                 )
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position < len(self._problems):
@@ -130,5 +136,5 @@ def validation_batch(
     max_num_problems: int | None = None,
     padding_side: Literal["left", "right"] = "right",
 ) -> BatchedDataDict:
-    """The first problems in their own order as one batch: the same at every validation."""
+    """Return the first problems, in the data set's order, as one batch: the same at every validation."""
     return collate(problems[: max_num_problems or len(problems)], pad_token_id, padding_side)

@@ -1,4 +1,4 @@
-"""Random orders that stay the same for ever: they depend on nothing but the seed, not on a library's generator."""
+"""Random orders that never change: they depend only on the seed, not on a library's random number generator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each value: a bijection for every seed (so equal hashes mean equal values).
+    """Return a 64-bit hash of each value: a bijection for every seed (so equal hashes mean equal values).
 
     The finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014).
     """
@@ -22,7 +22,12 @@ def mix64(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def permutation(size: int, seed: int, epoch: int = 0) -> NDArray[np.int64]:
-    """The numbers `0 .. size - 1` in a random order, another one for every seed and epoch."""
+    """Return the numbers `0 .. size - 1` in a random order that depends on seed and epoch.
+
+    Example:
+        >>> permutation(8, seed=42).tolist()
+        [6, 7, 2, 0, 3, 1, 5, 4]
+    """
     keys = mix64(np.arange(size, dtype=np.uint64), _mix_int(seed & _MASK) + epoch * _GOLDEN)
     return np.argsort(keys, kind="stable").astype(np.int64)
 

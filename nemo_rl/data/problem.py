@@ -1,4 +1,4 @@
-"""What a data set holds, and what every kind of data set must be able to do."""
+"""A problem, and the base class of data sets."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Problem:
     """One problem to solve.
 
     Attributes:
-        prompt: text, or chat messages (`{"role": ..., "content": ...}`), oldest first.
-        answer: the expected answer as text.
-        index: position in its data set.
-        metadata: whatever else the record holds.
+        prompt: Text, or chat messages (`{"role": ..., "content": ...}`), oldest first.
+        answer: The expected answer as text.
+        index: Position in its data set.
+        metadata: All other fields of the record.
     """
 
     prompt: str | list[ChatMessage]
@@ -36,10 +36,10 @@ class Problem:
 
 
 class ProblemDataset(Sequence[Problem]):
-    """A data set: problems by position. A new kind is one subclass and one line in `datasets.DATASETS`.
+    """Gives access to problems by position. To add a kind, write a subclass and a line in `datasets.DATASETS`.
 
-    Records are checked when the data set is opened, so that a job fails before it starts workers; problems are made
-    when they are asked for.
+    Records are checked when the data set is opened, so that a job fails before it starts workers. Problems are made
+    when they are accessed.
     """
 
     @classmethod
@@ -48,7 +48,7 @@ class ProblemDataset(Sequence[Problem]):
         """Open the data set, at most `config.max_num_problems` of it, and check its records.
 
         Raises:
-            DataError: it is missing, or a record is broken (file and line, or row, are named).
+            DataError: The data set is missing, or a record is invalid; the message names file and line, or row.
         """
 
     @abstractmethod
@@ -56,11 +56,11 @@ class ProblemDataset(Sequence[Problem]):
 
     @abstractmethod
     def problem(self, index: int) -> Problem:
-        """The problem at `0 <= index < len(self)`."""
+        """Return the problem at `0 <= index < len(self)`."""
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """Where the record of a problem is, for messages: file and line, or data set and row."""
+        """Return the place of a problem's record for messages: file and line, or data set and row."""
 
     @overload
     def __getitem__(self, index: int) -> Problem: ...
@@ -80,8 +80,8 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
     """Turn one record into a problem; keys other than prompt and answer become metadata.
 
     Raises:
-        DataError: a key is missing (names the nearest one), its value is no prompt or answer, or `answer_pattern` does
-            not find the answer in it.
+        DataError: A key is missing (the message names the nearest one), a value is not a valid prompt or answer, or
+            `answer_pattern` does not match.
     """
     rest = dict(record)
     for option, key in (("data.*.prompt_key", config.prompt_key), ("data.*.answer_key", config.answer_key)):
@@ -92,7 +92,7 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
     where_answer = f"{where}: {config.answer_key!r}"
     answer = _answer_text(record[config.answer_key], where_answer)
     if config.answer_pattern is not None:
-        answer = _found_answer(config.answer_pattern, answer, where_answer)
+        answer = _matched_answer(config.answer_pattern, answer, where_answer)
     return Problem(prompt, answer, index, rest)
 
 
@@ -114,18 +114,18 @@ def _answer_text(value: Any, where: str) -> str:
         if not value.strip():
             raise DataError(f"{where} is an empty answer")
         return value
-    # bool is an int to Python, but True is no number that an answer could be compared with.
+    # In Python, bool is an int, but True is not a number that an answer can be compared with.
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise DataError(f"{where} must be text or a number, got {_shown(value)}")
 
 
-def _found_answer(pattern: str, text: str, where: str) -> str:
+def _matched_answer(pattern: str, text: str, where: str) -> str:
     match = re.search(pattern, text)
     answer = (match[1] or "").strip() if match else ""
     if not answer:
-        found = "matches an empty answer in" if match else "is not found in"
-        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {found} {_shown(text)}")
+        problem = "matches an empty answer in" if match else "is not found in"
+        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {problem} {_shown(text)}")
     return answer
 
 

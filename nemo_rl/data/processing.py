@@ -1,4 +1,4 @@
-"""From problems to token ids: prompt template, chat template, tokenizer, and a check that prompts are short enough."""
+"""Converts problems to token ids: prompt template, chat template, tokenizer, and a check of prompt lengths."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nemo_rl.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "{problem}"
-_TOKENIZED_AT_ONCE = 1024
+_TOKENIZER_BATCH_SIZE = 1024
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     chat_template: Any
     pad_token_id: Any
@@ -37,13 +37,14 @@ class Tokenizer(Protocol):
 
 
 class PromptFormatter:
-    """Turns a problem's prompt into the text that the model reads.
+    """Formats a problem's prompt as the text that the model reads.
 
-    A text prompt is put into `data.prompt_template`. Where the tokenizer has a chat template (and
-    `data.apply_chat_template` is on), it then becomes a user message after `data.system_prompt`.
+    A text prompt is inserted into `data.prompt_template`. If the tokenizer has a chat template (and
+    `data.apply_chat_template` is true), the result becomes a user message after `data.system_prompt`.
 
     Raises:
-        ConfigError: the template has no `{problem}` or its file is missing; a system prompt without a chat template.
+        ConfigError: The template does not contain `{problem}`, its file is missing, or there is a system prompt but no
+            chat template.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
@@ -58,14 +59,14 @@ class PromptFormatter:
             )
 
     def text(self, problem: Problem, where: str) -> str:
-        """The whole prompt; `where` names the record in messages.
+        """Return the full prompt; `where` names the record in messages.
 
         Raises:
-            DataError: chat messages without a chat template, or messages that the template refuses.
+            DataError: The prompt consists of chat messages, but there is no chat template or it rejects them.
         """
         prompt = problem.prompt
         if isinstance(prompt, str):
-            # No str.format: a problem or template may hold braces, as LaTeX does.
+            # Not str.format: problems and templates may contain braces, as in LaTeX.
             prompt = self._template.replace(PLACEHOLDER, prompt)
             if not self.is_chat:
                 return prompt
@@ -80,8 +81,8 @@ class PromptFormatter:
         try:
             return self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         except Exception as error:
-            # A chat template is a program of the model's author, and refuses roles and orders with errors of its own.
-            raise DataError(f"{where}: the tokenizer's chat template refuses the prompt: {error}") from error
+            # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
+            raise DataError(f"{where}: the tokenizer's chat template rejects the prompt: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class TokenizedProblem:
     """A problem ready for generation.
 
     Attributes:
-        problem: the problem.
-        text: the prompt as the model reads it.
-        input_ids: its tokens, int32 [prompt length], at least one.
+        problem: The problem.
+        text: The prompt as the model reads it.
+        input_ids: Its tokens, int32 [prompt length], at least one.
     """
 
     problem: Problem
@@ -100,22 +101,29 @@ class TokenizedProblem:
 
 
 class TokenizedProblems(Sequence[TokenizedProblem]):
-    """A data set whose prompts were tokenized once, all of them, before any worker starts.
+    """Tokenizes all prompts of a data set once, before any worker starts.
 
-    Memory holds the tokens, 4 bytes each; the texts are read again when they are asked for.
+    Memory holds the tokens, 4 bytes each; the texts are read again when they are accessed.
+
+    Example:
+
+        dataset = ArithmeticDataset("train", 1000)
+        problems = TokenizedProblems(dataset, tokenizer, DataConfig())
+        print(problems[0].text, problems[0].input_ids)
 
     Args:
-        dataset: the problems.
-        tokenizer: of the model.
-        config: templates, `max_prompt_length`, and what to do with longer prompts.
+        dataset: The problems.
+        tokenizer: The model's tokenizer.
+        config: Templates, `max_prompt_length`, and what to do with longer prompts.
 
     Attributes:
-        num_dropped: problems left out because their prompts are too long.
-        digest: changes with any prompt token or answer, so that a resumed run can tell that its data changed.
+        num_dropped: Number of problems dropped because their prompts are too long.
+        digest: Changes with any prompt token or answer, so that a resumed run detects changed data.
 
     Raises:
-        ConfigError, DataError: see `PromptFormatter`; a prompt without tokens, or one that is too long (unless such are
-            dropped; dropping all is an error too).
+        ConfigError: See `PromptFormatter`.
+        DataError: See `PromptFormatter`. Or a prompt has no tokens, a prompt is too long and such prompts are not
+            dropped, or all prompts are dropped.
     """
 
     def __init__(self, dataset: ProblemDataset, tokenizer: Tokenizer, config: DataConfig) -> None:
@@ -124,18 +132,18 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
         ids, offsets, kept = array("i"), array("q", [0]), array("q")
         digest = xxhash.xxh3_64()
         longest = 0
-        for start in range(0, len(dataset), _TOKENIZED_AT_ONCE):
-            problems = dataset[start : start + _TOKENIZED_AT_ONCE]
+        for start in range(0, len(dataset), _TOKENIZER_BATCH_SIZE):
+            problems = dataset[start : start + _TOKENIZER_BATCH_SIZE]
             texts = [self._formatter.text(problem, dataset.where(problem.index)) for problem in problems]
-            # A chat template writes special tokens itself.
+            # A chat template adds the special tokens itself.
             encoded = tokenizer(texts, add_special_tokens=not self._formatter.is_chat)["input_ids"]
-            for problem, own in zip(problems, encoded):
-                longest = max(longest, len(own))
-                if self._fits(len(own), problem.index, config):
-                    ids.extend(own)
+            for problem, tokens in zip(problems, encoded):
+                longest = max(longest, len(tokens))
+                if self._fits(len(tokens), problem.index, config):
+                    ids.extend(tokens)
                     offsets.append(len(ids))
                     kept.append(problem.index)
-                    digest.update(array("i", own).tobytes())
+                    digest.update(array("i", tokens).tobytes())
                     digest.update(problem.answer.encode("utf-8", "surrogatepass") + b"\0")
         self._ids, self._offsets = np.asarray(ids, dtype=np.int32), np.asarray(offsets)
         self._kept = np.asarray(kept)
@@ -145,7 +153,7 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
             what = f"{self.num_dropped} of {len(dataset)} prompts are longer than {config.max_prompt_length} tokens"
             if not len(kept):
                 raise DataError(f"{what} (the longest has {longest}); raise data.max_prompt_length")
-            logger.warning("%s and are left out (the longest has %d)", what, longest)
+            logger.warning("%s and are dropped (the longest has %d)", what, longest)
 
     def _fits(self, length: int, index: int, config: DataConfig) -> bool:
         if length == 0:
@@ -187,7 +195,7 @@ def _read_template(value: str | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.prompt_template: {path} cannot be read: {error}") from error
     if template is None:
-        raise ConfigError(f"data.prompt_template={value!r} has no {PLACEHOLDER} and is no file")
+        raise ConfigError(f"data.prompt_template={value!r} does not contain {PLACEHOLDER} and is not a file")
     if PLACEHOLDER not in template:
-        raise ConfigError(f"data.prompt_template: {path} has no {PLACEHOLDER}")
+        raise ConfigError(f"data.prompt_template: {path} does not contain {PLACEHOLDER}")
     return template

@@ -1,8 +1,7 @@
-"""A sample of mathematical problems as messy as what one finds: for trying a curation, at any size.
+"""Generates a sample of noisy mathematical problems, of any size, to test data curation.
 
-Everything is decided by the seed. The sample holds what real collections hold: exact copies, copies that were slightly
-reworded, wrong answers, answers that are no mathematics, text that was decoded wrongly, lines in another encoding, and
-lines that are cut off.
+The seed decides the whole sample. It has the faults of real collections: exact copies, slightly reworded copies, wrong
+answers, answers that are not mathematics, wrongly decoded text, lines in another encoding, and truncated lines.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _TOWNS = ("Zürich", "Málaga", "Aarhus", "Łódź", "Bremen", "Tours", "Gdańsk
 
 @dataclass
 class Sample:
-    """What was written.
+    """A sample that was written to a file.
 
     Attributes:
         path: JSON lines with the keys `problem`, `answer` and `solution`.
-        counts: kind of line -> how many, such as "good", "exact duplicate", "wrong answer".
+        counts: Kind of line, such as "good", "exact duplicate" or "wrong answer" -> number of lines.
     """
 
     path: Path
@@ -44,9 +43,12 @@ class Sample:
 
 
 def write_messy_math(path: Path, num_lines: int, seed: int = 0, kind: SampleKind = "word_problems") -> Sample:
-    """Write a sample of `num_lines` lines, whole or not at all.
+    """Write a sample of `num_lines` lines. The file appears only when it is complete.
 
     Args:
+        path: Where to write the file.
+        num_lines: Number of lines.
+        seed: Decides every line.
         kind: "word_problems", in words and LaTeX; "arithmetic", such as `37+48=`, which the embedded model can learn.
     """
     random_source = random.Random(seed)
@@ -91,8 +93,8 @@ def _line(fault: str, kind: _Kind, source: random.Random, good: list[Record], se
     if fault == "other encoding":
         return json.dumps(record, ensure_ascii=False).encode("cp1252", errors="xmlcharrefreplace")
     if fault == "cut off":
-        whole = _encoded(record)
-        return whole[: len(whole) * 2 // 3]
+        line = _encoded(record)
+        return line[: len(line) * 2 // 3]
     if fault == "wrong answer":
         record["answer"] = f"{record['answer']}7"
     elif fault == "unreadable answer":
@@ -107,7 +109,7 @@ def _encoded(record: Record) -> bytes:
 
 
 def _mojibake(text: str) -> str:
-    """UTF-8 that somebody read as Latin-1."""
+    """Return UTF-8 text decoded as Latin-1."""
     return text.encode().decode("latin-1")
 
 
@@ -187,7 +189,7 @@ def _journey(source: random.Random, _: int) -> Record:
 
 
 def _arithmetic(source: random.Random, num_seen: int) -> Record:
-    largest = 99 if num_seen < 10_000 else 9_999  # two digits for as long as there are enough such problems
+    largest = 99 if num_seen < 10_000 else 9_999  # two digits while there are enough such problems
     a, b, sign = source.randint(10, largest), source.randint(10, largest), source.choice("++-*")
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     return {
@@ -199,7 +201,12 @@ def _arithmetic(source: random.Random, num_seen: int) -> Record:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Problems of one kind: what makes them (from a source of chance and how many there are), and what rewords them."""
+    """One kind of problems.
+
+    Attributes:
+        makers: Functions that make a problem, from a random source and the number of problems so far.
+        changes: Functions that reword a problem.
+    """
 
     makers: Sequence[Callable[[random.Random, int], Record]]
     changes: Sequence[Callable[[str], str]]

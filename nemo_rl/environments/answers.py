@@ -1,7 +1,7 @@
-"""Finding the answer in a completion, and the comparison that needs no computer algebra.
+"""Extracts the answer from a completion, and compares answers without computer algebra.
 
-Everything here is linear in the length of the text, so that it can run in the actor's own process on anything a model
-may write. What these rules cannot decide is left to `math_verifier`, in a process that may be killed.
+Every function here takes time linear in the length of the text, so it can run in the actor's process on any text that
+a model writes. Pairs that these rules cannot decide go to `math_verifier`, in a process that may be killed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Literal, get_args
 
 AnswerFormat = Literal["boxed", "last_number", "whole", "answer_tag", "hash"]
 
-# A mixed comparison (1/3 against 0.333333) accepts a decimal that is right to six significant digits.
+# A comparison of a ratio with a decimal (1/3 with 0.333333) accepts six correct significant digits.
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
-# An answer has to stand near the end: what comes before the last so many characters is not searched.
+# The answer must be near the end: only this many characters at the end are searched.
 SEARCHED_CHARS = 65_536
 
 _MAX_LITERAL_CHARS = 300
@@ -33,11 +33,15 @@ _SPELLINGS = (("\u2212", "-"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{
 
 
 def extract_answer(completion: str, answer_format: AnswerFormat) -> str | None:
-    r"""The answer that `completion` gives, stripped; None when it gives none.
+    r"""Return the answer in `completion`, stripped; None if it contains no answer.
 
-    Formats: "boxed", the content of the last complete `\boxed{...}`; "last_number", the last number; "whole", all of
-    it; "answer_tag", the last `<answer>...</answer>`; "hash", what follows the last `####` on its line.
-    All but "whole" look at the last `SEARCHED_CHARS` characters.
+    Formats: "boxed", the content of the last complete `\boxed{...}`; "last_number", the last number; "whole", the full
+    text; "answer_tag", the content of the last `<answer>...</answer>`; "hash", the rest of the line after the last
+    `####`. All but "whole" search the last `SEARCHED_CHARS` characters.
+
+    Example:
+        >>> extract_answer(r"So the result is \boxed{42}.", "boxed")
+        '42'
     """
     text = completion if answer_format == "whole" else completion[-SEARCHED_CHARS:]
     answer = _EXTRACTORS[answer_format](text)
@@ -45,7 +49,7 @@ def extract_answer(completion: str, answer_format: AnswerFormat) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    # One pass with a stack: hostile nesting costs no more than plain text.
+    # One pass with a stack, so that hostile nesting takes no more time than plain text.
     open_braces: list[tuple[int, bool]] = []
     best: tuple[int, int] | None = None
     for match in _BOX_TOKEN.finditer(text):
@@ -86,7 +90,7 @@ assert set(_EXTRACTORS) == set(get_args(AnswerFormat))
 
 
 def normalise(answer: str) -> str:
-    """One spelling for what differs only in typography: spaces, dollar signs, minus signs, a final full stop."""
+    """Return one spelling for answers that differ only in typography: spaces, dollar signs, minus signs, full stop."""
     text = answer.strip()
     if text.isalnum():
         return text
@@ -96,7 +100,7 @@ def normalise(answer: str) -> str:
 
 
 def to_latex(answer: str) -> str:
-    r"""A normalised answer as a LaTeX reader takes it: `1.5e3` becomes `1.5 \times 10^{3}`, not 1.5 times e times 3."""
+    r"""Return a normalised answer in LaTeX: `1.5e3` becomes `1.5 \times 10^{3}`, so it is not read as 1.5 * e * 3."""
     match = _DECIMAL.fullmatch(answer) if len(answer) <= _MAX_LITERAL_CHARS else None
     if match is None or match.group(4) is None or not (match.group(2) or match.group(3)):
         return answer
@@ -105,15 +109,15 @@ def to_latex(answer: str) -> str:
 
 @dataclass(frozen=True)
 class RationalLiteral:
-    """A number written with digits: its exact value, and whether it was written as a ratio."""
+    """A number written in digits: its exact value, and whether it is written as a ratio."""
 
     value: Fraction
     is_ratio: bool
 
 
-@lru_cache(maxsize=10_000)  # the completions of one prompt share a ground truth
+@lru_cache(maxsize=10_000)  # the completions of one prompt have the same ground truth
 def rational_literal(text: str) -> RationalLiteral | None:
-    r"""Read a normalised integer, decimal, scientific number, `a/b` or `\frac{a}{b}`; None for anything else."""
+    r"""Parse a normalised integer, decimal, scientific number, `a/b` or `\frac{a}{b}`; None for any other text."""
     if len(text) > _MAX_LITERAL_CHARS:
         return None
     if match := _RATIO.fullmatch(text):
@@ -125,14 +129,14 @@ def rational_literal(text: str) -> RationalLiteral | None:
     match = _DECIMAL.fullmatch(text)
     if match is None or not (match.group(2) or match.group(3)):
         return None
-    sign, whole, decimals, exponent = match.groups()
-    digits = whole.replace(",", "").replace(" ", "") + (decimals or "")
+    sign, integer, decimals, exponent = match.groups()
+    digits = integer.replace(",", "").replace(" ", "") + (decimals or "")
     value = Fraction(int(digits)) * Fraction(10) ** (int(exponent or 0) - len(decimals or ""))
     return RationalLiteral(-value if sign == "-" else value, is_ratio=False)
 
 
 def same_number(answer: RationalLiteral, truth: RationalLiteral) -> bool:
-    """Exact, except that a decimal may stand for a ratio when it is right to six significant digits."""
+    """Return whether two numbers are equal. A decimal equals a ratio if six significant digits are correct."""
     if answer.value == truth.value:
         return True
     if answer.is_ratio == truth.is_ratio:
@@ -141,7 +145,7 @@ def same_number(answer: RationalLiteral, truth: RationalLiteral) -> bool:
 
 
 def compare_cheaply(answer: str, truth: str) -> bool | None:
-    """Whether two normalised answers are the same; None when only computer algebra can tell."""
+    """Return whether two normalised answers are equal; None if only computer algebra can decide."""
     if answer == truth:
         return True
     answer_number, truth_number = rational_literal(answer), rational_literal(truth)

@@ -1,9 +1,8 @@
-"""What the training loop knows about an RL environment.
+"""The interface between the training loop and an RL environment.
 
-An environment judges completions. It lives in a Ray actor whose class is named in
-`nemo_rl.environments.registry.ENVIRONMENTS`; the loop calls the three methods below and nothing else. A sample that
-the environment *could not judge* is an `EnvironmentFailure`, never a reward of 0: a reward of 0 says that the answer
-was judged and is wrong.
+An environment scores completions. It runs in a Ray actor whose class `nemo_rl.environments.registry.ENVIRONMENTS`
+names; the loop calls only the three methods below. If the environment *cannot score* a sample, it raises
+`EnvironmentFailure` and never returns a reward of 0: a reward of 0 means that the answer was scored and is wrong.
 """
 
 from __future__ import annotations
@@ -21,16 +20,19 @@ SampleStatus = Literal["ok", "timeout", "unparseable"]
 
 @dataclass(frozen=True)
 class EnvironmentReturn:
-    """What an environment says about a batch of completions, in the batch's order.
+    """Holds the scores of a batch of completions, in the batch's order.
 
     Attributes:
         rewards: float32 [batch].
-        terminated: bool [batch]; False asks for another turn.
-        answers: per sample the answer as it was extracted, or None when the completion holds none.
-        status: per sample "ok" (judged), "timeout" (judging it took too long) or "unparseable" (it holds no answer, or
-            none that can be compared). The last two are wrong answers: their reward is 0.
-        latency_s: float64 [batch]; seconds spent on judging the sample, waiting for a free judge not counted.
-        observations: multi-turn only: per sample the text that is appended before the next turn, or None.
+        terminated: bool [batch]; False requests another turn.
+        answers: The extracted answer of each sample, or None if the completion contains no answer.
+        status: For each sample "ok" (scored), "timeout" (scoring took too long) or "unparseable" (there is no answer,
+            or it cannot be compared). The last two are wrong answers: their reward is 0.
+        latency_s: float64 [batch]; seconds spent on scoring the sample, without the time in a queue.
+        observations: Multi-turn only: for each sample the text to append before the next turn, or None.
+
+    Raises:
+        ValueError: The fields have different lengths.
     """
 
     rewards: npt.NDArray[np.float32]
@@ -60,27 +62,41 @@ class EnvironmentReturn:
 
 
 class EnvironmentInterface(ABC):
-    """An RL task. Implementations are plain classes; the caller makes them Ray actors.
+    """Scores the completions of one RL task. Implementations are plain classes; the caller makes them Ray actors.
 
-    `step` may be called from several threads at once (an actor started with `max_concurrency`).
+    `step` may be called from several threads at once (in an actor with `max_concurrency`).
+
+    Example:
+
+        class LengthEnvironment(EnvironmentInterface):
+            def step(self, completions, metadata):
+                size = len(completions)
+                rewards = np.array([len(text) < 100 for text in completions], np.float32)
+                return EnvironmentReturn(rewards, np.ones(size, bool), list(completions), ["ok"] * size, np.zeros(size))
+
+            def global_post_process_and_metrics(self, result):
+                return result, {"accuracy": float(result.rewards.mean())}
+
+            def shutdown(self):
+                pass
     """
 
     @abstractmethod
     def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
-        """Judge a batch.
+        """Score a batch of completions.
 
         Args:
-            completions: what the model wrote after the prompt, one per sample, special tokens removed.
-            metadata: one record per sample with what the environment needs to judge it (which keys: see the
-                implementation).
+            completions: The model's text after the prompt, one per sample, without special tokens.
+            metadata: One record per sample with the data that the environment needs to score it. The implementation
+                documents the keys.
 
         Raises:
-            EnvironmentFailure: at least one sample could not be judged, for a reason that is not the model's.
+            EnvironmentFailure: At least one sample cannot be scored, and the model's text is not the cause.
         """
 
     @abstractmethod
     def global_post_process_and_metrics(self, result: EnvironmentReturn) -> tuple[EnvironmentReturn, dict[str, float]]:
-        """Adjust a step's whole result (all workers' samples together) and sum it up.
+        """Post-process the result of a whole step (the samples of all workers), and compute its metrics.
 
         Returns:
             The result to train on, and metrics by flat name without prefix ("accuracy", ...). An empty batch has no
@@ -89,4 +105,4 @@ class EnvironmentInterface(ABC):
 
     @abstractmethod
     def shutdown(self) -> None:
-        """Stop everything that the environment started. Idempotent; `step` raises afterwards."""
+        """Stop all processes that the environment started. Idempotent; `step` raises afterwards."""

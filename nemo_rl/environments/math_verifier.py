@@ -1,14 +1,14 @@
-"""The process that decides whether two mathematical answers are the same; started and killed by `verify_pool`.
+"""The process that decides whether two mathematical answers are equal; `verify_pool` starts and kills it.
 
 It reads one JSON request per line and answers each with one JSON line::
 
     {"op": "verify", "answer": ..., "truth": ...}  ->  {"result": "equal" | "different" | "unparseable" | "crashed"}
     {"op": "check", "truth": ...}                  ->  {"result": "parsed" | "unparseable" | "crashed"}
 
-The text comes from a model and is hostile until shown otherwise: parsing `9^{9^{9^9}}` can take for ever, eat all
-memory or overflow the C stack. Nothing in here tries to survive that. The process is disposable: the parent watches
-its computing time and kills it, the kernel bounds its memory and, should the parent vanish, its CPU time.
-math-verify's own time-outs (signals, one-second steps, ineffective inside long C calls) are therefore off.
+The text comes from a model and must be treated as hostile: parsing `9^{9^{9^9}}` can take for ever, use all memory or
+overflow the C stack. This process does not try to survive that. It is disposable: the parent limits its computing time
+and kills it, and the kernel limits its memory and, if the parent dies, its CPU time. So math-verify's own time-outs
+(signals, in steps of one second, ineffective inside long C calls) are off.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SELF_TEST = (("\\frac{1}{2}", "0.5", "equal"), ("1", "2", "different"), ("\\{2, 
 
 
 class Verifier:
-    """math-verify behind two questions. Raises `MemoryError` only."""
+    """Checks ground truths and compares answers with math-verify. Raises only `MemoryError`."""
 
     def __init__(self) -> None:
-        # Imported here, not at the top: the limits of this process are set first.
+        # Imported here, not at the top: the process sets its limits first.
         from math_verify import parser
         from math_verify.grader import verify
 
-        # The text is the answer alone, so one rule suffices, and none searches for an answer in prose.
+        # The text contains only the answer, so one rule is enough, and no rule searches for an answer in prose.
         self._rules = [parser.LatexExtractionConfig(boxed_match_priority=0)]
         self._parse = parser.parse
         self._verify = verify
@@ -39,9 +39,9 @@ class Verifier:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def check(self, truth: str) -> str:
-        """Whether answers can be compared with a ground truth at all: "parsed" or "unparseable".
+        """Return whether answers can be compared with a ground truth: "parsed" or "unparseable".
 
-        A truth that is read but takes for ever to compare with a plain number shows itself here, as a time-out.
+        If a truth can be parsed, but takes for ever to compare with a plain number, this call times out.
         """
         if not self._read(truth):
             return "unparseable"
@@ -49,7 +49,7 @@ class Verifier:
         return "parsed"
 
     def verify(self, answer: str, truth: str) -> str:
-        """Compare a model's answer with a ground truth that `check` accepted."""
+        """Compare a model's answer with a ground truth that `check` accepted: "equal", "different" or "unparseable"."""
         expression = self._read(answer)
         if not expression:
             return "unparseable"
@@ -58,14 +58,14 @@ class Verifier:
         except MemoryError:
             raise
         except Exception:
-            # sympy raises a zoo of types for expressions that cannot be compared (NotImplementedError, TypeError,
-            # RecursionError, ...). The truth was read, so it is the answer that cannot be judged: a wrong answer.
+            # sympy raises many types for expressions that cannot be compared (NotImplementedError, TypeError,
+            # RecursionError, ...). The truth was parsed, so the answer is the cause: a wrong answer.
             return "unparseable"
         return "equal" if equal else "different"
 
     def _read(self, text: str) -> list[Any]:
         if not _balanced(text):
-            return []  # `5} \boxed{7` must not smuggle a second answer into the box
+            return []  # `5} \boxed{7` must not inject a second answer into the box
         try:
             return self._parse(
                 f"\\boxed{{{text}}}",
@@ -77,7 +77,7 @@ class Verifier:
         except MemoryError:
             raise
         except Exception:
-            return []  # the same zoo, from the parser
+            return []  # the parser raises the same types
 
 
 def _balanced(text: str) -> bool:
@@ -98,14 +98,14 @@ def _balanced(text: str) -> bool:
 
 
 def _limit_memory(growth_bytes: int) -> None:
-    """Bound the address space to what is in use now plus `growth_bytes`."""
+    """Limit the address space to its current size plus `growth_bytes`."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         in_use = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + growth_bytes, in_use + growth_bytes))
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let the kernel kill this process once it has computed for so much longer: nobody may be left to do it."""
+    """Let the kernel kill this process after `seconds` more of CPU time, in case the parent is dead."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(usage.ru_utime + usage.ru_stime + seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
@@ -127,8 +127,8 @@ def _serve(verifier: Verifier, requests: BinaryIO, replies: BinaryIO, timeout_s:
 
 
 def main(timeout_s: float, memory_limit_mb: int) -> None:
-    """Serve standard input until it ends. The first line written says that the verifier works."""
-    # Libraries may print; the channel to the parent must carry nothing but replies.
+    """Serve standard input until it ends. The first line written reports that the verifier works."""
+    # Libraries may print, but the channel to the parent must carry only replies.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -136,11 +136,13 @@ def main(timeout_s: float, memory_limit_mb: int) -> None:
     for answer, truth, expected in SELF_TEST:
         result = verifier.verify(answer, truth)
         if result != expected:
-            raise SystemExit(f"math-verify finds {answer} and {truth} {result}, not {expected}: the venv is broken")
+            raise SystemExit(
+                f"math-verify returns {result!r} for {answer} and {truth}, expected {expected!r}: broken venv"
+            )
     _limit_memory(memory_limit_mb * 2**20)
     replies.write(json.dumps({"result": "ready"}).encode() + b"\n")
     replies.flush()
-    # From here on complaints are about hostile text and would only fill a disk.
+    # Later output is about hostile text and would only fill the disk.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -1,8 +1,8 @@
-"""Which environments there are: name in the configuration -> fully qualified name of the actor class.
+"""The registry of environments: name in the configuration -> fully qualified name of the actor class.
 
-A new environment is one class and one line here, or in another distribution an entry point of the group
-`nemo_rl.environments` (`name = "package.module:Class"`, which is never loaded here); which Python it runs in is said in
-`nemo_rl.distributed.ray_actor_environment_registry`.
+To add an environment, write one class and one line here, or in another distribution an entry point of the group
+`nemo_rl.environments` (`name = "package.module:Class"`, which is never loaded here).
+`nemo_rl.distributed.ray_actor_environment_registry` defines the Python it runs in.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ENVIRONMENTS: dict[str, str] = {
 
 
 def environment_fqn(name: str) -> str:
-    """The actor class of the environment `name`. Raises `ConfigError` that names the nearest known one."""
-    known = {**_installed(), **ENVIRONMENTS}
+    """Return the actor class of the environment `name`. Raises `ConfigError` that names the nearest known name."""
+    known = {**_entry_points(), **ENVIRONMENTS}
     try:
         return known[name]
     except KeyError:
@@ -34,6 +34,6 @@ def environment_fqn(name: str) -> str:
 
 
 @functools.cache
-def _installed() -> dict[str, str]:
-    """What installed distributions name. Names are read; nothing is imported."""
+def _entry_points() -> dict[str, str]:
+    """Return the environments of installed distributions, without importing them."""
     return {point.name: f"{point.module}.{point.attr}" for point in metadata.entry_points(group=ENTRY_POINT_GROUP)}

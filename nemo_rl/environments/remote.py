@@ -1,4 +1,4 @@
-"""An environment in a process of its own, seen from the driver."""
+"""The driver's handle of an environment that runs in its own process."""
 
 from __future__ import annotations
 
@@ -23,50 +23,55 @@ from nemo_rl.errors import EnvironmentFailure
 
 
 class RemoteEnvironment(EnvironmentInterface):
-    """The configured environment as one Ray actor that takes no CPU of the job's bundles.
+    """Runs the configured environment as one Ray actor that takes no CPU of the job's bundles.
 
-    It runs on the driver's node: so it is lost with no other.
+    The actor runs on the driver's node, so the loss of another node does not affect it. The constructor returns at
+    once; `wait_ready`, or the first call, waits for the actor.
 
-    The constructor returns at once; `wait_ready`, or the first use, waits for the actor.
+    Example:
+
+        environment = RemoteEnvironment(EnvironmentConfig(name="math"))
+        result = environment.step(["\\boxed{4}"], [{"ground_truth": "4"}])
+        environment.shutdown()
     """
 
     def __init__(self, config: EnvironmentConfig) -> None:
         self.fqn = environment_fqn(config.name)
         builder = RayWorkerBuilder(self.fqn, **config.actor_kwargs())
-        # Not soft: Ray 2.60 takes no notice of a soft affinity of an actor without CPUs.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Not soft: Ray 2.60 ignores a soft affinity of an actor without CPUs.
+        driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._stopped = threading.Event()
         self._starting: Future[ActorHandle] = builder.create_worker_async(
-            None, -1, 0, num_cpus=0, scheduling_strategy=here, stopped=self._stopped
+            None, -1, 0, num_cpus=0, scheduling_strategy=driver_node, stopped=self._stopped
         )
         self._is_shut_down = False
 
     def wait_ready(self) -> None:
-        """Wait for the actor. Raises `WorkerStartError` when it cannot be started."""
+        """Wait for the actor. Raises `WorkerStartError` if it cannot be started."""
         self._starting.result()
 
     def attestation(self) -> list[dict[str, Any]]:
-        """Which process of which venv the environment runs in: one record."""
+        """Return one record: the process and venv that the environment runs in."""
         return [self._call(ATTEST_METHOD)]
 
     def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
-        """See `EnvironmentInterface.step`; an actor that has died is an `EnvironmentFailure` too."""
+        """See `EnvironmentInterface.step`. A dead actor also raises `EnvironmentFailure`."""
         return self._call("step", list(completions), list(metadata))
 
     def global_post_process_and_metrics(self, result: EnvironmentReturn) -> tuple[EnvironmentReturn, dict[str, float]]:
-        """See `EnvironmentInterface`."""
+        """See `EnvironmentInterface.global_post_process_and_metrics`."""
         return self._call("global_post_process_and_metrics", result)
 
     def shutdown(self) -> None:
-        """Stop the environment and its actor. Nothing uses Ray any more when it returns."""
+        """Stop the environment and its actor. Ray is no longer used when this returns."""
         if self._is_shut_down:
             return
         self._is_shut_down = True
         self._stopped.set()
-        if self._starting.exception() is not None:  # of a start that is still under way: it ends soon
+        if self._starting.exception() is not None:  # waits for a start that is still running; it ends soon
             return
         actor = self._starting.result()
-        with contextlib.suppress(RayError, EnvironmentFailure):  # it is killed now in any case
+        with contextlib.suppress(RayError, EnvironmentFailure):  # the actor is killed below in any case
             ray.get(actor.shutdown.remote(), timeout=10)
         ray.kill(actor)
 

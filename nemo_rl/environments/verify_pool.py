@@ -1,18 +1,18 @@
-"""A pool of `math_verifier` processes that hostile answers may hang, crash or blow up without harm.
+"""A pool of `math_verifier` processes. Hostile answers may hang or crash a process, which is then replaced.
 
 ::
 
-    caller threads ──verify()──► executor (num_workers threads) ──one slot each──► _Child ══pipe══► math_verifier
-                                        │                                            │
-                                        └── waits at most: CPU budget, wall limit ───┘── kill and replace
+    caller threads ──verify()──► executor (num_workers threads) ──one slot each──► process ══pipe══► math_verifier
+                                        │                                             │
+                                        └── waits at most: CPU budget, wall limit ────┘── kill and replace
 
-Who is to blame, and what follows:
+Causes and outcomes:
 
-* The child used up its CPU budget: the answer is at fault ("timeout").
-* The child crashed or ran out of memory: earlier answers may have worn it down, so the answer gets a second chance in a
-  fresh child, which passes a self-test first. If that breaks too the answer is at fault ("unparseable").
-* The child was killed by another process, got no CPU time for very long, or cannot be started: the infrastructure is
-  at fault; after bounded retries this is an `EnvironmentFailure`, never a verdict.
+* The process used up its CPU budget: the answer is the cause ("timeout").
+* The process crashed or ran out of memory. Earlier answers may be the cause, so the answer is retried in a new process
+  that has passed a self-test. If that crashes, too, the answer is the cause ("unparseable").
+* Another process killed it, it got no CPU time for very long, or it cannot be started: the infrastructure is the
+  cause. After bounded retries this raises `EnvironmentFailure`; it is never a result.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nemo_rl.errors import EnvironmentFailure
 
 logger = logging.getLogger(__name__)
 
-# What the verifier or the fate of its process may say. Anything else leads to another try.
+# Final outcomes of a request. Any other result leads to a retry.
 Outcome = Literal["equal", "different", "unparseable", "timeout", "parsed"]
 
 _START_TIMEOUT_S = 120.0
@@ -49,36 +49,36 @@ _MAX_STARTS = 3
 _MAX_CRASHES = 2
 _MAX_FAILURES = 3
 _SIGNALS_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# A child that waits this many times its CPU budget without computing is starved by the machine, not by the answer.
+# A process that waits this many times its CPU budget without computing is starved by the machine, not by the answer.
 _STARVATION_FACTOR = 30.0
-# sympy caches what it sees; a child is retired before the caches reach its memory limit.
-_MAX_REQUESTS_PER_CHILD = 2000
-# What a verify process sees of this process's variables: enough to start Python, no secret.
+# sympy caches expressions; a process is replaced before the caches reach its memory limit.
+_MAX_REQUESTS_PER_PROCESS = 2000
+# Environment variables that a verify process inherits: enough to start Python, no secrets.
 _INHERITED_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "PYTHONDONTWRITEBYTECODE", "TMPDIR", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True)
-class Question:
-    """Is `answer` the same as `truth`? With `answer` None: can answers be compared with `truth` at all?"""
+class VerifyRequest:
+    """Requests to compare `answer` with `truth`, or, with `answer` None, to check that `truth` can be compared."""
 
     truth: str
     answer: str | None = None
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The outcome of one question, and the seconds it took, queueing excluded."""
+class VerifyResult:
+    """The outcome of one request, and the seconds it took, without the time in the queue."""
 
     outcome: Outcome
     elapsed_s: float
 
 
-class _ChildDied(Exception):
-    """The child ended before it answered.
+class _ProcessDied(Exception):
+    """The process ended before it replied.
 
     Attributes:
-        result: "timeout" when its CPU limit ended it, "crashed" when it broke by itself, "was killed" when another
-            process did it: memory is bounded by failing allocations, so nothing in the child leads to a SIGKILL.
+        result: "timeout" if its CPU limit ended it, "crashed" if it ended by itself, "was killed" if another process
+            killed it. (A memory limit makes allocations fail, so the process itself never causes a SIGKILL.)
     """
 
     def __init__(self, exit_status: int) -> None:
@@ -91,15 +91,15 @@ class _ChildDied(Exception):
 
 
 class _BudgetSpent(Exception):
-    """The child computed for longer than it may."""
+    """The process has used up its CPU budget."""
 
 
 class _Starved(Exception):
-    """The child was not given the CPU time that it may use."""
+    """The process did not get its CPU budget within the wall-clock limit."""
 
 
-class _Child:
-    """One verify process. Owned by one thread at a time. The constructor raises `EnvironmentFailure`."""
+class _VerifyProcess:
+    """One verify process. One thread uses it at a time. The constructor raises `EnvironmentFailure`."""
 
     def __init__(self, timeout_s: float, memory_limit_mb: int) -> None:
         self._timeout_s = timeout_s
@@ -109,7 +109,7 @@ class _Child:
         command = [sys.executable, "-P", "-s", "-m", "nemo_rl.environments.math_verifier"]
         with tempfile.TemporaryFile() as errors:
             try:
-                # A session of its own: Ctrl-C reaches the driver, which ends its actors, which end their children.
+                # A new session: Ctrl-C reaches the driver, which ends its actors, which end their verify processes.
                 self._process = subprocess.Popen(
                     [*command, str(timeout_s), str(memory_limit_mb)],
                     stdin=subprocess.PIPE,
@@ -125,7 +125,7 @@ class _Child:
             self._requests, self._replies = self._process.stdin, self._process.stdout
             try:
                 reply = self._receive(time.monotonic() + _START_TIMEOUT_S, cpu_budget_s=None)
-            except (_ChildDied, _Starved):
+            except (_ProcessDied, _Starved):
                 self.kill()
                 errors.seek(0)
                 tail = errors.read().decode(errors="replace").strip()[-2000:] or "it wrote nothing"
@@ -134,14 +134,14 @@ class _Child:
                 ) from None
         assert reply == "ready"
 
-    def ask(self, question: Question) -> str:
-        """Send a question and wait for the result. Raises `_ChildDied`, `_BudgetSpent` or `_Starved`."""
+    def verify(self, request: VerifyRequest) -> str:
+        """Send a request and wait for the result. Raises `_ProcessDied`, `_BudgetSpent` or `_Starved`."""
         self._num_requests += 1
-        request = {"op": "check", "truth": question.truth}
-        if question.answer is not None:
-            request = {"op": "verify", "truth": question.truth, "answer": question.answer}
+        message = {"op": "check", "truth": request.truth}
+        if request.answer is not None:
+            message = {"op": "verify", "truth": request.truth, "answer": request.answer}
         try:
-            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.write(json.dumps(message).encode() + b"\n")
             self._requests.flush()
         except OSError:
             raise self._death() from None
@@ -149,11 +149,11 @@ class _Child:
 
     @property
     def worn_out(self) -> bool:
-        """Whether the child has served long enough."""
-        return self._num_requests >= _MAX_REQUESTS_PER_CHILD
+        """Whether the process has served its maximum number of requests."""
+        return self._num_requests >= _MAX_REQUESTS_PER_PROCESS
 
     def kill(self) -> None:
-        """End the process, whatever it is doing, and reap it."""
+        """Kill the process and reap it."""
         self._process.kill()
         for pipe in (self._requests, self._replies):
             with contextlib.suppress(OSError):
@@ -188,87 +188,100 @@ class _Child:
             raise self._death() from None
         return float(times.user + times.system)
 
-    def _death(self) -> _ChildDied:
-        # The pipe closes a moment before the process can be reaped.
+    def _death(self) -> _ProcessDied:
+        # The pipe closes shortly before the process can be reaped.
         try:
-            return _ChildDied(self._process.wait(timeout=_START_TIMEOUT_S))
+            return _ProcessDied(self._process.wait(timeout=_START_TIMEOUT_S))
         except subprocess.TimeoutExpired:
-            return _ChildDied(-signal.SIGKILL)
+            return _ProcessDied(-signal.SIGKILL)
 
 
 class VerifyPool:
-    """Answers questions in parallel. Thread-safe; processes start with the first question that needs them."""
+    """Verifies answers in parallel. Thread-safe; processes start with the first request that needs them.
+
+    Example:
+
+        pool = VerifyPool(num_workers=2, timeout_s=5.0, memory_limit_mb=2048)
+        [result] = pool.verify([VerifyRequest(truth="1/2", answer="0.5")])
+        print(result.outcome)  # equal
+        pool.close()
+
+    Args:
+        num_workers: Most processes at a time.
+        timeout_s: CPU time of one request, in seconds.
+        memory_limit_mb: Address space that one process may add, in MiB.
+    """
 
     def __init__(self, num_workers: int, timeout_s: float, memory_limit_mb: int) -> None:
         self._timeout_s = timeout_s
         self._memory_limit_mb = memory_limit_mb
         self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="verify")
-        # One slot per thread of the executor, so taking one never waits; the last one returned is taken first.
-        self._slots: queue.LifoQueue[_Child | None] = queue.LifoQueue()
+        # One slot per thread of the executor, so taking a slot never waits. The slot returned last is taken first.
+        self._slots: queue.LifoQueue[_VerifyProcess | None] = queue.LifoQueue()
         for _ in range(num_workers):
             self._slots.put(None)
         self._num_workers = num_workers
         self._closed = False
 
-    def ask(self, questions: Sequence[Question]) -> list[Verdict]:
-        """Verdicts in the order of the questions. Raises `EnvironmentFailure`."""
+    def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
+        """Return the results in the order of the requests. Raises `EnvironmentFailure`."""
         self.ensure_open()
-        return list(self._executor.map(self._answer, questions))
+        return list(self._executor.map(self._verify_one, requests))
 
     def ensure_open(self) -> None:
-        """Raise `EnvironmentFailure` once the pool has been closed."""
+        """Raise `EnvironmentFailure` if the pool has been closed."""
         if self._closed:
             raise EnvironmentFailure("the environment has been shut down")
 
     def close(self) -> None:
-        """Kill the processes and wait for running questions to end. Idempotent."""
+        """Kill the processes and wait for running requests to end. Idempotent."""
         self._closed = True
         self._executor.shutdown(wait=True, cancel_futures=True)
         for _ in range(self._slots.qsize()):
-            child = self._slots.get_nowait()
-            if child is not None:
-                child.kill()
+            process = self._slots.get_nowait()
+            if process is not None:
+                process.kill()
 
-    def _answer(self, question: Question) -> Verdict:
-        child = self._slots.get_nowait()
+    def _verify_one(self, request: VerifyRequest) -> VerifyResult:
+        process = self._slots.get_nowait()
         started = time.monotonic()
         crashes = failures = 0
         try:
             while True:
-                child = child or self._start_child()
+                process = process or self._start_process()
                 try:
-                    result = child.ask(question)
+                    result = process.verify(request)
                 except _BudgetSpent:
                     result = "timeout"
                 except _Starved:
                     result = "starved"
-                except _ChildDied as death:
+                except _ProcessDied as death:
                     result = death.result
-                if result not in get_args(Outcome) or result == "timeout" or child.worn_out:
-                    child.kill()
-                    child = None
+                if result not in get_args(Outcome) or result == "timeout" or process.worn_out:
+                    process.kill()
+                    process = None
                 if result in get_args(Outcome):
-                    return Verdict(cast(Outcome, result), time.monotonic() - started)
+                    return VerifyResult(cast(Outcome, result), time.monotonic() - started)
                 if result == "crashed":
                     crashes += 1
                     if crashes == _MAX_CRASHES:
-                        return Verdict("unparseable", time.monotonic() - started)
+                        return VerifyResult("unparseable", time.monotonic() - started)
                 else:
                     failures += 1
-                    logger.warning("A verify process %s; it is replaced.", result)
+                    logger.warning("A verify process %s and is replaced.", result)
                     if failures == _MAX_FAILURES:
                         raise EnvironmentFailure(self._explain_failure(result))
         finally:
-            self._slots.put(child)
+            self._slots.put(process)
 
-    def _start_child(self) -> _Child:
+    def _start_process(self) -> _VerifyProcess:
         for attempt in range(1, _MAX_STARTS + 1):
             try:
-                return _Child(self._timeout_s, self._memory_limit_mb)
+                return _VerifyProcess(self._timeout_s, self._memory_limit_mb)
             except EnvironmentFailure as error:
                 if attempt == _MAX_STARTS:
                     raise
-                logger.warning("Start %d of %d: %s", attempt, _MAX_STARTS, error)
+                logger.warning("Start attempt %d of %d failed: %s", attempt, _MAX_STARTS, error)
                 time.sleep(0.5 * attempt)
         raise AssertionError("unreachable")
 
@@ -279,4 +292,4 @@ class VerifyPool:
             "starved": f"not given {self._timeout_s:g} s of CPU time within {_STARVATION_FACTOR * self._timeout_s:g} s:"
             f" the machine is overloaded; lower env.math.num_workers ({self._num_workers})",
         }[result]
-        return f"an answer could not be judged: {_MAX_FAILURES} verify processes in a row were {what}"
+        return f"an answer could not be scored: {_MAX_FAILURES} verify processes in a row were {what}"

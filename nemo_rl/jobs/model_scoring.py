@@ -28,6 +28,8 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_files import check_model_path, load_model_config
 from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generator import GeneratorSpec
+from nemo_rl.models.generation.interfaces import GenerationRequest
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, EmbeddedModelConfig
 from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Resources
 from nemo_rl.pipelines.stages.text import drop_rows
@@ -36,7 +38,7 @@ from nemo_rl.utils.config import ConfigModel
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nemo_rl.models.generation.worker_base import GenerationWorkerBase
+    from nemo_rl.models.generation.worker import GenerationWorker
 
 NUM_LEVELS = 5
 
@@ -131,11 +133,13 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
             self._tokenizer, DataConfig(prompt_template=config.prompt_template, system_prompt=config.system_prompt)
         )
         worker_class, _ = worker_host.load_class(self._backend.fqn)
-        self._worker: GenerationWorkerBase = worker_class(
-            name,
-            config.generation.model_copy(update={"num_threads": max(1, int(self.resources.cpus))}),
-            max_sequence_length=self._max_length,
-            use_gpu=config.use_gpu,
+        self._worker: GenerationWorker = worker_class(
+            GeneratorSpec(
+                name,
+                config.generation.model_copy(update={"num_threads": max(1, int(self.resources.cpus))}),
+                self._max_length,
+                use_gpu=config.use_gpu,
+            )
         )
         _load_weights(self._worker, name, config.generation.precision or "float32")
         self._environment = MathEnvironment(config.math)
@@ -192,14 +196,13 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         config = self._config
         batch = collate(prompts, pad_token_id=0)
         digest = hashlib.blake2b(f"{config.seed} {lineage}".encode(), digest_size=8).digest()
-        result = self._worker.generate(
-            {"input_ids": batch["input_ids"], "input_lengths": batch["input_lengths"]},
+        request = GenerationRequest(
+            batch["input_ids"],
+            batch["input_lengths"],
             seed=int.from_bytes(digest, "big"),
             num_generations=config.num_samples,
-            greedy=False,
-            sampling=None,
-            first_prompt=0,
         )
+        result = self._worker.generate(request)
         truths = [{GROUND_TRUTH: p.problem.answer} for p in prompts for _ in range(config.num_samples)]
         rewards = self._environment.step(result.texts, truths).rewards
         right: list[int] = (rewards.reshape(-1, config.num_samples) == 1.0).sum(axis=1).tolist()
@@ -213,7 +216,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         return None
 
 
-def _load_weights(worker: GenerationWorkerBase, name: str, precision: str) -> None:
+def _load_weights(worker: GenerationWorker, name: str, precision: str) -> None:
     """Load the weights of a model on disk into a worker, like the first weight sync of a policy."""
     from nemo_rl.models.policy.hf_loading import load_config, load_model
     from nemo_rl.models.weights.sender import publish

@@ -10,7 +10,7 @@ from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_
 from nemo_rl.environments.registry import environment_fqn
 from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.models.backends import generation_backend, policy_backend
-from nemo_rl.models.generation.replica_layout import replica_bundles
+from nemo_rl.models.generation.replicas import replica_bundles
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig

@@ -95,7 +95,7 @@ POLICY_BACKENDS: dict[str, Backend] = {
     ),
 }
 
-# A worker class accepts the arguments that `Generation` passes and has the methods of `GenerationWorkerBase`.
+# A worker class accepts the arguments that `Generation` passes and has the methods of `GenerationWorker`.
 GENERATION_BACKENDS: dict[str, Backend] = {
     "torch": Backend(
         "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker",

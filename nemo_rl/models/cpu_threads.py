@@ -1,23 +1,23 @@
-"""What workers on CPUs are started with: torch threads that share a machine's CPUs, and no GPU."""
+"""Environment variables for workers on CPUs: how torch threads share a machine's CPUs, and no GPU."""
 
 from __future__ import annotations
 
 from nemo_rl import settings
 
-# Policy, generation, environment and Ray share the CPUs. Threads that wait for each other without end keep the very
-# thread that they wait for from running: a step takes up to thirty times as long. Threads that sleep at once must be
-# woken for every operation: a step takes 1.4 times as long. So they spin for some 100 microseconds, then sleep.
-_WAIT_A_LITTLE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "30000"}
+# Policy, generation, environment and Ray share the CPUs. OpenMP threads that spin for ever keep the thread they wait
+# for from running: a step takes up to 30 times as long. Threads that sleep at once must be woken for every operation: a
+# step takes 1.4 times as long. So they spin for about 100 microseconds, then sleep.
+_SPIN_THEN_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "30000"}
 
-
-# Since 2.60, Ray leaves a node's GPUs visible to workers that were given none; no library shall start to use them.
+# Since 2.60, Ray leaves a node's GPUs visible to workers without GPUs. Hide them, so that no library uses them.
 _NO_GPU = {settings.CUDA_VISIBLE_DEVICES.name: ""}
 
 
 def cpu_env_vars() -> dict[str, str]:
-    """Variables for workers on CPUs: no GPU, and how the OpenMP threads of a process wait for one another.
+    """Return the variables of a worker on CPUs: no GPU, and how its OpenMP threads wait for one another.
 
-    GNU's OpenMP, which torch's wheels ship, reads both of those; any other reads the first. What the user sets wins.
+    GNU OpenMP, which torch's wheels contain, reads both wait variables; other implementations read the first. If the
+    user sets one of them, neither is set here.
     """
-    waiting = {} if settings.forwarded().keys() & _WAIT_A_LITTLE.keys() else _WAIT_A_LITTLE
+    waiting = {} if settings.forwarded().keys() & _SPIN_THEN_SLEEP.keys() else _SPIN_THEN_SLEEP
     return {**_NO_GPU, **waiting}

@@ -1,13 +1,14 @@
-"""The embedded model: a tiny Llama and a character tokenizer that the project makes itself, so that a job can train
-and improve something real with no download and no GPU.
+"""The embedded model: a tiny Llama with a character tokenizer, trained by the project itself.
+
+A job can train and improve it without a download and without a GPU.
 
 It starts from random weights. A short supervised warm-up on train problems of the embedded data set teaches it the
-answer format (the bare answer, then end-of-sequence) and some of the skill; the rest is left to reinforcement learning.
-Skill comes suddenly: within 50 steps such a model goes from a tenth of the answers right to most of them. Where that
-happens differs from machine to machine (sums are rounded differently), so the warm-up ends by what the model can do.
+answer format (the bare answer, then end-of-sequence) and part of the task; reinforcement learning does the rest. The
+accuracy rises abruptly: within 50 steps from a tenth of the answers to most of them. The step at which this happens
+depends on the machine, because sums are rounded differently, so the warm-up ends at an accuracy and not at a step.
 
-A finished model is a directory that appears at once (a rename), so whoever finds it may use it. Who wants to make it
-takes a lock first; the others wait, and find it made.
+A finished model is a directory that appears atomically (by a rename), so any process may use a directory that exists.
+One process holds a lock and builds the model. The other processes wait and reuse it.
 """
 
 from __future__ import annotations
@@ -41,23 +42,28 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 _CONTEXT = 512
 _IGNORED = -100
-# Changes with anything in this file that changes the model, so that an older one in the cache is not taken for it.
+# Increase it with every change of this file that changes the model, so that no older model in the cache is used.
 _RECIPE = 1
 _WARMUP_LEVELS = (1,)
 _WARMUP_BATCH = 256
 _WARMUP_LR = 2e-3
 _WARMUP_LR_STEPS = 20
-# Batches over which the share of right answers is averaged: 1,024 problems.
+# Batches over which the accuracy is averaged: 1,024 problems.
 _ACCURACY_BATCHES = 4
-# One thread: equal on all machines (their number decides how sums are rounded), and little is lost at this size.
+# The number of threads decides how sums are rounded. One thread is the same everywhere and fast enough at this size.
 _WARMUP_THREADS = 1
 
 
 def ensure_embedded_model(config: EmbeddedModelConfig) -> Path:
-    """The directory of the embedded model, a Hugging Face model with tokenizer; made now if it is not there yet.
+    """Return the directory of the embedded model, a Hugging Face model with tokenizer. Build it first if necessary.
 
-    Making it takes about a quarter of a minute. It is kept in `settings.cache_dir()`, one directory per configuration,
-    version of this recipe and versions of the libraries; any number of processes may ask at the same time.
+    The build takes about 15 seconds. The model is kept in `settings.cache_dir()`, one directory per configuration,
+    version of this recipe and versions of the libraries. Any number of processes may call this at the same time.
+
+    Example:
+
+        directory = ensure_embedded_model(EmbeddedModelConfig())
+        model = AutoModelForCausalLM.from_pretrained(directory)
     """
     directory = settings.cache_dir() / "embedded" / _digest(config)
     if directory.is_dir():
@@ -67,7 +73,7 @@ def ensure_embedded_model(config: EmbeddedModelConfig) -> Path:
         if not directory.is_dir():
             unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
             try:
-                _make(config, unfinished)
+                _build(config, unfinished)
                 unfinished.rename(directory)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -75,11 +81,12 @@ def ensure_embedded_model(config: EmbeddedModelConfig) -> Path:
     return directory
 
 
-def _make(config: EmbeddedModelConfig, directory: Path) -> None:
+def _build(config: EmbeddedModelConfig, directory: Path) -> None:
+    """Train the embedded model and save it into `directory`."""
     from transformers.utils import logging as transformers_logging
 
     started = time.monotonic()
-    logger.info("making the embedded model, once: at most %d supervised steps", config.warmup_steps)
+    logger.info("building the embedded model (once): at most %d supervised steps", config.warmup_steps)
     tokenizer = make_tokenizer()
     model = make_model(config, tokenizer)
     steps, accuracy = warm_up(model, tokenizer, config)
@@ -92,7 +99,7 @@ def _make(config: EmbeddedModelConfig, directory: Path) -> None:
         if shows_progress:
             transformers_logging.enable_progress_bar()
     logger.info(
-        "made the embedded model in %.0f s: %d steps, %.0f%% of the train problems right",
+        "built the embedded model in %.0f s: %d steps, %.0f%% of the train problems correct",
         time.monotonic() - started,
         steps,
         100 * accuracy,
@@ -110,7 +117,7 @@ def _digest(config: EmbeddedModelConfig) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, which the system gives back when the process dies."""
+    """Hold an exclusive lock on a file. The system releases it when the process dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -120,7 +127,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and newline, besides padding, begin, end and unknown."""
+    """Return a tokenizer with one token per printable ASCII character and newline, plus pad, bos, eos and unknown."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,7 +147,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def architecture(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The model's Hugging Face configuration."""
+    """Return the model's Hugging Face configuration."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -160,7 +167,7 @@ def architecture(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast
 
 
 def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with random weights that follow from `config.seed` alone; torch's own random state is left as it was."""
+    """Return a Llama whose random weights depend only on `config.seed`. Torch's random state does not change."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -172,11 +179,11 @@ def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) 
 def supervised_batches(
     tokenizer: PreTrainedTokenizerFast, levels: tuple[int, ...], batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of train problems with their answers, drawn with replacement.
+    """Yield batches of train problems with their answers for ever, drawn with replacement.
 
     Yields:
-        input_ids [B, T] int64, padded on the right, and labels [B, T]: the answer's tokens and end-of-sequence, -100
-        elsewhere.
+        input_ids [B, T] int64, padded on the right, and labels [B, T] int64: the answer's tokens and end-of-sequence,
+        -100 elsewhere.
     """
     import numpy as np
     import torch
@@ -198,20 +205,20 @@ def supervised_batches(
         labels[index, len(prompt) : end] = torch.tensor(answer)
     draws = np.random.Generator(np.random.Philox(seed))
     while True:
-        chosen = torch.from_numpy(draws.integers(len(rows), size=batch_size))
-        yield input_ids[chosen], labels[chosen]
+        batch = torch.from_numpy(draws.integers(len(rows), size=batch_size))
+        yield input_ids[batch], labels[batch]
 
 
 def warm_up(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: EmbeddedModelConfig
 ) -> tuple[int, float]:
-    """Supervised training until `config.warmup_accuracy` of the train problems are right, or the steps are used up.
+    """Train until `config.warmup_accuracy` of the train problems are correct, or for `config.warmup_steps` steps.
 
-    A problem counts as right when the likeliest token is the expected one at every position of its answer: exactly
-    then greedy decoding gives the answer.
+    A problem is correct if the likeliest token is the expected one at every position of its answer. Greedy decoding
+    then gives the answer.
 
     Returns:
-        Steps taken, and the share of right answers over the last batches, before their own step.
+        Number of steps, and the accuracy over the last batches, each measured before its step.
     """
     import torch
     import torch.nn.functional as F
@@ -228,9 +235,9 @@ def warm_up(
         for step in range(config.warmup_steps):
             input_ids, labels = next(batches)
             logits, targets = model(input_ids=input_ids).logits[:, :-1], labels[:, 1:]
-            right = (logits.argmax(-1) == targets) | (targets == _IGNORED)
-            recent.append(float(right.all(dim=1).float().mean()))
-            logger.debug("warm-up step %d: %.3f of the answers right", step, recent[-1])
+            correct = (logits.argmax(-1) == targets) | (targets == _IGNORED)
+            recent.append(float(correct.all(dim=1).float().mean()))
+            logger.debug("warm-up step %d: %.3f of the answers correct", step, recent[-1])
             if sum(recent) / len(recent) >= config.warmup_accuracy:
                 return step, sum(recent) / len(recent)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)

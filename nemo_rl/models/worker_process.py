@@ -1,4 +1,4 @@
-"""What every worker that holds a model does with its process, whatever the backend."""
+"""Process setup and attestation that all workers with a model share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Parameters = ParamSpec("Parameters")
 
 
 def take_cpu_share(num_threads: int | None, num_local_workers: int) -> None:
-    """Compute with `num_threads` threads; None: with an equal share of this node's CPUs, at least one."""
+    """Set torch's number of threads. None: an equal share of this node's CPUs, at least one thread."""
     share = len(os.sched_getaffinity(0)) // num_local_workers
     torch.set_num_threads(num_threads or max(1, share))
 
 
 def starts_without_collecting(constructor: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """Let the constructor of a worker run `gc_paused`."""
+    """Decorate a worker's constructor to run without garbage collection. See `gc_paused`."""
 
     @functools.wraps(constructor)
     def construct(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
@@ -35,7 +35,7 @@ def starts_without_collecting(constructor: Callable[Parameters, None]) -> Callab
 
 
 def process_facts() -> dict[str, Any]:
-    """Where this process runs, and on what: the first part of every worker's attestation."""
+    """Return where this process runs and with which software: the first part of every worker's attestation."""
     return {
         "hostname": socket.gethostname(),
         "pid": os.getpid(),

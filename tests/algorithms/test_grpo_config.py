@@ -12,13 +12,16 @@ from nemo_rl.utils.config import load_config
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("policy.generation.temperature=0", "validation=null validates greedily"),
-        ("policy.generation.validation={temperature: 0}", "policy.generation.validation.temperature: 0 leaves nothing"),
+        ("policy.generation.temperature=0", "to validate greedily, set policy.generation.validation to null"),
+        (
+            "policy.generation.validation={temperature: 0}",
+            "policy.generation.validation.temperature: temperature 0 is not supported",
+        ),
         ("policy.generation.temperature=.inf", "policy.generation.temperature: input should be a finite number"),
         ("policy.generation.top_k=-1", "policy.generation.top_k: to draw from all tokens, set it to null"),
         ("policy.generation.top_k=0", "policy.generation.top_k: to draw from all tokens, set it to null"),
         ('policy.generation.stop_strings=[""]', "policy.generation.stop_strings: an empty stop string"),
-        ("policy.generation.stop_token_ids=[-1]", "policy.generation.stop_token_ids: token ids are not negative"),
+        ("policy.generation.stop_token_ids=[-1]", "policy.generation.stop_token_ids: token ids must not be negative"),
         ("policy.generation.precision=fp8", "policy.generation.precision: input should be 'float32' or 'bfloat16'"),
         ("policy.optimizer.betas=[0.9, 1.0]", "policy.optimizer.betas: both must be at least 0 and less than 1"),
         ("policy.optimizer.lr=.inf", "policy.optimizer.lr: input should be a finite number"),

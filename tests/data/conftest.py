@@ -10,7 +10,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A real `transformers` tokenizer: one token per character, one more before every text, no chat template."""
+    """Return a real `transformers` tokenizer: one token per character, a bos token, and no chat template."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from nemo_rl.data.arithmetic import ALPHABET, LEVELS, ArithmeticDataset, num_distinct
 from nemo_rl.errors import ConfigError, DataError
 
-DISTINCT = {1: 8_100, 2: 8_100, 3: 1_620_000, 4: 11_520, 5: 8_100}  # as the module's table says
+DISTINCT = {1: 8_100, 2: 8_100, 3: 1_620_000, 4: 11_520, 5: 8_100}  # as in the module's table
 
 
 def prompts(dataset):
@@ -13,10 +13,10 @@ def prompts(dataset):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_answers_are_right_and_characters_known(level):
+def test_answers_are_correct_and_characters_known(level):
     for index, problem in enumerate(ArithmeticDataset("train", 500, [level])):
         assert problem.prompt.endswith("=")
-        # Python's own arithmetic is the independent reference; the prompt holds digits and operators only.
+        # Python's arithmetic is the independent reference; the prompt contains only digits and operators.
         assert set(problem.prompt + problem.answer) <= set(ALPHABET)
         assert str(eval(problem.prompt.removesuffix("="))) == problem.answer
         assert problem.metadata == {"level": level}
@@ -31,7 +31,7 @@ def test_answers_are_right_and_characters_known(level):
     st.integers(-5, 2**40),
     st.integers(-5, 2**40),
 )
-def test_splits_are_disjoint_for_all_sizes_seeds_and_levels(levels, num_train, num_validation, seed, other_seed):
+def test_splits_are_disjoint(levels, num_train, num_validation, seed, other_seed):
     train = prompts(ArithmeticDataset("train", num_train, sorted(levels), seed))
     validation = prompts(ArithmeticDataset("validation", num_validation, sorted(levels), other_seed))
     assert len(set(train)) == len(train) == num_train
@@ -40,7 +40,7 @@ def test_splits_are_disjoint_for_all_sizes_seeds_and_levels(levels, num_train, n
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_splits_together_are_all_problems(level):
+def test_splits_cover_all_problems(level):
     train, validation = num_distinct("train", [level]), num_distinct("validation", [level])
     assert train + validation == DISTINCT[level]
     assert 0.10 < validation / DISTINCT[level] < 0.15
@@ -53,12 +53,12 @@ def test_exchanged_operands_stay_in_one_split():
         assert f"{b}+{a}=" in train
 
 
-def test_seed_decides_the_problems_and_nothing_else_does():
+def test_problems_depend_only_on_the_seed():
     assert prompts(ArithmeticDataset("train", 100, [1, 2], 7)) == prompts(ArithmeticDataset("train", 100, [2, 1], 7))
     assert prompts(ArithmeticDataset("train", 100, [1], 7)) != prompts(ArithmeticDataset("train", 100, [1], 8))
 
 
-def test_levels_share_evenly_and_a_small_level_is_topped_up_by_others():
+def test_levels_share_problems_evenly():
     levels = [problem.metadata["level"] for problem in ArithmeticDataset("train", 300, [1, 3, 5])]
     assert {level: levels.count(level) for level in set(levels)} == {1: 100, 3: 100, 5: 100}
     num_small, num_large = num_distinct("train", [1]), num_distinct("train", [4])
@@ -66,7 +66,7 @@ def test_levels_share_evenly_and_a_small_level_is_topped_up_by_others():
     assert (levels.count(1), levels.count(4)) == (num_small, num_large)
 
 
-def test_more_problems_than_there_are():
+def test_too_many_problems_are_rejected():
     available = num_distinct("validation", [1])
     assert len(ArithmeticDataset("validation", available, [1])) == available
     with pytest.raises(DataError, match=rf"{available + 1} arithmetic validation .* only {available}.*num_validation"):
@@ -75,7 +75,7 @@ def test_more_problems_than_there_are():
 
 @pytest.mark.parametrize("levels", [[0], [1, 6], []])
 def test_unknown_levels(levels):
-    with pytest.raises(ConfigError, match=r"levels; there are \[1, 2, 3, 4, 5\]"):
+    with pytest.raises(ConfigError, match=r"(unknown levels \[[06]\]|no levels given); known: \[1, 2, 3, 4, 5\]"):
         ArithmeticDataset("train", 10, levels)
 
 

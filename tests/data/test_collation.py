@@ -25,6 +25,6 @@ def test_collate(side, first):
     assert batch.size == 2
 
 
-def test_nothing_to_collate():
+def test_empty_batch_is_rejected():
     with pytest.raises(ValueError, match="at least one"):
         collate([], pad_token_id=0)

@@ -53,11 +53,11 @@ def write(path, records=RECORDS):
     return write_parquet(path, records) if path.suffix == ".parquet" else write_jsonl(path, records)
 
 
-# ---- every kind of file gives the same problems
+# --- files of every kind give the same problems
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_files(tmp_path, name):
+def test_every_file_kind_gives_the_same_problems(tmp_path, name):
     dataset = opened(write(tmp_path / name))
     assert len(dataset) == 20
     assert list(dataset) == [
@@ -90,19 +90,19 @@ def test_jsonl_skips_empty_lines_and_a_byte_order_mark(tmp_path):
     assert [problem.answer for problem in opened(path)] == ["6"]
 
 
-def test_jsonl_reads_no_further_than_it_must(tmp_path):
+def test_jsonl_stops_at_the_limit(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [json.dumps(RECORDS[0]), "broken"])
     assert len(opened(path, max_num_problems=1)) == 1
 
 
-def test_the_answer_within_a_solution(tmp_path):
+def test_answer_pattern_finds_answers_in_solutions(tmp_path):
     solutions = ["4+4 is 8.\n#### 8", "6*12=<<6*12=72>>72\n#### 72 ", "#### -1,000"]
     path = write_jsonl(tmp_path / "a.jsonl", [{"problem": "?", "answer": text} for text in solutions])
     assert [p.answer for p in opened(path, answer_pattern="#### (.+)")] == ["8", "72", "-1,000"]
     assert [p.answer for p in opened(path)] == solutions
 
 
-# ---- broken data
+# --- invalid data
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_answer_within_a_solution(tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_broken_line_is_named(tmp_path, line, match, suffix):
+def test_invalid_line_is_named(tmp_path, line, match, suffix):
     path = write_lines(tmp_path / f"a.jsonl{suffix}", [json.dumps(RECORDS[0]), "", line, json.dumps(RECORDS[1])])
     with pytest.raises(DataError, match=match) as caught:
         opened(path)
@@ -135,7 +135,7 @@ def test_a_broken_line_is_named(tmp_path, line, match, suffix):
     ("solution", "match"),
     [("It is 72.", "is not found in"), ("####  ", "matches an empty answer in"), (72, "is not found in str '72'")],
 )
-def test_an_answer_that_the_pattern_does_not_find(tmp_path, solution, match):
+def test_pattern_without_a_match_is_an_error(tmp_path, solution, match):
     records = [{"problem": "?", "answer": "#### 1"}, {"problem": "?", "answer": solution}]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     with pytest.raises(DataError, match=match) as caught:
@@ -144,21 +144,21 @@ def test_an_answer_that_the_pattern_does_not_find(tmp_path, solution, match):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "match"), [("#### (", "is no regular expression: missing \\)"), ("#### .+", "has no group")]
+    ("pattern", "match"), [("#### (", "is not a regular expression: missing \\)"), ("#### .+", "has no group")]
 )
-def test_a_pattern_that_cannot_find_an_answer(pattern, match):
+def test_invalid_pattern_is_rejected(pattern, match):
     with pytest.raises(ConfigError, match=rf"data\.train\.answer_pattern.*{match}"):
         load_config(MasterConfig, None, [f"data.train.answer_pattern='{pattern}'"])
 
 
-def test_a_line_that_is_not_utf8(tmp_path):
+def test_line_that_is_not_utf8(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"problem": "caf\xe9", "answer": "2"}\n')
     with pytest.raises(DataError, match="a.jsonl:1: not UTF-8"):
         opened(path)
 
 
-def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
+def test_file_that_changes_during_a_run_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl")
     dataset = opened(path)
     path.write_text("{}\n")
@@ -166,7 +166,7 @@ def test_a_file_that_changes_under_a_run_is_noticed(tmp_path):
         dataset[19]
 
 
-def test_a_broken_row_is_named(tmp_path):
+def test_invalid_row_is_named(tmp_path):
     rows = [{"problem": "1", "answer": "1"}, {"problem": "2", "answer": None}]
     path = write_parquet(tmp_path / "a.parquet", rows)
     with pytest.raises(DataError, match="a.parquet row 1: 'answer' must be"):
@@ -187,21 +187,21 @@ def test_empty_missing_and_damaged_files(tmp_path, name):
         pyarrow.parquet.write_table(pyarrow.table({"problem": ["1"], "answer": ["1"]}).slice(0, 0), path)
     else:
         write_lines(path, ["", " "])
-    with pytest.raises(DataError, match=r"data\.train: .* holds no problems"):
+    with pytest.raises(DataError, match=r"data\.train: .* contains no problems"):
         opened(path)
-    path.write_bytes(write_jsonl(tmp_path / f"whole.{name}").read_bytes()[:-9] if "parquet" not in name else b"no")
+    path.write_bytes(write_jsonl(tmp_path / f"complete.{name}").read_bytes()[:-9] if "parquet" not in name else b"no")
     with pytest.raises(DataError, match=r"cannot be read|not a JSON object"):
         opened(path)
 
 
-def test_a_directory_is_not_a_file(tmp_path):
+def test_directory_is_not_a_file(tmp_path):
     with pytest.raises(DataError, match="is a directory"):
         opened(tmp_path, kind="jsonl")
     with pytest.raises(ConfigError, match="needs a path"):
         open_dataset(DatasetConfig(kind="parquet"), DataConfig(), "train")
 
 
-# ---- Hugging Face data sets, from local directories
+# --- Hugging Face data sets, from local directories
 
 
 @pytest.fixture
@@ -217,13 +217,13 @@ def hf_cache(tmp_path, monkeypatch):
 def saved(tmp_path, hf_cache):
     import datasets
 
-    whole = datasets.Dataset.from_list(RECORDS)
-    whole.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict(train=whole, test=whole.select([3])).save_to_disk(str(tmp_path / "two"))
+    dataset = datasets.Dataset.from_list(RECORDS)
+    dataset.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=dataset, test=dataset.select([3])).save_to_disk(str(tmp_path / "two"))
     return tmp_path
 
 
-def test_a_saved_data_set(saved):
+def test_saved_data_set(saved):
     dataset = opened(saved / "one")
     assert list(dataset) == [
         Problem(r["problem"], r["answer"], i, {"source": r["source"]}) for i, r in enumerate(RECORDS)
@@ -241,7 +241,7 @@ def test_splits(saved):
         opened(saved / "two", split="valid")
 
 
-def test_a_directory_of_data_files(tmp_path, hf_cache):
+def test_directory_of_data_files(tmp_path, hf_cache):
     directory = tmp_path / "files"
     directory.mkdir()
     write_jsonl(directory / "train.jsonl")
@@ -254,16 +254,16 @@ def test_a_directory_of_data_files(tmp_path, hf_cache):
         opened(directory, split="valid")
 
 
-def test_a_data_set_that_is_nowhere(tmp_path, hf_cache):
+def test_missing_data_set(tmp_path, hf_cache):
     with pytest.raises(DataError, match="'no-such-owner/no-such-data' cannot be loaded: "):
         opened("no-such-owner/no-such-data")
 
 
-# ---- the table of kinds
+# --- the registry of kinds
 
 
 class Squares(ProblemDataset):
-    """A kind that a user brings."""
+    """A user's kind of data set."""
 
     def __init__(self, size):
         self._size = size
@@ -282,7 +282,7 @@ class Squares(ProblemDataset):
         return f"square {index}"
 
 
-def test_a_kind_of_ones_own(monkeypatch):
+def test_custom_kind(monkeypatch):
     monkeypatch.setitem(DATASETS, "squares", Squares)
     for kind in ("squares", f"{__name__}:Squares"):
         dataset = open_dataset(DatasetConfig(kind=kind, max_num_problems=4), DataConfig(), "train")
@@ -303,7 +303,7 @@ def test_unknown_kinds(kind, match):
         open_dataset(DatasetConfig(kind=kind), DataConfig(), "train")
 
 
-def test_the_default_is_the_generator_with_its_own_validation_split(tmp_path):
+def test_default_is_the_generator_with_its_validation_split(tmp_path):
     train, validation = load_datasets(DataConfig(arithmetic={"num_train": 50, "num_validation": 20}))
     assert type(train) is type(validation) is ArithmeticDataset
     assert (len(train), len(validation)) == (50, 20)
@@ -320,7 +320,7 @@ def test_the_default_is_the_generator_with_its_own_validation_split(tmp_path):
         load_datasets(DataConfig(validation={"path": str(write_lines(tmp_path / "e.jsonl", []))}))
 
 
-def test_importing_the_room_is_cheap():
+def test_import_is_light():
     code = (
         "import sys, nemo_rl.data.loader, nemo_rl.data.datasets, nemo_rl.data.processing; "
         "print([n for n in ('datasets', 'transformers', 'pyarrow', 'ray', 'pandas') if n in sys.modules])"

@@ -24,7 +24,7 @@ def problems(tokenizer):
     return make
 
 
-def taken(loader, sizes):
+def take(loader, sizes):
     return [loader.next_batch(size) for size in sizes]
 
 
@@ -32,23 +32,23 @@ def indices(batches):
     return [index for batch in batches for index in batch["problem_index"].tolist()]
 
 
-def test_each_epoch_holds_every_problem_once_in_an_order_of_its_own(problems):
+def test_every_epoch_has_every_problem_in_a_new_order(problems):
     loader = PromptLoader(problems(10), 0, seed=1)
-    order = indices(taken(loader, [3] * 10))  # batches run over the ends of epochs
+    order = indices(take(loader, [3] * 10))  # batches span the ends of epochs
     epochs = [order[start : start + 10] for start in (0, 10, 20)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert loader.epoch == 3
-    assert indices(taken(PromptLoader(problems(10), 0, seed=1), [30])) == order
-    assert indices(taken(PromptLoader(problems(10), 0, seed=2), [30])) != order
+    assert indices(take(PromptLoader(problems(10), 0, seed=1), [30])) == order
+    assert indices(take(PromptLoader(problems(10), 0, seed=2), [30])) != order
 
 
 def test_without_shuffling(problems):
     loader = PromptLoader(problems(3), 0, shuffle=False)
-    assert indices(taken(loader, [2, 2, 2])) == [0, 1, 2, 0, 1, 2]
+    assert indices(take(loader, [2, 2, 2])) == [0, 1, 2, 0, 1, 2]
 
 
-def test_batches_are_padded_and_carry_prompts_and_answers(problems, tokenizer):
+def test_batches_contain_prompts_and_answers(problems, tokenizer):
     batch = PromptLoader(problems(20), tokenizer.pad_token_id, padding_side="left").next_batch(4)
     assert set(batch) == {"input_ids", "input_lengths", "problem_index", "prompt", "answer", "metadata"}
     for prompt, answer in zip(batch["prompt"], batch["answer"]):
@@ -57,8 +57,8 @@ def test_batches_are_padded_and_carry_prompts_and_answers(problems, tokenizer):
 
 def test_number_of_epochs(problems):
     loader = PromptLoader(problems(5), 0, num_epochs=2)
-    assert [batch.size for batch in taken(loader, [4, 4])] == [4, 4]
-    assert loader.next_batch(3) is None  # two are left over
+    assert [batch.size for batch in take(loader, [4, 4])] == [4, 4]
+    assert loader.next_batch(3) is None  # two problems remain
     assert loader.next_batch(2).size == 2
     assert loader.next_batch(1) is None
     assert loader.epoch == 2
@@ -70,25 +70,25 @@ def test_number_of_epochs(problems):
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_resuming_anywhere_gives_the_same_sequence(problems, data):
+def test_resume_gives_the_same_sequence(problems, data):
     size = data.draw(st.sampled_from([1, 7, 20]))
     seed = data.draw(st.integers(0, 2**40))
     shuffle = data.draw(st.booleans())
     before = data.draw(st.lists(st.integers(1, 9), max_size=6))
     after = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
     undisturbed = PromptLoader(problems(size), 0, seed=seed, shuffle=shuffle)
-    taken(undisturbed, before)
-    state = json.loads(json.dumps(undisturbed.state_dict()))  # as a checkpoint keeps it
-    expected = taken(undisturbed, after)
+    take(undisturbed, before)
+    state = json.loads(json.dumps(undisturbed.state_dict()))  # as in a checkpoint
+    expected = take(undisturbed, after)
     resumed = PromptLoader(problems(size), 0, seed=seed, shuffle=shuffle)
     resumed.load_state_dict(state)
-    for one, other in zip(taken(resumed, after), expected):
+    for one, other in zip(take(resumed, after), expected):
         assert one["input_ids"].equal(other["input_ids"])
         assert one["prompt"] == other["prompt"]
     assert resumed.state_dict() == undisturbed.state_dict()
 
 
-def test_a_state_of_other_data_is_refused(problems):
+def test_state_of_other_data_is_rejected(problems):
     state = PromptLoader(problems(10), 0, seed=1).state_dict()
     for other, name in [
         (PromptLoader(problems(10), 0, seed=2), "seed was 1 and is now 2"),

@@ -11,7 +11,7 @@ from nemo_rl.errors import ConfigError, DataError
 
 @pytest.fixture
 def tokenize(tmp_path, tokenizer):
-    """Problems with these prompts, tokenized."""
+    """Return a function: prompts -> tokenized problems."""
 
     def run(prompts, tokenizer=tokenizer, **data):
         path = tmp_path / "data.jsonl"
@@ -47,7 +47,11 @@ def test_prompt_template_from_text_and_file(tokenize, tmp_path):
 
 @pytest.mark.parametrize(
     ("template", "match"),
-    [("Solve {question}", r"has no \{problem\} and is no file"), ("{tmp}/no.txt", "is no file"), ("{tmp}/t", "has no")],
+    [
+        ("Solve {question}", r"does not contain \{problem\} and is not a file"),
+        ("{tmp}/no.txt", "is not a file"),
+        ("{tmp}/t", r"t does not contain \{problem\}"),
+    ],
 )
 def test_bad_templates(tokenize, tmp_path, template, match):
     (tmp_path / "t").write_text("no placeholder")
@@ -58,7 +62,7 @@ def test_bad_templates(tokenize, tmp_path, template, match):
 def test_chat_template(tokenize, chat_tokenizer):
     problems = tokenize(["1+1"], chat_tokenizer, system_prompt="Be brief.", prompt_template="{problem}?")
     assert problems[0].text == "<s>Be brief.<u>1+1?<a>"
-    # the template writes its special tokens itself: no second beginning-of-sequence
+    # The template adds the special tokens itself, so there is no second beginning-of-sequence token.
     assert problems[0].input_ids.tolist() == ids_of(chat_tokenizer, "<s>Be brief.<u>1+1?<a>")
 
 
@@ -69,8 +73,8 @@ def test_chat_messages(tokenize, chat_tokenizer):
         {"role": "user", "content": "+1"},
     ]
     assert tokenize([chat], chat_tokenizer)[0].text == "<u>1+1<a>2<u>+1<a>"
-    own = [{"role": "system", "content": "mine"}, *chat[:1]]
-    assert tokenize([own], chat_tokenizer, system_prompt="default")[0].text == "<s>mine<u>1+1<a>"
+    with_system = [{"role": "system", "content": "mine"}, *chat[:1]]
+    assert tokenize([with_system], chat_tokenizer, system_prompt="default")[0].text == "<s>mine<u>1+1<a>"
 
 
 def test_chat_needs_a_chat_model(tokenize, chat_tokenizer):
@@ -84,42 +88,42 @@ def test_chat_needs_a_chat_model(tokenize, chat_tokenizer):
     assert tokenize(["1"], chat_tokenizer, apply_chat_template=False)[0].text == "1"
 
 
-def test_a_chat_template_that_refuses(tokenize, chat_tokenizer):
-    with pytest.raises(DataError, match=r"data.jsonl:1: .*chat template refuses.*unknown role tool"):
+def test_chat_template_that_rejects_a_prompt(tokenize, chat_tokenizer):
+    with pytest.raises(DataError, match=r"data.jsonl:1: .*chat template rejects.*unknown role tool"):
         tokenize([[{"role": "tool", "content": "x"}]], chat_tokenizer)
 
 
-def test_long_prompts_are_an_error_or_dropped_with_a_count(tokenize, caplog):
-    prompts = ["1", "12345", "1234", "123456789"]  # one more token each for the beginning
+def test_long_prompts_are_an_error_or_dropped(tokenize, caplog):
+    prompts = ["1", "12345", "1234", "123456789"]  # each has one more token, the bos token
     with pytest.raises(DataError, match=r"data.jsonl:2: the prompt has 6 tokens, more than data.max_prompt_length=5"):
         tokenize(prompts, max_prompt_length=5)
     problems = tokenize(prompts, max_prompt_length=5, overlong_prompts="drop")
     assert [problem.text for problem in problems] == ["1", "1234"]
     assert [problem.problem.index for problem in problems] == [0, 2]
     assert problems.num_dropped == 2
-    assert "2 of 4 prompts are longer than 5 tokens and are left out (the longest has 10)" in caplog.text
+    assert "2 of 4 prompts are longer than 5 tokens and are dropped (the longest has 10)" in caplog.text
     with pytest.raises(DataError, match="4 of 4 prompts are longer than 1 tokens"):
         tokenize(prompts, max_prompt_length=1, overlong_prompts="drop")
     assert tokenize(["1234"], max_prompt_length=5).num_dropped == 0
 
 
-def test_a_prompt_without_tokens(tokenize, chat_tokenizer):
+def test_prompt_without_tokens(tokenize, chat_tokenizer):
     import copy
 
-    silent = copy.deepcopy(chat_tokenizer)
-    silent.chat_template = "{% if false %}x{% endif %}"
+    empty = copy.deepcopy(chat_tokenizer)
+    empty.chat_template = "{% if false %}x{% endif %}"
     with pytest.raises(DataError, match="data.jsonl:1: the prompt has no tokens"):
-        tokenize(["1"], silent)
+        tokenize(["1"], empty)
 
 
-def test_digest_sees_prompts_answers_and_order(tokenize):
+def test_digest_covers_prompts_answers_and_order(tokenize):
     same, again = tokenize(["12", "3"]), tokenize(["12", "3"])
     assert same.digest == again.digest
     others = [tokenize(["1", "23"]), tokenize(["3", "12"]), tokenize(["12"]), tokenize(["12", "3", "4"])]
     assert len({same.digest, *(other.digest for other in others)}) == 5
 
 
-def test_more_problems_than_are_tokenized_at_once(tokenize, tokenizer):
+def test_more_problems_than_one_tokenizer_batch(tokenize, tokenizer):
     problems = tokenize([f"{i}" for i in range(2500)])
     for i in (0, 1023, 1024, 2499):
         assert problems[i].text == str(i)

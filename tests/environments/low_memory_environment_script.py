@@ -1,4 +1,4 @@
-"""An environment that Ray's memory monitor kills, for test_remote: prints how that is told as JSON.
+"""Lets Ray's memory monitor kill an environment, for test_remote; prints the reward and the failure as JSON.
 
 `low_memory_environment_script.py MEMINFO`
 """
@@ -19,12 +19,12 @@ from nemo_rl.errors import EnvironmentFailure
 def main(meminfo: str) -> None:
     start_local_ray(num_cpus=2, num_gpus=0)
     environment = RemoteEnvironment(EnvironmentConfig())
-    question = ([r"\boxed{2}"], [{"ground_truth": "2"}])
-    result = {"reward": environment.step(*question).rewards.tolist(), "failure": ""}
+    sample = ([r"\boxed{2}"], [{"ground_truth": "2"}])
+    result = {"reward": environment.step(*sample).rewards.tolist(), "failure": ""}
     exhaust_memory(meminfo)
     try:
         while True:
-            environment.step(*question)
+            environment.step(*sample)
     except EnvironmentFailure as error:
         result["failure"] = str(error)
     environment.shutdown()

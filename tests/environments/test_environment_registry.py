@@ -26,17 +26,17 @@ def test_unknown_environment_names_the_nearest() -> None:
         environment_fqn("maths")
 
 
-def test_another_environment_gets_its_options() -> None:
+def test_other_environment_gets_its_options() -> None:
     assert EnvironmentConfig(name="chess", options={"depth": 3}).actor_kwargs() == {"depth": 3}
 
 
 @pytest.mark.parametrize("wrong", [{"num_workers": 0}, {"timeout_s": 0}, {"answer_format": "boxd"}, {"timeout": 1}])
-def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+def test_invalid_settings_are_rejected(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         validate(MathEnvironmentConfig, wrong, where="env.math")
 
 
-def test_fields_of_a_result_have_one_length() -> None:
+def test_fields_of_a_result_need_one_length() -> None:
     ones = np.ones(2)
     with pytest.raises(ValueError, match="status"):
         EnvironmentReturn(ones.astype(np.float32), ones.astype(bool), ["1", "2"], ["ok"], ones)

@@ -1,4 +1,4 @@
-"""Real verify processes throughout. The tests that kill them find them as children of this process."""
+"""Tests the math environment with real verify processes. Tests that kill them find them as children of this process."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def env() -> Iterator[MathEnvironment]:
 
 @pytest.fixture
 def fresh_env() -> Iterator[MathEnvironment]:
-    """Remembers nothing, and its processes may be harmed. Patient: nothing here is about time-outs."""
+    """Return an environment with an empty cache, whose processes may be killed. Its time-out is long."""
     env = MathEnvironment({"num_workers": 1, "timeout_s": 20.0, "answer_format": "whole"})
     yield env
     env.shutdown()
 
 
-def judge(env: MathEnvironment, pairs: list[tuple[str, object]]) -> EnvironmentReturn:
+def score(env: MathEnvironment, pairs: list[tuple[str, object]]) -> EnvironmentReturn:
     return env.step([answer for answer, _ in pairs], [{"ground_truth": truth} for _, truth in pairs])
 
 
@@ -102,7 +102,7 @@ DIFFERENT = [
     ("B", "A"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\4&3\end{pmatrix}"),
     (r"\pi", "3.14"),
-    # An answer that names several values does not hold the right one.
+    # An answer with several values is not the right one.
     ("7 or 8", "7"),
     (r"7 \text{ or } 8", "8"),
     (r"\{7, 8\}", "7"),
@@ -121,8 +121,8 @@ UNPARSEABLE = [
 ]
 
 
-def test_equivalent_answers_are_right(env: MathEnvironment) -> None:
-    result = judge(env, list(EQUAL))
+def test_equivalent_answers_are_correct(env: MathEnvironment) -> None:
+    result = score(env, list(EQUAL))
     wrong = [pair for pair, reward in zip(EQUAL, result.rewards, strict=True) if reward != 1.0]
     assert not wrong
     assert set(result.status) == {"ok"}
@@ -130,22 +130,22 @@ def test_equivalent_answers_are_right(env: MathEnvironment) -> None:
 
 
 def test_other_answers_are_wrong(env: MathEnvironment) -> None:
-    result = judge(env, list(DIFFERENT))
+    result = score(env, list(DIFFERENT))
     right = [pair for pair, reward in zip(DIFFERENT, result.rewards, strict=True) if reward != 0.0]
     assert not right
     assert set(result.status) == {"ok"}
 
 
-def test_what_cannot_be_read_is_wrong_and_flagged(env: MathEnvironment) -> None:
-    result = judge(env, [*((text, "7") for text in UNPARSEABLE), ("", "7"), ("7" * 3000, "7")])
+def test_unparseable_answers_are_wrong_and_flagged(env: MathEnvironment) -> None:
+    result = score(env, [*((text, "7") for text in UNPARSEABLE), ("", "7"), ("7" * 3000, "7")])
     assert not result.rewards.any()
     assert set(result.status) == {"unparseable"}
     assert result.answers[-2:] == [None, "7" * 3000]
 
 
 @pytest.mark.parametrize("hostile", ["9^{9^{9^{9}}}", r"10^{10^{10}}!", "(" * 900 + "1" + ")" * 900])
-def test_a_hostile_answer_times_out_and_its_neighbours_are_judged(env: MathEnvironment, hostile: str) -> None:
-    result = judge(env, [(r"\sqrt{4}", "2"), (hostile, "5"), (r"\sqrt{9}", "3"), (r"\sqrt{9}", "4")])
+def test_hostile_answer_times_out_alone(env: MathEnvironment, hostile: str) -> None:
+    result = score(env, [(r"\sqrt{4}", "2"), (hostile, "5"), (r"\sqrt{9}", "3"), (r"\sqrt{9}", "4")])
     assert result.rewards.tolist() == [1, 0, 1, 0]
     assert result.status == ["ok", "timeout", "ok", "ok"]
     assert result.latency_s[1] >= TIMEOUT_S
@@ -156,8 +156,8 @@ def test_a_hostile_answer_times_out_and_its_neighbours_are_judged(env: MathEnvir
     assert metrics["verify_latency_s"] == pytest.approx(result.latency_s.mean())
 
 
-def test_megabytes_do_not_reach_the_verifier(env: MathEnvironment) -> None:
-    result = judge(env, [("A" * 10_000_000, "A"), (r"\frac{" * 1_000_000, "5")])
+def test_huge_answers_do_not_reach_the_verifier(env: MathEnvironment) -> None:
+    result = score(env, [("A" * 10_000_000, "A"), (r"\frac{" * 1_000_000, "5")])
     assert result.status == ["unparseable", "unparseable"]
 
 
@@ -169,10 +169,10 @@ def test_memory_is_bounded() -> None:
     env = MathEnvironment({"memory_limit_mb": 128, "timeout_s": 60.0, "answer_format": "whole"})
     try:
         before = verify_processes()
-        judge(env, [(r"\sqrt{4}", "2")])
+        score(env, [(r"\sqrt{4}", "2")])
         (child,) = [process for process in verify_processes() if process not in before]
         base = peak_mb(child)
-        result = judge(env, [(r"\lfloor 2^{2^{33}} \rfloor + 1", "5"), (r"\sqrt{4}", "2")])  # takes 400 MB unbounded
+        result = score(env, [(r"\lfloor 2^{2^{33}} \rfloor + 1", "5"), (r"\sqrt{4}", "2")])  # takes 400 MB unbounded
         assert result.rewards.tolist() == [0.0, 1.0]
         assert base + 64 < peak_mb(child) <= base + 130
     finally:
@@ -180,43 +180,43 @@ def test_memory_is_bounded() -> None:
 
 
 def test_no_code_is_run(env: MathEnvironment, tmp_path: Path) -> None:
-    target = tmp_path / "owned"
-    judge(env, [(f"__import__('os').system('touch {target}')", "5"), (f"\\input{{|touch {target}}}", "5")])
+    target = tmp_path / "created"
+    score(env, [(f"__import__('os').system('touch {target}')", "5"), (f"\\input{{|touch {target}}}", "5")])
     assert not target.exists()
 
 
-def test_a_verify_process_knows_no_secret(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_process_inherits_no_secret(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "abc")
     before = verify_processes()
-    judge(fresh_env, [(r"\sqrt{4}", "2")])
+    score(fresh_env, [(r"\sqrt{4}", "2")])
     (child,) = [process for process in verify_processes() if process not in before]
     assert "WANDB_API_KEY" not in child.environ()
 
 
 @pytest.mark.parametrize("truth", [r"\frac{1}{", "", None, True, ["5"], "x" * 3000, "9^{9^{9^{9}}}"])
-def test_a_broken_ground_truth_is_a_failure_whatever_the_answer(env: MathEnvironment, truth: object) -> None:
+def test_broken_ground_truth_is_always_a_failure(env: MathEnvironment, truth: object) -> None:
     for answer in ("5", "", str(truth)):
         with pytest.raises(EnvironmentFailure, match=r"ground.truth"):
-            judge(env, [("5", "5"), (answer, truth)])
+            score(env, [("5", "5"), (answer, truth)])
 
 
 def test_missing_metadata_is_a_failure(env: MathEnvironment) -> None:
-    with pytest.raises(EnvironmentFailure, match="keys there: answer"):
+    with pytest.raises(EnvironmentFailure, match="it has the keys: answer"):
         env.step(["5"], [{"answer": "5"}])
     with pytest.raises(EnvironmentFailure, match="2 completions"):
         env.step(["5", "6"], [{"ground_truth": "5"}])
 
 
-def test_order_is_kept_in_a_batch_larger_than_the_pool(env: MathEnvironment) -> None:
+def test_large_batch_keeps_its_order(env: MathEnvironment) -> None:
     pairs: list[tuple[str, object]] = [(rf"\sqrt{{{n * n}}}", str(n if n % 3 else n + 1)) for n in range(1, 101)]
-    result = judge(env, pairs)
+    result = score(env, pairs)
     assert result.rewards.tolist() == [float(n % 3 != 0) for n in range(1, 101)]
     assert result.answers == [answer for answer, _ in pairs]
 
 
 def test_concurrent_steps_do_not_mix(env: MathEnvironment) -> None:
     def one(n: int) -> list[float]:
-        return judge(env, [(rf"\sqrt{{{n * n}}}+{k}", str(n + k * (k % 2))) for k in range(6)]).rewards.tolist()
+        return score(env, [(rf"\sqrt{{{n * n}}}+{k}", str(n + k * (k % 2))) for k in range(6)]).rewards.tolist()
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(one, range(200, 216))) == [[1, 1, 0, 1, 0, 1]] * 16
@@ -224,32 +224,32 @@ def test_concurrent_steps_do_not_mix(env: MathEnvironment) -> None:
 
 def test_plain_numbers_start_no_process(fresh_env: MathEnvironment) -> None:
     before = verify_processes()
-    result = judge(fresh_env, [("12", "12"), ("13", "12"), ("", "12")])
+    result = score(fresh_env, [("12", "12"), ("13", "12"), ("", "12")])
     assert result.rewards.tolist() == [1, 0, 0]
     assert verify_processes() == before
 
 
-def test_equal_questions_are_asked_once(env: MathEnvironment) -> None:
+def test_equal_requests_are_verified_once(env: MathEnvironment) -> None:
     hostile = "9^{9^{9^{8}}}"
-    result = judge(env, [(hostile, "5")] * 20)
+    result = score(env, [(hostile, "5")] * 20)
     assert result.status == ["timeout"] * 20
-    again = judge(env, [(hostile, "5")])
+    again = score(env, [(hostile, "5")])
     assert again.status == ["timeout"]
-    assert again.latency_s[0] < TIMEOUT_S  # the verdict was remembered: a new one takes at least so long
+    assert again.latency_s[0] < TIMEOUT_S  # cached: a new verification takes at least the time-out
 
 
-def test_a_killed_idle_process_is_replaced(fresh_env: MathEnvironment) -> None:
+def test_killed_idle_process_is_replaced(fresh_env: MathEnvironment) -> None:
     before = verify_processes()
-    judge(fresh_env, [(r"\sqrt{4}", "2")])
+    score(fresh_env, [(r"\sqrt{4}", "2")])
     (child,) = [process for process in verify_processes() if process not in before]
     child.kill()
     child.wait()
-    assert judge(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
+    assert score(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
 @contextlib.contextmanager
-def harm(sign: signal.Signals, limit: int) -> Iterator[set[int]]:
-    """Send `sign` to the first `limit` new verify processes once they compute; yields the ids of those hit."""
+def send_signal_to_new(sign: signal.Signals, limit: int) -> Iterator[set[int]]:
+    """Send `sign` to the first `limit` new verify processes when they compute; yields the ids of those processes."""
     known = {process.pid for process in verify_processes()}
     hit: set[int] = set()
     stop = threading.Event()
@@ -261,7 +261,7 @@ def harm(sign: signal.Signals, limit: int) -> Iterator[set[int]]:
                     continue
                 with contextlib.suppress(psutil.NoSuchProcess):
                     ready = child.rlimit(psutil.RLIMIT_CPU)[0] != psutil.RLIM_INFINITY
-                    if ready:  # it has taken up a question
+                    if ready:  # it has received a request
                         child.send_signal(sign)
                         hit.add(child.pid)
 
@@ -271,35 +271,38 @@ def harm(sign: signal.Signals, limit: int) -> Iterator[set[int]]:
             yield hit
         finally:
             stop.set()
-        watching.result()  # what broke the watcher breaks the test
+        watching.result()  # raises the watcher's error
 
 
 SLOW = (r"\int e^{e^{x^x}} dx", "5")
 
 
-def test_a_process_killed_while_it_works_costs_nothing(fresh_env: MathEnvironment) -> None:
-    with harm(signal.SIGKILL, limit=1) as hit:
-        result = judge(fresh_env, [SLOW])
+def test_request_of_a_killed_process_is_retried(fresh_env: MathEnvironment) -> None:
+    with send_signal_to_new(signal.SIGKILL, limit=1) as hit:
+        result = score(fresh_env, [SLOW])
     assert len(hit) == 1
     assert result.status == ["ok"]
 
 
-def test_an_answer_that_crashes_two_processes_is_wrong(fresh_env: MathEnvironment) -> None:
-    with harm(signal.SIGSEGV, limit=10) as hit:
-        result = judge(fresh_env, [SLOW])
+def test_answer_that_crashes_two_processes_is_wrong(fresh_env: MathEnvironment) -> None:
+    with send_signal_to_new(signal.SIGSEGV, limit=10) as hit:
+        result = score(fresh_env, [SLOW])
     assert len(hit) == 2
     assert result.status == ["unparseable"]
-    assert judge(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
+    assert score(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
-def test_processes_that_are_always_killed_are_a_failure_not_a_reward(fresh_env: MathEnvironment) -> None:
-    with harm(signal.SIGKILL, limit=10) as hit, pytest.raises(EnvironmentFailure, match="memory_limit_mb"):
-        judge(fresh_env, [SLOW])
+def test_repeatedly_killed_processes_are_a_failure(fresh_env: MathEnvironment) -> None:
+    with (
+        send_signal_to_new(signal.SIGKILL, limit=10) as hit,
+        pytest.raises(EnvironmentFailure, match="memory_limit_mb"),
+    ):
+        score(fresh_env, [SLOW])
     assert len(hit) == 3
-    assert judge(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
+    assert score(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
-def test_a_verifier_that_does_not_start_is_a_failure(
+def test_verifier_that_does_not_start_is_a_failure(
     fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = tmp_path / "python"
@@ -307,36 +310,38 @@ def test_a_verifier_that_does_not_start_is_a_failure(
     broken.chmod(0o755)
     monkeypatch.setattr(verify_pool.sys, "executable", str(broken))
     with pytest.raises(EnvironmentFailure, match=r"exit status 1.*No module named math_verify"):
-        judge(fresh_env, [(r"\sqrt{4}", "2")])
+        score(fresh_env, [(r"\sqrt{4}", "2")])
 
 
-def test_a_starved_process_is_a_failure(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starved_process_is_a_failure(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_pool, "_STARVATION_FACTOR", 0.1)
-    with harm(signal.SIGSTOP, limit=10) as hit, pytest.raises(EnvironmentFailure, match="overloaded"):
-        judge(fresh_env, [SLOW])
+    with send_signal_to_new(signal.SIGSTOP, limit=10) as hit, pytest.raises(EnvironmentFailure, match="overloaded"):
+        score(fresh_env, [SLOW])
     assert len(hit) == 3
 
 
-def test_a_worn_out_process_is_retired(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_pool, "_MAX_REQUESTS_PER_CHILD", 2)
+def test_process_is_replaced_after_its_last_request(
+    fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_pool, "_MAX_REQUESTS_PER_PROCESS", 2)
     before = verify_processes()
-    assert judge(fresh_env, [(rf"\sqrt{{{n * n}}}", str(n)) for n in range(2, 7)]).rewards.all()
+    assert score(fresh_env, [(rf"\sqrt{{{n * n}}}", str(n)) for n in range(2, 7)]).rewards.all()
     children = [process for process in verify_processes() if process not in before]
     assert len(children) == 1
 
 
 def test_shutdown_leaves_no_process(fresh_env: MathEnvironment) -> None:
     before = verify_processes()
-    judge(fresh_env, [(r"\sqrt{4}", "2")])
+    score(fresh_env, [(r"\sqrt{4}", "2")])
     assert len(verify_processes()) == len(before) + 1
     fresh_env.shutdown()
     fresh_env.shutdown()
     assert verify_processes() == before
     with pytest.raises(EnvironmentFailure, match="shut down"):
-        judge(fresh_env, [(r"\sqrt{4}", "2")])
+        score(fresh_env, [(r"\sqrt{4}", "2")])
 
 
-def test_an_empty_batch(env: MathEnvironment) -> None:
+def test_empty_batch(env: MathEnvironment) -> None:
     result = env.step([], [])
     assert result.size == 0
     assert env.global_post_process_and_metrics(result)[1] == {}
@@ -353,8 +358,8 @@ def test_as_a_ray_actor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module, _, name = environment_fqn("math").rpartition(".")
     cls = getattr(__import__(module, fromlist=[name]), name)
-    owned = not ray.is_initialized()
-    if owned:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         ray.init(include_dashboard=False, num_cpus=2, _node_ip_address="127.0.0.1", logging_level="warning")
     try:
         actor = ray.remote(cls).options(num_cpus=0, max_concurrency=4).remote({"timeout_s": TIMEOUT_S})
@@ -372,18 +377,18 @@ def test_as_a_ray_actor(monkeypatch: pytest.MonkeyPatch) -> None:
             ray.get(actor.step.remote([r"\boxed{1}"], [{"ground_truth": r"\frac{1}{"}]))
         ray.get(actor.shutdown.remote())
     finally:
-        if owned:
+        if starts_ray:
             ray.shutdown()
 
 
 @pytest.mark.parametrize("answer", [r"\sqrt{4}", "9^{9^{9^{9}}}"])
-def test_no_process_outlives_its_owner(answer: str) -> None:
+def test_verify_process_ends_with_its_parent(answer: str) -> None:
     code = f"""
 import os, signal, threading, time, psutil
 from nemo_rl.environments.math_environment import MathEnvironment
 env = MathEnvironment({{"timeout_s": 1.0, "answer_format": "whole"}})
-ask = threading.Thread(target=env.step, args=([{answer!r}], [{{"ground_truth": "x^2"}}]))
-ask.start()
+step = threading.Thread(target=env.step, args=([{answer!r}], [{{"ground_truth": "x^2"}}]))
+step.start()
 while not (children := psutil.Process().children()) or children[0].cpu_times().user < 0.3:
     time.sleep(0.01)
 print(children[0].pid, flush=True)
@@ -392,5 +397,5 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     with contextlib.suppress(psutil.NoSuchProcess):
-        # Its input has ended; if it computes, the kernel ends it after 4 s of CPU time.
+        # Its input has ended. If it computes, the kernel kills it after 4 s of CPU time.
         psutil.Process(int(done.stdout)).wait(timeout=60)

@@ -1,4 +1,4 @@
-"""An environment in an actor of its own."""
+"""Tests an environment in its own actor."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 SCRIPT = Path(__file__).with_name("low_memory_environment_script.py")
 
 
-def test_an_environment_that_is_killed_for_lack_of_memory_has_died(
-    run_with_simulated_memory: Callable[..., Any],
-) -> None:
+def test_environment_killed_for_memory_has_died(run_with_simulated_memory: Callable[..., Any]) -> None:
     result = run_with_simulated_memory(SCRIPT)
     assert result["reward"] == [1.0]
     assert (

@@ -1,4 +1,4 @@
-"""Generation on a GPU: the same completions and log-probabilities as on the CPU."""
+"""Tests generation on a GPU: the same completions and log-probabilities as on the CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.weights.sender import publish
 
@@ -28,17 +29,17 @@ def _tiny(name: str, directory: Path) -> TinyModel:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
-def test_a_gpu_gives_what_a_cpu_gives(tmp_path: Path, name: str) -> None:
+def test_gpu_matches_cpu(tmp_path: Path, name: str) -> None:
     model = _tiny(name, tmp_path)
     config = GenerationConfig(max_new_tokens=20)
-    on_gpu = TorchGenerator(str(tmp_path), config, max_sequence_length=64, device="cuda")
+    on_gpu = TorchGenerator(GeneratorSpec(str(tmp_path), config, max_sequence_length=64, use_gpu=True))
     update = publish(model.model.named_parameters(), version=1, dtype="float32", transport="local")
     assert on_gpu.update_weights(update) == update.digest
     assert all(tensor.device.type == "cuda" for _, tensor in on_gpu.decoder.named_tensors())
-    ids, lengths = model.prompts(*TEXTS)
-    expected = model.generator(max_new_tokens=20).generate(ids, lengths, seed=1, num_generations=4)
-    result = on_gpu.generate(ids, lengths, seed=1, num_generations=4)
-    # A draw right at the border between two tokens may fall to either side.
+    request = model.request(*TEXTS, seed=1, num_generations=4)
+    expected = model.generator(max_new_tokens=20).generate(request)
+    result = on_gpu.generate(request)
+    # A draw at the boundary between two tokens may round to either side.
     same = [a == b for a, b in zip(result.texts, expected.texts)]
     assert sum(same) >= len(same) - 1
     rows = torch.tensor(same)
@@ -49,8 +50,8 @@ def test_a_gpu_gives_what_a_cpu_gives(tmp_path: Path, name: str) -> None:
 def test_generation_in_bfloat16(tmp_path: Path) -> None:
     model = _tiny("llama", tmp_path)
     config = GenerationConfig(max_new_tokens=20, precision="bfloat16", stop_strings=["7"])
-    generator = TorchGenerator(str(tmp_path), config, max_sequence_length=64, device="cuda")
+    generator = TorchGenerator(GeneratorSpec(str(tmp_path), config, max_sequence_length=64, use_gpu=True))
     generator.update_weights(publish(model.model.named_parameters(), version=1, dtype="bfloat16", transport="local"))
-    result = generator.generate(*model.prompts(*TEXTS), seed=1, num_generations=16)
+    result = generator.generate(model.request(*TEXTS, seed=1, num_generations=16))
     assert torch.isfinite(result.logprobs).all()
     assert all("7" not in text[:-1] for text in result.texts)

@@ -1,4 +1,4 @@
-"""Whole GRPO steps on one GPU, in this process: the real loop, policy worker and generator."""
+"""Tests full GRPO steps on one GPU, in this process: the real loop, policy worker and generator."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SIZE = ModelSize(512, 4, 8, 128)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """Where it is, and how many parameters it has."""
+    """Write a model; returns its directory and number of parameters."""
     directory = tmp_path_factory.mktemp("llama")
     return directory, write_llama(directory, SIZE, 64)
 
 
 def run(model: Path, **policy: Any) -> tuple[list[dict[str, float]], list[int]]:
-    """Metrics of each step, and bytes that were allocated when each generation began."""
+    """Run a job; returns the metrics of each step, and the bytes allocated when each generation began."""
     config = MasterConfig.model_validate(
         {
             "grpo": {
@@ -54,11 +54,11 @@ def run(model: Path, **policy: Any) -> tuple[list[dict[str, float]], list[int]]:
     allocated: list[int] = []
     generate = job.generation.generate
 
-    def note_and_generate(*args: Any, **kwargs: Any) -> Any:
+    def record_and_generate(*args: Any, **kwargs: Any) -> Any:
         allocated.append(torch.cuda.memory_allocated() - before)
         return generate(*args, **kwargs)
 
-    job.generation.generate = note_and_generate  # type: ignore[method-assign]
+    job.generation.generate = record_and_generate  # type: ignore[method-assign]
     assert job.run() == f"all {STEPS} steps are done"
     recorder: Any = job.recorder
     return recorder.of_step, allocated
@@ -67,7 +67,7 @@ def run(model: Path, **policy: Any) -> tuple[list[dict[str, float]], list[int]]:
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-3), ("bfloat16", 0.05)])
-def test_steps_train_and_both_sides_compute_one_model(
+def test_steps_train_and_logprobs_agree(
     model: tuple[Path, int], precision: str, bound: float, sharding: str, offload: bool
 ) -> None:
     metrics, _ = run(model[0], precision=precision, sharding=sharding, offload=offload)
@@ -78,11 +78,11 @@ def test_steps_train_and_both_sides_compute_one_model(
         assert step["train/grad_norm"] > 0
 
 
-def test_generation_has_the_memory_of_a_policy_that_leaves(model: tuple[Path, int]) -> None:
+def test_offload_frees_memory_for_generation(model: tuple[Path, int]) -> None:
     directory, num_parameters = model
-    _, stays = run(directory, offload=False)
+    _, without_offload = run(directory, offload=False)
     gc.unfreeze()
     gc.collect()
-    _, leaves = run(directory, offload=True)
-    # From the second step on: weights, two moments, and the reference policy's weights.
-    assert stays[-1] - leaves[-1] > 0.9 * 16 * num_parameters
+    _, with_offload = run(directory, offload=True)
+    # Offloaded from the second step on: weights, two moments, and the reference policy's weights.
+    assert without_offload[-1] - with_offload[-1] > 0.9 * 16 * num_parameters

@@ -1,4 +1,4 @@
-"""vLLM's engine on a GPU, in this process: against the torch backend on the CPU. Needs the VLLM venv's packages."""
+"""Tests vLLM's engine on a GPU, in this process, against transformers. Needs the VLLM venv's packages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.vllm.environment import export_vllm_variables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ")
-# Attention kernels of GPUs want heads of at least 64.
+# GPU attention kernels need heads of at least 64.
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -29,9 +30,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     for name, value in SIZES.items():
         setattr(config, name, value)
     config.initializer_range = 0.1
-    made = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
-    made.config.save_pretrained(directory)
-    return TinyModel(directory, made, tokenizer)
+    tiny = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    tiny.config.save_pretrained(directory)
+    return TinyModel(directory, tiny, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,10 @@ def generator(model: TinyModel) -> Iterator:
 
     options = {"gpu_memory_utilization": 0.3, "enable_sleep_mode": True}
     config = GenerationConfig(backend="vllm", options=options, max_new_tokens=20, stop_strings=["7"])
-    made = VllmGenerator(str(model.directory), config, max_sequence_length=64, precision="bfloat16", use_gpu=True)
-    yield made
-    made.shutdown()
+    spec = GeneratorSpec(str(model.directory), config, 64, default_precision="bfloat16", use_gpu=True)
+    generator = VllmGenerator(spec)
+    yield generator
+    generator.shutdown()
 
 
 def _memory_in_use() -> int:
@@ -55,7 +57,7 @@ def _memory_in_use() -> int:
 def test_logprobs_are_close_to_transformers(generator, model: TinyModel) -> None:
     update = model.publish(version=1, dtype="bfloat16")
     assert generator.update_weights(update) == update.digest
-    result = generator.generate(*model.prompts(*TEXTS), seed=1, num_generations=16)
+    result = generator.generate(model.request(*TEXTS, seed=1, num_generations=16))
     inside = result.logprobs != 0
     difference = (result.logprobs - reference_logprobs(model, result).float())[inside].abs()
     assert difference.mean() < 0.05
@@ -63,16 +65,16 @@ def test_logprobs_are_close_to_transformers(generator, model: TinyModel) -> None
     assert all("7" not in text[:-1] for text in result.texts)
 
 
-def test_the_same_seed_gives_the_same_completions(generator, model: TinyModel) -> None:
+def test_same_seed_gives_same_completions(generator, model: TinyModel) -> None:
     generator.update_weights(model.publish(version=1, dtype="bfloat16"))
-    first, second = (generator.generate(*model.prompts(*TEXTS), seed=3, num_generations=4) for _ in range(2))
+    first, second = (generator.generate(model.request(*TEXTS, seed=3, num_generations=4)) for _ in range(2))
     assert first.texts == second.texts
 
 
-def test_weights_are_updated_before_the_cache_has_memory(generator, model: TinyModel) -> None:
-    """As a step does whose policy shares the GPU."""
+def test_weights_update_while_the_kv_cache_sleeps(generator, model: TinyModel) -> None:
+    """As in a step whose policy shares the GPU."""
     generator.update_weights(model.publish(version=1, dtype="bfloat16"))
-    expected = generator.generate(*model.prompts(*TEXTS), seed=3)
+    expected = generator.generate(model.request(*TEXTS, seed=3))
     awake = _memory_in_use()
     generator.sleep(1)
     generator.wake(["weights"])
@@ -80,16 +82,16 @@ def test_weights_are_updated_before_the_cache_has_memory(generator, model: TinyM
     assert generator.update_weights(update) == update.digest
     assert _memory_in_use() < awake
     generator.wake(["kv_cache"])
-    result = generator.generate(*model.prompts(*TEXTS), seed=3)
+    result = generator.generate(model.request(*TEXTS, seed=3))
     assert result.texts == expected.texts
     assert result.weights_version == 2
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_sleep_gives_memory_back_and_wake_restores_the_engine(generator, model: TinyModel, level: int) -> None:
+def test_sleep_releases_memory_and_wake_restores_it(generator, model: TinyModel, level: int) -> None:
     update = model.publish(version=1, dtype="bfloat16")
     generator.update_weights(update)
-    expected = generator.generate(*model.prompts(*TEXTS), seed=3)
+    expected = generator.generate(model.request(*TEXTS, seed=3))
     awake = _memory_in_use()
     generator.sleep(level)
     assert _memory_in_use() < awake
@@ -97,4 +99,4 @@ def test_sleep_gives_memory_back_and_wake_restores_the_engine(generator, model: 
     if level == 2:
         assert generator.version is None
         assert generator.update_weights(update) == update.digest
-    assert generator.generate(*model.prompts(*TEXTS), seed=3).texts == expected.texts
+    assert generator.generate(model.request(*TEXTS, seed=3)).texts == expected.texts

@@ -1,4 +1,4 @@
-"""The embedded model: tokenizer, determinism, one build for any number of callers, nothing half-made."""
+"""Tests the embedded model: tokenizer, determinism, one build for any number of callers, no incomplete model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "embedded"
 
 
-def test_the_directory_is_a_hugging_face_model_with_tokenizer(cache: Path) -> None:
+def test_directory_is_a_hugging_face_model(cache: Path) -> None:
     directory = ensure_embedded_model(SMALL)
     assert directory.parent == cache
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
@@ -45,7 +45,7 @@ def test_the_directory_is_a_hugging_face_model_with_tokenizer(cache: Path) -> No
     assert model.config.vocab_size == len(tokenizer)
 
 
-def test_the_same_configuration_gives_the_same_bits_and_another_another_model(cache: Path) -> None:
+def test_configuration_decides_every_bit(cache: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = (ensure_embedded_model(SMALL) / "model.safetensors").read_bytes()
@@ -61,18 +61,18 @@ def test_the_same_configuration_gives_the_same_bits_and_another_another_model(ca
 
 
 def _ensure(results) -> None:
-    made = []
+    builds = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            made.append(record.getMessage().startswith("made the embedded model"))
+            builds.append(record.getMessage().startswith("built the embedded model"))
 
     embedded.logger.addHandler(Handler())
     embedded.logger.setLevel(logging.INFO)
-    results.put((str(ensure_embedded_model(SMALL)), sum(made)))
+    results.put((str(ensure_embedded_model(SMALL)), sum(builds)))
 
 
-def test_many_processes_make_it_once(cache: Path) -> None:
+def test_many_processes_build_it_once(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_ensure, args=(results,)) for _ in range(3)]
@@ -82,15 +82,15 @@ def test_many_processes_make_it_once(cache: Path) -> None:
     for process in processes:
         process.join(30)
     assert len({directory for directory, _ in answers}) == 1
-    assert sum(made for _, made in answers) == 1
+    assert sum(builds for _, builds in answers) == 1
 
 
-def _make_for_ever() -> None:
+def _build_forever() -> None:
     ensure_embedded_model(SMALL.model_copy(update={"warmup_steps": 10**9, "warmup_accuracy": 1.0, "hidden_size": 8}))
 
 
-def test_a_killed_builder_leaves_nothing_that_is_used(cache: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_make_for_ever)
+def test_killed_builder_leaves_no_model(cache: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_build_forever)
     process.start()
     try:
         deadline = time.monotonic() + 120
@@ -104,8 +104,8 @@ def test_a_killed_builder_leaves_nothing_that_is_used(cache: Path) -> None:
     assert ensure_embedded_model(SMALL).is_dir()
 
 
-def test_the_warm_up_ends_at_the_accuracy_that_is_asked_for() -> None:
-    """With an easy aim: a share of right answers that is reached early; measured again on train problems."""
+def test_warm_up_ends_at_the_requested_accuracy() -> None:
+    """The requested accuracy is low, so it is reached early."""
     config = EmbeddedModelConfig(hidden_size=64, num_layers=2, warmup_accuracy=0.004, warmup_steps=300)
     tokenizer = make_tokenizer()
     model = make_model(config, tokenizer)

@@ -1,10 +1,17 @@
-"""What the algorithms know of a generator."""
+"""The generation interface that algorithms use, with its request and its result.
+
+The driver calls a `GenerationInterface`. Inside, one `GenerationRequest` travels from the driver to the workers and
+their engines, and one `GenerationResult` travels back.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from nemo_rl.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,22 +24,88 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class GenerationRequest:
+    """Holds N prompts and says how to complete them.
+
+    Attributes:
+        input_ids: [N, P] int64 prompt tokens, padded on the right.
+        input_lengths: [N] int64 prompt lengths.
+        seed: Seed of every draw. A draw depends on the seed, the position of its row and the token index only.
+        num_generations: Completions per prompt. Results are ordered prompt by prompt (N * num_generations rows).
+        greedy: Take the likeliest token at each step.
+        sampling: Replaces the configured temperature, top-p and top-k for this request.
+        first_prompt: Position of the first of these prompts in the driver's call, of which this request may be a part.
+    """
+
+    input_ids: torch.Tensor
+    input_lengths: torch.Tensor
+    seed: int
+    num_generations: int = 1
+    greedy: bool = False
+    sampling: SamplingConfig | None = None
+    first_prompt: int = 0
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts, N."""
+        return len(self.input_lengths)
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of these prompts in the driver's call."""
+        return list(range(self.first_prompt, self.first_prompt + self.num_prompts))
+
+    def prompts(self) -> list[list[int]]:
+        """Return the tokens of each prompt, without padding."""
+        lengths = self.input_lengths.tolist()
+        return [row[:length] for row, length in zip(self.input_ids.tolist(), lengths, strict=True)]
+
+    def part(self, start: int, end: int) -> GenerationRequest:
+        """Return the request for prompts `start` to `end - 1` of this one; their draws stay the same."""
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[start:end],
+            input_lengths=self.input_lengths[start:end],
+            first_prompt=self.first_prompt + start,
+        )
+
+    def check_prompt_lengths(self, max_sequence_length: int) -> None:
+        """Raise `ModelError` for the first prompt that is empty or leaves no room for a new token.
+
+        The driver checks a request before it calls a worker, and each generator checks it again.
+
+        Args:
+            max_sequence_length: Longest prompt plus completion, in tokens.
+        """
+        for index, length in zip(self.positions, self.input_lengths.tolist(), strict=True):
+            if length == 0:
+                raise ModelError(f"prompt {index} is empty; a completion needs at least one token to start from")
+            if length >= max_sequence_length:
+                raise ModelError(
+                    f"prompt {index} has {length} tokens and leaves no room for a new one: prompt and completion "
+                    f"together may have {max_sequence_length} (policy.max_sequence_length)"
+                )
+
+
+@dataclass(frozen=True)
 class GenerationResult:
-    """Completions of N prompts, in the order of the prompts.
+    """Holds the completions of N prompts, in the order of the prompts.
 
     Attributes:
         output_ids: [N, T] int64, prompt and completion, padded on the right. A completion includes the
-            end-of-sequence token, or the tokens of the stop string, that ended it.
+            end-of-sequence token or the tokens of the stop string that ended it.
         output_lengths: [N] int64, prompt + completion.
         prompt_lengths: [N] int64.
         logprobs: [N, T] float32. At completion tokens: the log-probability of the sampled token under the
-            *untransformed* model distribution (temperature 1, before top-k and top-p), which is what the policy
-            recomputes; 0 at prompt and padding.
-        sampling_logprobs: [N, T] float32. The same under the distribution that was really sampled from (after
-            temperature, top-k and top-p); 0 where greedy. Equal to `logprobs` at temperature 1 without top-k and top-p.
+            *untransformed* model distribution (temperature 1, before top-k and top-p). The policy recomputes the same
+            quantity. 0 at prompt and padding.
+        sampling_logprobs: [N, T] float32. The log-probability of the sampled token under the distribution it was drawn
+            from (after temperature, top-k and top-p); 0 where greedy. Equal to `logprobs` at temperature 1 without
+            top-k and top-p.
         truncated: [N] bool, True where the completion ended at the length limit.
-        texts: the completions as text, special tokens left out.
-        weights_version: version of the weights that generated them; the oldest one where they changed on the way.
+        texts: The completions as text, without special tokens.
+        weights_version: Version of the weights that generated them. If the weights changed during the call, the oldest
+            version.
     """
 
     output_ids: torch.Tensor
@@ -46,7 +119,14 @@ class GenerationResult:
 
 
 class GenerationInterface(ABC):
-    """A generator that is spread over worker processes, seen from the driver."""
+    """Completes prompts with the current policy, on any number of workers.
+
+    Example:
+
+        generation.update_weights(policy.publish_weights(version=1, dtype="float32"))
+        result = generation.generate(prompts, seed=0, num_generations=8)
+        print(result.texts[0])
+    """
 
     @abstractmethod
     def generate(
@@ -62,15 +142,15 @@ class GenerationInterface(ABC):
 
         Args:
             prompts: `input_ids` [N, P] int64 padded on the right, `input_lengths` [N].
-            seed: together with a prompt's position it decides every draw, whatever the number of workers and the
+            seed: Together with a prompt's position it decides every draw, whatever the number of workers and the
                 batch size: the same seed, prompts and weights give the same completions.
-            num_generations: completions per prompt; results are ordered prompt by prompt (N * num_generations rows).
-            greedy: take the likeliest token.
-            sampling: overrides the configured temperature, top-p and top-k for this call.
+            num_generations: Completions per prompt; results are ordered prompt by prompt (N * num_generations rows).
+            greedy: Take the likeliest token.
+            sampling: Overrides the configured temperature, top-p and top-k for this call.
 
         Raises:
-            ModelError: a prompt leaves no room for a single new token.
-            WeightSyncError: called before the first `update_weights`.
+            ModelError: A prompt leaves no room for a single new token.
+            WeightSyncError: `update_weights` has not been called yet.
         """
 
     def stream(
@@ -82,12 +162,12 @@ class GenerationInterface(ABC):
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
     ) -> Iterator[tuple[list[int], GenerationResult]]:
-        """`generate`, in pieces: each prompt as soon as all its completions have ended, in whatever order they do.
+        """Complete prompts, and yield each prompt as soon as all its completions have ended, in any order.
 
-        A generator that has no way to do that gives everything at the end.
+        The default implementation yields everything at the end.
 
         Yields:
-            Positions in `prompts`, and the completions of these prompts in that order. All pieces together are what
+            Positions in `prompts`, and the completions of these prompts in that order. All parts together are what
             `generate` returns.
         """
         result = self.generate(prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling)
@@ -95,30 +175,33 @@ class GenerationInterface(ABC):
 
     @abstractmethod
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:
-        """Load published weights on every worker; returns the digest computed over the workers' own memory.
+        """Load the policy's weights on every worker.
 
         Args:
-            update: what the policy published or offers.
-            in_flight: do not wait for the end of calls that are under way, where the generator can: completions then go
-                on with the new weights, and each token's log-probability is that of the weights that drew it.
+            update: What the policy published or offers.
+            in_flight: Do not wait for running calls to end, where the generator supports it. Completions then
+                continue with the new weights, and each token's log-probability is that of the weights that drew it.
+
+        Returns:
+            The digest that the workers computed over the memory they generate with.
 
         Raises:
-            WeightSyncError: a worker's digest is not the sender's.
+            WeightSyncError: A worker's digest differs from the sender's.
         """
 
-    def sleep(self) -> None:  # noqa: B027 - what holds no memory that others need does nothing
-        """Give the memory of the GPUs back until `wake`, weights being kept elsewhere. No call may come between."""
+    def sleep(self) -> None:  # noqa: B027 - a generator without memory to release does nothing
+        """Release GPU memory until `wake`; the weights are kept elsewhere. Do not call `generate` in between."""
 
     def wake(self, tags: list[str] | None = None) -> None:  # noqa: B027
-        """Take the memory again; the weights are those before `sleep`.
+        """Allocate GPU memory again. The weights are those before `sleep`.
 
         Args:
-            tags: only that of "weights", which can then be updated, or of the "kv_cache". None: all.
+            tags: Only the memory of the "weights", which can then be updated, or of the "kv_cache". None: both.
         """
 
     @abstractmethod
     def attestation(self) -> list[dict[str, Any]]:
-        """Which worker runs where, in which venv: one record per worker."""
+        """Return one record per worker: where it runs and in which venv."""
 
     @abstractmethod
     def shutdown(self) -> None:

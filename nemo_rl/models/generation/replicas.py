@@ -1,24 +1,25 @@
-"""Calls to the replicas of a model, and what happens when one of them dies.
+"""Places the replicas of a model, calls them, and replaces those that die.
+
+A replica is one worker, or a tied group of workers that hold one copy of the model together.
 
 ::
 
-    prompts ── consecutive parts ──► one replica each ──► results as they come
-                                        │ dies
-                                        ├─ its node lives:   it starts anew on its bundles, with the last weights
-                                        ├─ its node is gone: the others do its work
-                                        └─ its part is asked for again, unless it had handed over all of it
+    prompts ── consecutive parts ──► one replica each ──► results as they arrive
+                                        │ the replica dies
+                                        ├─ its node is alive: it restarts on its bundles, with the last weights
+                                        ├─ its node is lost:  the other replicas do its work
+                                        └─ its part is requested again, unless all of it has been received
 
-The other replicas are not disturbed, and nothing is handed over twice. A draw depends on the seed and the position
-only: with the same weights completions are those that there would have been without the death. Two threads may call:
-one generates while another brings new weights.
+The other replicas are not disturbed, and no position is yielded twice. A draw depends on the seed and the position
+only: with the same weights, the completions are the same as without the death. Two threads may use the replicas: one
+generates while the other updates the weights.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,40 +27,97 @@ import ray
 from ray.exceptions import ObjectLostError, RayError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS, Reference, worker_error
-from nemo_rl.errors import NodeLostError
-from nemo_rl.models.generation.replica_layout import even_parts
+from nemo_rl.errors import ConfigError, NodeLostError
 from nemo_rl.models.generation.results import select
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 
 if TYPE_CHECKING:
-    from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.worker_groups import RayWorkerGroup
-    from nemo_rl.models.generation.interfaces import GenerationResult
+    from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 
 logger = logging.getLogger(__name__)
 
 
+def replica_bundles(bundle_counts: Sequence[int], num_workers: int | None, size: int) -> list[tuple[int, list[int]]]:
+    """Return the node and local bundles of every replica, for `RayWorkerGroup`. A replica stays on one node.
+
+    Args:
+        bundle_counts: Bundles of each node.
+        num_workers: Workers over all nodes. None: one per bundle.
+        size: Workers of one replica.
+
+    Raises:
+        ConfigError: The workers cannot be divided into replicas, or outnumber the bundles.
+    """
+    counts = _replicas_per_node(bundle_counts, num_workers, size)
+    return [
+        (node, list(range(index * size, (index + 1) * size)))
+        for node, count in enumerate(counts)
+        for index in range(count)
+    ]
+
+
+def _replicas_per_node(bundle_counts: Sequence[int], num_workers: int | None, size: int) -> list[int]:
+    """Return the number of replicas per node: as many as fit, or `num_workers` distributed as evenly as possible."""
+    limits = [count // size for count in bundle_counts]
+    indivisible = num_workers % size if num_workers is not None else any(count % size for count in bundle_counts)
+    if indivisible:
+        what = (
+            f"policy.generation.num_workers={num_workers}"
+            if num_workers
+            else f"the places for generation workers, {list(bundle_counts)} per node,"
+        )
+        raise ConfigError(
+            f"{what} cannot be divided into replicas of {size} workers (policy.generation.options): change one of "
+            "them, or the workers per node (cluster.gpus_per_node or cluster.cpu_workers_per_node)"
+        )
+    if num_workers is None:
+        return limits
+    if num_workers > sum(limits) * size:
+        raise ConfigError(
+            f"policy.generation.num_workers={num_workers}, but the cluster has only {sum(limits) * size} places "
+            f"({[limit * size for limit in limits]} per node); lower it, or raise cluster.cpu_workers_per_node or "
+            "cluster.num_nodes"
+        )
+    counts = [0] * len(bundle_counts)
+    for _ in range(num_workers // size):
+        free = [node for node, limit in enumerate(limits) if counts[node] < limit]
+        counts[min(free, key=lambda node: counts[node])] += 1
+    return counts
+
+
+def even_parts(total: int, num_parts: int) -> list[tuple[int, int]]:
+    """Return consecutive (start, end) ranges of almost equal sizes. The last ones are empty if `num_parts > total`."""
+    small, extra = divmod(total, num_parts)
+    bounds, start = [], 0
+    for part in range(num_parts):
+        end = start + small + (part < extra)
+        bounds.append((start, end))
+        start = end
+    return bounds
+
+
 @dataclass
 class _Part:
-    """What one replica was asked for.
+    """A part of a request that was sent to one replica.
 
     Attributes:
-        replica, life: who was asked, and in which of its lives.
-        start, end: positions of its prompts in the whole call.
-        pending: what its workers have not returned yet: reference -> rank.
+        replica, incarnation: The replica, and how often it had been restarted by then.
+        start, end: Positions of the part's prompts in the whole request.
+        pending: Calls whose results have not all been received: reference -> rank.
     """
 
     replica: int
-    life: int
+    incarnation: int
     start: int
     end: int
     pending: dict[Reference, int]
 
     def take(self, ready: Reference, leader: int) -> tuple[list[int], GenerationResult] | None:
-        """What has come, or None: the end of a stream, or the same again from another rank of the replica.
+        """Take the result that has arrived. None: the end of a stream, or the copy of a rank that is not the leader.
 
-        Raises one of `WORKER_DEATHS` for a dead worker, and what the worker raised.
+        Raises one of `WORKER_DEATHS` for a dead worker, or the error that the worker raised.
         """
         is_leader = self.pending[ready] == leader
         if not isinstance(ready, ray.ObjectRefGenerator):
@@ -75,61 +133,72 @@ class _Part:
 
 
 class Replicas:
-    """The replicas of one model in a worker group; each is a tied group of its own.
+    """Calls the replicas of one model in a worker group; each replica is a tied group.
 
     Args:
-        workers: the group.
-        size: workers of one replica: ranks 0 to size - 1 are the first.
-        max_restarts: how many deaths of replicas are made good.
+        workers: The worker group.
+        size: Workers of one replica. Ranks 0 to `size - 1` are the first replica.
+        max_restarts: How many deaths of replicas are repaired by a restart.
     """
 
     def __init__(self, workers: RayWorkerGroup, *, size: int, max_restarts: int) -> None:
         self.workers = workers
         self._size = size
         self._restarts_left = max_restarts
-        self._lives = dict.fromkeys(range(workers.world_size // size), 0)  # of those that there are
+        # Live replica -> how often it has been restarted.
+        self._incarnations = dict.fromkeys(range(workers.world_size // size), 0)
         self._update: WeightUpdate | WeightOffer | None = None
+        self._reported_digest: str | None = None
         self._changing = threading.RLock()  # held while weights are loaded or a replica is replaced
 
-    def run(
-        self, method: str, prompts: BatchedDataDict, how: Mapping[str, Any]
-    ) -> Iterator[tuple[list[int], GenerationResult]]:
-        """Call `method` ("generate" or "stream") with `prompts` spread over the replicas; the calls go out at once.
+    def run(self, request: GenerationRequest, *, streamed: bool) -> Iterator[tuple[list[int], GenerationResult]]:
+        """Send a request to the replicas, in even parts. The calls start at once.
+
+        Args:
+            request: The prompts and how to complete them.
+            streamed: Let each worker yield prompts as their completions end, not its whole part at the end.
 
         Yields:
-            Positions in `prompts` and the completions of these prompts, each position once, in the order they come.
+            Positions in the request and the completions of these prompts, each position once, in the order of arrival.
 
         Raises:
-            WorkerError: a replica died and may not be replaced any more.
+            WorkerError: A replica died and may not be restarted any more.
         """
-        send = functools.partial(self._send, method, prompts, how)
-        return self._pieces(send(0, len(prompts["input_lengths"])), send, how["num_generations"])
+        method = "stream" if streamed else "generate"
+        return self._receive(request, method, self._send(request, method, 0, request.num_prompts))
 
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool) -> str:
-        """Load weights on every replica. Raises `WeightSyncError` when one has not got what was sent."""
-        with self._changing:
-            self._update = update
-            # Workers that hold a model together have to take the same steps, so with them it comes between two calls.
-            self._load("update_weights_in_flight" if in_flight and self._size == 1 else "update_weights", self._lives)
-        return update.digest
+        """Load weights on every replica; returns the digest that the workers computed.
 
-    def _load(self, method: str, lives: Mapping[int, int]) -> None:
-        """Load the weights on replicas; those that turn out to be dead are replaced, and get them too."""
+        Raises:
+            WeightSyncError: A worker's digest differs from the sender's.
+        """
+        # The workers of a tied group must take the same steps, so their update comes between two calls.
+        method = "update_weights_in_flight" if in_flight and self._size == 1 else "update_weights"
+        with self._changing:
+            self._update, self._reported_digest = update, None
+            self._load(method, self._incarnations)
+            assert self._reported_digest is not None, "no worker has loaded the weights"
+            return self._reported_digest
+
+    def _load(self, method: str, incarnations: Mapping[int, int]) -> None:
+        """Load the weights on these replicas. Replace the dead ones, and load the weights on them, too."""
         assert self._update is not None
         if isinstance(self._update, WeightUpdate):
-            dead = self._load_published(self._update, method, lives)
+            dead = self._load_published(self._update, method, incarnations)
         else:
-            dead = self._load_streamed(self._update, method, lives)
+            dead = self._load_streamed(self._update, method, incarnations)
         for replica, error in dead.items():
-            self._replace(replica, lives[replica], error)
+            self._replace(replica, incarnations[replica], error)
 
-    def _load_published(self, update: WeightUpdate, method: str, lives: Mapping[int, int]) -> dict[int, RayError]:
+    def _load_published(self, update: WeightUpdate, method: str, replicas: Iterable[int]) -> dict[int, RayError]:
+        """Load published weights; returns the dead replicas with their errors."""
         dead: dict[int, RayError] = {}
         shared = ray.put(update)
-        calls = [(replica, self._call(replica, method, update=shared)) for replica in lives]
+        calls = [(replica, self._call(replica, method, update=shared)) for replica in replicas]
         for replica, references in calls:
             try:
-                # All at once: of ranks that hold a model together, the others wait for one that is dead.
+                # Wait for all ranks at once: if one of a tied group is dead, the others wait for it.
                 digests = dict(zip(references.values(), ray.get(list(references)), strict=True))
             except WORKER_DEATHS as error:
                 dead[replica] = error
@@ -137,8 +206,9 @@ class Replicas:
                 self._check_digests(update.version, update.digest, digests)
         return dead
 
-    def _load_streamed(self, offer: WeightOffer, method: str, lives: Mapping[int, int]) -> dict[int, RayError]:
-        ranks = [rank for replica in lives for rank in self._ranks(replica)]
+    def _load_streamed(self, offer: WeightOffer, method: str, replicas: Iterable[int]) -> dict[int, RayError]:
+        """Load weights while the policy sends them; returns the dead replicas with their errors."""
+        ranks = [rank for replica in replicas for rank in self._ranks(replica)]
         bundles = self.workers.bundles
         streams = offer.open({rank: bundles[rank] for rank in ranks})
         call = self.workers.run_single_worker_single_data
@@ -152,68 +222,69 @@ class Replicas:
             waiting.discard(ready)
             rank = rank_of.get(ready)
             try:
-                answer = ray.get(ready)
+                digest = ray.get(ready)
                 if rank is not None:
-                    digests[rank] = answer
+                    digests[rank] = digest
             except RayError as error:
                 if rank is None:
-                    break  # the sender: `finish` raises its error
+                    break  # the sender failed: `finish` raises its error
                 if not isinstance(error, WORKER_DEATHS):
-                    failed = error  # if because the stream ended too early, `finish` says why it did
+                    failed = error  # if the stream ended too early, `finish` raises the sender's error instead
                     offer.leave(streams[rank])
                     continue
-                # Who holds a model together with it waits for it. Nobody waits for them once they are dead too.
+                # The other ranks of its tied group would wait for the dead one for ever, so they are killed, too.
                 replica = rank // self._size
                 dead.setdefault(replica, error)
-                mates = self._ranks(replica)
-                self.workers.kill_workers(mates)
-                for mate in mates:
-                    offer.leave(streams[mate])
-        digest = offer.finish()
+                tied_ranks = self._ranks(replica)
+                self.workers.kill_workers(tied_ranks)
+                for tied_rank in tied_ranks:
+                    offer.leave(streams[tied_rank])
+        sent_digest = offer.finish()
         if failed is not None:
             raise failed
-        self._check_digests(
-            offer.version, digest, {rank: own for rank, own in digests.items() if rank // self._size not in dead}
-        )
+        alive = {rank: digest for rank, digest in digests.items() if rank // self._size not in dead}
+        self._check_digests(offer.version, sent_digest, alive)
         return dead
 
     def _check_digests(self, version: int, expected: str, digests: Mapping[int, str]) -> None:
+        """Compare the digests that workers reported, by rank, with the sender's."""
         for rank, digest in digests.items():
             where = self.workers.describe_worker(rank)
             check_digest(version=version, expected=expected, found=digest, where=where)
+            self._reported_digest = digest
 
-    def call_all(self, method: str, *, on_new: bool = True, **kwargs: Any) -> dict[int, Any]:
-        """Call a method on every worker there is, and replace those that turn out to be dead.
+    def call_all(self, method: str, *, on_replaced: bool = True, **kwargs: Any) -> dict[int, Any]:
+        """Call a method on every live worker, and replace the workers that turn out to be dead.
 
         Args:
-            on_new: call it on workers that were replaced, too.
+            method: Name of the method.
+            on_replaced: Also call it on the workers that replace dead ones.
+            kwargs: Arguments of the method.
 
         Returns:
-            What each worker returned, by rank.
+            Each worker's return value, by rank.
         """
-        answers: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         with self._changing:
-            for replica, life, references in self._call_each(method, **kwargs):
+            calls = [(replica, self._call(replica, method, **kwargs)) for replica in self._incarnations]
+            for replica, references in calls:
                 while True:
+                    incarnation = self._incarnations[replica]
                     try:
-                        answers.update(zip(references.values(), ray.get(list(references)), strict=True))
+                        results.update(zip(references.values(), ray.get(list(references)), strict=True))
                     except WORKER_DEATHS as error:
-                        self._replace(replica, life, error)
-                        if on_new and replica in self._lives:
-                            life, references = self._lives[replica], self._call(replica, method, **kwargs)
+                        self._replace(replica, incarnation, error)
+                        if on_replaced and replica in self._incarnations:
+                            references = self._call(replica, method, **kwargs)
                             continue
                     break
-        return answers
+        return results
 
     def attestation(self) -> list[dict[str, Any]]:
-        """Of every worker there is: how it was started, and what it reports itself."""
-        own = self.call_all("attestation")
+        """Return one record per live worker: how it was started, and what it reports."""
+        reported = self.call_all("attestation")
         launched = self.workers.attestation
-        return [launched[rank] | own[rank] for rank in sorted(own)]
-
-    def _call_each(self, method: str, **kwargs: Any) -> list[tuple[int, int, dict[Reference, int]]]:
-        """Call a method on every worker: replica, its life, and the references with their ranks."""
-        return [(replica, life, self._call(replica, method, **kwargs)) for replica, life in self._lives.items()]
+        return [launched[rank] | reported[rank] for rank in sorted(reported)]
 
     def _ranks(self, replica: int) -> range:
         return range(replica * self._size, (replica + 1) * self._size)
@@ -222,24 +293,25 @@ class Replicas:
         call = self.workers.run_single_worker_single_data
         return {call(method, worker_idx=rank, **kwargs): rank for rank in self._ranks(replica)}
 
-    def _send(self, method: str, prompts: BatchedDataDict, how: Mapping[str, Any], start: int, end: int) -> list[_Part]:
-        """Ask the replicas for the prompts from `start` to `end`, in even parts."""
+    def _send(self, request: GenerationRequest, method: str, start: int, end: int) -> list[_Part]:
+        """Send the prompts from `start` to `end` to the replicas, in even parts."""
         parts = []
         with self._changing:
-            for (replica, life), (first, last) in zip(self._lives.items(), even_parts(end - start, len(self._lives))):
+            bounds = even_parts(end - start, len(self._incarnations))
+            for (replica, incarnation), (first, last) in zip(self._incarnations.items(), bounds):
                 if first == last and first > 0:
                     continue
-                rows = slice(start + first, start + last)
-                own: Any = {key: prompts[key][rows] for key in ("input_ids", "input_lengths")}
+                part: Any = request.part(start + first, start + last)
                 if self._size > 1:
-                    own = ray.put(own)
-                references = self._call(replica, method, prompts=own, first_prompt=rows.start, **how)
-                parts.append(_Part(replica, life, rows.start, rows.stop, references))
+                    part = ray.put(part)
+                references = self._call(replica, method, request=part)
+                parts.append(_Part(replica, incarnation, start + first, start + last, references))
         return parts
 
-    def _pieces(
-        self, parts: list[_Part], send: Callable[[int, int], list[_Part]], num_generations: int
+    def _receive(
+        self, request: GenerationRequest, method: str, parts: list[_Part]
     ) -> Iterator[tuple[list[int], GenerationResult]]:
+        """Yield results as they arrive. Send the parts of dead replicas again."""
         seen: set[int] = set()
         while parts:
             part_of = {reference: part for part in parts for reference in part.pending}
@@ -249,21 +321,21 @@ class Replicas:
                 piece = part.take(ready, leader=self._ranks(part.replica)[0])
             except (*WORKER_DEATHS, ObjectLostError) as error:
                 parts.remove(part)
-                if not isinstance(error, ObjectLostError):  # a result that was ready, on a node that is gone
-                    self._replace(part.replica, part.life, error)
+                if not isinstance(error, ObjectLostError):  # a result was ready, but its node is lost
+                    self._replace(part.replica, part.incarnation, error)
                 if not seen.issuperset(range(part.start, part.end)):
-                    parts += send(part.start, part.end)
+                    parts += self._send(request, method, part.start, part.end)
                 continue
             if not part.pending:
                 parts.remove(part)
             if piece is not None:
-                yield from _unseen(*piece, seen, num_generations)
+                yield from _unseen(*piece, seen, request.num_generations)
 
-    def _replace(self, replica: int, life: int, error: RayError) -> None:
-        """Bring a dead replica back, or do without it. Raises the `WorkerError` when that has been done too often."""
+    def _replace(self, replica: int, incarnation: int, error: RayError) -> None:
+        """Restart a dead replica, or remove it if its node is lost. Raises `WorkerError` if no restarts are left."""
         with self._changing:
-            if self._lives.get(replica) != life:
-                return  # another thread has seen its death too
+            if self._incarnations.get(replica) != incarnation:
+                return  # another thread has replaced it already
             ranks = self._ranks(replica)
             death = worker_error(self.workers, error, ranks)
             try:
@@ -272,22 +344,24 @@ class Replicas:
                     raise death from error
                 self.workers.replace_workers(ranks)
             except NodeLostError as lost:
-                del self._lives[replica]
-                if not self._lives:
+                del self._incarnations[replica]
+                if not self._incarnations:
                     raise death from lost
-                logger.warning("%s. %s The other %d replicas go on without it.", death, lost, len(self._lives))
+                logger.warning(
+                    "%s. %s The other %d replicas continue without it.", death, lost, len(self._incarnations)
+                )
                 return
             self._restarts_left -= 1
-            self._lives[replica] += 1
-            logger.warning("%s. It was started anew; that may happen %d more times.", death, self._restarts_left)
+            self._incarnations[replica] += 1
+            logger.warning("%s. It has been restarted; %d more restarts are allowed.", death, self._restarts_left)
             if self._update is not None:
-                self._load("update_weights", {replica: self._lives[replica]})
+                self._load("update_weights", {replica: self._incarnations[replica]})
 
 
 def _unseen(
     positions: list[int], piece: GenerationResult, seen: set[int], num_generations: int
 ) -> Iterator[tuple[list[int], GenerationResult]]:
-    """What of a piece has not been handed over yet, if anything; from now on it has been."""
+    """Yield the prompts of a piece that have not been yielded before, if any, and add them to `seen`."""
     new = [index for index, position in enumerate(positions) if position not in seen]
     seen.update(positions)
     if len(new) == len(positions):

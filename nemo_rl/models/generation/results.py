@@ -1,4 +1,4 @@
-"""Completions, row by row, as one `GenerationResult`; and the results of several workers as one."""
+"""Builds a `GenerationResult` from completions, selects rows of one, and joins those of several workers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.generation.interfaces import GenerationResult
 
 _TENSORS = ("output_ids", "output_lengths", "prompt_lengths", "logprobs", "sampling_logprobs", "truncated")
-# Any token will do: no real token looks at padding.
+# Any token works: no real token attends to padding.
 PADDING = 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One row's tokens [n] int64 with their log-probabilities [n] float32, and whether the length limit ended it."""
+    """One completion of n tokens.
+
+    Attributes:
+        tokens: [n] int64.
+        logprobs, sampling_logprobs: [n] float32, as in `GenerationResult`.
+        truncated: Whether the length limit ended the completion.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -34,10 +40,17 @@ def make_result(
     weights_version: int,
     where: str,
 ) -> GenerationResult:
-    """One completion per prompt, laid out in rows.
+    """Lay out one completion per prompt as the rows of a result.
+
+    Args:
+        prompts: Tokens of each row's prompt.
+        completions: The completion of each row.
+        tokenizer: Decodes the completions.
+        weights_version: Version of the weights that generated them.
+        where: The generator's name, for messages.
 
     Raises:
-        ModelError: a log-probability is not finite; `where` says in the message who generated it.
+        ModelError: A log-probability is not finite.
     """
     ends = [len(prompt) + len(row.tokens) for prompt, row in zip(prompts, completions, strict=True)]
     width = max(ends, default=0)
@@ -50,7 +63,7 @@ def make_result(
         logprobs[index, start:end] = row.logprobs
         sampling_logprobs[index, start:end] = row.sampling_logprobs
     if not torch.isfinite(logprobs).all():
-        raise ModelError(f"{where}: the model with weights of version {weights_version} gives no finite logits")
+        raise ModelError(f"{where}: the model with weights of version {weights_version} produces non-finite logits")
     return GenerationResult(
         output_ids=output_ids,
         output_lengths=torch.tensor(ends, dtype=torch.int64),
@@ -64,7 +77,7 @@ def make_result(
 
 
 def select(result: GenerationResult, rows: Sequence[int]) -> GenerationResult:
-    """Some rows of a result, in the order given."""
+    """Return some rows of a result, in the order given."""
     chosen = list(rows)
     return replace(
         result,
@@ -74,26 +87,26 @@ def select(result: GenerationResult, rows: Sequence[int]) -> GenerationResult:
 
 
 def join(results: Sequence[GenerationResult]) -> GenerationResult:
-    """Results of consecutive prompts as one, padded to the longest completion."""
+    """Join the results of consecutive prompts, padded to the longest completion."""
     first = results[0]
     if len(results) == 1:
         return first
     width = max(result.output_ids.shape[1] for result in results)
 
-    def rows(name: str) -> torch.Tensor:
+    def padded(name: str) -> torch.Tensor:
         tensors = [getattr(result, name) for result in results]
         return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
-    def column(name: str) -> torch.Tensor:
+    def concatenated(name: str) -> torch.Tensor:
         return torch.cat([getattr(result, name) for result in results])
 
     return GenerationResult(
-        output_ids=rows("output_ids"),
-        output_lengths=column("output_lengths"),
-        prompt_lengths=column("prompt_lengths"),
-        logprobs=rows("logprobs"),
-        sampling_logprobs=rows("sampling_logprobs"),
-        truncated=column("truncated"),
+        output_ids=padded("output_ids"),
+        output_lengths=concatenated("output_lengths"),
+        prompt_lengths=concatenated("prompt_lengths"),
+        logprobs=padded("logprobs"),
+        sampling_logprobs=padded("sampling_logprobs"),
+        truncated=concatenated("truncated"),
         texts=[text for result in results for text in result.texts],
         weights_version=min(result.weights_version for result in results),
     )

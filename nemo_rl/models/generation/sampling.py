@@ -1,9 +1,9 @@
-"""Drawing the next token: reproducible uniforms per row, and the inverse of the cumulative distribution.
+"""Draws the next token: reproducible uniforms per row, and the inverse of the cumulative distribution.
 
-A draw depends on (seed, row, token index) only. Row r of a call reads its uniforms from its own stream of a
-counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose
-key is the seed and whose counter is (token index / 4, row). Splitting a batch over workers, or reordering it, cannot
-change what a row draws. (The *probabilities* may still differ in the last bit between batch sizes, because matrix
+A draw depends on (seed, row, token index) only. Each row of a request has its own stream of a counter-based generator,
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose
+key is the seed and whose counter is (token index / 4, row). So a row draws the same uniforms however the batch is split
+over workers or reordered. (The *probabilities* may still differ in the last bit between batch sizes, because matrix
 products round differently; with the same number of workers every bit repeats.)
 """
 
@@ -27,7 +27,7 @@ Words = npt.NDArray[np.uint64]
 
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Ten rounds of Philox4x32 on arrays of 32-bit words (kept in uint64, broadcast against each other)."""
+    """Run ten rounds of Philox4x32 on arrays of 32-bit words (kept in uint64, broadcast against each other)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -43,12 +43,12 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
 
 
 def row_uniforms(seed: int, rows: npt.NDArray[np.int64], num_tokens: int) -> torch.Tensor:
-    """Uniform draws in (0, 1).
+    """Return uniform draws in (0, 1).
 
     Args:
-        seed: any non-negative integer below 2**64.
-        rows: [B], the rows' positions in the whole call.
-        num_tokens: T; the first tokens of a longer request are the same.
+        seed: Any non-negative integer below 2**64.
+        rows: [B], positions of the rows in the driver's call.
+        num_tokens: T. A larger T appends draws; the first ones stay the same.
 
     Returns:
         [B, T] float64.
@@ -63,7 +63,7 @@ def row_uniforms(seed: int, rows: npt.NDArray[np.int64], num_tokens: int) -> tor
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token per row. [B] each: int64, float32, float32; see `GenerationResult` for the two log-probabilities."""
+    """One drawn token per row, with the two log-probabilities of `GenerationResult`: [B] int64, float32, float32."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -71,7 +71,14 @@ class Drawn:
 
 
 class Sampler:
-    """Draws tokens as a `SamplingConfig` says."""
+    """Draws tokens from logits, with the temperature, top-p and top-k of a `SamplingConfig`.
+
+    Example:
+        >>> sampler = Sampler(SamplingConfig(top_k=1), greedy=False)
+        >>> drawn = sampler.draw(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.5], dtype=torch.float64))
+        >>> drawn.tokens.tolist(), drawn.sampling_logprobs.tolist()
+        ([1], [0.0])
+    """
 
     def __init__(self, config: SamplingConfig, *, greedy: bool) -> None:
         self._greedy = greedy
@@ -96,10 +103,10 @@ class Sampler:
         return Drawn(tokens[:, 0], picked, sampling[:, 0])
 
     def _draw_truncated(self, shaped: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Top-k, then top-p within it, both on the distribution after temperature; tokens and log-probabilities [B, 1].
+        """Draw after top-k, then top-p within the top k, both after temperature; returns tokens and logprobs [B, 1].
 
         top-p keeps the smallest set of likeliest tokens whose probability reaches p (Holtzman et al., 2020, "The
-        curious case of neural text degeneration"): a token stays while those before it have less than p.
+        curious case of neural text degeneration"): a token is kept while the tokens before it sum to less than p.
         """
         k = min(self._top_k or shaped.shape[-1], shaped.shape[-1])
         if k < shaped.shape[-1]:
@@ -117,8 +124,8 @@ class Sampler:
 
 
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """[B, 1]: the first index whose cumulative probability exceeds u times the total; never one of probability 0."""
+    """Return [B, 1]: the first index whose cumulative probability exceeds u * total. It never has probability 0."""
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     targets = (uniforms * cumulative[:, -1])[:, None]
-    # Only probabilities that are not numbers can lead beyond the last token; the caller reports them.
+    # Only NaN probabilities lead beyond the last token; the caller reports them.
     return torch.searchsorted(cumulative, targets, right=True).clamp_(max=probabilities.shape[-1] - 1)

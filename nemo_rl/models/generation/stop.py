@@ -1,4 +1,4 @@
-"""When a completion ends: stop tokens, and stop strings found in the decoded text."""
+"""Stop conditions of a completion: stop tokens, and stop strings in the decoded text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ _FIRST_WINDOW = 16
 
 
 class StopRules:
-    """Stop tokens and stop strings of one generator.
+    """Finds where a completion ends by a stop token or a stop string.
 
-    A stop string is looked for in the decoded completion, so it does not matter how it is split into tokens. Decoding
-    after every token would cost more than a small model's forward pass, so it happens only after tokens whose own
-    text holds the last character of a stop string (or a part of a character): no other token can complete one.
+    Stop strings are searched in the decoded completion, so their split into tokens does not matter. Decoding after
+    every token would cost more than a small model's forward pass. So a completion is decoded only after tokens whose
+    text contains the last character of a stop string (or a part of a character): no other token can complete one.
+
+    Args:
+        tokenizer: Decodes tokens.
+        token_ids: Tokens that end a completion.
+        strings: Texts that end a completion. A string that is a special token is treated as a stop token, because
+            decoded text omits special tokens.
+
+    Raises:
+        ModelError: A stop string is empty.
     """
 
     def __init__(self, tokenizer: Any, token_ids: Collection[int], strings: Sequence[str]) -> None:
-        """A stop string that is exactly a special token (which decoded text leaves out) stops as a token."""
         if any(not string for string in strings):
             raise ModelError("an empty stop string would end every completion before its first token")
         special = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
@@ -31,11 +39,11 @@ class StopRules:
         self._completes: dict[int, bool] = {}
 
     def first_end(self, tokens: Sequence[int], num_checked: int) -> int | None:
-        """Length of the completion up to and including the token that ends it, or None.
+        """Return the length of the completion up to and including the token that ends it, or None.
 
         Args:
-            tokens: the completion so far.
-            num_checked: how many of them an earlier call has found not to end it.
+            tokens: The completion so far.
+            num_checked: Tokens that an earlier call has checked already.
         """
         for index in range(num_checked, len(tokens)):
             token = tokens[index]
@@ -46,9 +54,10 @@ class StopRules:
         return None
 
     def _may_complete(self, token: int) -> bool:
+        """Return whether a stop string can end with this token."""
         known = self._completes.get(token)
         if known is None:
-            # In context, because some tokenizers drop a leading space at the start of a text.
+            # Decode the token after another one, too: some tokenizers drop a leading space at the start of a text.
             alone, doubled = (self._decode([token] * count) for count in (1, 2))
             text = alone + doubled
             known = "\ufffd" in text or any(character in text for character in self._last_characters)
@@ -56,11 +65,11 @@ class StopRules:
         return known
 
     def _ends_in_stop_string(self, tokens: Sequence[int]) -> bool:
-        """Whether the text holds a stop string. It cannot have ended earlier, so the tail of the text is enough."""
+        """Return whether the text contains a stop string. Earlier tokens are checked, so the tail is sufficient."""
         window = max(_FIRST_WINDOW, 2 * self._longest)
         while True:
             text = self._decode(tokens[-window:])
-            # Beyond the string itself, some characters whose look may depend on what was cut off before them.
+            # Decode some more characters: those at the start may differ, because the text before them is cut off.
             if window >= len(tokens) or len(text) >= 2 * self._longest + 4:
                 return any(string in text for string in self.strings)
             window *= 2
@@ -71,7 +80,7 @@ class StopRules:
 
 
 def end_of_sequence_ids(model_config: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end a text, by the model's configuration and by its tokenizer."""
+    """Return the end-of-sequence tokens of the model's configuration and of its tokenizer."""
     configured = getattr(model_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_rl.environments.answers import AnswerFormat, compare_cheaply, extract_answer, normalise, to_latex
-from nemo_rl.environments.verify_pool import Question, VerifyPool
+from nemo_rl.environments.verify_pool import VerifyPool, VerifyRequest
 from nemo_rl.pipelines.stage import ProcessingStage
 from nemo_rl.pipelines.stages.text import drop_rows
 from nemo_rl.pipelines.tasks import DocumentBatch
@@ -75,21 +75,21 @@ class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def _unreadable(self, answers: Sequence[Any]) -> list[str | None]:
         faults: list[str | None] = [None] * len(answers)
-        questions: dict[int, Question] = {}
+        questions: dict[int, VerifyRequest] = {}
         for index, answer in enumerate(answers):
             if not isinstance(answer, str) or not answer.strip():
                 faults[index] = "no answer"
             elif len(answer) > _MAX_ANSWER_CHARS:
                 faults[index] = f"answer longer than {_MAX_ANSWER_CHARS} characters"
             elif compare_cheaply(normalise(answer), "0") is None:  # not a plain number
-                questions[index] = Question(to_latex(normalise(answer)))
+                questions[index] = VerifyRequest(to_latex(normalise(answer)))
         for index, outcome in self._outcomes(questions).items():
             if outcome != "parsed":
                 faults[index] = f"answer that {self._version} cannot read ({outcome})"
         return faults
 
     def _compare(self, answers: Sequence[Any], solutions: Sequence[Any], faults: list[str | None]) -> None:
-        questions: dict[int, Question] = {}
+        questions: dict[int, VerifyRequest] = {}
         for index, (answer, solution) in enumerate(zip(answers, solutions)):
             if faults[index] is not None:
                 continue
@@ -100,13 +100,13 @@ class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
             truth, other = normalise(answer), normalise(extracted)
             same = compare_cheaply(other, truth)
             if same is None:
-                questions[index] = Question(to_latex(truth), to_latex(other))
+                questions[index] = VerifyRequest(to_latex(truth), to_latex(other))
             elif not same:
                 faults[index] = "answer is not the solution's"
         for index, outcome in self._outcomes(questions).items():
             if outcome != "equal":
                 faults[index] = f"answer is not the solution's ({outcome})"
 
-    def _outcomes(self, questions: Mapping[int, Question]) -> dict[int, str]:
-        results = self._pool.ask(list(questions.values()))
+    def _outcomes(self, questions: Mapping[int, VerifyRequest]) -> dict[int, str]:
+        results = self._pool.verify(list(questions.values()))
         return {index: result.outcome for index, result in zip(questions, results)}

@@ -14,12 +14,12 @@ from nemo_rl.models.embedded import make_tokenizer
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A function: name in CONFIGS, and what is to be different -> TinyModel (made once)."""
-    made: dict[tuple, TinyModel] = {}
+    """Return a function: name in CONFIGS and changed settings -> TinyModel (each is made once)."""
+    models: dict[tuple, TinyModel] = {}
 
     def get(name: str, **changes) -> TinyModel:
         key = (name, *changes.items())
-        if key not in made:
+        if key not in models:
             directory: Path = tmp_path_factory.mktemp(name)
             tokenizer = make_tokenizer()
             tokenizer.save_pretrained(directory)
@@ -28,11 +28,11 @@ def tiny(tmp_path_factory):
             config.update(changes)
             model = AutoModelForCausalLM.from_config(config).eval()
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # biases and norms start at 0 and 1, which would hide their absence
+                if parameter.ndim == 1:  # at their initial values, 0 and 1, a missing bias or norm would not show
                     torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
             model.config.architectures = [type(model).__name__]  # as `model.save_pretrained` writes it
             model.config.save_pretrained(directory)
-            made[key] = TinyModel(directory, model, tokenizer)
-        return made[key]
+            models[key] = TinyModel(directory, model, tokenizer)
+        return models[key]
 
     return get

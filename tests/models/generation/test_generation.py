@@ -1,10 +1,11 @@
-"""The driver's side of generation: how prompts are spread, and two real workers on real Ray."""
+"""Tests the driver's side of generation: the distribution of prompts, and two real workers on real Ray."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import ray
@@ -13,12 +14,13 @@ from tiny_generation import TinyModel, assert_same
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.cluster.session import start_local_ray
-from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
+from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES, RayVirtualCluster
 from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError, WorkerStartError
-from nemo_rl.models.backends import GENERATION_BACKENDS, generation_backend
+from nemo_rl.models.backends import GENERATION_BACKENDS, Backend, generation_backend
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation
-from nemo_rl.models.generation.replica_layout import even_parts, replica_bundles
+from nemo_rl.models.generation.replicas import even_parts, replica_bundles
 from nemo_rl.models.generation.results import join, select
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.sender import publish
@@ -32,7 +34,7 @@ def test_parts_are_consecutive_and_even() -> None:
     assert even_parts(1, 3) == [(0, 1), (1, 1), (1, 1)]
 
 
-def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
+def test_workers_are_distributed_evenly_over_nodes() -> None:
     def per_node(*arguments: object) -> list[int]:
         places = [node for node, _ in replica_bundles(*arguments, size=1)]
         return [places.count(node) for node in (0, 1)]
@@ -44,7 +46,7 @@ def test_workers_are_spread_over_the_nodes_as_the_bundles_allow() -> None:
         replica_bundles([2, 2], 5, 1)
 
 
-def test_workers_of_one_replica_are_neighbours_on_one_node() -> None:
+def test_replica_stays_on_one_node() -> None:
     assert replica_bundles([4, 2], None, 2) == [(0, [0, 1]), (0, [2, 3]), (1, [0, 1])]
     assert replica_bundles([3, 3], 4, 2) == [(0, [0, 1]), (1, [0, 1])]
     with pytest.raises(ConfigError, match=r"\[3, 3\] per node, cannot be divided into replicas of 2"):
@@ -55,7 +57,7 @@ def test_workers_of_one_replica_are_neighbours_on_one_node() -> None:
         replica_bundles([3, 3], 8, 2)
 
 
-def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
+def test_unknown_backend_names_the_nearest_one() -> None:
     assert generation_backend("torch") == GENERATION_BACKENDS["torch"]
     with pytest.raises(ConfigError, match="'torhc' is unknown. Did you mean 'torch'"):
         generation_backend("torhc")
@@ -64,19 +66,16 @@ def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
 def test_joined_results_are_padded_to_the_longest(tiny) -> None:
     model: TinyModel = tiny("llama")
     generator = model.generator(max_new_tokens=9)
-    ids, lengths = model.prompts(*TEXTS)
-    whole = generator.generate(ids, lengths, seed=0)
-    parts = [
-        generator.generate(ids[start:end], lengths[start:end], seed=0, first_prompt=start)
-        for start, end in ((0, 1), (1, 3), (3, 5), (5, 5))
-    ]
-    assert_same(join(parts), whole)
+    request = model.request(*TEXTS, seed=0)
+    parts = [generator.generate(request.part(start, end)) for start, end in ((0, 1), (1, 3), (3, 5), (5, 5))]
+    assert_same(join(parts), generator.generate(request))
 
 
 @pytest.fixture(scope="module")
 def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of `wrong_digest_worker`
         start_local_ray(num_cpus=2)
         try:
             cluster = RayVirtualCluster([2], use_gpus=False, max_colocated_worker_groups=2, name="generation")
@@ -86,7 +85,7 @@ def cluster():
             ray.shutdown()
 
 
-def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
+def test_two_workers_match_one_process(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
     sampling = GenerationConfig(max_new_tokens=9, num_threads=1)
     config = PolicyConfig(model_name=str(model.directory), generation=sampling, max_sequence_length=64)
@@ -100,7 +99,7 @@ def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
         update = publish(model.model.named_parameters(), version=6, dtype="float32")
         assert generation.update_weights(update) == update.digest
         result = generation.generate(prompts, seed=3, num_generations=2)
-        expected = model.generator(max_new_tokens=9).generate(ids, lengths, seed=3, num_generations=2)
+        expected = model.generator(max_new_tokens=9).generate(model.request(*TEXTS, seed=3, num_generations=2))
         assert_same(result, expected)
         assert result.weights_version == 6
         pieces = sorted(generation.stream(prompts, seed=3, num_generations=2), key=lambda piece: piece[0])
@@ -120,7 +119,7 @@ def test_two_workers_give_what_one_process_gives(cluster, tiny) -> None:
         generation.shutdown()
 
 
-def test_a_dead_worker_is_replaced_and_its_prompts_are_generated_again(cluster, tiny) -> None:
+def test_dead_worker_restarts_and_repeats_its_prompts(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
     sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=2)
     generation = Generation(
@@ -149,7 +148,7 @@ def test_a_dead_worker_is_replaced_and_its_prompts_are_generated_again(cluster, 
         generation.shutdown()
 
 
-def test_workers_that_are_still_starting_are_not_waited_for_at_the_end(cluster, tiny) -> None:
+def test_shutdown_stops_starting_workers(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
     generation = Generation(
         cluster,
@@ -162,14 +161,31 @@ def test_workers_that_are_still_starting_are_not_waited_for_at_the_end(cluster, 
         generation.wait_ready()
 
 
-def test_rows_can_be_selected(tiny) -> None:
+def test_driver_detects_a_wrong_digest(cluster, tiny, monkeypatch) -> None:
+    fqn = "wrong_digest_worker.WrongDigestWorker"
+    monkeypatch.setitem(GENERATION_BACKENDS, "wrong digest", Backend(fqn))
+    monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, fqn, PY_EXECUTABLES.SYSTEM)
     model: TinyModel = tiny("llama")
-    whole = model.generator(max_new_tokens=9).generate(*model.prompts(*TEXTS), seed=0)
-    chosen = select(whole, [4, 1])
-    assert chosen.texts == [whole.texts[4], whole.texts[1]]
-    assert torch.equal(chosen.logprobs, whole.logprobs[[4, 1]])
+    sampling = GenerationConfig(backend="wrong digest", num_threads=1)
+    generation = Generation(
+        cluster, PolicyConfig(model_name=str(model.directory), generation=sampling, max_sequence_length=64)
+    )
+    try:
+        update = publish(model.model.named_parameters(), version=6, dtype="float32")
+        with pytest.raises(WeightSyncError, match=f"version 6 .*rank [01] .*{update.digest}.*{'f' * 32}"):
+            generation.update_weights(update)
+    finally:
+        generation.shutdown()
 
 
-def test_the_embedded_model_has_to_be_made_first(cluster) -> None:
-    with pytest.raises(ModelError, match="must be made first"):
+def test_select_rows(tiny) -> None:
+    model: TinyModel = tiny("llama")
+    result = model.generator(max_new_tokens=9).generate(model.request(*TEXTS, seed=0))
+    selected = select(result, [4, 1])
+    assert selected.texts == [result.texts[4], result.texts[1]]
+    assert torch.equal(selected.logprobs, result.logprobs[[4, 1]])
+
+
+def test_embedded_model_must_be_built_first(cluster) -> None:
+    with pytest.raises(ModelError, match="must be built first"):
         Generation(cluster, PolicyConfig())

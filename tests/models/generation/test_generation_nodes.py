@@ -1,4 +1,4 @@
-"""Generation over two simulated nodes, one of which is lost."""
+"""Tests generation over two simulated nodes, one of which is lost."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TEXTS = [f"{first}+{second}=" for first in range(10, 20) for second in range(20,
 
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
-    """A head with one CPU, the driver's own node."""
+    """Start a head node with one CPU, where the driver runs."""
     with simulated_nodes({"num_cpus": 1}) as cluster:
         yield cluster
 
 
-def test_the_other_replicas_do_the_work_of_a_lost_node(nodes: Cluster, tiny) -> None:
+def test_other_replicas_take_the_work_of_a_lost_node(nodes: Cluster, tiny) -> None:
     second = nodes.add_node(num_cpus=2, include_dashboard=False)
     model: TinyModel = tiny("llama")
-    # A lost node is no restart, however many replicas it had.
+    # A lost node does not count as a restart, whatever its number of replicas.
     config = GenerationConfig(max_new_tokens=24, num_threads=1, max_batch_size=64, max_restarts=1)
     with RayVirtualCluster([1, 2], use_gpus=False, placement_group_strategy="STRICT_SPREAD") as bundles:
         generation = Generation(
@@ -50,14 +50,14 @@ def test_the_other_replicas_do_the_work_of_a_lost_node(nodes: Cluster, tiny) -> 
             assert_same(generation.generate(prompts, seed=3, num_generations=4), undisturbed)
             update = publish(model.model.named_parameters(), version=2, dtype="float32")
             assert generation.update_weights(update) == update.digest
-            [left] = generation.attestation()
-            assert (left["rank"], left["weights_version"]) == (0, 2)
+            [record] = generation.attestation()
+            assert (record["rank"], record["weights_version"]) == (0, 2)
         finally:
             generation.shutdown()
 
 
 @pytest.mark.slow
-def test_without_any_replica_left_the_death_is_told(nodes: Cluster, tiny) -> None:
+def test_losing_every_replica_raises_worker_error(nodes: Cluster, tiny) -> None:
     second = nodes.add_node(num_cpus=2, include_dashboard=False)
     model: TinyModel = tiny("llama")
     config = GenerationConfig(max_new_tokens=9, num_threads=1)
@@ -72,7 +72,7 @@ def test_without_any_replica_left_the_death_is_told(nodes: Cluster, tiny) -> Non
             prompts = BatchedDataDict(input_ids=ids, input_lengths=lengths)
 
             def generate_until_it_fails() -> None:
-                for _ in range(1000):  # a worker outlives its node's raylet by a moment
+                for _ in range(1000):  # a worker survives its node's raylet for a moment
                     generation.generate(prompts, seed=3)
 
             with pytest.raises(WorkerError, match="worker rank . .* died during a call"):

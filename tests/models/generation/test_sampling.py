@@ -1,4 +1,4 @@
-"""The generator of draws against published vectors, and the sampler against transformers' warpers."""
+"""Tests the random number generator against published vectors, and the sampler against transformers' warpers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from nemo_rl.models.generation.config import SamplingConfig
 from nemo_rl.models.generation.sampling import Sampler, philox4x32, row_uniforms
 
-# Known answers of Random123, the authors' own implementation (kat_vectors, philox4x32 10).
+# Known answers of Random123, the authors' implementation (kat_vectors, philox4x32 10).
 VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -23,21 +23,21 @@ VECTORS = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
-def test_philox_gives_the_published_answers(counter, key, expected) -> None:
+def test_philox_matches_published_vectors(counter, key, expected) -> None:
     words = philox4x32(tuple(np.array([word], np.uint64) for word in counter), key)
     assert tuple(int(word[0]) for word in words) == expected
 
 
 def test_uniforms_depend_on_seed_row_and_token_only() -> None:
-    whole = row_uniforms(5, np.arange(10), 9)
-    assert torch.equal(whole[3:6], row_uniforms(5, np.arange(3, 6), 9))
-    assert torch.equal(whole[:, :5], row_uniforms(5, np.arange(10), 5))
-    assert len(torch.unique(whole)) == whole.numel()
-    assert not torch.equal(whole, row_uniforms(5 + 2**32, np.arange(10), 9))
-    assert not torch.equal(whole, row_uniforms(6, np.arange(10), 9))
+    uniforms = row_uniforms(5, np.arange(10), 9)
+    assert torch.equal(uniforms[3:6], row_uniforms(5, np.arange(3, 6), 9))
+    assert torch.equal(uniforms[:, :5], row_uniforms(5, np.arange(10), 5))
+    assert len(torch.unique(uniforms)) == uniforms.numel()
+    assert not torch.equal(uniforms, row_uniforms(5 + 2**32, np.arange(10), 9))
+    assert not torch.equal(uniforms, row_uniforms(6, np.arange(10), 9))
 
 
-def test_uniforms_are_uniform_and_unrelated_between_rows() -> None:
+def test_uniforms_are_uniform_and_uncorrelated() -> None:
     draws = row_uniforms(0, np.arange(1000), 100).numpy()
     assert draws.min() > 0
     assert draws.max() < 1
@@ -58,7 +58,7 @@ def test_uniforms_are_uniform_and_unrelated_between_rows() -> None:
     ],
     ids=str,
 )
-def test_frequencies_and_logprobs_are_those_of_the_warped_distribution(config: SamplingConfig) -> None:
+def test_draws_follow_the_warped_distribution(config: SamplingConfig) -> None:
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(1)) * 2
     warpers = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
     if config.top_k is not None:
@@ -66,7 +66,7 @@ def test_frequencies_and_logprobs_are_those_of_the_warped_distribution(config: S
     if config.top_p < 1:
         warpers.append(TopPLogitsWarper(config.top_p))
     expected = warpers(torch.zeros(1, 1, dtype=torch.int64), logits.clone()).softmax(-1)[0]
-    # Evenly spread draws hit each token as often as its probability says, up to one draw.
+    # Evenly spaced uniforms draw each token in proportion to its probability, up to one draw.
     num_draws = 20_000
     uniforms = (torch.arange(num_draws, dtype=torch.float64) + 0.5) / num_draws
     drawn = Sampler(config, greedy=False).draw(logits.expand(num_draws, -1), uniforms)

@@ -1,4 +1,4 @@
-"""Stop strings in decoded text, whatever the tokens; against a search in the whole text after every token."""
+"""Tests stop strings in decoded text against a search of the full text after every token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_rl.models.generation.stop import StopRules
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: tokens hold several characters, or a part of one."""
+    """Return a byte-level BPE tokenizer: a token is several characters, or a part of one."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -34,11 +34,11 @@ def _slow_end(tokenizer, tokens: list[int], stop_ids: set[int], strings: list[st
 
 @pytest.mark.parametrize("strings", [["42"], ["\n\n"], ["is 4", "Stop"], ["\u4f60\u597d"], ["\u00e9"], [" "]])
 @pytest.mark.parametrize("step", [1, 4])
-def test_ends_are_found_at_the_token_that_completes_the_string(tokenizer, strings: list[str], step: int) -> None:
+def test_stop_string_ends_at_its_last_token(tokenizer, strings: list[str], step: int) -> None:
     rules = StopRules(tokenizer, {1}, strings)
     draws = random.Random(0)
     pieces = ["the answer", " is", " 42", "\n", "\n\nStop", "St", "op", "\u4f60", "\u597d", "\u00e9t\u00e9", " ende"]
-    found = 0
+    num_stopped = 0
     for _ in range(60):
         text = "".join(draws.choices(pieces, k=12))
         tokens = tokenizer(text)["input_ids"]
@@ -51,11 +51,11 @@ def test_ends_are_found_at_the_token_that_completes_the_string(tokenizer, string
             if end is not None:
                 break
         assert end == expected, text
-        found += expected is not None
-    assert found > 10
+        num_stopped += expected is not None
+    assert num_stopped > 10
 
 
-def test_a_long_completion_is_searched_by_its_tail(tokenizer) -> None:
+def test_long_completion_is_searched_by_its_tail(tokenizer) -> None:
     rules = StopRules(tokenizer, set(), ["STOP!"])
     tokens = tokenizer("the answer is 42! " * 200)["input_ids"]
     assert rules.first_end(tokens, 0) is None
@@ -63,12 +63,12 @@ def test_a_long_completion_is_searched_by_its_tail(tokenizer) -> None:
     assert rules.first_end(tokens + stop, len(tokens)) == len(tokens) + len(stop)
 
 
-def test_a_special_token_as_stop_string_stops_as_a_token(tokenizer) -> None:
+def test_special_token_as_stop_string_is_a_stop_token(tokenizer) -> None:
     rules = StopRules(tokenizer, set(), ["<eos>"])
     assert rules.strings == ()
     assert rules.first_end([5, 1, 6], 0) == 2
 
 
-def test_an_empty_stop_string_is_refused(tokenizer) -> None:
+def test_empty_stop_string_is_rejected(tokenizer) -> None:
     with pytest.raises(ModelError, match="empty stop string"):
         StopRules(tokenizer, set(), [""])

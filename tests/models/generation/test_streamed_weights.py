@@ -1,4 +1,4 @@
-"""Weights streamed from a policy's workers to generation's: over real Ray workers, some of which are killed."""
+"""Tests weight streams from policy workers to generation workers, on real Ray workers, some of which are killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nemo_rl.models.policy.weight_offer import PolicyWeights
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 from nemo_rl.models.weights.routes import Route
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd are Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets and memfd need Linux")
 
 PROMPTS = BatchedDataDict(input_ids=torch.arange(3, 33).reshape(6, 5), input_lengths=torch.full((6,), 5))
 
@@ -44,9 +44,9 @@ def cluster() -> Iterator[RayVirtualCluster]:
 
 @pytest.fixture(scope="module")
 def model(tiny: Any) -> Path:
-    found: TinyModel = tiny("qwen3")
-    found.model.save_pretrained(found.directory)
-    return found.directory
+    qwen: TinyModel = tiny("qwen3")
+    qwen.model.save_pretrained(qwen.directory)
+    return qwen.directory
 
 
 BY_MEMORY = Route("shared_memory", "shared_memory", spans_nodes=False)
@@ -82,7 +82,7 @@ def offer(policy: Policy, version: int) -> WeightOffer:
     return offered
 
 
-def test_what_is_streamed_is_what_would_be_published(both: tuple[Policy, Generation]) -> None:
+def test_streamed_weights_match_published_ones(both: tuple[Policy, Generation]) -> None:
     policy, generation = both
     for version in (1, 2):
         published = policy.publish_weights(version, "float32")
@@ -91,7 +91,7 @@ def test_what_is_streamed_is_what_would_be_published(both: tuple[Policy, Generat
         assert {record["weights_version"] for record in generation.attestation()} == {version}
 
 
-def test_an_offer_ends_when_the_policy_changes(both: tuple[Policy, Generation], tmp_path: Path) -> None:
+def test_offer_expires_when_the_policy_changes(both: tuple[Policy, Generation], tmp_path: Path) -> None:
     policy, generation = both
     policy.save_checkpoint(tmp_path / "c")
     old = offer(policy, 3)
@@ -102,7 +102,7 @@ def test_an_offer_ends_when_the_policy_changes(both: tuple[Policy, Generation], 
         _ = old.digest
 
 
-def test_what_outlives_the_call_is_published(cluster: RayVirtualCluster, model: Path) -> None:
+def test_policy_without_a_route_publishes(cluster: RayVirtualCluster, model: Path) -> None:
     config = PolicyConfig(num_threads=1, max_sequence_length=64)
     policy = Policy(cluster, config, str(model), total_steps=20, seed=3)
     assert isinstance(policy.offer_weights(1, "float32"), WeightUpdate)
@@ -110,17 +110,17 @@ def test_what_outlives_the_call_is_published(cluster: RayVirtualCluster, model: 
 
 
 @pytest.mark.parametrize("route", [BY_MEMORY, BY_PAIRS], ids=["memory", "pairs"])
-def test_workers_that_die_get_a_stream_of_their_own(cluster: RayVirtualCluster, model: Path, route: Route) -> None:
+def test_restarted_workers_get_a_new_stream(cluster: RayVirtualCluster, model: Path, route: Route) -> None:
     policy, generation = policy_and_generation(cluster, model, route)
     try:
         generation.update_weights(offer(policy, 1))
         undisturbed = generation.generate(PROMPTS, seed=3)
         survivor, victim = [record["pid"] for record in generation.attestation()]
-        os.kill(victim, signal.SIGKILL)  # noticed by a call for completions
+        os.kill(victim, signal.SIGKILL)  # detected by a call for completions
         assert_same(generation.generate(PROMPTS, seed=3), undisturbed)
         kept, new = [record["pid"] for record in generation.attestation()]
         assert (kept == survivor, new == victim) == (True, False)
-        os.kill(new, signal.SIGKILL)  # noticed while weights are sent: nobody waits for it
+        os.kill(new, signal.SIGKILL)  # detected while weights are sent
         last = offer(policy, 2)
         generation.update_weights(last)
         assert [record["weights_version"] for record in generation.attestation()] == [2, 2]
@@ -132,9 +132,7 @@ def test_workers_that_die_get_a_stream_of_their_own(cluster: RayVirtualCluster, 
 
 
 @pytest.mark.parametrize(("rank", "route"), [(0, BY_MEMORY), (1, BY_MEMORY), (1, BY_PAIRS)])
-def test_a_policy_worker_that_dies_ends_the_update(
-    cluster: RayVirtualCluster, model: Path, rank: int, route: Route
-) -> None:
+def test_dead_policy_worker_fails_the_update(cluster: RayVirtualCluster, model: Path, rank: int, route: Route) -> None:
     policy, generation = policy_and_generation(cluster, model, route, sharding="fsdp")
     try:
         generation.update_weights(offer(policy, 1))

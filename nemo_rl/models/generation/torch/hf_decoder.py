@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model, through its own forward pass and transformers' cache: slow but right."""
+"""Decoder for any Hugging Face causal language model, with transformers' forward pass and cache: slow, but general."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class HFDecoder(Decoder):
-    """A transformers model whose parameters are replaced by the published ones."""
+    """Runs a transformers model whose parameters are replaced by the published tensors."""
 
     def __init__(self, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, max_length: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -30,7 +30,7 @@ class HFDecoder(Decoder):
         named = self._checked((name, tensor.to(self.device)) for name, tensor in tensors)
         self._order = [name for name in named if name in self._shapes]
         for name in self._order:
-            # Modules hold the parameter objects, tied ones twice; only what they point to changes.
+            # Modules keep their parameter objects (a tied one appears twice); only the data changes.
             self._parameters[name].data = named[name]
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -52,7 +52,7 @@ class HFDecoder(Decoder):
 
 
 class HFDecoding(Decoding):
-    """Rows in transformers' own cache."""
+    """Completes rows with transformers' own cache."""
 
     def __init__(self, model: Any, cache: Any, mask: torch.Tensor, max_length: int) -> None:
         self._model = model
@@ -61,8 +61,8 @@ class HFDecoding(Decoding):
         self._mask = mask
 
     def feed(self, tokens: torch.Tensor) -> None:
-        """Run [B, n] tokens that `self._mask` already covers."""
-        # Rows that have ended, but are computed along, may be beyond the last position.
+        """Run [B, n] tokens; `self._mask` covers them already."""
+        # Rows that have ended but are not dropped yet may be beyond the last position.
         positions = (self._mask.cumsum(-1) - 1).clamp_(min=0, max=self._max_length - 1)[:, -tokens.shape[1] :]
         output = self._model(
             input_ids=tokens,

@@ -1,4 +1,4 @@
-"""Keys and values of all layers, allocated once for the longest completion."""
+"""The key-value cache of the Llama decoder, allocated once for the longest completion."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 class KVCache:
-    """A static cache.
+    """Stores the keys and values of all layers in one static buffer.
 
-    Keys and values of a layer are [B * kv_heads, T, head_dim]: batch and heads are one dimension of a batched matrix
-    product, and its first t columns are a view. All rows share the column that is written next.
+    Keys and values of a layer are [B * kv_heads, T, head_dim]: batch and heads form one dimension of a batched matrix
+    product, and the first t columns are a view. The next column is the same for all rows.
     """
 
     def __init__(
@@ -32,29 +32,29 @@ class KVCache:
         layers, _, _, _, columns, head_dim = data.shape
         self.num_columns = columns
         flat = data.view(layers, 2, -1, columns, head_dim)
-        # Views cost a microsecond each, so those that do not depend on the column are made here.
+        # A view costs a microsecond, so the views that do not depend on the column are made once.
         self._by_row = [(data[layer, 0], data[layer, 1]) for layer in range(layers)]
         self._by_head = [(flat[layer, 0], flat[layer, 1]) for layer in range(layers)]
 
     def write_prompts(self, layer: int, keys: torch.Tensor, values: torch.Tensor, copies: torch.Tensor) -> None:
-        """Columns 0..P-1 of every row from [U, kv_heads, P, head_dim], row b from prompt copies[b]."""
+        """Write columns 0..P-1 of every row from [U, kv_heads, P, head_dim]; row b from prompt copies[b]."""
         num_prompt_columns = keys.shape[2]
         for target, source in zip(self._by_row[layer], (keys, values), strict=True):
             target[:, :, :num_prompt_columns].copy_(source.index_select(0, copies))
 
     def append(self, layer: int, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """One column of every row, from [B, kv_heads, head_dim]."""
+        """Write one column of every row, from [B, kv_heads, head_dim]."""
         target_keys, target_values = self._by_row[layer]
         target_keys[:, :, column].copy_(keys)
         target_values[:, :, column].copy_(values)
 
     def read(self, layer: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values so far, [B * kv_heads, num_columns, head_dim] each; views."""
+        """Return views of the first columns of keys and values, [B * kv_heads, num_columns, head_dim] each."""
         keys, values = self._by_head[layer]
         return keys[:, :num_columns], values[:, :num_columns]
 
     def keep(self, rows: torch.Tensor, num_columns: int) -> None:
-        """Keep these rows only; columns from `num_columns` on hold nothing yet."""
+        """Drop all other rows. Columns from `num_columns` on are not written yet."""
         layers, two, _, heads, columns, head_dim = self._data.shape
         kept = self._data.new_empty(layers, two, len(rows), heads, columns, head_dim)
         kept[..., :num_columns, :] = self._data[..., :num_columns, :].index_select(2, rows)

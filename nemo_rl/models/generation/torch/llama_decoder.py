@@ -1,9 +1,9 @@
-"""A decode step in plain torch for models built like Llama: no module, no hook, no copy of the weights.
+"""A decoder in plain torch for Llama-like models: no modules, no hooks, no copies of the weights.
 
-At the size of a laptop's model a step is dozens of tiny operations, so their number is what counts: q, k, v and
-gate, up are one matrix product each (their weights lie side by side in the published buffer, so that is a view), the
-residual is added by the product that it follows, and attention over a group of query heads is one batched product
-with the group as rows, so that keys and values are never repeated.
+For a model of laptop size a step consists of dozens of tiny operations, so their number determines the time. q, k, v
+are one matrix product, and so are gate, up: their weights are adjacent in the published buffer, so the fused weight is
+a view. The product before a residual connection also adds the residual. Attention over a group of query heads is one
+batched product with the group as rows, so keys and values are never repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from Llama. Biases need no entry: they are used where the weights have them."""
+    """How a model family differs from Llama. Biases need no entry: they are used if the weights contain them."""
 
     qk_norm: bool = False
 
@@ -63,11 +63,11 @@ class _Weights:
 
 
 class LlamaDecoder(Decoder):
-    """Llama, Qwen2 and Qwen3 (dense)."""
+    """Decodes Llama, Qwen2 and dense Qwen3 models."""
 
     @staticmethod
     def supports(config: PretrainedConfig) -> bool:
-        """Whether this model is built exactly as this file computes it."""
+        """Return whether this file computes exactly this model."""
         rope = getattr(config, "rope_parameters", None) or {}
         layer_types = getattr(config, "layer_types", None) or ["full_attention"]
         return (
@@ -99,40 +99,40 @@ class LlamaDecoder(Decoder):
         positions = torch.arange(max_length)[None]
         rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
         cos, sin = rotary(torch.zeros(1), positions)
-        # rotate_half(x) * sin is x, its halves swapped, times sin with the first half negated.
+        # rotate_half(x) * sin equals x with its halves swapped, times sin with its first half negated.
         half = self.head_dim // 2
         signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
         self._cos, self._sin = (table.to(device, dtype) for table in (cos[0], signed))
-        self._own: dict[str, torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
         self._weights: _Weights | None = None
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        own = self._checked((name, tensor.to(self.device)) for name, tensor in tensors)
-        layers = tuple(self._layer(own, f"model.layers.{index}.") for index in range(self.num_layers))
-        embedding = own["model.embed_tokens.weight"]
-        self._weights = _Weights(embedding, layers, own["model.norm.weight"], own.get("lm_head.weight", embedding))
-        self._own = own
+        named = self._checked((name, tensor.to(self.device)) for name, tensor in tensors)
+        layers = tuple(self._layer(named, f"model.layers.{index}.") for index in range(self.num_layers))
+        embedding = named["model.embed_tokens.weight"]
+        self._weights = _Weights(embedding, layers, named["model.norm.weight"], named.get("lm_head.weight", embedding))
+        self._tensors = named
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._own.items()
+        yield from self._tensors.items()
 
-    def _layer(self, own: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    def _layer(self, tensors: dict[str, torch.Tensor], prefix: str) -> _Layer:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         projections = [f"{attention}{name}_proj." for name in "qkv"]
         gates = [f"{mlp}{name}_proj." for name in ("gate", "up")]
         return _Layer(
-            input_norm=own[f"{prefix}input_layernorm.weight"],
-            qkv=_fuse(own, [f"{name}weight" for name in projections]),
-            qkv_bias=_fuse_if_there(own, [f"{name}bias" for name in projections]),
-            q_norm=own[f"{attention}q_norm.weight"] if self._family.qk_norm else None,
-            k_norm=own[f"{attention}k_norm.weight"] if self._family.qk_norm else None,
-            out=own[f"{attention}o_proj.weight"],
-            out_bias=own.get(f"{attention}o_proj.bias"),
-            mlp_norm=own[f"{prefix}post_attention_layernorm.weight"],
-            gate_up=_fuse(own, [f"{name}weight" for name in gates]),
-            gate_up_bias=_fuse_if_there(own, [f"{name}bias" for name in gates]),
-            down=own[f"{mlp}down_proj.weight"],
-            down_bias=own.get(f"{mlp}down_proj.bias"),
+            input_norm=tensors[f"{prefix}input_layernorm.weight"],
+            qkv=_fuse(tensors, [f"{name}weight" for name in projections]),
+            qkv_bias=_fuse_if_present(tensors, [f"{name}bias" for name in projections]),
+            q_norm=tensors[f"{attention}q_norm.weight"] if self._family.qk_norm else None,
+            k_norm=tensors[f"{attention}k_norm.weight"] if self._family.qk_norm else None,
+            out=tensors[f"{attention}o_proj.weight"],
+            out_bias=tensors.get(f"{attention}o_proj.bias"),
+            mlp_norm=tensors[f"{prefix}post_attention_layernorm.weight"],
+            gate_up=_fuse(tensors, [f"{name}weight" for name in gates]),
+            gate_up_bias=_fuse_if_present(tensors, [f"{name}bias" for name in gates]),
+            down=tensors[f"{mlp}down_proj.weight"],
+            down_bias=tensors.get(f"{mlp}down_proj.bias"),
         )
 
     def prefill(self, prompts: PromptBatch, copies: torch.Tensor, num_new: int) -> Decoding:
@@ -155,7 +155,7 @@ class LlamaDecoder(Decoder):
             positions = (columns - prompts.num_padding[:, None]).clamp_(min=0)
             cos, sin = self._cos[positions][:, :, None], self._sin[positions][:, :, None]
             real = columns >= prompts.num_padding[:, None]
-            # Padding attends to itself, or its softmax would have nothing to normalise.
+            # Padding attends to itself; otherwise its softmax would have nothing to normalise.
             mask = (real[:, None, :] & (columns <= columns[:, None])) | (columns == columns[:, None])
             mask = mask[:, None]
         hidden = F.embedding(prompts.input_ids.view(-1), self._weights.embedding)
@@ -173,7 +173,7 @@ class LlamaDecoder(Decoder):
         return LlamaDecoding(self, cache, self.logits(last).index_select(0, copies), width, padding)
 
     def forward_token(self, tokens: torch.Tensor, decoding: LlamaDecoding) -> torch.Tensor:
-        """Logits [B, V] after one more token per row."""
+        """Append one token per row; returns logits [B, V]."""
         assert self._weights is not None
         column = decoding.column
         cos, sin = decoding.tables(self._cos, self._sin)
@@ -200,7 +200,7 @@ class LlamaDecoder(Decoder):
     def _rotate(
         self, heads: torch.Tensor, layer: _Layer, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split [..., heads + 2 kv_heads, head_dim] and rotate queries and keys by their positions (RoPE)."""
+        """Split [..., heads + 2 kv_heads, head_dim]; rotate queries and keys by their positions (RoPE)."""
         num_rotated = self.num_heads + self.num_kv_heads
         rotated, values = heads[..., :num_rotated, :], heads[..., num_rotated:, :]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -211,30 +211,30 @@ class LlamaDecoder(Decoder):
         return rotated[..., : self.num_heads, :], rotated[..., self.num_heads :, :], values
 
     def _finish(self, hidden: torch.Tensor, attended: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        """Everything of a layer after attention."""
+        """Compute the rest of a layer after attention: output projection and MLP, with residuals."""
         hidden = self._ops.linear_add(attended, layer.out, layer.out_bias, hidden)
         gate_up = self._ops.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
         gate, up = gate_up.chunk(2, dim=-1)
         return self._ops.linear_add(F.silu(gate).mul_(up), layer.down, layer.down_bias, hidden)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight, computed as x * sqrt(n) / sqrt(|x|^2 + n eps) * weight."""
-        # torch's own rms_norm is nine operations on a CPU, and transformers' six; these are four, two of them tiny.
+        """RMS norm: x / sqrt(mean(x^2) + eps) * weight, computed as x * sqrt(n) / sqrt(|x|^2 + n eps) * weight."""
+        # On a CPU, torch's rms_norm takes nine operations and transformers' six; this takes four, two of them tiny.
         if self.dtype is torch.float32:
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             num = x.shape[-1]
             return torch.div(x, length.hypot_(self._norm_floor[num]).mul_(num**-0.5)).mul_(weight)
-        # As transformers does it: normalised in float32, rounded, then scaled.
+        # As in transformers: normalised in float32, rounded, then scaled.
         return F.rms_norm(x.float(), weight.shape, None, self.eps).to(self.dtype).mul_(weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final norm and head: [b, hidden] to [b, V] float32."""
+        """Apply the final norm and the head: [b, hidden] to [b, V] float32."""
         assert self._weights is not None
         return self._ops.linear(self._norm(hidden, self._weights.norm), self._weights.head, None).float()
 
 
 class LlamaDecoding(Decoding):
-    """Rows in a static cache, all at the same column."""
+    """Completes rows in a static cache; all rows are at the same column."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class LlamaDecoding(Decoding):
         self._make_mask()
 
     def _make_mask(self) -> None:
-        """[B * kv_heads, 1, columns], minus infinity at padding."""
+        """Set `mask` to [B * kv_heads, 1, columns]: minus infinity at padding, else 0."""
         if self._num_padding is None:
             return
         columns = torch.arange(self.cache.num_columns, device=self._num_padding.device)
@@ -262,10 +262,10 @@ class LlamaDecoding(Decoding):
         self.mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
 
     def tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary tables of the next column: [head_dim], or [B, 1, head_dim] where rows differ in position."""
+        """Return the rotary tables of the next column: [head_dim], or [B, 1, head_dim] if row positions differ."""
         if self._num_padding is None:
             return cos[self.column], sin[self.column]
-        # Rows that have ended, but are computed along, may be beyond the last position.
+        # Rows that have ended but are not dropped yet may be beyond the last position.
         positions = (self.column - self._num_padding).clamp_(max=len(cos) - 1)
         return cos[positions][:, None], sin[positions][:, None]
 
@@ -282,16 +282,16 @@ class LlamaDecoding(Decoding):
             self._make_mask()
 
 
-def _fuse_if_there(own: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor | None:
-    return _fuse(own, names) if names[0] in own else None
+def _fuse_if_present(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor | None:
+    return _fuse(tensors, names) if names[0] in tensors else None
 
 
-def _fuse(own: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
-    """Tensors stacked along their first dimension: a view where they lie gap-free in one buffer, else a copy.
+def _fuse(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
+    """Stack tensors along their first dimension: a view if they are adjacent in one buffer, else a copy.
 
-    After a copy, `own` points into it, so that the digest is taken over what is really multiplied with.
+    After a copy, `tensors` refers to it, so that the digest covers the memory that the products read.
     """
-    parts = [own[name] for name in names]
+    parts = [tensors[name] for name in names]
     first = parts[0]
     end = first.storage_offset()
     for part in parts:
@@ -301,5 +301,5 @@ def _fuse(own: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
     else:
         return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
     fused = torch.cat(parts)
-    own.update(zip(names, fused.split([len(part) for part in parts]), strict=True))
+    tensors.update(zip(names, fused.split([len(part) for part in parts]), strict=True))
     return fused

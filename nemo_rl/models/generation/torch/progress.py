@@ -1,4 +1,4 @@
-"""How far the rows of a batch have come: tokens so far, which rows have ended and where."""
+"""Tracks the rows of a batch: their tokens so far, which rows have ended, and where."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from nemo_rl.models.generation.results import Completion
 from nemo_rl.models.generation.sampling import Drawn
 from nemo_rl.models.generation.stop import StopRules
 
-# Dropping rows copies the cache, about as expensive as one step; ended rows are computed along until it pays.
+# Dropping rows copies the cache, which costs about as much as one step. Ended rows stay until this share has ended.
 _DROPPED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Completions:
-    """A batch: tensors [B, T] on the CPU, of which the first `lengths[b]` columns of row b count."""
+    """The completions of a batch: tensors [B, T] on the CPU; row b uses the first `lengths[b]` columns."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -26,7 +26,7 @@ class Completions:
     truncated: list[bool]
 
     def rows(self) -> Iterator[Completion]:
-        """Row by row, without what comes after the end."""
+        """Yield the completions row by row, cut off at their ends."""
         for index, length in enumerate(self.lengths):
             yield Completion(
                 self.tokens[index, :length],
@@ -37,13 +37,17 @@ class Completions:
 
 
 class Progress:
-    """Collects what is drawn for B rows and finds out which have ended.
+    """Collects the tokens drawn for B rows and determines which rows have ended.
 
-    Between two checks everything stays on the device; a check waits for it.
+    Between two checks all data stays on the device; a check waits for the device.
+
+    Args:
+        stop: When completions end.
+        limits: Most tokens of each row.
+        device: Where tokens are drawn.
     """
 
     def __init__(self, stop: StopRules, limits: list[int], device: torch.device) -> None:
-        """Args: when completions end; the most tokens of each row; where tokens are drawn."""
         shape = (len(limits), max(limits))
         self._stop = stop
         self._stop_ids = torch.tensor(sorted(stop.token_ids), dtype=torch.int64, device=device)
@@ -55,7 +59,7 @@ class Progress:
         self._live_rows = list(range(len(limits)))
         self._ends: list[int | None] = [None] * len(limits)
         self._truncated = [False] * len(limits)
-        # Drawn for the rows that are live now: [live] each. The first of them belongs to column `_first_column`.
+        # One entry per step since rows were last dropped, [live] each; the first belongs to column `_first_column`.
         self._drawn: list[Drawn] = []
         self._first_column = 0
         self._num_checked = 0
@@ -63,20 +67,20 @@ class Progress:
         self.num_live = len(limits)
 
     def append(self, drawn: Drawn) -> None:
-        """One more token for each live row."""
+        """Append one token to each live row."""
         self._drawn.append(drawn)
 
     def check(self) -> torch.Tensor | None:
-        """Look at the tokens since the last check; updates `num_live`, the number of rows that go on.
+        """Check the tokens since the last check, and update `num_live`, the number of rows that have not ended.
 
         Returns:
-            The positions, among the rows drawn for so far, of those to go on with (the others are dropped), or None to
-            go on with all, ended ones included.
+            The positions, among the current rows, of the rows to keep; drop the others. None: keep all rows, including
+            the ended ones.
         """
         start = self._num_checked
         new = [drawn.tokens for drawn in self._drawn[start - self._first_column :]]
         self._num_checked += len(new)
-        for position, end in self._found_ends(torch.stack(new, dim=1) if len(new) > 1 else new[0][:, None], start):
+        for position, end in self._ends_in(torch.stack(new, dim=1) if len(new) > 1 else new[0][:, None], start):
             row = self._live_rows[position]
             if self._ends[row] is None and end <= self._limits[row]:
                 self._ends[row] = end
@@ -85,19 +89,19 @@ class Progress:
                 if self._ends[row] is None and self._limits[row] <= self._num_checked:
                     self._ends[row] = self._limits[row]
                     self._truncated[row] = True
-        going_on = [position for position, row in enumerate(self._live_rows) if self._ends[row] is None]
-        self.num_live = len(going_on)
-        num_dropped = len(self._live_rows) - len(going_on)
+        live = [position for position, row in enumerate(self._live_rows) if self._ends[row] is None]
+        self.num_live = len(live)
+        num_dropped = len(self._live_rows) - len(live)
         if num_dropped < max(1, _DROPPED_SHARE * len(self._live_rows)):
             return None
         self._store()
-        keep = torch.tensor(going_on, dtype=torch.int64, device=self._live.device)
+        keep = torch.tensor(live, dtype=torch.int64, device=self._live.device)
         self._live = self._live[keep]
-        self._live_rows = [self._live_rows[position] for position in going_on]
+        self._live_rows = [self._live_rows[position] for position in live]
         return keep
 
     def completions(self) -> Completions:
-        """What was drawn; every row has ended by now."""
+        """Return the completions. Every row must have ended."""
         self._store()
         lengths = [end for end in self._ends if end is not None]
         assert len(lengths) == len(self._limits), "a row has not ended"
@@ -105,7 +109,7 @@ class Progress:
         return Completions(self._tokens.cpu(), logprobs[0], logprobs[1], lengths, self._truncated)
 
     def _store(self) -> None:
-        """Move what was drawn since rows were last dropped into the results."""
+        """Move the tokens drawn since rows were last dropped into the results."""
         if not self._drawn:
             return
         columns = slice(self._first_column, self._first_column + len(self._drawn))
@@ -115,8 +119,8 @@ class Progress:
         self._first_column = columns.stop
         self._drawn.clear()
 
-    def _found_ends(self, tokens: torch.Tensor, start: int) -> Iterator[tuple[int, int]]:
-        """Positions of live rows that stop in `tokens`, and the length of the completion up to there."""
+    def _ends_in(self, tokens: torch.Tensor, start: int) -> Iterator[tuple[int, int]]:
+        """Yield the positions of live rows that end in `tokens`, and their completions' lengths."""
         if self._texts is None:
             hits = torch.isin(tokens, self._stop_ids).any(dim=1).nonzero()[:, 0].tolist()
             for position in hits:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class VllmOptions(GenerationOptions):
-    """What only vLLM knows. All of it is fixed when the engine starts."""
+    """Options of the vLLM engine. All of them are fixed when the engine starts."""
 
     tensor_parallel_size: int = Field(
         1, ge=1, description="Workers, each with its own GPU or CPUs, that hold one copy of the model together."
@@ -25,29 +25,30 @@ class VllmOptions(GenerationOptions):
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="Tokens of one forward pass, prompts included. Null: 8192, or max_num_seqs if larger."
     )
-    enable_prefix_caching: bool = Field(True, description="Keep the keys and values of prompts that begin alike.")
+    enable_prefix_caching: bool = Field(True, description="Reuse the keys and values of common prompt prefixes.")
     enforce_eager: bool | None = Field(
-        None, description="Neither CUDA graphs nor compilation. Null: on CPUs, where they cost minutes at the start."
+        None,
+        description="Run without CUDA graphs and compilation. Null: on CPUs only, where they take minutes.",
     )
-    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="Keys and values of one worker on CPUs, in GiB.")
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of one worker on CPUs, in GiB.")
     gpu_memory_utilization: float = Field(
-        0.6, gt=0, le=1, description="Share of a GPU's memory for weights, keys and values, the policy's not counted."
+        0.6, gt=0, le=1, description="Share of a GPU's memory for weights and KV cache, without the policy's memory."
     )
     enable_sleep_mode: bool = Field(
-        True, description="On GPUs: give the memory back while the policy trains on them. False: keep it."
+        True, description="On GPUs: release the memory while the policy trains on them. False: keep it."
     )
     http_port: int | None = Field(
         None,
         ge=0,
         le=65535,
-        description="Serve vLLM's OpenAI-compatible API on loopback, one port per worker of a node, from this one on. "
-        "0: free ones (attestation.json tells which). Null: do not.",
+        description="Serve vLLM's OpenAI-compatible API on loopback. Each worker of a node takes one port, starting "
+        "with this one. 0: free ports (attestation.json lists them). Null: no server.",
     )
 
     @model_validator(mode="after")
-    def _server_has_the_whole_model(self) -> VllmOptions:
+    def _http_needs_the_full_model(self) -> VllmOptions:
         if self.http_port is not None and self.tensor_parallel_size > 1:
-            raise ValueError("http_port needs tensor_parallel_size=1: a request of its own would reach one rank only")
+            raise ValueError("http_port needs tensor_parallel_size=1: an HTTP request would reach only one rank")
         return self
 
     @property
@@ -66,7 +67,7 @@ class VllmOptions(GenerationOptions):
                 f"max_num_seqs, which is {sequences} (null: policy.generation.max_batch_size)"
             )
         size, text = self.tensor_parallel_size, model.get_text_config()
-        heads = getattr(text, "num_attention_heads", size)  # other kinds of models are vLLM's to judge
+        heads = getattr(text, "num_attention_heads", size)  # vLLM checks models of other kinds
         groups = getattr(text, "num_key_value_heads", None) or heads
         if heads % size or (groups % size and size % groups):
             raise ModelError(

@@ -1,4 +1,4 @@
-"""vLLM's own engine in this process, for several users: whoever makes it step, outputs reach those who asked for them.
+"""vLLM's engine in this process, shared by several threads: every output reaches the listener of its request.
 
 ::
 
@@ -20,16 +20,19 @@ from vllm.v1.engine.llm_engine import LLMEngine
 Listener = Callable[[Any], None]
 
 
-def explained(refusal: Exception, *, on_cpu: bool) -> str:
-    """What vLLM says when it does not start, and the option for it: of too little memory it names that for GPUs."""
-    said = str(refusal)
-    if not on_cpu or "gpu_memory_utilization" not in said:
-        return said
-    return f"{said} On CPUs, set policy.generation.options.cpu_kv_cache_gib instead"
+def start_error(error: Exception, *, on_cpu: bool) -> str:
+    """Return vLLM's message, with this project's option if too little memory on CPUs is the cause.
+
+    vLLM itself names its option for GPUs.
+    """
+    message = str(error)
+    if not on_cpu or "gpu_memory_utilization" not in message:
+        return message
+    return f"{message} On CPUs, set policy.generation.options.cpu_kv_cache_gib instead"
 
 
 class SharedEngine:
-    """The engine and the requests that it works on. Everything but `turn` is for whoever has it."""
+    """Holds the engine and its running requests. Call every method but `turn` while you hold the `turn`."""
 
     def __init__(self, arguments: EngineArgs) -> None:
         self.llm: Any = LLMEngine.from_engine_args(arguments)
@@ -40,7 +43,7 @@ class SharedEngine:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Have the engine alone. Whoever waits comes next: a plain lock would go back to the thread that steps."""
+        """Use the engine exclusively. A waiting thread comes next; a plain lock could starve it."""
         with self._queue:
             self._in_use.acquire()
         try:
@@ -50,34 +53,34 @@ class SharedEngine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there are requests."""
+        """Whether there are running requests."""
         return bool(self._listeners)
 
-    def add(self, request: str, prompt: Any, params: SamplingParams, listener: Listener) -> None:
-        """Take a request; `listener` gets its outputs as the engine gives them, in the thread that makes it step."""
-        self._listeners[request] = listener
-        self.llm.add_request(request, prompt, params)
+    def add(self, request_id: str, prompt: Any, params: SamplingParams, listener: Listener) -> None:
+        """Add a request. `listener` receives its outputs, in the thread that calls `step`."""
+        self._listeners[request_id] = listener
+        self.llm.add_request(request_id, prompt, params)
 
     def step(self) -> None:
-        """One step, for all requests."""
+        """Run one step for all requests."""
         for output in self.llm.step():
-            request = output.request_id
-            listener = self._listeners.pop(request) if output.finished else self._listeners[request]
+            request_id = output.request_id
+            listener = self._listeners.pop(request_id) if output.finished else self._listeners[request_id]
             listener(output)
 
-    def cancel(self, requests: Iterable[str]) -> None:
-        """Drop those of the requests that have not ended."""
-        unfinished = [request for request in requests if self._listeners.pop(request, None) is not None]
-        self.llm.abort_request(unfinished)
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Cancel those of the requests that are still running."""
+        running = [request_id for request_id in request_ids if self._listeners.pop(request_id, None) is not None]
+        self.llm.abort_request(running)
 
-    def forget_keys_and_values(self) -> bool:
-        """Let go of everything that the weights until now have computed. Requests go on: theirs is computed anew.
+    def drop_keys_and_values(self) -> bool:
+        """Drop all keys and values that the previous weights have computed. Running requests compute theirs again.
 
         Returns whether nothing is left.
         """
-        forgotten: bool = self.llm.reset_prefix_cache(reset_running_requests=self.is_busy)
-        return forgotten
+        dropped: bool = self.llm.reset_prefix_cache(reset_running_requests=self.is_busy)
+        return dropped
 
     def shutdown(self) -> None:
-        """Let go of what outlives the process otherwise (shared memory, process groups)."""
+        """Release resources that would outlive the process (shared memory, process groups)."""
         self.llm.engine_core.shutdown()

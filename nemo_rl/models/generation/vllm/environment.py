@@ -1,25 +1,25 @@
-"""Environment variables that vLLM reads when it is imported, and while it runs."""
+"""Environment variables that vLLM reads when it is imported and while it runs."""
 
 from __future__ import annotations
 
 from nemo_rl import settings
 
 _ALWAYS = {
-    # The engine lives in the worker's own process: nothing is sent between processes, and weights are loaded in place.
+    # The engine runs in the worker's own process: nothing is sent between processes, and weights are loaded in place.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # The same model runner on CPUs and GPUs. The other one needs Triton, which the CPU build does not have.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 _UNLESS_SET = {
-    # Its warnings are about what is chosen here on purpose: no compilation on CPUs, the engine in this process.
+    # Its warnings are about choices made on purpose: no compilation on CPUs, the engine in this process.
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    # Ranks of a tied group see one GPU each, which FlashInfer's all-reduce takes for all that the node has.
+    # Each rank of a tied group sees one GPU. FlashInfer's all-reduce would take it for the node's only GPU.
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
 
 
 def export_vllm_variables() -> None:
-    """Set them in this process; what the user set of `_UNLESS_SET` stays."""
+    """Set vLLM's variables in this process. The user's values of `_UNLESS_SET` win."""
     user = settings.snapshot()
     settings.export(_ALWAYS | {name: value for name, value in _UNLESS_SET.items() if name not in user})

@@ -1,4 +1,4 @@
-"""One model over the workers of a tied group: each runs its own engine in step with the others.
+"""One model over the workers of a tied group: each worker runs its own engine in step with the others.
 
 ::
 
@@ -6,9 +6,10 @@
                                                                  rank 1: engine, scheduler, 1/n of every matrix ──┤
                                                                   all-reduce within each layer, all-gather of logits
 
-The schedulers see the same requests in the same order and every rank draws the same tokens from the same logits, so
-the engines need not speak to each other about anything else. vLLM calls this an external launcher; its own finds its
-place by variables of the whole worker group, of which a tied group is only a part, so it is told here.
+The schedulers see the same requests in the same order, and every rank draws the same tokens from the same logits. So
+the engines need no other communication. vLLM calls this an external launcher. Its own executor takes its rank from
+variables of the whole worker group, of which a tied group is only a part; the executor here gets the rank from
+`TiedGroup`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 @dataclass(frozen=True)
 class TiedGroup:
-    """A worker's place in its tied group: how many ranks, which one, and where rank 0 listens."""
+    """A worker's place in its tied group.
+
+    Attributes:
+        size: Number of ranks.
+        rank: This worker's rank.
+        address, port: Where rank 0 listens.
+    """
 
     size: int
     rank: int
@@ -29,11 +36,11 @@ class TiedGroup:
 
 
 def tied_executor(group: TiedGroup) -> type[ExecutorWithExternalLauncher]:
-    """The executor class of one worker."""
+    """Return the executor class of one worker."""
 
     class TiedExecutor(ExecutorWithExternalLauncher):
         def _distributed_args(self) -> tuple[str, int, int]:
-            # Where to meet, rank, and device: Ray shows each worker only its own GPU.
+            # Rendezvous address, rank, and device: Ray makes only its own GPU visible to each worker.
             return f"tcp://{group.address}:{group.port}", group.rank, 0
 
     return TiedExecutor

@@ -1,12 +1,11 @@
-"""Prompts and published weights in, a `GenerationResult` out; computed by vLLM's own engine in this process.
+"""The generator of the vLLM backend: vLLM's own engine in this process.
 
-update_weights ──► the model's own loaders, in place ──► digest over what the model multiplies with
+update_weights ──► the model's own loaders, in place ──► digest over the memory that the model computes with
 stream ──► one request per row ──► engine step ──► rows that ended ──► prompts whose rows have all ended ──► caller
-                                   └── repeated until nothing is left; rows that ended make room for waiting ones ──┘
+                                   └── repeated until no row is left; rows that ended make room for waiting rows ──┘
 
-Two threads may use a generator: one completes prompts, the other loads weights between two steps. Rows that are being
-completed then go on with the new weights. (In a tied group all ranks have to take the same steps, so there one thread
-does both.)
+Two threads may use a generator: one completes prompts, the other loads weights between two steps. Running rows then
+continue with the new weights. (In a tied group all ranks must take the same steps, so one thread does both.)
 """
 
 from __future__ import annotations
@@ -27,17 +26,15 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models import onednn
-from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
-from nemo_rl.models.generation.interfaces import GenerationResult
-from nemo_rl.models.generation.prompts import check_prompt_lengths
+from nemo_rl.models.generation.generator import Generator, GeneratorSpec
+from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 from nemo_rl.models.generation.results import Completion, make_result
 from nemo_rl.models.generation.sampling import Sampler
-from nemo_rl.models.generation.stop import StopRules, end_of_sequence_ids
 from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.models.generation.vllm.draws import ROW, Draws, RowSampler
-from nemo_rl.models.generation.vllm.engine import SharedEngine, explained
+from nemo_rl.models.generation.vllm.engine import SharedEngine, start_error
 from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
-from nemo_rl.models.generation.vllm.weights import OwnTensors, ReadBack, keep_plain_weights
+from nemo_rl.models.generation.vllm.weights import LocalParameters, ReadBack, keep_plain_weights
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
@@ -48,115 +45,68 @@ _GIB = 1024**3
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What one call of `stream` asks for.
+class _Row:
+    """One completed row of a request.
 
     Attributes:
-        prompts: tokens of each prompt.
-        num_generations: rows per prompt, which follow one another.
-        first_prompt: position of the first prompt in the whole call, of which this may be a part.
-        seed: of the draws.
-        sampler: how tokens are drawn.
+        index: Position among the rows of the request.
+        completion: The completion.
+        weights_version: Version of the weights that drew its first token.
     """
-
-    prompts: list[list[int]]
-    num_generations: int
-    first_prompt: int
-    seed: int
-    sampler: Sampler
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.prompts) * self.num_generations
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One completed row of a call: its index, what it is, and the version of the weights that drew its first token."""
 
     index: int
     completion: Completion
     weights_version: int
 
 
-class VllmGenerator:
-    """Completes prompts with one model in this process, or with one part of it in each process of a tied group.
+class VllmGenerator(Generator):
+    """Completes prompts with vLLM: one model in this process, or one part of it in each process of a tied group.
 
-    `environment.export_vllm_variables` comes before the import of this module.
+    Call `environment.export_vllm_variables` before you import this module.
+
+    Args:
+        spec: Which model, and how to sample; `spec.config.options` are `VllmOptions`.
+        tied_group: This process's place among those that hold the model together. None: it holds the whole model.
+
+    Raises:
+        ModelError: Configuration or tokenizer cannot be read, or vLLM does not support the model.
     """
 
-    def __init__(
-        self,
-        model_name: str,
-        config: GenerationConfig,
-        *,
-        max_sequence_length: int,
-        tokenizer_name: str | None = None,
-        precision: str = "float32",
-        use_gpu: bool = False,
-        tied_group: TiedGroup | None = None,
-        name: str = "the generator",
-    ) -> None:
-        """Start the engine with arbitrary weights; real ones come with `update_weights`.
-
-        Args:
-            model_name: Hugging Face directory or hub name.
-            config: how to sample and when to stop; its options are `VllmOptions`.
-            max_sequence_length: longest prompt plus completion, in tokens.
-            tokenizer_name: where the tokenizer comes from; None: the model's own.
-            precision: "float32" or "bfloat16"; `config.precision` wins.
-            use_gpu: compute on the GPU that this process sees.
-            tied_group: this process's place among those that hold the model together; None: it holds all of it.
-            name: of this generator, for messages.
-
-        Raises:
-            ModelError: configuration or tokenizer cannot be read, or vLLM does not take the model.
-        """
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            model_config = AutoConfig.from_pretrained(model_name)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_name or model_name)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read the model {model_name!r}: {error}") from error
-        self.name = name
-        self.config = config
-        self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.precision = config.precision or precision
-        self.max_sequence_length = max_sequence_length
-        self.version: int | None = None
-        stop_ids = set(config.stop_token_ids) | end_of_sequence_ids(model_config, self.tokenizer)
-        self._stop = StopRules(self.tokenizer, stop_ids, config.stop_strings)
-        if not use_gpu:
-            onednn.warn_if_emulated("cpu", getattr(torch, self.precision))
+    def __init__(self, spec: GeneratorSpec, tied_group: TiedGroup | None = None) -> None:
+        super().__init__(spec)
+        assert isinstance(spec.config.options, VllmOptions)
+        self.options: VllmOptions = spec.config.options
+        self._is_leader = tied_group is None or tied_group.rank == 0
+        if not spec.use_gpu:
+            onednn.warn_if_emulated("cpu", getattr(torch, spec.precision))
             keep_plain_weights()
-            _check_head_size(model_name, model_config)
-        _inspect_here(model_config.architectures or [])
-        arguments = self._engine_args(model_name, tokenizer_name or model_name, tied_group)
+            _check_head_size(spec.model_name, self.model_config)
+        _inspect_in_process(self.model_config.architectures or [])
         try:
-            self.engine = SharedEngine(arguments)
+            self.engine = SharedEngine(self._engine_args(tied_group))
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
-            why = explained(error, on_cpu=not use_gpu)
-            raise ModelError(f"vLLM {vllm.__version__} does not take the model {model_name!r}: {why}") from error
-        self._own = OwnTensors(self.engine.model)
-        self._was_read_as_a_whole = False
+            raise ModelError(
+                f"vLLM {vllm.__version__} does not start with the model {spec.model_name!r}: "
+                f"{start_error(error, on_cpu=not spec.use_gpu)}"
+            ) from error
+        self._parameters = LocalParameters(self.engine.model)
+        self._read_back_all = True  # at the first update
         self._row_sampler = _row_sampler(self.engine.worker)
         self._num_calls = 0
 
-    def _engine_args(self, model_name: str, tokenizer_name: str, tied_group: TiedGroup | None) -> EngineArgs:
-        options, on_cpu = self.config.options, self.device.type == "cpu"
-        assert isinstance(options, VllmOptions)
-        max_num_seqs = options.max_num_seqs or self.config.max_batch_size
+    def _engine_args(self, tied_group: TiedGroup | None) -> EngineArgs:
+        spec, options, on_cpu = self.spec, self.options, not self.spec.use_gpu
+        max_num_seqs = options.max_num_seqs or spec.config.max_batch_size
         return EngineArgs(
-            model=model_name,
+            model=spec.model_name,
             runner="generate",
-            tokenizer=tokenizer_name,
-            # Only stop strings, and requests from outside, need text.
-            skip_tokenizer_init=not self._stop.strings and options.http_port is None,
-            dtype=self.precision,
+            tokenizer=spec.tokenizer_name or spec.model_name,
+            # Only stop strings and HTTP requests need text.
+            skip_tokenizer_init=not self.stop.strings and options.http_port is None,
+            dtype=spec.precision,
             load_format="dummy",
             generation_config="vllm",
-            max_model_len=self.max_sequence_length,
+            max_model_len=spec.max_sequence_length,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens or max(_MIN_BATCHED_TOKENS, max_num_seqs),
             enable_prefix_caching=options.enable_prefix_caching,
@@ -167,9 +117,9 @@ class VllmGenerator:
             logits_processors=[RowSampler],
             tensor_parallel_size=1 if tied_group is None else tied_group.size,
             distributed_executor_backend="uni" if tied_group is None else tied_executor(tied_group),
-            # Ranks see one GPU each, and vLLM's own all-reduce needs to see all.
+            # Each rank sees one GPU, but vLLM's own all-reduce needs to see all of them.
             disable_custom_all_reduce=tied_group is not None,
-            # One step after the other, so that weights can change between two of them.
+            # One step at a time, so that weights can change between two steps.
             async_scheduling=False,
             disable_log_stats=True,
         )
@@ -177,52 +127,49 @@ class VllmGenerator:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def update_weights(self, update: WeightUpdate | WeightStream) -> str:
-        """Load weights in place. Returns the digest over the memory that the engine multiplies with.
+        """Load weights in place; returns the digest over the memory that the engine computes with.
 
-        That is read back bucket by bucket, as they are loaded; after the first update also once more as a whole, which
-        would find a loader that writes over what another one wrote.
+        The memory is read back bucket by bucket, as the buckets are loaded. After the first update all of it is read
+        back once more: this would detect a loader that overwrites what another loader wrote.
 
         Raises:
-            WeightSyncError: they arrived damaged, or not all of them were loaded: nothing can be generated until the
-                next update succeeds. Or they are another model's: if they were published, the old ones stay.
+            WeightSyncError: The weights arrived damaged or incomplete: nothing can be generated until an update
+                succeeds. Or they belong to another model: the old weights stay if these were published.
         """
         if isinstance(update, WeightUpdate):
-            self._own.check([spec for bucket in update.buckets for spec in bucket.tensors])
+            self._parameters.check([spec for bucket in update.buckets for spec in bucket.tensors])
         with self.engine.turn():
             self.version = None
-            loaded = ReadBack(self._own, on_gpu=make_transport(update.transport).on_gpu)
-            weights = receive(update, device=self.device, verify=False, on_loaded=loaded.read)
+            loaded = ReadBack(self._parameters, on_gpu=make_transport(update.transport).on_gpu)
+            weights = receive(update, device=self.spec.device, verify=False, on_loaded=loaded.read)
             with contextlib.closing(weights):
-                self.engine.model.load_weights(self._own.checked(weights))
-            if not self.engine.forget_keys_and_values():
-                raise WeightSyncError(f"{self.name} still holds keys and values from before version {update.version}")
-            digest = loaded.digest(as_a_whole=not self._was_read_as_a_whole)
-            check_digest(version=update.version, expected=weights.digest, found=digest, where=self.name)
-            self._was_read_as_a_whole = True
+                self.engine.model.load_weights(self._parameters.checked(weights))
+            if not self.engine.drop_keys_and_values():
+                raise WeightSyncError(
+                    f"{self.spec.name} still holds keys and values from before version {update.version}"
+                )
+            digest = loaded.digest(again=self._read_back_all)
+            check_digest(version=update.version, expected=weights.digest, found=digest, where=self.spec.name)
+            self._read_back_all = False
             self.version = update.version
             if self._row_sampler.draws is not None:
                 self._row_sampler.draws.weights_version = update.version
         return digest
 
-    def check_has_weights(self) -> None:
-        """Raise `WeightSyncError` unless the last update succeeded."""
-        if self.version is None:
-            raise WeightSyncError(f"{self.name} has no weights: call update_weights before generate")
+    def sleep(self, level: int = 1) -> None:
+        """Release GPU memory. Level 1 keeps the weights in host memory, level 2 drops them; the KV cache is dropped.
 
-    def sleep(self, level: int) -> None:
-        """Give a GPU's memory back: 1 keeps the weights in host memory, 2 drops them, keys and values go in any case.
-
-        On CPUs, and when sleep mode is off, nothing happens.
+        On CPUs, and when sleep mode is off, this does nothing.
         """
         if self._can_sleep:
             with self.engine.turn():
-                self.engine.forget_keys_and_values()
+                self.engine.drop_keys_and_values()
                 self.engine.llm.sleep(level)
                 if level == 2:
                     self.version = None
 
     def wake(self, tags: Sequence[str] | None = None) -> None:
-        """Take memory again: "weights", "kv_cache", or None for both. After level 2 weights must be loaded anew."""
+        """Allocate "weights", "kv_cache" or, with None, both again. After level 2, load weights again."""
         if self._can_sleep:
             with self.engine.turn():
                 self.engine.llm.wake_up(None if tags is None else list(tags))
@@ -233,137 +180,105 @@ class VllmGenerator:
 
     # --- completions -------------------------------------------------------------------------------------------------
 
-    def generate(self, input_ids: torch.Tensor, input_lengths: torch.Tensor, **how: Any) -> GenerationResult:
-        """Complete prompts; takes what `stream` takes, and returns all results in the order of the prompts."""
-        call = self._call(input_ids, input_lengths, **how)
-        return self._result(call, [row for ended in self._decode(call) for row in ended])
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        rows = [row for ended in self._decode(request) for row in ended]
+        return self._result(request.prompts(), request.num_generations, rows)
 
-    def stream(
-        self, input_ids: torch.Tensor, input_lengths: torch.Tensor, **how: Any
-    ) -> Iterator[tuple[list[int], GenerationResult]]:
-        """Complete prompts, and hand each over as soon as all its completions have ended.
+    def stream(self, request: GenerationRequest) -> Iterator[tuple[list[int], GenerationResult]]:
+        """Complete prompts, and yield each as soon as all its completions have ended.
 
-        Args:
-            input_ids: [N, P] int64, padded on the right.
-            input_lengths: [N] int64.
-            how: `seed`, `num_generations`, `greedy`, `sampling` as in `GenerationInterface.generate`, and
-                `first_prompt`, the position of the first of these prompts in the whole call, of which they are a part.
-
-        Yields:
-            Positions of prompts in the whole call, and their completions in that order. What has not ended when the
-            caller stops iterating is dropped.
+        In a tied group only rank 0 yields. Rows that have not ended when the caller stops iterating are cancelled.
         """
-        call = self._call(input_ids, input_lengths, **how)
+        prompts, count = request.prompts(), request.num_generations
         rows_of: dict[int, list[_Row]] = {}
-        for ended in self._decode(call):
+        for ended in self._decode(request):
             complete = []
             for row in ended:
-                prompt = row.index // call.num_generations
+                prompt = row.index // count
                 rows_of.setdefault(prompt, []).append(row)
-                if len(rows_of[prompt]) == call.num_generations:
+                if len(rows_of[prompt]) == count:
                     complete.append(prompt)
             if complete:
                 rows = [row for prompt in complete for row in rows_of.pop(prompt)]
-                yield [call.first_prompt + prompt for prompt in sorted(complete)], self._result(call, rows)
+                if self._is_leader:
+                    positions = [request.first_prompt + prompt for prompt in sorted(complete)]
+                    yield positions, self._result(prompts, count, rows)
 
-    def _call(
-        self,
-        input_ids: torch.Tensor,
-        input_lengths: torch.Tensor,
-        *,
-        seed: int,
-        num_generations: int = 1,
-        greedy: bool = False,
-        sampling: SamplingConfig | None = None,
-        first_prompt: int = 0,
-    ) -> _Call:
-        lengths: list[int] = input_lengths.tolist()
-        check_prompt_lengths(lengths, self.max_sequence_length, first_prompt)
-        prompts = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
-        return _Call(prompts, num_generations, first_prompt, seed, Sampler(sampling or self.config, greedy=greedy))
-
-    def _decode(self, call: _Call) -> Iterator[list[_Row]]:
-        """Complete all rows of a call; yields those that ended, as they do."""
+    def _decode(self, request: GenerationRequest) -> Iterator[list[_Row]]:
+        """Complete all rows of a request; yield rows as they end."""
+        request.check_prompt_lengths(self.spec.max_sequence_length)
+        rows = [prompt for prompt in request.prompts() for _ in range(request.num_generations)]
         self._num_calls += 1
-        requests = [f"call {self._num_calls}, row {row}" for row in range(call.num_rows)]
+        request_ids = [f"call {self._num_calls}, row {row}" for row in range(len(rows))]
         ended: list[_Row] = []
         try:
             with self.engine.turn():
-                draws = self._start_draws(call)
-                for row, request in enumerate(requests):
-                    prompt = call.prompts[row // call.num_generations]
-                    listener = functools.partial(_note_row, ended, draws, row)
-                    self.engine.add(request, tokens_input(prompt), self._request_params(row, len(prompt)), listener)
-            num_left = call.num_rows
-            while num_left:
+                draws = self._start_draws(request)
+                for row, (request_id, prompt) in enumerate(zip(request_ids, rows, strict=True)):
+                    listener = functools.partial(_record_row, ended, draws, row)
+                    self.engine.add(request_id, tokens_input(prompt), self._request_params(row, len(prompt)), listener)
+            num_live = len(rows)
+            while num_live:
                 with self.engine.turn():
-                    self.check_has_weights()
+                    self.weights_version()
                     self.engine.step()
-                    news = ended.copy()
+                    just_ended = ended.copy()
                     ended.clear()
-                num_left -= len(news)
-                if news:
-                    yield news
+                num_live -= len(just_ended)
+                if just_ended:
+                    yield just_ended
         finally:
             with self.engine.turn():
-                self.engine.cancel(requests)
+                self.engine.cancel(request_ids)
                 self._row_sampler.draws = None
 
-    def _start_draws(self, call: _Call) -> Draws:
-        self.check_has_weights()
-        assert self.version is not None
+    def _start_draws(self, request: GenerationRequest) -> Draws:
+        config = self.spec.config
         self._row_sampler.draws = Draws(
-            seed=call.seed,
-            first_row=call.first_prompt * call.num_generations,
-            num_rows=call.num_rows,
-            num_tokens=self.config.max_new_tokens,
-            sampler=call.sampler,
-            weights_version=self.version,
-            device=self.device,
+            request,
+            num_tokens=config.max_new_tokens,
+            sampler=Sampler(request.sampling or config, greedy=request.greedy),
+            weights_version=self.weights_version(),
+            device=torch.device(self.spec.device),
         )
         return self._row_sampler.draws
 
     def _request_params(self, row: int, prompt_length: int) -> SamplingParams:
         return SamplingParams(
             temperature=0.0,  # takes the only token that `RowSampler` leaves
-            max_tokens=min(self.config.max_new_tokens, self.max_sequence_length - prompt_length),
-            stop=list(self._stop.strings),
-            stop_token_ids=sorted(self._stop.token_ids),
+            max_tokens=min(self.spec.config.max_new_tokens, self.spec.max_sequence_length - prompt_length),
+            stop=list(self.stop.strings),
+            stop_token_ids=sorted(self.stop.token_ids),
             include_stop_str_in_output=True,
-            detokenize=bool(self._stop.strings),
+            detokenize=bool(self.stop.strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={ROW: row},
             skip_clone=True,
         )
 
-    def _result(self, call: _Call, rows: list[_Row]) -> GenerationResult:
+    def _result(self, prompts: list[list[int]], num_generations: int, rows: list[_Row]) -> GenerationResult:
         rows = sorted(rows, key=lambda row: row.index)
         return make_result(
-            [call.prompts[row.index // call.num_generations] for row in rows],
+            [prompts[row.index // num_generations] for row in rows],
             [row.completion for row in rows],
             tokenizer=self.tokenizer,
             weights_version=min((row.weights_version for row in rows), default=self.version or 0),
-            where=self.name,
+            where=self.spec.name,
         )
 
     def attestation(self) -> dict[str, Any]:
-        """What this generator computes with."""
-        options = self.config.options
-        assert isinstance(options, VllmOptions)
         return {
+            **super().attestation(),
             "engine": f"vLLM {vllm.__version__}",
-            "precision": self.precision,
-            "device": str(self.device),
-            "tensor_parallel_size": options.tensor_parallel_size,
+            "tensor_parallel_size": self.options.tensor_parallel_size,
         }
 
     def shutdown(self) -> None:
-        """Stop the engine; the generator cannot be used afterwards."""
         self.engine.shutdown()
 
 
-def _note_row(ended: list[_Row], draws: Draws, row: int, output: Any) -> None:
-    """What the engine tells of a row when it has ended."""
+def _record_row(ended: list[_Row], draws: Draws, row: int, output: Any) -> None:
+    """Append a row to `ended`, from the output that the engine returns when the row ends."""
     [completed] = output.outputs
     tokens = torch.tensor(completed.token_ids, dtype=torch.int64)
     logprobs, sampling_logprobs = draws.logprobs(row, len(tokens))
@@ -371,10 +286,10 @@ def _note_row(ended: list[_Row], draws: Draws, row: int, output: Any) -> None:
     ended.append(_Row(row, completion, draws.first_versions[row]))
 
 
-def _inspect_here(architectures: list[str]) -> None:
-    """Let vLLM look at the model's class in this process, where it is imported anyway.
+def _inspect_in_process(architectures: list[str]) -> None:
+    """Let vLLM inspect the model's class in this process, which imports it anyway.
 
-    By default it starts another one for that, which imports vLLM once more: the first start would take twice as long.
+    By default vLLM inspects it in a subprocess that imports vLLM again, which doubles the time of the first start.
     """
     for architecture in architectures:
         known = ModelRegistry.models.get(architecture)
@@ -383,16 +298,17 @@ def _inspect_here(architectures: list[str]) -> None:
 
 
 def _check_head_size(model_name: str, config: Any) -> None:
-    """Raise `ModelError` for what vLLM's attention on CPUs would refuse at the first prompt."""
+    """Raise `ModelError` for a head size that vLLM's attention on CPUs would reject only at the first prompt."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not CPUAttentionBackend.supports_head_size(size):
         raise ModelError(
-            f"the model {model_name!r} has attention heads of size {size}; on CPUs, vLLM knows "
+            f"the model {model_name!r} has attention heads of size {size}; on CPUs, vLLM supports "
             f"{CPUAttentionBackend.get_supported_head_sizes()}. Set policy.generation.backend=torch."
         )
 
 
 def _row_sampler(worker: Any) -> RowSampler:
+    """Return the `RowSampler` that the engine has made."""
     [sampler] = [
         processor for processor in worker.model_runner.input_batch.logitsprocs.all if isinstance(processor, RowSampler)
     ]

@@ -1,7 +1,7 @@
-"""vLLM's own OpenAI-compatible server on loopback, in front of the engine that the job uses.
+"""vLLM's own OpenAI-compatible server on loopback, on top of the engine that the job uses.
 
-Tools that speak that protocol can so talk to the model that is being trained, also while the job generates: their
-requests join the same batches. They are sampled by vLLM, with whatever weights are loaded at the moment.
+Tools that use this protocol can query the model during training, even while the job generates: their requests join the
+same batches. vLLM samples them, with the weights that are loaded at the moment.
 """
 
 from __future__ import annotations
@@ -27,32 +27,31 @@ _START_TIMEOUT_S = 60.0
 
 
 class HttpServer:
-    """Serves one generator from threads of its own, until the process ends."""
+    """Serves one generator from its own threads until the process ends. Requests name the model as `spec.model_name`.
 
-    def __init__(self, generator: VllmGenerator, model_name: str, port: int) -> None:
-        """Start listening.
+    Args:
+        generator: The generator; its engine has a tokenizer.
+        port: Port to listen on. 0: a free port.
 
-        Args:
-            generator: with a tokenizer in its engine.
-            model_name: the name that requests call the model by.
-            port: 0 takes a free one.
+    Raises:
+        ConfigError: The port is taken, or the server did not start.
+    """
 
-        Raises:
-            ConfigError: the port is taken.
-        """
+    def __init__(self, generator: VllmGenerator, port: int) -> None:
         try:
             self._socket = socket.create_server((_LOOPBACK, port))
         except OSError as error:
             raise ConfigError(f"policy.generation.options.http_port: cannot listen on port {port}: {error}") from error
         self.url = f"http://{_LOOPBACK}:{self._socket.getsockname()[1]}/v1"
         self._client = _Client(generator)
+        model_name = generator.spec.model_name
         self._arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
             ["--model", model_name, "--served-model-name", model_name, "--disable-log-stats"]
         )
         self._started = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self._serve()), name="http", daemon=True).start()
         if not self._started.wait(_START_TIMEOUT_S):
-            raise ConfigError(f"the HTTP server of {generator.name} did not start within {_START_TIMEOUT_S:.0f} s")
+            raise ConfigError(f"the HTTP server of {generator.spec.name} did not start within {_START_TIMEOUT_S:.0f} s")
 
     async def _serve(self) -> None:
         tasks = await self._client.get_supported_tasks()
@@ -64,7 +63,7 @@ class HttpServer:
 
 
 class _Client:
-    """What the server asks of an engine (`vllm.engine.protocol.EngineClient`), as far as completions need it."""
+    """The part of `vllm.engine.protocol.EngineClient` that completions need."""
 
     is_running = True
     is_stopped = False
@@ -79,21 +78,21 @@ class _Client:
         self.renderer = llm.renderer
         self.input_processor = llm.input_processor
         self._has_work = threading.Event()
-        threading.Thread(target=self._step_for_ever, name="http steps", daemon=True).start()
+        threading.Thread(target=self._step_forever, name="http steps", daemon=True).start()
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **unused: Any
     ) -> AsyncIterator[Any]:
-        """The outputs of one request, as the engine gives them."""
+        """Yield the outputs of one request as the engine returns them."""
         loop, outputs = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
-        def tell(output: Any) -> None:
+        def enqueue(output: Any) -> None:
             loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         def add() -> None:
             with self._engine.turn():
-                self._generator.check_has_weights()
-                self._engine.add(request_id, prompt, sampling_params, tell)
+                self._generator.weights_version()
+                self._engine.add(request_id, prompt, sampling_params, enqueue)
             self._has_work.set()
 
         def cancel() -> None:
@@ -110,8 +109,8 @@ class _Client:
         finally:
             await asyncio.to_thread(cancel)
 
-    def _step_for_ever(self) -> None:
-        """Step while there are requests; a call of the job steps as well, in turn."""
+    def _step_forever(self) -> None:
+        """Run steps while there are requests. A call of the job also runs steps; the two take turns."""
         while True:
             self._has_work.wait()
             with self._engine.turn():
@@ -125,14 +124,14 @@ class _Client:
         return tasks
 
     async def check_health(self) -> None:
-        self._generator.check_has_weights()
+        self._generator.weights_version()
 
     async def is_tracing_enabled(self) -> bool:
         return False
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """vLLM's own queue has no limit here."""
+        """Accept every request: vLLM's queue has no limit here."""
 
     @property
     def dead_error(self) -> BaseException:
-        return WeightSyncError(f"{self._generator.name} has no weights")
+        return WeightSyncError(f"{self._generator.spec.name} has no weights")

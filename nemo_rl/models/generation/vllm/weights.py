@@ -1,8 +1,8 @@
-"""A vLLM model's own memory, seen as the Hugging Face parameters that were loaded into it.
+"""Reads a vLLM model's memory back as the Hugging Face parameters that were loaded into it.
 
 vLLM fuses q, k, v and gate, up, pads the vocabulary, and splits matrices over the ranks of a tensor-parallel group.
-Its loaders know how to write into that; here is the way back, written down independently of them, so that a digest
-over what is read back tells whether everything arrived where it is multiplied with.
+Its loaders write into that layout. This module implements the inverse independently of them, so that a digest over
+the parameters read back shows whether every weight arrived where the model computes with it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.generation.linear import linear_ops
+from nemo_rl.models.generation.weight_names import check_weight_names
 from nemo_rl.models.weights.digest import WeightDigest, digest_tensors, dtype_name
 from nemo_rl.models.weights.interfaces import TensorSpec
-from nemo_rl.utils.names import abbreviated
 
 
 @dataclass(frozen=True)
-class OwnTensor:
+class LocalParameter:
     """This process's part of one Hugging Face parameter.
 
     Attributes:
-        local: a view into a parameter of the engine.
-        split_dim: dimension along which the ranks' parts lie one after the other; None: every rank has all of it.
-        num_copies: consecutive ranks that hold the same part: of key and value heads, where there are fewer than ranks.
-        num_rows: how many rows count; what follows is padding. None: all.
+        local: A view into a parameter of the engine.
+        split_dim: Dimension along which the parameter is split over the ranks. None: every rank holds all of it.
+        num_copies: Consecutive ranks that hold the same part: key and value heads, if there are fewer than ranks.
+        num_rows: Rows that belong to the parameter; the following rows are padding. None: all rows.
     """
 
     local: torch.Tensor
@@ -44,8 +44,8 @@ class OwnTensor:
     num_copies: int = 1
     num_rows: int | None = None
 
-    def shape(self, num_ranks: int) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
+    def full_shape(self, num_ranks: int) -> tuple[int, ...]:
+        """Return the shape of the full parameter."""
         shape = list(self.local.shape)
         if self.split_dim is not None:
             shape[self.split_dim] *= num_ranks // self.num_copies
@@ -53,70 +53,64 @@ class OwnTensor:
             shape[0] = self.num_rows
         return tuple(shape)
 
-    def whole(self) -> torch.Tensor:
-        """The parameter, with the other ranks' parts; every rank of the group has to call this in the same order."""
+    def gather(self) -> torch.Tensor:
+        """Return the full parameter. Every rank of the group must call this in the same order."""
         tensor = self.local
         group = get_tp_group()
         if self.split_dim is not None and group.world_size > 1:
             parts = group.all_gather(tensor.contiguous(), dim=0).chunk(group.world_size)
-            # Of equal parts each rank takes those that answer to its own: so every copy is looked at by somebody.
-            own = group.rank_in_group % self.num_copies
-            tensor = torch.cat(parts[own :: self.num_copies], dim=self.split_dim)
+            # Each rank takes the copies with its own copy number, so that every copy is checked by some rank.
+            copy = group.rank_in_group % self.num_copies
+            tensor = torch.cat(parts[copy :: self.num_copies], dim=self.split_dim)
         return tensor if self.num_rows is None else tensor[: self.num_rows]
 
 
-class OwnTensors:
+class LocalParameters:
     """All parameters of a model in this process, by Hugging Face name."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors = dict(_own_tensors(model))
+        self._parameters = dict(_local_parameters(model))
         self._num_ranks = get_tp_group().world_size
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Raise `WeightSyncError` unless these are exactly the parameters, with their shapes and dtypes."""
+        """Raise `WeightSyncError` unless the specs are exactly the parameters, with their shapes and dtypes."""
         self.check_names([spec.name for spec in specs])
         for spec in specs:
             self._check_tensor(spec.name, spec.shape, spec.dtype)
 
     def check_names(self, names: Collection[str]) -> None:
-        """Raise `WeightSyncError` unless these are the names of exactly the parameters."""
-        missing = [name for name in self._tensors if name not in names]
-        unknown = [name for name in names if name not in self._tensors]
-        if missing or unknown:
-            raise WeightSyncError(
-                f"the published weights are not this model's: missing {abbreviated(missing)}, "
-                f"unknown {abbreviated(unknown)}"
-            )
+        """Raise `WeightSyncError` unless the names are exactly the parameters' names."""
+        check_weight_names(self._parameters, names)
 
     def checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, each looked at before it is handed on. Raises `WeightSyncError` for one that is not ours."""
+        """Yield the tensors after checking each one. Raises `WeightSyncError` for a tensor of another model."""
         for name, tensor in tensors:
             self._check_tensor(name, tuple(tensor.shape), dtype_name(tensor.dtype))
             yield name, tensor
 
-    def whole(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters as they lie in the engine's memory now, whole; every rank asks for the same ones."""
-        return ((name, self._tensors[name].whole()) for name in names)
+    def gather(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield full parameters from the engine's memory. Every rank must ask for the same names."""
+        return ((name, self._parameters[name].gather()) for name in names)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
-        own = self._tensors.get(name)
-        if own is None:
+        parameter = self._parameters.get(name)
+        if parameter is None:
             raise WeightSyncError(f"the published weights are not this model's: unknown {name}")
-        expected = (own.shape(self._num_ranks), dtype_name(own.local.dtype))
+        expected = (parameter.full_shape(self._num_ranks), dtype_name(parameter.local.dtype))
         if (shape, dtype) != expected:
             raise WeightSyncError(f"{name} was published as {dtype} {shape}, expected {expected[1]} {expected[0]}")
 
 
 class ReadBack:
-    """Reads back what an update has loaded, bucket by bucket.
+    """Reads loaded weights back from the engine's memory, bucket by bucket, and computes their digest.
 
     Args:
-        own: what it is loaded into.
-        on_gpu: as of `WeightDigest`.
+        parameters: The engine's parameters.
+        on_gpu: As for `WeightDigest`.
     """
 
-    def __init__(self, own: OwnTensors, *, on_gpu: bool) -> None:
-        self._own = own
+    def __init__(self, parameters: LocalParameters, *, on_gpu: bool) -> None:
+        self._parameters = parameters
         self._on_gpu = on_gpu
         self._digest = WeightDigest(on_gpu=on_gpu)
         self._names: list[str] = []
@@ -124,29 +118,29 @@ class ReadBack:
     def read(self, specs: Sequence[TensorSpec]) -> None:
         """Read the parameters of a bucket that has been loaded."""
         names = [spec.name for spec in specs]
-        for name, tensor in self._own.whole(names):
+        for name, tensor in self._parameters.gather(names):
             self._digest.add_tensor(name, tensor)
         self._names += names
 
-    def digest(self, *, as_a_whole: bool) -> str:
-        """Of all parameters, in the order in which they came.
+    def digest(self, *, again: bool) -> str:
+        """Return the digest of all parameters, in the order in which they arrived.
 
         Args:
-            as_a_whole: read all of them once more, now.
+            again: Read all parameters again now, and return the digest of that.
 
         Raises:
-            WeightSyncError: not all have come.
+            WeightSyncError: Some parameters have not arrived.
         """
         digest = self._digest.hexdigest()
-        self._own.check_names(self._names)
-        return digest_tensors(self._own.whole(self._names), on_gpu=self._on_gpu) if as_a_whole else digest
+        self._parameters.check_names(self._names)
+        return digest_tensors(self._parameters.gather(self._names), on_gpu=self._on_gpu) if again else digest
 
 
 def keep_plain_weights() -> None:
-    """Let vLLM's CPU build multiply with the parameters themselves; call it before a model is made.
+    """Let vLLM's CPU build multiply with the parameters themselves. Call this before a model is made.
 
-    By default it packs them into buffers of oneDNN's and lets go of the parameters, so that a later load would change
-    nothing and a digest would have nothing to look at.
+    By default vLLM packs the parameters into oneDNN buffers and frees them: a later load would then have no effect, and
+    no digest could be computed.
     """
     from vllm.model_executor.layers import utils
 
@@ -159,24 +153,24 @@ def _use_plain_weight(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = linear_ops(weight.device, weight.dtype).linear if is_float32 else torch.nn.functional.linear
 
 
-def _own_tensors(model: torch.nn.Module) -> Iterator[tuple[str, OwnTensor]]:
+def _local_parameters(model: torch.nn.Module) -> Iterator[tuple[str, LocalParameter]]:
     packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     seen: set[int] = set()  # tied parameters count once, under their first name, as in Hugging Face's models
     for module_name, module in model.named_modules():
-        owner, _, own_name = module_name.rpartition(".")
+        parent, _, local_name = module_name.rpartition(".")
         for kind, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             data = parameter.data
             if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear):
-                names = [f"{owner}.{name}.{kind}" for name in packed[own_name]]
+                names = [f"{parent}.{name}.{kind}" for name in packed[local_name]]
                 yield from zip(names, _unfused(module, data), strict=True)
             else:
                 yield f"{module_name}.{kind}", _unsplit(module, kind, data)
 
 
-def _unfused(module: Any, data: torch.Tensor) -> Iterable[OwnTensor]:
+def _unfused(module: Any, data: torch.Tensor) -> Iterable[LocalParameter]:
     if isinstance(module, QKVParallelLinear):
         sizes = [module.num_heads * module.head_size, module.num_kv_heads * module.head_size]
         sizes.append(module.num_kv_heads * module.v_head_size)
@@ -184,14 +178,14 @@ def _unfused(module: Any, data: torch.Tensor) -> Iterable[OwnTensor]:
     else:
         sizes = [size // module.tp_size for size in module.output_sizes]
         copies = [1] * len(sizes)
-    return [OwnTensor(part, 0, count) for part, count in zip(data.split(sizes), copies, strict=True)]
+    return [LocalParameter(part, 0, count) for part, count in zip(data.split(sizes), copies, strict=True)]
 
 
-def _unsplit(module: torch.nn.Module, kind: str, data: torch.Tensor) -> OwnTensor:
+def _unsplit(module: torch.nn.Module, kind: str, data: torch.Tensor) -> LocalParameter:
     if isinstance(module, VocabParallelEmbedding):
-        return OwnTensor(data, 0, num_rows=module.org_vocab_size)
+        return LocalParameter(data, 0, num_rows=module.org_vocab_size)
     if isinstance(module, RowParallelLinear) and kind == "weight":
-        return OwnTensor(data, 1)
+        return LocalParameter(data, 1)
     if isinstance(module, ColumnParallelLinear):
-        return OwnTensor(data, 0)
-    return OwnTensor(data)
+        return LocalParameter(data, 0)
+    return LocalParameter(data)
