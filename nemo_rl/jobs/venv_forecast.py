@@ -135,7 +135,7 @@ def _forecast(name: str, plan: VenvPlan, store: Store, infos: list[VenvInfo], si
 
 
 def _has_earlier(name: str, what: str, infos: list[VenvInfo]) -> bool:
-    """Whether a venv is there that the drift policy speaks of: see `nemo_rl.venvs.drift`."""
+    """Whether a venv exists to which the drift policy applies: see `nemo_rl.venvs.ensure`."""
     return any(i.manifest is not None and (name in i.names or i.manifest.spec == what) for i in infos)
 
 
