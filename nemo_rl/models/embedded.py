@@ -223,7 +223,7 @@ def warm_up(
     import torch
     import torch.nn.functional as F
 
-    from nemo_rl.models.policy.cpu_linear import use_onednn_linears
+    from nemo_rl.models.policy.cpu_kernels import use_onednn_linears
 
     use_onednn_linears(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_WARMUP_LR, betas=(0.9, 0.95), weight_decay=0.0)
