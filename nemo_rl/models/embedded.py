@@ -179,7 +179,7 @@ def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) 
 def supervised_batches(
     tokenizer: PreTrainedTokenizerFast, levels: tuple[int, ...], batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches of train problems with their answers for ever, drawn with replacement.
+    """Yield batches of train problems with their answers forever, drawn with replacement.
 
     Yields:
         input_ids [B, T] int64, padded on the right, and labels [B, T] int64: the answer's tokens and end-of-sequence,
