@@ -1,0 +1,81 @@
+"""Write docs/configuration.md from the typed configuration. A test fails when the page is not current.
+
+python tools/write_config_reference.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.jobs.curate_math import CurateConfig
+from nemo_rl.utils.config import ConfigModel, KeyInfo, iter_keys
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+HEAD = """\
+# Configuration
+
+<!-- Written by tools/write_config_reference.py from the typed configuration: change that and run the tool. -->
+
+This page lists every configuration key of both jobs. A job reads a YAML file (`--config FILE`) and overrides
+(`section.key=value`), which take precedence over the file. A file may extend another one with `defaults: other.yaml`.
+Unknown keys and values of the wrong type are errors that name the key and the nearest valid one. `--help` prints the
+same list on the command line.
+
+```yaml
+defaults: grpo_math_embedded.yaml   # relative to this file
+grpo:
+  num_prompts_per_step: 64
+policy:
+  optimizer: {lr: 5.0e-4}
+```
+"""
+
+JOBS: list[tuple[str, str, type[ConfigModel]]] = [
+    ("GRPO", "Keys of `examples/run_grpo_math.py`.", MasterConfig),
+    ("Curation", "Keys of `examples/run_curate_math.py`.", CurateConfig),
+]
+# Subsections with a heading of their own.
+LARGE_SECTIONS = ("policy.generation", "policy.options", "policy.embedded", "scoring.generation")
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for title, description, schema in JOBS:
+        parts.append(f"\n## {title}\n\n{description}\n")
+        sections: dict[str, list[KeyInfo]] = {"": []}
+        for key in iter_keys(schema):
+            sections.setdefault(_section(key.name), []).append(key)
+        for section, keys in sections.items():
+            if keys:
+                heading = f"{title}: {section or 'top level'}"
+                parts.append(f"\n### {heading}\n\n{_table(keys)}")
+    return "".join(parts)
+
+
+def _section(key: str) -> str:
+    """The heading of a key: its top section, or one of the large subsections."""
+    large = [name for name in LARGE_SECTIONS if key.startswith(f"{name}.")]
+    return large[0] if large else key.partition(".")[0] if "." in key else ""
+
+
+def _table(keys: Iterable[KeyInfo]) -> str:
+    rows = "".join(
+        f"| `{key.name}` | {_escape(key.type)} | {_code(key.default)} | {_escape(key.help)} |\n" for key in keys
+    )
+    return f"| key | type | default | meaning |\n| --- | --- | --- | --- |\n{rows}"
+
+
+def _code(text: str) -> str:
+    return f"`{_escape(text)}`" if text else ""
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
