@@ -8,7 +8,9 @@ WORDS = [("kitten", "sitting"), ("flaw", "lawn")]
 if __name__ == "__main__":
     init_ray()
     with RayVirtualCluster([len(WORDS)], use_gpus=False) as cluster:
-        group = RayWorkerGroup(cluster, RayWorkerBuilder("nemo_rl_plugin.distance_worker.DistanceWorker"))
+        builder = RayWorkerBuilder("nemo_rl_plugin.distance_worker.DistanceWorker")
+        group = RayWorkerGroup(cluster, builder)
         left, right = map(list, zip(*WORDS, strict=True))
-        print(group.get_all_worker_results(group.run_all_workers_multiple_data("distance", left=left, right=right)))
+        calls = group.run_all_workers_multiple_data("distance", left=left, right=right)
+        print(group.get_all_worker_results(calls))
         group.shutdown()

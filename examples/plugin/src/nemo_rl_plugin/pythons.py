@@ -1,4 +1,4 @@
-"""Registers the py_executable of each worker class of this distribution through an entry point."""
+"""Registers the py_executable of each worker class through an entry point."""
 
 import json
 from importlib import metadata
@@ -7,10 +7,13 @@ from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 
 
 def this_distribution() -> str:
-    """Return a requirement for this distribution, which the worker's venv needs as well."""
+    """Return a requirement for this distribution, which the worker needs too."""
     installed = metadata.distribution("nemo-rl-plugin")
-    source = installed.read_text("direct_url.json")  # exists if it was installed from a directory
-    return f"nemo-rl-plugin @ {json.loads(source)['url']}" if source else f"nemo-rl-plugin=={installed.version}"
+    # This file exists if the distribution was installed from a directory.
+    source = installed.read_text("direct_url.json")
+    if source:
+        return f"nemo-rl-plugin @ {json.loads(source)['url']}"
+    return f"nemo-rl-plugin=={installed.version}"
 
 
 ACTOR_ENVIRONMENTS = {

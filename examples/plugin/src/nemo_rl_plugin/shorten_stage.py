@@ -9,7 +9,7 @@ from nemo_rl.pipelines import DocumentBatch, ProcessingStage
 
 
 class Shorten(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Keeps the first `num_words` words of the column `text`, and adds their width. Drops empty texts."""
+    """Shortens the column `text` and adds its width. Drops empty texts."""
 
     runtime_env: Mapping[str, Any] | None = {"uv": ["wcwidth==0.2.14"]}
 
@@ -31,5 +31,5 @@ class Shorten(ProcessingStage[DocumentBatch, DocumentBatch]):
         frame = task.to_pandas()
         kept = frame[frame["text"].str.strip() != ""]
         self.dropped("empty text", len(frame) - len(kept))
-        shortened = kept["text"].str.split().str[: self.num_words].str.join(" ")
-        return task.with_data(kept.assign(text=shortened, width=shortened.map(self._width)))
+        text = kept["text"].str.split().str[: self.num_words].str.join(" ")
+        return task.with_data(kept.assign(text=text, width=text.map(self._width)))

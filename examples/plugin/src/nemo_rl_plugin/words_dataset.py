@@ -13,7 +13,7 @@ SHORTEST, LONGEST = 2, 4
 
 
 class WordsDataset(ProblemDataset):
-    """Uses numbers of two to four digits as words. Training and validation words are disjoint."""
+    """Uses numbers of two to four digits as words, in two disjoint splits."""
 
     def __init__(self, words: list[str]) -> None:
         self._words = words
@@ -26,7 +26,10 @@ class WordsDataset(ProblemDataset):
         words = words[:held_out] if role == "validation" else words[held_out:]
         num_words = config.max_num_problems or len(words)
         if num_words > len(words):
-            raise DataError(f"data.{role}.max_num_problems={num_words}: there are only {len(words)} words")
+            raise DataError(
+                f"data.{role}.max_num_problems={num_words}: "
+                f"there are only {len(words)} words"
+            )
         return cls(words[:num_words])
 
     def __len__(self) -> int:
@@ -35,7 +38,12 @@ class WordsDataset(ProblemDataset):
     def problem(self, index: int) -> Problem:
         word = self._words[index]
         # The environment receives the metadata and the answer as `ground_truth`.
-        return Problem(prompt=f"{word} backwards=", answer=word[::-1], index=index, metadata={"word": word})
+        return Problem(
+            prompt=f"{word} backwards=",
+            answer=word[::-1],
+            index=index,
+            metadata={"word": word},
+        )
 
     def where(self, index: int) -> str:
         return f"word {self._words[index]!r}"
