@@ -27,7 +27,7 @@ from nemo_rl.data.datasets import load_datasets
 from nemo_rl.utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 _BLOCK = re.compile(
     r"(?:<!-- not run: ([^>]*) -->\n)?^ *```(bash|console|sh|shell)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL
 )
@@ -68,6 +68,11 @@ WORDS = "nemo_rl_plugin.words_dataset:WordsDataset"
 REVERSE = ("uv", "run", "examples/run_grpo_math.py", "env.name=reverse", f"data.train.kind={WORDS}")
 
 RUN_ELSEWHERE = [
+    Evidence(
+        ("uv", "run", "examples/hello_workers.py"),
+        "tests/examples/test_hello_workers.py::test_pages_show_the_printed_output",
+        program=2,
+    ),
     Evidence(
         ("uv", "run", "examples/backends/run_with_transformers_generation.py", "grpo.max_num_steps=3"),
         "tests/functional/test_own_backend.py::test_backend_in_one_file_trains",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import nemo_rl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -40,6 +43,20 @@ def test_api_reference_names_exist() -> None:
     assert seen > 40
 
 
+def test_tables_have_headers() -> None:
+    for page in [*DOCS.glob("*.md"), REPOSITORY / "README.md"]:
+        headers = re.findall(r"^(\|.*\|)\n\| ?---", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not [header for header in headers if not header.strip("| ")], page.name
+
+
+def test_version_has_one_source() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert nemo_rl.__version__ == version
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}] - " in (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version {version}" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path: Path) -> None:
     from nemo_rl.venvs.uv import find_uv
@@ -56,4 +73,10 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "quickstart" / "index.html").is_file()
+    site = tmp_path / "site"
+    assert (site / "first-worker" / "index.html").is_file()
+    assert (site / "source" / "examples" / "plugin" / "run_distance.py" / "index.html").is_file()
+    home = (site / "index.html").read_text(encoding="utf-8")
+    assert 'src="http' not in home, "the page loads something from another host"
+    assert "RayWorkerBuilder" in home
+    assert "py_executable" in (site / "search" / "search_index.json").read_text(encoding="utf-8")
