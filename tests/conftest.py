@@ -1,16 +1,41 @@
-"""Settings and fixtures for all tests."""
+"""Fixtures and settings for all tests.
+
+Test files run in several processes (pytest-xdist), each file in one of them. A file may start Ray, a whole job, or
+nodes that claim more CPUs than there are, so each process gets a temporary directory of its own: `init_ray` keeps the
+record of a local cluster there, and no test joins the cluster of another process.
+"""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Most tests wait: for Ray, for uv, for a process that they started. So there are more processes than cores, but few,
+# because some tests fill a core and take gigabytes.
+MAX_PROCESSES = 4
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The number of processes for `-n auto`; 0 runs the tests in this process."""
+    files = [Path(argument.partition("::")[0]) for argument in config.args]
+    if len(files) == 1 and files[0].is_file():
+        return 0
+    return min((os.cpu_count() or 1) + 1, MAX_PROCESSES)
+
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Short, because Ray puts the paths of its sockets below it.
+    directory = Path(f"/tmp/nrl-tests-{os.getuid()}-{worker}")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(directory)
 
 # A busy machine must not fail a test.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -96,7 +96,7 @@ class RolloutPipeline:
 
     Example::
 
-        pipeline.request(step=1, version=0, publish=my_policy.offer_weights)
+        pipeline.request(step=1, version=0, publish=publish_weights)
         step_rollout = pipeline.take()
 
     Args:

@@ -174,15 +174,15 @@ def check_token() -> Check:
 
 
 def check_cpu() -> Check:
-    """Which instruction sets torch and vLLM find, and what that means for bfloat16 on the CPU."""
+    """Check the instruction sets of the CPU, which decide the speed of bfloat16."""
     return cpu_check(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), platform.machine())
 
 
 def cpu_check(cpu_info: str, machine: str) -> Check:
-    """The finding for the contents of /proc/cpuinfo.
+    """Return the check for the contents of /proc/cpuinfo.
 
-    The times are medians of decoding and of a train step of a small Llama on one core of an EPYC with AVX512_BF16, by
-    itself and with oneDNN and torch held to AVX-512 without bfloat16 and to AVX2.
+    The ratios are medians of decoding and of a train step of a small Llama on one core of an EPYC with AVX512_BF16:
+    without limits, and with oneDNN and torch limited to AVX-512 without bfloat16 and to AVX2.
     """
     fields: dict[str, str] = {}
     for line in cpu_info.splitlines():

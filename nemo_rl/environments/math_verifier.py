@@ -5,7 +5,7 @@ It reads one JSON request per line and answers each with one JSON line::
     {"op": "verify", "answer": ..., "truth": ...}  ->  {"result": "equal" | "different" | "unparseable" | "crashed"}
     {"op": "check", "truth": ...}                  ->  {"result": "parsed" | "unparseable" | "crashed"}
 
-The text comes from a model and must be treated as hostile: parsing `9^{9^{9^9}}` can take for ever, use all memory or
+The text comes from a model and must be treated as hostile: parsing `9^{9^{9^9}}` can take forever, use all memory or
 overflow the C stack. This process does not try to survive that. It is disposable: the parent limits its computing time
 and kills it, and the kernel limits its memory and, if the parent dies, its CPU time. So math-verify's own time-outs
 (signals, in steps of one second, ineffective inside long C calls) are off.
@@ -41,7 +41,7 @@ class Verifier:
     def check(self, truth: str) -> str:
         """Return whether answers can be compared with a ground truth: "parsed" or "unparseable".
 
-        If a truth can be parsed, but takes for ever to compare with a plain number, this call times out.
+        If a truth can be parsed, but takes forever to compare with a plain number, this call times out.
         """
         if not self._read(truth):
             return "unparseable"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemo_rl import settings
 
-# Policy, generation, environment and Ray share the CPUs. OpenMP threads that spin for ever keep the thread they wait
+# Policy, generation, environment and Ray share the CPUs. OpenMP threads that spin forever keep the thread they wait
 # for from running: a step takes up to 30 times as long. Threads that sleep at once must be woken for every operation: a
 # step takes 1.4 times as long. So they spin for about 100 microseconds, then sleep.
 _SPIN_THEN_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "30000"}

@@ -179,7 +179,7 @@ def make_model(config: EmbeddedModelConfig, tokenizer: PreTrainedTokenizerFast) 
 def supervised_batches(
     tokenizer: PreTrainedTokenizerFast, levels: tuple[int, ...], batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches of train problems with their answers for ever, drawn with replacement.
+    """Yield batches of train problems with their answers forever, drawn with replacement.
 
     Yields:
         input_ids [B, T] int64, padded on the right, and labels [B, T] int64: the answer's tokens and end-of-sequence,
@@ -223,7 +223,7 @@ def warm_up(
     import torch
     import torch.nn.functional as F
 
-    from nemo_rl.models.policy.cpu_linear import use_onednn_linears
+    from nemo_rl.models.policy.cpu_kernels import use_onednn_linears
 
     use_onednn_linears(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_WARMUP_LR, betas=(0.9, 0.95), weight_decay=0.0)

@@ -151,7 +151,7 @@ def ensure(
 class _ForcePolicy:
     """Decides whether a sealed venv is recent enough.
 
-    Without `enabled` every venv is. Otherwise its build must have begun at or after `since`, or by `job_id`.
+    Without `enabled` every venv is. Otherwise `job_id` must have built it, or its build must have begun after `since`.
     """
 
     enabled: bool

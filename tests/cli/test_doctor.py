@@ -76,7 +76,7 @@ AVX512 = "avx2 avx512f avx512bw avx512dq avx512vl"
         ("x86_64", "", "instruction sets unknown"),
     ],
 )
-def test_the_cpu_and_what_it_means_for_precision(machine: str, cpu_info: str, means: str) -> None:
+def test_cpu_check_reports_bfloat16_support(machine: str, cpu_info: str, means: str) -> None:
     check = cpu_check(cpu_info, machine)
     assert (check.state, check.fix) == (OK, "")
     assert means in check.found
@@ -84,7 +84,7 @@ def test_the_cpu_and_what_it_means_for_precision(machine: str, cpu_info: str, me
     assert ("policy.precision=float32" in check.found) is not native
 
 
-def test_a_cpu_without_avx2_is_a_warning() -> None:
+def test_cpu_without_avx2_is_a_warning() -> None:
     check = cpu_check("model name\t: old\nflags\t\t: fpu sse4_2 avx", "x86_64")
     assert (check.state, check.found) == (WARNING, "old: no AVX2")
     assert "policy.generation.backend=torch" in check.fix

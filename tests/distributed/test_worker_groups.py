@@ -75,7 +75,7 @@ def all_ended(pids: list[int], timeout_s: float = 60.0) -> bool:
 
 
 def worker_pids(class_name: str) -> list[int]:
-    return [process.pid for process in running(f"ray::{class_name}", psutil.process_iter())]
+    return [process.pid for process in running(f"ray::{class_name}", psutil.Process().children(recursive=True))]
 
 
 # --- the Python that workers run in ------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ class Replicas:
                     failed = error  # if the stream ended too early, `finish` raises the sender's error instead
                     offer.leave(streams[rank])
                     continue
-                # The other ranks of its tied group would wait for the dead one for ever, so they are killed, too.
+                # The other ranks of its tied group would wait for the dead one forever, so they are killed, too.
                 replica = rank // self._size
                 dead.setdefault(replica, error)
                 tied_ranks = self._ranks(replica)

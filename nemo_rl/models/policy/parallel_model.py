@@ -20,10 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from nemo_rl.errors import ModelError
-from nemo_rl.models import onednn
 from nemo_rl.models.policy.config import PolicyConfig
-from nemo_rl.models.policy.cpu_kernels import use_cpu_kernels
-from nemo_rl.models.policy.cpu_linear import use_onednn_linears
+from nemo_rl.models.policy.cpu_kernels import use_cpu_kernels, use_onednn_linears
 from nemo_rl.models.policy.hf_loading import empty_model, load_config, load_model
 from nemo_rl.models.policy.process_group import ProcessGroup
 
@@ -203,13 +201,9 @@ def _load_sharded(
 
 
 def _use_cpu_kernels(module: PreTrainedModel, policy: PolicyConfig, group: ProcessGroup) -> None:
-    if group.device.type != "cpu":
-        return
-    if policy.precision == "float32":
+    if group.device.type == "cpu" and policy.precision == "float32":
         use_onednn_linears(module)
         use_cpu_kernels(module)
-    else:
-        onednn.warn_if_emulated("cpu", torch.bfloat16)
 
 
 def _prepare(module: PreTrainedModel, policy: PolicyConfig, *, trained: bool) -> None:

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models import onednn
 from nemo_rl.models.policy import policy_checkpoint
 from nemo_rl.models.policy.allocator import keep_freed_memory
 from nemo_rl.models.policy.config import PolicyConfig
@@ -144,6 +145,7 @@ class PolicyWorker(ABC):
             # Moments of weights with almost no gradient become denormal numbers, which make AdamW 20 times slower.
             # Threads inherit this setting from the thread that starts them, so it precedes the first computation.
             torch.set_flush_denormal(True)
+        onednn.warn_if_emulated(self._group.device.type, getattr(torch, self._config.precision))
         seed_everything(seed, self._group.rank)
         transformers.utils.logging.disable_progress_bar()
 

@@ -140,7 +140,7 @@ def test_archive_that_differs_from_its_listing_is_rejected(project: Path, tmp_pa
 def test_large_source_is_rejected_with_its_largest_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "weights.bin").write_bytes(bytes(1_100_000))
     monkeypatch.setenv("NEMO_RL_SOURCE_MAX_MB", "1")
-    with pytest.raises(BroadcastError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest: weights\.bin 1\.1 MB"):
+    with pytest.raises(BroadcastError, match=r"NEMO_RL_SOURCE_MAX_MB=1 .* largest files: weights\.bin 1\.1 MB"):
         _archive(read(project))
     assert check_sources([read(project).listing], "ray").not_at_root == [False]
     copy = project.with_name("copy")

@@ -83,7 +83,7 @@ def test_tensor_parallel_matches_one_worker(cluster, tiny, name: str) -> None:
 
 
 def test_dead_rank_of_a_tied_group_raises_worker_error(cluster, tiny) -> None:
-    """The other rank waits for the dead one for ever; the driver does not wait."""
+    """The other rank waits for the dead one forever; the driver does not wait."""
     model = tiny("llama", **WIDE)
     with vllm_generation(cluster, model, max_restarts=0, options={"tensor_parallel_size": 2}) as generation:
         generation.update_weights(published(model, version=1))
