@@ -1,7 +1,5 @@
 """nemo_rl: registry-driven distributed workers on Ray, each worker class in its own uv-built venv."""
 
-from __future__ import annotations
-
 
 def __getattr__(name: str) -> str:
     """Read `__version__` from the installed package, or from `pyproject.toml` where a checkout is used as it is."""

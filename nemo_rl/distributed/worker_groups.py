@@ -210,8 +210,8 @@ class RayWorkerGroup(WorkerCalls):
 
         Raises:
             NodeLostError: the node of one of them has left the cluster.
-            WorkerStartError, AttestationError: see the class.
-            In each case these workers are dead and the others continue.
+            WorkerStartError, AttestationError: see the class. In each case these workers are dead and the others
+                continue.
         """
         self._check_not_stopped()
         tied_groups = {self._placements[rank].tied_group for rank in ranks}
