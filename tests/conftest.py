@@ -31,6 +31,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min((os.cpu_count() or 1) + 1, MAX_PROCESSES)
 
 
+# Whole jobs first: if they came last, one process would run them while the others have nothing left to do.
+LONGEST_FIRST = ("functional", "benchmarks", "models", "pipelines", "distributed", "environments", "cli", "jobs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        package = item.path.relative_to(Path(__file__).parent).parts[0]
+        return LONGEST_FIRST.index(package) if package in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
+# Processes that tests start read nemo_rl's bytecode instead of compiling it, also where an image turns writing off.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Short, because Ray puts the paths of its sockets below it.
     directory = Path(f"/tmp/nrl-tests-{os.getuid()}-{worker}")

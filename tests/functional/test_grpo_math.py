@@ -1,45 +1,14 @@
-"""Runs the default GRPO job with real processes, Ray and venvs on the embedded model."""
+"""The README's main job as a user runs it: real processes, real Ray, real venvs, on the embedded model."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from grpo_jobs import SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
 from processes import running
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "run_grpo_math.py"
-SMALL = (
-    "grpo.num_prompts_per_step=4",
-    "grpo.num_generations_per_prompt=4",
-    "grpo.validation.period=2",
-    "grpo.validation.max_num_problems=16",
-    "checkpointing.save_period=1",
-    "policy.train_global_batch_size=null",
-)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *arguments]
-
-
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=280, check=False, **options)
-
-
-def metrics(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def reproducible_metrics(records: list[dict]) -> list[dict]:
-    """Drop the metrics that may differ between equal runs: times, and the logprob check after a resume."""
-    skip = ("timing/", "perf/", "train/logprob_error", "val/env_verify_latency", "train/env_verify_latency", "time")
-    return [{k: v for k, v in record.items() if not k.startswith(skip)} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -101,26 +70,6 @@ def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(uninterrupted))
 
 
-def test_killed_asynchronous_run_resumes_with_equal_metrics(tmp_path):
-    config = ("--config", str(ROOT / "examples" / "configs" / "grpo_math_cpu_async.yaml"))
-    arguments = (*config, *SMALL, "grpo.max_num_steps=5")
-    uninterrupted = run(*arguments, f"logger.log_dir={tmp_path / 'uninterrupted'}")
-    assert uninterrupted.returncode == 0, uninterrupted.stderr[-3000:]
-    ages = [r["train/trajectory_age"] for r in metrics(tmp_path / "uninterrupted") if "train/loss" in r]
-    assert ages == [0, 1, 1, 1, 1]
-    directory = tmp_path / "run"
-    job = subprocess.Popen(
-        command(*arguments, f"logger.log_dir={directory}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
-    job.kill()
-    job.wait()
-    wait_for(lambda: not orphans(job.pid), None, seconds=60)
-    resumed = run(*arguments, f"logger.log_dir={directory}")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(tmp_path / "uninterrupted"))
-
-
 def test_interrupted_run_leaves_no_process(tmp_path):
     directory = tmp_path / "run"
     job = subprocess.Popen(
@@ -132,70 +81,3 @@ def test_interrupted_run_leaves_no_process(tmp_path):
     job.send_signal(signal.SIGINT)
     assert job.wait(timeout=60) == 130
     wait_for(lambda: not orphans(job.pid), None, seconds=60)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["grpo.num_prompt_per_step=8"], "did you mean grpo.num_prompts_per_step?"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["policy.backend=torhc"], "torch"),
-        (["policy.model_name=/no/such/model"], "/no/such/model"),
-        (["env.name=maths"], "math"),
-        (["data.train.path=/no/such/file.jsonl"], "/no/such/file.jsonl"),
-        (["data.max_prompt_length=2"], "data.max_prompt_length"),
-        (
-            ["grpo.num_prompts_per_step=3", "cluster.cpu_workers_per_node=2", "grpo.num_generations_per_prompt=3"],
-            "evenly",
-        ),
-        (["policy.max_sequence_length=100000"], "max_sequence_length"),
-        (["cluster.cpu_workers_per_node=512", "grpo.num_prompts_per_step=512"], "CPU"),
-    ],
-)
-def test_invalid_input_is_one_sentence_and_leaves_no_process(tmp_path, arguments, expected):
-    job = subprocess.Popen(
-        command(*arguments, f"logger.log_dir={tmp_path / 'run'}"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    _, errors = job.communicate(timeout=280)
-    assert job.returncode == 2, errors[-3000:]
-    last = errors.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert expected in last
-    assert "Traceback" not in errors
-    wait_for(lambda: not orphans(job.pid), None, seconds=60)
-
-
-def test_help_lists_the_keys():
-    done = run("--help")
-    assert done.returncode == 0
-    assert "grpo.num_prompts_per_step" in done.stdout
-
-
-@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("grpo_*.yaml")), ids=lambda p: p.stem)
-def test_every_configuration_has_a_plan(config, tmp_path):
-    done = run("--config", str(config), "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "policy" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def wait_for(condition, job: subprocess.Popen | None, seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        if job is not None and job.poll() is not None:
-            raise AssertionError(f"the job ended with {job.returncode}: {job.stderr.read() if job.stderr else ''}")
-        time.sleep(0.2)
-
-
-def orphans(driver: int) -> list[int]:
-    """Return the Ray processes of the session that `driver` started. The session name has its process id."""
-    pids = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if f"_{driver}/" in line or line.endswith(f"_{driver}"):
-            pids.append(process.pid)
-    return [pid for pid in pids if pid not in (driver, os.getpid())]
