@@ -23,7 +23,9 @@ SIGNATURES = {
     "nemo_rl.distributed.ray_actor_environment_registry:ACTOR_ENVIRONMENT_REGISTRY": None,
     "nemo_rl.distributed.ray_actor_environment_registry:get_actor_python_env": "(fqn)",
     "nemo_rl.distributed.ray_actor_environment_registry:register_actor_environment": "(fqn, py_executable)",
-    "nemo_rl.distributed.worker_groups:RayWorkerBuilder": "(ray_actor_class_fqn, *args, py_executable=None, runtime_env=None, **kwargs)",
+    "nemo_rl.distributed.worker_groups:RayWorkerBuilder": (
+        "(ray_actor_class_fqn, *args, py_executable=None, runtime_env=None, **kwargs)"
+    ),
     "nemo_rl.distributed.worker_groups:RayWorkerGroup": (
         "(cluster, remote_worker_builder, workers_per_node=None, name_prefix='', bundle_indices_list=None, "
         "sharding_annotations=None, env_vars=None, stopped=None)"
