@@ -119,9 +119,9 @@ class CausalAttention(nn.Module):
 def context_order(length: int, size: int) -> torch.Tensor:
     """Return [length] int64: the sequence positions that the context-parallel ranks hold, rank by rank.
 
-    Example:
-        >>> context_order(8, 2)
-        tensor([0, 1, 6, 7, 2, 3, 4, 5])
+    Example::
+
+        context_order(8, 2)  # tensor([0, 1, 6, 7, 2, 3, 4, 5])
     """
     chunks = torch.arange(length).chunk(2 * size)
     return torch.cat([torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(size)])
