@@ -51,7 +51,7 @@ def run(model: Path, **policy: Any) -> list[dict[str, float]]:
     try:
         assert job.run() == f"all {STEPS} steps are done"
         recorder: Any = job.recorder
-        return [{name: value for name, value in step.items() if name.startswith("train/")} for step in recorder.of_step]
+        return [{name: value for name, value in step.items() if name.startswith("train/")} for step in recorder.steps]
     finally:
         job.policy.shutdown()
 

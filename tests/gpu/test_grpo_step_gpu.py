@@ -61,7 +61,7 @@ def run(model: Path, **policy: Any) -> tuple[list[dict[str, float]], list[int]]:
     job.generation.generate = record_and_generate  # type: ignore[method-assign]
     assert job.run() == f"all {STEPS} steps are done"
     recorder: Any = job.recorder
-    return recorder.of_step, allocated
+    return recorder.steps, allocated
 
 
 @pytest.mark.parametrize("offload", [False, True])
