@@ -15,6 +15,9 @@ import torch
 if TYPE_CHECKING:
     from nemo_rl.algorithms.config import LossConfig
 
+_MAX_LOG_RATIO = 20.0
+_MAX_KL = 10.0
+
 
 @dataclass(frozen=True)
 class _Tokens:
@@ -87,6 +90,10 @@ class ClippedPGLoss:
                            pi_ref has none, unbounded where pi_ref has mass and pi has none.
 
     "Unbiased" holds per token and for samples of pi: the KL term contains neither r nor w.
+
+    Exponentials are bounded, so that one token cannot dominate or overflow the loss: every log-ratio of two policies is
+    clamped to +-20 before it is used, and every KL estimate to +-10. A clamped value has no gradient, but k1 keeps that
+    of its clamped d. Closer policies are not affected.
 
     Metrics (token means over `global_num_tokens` unless noted; they add up over micro-batches and ranks):
         policy_loss, kl: the two aggregates; loss = policy_loss + kl_coef * kl. `kl` is present if the batch has
@@ -171,7 +178,7 @@ class ClippedPGLoss:
         previous = torch.where(mask > 0, previous, 0.0)
         # The same holds for the advantage of a masked sample.
         advantages = torch.where(sample_mask > 0, advantages, 0.0)[:, None]
-        return _Tokens(mask, current, previous, current - previous, advantages)
+        return _Tokens(mask, current, previous, _clamped(current - previous), advantages)
 
     def _surrogate(self, tokens: _Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the negative clipped surrogate [b, T-1] and its metrics per token."""
@@ -183,7 +190,7 @@ class ClippedPGLoss:
             "ratio_mean": detached,
             "clip_fraction_low": (detached < self.clip_low) & bad,
             "clip_fraction_high": (detached > self.clip_high) & (tokens.advantages > 0),
-            "approx_kl": torch.expm1(tokens.log_ratio.detach()) - tokens.log_ratio.detach(),
+            "approx_kl": _k3(tokens.log_ratio.detach()),
             "entropy_estimate": -tokens.logprobs.detach(),
         }
         if self.dual_clip is not None:
@@ -193,22 +200,22 @@ class ClippedPGLoss:
 
     def _kl(self, tokens: _Tokens, reference: torch.Tensor) -> torch.Tensor:
         """Return the KL estimate of each token, [b, T-1]."""
-        d = tokens.logprobs - torch.where(tokens.mask > 0, reference, 0.0)
+        d = _clamped(tokens.logprobs - torch.where(tokens.mask > 0, reference, 0.0))
         if self.kl_estimator == "k1":
-            return d.detach() * (1.0 + tokens.logprobs - tokens.logprobs.detach())
+            return d.detach().clamp(-_MAX_KL, _MAX_KL) * (1.0 + tokens.logprobs - tokens.logprobs.detach())
         if self.kl_estimator == "k2":
-            return 0.5 * d.square()
-        return torch.expm1(-d) + d
+            return (0.5 * d.square()).clamp(max=_MAX_KL)
+        return _k3(-d)
 
     def _importance(
         self, tokens: _Tokens, generation: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return truncated weights [b, T-1], metrics per token, and untruncated weights [b, T-1]; no gradient."""
         log_weight = tokens.previous - torch.where(tokens.mask > 0, generation, 0.0)
-        generation_kl = torch.expm1(log_weight) - log_weight
+        generation_kl = _k3(_clamped(log_weight))
         if self.importance_correction == "sequence":
             log_weight = log_weight.sum(dim=1, keepdim=True).expand_as(log_weight)
-        raw = log_weight.exp()
+        raw = _clamped(log_weight).exp()
         weights = raw.clamp(max=self.importance_cap)
         metrics = {
             "importance_weight_mean": weights,
@@ -216,6 +223,15 @@ class ClippedPGLoss:
             "generation_kl": generation_kl,
         }
         return weights, metrics, raw
+
+
+def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Return e^x - 1 - x, at most `_MAX_KL`; x is a clamped log-ratio."""
+    return (torch.expm1(log_ratio) - log_ratio).clamp(max=_MAX_KL)
 
 
 def _field(batch: Mapping[str, Any], key: str, needed_by: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
