@@ -70,6 +70,10 @@ class ClippedPGLoss:
                     probabilities of the completion (products over its counted tokens), so all its tokens share one w.
         loss        aggregate(-w * surrogate) + kl_coef * aggregate(KL term)
 
+    With top-p or top-k, tokens are drawn from q = pi_gen / Z (`sampling_logprobs`), where Z is the probability under
+    pi_gen of the tokens that top-p and top-k keep. Then w = min(pi_prev / q, importance_cap), and the KL term has the
+    weight pi_gen / q = Z. The expected loss is then that of samples of pi_gen, without the tokens that are never drawn.
+
     aggregate divides by *global* counts, so that the losses of micro-batches and ranks add up:
 
         "token"     sum over all tokens / global_num_tokens: DAPO, equation 12
@@ -139,13 +143,14 @@ class ClippedPGLoss:
             means = (values * tokens.mask).sum(dim=1) / tokens.mask.sum(dim=1).clamp(min=1)
             return means.sum() / num_samples
 
+        log_support = _log_support(batch, logprobs, tokens.mask)
         losses, token_metrics = self._surrogate(tokens)
         ratio = tokens.log_ratio.detach().exp()
         extremes = {"ratio_max": _maximum(ratio, tokens.mask), "ratio_min": -_maximum(-ratio, tokens.mask)}
         if self.importance_correction != "none":
             needed_by = f"loss.importance_correction={self.importance_correction}"
             generation = _field(batch, "generation_logprobs", needed_by, logprobs.shape, logprobs)[:, 1:]
-            weights, importance_metrics, raw = self._importance(tokens, generation)
+            weights, importance_metrics, raw = self._importance(tokens, generation, log_support)
             losses = losses * weights
             token_metrics |= importance_metrics
             extremes["importance_weight_max"] = _maximum(raw, tokens.mask)
@@ -153,7 +158,8 @@ class ClippedPGLoss:
         metrics = {"policy_loss": loss.detach()}
         if self.kl_coef > 0 or "reference_policy_logprobs" in batch:
             reference = _field(batch, "reference_policy_logprobs", "loss.kl_coef > 0", logprobs.shape, logprobs)[:, 1:]
-            kl = aggregate(self._kl(tokens, reference))
+            estimates = self._kl(tokens, reference)
+            kl = aggregate(estimates if log_support is None else estimates * log_support.exp())
             metrics["kl"] = kl.detach()
             if self.kl_coef > 0:
                 loss = loss + self.kl_coef * kl
@@ -208,11 +214,13 @@ class ClippedPGLoss:
         return _k3(-d)
 
     def _importance(
-        self, tokens: _Tokens, generation: torch.Tensor
+        self, tokens: _Tokens, generation: torch.Tensor, log_support: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return truncated weights [b, T-1], metrics per token, and untruncated weights [b, T-1]; no gradient."""
         log_weight = tokens.previous - torch.where(tokens.mask > 0, generation, 0.0)
         generation_kl = _k3(_clamped(log_weight))
+        if log_support is not None:
+            log_weight = log_weight + log_support
         if self.importance_correction == "sequence":
             log_weight = log_weight.sum(dim=1, keepdim=True).expand_as(log_weight)
         raw = _clamped(log_weight).exp()
@@ -232,6 +240,17 @@ def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:
 def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """Return e^x - 1 - x, at most `_MAX_KL`; x is a clamped log-ratio."""
     return (torch.expm1(log_ratio) - log_ratio).clamp(max=_MAX_KL)
+
+
+def _log_support(batch: Mapping[str, Any], logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return log Z [b, T-1], 0 where the mask is 0; None if all tokens could be drawn."""
+    if "sampling_logprobs" not in batch:
+        return None
+    generation, sampling = (
+        _field(batch, key, "top-p or top-k", logprobs.shape, logprobs)[:, 1:]
+        for key in ("generation_logprobs", "sampling_logprobs")
+    )
+    return torch.where(mask > 0, generation - sampling, 0.0)
 
 
 def _field(batch: Mapping[str, Any], key: str, needed_by: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
@@ -27,14 +29,28 @@ from nemo_rl.utils.config import load_config
         ("policy.optimizer.lr=.inf", "policy.optimizer.lr: input should be a finite number"),
         ("policy.embedded.num_attention_heads=3", r"hidden_size \(128\) must be num_attention_heads \(3\) times an"),
         ("policy.embedded.num_attention_heads=128", "times an even number"),
+        ("policy.generation={top_p: 0.9} loss.importance_correction=none", r"top_p=0.9 .*loss.importance_correction"),
+        ("policy.generation={top_k: 5} loss.importance_correction=sequence", r"top_k=5 .*and it is sequence"),
         ("grpo.in_flight_weight_updates=true", "needs max_trajectory_age of at least 1"),
     ],
 )
 def test_invalid_value_is_refused(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        load_config(MasterConfig, None, [override])
+        load_config(MasterConfig, None, re.split(r" (?=loss\.)", override))
 
 
 def test_in_flight_updates_work_with_rollouts_ahead() -> None:
     overrides = ["grpo.in_flight_weight_updates=true", "grpo.max_trajectory_age=1"]
     assert load_config(MasterConfig, None, overrides).grpo.in_flight_weight_updates
+
+
+@pytest.mark.parametrize(
+    "override", ["policy.generation.temperature=0.5", "policy.generation.top_p=0.9", "policy.generation.top_k=5"]
+)
+def test_sampling_works_with_token_weights(override: str) -> None:
+    assert load_config(MasterConfig, None, [override]).loss.importance_correction == "token"
+
+
+def test_sampling_of_validation_is_not_restricted() -> None:
+    overrides = ["policy.generation.validation={top_p: 0.9}", "loss.importance_correction=none"]
+    assert load_config(MasterConfig, None, overrides).policy.generation.validation is not None

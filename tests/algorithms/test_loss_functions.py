@@ -472,3 +472,32 @@ def test_extreme_ratios_stay_finite(key: str, log_ratio: float, sign: int, advan
     assert logprobs.grad is not None
     for name, value in {"loss": loss, "gradient": logprobs.grad, **metrics}.items():
         assert value.isfinite().all(), name
+
+
+def test_truncated_sampling_weights_by_the_support() -> None:
+    """Expected gradients over tokens drawn with top-k equal those over the tokens that top-k keeps."""
+    logits = torch.tensor([1.5, 0.3, -0.2, -1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.2, 0.4, 0.1, -0.3], dtype=torch.float64).log_softmax(-1)
+    rewards = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    kept = [0, 1, 2]
+    logprobs = logits.log_softmax(-1)
+    sampling = logits.detach()[kept].log_softmax(-1)
+    loss_fn = ClippedPGLoss(LossConfig(kl_coef=0.1, kl_estimator="k2"))
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for position, token in enumerate(kept):
+        row = torch.stack([torch.zeros((), dtype=torch.float64), logprobs[token]])[None]
+        batch = {
+            "token_mask": torch.tensor([[0.0, 1.0]]),
+            "sample_mask": torch.ones(1),
+            "advantages": rewards[token, None],
+            "generation_logprobs": row.detach(),
+            "sampling_logprobs": torch.stack([torch.zeros(()).double(), sampling[position]])[None],
+            "reference_policy_logprobs": torch.stack([torch.zeros(()).double(), reference[token]])[None],
+        }
+        loss, _ = loss_fn(row, batch, *counts(batch))
+        (of_token,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        gradient += sampling[position].exp() * of_token
+    probabilities = logprobs.detach().exp()
+    d = (logprobs - reference).detach()
+    expected = (probabilities * (-rewards + 0.1 * d) * logprobs)[kept].sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
