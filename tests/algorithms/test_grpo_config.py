@@ -25,7 +25,10 @@ from nemo_rl.utils.config import load_config
         ('policy.generation.stop_strings=[""]', "policy.generation.stop_strings: an empty stop string"),
         ("policy.generation.stop_token_ids=[-1]", "policy.generation.stop_token_ids: token ids must not be negative"),
         ("policy.generation.precision=fp8", "policy.generation.precision: input should be 'float32' or 'bfloat16'"),
-        ("policy.optimizer.betas=[0.9, 1.0]", "policy.optimizer.betas: both decay rates must be at least 0 and less than 1"),
+        (
+            "policy.optimizer.betas=[0.9, 1.0]",
+            "policy.optimizer.betas: both decay rates must be at least 0 and less than 1",
+        ),
         ("policy.optimizer.lr=.inf", "policy.optimizer.lr: input should be a finite number"),
         ("policy.embedded.num_attention_heads=3", r"hidden_size \(128\) must be num_attention_heads \(3\) times an"),
         ("policy.embedded.num_attention_heads=128", "times an even number"),

@@ -39,6 +39,19 @@ def test_logprobs_match_transformers(tiny, name: str) -> None:
     assert torch.equal(completed, inside)
 
 
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.5}, {"temperature": 1.5}, {"temperature": 1.5, "top_k": 8, "top_p": 0.8}], ids=str
+)
+def test_logprobs_have_the_temperature(tiny, sampling: dict[str, Any]) -> None:
+    model = tiny("llama")
+    result = model.generator(max_new_tokens=12, **sampling).generate(model.request(*TEXTS, seed=1, num_generations=3))
+    expected = reference_logprobs(model, result, sampling["temperature"])
+    assert (result.logprobs - expected).abs().max() < 1e-4
+    assert (result.logprobs <= result.sampling_logprobs).all()
+    assert torch.equal(result.logprobs, result.sampling_logprobs) == ("top_k" not in sampling)
+    assert (result.logprobs - reference_logprobs(model, result)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_greedy_matches_transformers(tiny, name: str) -> None:
     model = tiny(name)
