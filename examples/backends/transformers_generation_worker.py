@@ -68,7 +68,8 @@ class TransformersGenerator(Generator):
             **_sampling_arguments(request.sampling or config, greedy=request.greedy),
         )
         tokens = output.sequences[:, len(prompt) :]
-        logprobs = _logprobs_of(tokens, output.logits)
+        temperature = 1.0 if request.greedy else (request.sampling or config).temperature
+        logprobs = _logprobs_of(tokens, tuple(logits / temperature for logits in output.logits))
         sampling_logprobs = torch.zeros_like(logprobs) if request.greedy else _logprobs_of(tokens, output.scores)
         completions = []
         for row, row_tokens in enumerate(tokens.tolist()):

@@ -185,6 +185,17 @@ class MasterConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _check_truncation(self) -> MasterConfig:
+        generation, correction = self.policy.generation, self.loss.importance_correction
+        if generation.truncates and correction != "token":
+            raise ValueError(
+                f"policy.generation.top_p={generation.top_p:g} and top_k={generation.top_k} draw tokens from another "
+                "distribution than the policy's; only the weights of loss.importance_correction=token correct that, "
+                f"and it is {correction}. Set it to token, or policy.generation.top_p=1 and top_k=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sizes(self) -> MasterConfig:
         prompt, new = self.data.max_prompt_length, self.policy.generation.max_new_tokens
         if prompt + new > self.policy.max_sequence_length:

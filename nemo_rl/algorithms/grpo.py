@@ -200,6 +200,8 @@ class GRPO:
             config.grpo.num_updates_per_step > 1 or (config.policy.train_global_batch_size or batch.size) < batch.size
         )
         metrics = {}
+        if not config.policy.generation.truncates:
+            batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
         with self.timer.phase("logprobs"):
             if check or has_several_updates:
                 logprobs = self.policy.get_logprobs(batch)

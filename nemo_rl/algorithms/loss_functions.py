@@ -15,6 +15,9 @@ import torch
 if TYPE_CHECKING:
     from nemo_rl.algorithms.config import LossConfig
 
+_MAX_LOG_RATIO = 20.0
+_MAX_KL = 10.0
+
 
 @dataclass(frozen=True)
 class _Tokens:
@@ -67,6 +70,10 @@ class ClippedPGLoss:
                     probabilities of the completion (products over its counted tokens), so all its tokens share one w.
         loss        aggregate(-w * surrogate) + kl_coef * aggregate(KL term)
 
+    With top-p or top-k, tokens are drawn from q = pi_gen / Z (`sampling_logprobs`), where Z is the probability under
+    pi_gen of the tokens that top-p and top-k keep. Then w = min(pi_prev / q, importance_cap), and the KL term has the
+    weight pi_gen / q = Z. The expected loss is then that of samples of pi_gen, without the tokens that are never drawn.
+
     aggregate divides by *global* counts, so that the losses of micro-batches and ranks add up:
 
         "token"     sum over all tokens / global_num_tokens: DAPO, equation 12
@@ -87,6 +94,10 @@ class ClippedPGLoss:
                            pi_ref has none, unbounded where pi_ref has mass and pi has none.
 
     "Unbiased" holds per token and for samples of pi: the KL term contains neither r nor w.
+
+    Exponentials are bounded, so that one token cannot dominate or overflow the loss: every log-ratio of two policies is
+    clamped to +-20 before it is used, and every KL estimate to +-10. A clamped value has no gradient, but k1 keeps that
+    of its clamped d. Closer policies are not affected.
 
     Metrics (token means over `global_num_tokens` unless noted; they add up over micro-batches and ranks):
         policy_loss, kl: the two aggregates; loss = policy_loss + kl_coef * kl. `kl` is present if the batch has
@@ -132,13 +143,14 @@ class ClippedPGLoss:
             means = (values * tokens.mask).sum(dim=1) / tokens.mask.sum(dim=1).clamp(min=1)
             return means.sum() / num_samples
 
+        log_support = _log_support(batch, logprobs, tokens.mask)
         losses, token_metrics = self._surrogate(tokens)
         ratio = tokens.log_ratio.detach().exp()
         extremes = {"ratio_max": _maximum(ratio, tokens.mask), "ratio_min": -_maximum(-ratio, tokens.mask)}
         if self.importance_correction != "none":
             needed_by = f"loss.importance_correction={self.importance_correction}"
             generation = _field(batch, "generation_logprobs", needed_by, logprobs.shape, logprobs)[:, 1:]
-            weights, importance_metrics, raw = self._importance(tokens, generation)
+            weights, importance_metrics, raw = self._importance(tokens, generation, log_support)
             losses = losses * weights
             token_metrics |= importance_metrics
             extremes["importance_weight_max"] = _maximum(raw, tokens.mask)
@@ -146,7 +158,8 @@ class ClippedPGLoss:
         metrics = {"policy_loss": loss.detach()}
         if self.kl_coef > 0 or "reference_policy_logprobs" in batch:
             reference = _field(batch, "reference_policy_logprobs", "loss.kl_coef > 0", logprobs.shape, logprobs)[:, 1:]
-            kl = aggregate(self._kl(tokens, reference))
+            estimates = self._kl(tokens, reference)
+            kl = aggregate(estimates if log_support is None else estimates * log_support.exp())
             metrics["kl"] = kl.detach()
             if self.kl_coef > 0:
                 loss = loss + self.kl_coef * kl
@@ -171,7 +184,7 @@ class ClippedPGLoss:
         previous = torch.where(mask > 0, previous, 0.0)
         # The same holds for the advantage of a masked sample.
         advantages = torch.where(sample_mask > 0, advantages, 0.0)[:, None]
-        return _Tokens(mask, current, previous, current - previous, advantages)
+        return _Tokens(mask, current, previous, _clamped(current - previous), advantages)
 
     def _surrogate(self, tokens: _Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the negative clipped surrogate [b, T-1] and its metrics per token."""
@@ -183,7 +196,7 @@ class ClippedPGLoss:
             "ratio_mean": detached,
             "clip_fraction_low": (detached < self.clip_low) & bad,
             "clip_fraction_high": (detached > self.clip_high) & (tokens.advantages > 0),
-            "approx_kl": torch.expm1(tokens.log_ratio.detach()) - tokens.log_ratio.detach(),
+            "approx_kl": _k3(tokens.log_ratio.detach()),
             "entropy_estimate": -tokens.logprobs.detach(),
         }
         if self.dual_clip is not None:
@@ -193,22 +206,24 @@ class ClippedPGLoss:
 
     def _kl(self, tokens: _Tokens, reference: torch.Tensor) -> torch.Tensor:
         """Return the KL estimate of each token, [b, T-1]."""
-        d = tokens.logprobs - torch.where(tokens.mask > 0, reference, 0.0)
+        d = _clamped(tokens.logprobs - torch.where(tokens.mask > 0, reference, 0.0))
         if self.kl_estimator == "k1":
-            return d.detach() * (1.0 + tokens.logprobs - tokens.logprobs.detach())
+            return d.detach().clamp(-_MAX_KL, _MAX_KL) * (1.0 + tokens.logprobs - tokens.logprobs.detach())
         if self.kl_estimator == "k2":
-            return 0.5 * d.square()
-        return torch.expm1(-d) + d
+            return (0.5 * d.square()).clamp(max=_MAX_KL)
+        return _k3(-d)
 
     def _importance(
-        self, tokens: _Tokens, generation: torch.Tensor
+        self, tokens: _Tokens, generation: torch.Tensor, log_support: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Return truncated weights [b, T-1], metrics per token, and untruncated weights [b, T-1]; no gradient."""
         log_weight = tokens.previous - torch.where(tokens.mask > 0, generation, 0.0)
-        generation_kl = torch.expm1(log_weight) - log_weight
+        generation_kl = _k3(_clamped(log_weight))
+        if log_support is not None:
+            log_weight = log_weight + log_support
         if self.importance_correction == "sequence":
             log_weight = log_weight.sum(dim=1, keepdim=True).expand_as(log_weight)
-        raw = log_weight.exp()
+        raw = _clamped(log_weight).exp()
         weights = raw.clamp(max=self.importance_cap)
         metrics = {
             "importance_weight_mean": weights,
@@ -216,6 +231,26 @@ class ClippedPGLoss:
             "generation_kl": generation_kl,
         }
         return weights, metrics, raw
+
+
+def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Return e^x - 1 - x, at most `_MAX_KL`; x is a clamped log-ratio."""
+    return (torch.expm1(log_ratio) - log_ratio).clamp(max=_MAX_KL)
+
+
+def _log_support(batch: Mapping[str, Any], logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return log Z [b, T-1], 0 where the mask is 0; None if all tokens could be drawn."""
+    if "sampling_logprobs" not in batch:
+        return None
+    generation, sampling = (
+        _field(batch, key, "top-p or top-k", logprobs.shape, logprobs)[:, 1:]
+        for key in ("generation_logprobs", "sampling_logprobs")
+    )
+    return torch.where(mask > 0, generation - sampling, 0.0)
 
 
 def _field(batch: Mapping[str, Any], key: str, needed_by: str, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:

@@ -162,6 +162,7 @@ def training_batch(result: GenerationResult) -> BatchedDataDict:
         token_mask=in_completion.float(),
         sample_mask=torch.ones(len(result.output_ids)),
         generation_logprobs=result.logprobs,
+        sampling_logprobs=result.sampling_logprobs,
     )
 
 

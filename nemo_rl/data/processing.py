@@ -52,6 +52,7 @@ class PromptFormatter:
         self._template = _read_template(config.prompt_template)
         self._system_prompt = config.system_prompt
         self.is_chat = config.apply_chat_template and bool(tokenizer.chat_template)
+        self._num_appended = 0 if self.is_chat else _num_appended(tokenizer)
         if self._system_prompt is not None and not self.is_chat:
             raise ConfigError(
                 "data.system_prompt needs a chat model, but the tokenizer has no chat template or "
@@ -83,6 +84,27 @@ class PromptFormatter:
         except Exception as error:
             # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
             raise DataError(f"{where}: the tokenizer's chat template rejects the prompt: {error}") from error
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of each prompt, without tokens that the tokenizer appends behind a text.
+
+        Some tokenizers append end-of-sequence. A model that reads it considers the text complete and starts another.
+        """
+        # A chat template adds the special tokens itself.
+        encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=not self.is_chat)["input_ids"]
+        if self._num_appended:
+            return [tokens[: -self._num_appended] for tokens in encoded]
+        return encoded
+
+
+def _num_appended(tokenizer: Tokenizer) -> int:
+    """Return how many special tokens the tokenizer appends to every text."""
+    [plain] = tokenizer(["1"], add_special_tokens=False)["input_ids"]
+    [framed] = tokenizer(["1"], add_special_tokens=True)["input_ids"]
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return len(framed) - start - len(plain)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -135,9 +157,7 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
         for start in range(0, len(dataset), _TOKENIZER_BATCH_SIZE):
             problems = dataset[start : start + _TOKENIZER_BATCH_SIZE]
             texts = [self._formatter.text(problem, dataset.where(problem.index)) for problem in problems]
-            # A chat template adds the special tokens itself.
-            encoded = tokenizer(texts, add_special_tokens=not self._formatter.is_chat)["input_ids"]
-            for problem, tokens in zip(problems, encoded):
+            for problem, tokens in zip(problems, self._formatter.tokenize(texts)):
                 longest = max(longest, len(tokens))
                 if self._fits(len(tokens), problem.index, config):
                     ids.extend(tokens)

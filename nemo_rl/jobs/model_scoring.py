@@ -180,8 +180,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
             else:
                 problem = Problem(text, answer, row)
                 prompt = self._formatter.text(problem, f"row {row}")
-                # A chat template already adds the special tokens.
-                ids = self._tokenizer([prompt], add_special_tokens=not self._formatter.is_chat)["input_ids"][0]
+                [ids] = self._formatter.tokenize([prompt])
                 if len(ids) < self._max_length:
                     prompts.append(TokenizedProblem(problem, prompt, np.asarray(ids, dtype=np.int32)))
                 else:

@@ -150,6 +150,13 @@ def test_old_logprobs_are_computed_only_for_several_updates():
     assert "prev_logprobs" in minibatches.policy.batches[0]
 
 
+@pytest.mark.parametrize(("override", "expected"), [("temperature=0.5", False), ("top_p=0.9", True), ("top_k=5", True)])
+def test_sampling_logprobs_are_sent_only_with_truncation(override: str, expected: bool):
+    job = build("grpo.max_num_steps=1", f"policy.generation.{override}")
+    job.run()
+    assert ("sampling_logprobs" in job.policy.batches[0]) is expected
+
+
 def test_reference_logprobs_are_computed_only_with_a_kl_term():
     for coefficient, expected in (("0", False), ("0.1", True)):
         job = build("grpo.max_num_steps=1", f"loss.kl_coef={coefficient}")

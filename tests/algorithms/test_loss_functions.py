@@ -420,3 +420,84 @@ def test_pickled_loss_needs_only_torch(tmp_path: Any) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == loss_fn(logprobs, batch, *counts(batch))[0].item()
+
+
+EXTREMES = [20.0, 25.0, 90.0, 1e4, math.inf]
+
+
+def one_extreme_token(key: str, log_ratio: float, advantage: float) -> tuple[torch.Tensor, Batch]:
+    """Make two tokens, the second of which differs by `log_ratio` from one of the other policies."""
+    logprobs = torch.full((1, 3), -1.0)
+    others = ("prev_logprobs", "generation_logprobs", "reference_policy_logprobs")
+    batch = {"token_mask": torch.tensor([[0.0, 1.0, 1.0]]), "sample_mask": torch.ones(1)}
+    batch |= {name: logprobs.clone() for name in others} | {"advantages": torch.tensor([advantage])}
+    batch[key][0, 2] -= log_ratio
+    return logprobs.requires_grad_(), batch
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("log_ratio", EXTREMES)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_of_one_token_is_bounded(estimator: str, log_ratio: float, sign: int) -> None:
+    logprobs, batch = one_extreme_token("reference_policy_logprobs", sign * log_ratio, 0.0)
+    config = LossConfig(kl_coef=0.01, kl_estimator=estimator)  # type: ignore[arg-type]
+    loss, metrics = apply(config, logprobs, batch)
+    loss.backward()
+    assert abs(metrics["kl"].item()) == pytest.approx(10 / 2)  # the mean of two tokens
+    assert abs(loss.item()) == pytest.approx(0.01 * 10 / 2)
+    assert logprobs.grad is not None
+    assert logprobs.grad.abs().max() <= 0.01 * 10 / 2 + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["k1", "k2", "k3"]), st.floats(-2.5, 4.4))
+def test_kl_is_exact_below_the_bound(estimator: str, d: float) -> None:
+    logprobs, batch = one_extreme_token("reference_policy_logprobs", d, 0.0)
+    d = (logprobs[0, 2] - batch["reference_policy_logprobs"][0, 2]).item()
+    _, metrics = apply(LossConfig(kl_coef=1.0, kl_estimator=estimator), logprobs, batch)  # type: ignore[arg-type]
+    expected = {"k1": d, "k2": d * d / 2, "k3": math.expm1(-d) + d}[estimator]
+    assert metrics["kl"].item() == pytest.approx(expected / 2, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("log_ratio", EXTREMES)
+@pytest.mark.parametrize("key", ["prev_logprobs", "generation_logprobs"])
+@pytest.mark.parametrize("correction", ["none", "token", "sequence"])
+def test_extreme_ratios_stay_finite(key: str, log_ratio: float, sign: int, advantage: float, correction: str) -> None:
+    logprobs, batch = one_extreme_token(key, sign * log_ratio, advantage)
+    config = LossConfig(importance_correction=correction, importance_cap=None)  # type: ignore[arg-type]
+    loss, metrics = apply(config, logprobs, batch)
+    loss.backward()
+    assert logprobs.grad is not None
+    for name, value in {"loss": loss, "gradient": logprobs.grad, **metrics}.items():
+        assert value.isfinite().all(), name
+
+
+def test_truncated_sampling_weights_by_the_support() -> None:
+    """Expected gradients over tokens drawn with top-k equal those over the tokens that top-k keeps."""
+    logits = torch.tensor([1.5, 0.3, -0.2, -1.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.2, 0.4, 0.1, -0.3], dtype=torch.float64).log_softmax(-1)
+    rewards = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    kept = [0, 1, 2]
+    logprobs = logits.log_softmax(-1)
+    sampling = logits.detach()[kept].log_softmax(-1)
+    loss_fn = ClippedPGLoss(LossConfig(kl_coef=0.1, kl_estimator="k2"))
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for position, token in enumerate(kept):
+        row = torch.stack([torch.zeros((), dtype=torch.float64), logprobs[token]])[None]
+        batch = {
+            "token_mask": torch.tensor([[0.0, 1.0]]),
+            "sample_mask": torch.ones(1),
+            "advantages": rewards[token, None],
+            "generation_logprobs": row.detach(),
+            "sampling_logprobs": torch.stack([torch.zeros(()).double(), sampling[position]])[None],
+            "reference_policy_logprobs": torch.stack([torch.zeros(()).double(), reference[token]])[None],
+        }
+        loss, _ = loss_fn(row, batch, *counts(batch))
+        (of_token,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        gradient += sampling[position].exp() * of_token
+    probabilities = logprobs.detach().exp()
+    d = (logprobs - reference).detach()
+    expected = (probabilities * (-rewards + 0.1 * d) * logprobs)[kept].sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])

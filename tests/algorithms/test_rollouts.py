@@ -38,8 +38,8 @@ def test_training_batch_masks_completion_tokens():
         output_ids=torch.tensor([[5, 6, 7, 8, 0], [5, 7, 0, 0, 0]]),
         output_lengths=torch.tensor([4, 2]),
         prompt_lengths=torch.tensor([2, 1]),
-        logprobs=torch.zeros(2, 5),
-        sampling_logprobs=torch.zeros(2, 5),
+        logprobs=torch.full((2, 5), -2.0),
+        sampling_logprobs=torch.full((2, 5), -1.0),
         truncated=torch.tensor([False, True]),
         texts=["a", "b"],
         weights_version=0,
@@ -47,6 +47,8 @@ def test_training_batch_masks_completion_tokens():
     batch = training_batch(result)
     assert batch["token_mask"].tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]
     assert batch["sample_mask"].tolist() == [1, 1]
+    assert torch.equal(batch["generation_logprobs"], result.logprobs)
+    assert torch.equal(batch["sampling_logprobs"], result.sampling_logprobs)
 
 
 def make_rollout(rewards: list[float], length: int, group_size: int) -> Rollout:

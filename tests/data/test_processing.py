@@ -116,6 +116,48 @@ def test_prompt_without_tokens(tokenize, chat_tokenizer):
         tokenize(["1"], empty)
 
 
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        ("$A <eos>", "12"),
+        ("^^ $A <eos>", "^12"),
+        ("^^ $A <eos> <eos>", "^12"),
+        ("^^ $A <pad>", "^12"),
+        ("<eos> $A", "$12"),
+        ("<eos> $A <eos>", "$12"),  # one token is both, as in GPT-2
+        ("$A", "12"),
+    ],
+)
+def test_prompts_do_not_end_in_appended_tokens(tokenize, tokenizer, frame, expected):
+    """Expected: `^` is the bos token, `$` is the eos token."""
+    special = framed(tokenizer, frame)
+    bos, eos = special.bos_token_id, special.eos_token_id
+    ids = [{"^": bos, "$": eos}.get(c) or special.convert_tokens_to_ids(c) for c in expected]
+    problems = tokenize(["12", "345", "$"], special)
+    assert problems[0].input_ids.tolist() == ids
+    assert len(problems[1].input_ids) == len(ids) + 1
+    assert problems[2].input_ids.tolist()[-1] == special.convert_tokens_to_ids("$")
+
+
+def test_end_of_sequence_in_the_text_is_kept(tokenize, tokenizer):
+    special = framed(tokenizer, "^^ $A <eos>")
+    [problem] = tokenize(["1<eos>"], special)
+    assert problem.input_ids.tolist() == [special.bos_token_id, *ids_of(special, "1"), special.eos_token_id]
+
+
+def framed(tokenizer, frame):
+    """Return the tokenizer with an eos token and a post-processor that puts texts at `$A` of `frame`."""
+    import copy
+
+    from tokenizers import processors
+
+    special = copy.deepcopy(tokenizer)
+    special.add_special_tokens({"eos_token": "<eos>"})
+    tokens = [(token, special.convert_tokens_to_ids(token)) for token in ("^^", "<eos>", "<pad>")]
+    special.backend_tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=tokens)
+    return special
+
+
 def test_digest_covers_prompts_answers_and_order(tokenize):
     same, again = tokenize(["12", "3"]), tokenize(["12", "3"])
     assert same.digest == again.digest

@@ -71,6 +71,11 @@ class SamplingConfig(ConfigModel):
             raise ValueError("to draw from all tokens, set it to null")
         return value
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-p or top-k excludes tokens from the draws."""
+        return self.top_p < 1 or self.top_k is not None
+
 
 class GenerationConfig(SamplingConfig):
     """The generation backend, its workers, and how completions are sampled."""

@@ -78,8 +78,8 @@ class Generator(ABC):
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read the model {spec.model_name!r}: {error}") from error
         self.spec = spec
-        stop_ids = set(spec.config.stop_token_ids) | end_of_sequence_ids(self.model_config, self.tokenizer)
-        self.stop = StopRules(self.tokenizer, stop_ids, spec.config.stop_strings)
+        end_ids = end_of_sequence_ids(spec.model_name, self.model_config, self.tokenizer)
+        self.stop = StopRules(self.tokenizer, end_ids | set(spec.config.stop_token_ids), spec.config.stop_strings)
         self.version: int | None = None
 
     @abstractmethod

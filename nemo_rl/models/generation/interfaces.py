@@ -96,12 +96,11 @@ class GenerationResult:
             end-of-sequence token or the tokens of the stop string that ended it.
         output_lengths: [N] int64, prompt + completion.
         prompt_lengths: [N] int64.
-        logprobs: [N, T] float32. At completion tokens: the log-probability of the sampled token under the
-            *untransformed* model distribution (temperature 1, before top-k and top-p). The policy recomputes the same
-            quantity. 0 at prompt and padding.
+        logprobs: [N, T] float32. At completion tokens: the log-probability of the sampled token under
+            softmax(logits / temperature), before top-k and top-p; at temperature 1 where greedy. The policy recomputes
+            the same quantity. 0 at prompt and padding.
         sampling_logprobs: [N, T] float32. The log-probability of the sampled token under the distribution it was drawn
-            from (after temperature, top-k and top-p); 0 where greedy. Equal to `logprobs` at temperature 1 without
-            top-k and top-p.
+            from, after temperature, top-k and top-p; 0 where greedy. Equal to `logprobs` without top-k and top-p.
         truncated: [N] bool, True where the completion ended at the length limit.
         texts: The completions as text, without special tokens.
         weights_version: Version of the weights that generated them. If the weights changed during the call, the oldest

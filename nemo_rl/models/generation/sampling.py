@@ -88,32 +88,31 @@ class Sampler:
 
     def draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> Drawn:
         """Draw from logits [B, V] float32 with uniforms [B] float64 in (0, 1)."""
-        logprobs = logits.log_softmax(-1)
         if self._greedy:
             tokens = logits.argmax(-1, keepdim=True)
-            picked = logprobs.gather(1, tokens)[:, 0]
+            picked = logits.log_softmax(-1).gather(1, tokens)[:, 0]
             return Drawn(tokens[:, 0], picked, torch.zeros_like(picked))
-        shaped = logprobs if self._temperature == 1.0 else (logits / self._temperature).log_softmax(-1)
+        scaled = logits if self._temperature == 1.0 else logits / self._temperature
+        logprobs = scaled.log_softmax(-1)
         if self._top_p < 1.0 or (self._top_k is not None and self._top_k < logits.shape[-1]):
-            tokens, sampling = self._draw_truncated(shaped, uniforms)
-        else:
-            tokens = _invert(shaped.exp(), uniforms)
-            sampling = shaped.gather(1, tokens)
+            tokens, sampling = self._draw_truncated(logprobs, uniforms)
+            return Drawn(tokens[:, 0], logprobs.gather(1, tokens)[:, 0], sampling[:, 0])
+        tokens = _invert(logprobs.exp(), uniforms)
         picked = logprobs.gather(1, tokens)[:, 0]
-        return Drawn(tokens[:, 0], picked, sampling[:, 0])
+        return Drawn(tokens[:, 0], picked, picked)
 
-    def _draw_truncated(self, shaped: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw_truncated(self, logprobs: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw after top-k, then top-p within the top k, both after temperature; returns tokens and logprobs [B, 1].
 
         top-p keeps the smallest set of likeliest tokens whose probability reaches p (Holtzman et al., 2020, "The
         curious case of neural text degeneration"): a token is kept while the tokens before it sum to less than p.
         """
-        k = min(self._top_k or shaped.shape[-1], shaped.shape[-1])
-        if k < shaped.shape[-1]:
-            kept, order = shaped.topk(k, dim=-1)
+        k = min(self._top_k or logprobs.shape[-1], logprobs.shape[-1])
+        if k < logprobs.shape[-1]:
+            kept, order = logprobs.topk(k, dim=-1)
         else:
             # Stable, so that equally likely tokens are kept in the same order everywhere.
-            kept, order = shaped.sort(dim=-1, descending=True, stable=True)
+            kept, order = logprobs.sort(dim=-1, descending=True, stable=True)
         probabilities = kept.softmax(-1)
         if self._top_p < 1.0:
             before = probabilities.cumsum(-1, dtype=torch.float64) - probabilities

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from nemo_rl.errors import ModelError
@@ -79,8 +81,46 @@ class StopRules:
         return text
 
 
-def end_of_sequence_ids(model_config: Any, tokenizer: Any) -> set[int]:
-    """Return the end-of-sequence tokens of the model's configuration and of its tokenizer."""
-    configured = getattr(model_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}
+def end_of_sequence_ids(model_name: str, model_config: Any, tokenizer: Any) -> set[int]:
+    """Return the end-of-sequence tokens of `config.json`, of `generation_config.json`, and of the tokenizer.
+
+    Many chat models list the token that ends a turn only in `generation_config.json`.
+
+    Raises:
+        ModelError: `generation_config.json` cannot be read, or its `eos_token_id` is neither a token nor a list.
+    """
+    sources = {
+        "config.json": getattr(model_config, "eos_token_id", None),
+        "config.json, text_config": getattr(model_config.get_text_config(), "eos_token_id", None),
+        "generation_config.json": _generation_config(model_name).get("eos_token_id"),
+        "the tokenizer": tokenizer.eos_token_id,
+    }
+    result: set[int] = set()
+    for source, value in sources.items():
+        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+            raise ModelError(
+                f"the model {model_name!r}: eos_token_id of {source} is {value!r}; it must be a token id, a list of "
+                "token ids, or null"
+            )
+        result.update(ids)
+    return result
+
+
+def _generation_config(model_name: str) -> dict[str, Any]:
+    """Read the model's `generation_config.json`, from a directory or the hub; empty if there is none."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(
+            model_name,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        content = {} if path is None else json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read generation_config.json of the model {model_name!r}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"generation_config.json of the model {model_name!r} is not a JSON object")
+    return content

@@ -7,12 +7,16 @@ Layout of a training batch (`BatchedDataDict`) with B samples, padded on the rig
     token_mask                   [B, T] float32  1 for completion tokens in the loss
     sample_mask                  [B]    float32  0 excludes the whole sample from the loss
     advantages                   [B]    float32
-    generation_logprobs          [B, T] float32  reported by the generator when it sampled
+    generation_logprobs          [B, T] float32  of the generator when it sampled, before top-p and top-k
+    sampling_logprobs            [B, T] float32  of the generator after top-p and top-k; absent without them
     prev_logprobs                [B, T] float32  of the policy before the step; absent in the first update on a
                                                  batch, where they equal those of the policy being trained
     reference_policy_logprobs    [B, T] float32  only with a KL term
 
-The log-probability at [b, t] is that of token t given the tokens before it, at temperature 1 unless stated otherwise.
+The log-probability at [b, t] is that of token t given the tokens before it, under softmax(logits / temperature) with
+the temperature of generation (`policy.generation.temperature`): training optimises the distribution that was sampled
+from. This includes the reference policy, as in TRL (`GRPOTrainer._get_per_token_logps_and_entropies`) and verl
+(`compute_ref_log_prob`), so the KL divergence is that of the distributions that the two policies would sample from.
 Position 0 and padding are 0.
 """
 

@@ -25,14 +25,16 @@ class LogprobForward:
     Args:
         model: the model; the pass uses its precision and its sharding.
         packed: lay the sequences of a micro-batch end to end.
+        temperature: of the log-probabilities, which are those of softmax(logits / temperature).
 
     Raises:
         ModelError: with `packed`, if the model lets packed sequences attend to each other.
     """
 
-    def __init__(self, model: ParallelModel, *, packed: bool) -> None:
+    def __init__(self, model: ParallelModel, *, packed: bool, temperature: float) -> None:
         self._model = model
         self._packed = packed
+        self._temperature = temperature
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.module.forward).parameters
         if packed:
             self._check_packing()
@@ -72,7 +74,7 @@ class LogprobForward:
         if not self._keeps_logits:
             kept = inputs.logits_to_keep
             logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
-        return inputs.scatter(token_logprobs(logits.flatten(0, 1), inputs.tokens))
+        return inputs.scatter(token_logprobs(logits.flatten(0, 1), inputs.tokens, self._temperature))
 
     def _check_packing(self) -> None:
         """Check that transformers derives the attention mask from positions, which not every architecture does."""
@@ -84,7 +86,7 @@ class LogprobForward:
             padded, packed = (
                 self._run(model_inputs(batch, packed=packed, only_loss_tokens=False)) for packed in (False, True)
             )
-        error = float((padded - packed).abs().max())
+        error = float((padded - packed).abs().max()) * self._temperature  # rounding errors grow as 1 / temperature
         bfloat16 = self._model.bfloat16
         if not error <= _PACKING_TOLERANCE[bfloat16]:
             attention = self._model.config._attn_implementation
@@ -95,8 +97,8 @@ class LogprobForward:
             )
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Compute log softmax(logits)[n, tokens[n]] in float32, one chunk of rows at a time.
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Compute log softmax(logits / temperature)[n, tokens[n]] in float32, one chunk of rows at a time.
 
     The backward pass allocates one more buffer of the logits' size and dtype (their gradient). Neither pass holds more
     than `CHUNK_ELEMENTS` elements in float32.
@@ -108,38 +110,46 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Args:
         logits: [N, V], any floating dtype.
         tokens: [N] int64.
+        temperature: greater than 0.
 
     Returns:
         [N] float32, differentiable with respect to `logits`.
     """
-    result: torch.Tensor = _TokenLogprobs.apply(logits, tokens)
+    result: torch.Tensor = _TokenLogprobs.apply(logits, tokens, temperature)
     return result
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
         logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
         normalizers = torch.empty_like(logprobs)
         for rows in row_chunks(logits):
-            chunk = logits[rows].float()
+            chunk = scaled(logits[rows].float(), temperature)
             normalizers[rows] = torch.logsumexp(chunk, dim=-1)
             logprobs[rows] = chunk.gather(-1, tokens[rows, None]).squeeze(-1)
         logprobs -= normalizers
         ctx.save_for_backward(logits, tokens, normalizers)
+        ctx.temperature = temperature
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, tokens, normalizers = ctx.saved_tensors
         (gradient,) = gradients
         logits_gradient = torch.empty_like(logits)
         for rows in row_chunks(logits):
-            # d logprob / d logits = onehot(token) - softmax(logits)
-            weight = gradient[rows, None]
-            chunk = (logits[rows].float() - normalizers[rows, None]).exp_().mul_(-weight)
+            # d logprob / d logits = (onehot(token) - softmax(logits / temperature)) / temperature
+            weight = scaled(gradient[rows, None], ctx.temperature)
+            chunk = scaled(logits[rows].float(), ctx.temperature) - normalizers[rows, None]
+            chunk = chunk.exp_().mul_(-weight)
             logits_gradient[rows] = chunk.scatter_add_(-1, tokens[rows, None], weight)
-        return logits_gradient, None
+        return logits_gradient, None, None
+
+
+def scaled(values: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return values / temperature; at temperature 1 the values themselves, without a copy."""
+    return values if temperature == 1.0 else values / temperature
 
 
 def row_chunks(logits: torch.Tensor) -> list[slice]:

@@ -100,8 +100,14 @@ class MegatronPolicyWorker(PolicyWorker):
         return WeightExchange(model, self._hf, self._family, shapes, self._grid)
 
     def _pipeline(self, model: Any) -> PipelineForward:
-        packed = self._config.batching.mode == "packed"
-        return PipelineForward(model, self._grid, self._options, self._hf.vocab_size, packed=packed)
+        return PipelineForward(
+            model,
+            self._grid,
+            self._options,
+            self._hf.vocab_size,
+            packed=self._config.batching.mode == "packed",
+            temperature=self._config.generation.temperature,
+        )
 
     def _load_on_rank_0(self) -> PreTrainedModel | None:
         """Load the model into rank 0's main memory; other ranks read no weights."""

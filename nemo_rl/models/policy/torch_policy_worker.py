@@ -5,7 +5,7 @@ from __future__ import annotations
 from nemo_rl.models.policy.logprob_forward import LogprobForward
 from nemo_rl.models.policy.offload import Scratch
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
-from nemo_rl.models.policy.parallel_model import load_parallel_model
+from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.policy_checkpoint import TorchState
 from nemo_rl.models.policy.worker_base import PolicyWorker
 
@@ -20,7 +20,7 @@ class TorchPolicyWorker(PolicyWorker):
     def _build(self, total_steps: int) -> None:
         config = self._config
         self._model = load_parallel_model(config, self._group, trained=True)
-        self._forward = LogprobForward(self._model, packed=config.batching.mode == "packed")
+        self._forward = self._forward_of(self._model)
         self._optimizer = PolicyOptimizer(
             self._model.parameters(),
             config.optimizer,
@@ -37,6 +37,11 @@ class TorchPolicyWorker(PolicyWorker):
 
     def _load_reference(self) -> LogprobForward:
         model = load_parallel_model(self._config, self._group, trained=False)
-        forward = LogprobForward(model, packed=self._config.batching.mode == "packed")
+        forward = self._forward_of(model)
         self._track_reference(model.module, lambda: model.parameters().values())
         return forward
+
+    def _forward_of(self, model: ParallelModel) -> LogprobForward:
+        config = self._config
+        packed = config.batching.mode == "packed"
+        return LogprobForward(model, packed=packed, temperature=config.generation.temperature)

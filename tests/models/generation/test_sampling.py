@@ -73,7 +73,17 @@ def test_draws_follow_the_warped_distribution(config: SamplingConfig) -> None:
     frequencies = torch.bincount(drawn.tokens, minlength=20) / num_draws
     assert (frequencies - expected).abs().max() <= 2 / num_draws
     assert torch.allclose(drawn.sampling_logprobs, expected[drawn.tokens].log(), atol=1e-5)
-    assert torch.allclose(drawn.logprobs, logits.log_softmax(-1)[0, drawn.tokens], atol=1e-5)
+    logprobs = (logits / config.temperature).log_softmax(-1)[0]
+    assert torch.allclose(drawn.logprobs, logprobs[drawn.tokens], atol=1e-5)
+    if not config.truncates:
+        assert torch.equal(drawn.logprobs, drawn.sampling_logprobs)
+
+
+def test_greedy_draws_have_the_logprobs_of_the_model() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    drawn = Sampler(SamplingConfig(temperature=0.5), greedy=True).draw(logits, torch.tensor([0.5]).double())
+    assert drawn.tokens.tolist() == [1]
+    assert torch.equal(drawn.logprobs, logits.log_softmax(-1)[:, 1])
 
 
 def test_impossible_tokens_are_never_drawn() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_generation import CONFIGS, reference_logprobs
 
 from nemo_rl.errors import ModelError, WeightSyncError
-from nemo_rl.models.generation.config import SamplingConfig
+from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
+from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
+from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.generation.torch.hf_decoder import HFDecoder
 from nemo_rl.models.generation.torch.llama_decoder import LlamaDecoder
 from nemo_rl.models.weights.digest import digest_tensors
@@ -31,6 +37,19 @@ def test_logprobs_match_transformers(tiny, name: str) -> None:
     positions = torch.arange(result.output_ids.shape[1])
     inside = (positions >= result.prompt_lengths[:, None]) & (positions < result.output_lengths[:, None])
     assert torch.equal(completed, inside)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.5}, {"temperature": 1.5}, {"temperature": 1.5, "top_k": 8, "top_p": 0.8}], ids=str
+)
+def test_logprobs_have_the_temperature(tiny, sampling: dict[str, Any]) -> None:
+    model = tiny("llama")
+    result = model.generator(max_new_tokens=12, **sampling).generate(model.request(*TEXTS, seed=1, num_generations=3))
+    expected = reference_logprobs(model, result, sampling["temperature"])
+    assert (result.logprobs - expected).abs().max() < 1e-4
+    assert (result.logprobs <= result.sampling_logprobs).all()
+    assert torch.equal(result.logprobs, result.sampling_logprobs) == ("top_k" not in sampling)
+    assert (result.logprobs - reference_logprobs(model, result)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -221,3 +240,34 @@ def test_non_finite_logits_are_an_error(tiny) -> None:
     generator.update_weights(publish(tensors.items(), version=2, dtype="float32", transport="local"))
     with pytest.raises(ModelError, match="version 2 produces non-finite logits"):
         generator.generate(model.request("a", seed=0))
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"),
+    [([5, 6], {2, 5, 6}), (5, {2, 5}), ([], {2}), (None, {2}), ("absent", {2}), ("no file", {2})],
+    ids=str,
+)
+def test_generation_config_ends_completions(tiny, tmp_path: Path, configured: Any, expected: set[int]) -> None:
+    """The token that ends a turn of a chat model may be in `generation_config.json` only."""
+    model = tiny("llama")
+    directory = shutil.copytree(model.directory, tmp_path / "model")
+    path = directory / "generation_config.json"
+    path.unlink(missing_ok=True)
+    if configured != "no file":
+        path.write_text(json.dumps({} if configured == "absent" else {"eos_token_id": configured, "temperature": 0.1}))
+    generator = TorchGenerator(GeneratorSpec(str(directory), GenerationConfig(max_new_tokens=12), 64))
+    assert generator.stop.token_ids == expected
+    generator.update_weights(model.publish())
+    result = generator.generate(model.request(*TEXTS, seed=1, num_generations=8))
+    for row, (start, end) in enumerate(zip(result.prompt_lengths.tolist(), result.output_lengths.tolist())):
+        completion = result.output_ids[row, start:end].tolist()
+        assert not expected & set(completion[:-1])
+        assert result.truncated[row] == (completion[-1] not in expected)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [-1]}', "\xff"])
+def test_damaged_generation_config_is_refused(tiny, tmp_path: Path, content: str) -> None:
+    directory = shutil.copytree(tiny("llama").directory, tmp_path / "model")
+    (directory / "generation_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        TorchGenerator(GeneratorSpec(str(directory), GenerationConfig(), 64))

@@ -78,13 +78,13 @@ class TinyModel:
         return padded, torch.tensor([len(tokens) for tokens in ids])
 
 
-def reference_logprobs(tiny: TinyModel, result: GenerationResult) -> torch.Tensor:
+def reference_logprobs(tiny: TinyModel, result: GenerationResult, temperature: float = 1.0) -> torch.Tensor:
     """Return the transformers model's log-probabilities of all completion tokens, row by row without padding."""
     logprobs = torch.zeros_like(result.logprobs)
     for row, (start, end) in enumerate(zip(result.prompt_lengths.tolist(), result.output_lengths.tolist())):
         ids = result.output_ids[row : row + 1, :end]
         with torch.no_grad():
-            all_logprobs = tiny.model(input_ids=ids).logits[0].log_softmax(-1)
+            all_logprobs = (tiny.model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
         for position in range(start, end):
             logprobs[row, position] = all_logprobs[position - 1, ids[0, position]]
     return logprobs

@@ -7,18 +7,23 @@ from nemo_rl.models.policy import logprob_forward
 from nemo_rl.models.policy.logprob_forward import token_logprobs
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.5])
 @pytest.mark.parametrize("chunk_elements", [1, 50, 2**24])
-def test_token_logprobs_match_log_softmax(monkeypatch: pytest.MonkeyPatch, chunk_elements: int) -> None:
+def test_token_logprobs_match_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, temperature: float
+) -> None:
     monkeypatch.setattr(logprob_forward, "CHUNK_ELEMENTS", chunk_elements)
     torch.manual_seed(0)
     logits = (torch.randn(13, 17) * 5).requires_grad_()
     tokens, weights = torch.randint(0, 17, (13,)), torch.randn(13)
-    result = token_logprobs(logits, tokens)
-    expected = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, None])[:, 0]
+    before = logits.detach().clone()
+    result = token_logprobs(logits, tokens, temperature)
+    expected = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(result, expected)
     (of_result,) = torch.autograd.grad((result * weights).sum(), logits)
     (of_expected,) = torch.autograd.grad((expected * weights).sum(), logits)
     torch.testing.assert_close(of_result, of_expected)
+    assert torch.equal(logits, before), "the logits must not be changed in place"
 
 
 def test_bfloat16_logits_are_normalized_in_float32() -> None:

@@ -52,7 +52,7 @@ def test_unsupported_family_lists_supported_ones() -> None:
         find_family("mamba")
 
 
-def logprobs_of_shard(rank: int, vocabulary: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs_of_shard(rank: int, vocabulary: int, padded: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     torch.distributed.init_process_group("gloo", init_method="env://")
     draws = torch.Generator().manual_seed(1)
     logits = torch.randn(7, padded, generator=draws) * 5
@@ -60,19 +60,23 @@ def logprobs_of_shard(rank: int, vocabulary: int, padded: int) -> tuple[torch.Te
     local = logits.chunk(2, dim=1)[rank].clone().requires_grad_()
     group = torch.distributed.group.WORLD
     assert group is not None
-    logprobs = vocabulary_parallel_logprobs(local, tokens, vocabulary, group)
+    logprobs = vocabulary_parallel_logprobs(local, tokens, vocabulary, group, temperature)
     (logprobs * torch.arange(7)).sum().backward()
     assert local.grad is not None
     return logprobs.detach(), local.grad
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.5])
 @pytest.mark.parametrize(("vocabulary", "padded"), [(10, 10), (9, 10), (3, 10)])
-def test_vocabulary_parallel_logprobs_match_full_logits(two_ranks: RankProcesses, vocabulary: int, padded: int) -> None:
-    (first, first_gradient), (second, second_gradient) = two_ranks.run(logprobs_of_shard, vocabulary, padded)
+def test_vocabulary_parallel_logprobs_match_full_logits(
+    two_ranks: RankProcesses, vocabulary: int, padded: int, temperature: float
+) -> None:
+    ranks = two_ranks.run(logprobs_of_shard, vocabulary, padded, temperature)
+    (first, first_gradient), (second, second_gradient) = ranks
     draws = torch.Generator().manual_seed(1)
     logits = (torch.randn(7, padded, generator=draws) * 5).requires_grad_()
     tokens = torch.randint(vocabulary, (7,), generator=draws)
-    expected = token_logprobs(logits[:, :vocabulary], tokens)
+    expected = token_logprobs(logits[:, :vocabulary], tokens, temperature)
     (expected * torch.arange(7)).sum().backward()
     assert logits.grad is not None
     torch.testing.assert_close(first, expected.detach())

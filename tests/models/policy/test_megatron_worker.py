@@ -96,6 +96,23 @@ def test_megatron_logprobs_match_in_every_batching_mode(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2"])
+def test_megatron_temperature_matches_torch(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, temperature: float
+) -> None:
+    generation = {"temperature": temperature}
+    config = {"options": LAYOUTS[layout], "generation": generation}
+    (actual, reference_agrees, _), _ = megatron_ranks.run("tiny_megatron.logprobs", models["qwen3"], config)
+    expected = make_worker(models["qwen3"], generation=generation).get_logprobs(make_batch())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
+    assert reference_agrees
+    (results, state), _ = megatron_ranks.run("tiny_megatron.train", models["qwen3"], config)
+    expected_results, expected_state = torch_steps(models["qwen3"], generation=generation)
+    assert_same_metrics(results, expected_results)
+    assert_close(state, expected_state)
+
+
 @pytest.mark.parametrize("layout", ["cp2", "tp2_sequence", "tp2"])
 def test_one_key_value_head_with_split_sequences(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str

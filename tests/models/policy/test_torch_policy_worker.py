@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rank_processes import RankProcesses
 from tiny_policy import EPS, advantage_loss, assert_equal, make_batch, make_worker, nan_loss, weights
 from transformers import AutoModelForCausalLM
 
+from nemo_rl.algorithms.config import LossConfig
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.errors import DataError, ModelError, NonFiniteError
 from nemo_rl.models.policy.config import BatchingConfig
@@ -65,14 +68,14 @@ def assert_same_metrics(first: list[TrainResult], second: list[TrainResult]) -> 
         assert (one.num_optimizer_steps, one.num_tokens) == (other.num_optimizer_steps, other.num_tokens)
 
 
-def reference_logprobs(model: Path, batch: BatchedDataDict) -> torch.Tensor:
+def reference_logprobs(model: Path, batch: BatchedDataDict, temperature: float = 1.0) -> torch.Tensor:
     """Compute log-probabilities one sequence at a time with transformers alone."""
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     result = torch.zeros(batch["input_ids"].shape)
     for row, length in enumerate(batch["input_lengths"].tolist()):
         ids = batch["input_ids"][row, :length]
         with torch.no_grad():
-            logprobs = torch.log_softmax(module(input_ids=ids[None]).logits[0], dim=-1)
+            logprobs = torch.log_softmax(module(input_ids=ids[None]).logits[0] / temperature, dim=-1)
         result[row, 1:length] = logprobs[:-1].gather(-1, ids[1:, None])[:, 0]
     return result
 
@@ -88,6 +91,43 @@ def test_logprobs_match_single_sequences(llama: Path, mode: str, attention: str)
     torch.testing.assert_close(logprobs, reference_logprobs(llama, shard), rtol=1e-4, atol=1e-5)
     assert logprobs.dtype == torch.float32
     assert logprobs.shape == batch["input_ids"].shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_logprobs_have_the_temperature_of_generation(llama: Path, mode: str, temperature: float) -> None:
+    config = MODES[mode] | {"generation": {"temperature": temperature}}
+    worker = make_worker(llama, **config)
+    shard = shards_of(make_batch(), 1, config)[0]
+    expected = reference_logprobs(llama, shard, temperature)
+    torch.testing.assert_close(worker.get_logprobs(shard), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(worker.get_reference_policy_logprobs(shard), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_sampled_tokens_train_the_distribution_they_came_from(llama: Path, mode: str, temperature: float) -> None:
+    """Draw from softmax(logits / T) with transformers, and compare loss and gradient with autograd through it."""
+    batch = make_batch()
+    module = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attention_dropout=0.0)
+    logprobs = torch.log_softmax(module(input_ids=batch["input_ids"]).logits[:, :-1] / temperature, dim=-1)
+    logprobs = torch.nn.functional.pad(logprobs.gather(-1, batch["input_ids"][:, 1:, None])[..., 0], (1, 0))
+    batch["generation_logprobs"] = logprobs.detach() - 0.1  # the generator differs: every weight is e^0.1
+    batch["reference_policy_logprobs"] = logprobs.detach() + 0.3
+    counted = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
+    surrogate = math.exp(0.1) * (logprobs - logprobs.detach()).exp()[:, 1:] * batch["advantages"][:, None]
+    d = (logprobs - batch["reference_policy_logprobs"])[:, 1:]
+    loss = ((-surrogate + 0.2 * (torch.exp(-d) - 1 + d)) * counted).sum() / counted.sum()
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    config = MODES[mode] | {"generation": {"temperature": temperature}}
+    worker = make_worker(llama, **config)
+    loss_fn = ClippedPGLoss(LossConfig(kl_coef=0.2))
+    metrics = worker.train(shards_of(batch, 1, config)[0], loss_fn).metrics
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert metrics["importance_weight_mean"] == pytest.approx(math.exp(0.1), rel=1e-4)
+    assert metrics["ratio_max"] == pytest.approx(1.0)
 
 
 def test_first_step_matches_adamw_by_hand(llama: Path) -> None:

@@ -1,9 +1,9 @@
 """Sampling for vLLM: the tokens are drawn by `nemo_rl.models.generation.sampling`, as with every other backend.
 
-vLLM returns the log-probability of a sampled token either before or after temperature, top-k and top-p, not both, and
-it draws requests with seeds one by one. Here a logits processor (vLLM's extension point for sampling) draws the whole
-batch at once from the rows' own random streams, records both log-probabilities, and leaves vLLM a single possible
-token, which vLLM takes greedily.
+vLLM returns the log-probability of a sampled token either before or after top-k and top-p, not both, and it draws
+requests with seeds one by one. Here a logits processor (vLLM's extension point for sampling) draws the whole batch at
+once from the rows' own random streams, records both log-probabilities, and leaves vLLM a single possible token, which
+vLLM takes greedily.
 
 ::
 
@@ -82,9 +82,9 @@ class Draws:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def logprobs(self, row: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-probabilities of a row's first tokens, untransformed and as sampled; [num_tokens] each."""
-        untransformed, sampled = self._logprobs[:, row, :num_tokens].cpu()
-        return untransformed, sampled
+        """Return the two log-probabilities of a row's first tokens, as in `GenerationResult`; [num_tokens] each."""
+        logprobs, sampling_logprobs = self._logprobs[:, row, :num_tokens].cpu()
+        return logprobs, sampling_logprobs
 
 
 class RowSampler(LogitsProcessor):

@@ -57,13 +57,24 @@ class PipelineForward:
         options: the parallel sizes.
         vocabulary: size of the model's vocabulary, without padding.
         packed: lay the sequences of a micro-batch end to end.
+        temperature: of the log-probabilities, which are those of softmax(logits / temperature).
     """
 
-    def __init__(self, model: Any, grid: Grid, options: MegatronOptions, vocabulary: int, *, packed: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        grid: Grid,
+        options: MegatronOptions,
+        vocabulary: int,
+        *,
+        packed: bool,
+        temperature: float,
+    ) -> None:
         self._model = model
         self._grid = grid
         self._vocabulary = vocabulary
         self._packed = packed
+        self._temperature = temperature
         self._split_sequence = options.sequence_parallel or options.context_parallel_size > 1
         self._multiple = (options.tensor_parallel_size if options.sequence_parallel else 1) * (
             2 * options.context_parallel_size if options.context_parallel_size > 1 else 1
@@ -160,7 +171,7 @@ class PipelineForward:
         return inputs.scatter(self._token_logprobs(logits.flatten(0, 1), inputs.tokens))
 
     def _token_logprobs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return vocabulary_parallel_logprobs(logits, tokens, self._vocabulary, self._grid.tensor)
+        return vocabulary_parallel_logprobs(logits, tokens, self._vocabulary, self._grid.tensor, self._temperature)
 
     def _context_parallel_logprobs(self, prepared: _Prepared, logits: torch.Tensor) -> torch.Tensor:
         """Compute [R * K] log-probabilities: each rank computes those of its positions, and all are gathered."""

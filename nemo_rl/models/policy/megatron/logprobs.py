@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_rl.models.policy.logprob_forward import row_chunks
+from nemo_rl.models.policy.logprob_forward import row_chunks, scaled
 
 
 def vocabulary_parallel_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, vocabulary: int, group: dist.ProcessGroup
+    logits: torch.Tensor, tokens: torch.Tensor, vocabulary: int, group: dist.ProcessGroup, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Compute log softmax(logits)[n, tokens[n]] without gathering logits: ranks reduce three numbers per token.
+    """Compute log softmax(logits / temperature)[n, tokens[n]]; ranks reduce three numbers per token, no logits.
 
     The computation is in float32, one chunk of rows at a time. The backward pass allocates one more buffer of the size
     and dtype of the local logits and needs no communication.
@@ -23,6 +23,7 @@ def vocabulary_parallel_logprobs(
         tokens: [N] int64, the same on all ranks.
         vocabulary: size of the vocabulary; columns beyond it are padding and get no gradient.
         group: the tensor-parallel ranks.
+        temperature: greater than 0.
 
     Returns:
         [N] float32, the same on all ranks, differentiable with respect to `logits`. The incoming gradient must be the
@@ -30,7 +31,7 @@ def vocabulary_parallel_logprobs(
     """
     start = group.rank() * logits.shape[-1]
     counted = min(max(vocabulary - start, 0), logits.shape[-1])
-    result: torch.Tensor = _VocabularyParallelLogprobs.apply(logits, tokens, start, counted, group)
+    result: torch.Tensor = _VocabularyParallelLogprobs.apply(logits, tokens, start, counted, temperature, group)
     return result
 
 
@@ -42,6 +43,7 @@ class _VocabularyParallelLogprobs(torch.autograd.Function):
         tokens: torch.Tensor,
         start: int,
         counted: int,
+        temperature: float,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         is_local = (tokens >= start) & (tokens < start + counted)
@@ -52,34 +54,35 @@ class _VocabularyParallelLogprobs(torch.autograd.Function):
         chunks = row_chunks(logits)
         if counted:
             for rows in chunks:
-                largest[rows] = logits[rows, :counted].amax(dim=-1).float()
+                largest[rows] = scaled(logits[rows, :counted].amax(dim=-1).float(), temperature)
         _reduce(largest, dist.ReduceOp.MAX, group)
         if counted:
             for rows in chunks:
-                chunk = logits[rows, :counted].float() - largest[rows, None]
+                chunk = scaled(logits[rows, :counted].float(), temperature) - largest[rows, None]
                 sums[1, rows] = chunk.gather(-1, columns[rows, None]).squeeze(-1)
                 sums[0, rows] = chunk.exp_().sum(dim=-1)
         sums[1].masked_fill_(~is_local, 0.0)
         _reduce(sums, dist.ReduceOp.SUM, group)
         log_sums = sums[0].log()
         ctx.save_for_backward(logits, columns, is_local, largest + log_sums)
-        ctx.counted = counted
+        ctx.counted, ctx.temperature = counted, temperature
         return sums[1] - log_sums
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         logits, columns, is_local, normalizers = ctx.saved_tensors
         (gradient,) = gradients
         logits_gradient = torch.empty_like(logits)
         logits_gradient[:, ctx.counted :] = 0.0
         for rows in row_chunks(logits) if ctx.counted else []:
-            # d logprob / d logits = onehot(token) - softmax(logits)
-            weight = gradient[rows, None]
-            chunk = (logits[rows, : ctx.counted].float() - normalizers[rows, None]).exp_().mul_(-weight)
+            # d logprob / d logits = (onehot(token) - softmax(logits / temperature)) / temperature
+            weight = scaled(gradient[rows, None], ctx.temperature)
+            chunk = scaled(logits[rows, : ctx.counted].float(), ctx.temperature) - normalizers[rows, None]
+            chunk = chunk.exp_().mul_(-weight)
             logits_gradient[rows, : ctx.counted] = chunk.scatter_add_(
                 -1, columns[rows, None], weight * is_local[rows, None]
             )
-        return logits_gradient, None, None, None, None
+        return logits_gradient, None, None, None, None, None
 
 
 def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> None:
