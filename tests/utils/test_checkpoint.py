@@ -1,5 +1,6 @@
 """Checkpoints on disk."""
 
+import contextlib
 import json
 import os
 import sys
@@ -123,10 +124,8 @@ def run_with_fault(store, step, at, kind):
                     raise OSError(5, "Input/output error")
 
         sys.addaudithook(hook)
-        try:
+        with contextlib.suppress(CheckpointError):
             save(store, step, 0.9)
-        except CheckpointError:
-            pass
         os._exit(1 if changes >= at else 0)
 
     pid = os.fork()
