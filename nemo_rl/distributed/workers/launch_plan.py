@@ -41,6 +41,7 @@ from nemo_rl.distributed.workers.runtime_env import (
     upload_local_files,
 )
 from nemo_rl.errors import WorkerStartError
+from nemo_rl.secrets import is_secret_variable
 from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, read_manifest
 
@@ -108,7 +109,7 @@ class LaunchPlan:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Values that no message may show."""
-        return tuple(value for name, value in self.host_env_vars.items() if settings.is_secret(name) and value)
+        return tuple(value for name, value in self.host_env_vars.items() if value and is_secret_variable(name, value))
 
     def configure(self, calls: list[dict[str, Any]]) -> list[ConfiguredWorker]:
         """Evaluate the class's `configure_worker(**call)` for each of `calls`, in the worker's venv.
@@ -248,13 +249,13 @@ def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[di
         result = {name: value for name, value in result.items() if name not in _VENV_FIELDS}
         result["py_executable"] = python.python
     given = fields.get("env_vars") or {}
-    by_ray = {name: value for name, value in given.items() if not settings.is_secret(name)}
-    by_host = {name: value for name, value in given.items() if settings.is_secret(name)}
+    by_ray = {name: value for name, value in given.items() if not is_secret_variable(name, value)}
+    by_host = {name: value for name, value in given.items() if is_secret_variable(name, value)}
     for name, value in settings.forwarded().items():
         if name in given:
             continue
         # Ray writes every runtime_env to its logs, and expands `$NAME` in the values.
-        target = by_host if settings.is_secret(name) or "$" in value else by_ray
+        target = by_host if is_secret_variable(name, value) or "$" in value else by_ray
         target[name] = value
     active = dict(python.activation)
     source = search_path()

@@ -30,6 +30,7 @@ from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.distributed.ray_private import upload_directories, upload_setup_hook
 from nemo_rl.errors import ClusterError, RuntimeEnvError, WorkerStartError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.names import did_you_mean
 from nemo_rl.venvs import parse_py_executable, spec_from_runtime_env
 
@@ -338,7 +339,7 @@ class WorkerOptions:
 def _log_overrides(fqn: str, given: Mapping[str, Any], replaced: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in replaced.items():
         if name in given and given[name] != value:
-            shown = (settings.MASK, settings.MASK) if settings.is_secret(name) else (given[name], value)
+            shown = [settings.MASK if settings.is_secret(name) else mask_secrets(v) for v in (given[name], value)]
             logger.warning("%s.configure_worker overrides %s%s=%r with %r", fqn, prefix, name, *shown)
 
 
