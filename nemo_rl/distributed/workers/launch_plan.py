@@ -36,6 +36,7 @@ from nemo_rl.distributed.workers.runtime_env import (
     check_conflicts,
     checked_runtime_env,
     merged_runtime_env,
+    needs_programs,
     ray_chooses_python,
     require_programs_on_each_node,
     upload_local_files,
@@ -148,6 +149,7 @@ class LaunchPlan:
     def with_fields(self, fields: Mapping[str, Any]) -> LaunchPlan:
         """Return the plan with other `runtime_env` fields, for a worker whose `configure_worker` overrides some."""
         python = self.python
+        _require_programs({name: value for name, value in fields.items() if name not in self.fields})
         if any(fields.get(name) != self.fields.get(name) for name in PYTHON_FIELDS):
             python = prepare_python(self.fqn, fields)
         runtime_env, host_env_vars = ray_runtime_env(python, fields)
@@ -190,15 +192,22 @@ def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
 
 def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     """Make the Python of `fields`, or else of the registry, ready on every node."""
+    _require_programs(fields)
     if ray_chooses_python(fields):
         distribute_source(alive_nodes())
-        require_programs_on_each_node(fields)
         return WorkerPython()
     spec = spec_from_runtime_env(fields, fields.get("py_executable") or get_actor_python_env(fqn))
     # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
     is_default = not any(name in fields for name in _VENV_FIELDS)
     name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
     return prepare_pythons({name: spec})[name]
+
+
+def _require_programs(fields: Mapping[str, Any]) -> None:
+    """Raise `ClusterError` before anything is built if a node lacks a program that a field needs, such as `nsys`."""
+    if needs_programs(fields):
+        distribute_source(alive_nodes())  # the check runs this package's code on every node
+        require_programs_on_each_node(fields)
 
 
 def prepare_pythons(

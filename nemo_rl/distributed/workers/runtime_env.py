@@ -174,6 +174,11 @@ def is_early(name: str) -> bool:
     return name.startswith(_EARLY_PREFIXES)
 
 
+def needs_programs(fields: Mapping[str, Any]) -> bool:
+    """Return whether a field needs a program on the nodes."""
+    return any(name in _PROGRAMS for name in fields)
+
+
 def require_programs_on_each_node(fields: Mapping[str, Any]) -> None:
     """Check that every node has the programs that these fields need, such as `podman` for a container.
 
@@ -194,10 +199,13 @@ def require_programs_on_each_node(fields: Mapping[str, Any]) -> None:
     for name, alternatives in needed.items():
         lacking = [address for address, names in installed.items() if not set(alternatives) & set(names)]
         if lacking:
+            profiles = name in ("nsight", "rocprof_sys")
+            remedy = (
+                "remove the field" if profiles else "use pip, uv or py_executable, which need no program on the nodes"
+            )
             raise ClusterError(
                 f"runtime_env[{name!r}] needs {' or '.join(alternatives)}, which is not on the PATH of "
-                f"{', '.join(lacking)}. Install it there, or use pip, uv or py_executable, which need no program on "
-                "the nodes."
+                f"{', '.join(lacking)}. Install it there, or {remedy}."
             )
 
 
