@@ -204,11 +204,14 @@ class MasterConfig(ConfigModel):
                 f"policy.max_sequence_length ({self.policy.max_sequence_length})"
             )
         batching = self.policy.batching
-        longest = -(-self.policy.max_sequence_length // batching.length_multiple) * batching.length_multiple
+        longest = self.policy.max_sequence_length
+        if batching.mode == "packed":  # dynamic batching does not round beyond the width of the batch
+            longest = -(-longest // batching.length_multiple) * batching.length_multiple
         if batching.mode != "fixed" and batching.max_tokens < longest:
             raise ValueError(
                 f"policy.batching.max_tokens ({batching.max_tokens}) is less than one sequence of "
-                f"policy.max_sequence_length ({longest} tokens, rounded up to policy.batching.length_multiple)"
+                f"policy.max_sequence_length ({longest} tokens, in mode packed rounded up to "
+                "policy.batching.length_multiple)"
             )
         samples = self.num_samples_per_step
         per_update = self.policy.train_global_batch_size or samples

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
-from nemo_rl.data.problem import Problem, ProblemDataset, Role, problem_from_record
+from nemo_rl.data.problem import Problem, ProblemDataset, Role, problem_from_record, without_nulls
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.utils.names import nearest_names, suggest_or_list
 
@@ -82,7 +82,7 @@ class TableDataset(ProblemDataset):
     """Reads one record per row of an Arrow table; a row is converted to Python objects when it is read.
 
     Args:
-        rows: `rows(start, stop)` returns a list of records.
+        rows: `rows(start, stop)` returns a list of records. A null in a record means that it lacks the key.
         columns: Names of the columns.
         num_rows: Number of rows of the table.
         config: Column names and limits.
@@ -98,14 +98,19 @@ class TableDataset(ProblemDataset):
                 raise DataError(f"{name}: no column {key!r} (data.*.{option}){suggest_or_list(key, columns)}")
         for start in range(0, self._num_rows, 1024):
             for index, record in enumerate(self._rows(start, min(start + 1024, self._num_rows)), start=start):
-                problem_from_record(record, index, config, self.where(index))
+                self._problem(record, index)
 
     def __len__(self) -> int:
         return self._num_rows
 
     def problem(self, index: int) -> Problem:
         (record,) = self._rows(index, index + 1)
-        return problem_from_record(record, index, self._config, self.where(index))
+        return self._problem(record, index)
+
+    def _problem(self, record: dict[str, Any], index: int) -> Problem:
+        required = {key: record[key] for key in (self._config.prompt_key, self._config.answer_key)}
+        # A required key stays even if it is null, so that the message says so.
+        return problem_from_record({**required, **without_nulls(record)}, index, self._config, self.where(index))
 
     def where(self, index: int) -> str:
         return f"{self._name} row {index}"

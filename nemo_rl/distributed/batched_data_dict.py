@@ -404,7 +404,8 @@ class BatchedDataDict(dict[str, Any]):
             raise ValueError("An empty batch cannot be split into micro-batches.")
         per_batch = len(lengths) // num_batches
         offsets = range(0, len(lengths), per_batch)
-        plans = [plan_batches(lengths[offset : offset + per_batch], shards, args) for offset in offsets]
+        width = self[args.input_key].shape[1]
+        plans = [plan_batches(lengths[offset : offset + per_batch], width, shards, args) for offset in offsets]
         packed = isinstance(args, SequencePackingArgs)
         parts: list[SlicedDataDict] = []
         order: list[int] = []

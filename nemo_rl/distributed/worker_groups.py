@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import threading
@@ -314,42 +315,48 @@ class RayWorkerGroup(WorkerCalls):
 
     # --- ending ------------------------------------------------------------------------------------------------------
 
-    def shutdown(self, cleanup_method: str | None = None, timeout: float = 30.0, force: bool = False) -> bool:
-        """End all workers. A repeated call has no effect.
+    def shutdown(self, cleanup_method: str | None = None, timeout: float | None = 30.0, force: bool = False) -> bool:
+        """End all workers. A call after all have ended has no effect; one that raised or left a worker can be repeated.
 
         Args:
             cleanup_method: method to call on every worker first.
-            timeout: seconds for clean-up and exit together; workers that are still running then are killed.
+            timeout: seconds for clean-up and exit together; workers that are still running then are killed. None waits
+                without limit.
             force: kill immediately, without clean-up.
 
         Returns:
             Whether every worker has ended: without `force`, by itself and after a clean-up without errors.
+
+        Raises:
+            ValueError: `timeout` is negative or not a number. The group continues.
+            AttributeError: the workers have no method `cleanup_method`. The group continues.
         """
         if self._is_shut_down:
             return True
+        deadline = _Deadline(timeout)
         if cleanup_method is not None and not force:
             self._check_method(cleanup_method)
         self._stopped.set()
-        workers, self._is_shut_down = self._workers, True
-        deadline = time.monotonic() + timeout
-        try:
-            if force:
-                return kill_and_wait(workers)
-            clean = cleanup_method is None or self._clean_up(cleanup_method, timeout)
-            for handle in workers:
+        clean = True
+        if not force:
+            clean = cleanup_method is None or self._clean_up(cleanup_method, deadline)
+            for handle in self._workers:
                 handle.__ray_terminate__.remote()
-            if all_dead(workers, max(0.0, deadline - time.monotonic())):
-                return clean
-            logger.warning("%s did not end within %.0f s; killing its workers", self.label, timeout)
-            kill_and_wait(workers)
+            if not all_dead(self._workers, deadline.remaining()):
+                logger.warning("%s did not end within %.0f s; killing its workers", self.label, timeout)
+                clean, force = False, True
+        if force and not kill_and_wait(self._workers):
+            logger.warning("%s: Ray has not reported the end of all killed workers; repeat the shutdown", self.label)
             return False
-        finally:
-            self._workers = []
-            self.cluster.remove_group(self)
+        # Only now, because a group that still has workers must keep their handles and shares.
+        self._is_shut_down = True
+        self._workers = []
+        self.cluster.remove_group(self)
+        return clean
 
-    def _clean_up(self, method: str, timeout: float) -> bool:
+    def _clean_up(self, method: str, deadline: _Deadline) -> bool:
         references = [getattr(handle, method).remote() for handle in self._workers]
-        done, late = ray.wait(references, num_returns=len(references), timeout=timeout)
+        done, late = ray.wait(references, num_returns=len(references), timeout=deadline.remaining())
         failed = 0
         for reference in done:
             try:
@@ -358,8 +365,23 @@ class RayWorkerGroup(WorkerCalls):
                 failed += 1
                 logger.warning("%s: the clean-up method %r failed: %s", self.label, method, error)
         if late:
-            logger.warning("%s: %d workers did not finish %r in %.0f s", self.label, len(late), method, timeout)
+            logger.warning("%s: %d workers did not finish %r in %.0f s", self.label, len(late), method, deadline.limit)
         return not failed and not late
+
+
+class _Deadline:
+    """Measures a time limit from its creation; None is no limit."""
+
+    def __init__(self, limit: float | None) -> None:
+        valid = limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 0)
+        if not valid:
+            raise ValueError(f"timeout must be a number of seconds that is not negative, or None, got {limit!r}")
+        self.limit = None if limit == math.inf else limit
+        self._start = time.monotonic()
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left, at least 0, or None without a limit."""
+        return None if self.limit is None else max(0.0, self._start + self.limit - time.monotonic())
 
 
 def _check_sharding(sharding: NamedSharding, world_size: int) -> None:

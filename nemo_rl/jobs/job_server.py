@@ -151,6 +151,8 @@ class JobServer:
 
     async def _tail(self, job_id: str, position: int, on_text: Callable[[str], None]) -> int:
         """Pass on the log from `position` until the server closes the connection; return the new position."""
+        import aiohttp  # a dependency of Ray's client, whose errors are not all `OSError`
+
         seen = 0
         texts = aiter(self._client.tail_job_logs(job_id))
         while True:
@@ -158,7 +160,7 @@ class JobServer:
                 text = await anext(texts)
             except StopAsyncIteration:
                 return position
-            except (TimeoutError, OSError, RuntimeError) as error:
+            except (TimeoutError, OSError, RuntimeError, aiohttp.ClientError) as error:
                 raise _TailBroken(position) from error
             new_text = text[max(0, position - seen) :]
             seen += len(text)

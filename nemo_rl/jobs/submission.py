@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_rl import settings
 from nemo_rl.errors import ConfigError
-from nemo_rl.secrets import is_secret_key
+from nemo_rl.secrets import has_credentials, is_secret_variable, secret_words
 from nemo_rl.utils.source_archive import SourceTree, collect, unpack_zip, write_zip
 
 # Ray downloads these on every node.
@@ -71,7 +70,7 @@ class Submission:
         py_modules: local directories, `.py` files, wheels, zip archives, or remote URIs.
         excludes: patterns in the syntax of `.gitignore`.
         include_untracked: also upload untracked files that are not Python and that git does not ignore.
-        env: variables of the job. Names that look secret are refused.
+        env: variables of the job. Names that look secret and values with credentials are refused.
         secrets: variables whose values are on the head.
         name: the job's id; derived from the command if empty.
     """
@@ -91,17 +90,20 @@ class Submission:
             raise ConfigError("no command. Give it after `--`: nemo-rl submit -- python examples/run_grpo_math.py")
         if self.name and not _JOB_ID.fullmatch(self.name):
             raise ConfigError(f"--name {self.name!r}: expected letters, digits and any of '_.-'.")
+        visible = [name for name, value in self.env.items() if is_secret_variable(name, value)]
+        visible += secret_words(self.command)
+        visible += ["the credentials in --working-dir"] if has_credentials(self.working_dir or "") else []
+        visible += ["the credentials in --py-module" for path in self.py_modules if has_credentials(path)][:1]
+        if visible:
+            raise ConfigError(
+                f"the value of {', '.join(visible)} would be kept by the job server, which shows it to all its users. "
+                "Use a reference: --secret NAME (a variable of the head) or --secret NAME=FILE (a file on the head). "
+                "A URI that Ray downloads must need no credentials: use a local path, or the nodes' own access."
+            )
         for option, paths in (("--working-dir", [self.working_dir or ""]), ("--py-module", self.py_modules)):
             for path in paths:
                 if "://" in path and not is_remote(path):
                     raise ConfigError(f"{option} {path}: Ray downloads only from {', '.join(REMOTE_SCHEMES)}.")
-        visible = [name for name in self.env if settings.is_secret(name)]
-        visible += [key for key, _, value in _assignments(self.command) if value and is_secret_key(key)]
-        if visible:
-            raise ConfigError(
-                f"the value of {', '.join(visible)} would be kept by the job server, which shows it to all its users. "
-                "Use a reference: --secret NAME (a variable of the head) or --secret NAME=FILE (a file on the head)."
-            )
 
     @property
     def entrypoint(self) -> str:
@@ -218,10 +220,3 @@ def _py_module(module: str, folder: Path, submission: Submission, trees: dict[st
     write_zip(tree, folder / "module.zip")
     unpack_zip(folder / "module.zip", folder / path.name)
     return str(folder / path.name), 0
-
-
-def _assignments(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals:
-            yield name.lstrip("-").replace(".", "_").replace("-", "_"), equals, value

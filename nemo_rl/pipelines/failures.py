@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rl.errors import ResumeError
+from nemo_rl.errors import PipelineError, ResumeError
 from nemo_rl.pipelines.spool import dumps
 from nemo_rl.pipelines.tasks import Task
 from nemo_rl.pipelines.trusted_files import read_trusted
 from nemo_rl.utils.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 FAILED_DIR = "failed"
 _RECORDS = "*/*.json"
@@ -48,9 +51,13 @@ class FailedTask:
         """Load the stage's input, for example to retry it with `Pipeline.run(initial_tasks=...)`.
 
         Raises:
-            PipelineError: another user could have written the file.
+            PipelineError: another user could have written the file, or it is incomplete.
         """
-        return pickle.loads(read_trusted(self.path.with_suffix(".task")))
+        path = self.path.with_suffix(".task")
+        content = read_trusted(path)
+        if not content.endswith(pickle.STOP):
+            raise PipelineError(f"{path} is incomplete ({len(content)} bytes): the task cannot be loaded")
+        return pickle.loads(content)
 
 
 def write_failure(directory: Path, record: Mapping[str, Any], task: Task[Any], place: Sequence[int]) -> Path:
@@ -76,7 +83,7 @@ def withdraw_failures(directory: Path, segment: int, removed_keys: Callable[[], 
         segment: the segment's number.
         removed_keys: returns the keys of the tasks that are not in the segment's result.
     """
-    recorded = [(path, tuple(_content(path)["place"])) for path in sorted(directory.glob(_RECORDS))]
+    recorded = [(path, tuple(content["place"])) for path, content in _contents(directory)]
     in_segment = [(path, key) for path, (number, *key) in recorded if number == segment]
     removed = removed_keys() if in_segment else set()
     for path, key in in_segment:
@@ -128,12 +135,15 @@ def stage_directory(directory: Path, stage: str) -> Path:
 
 
 def _read(directory: Path) -> Iterator[FailedTask]:
-    for path in sorted(directory.glob(_RECORDS)):
-        content = _content(path)
+    for path, content in _contents(directory):
         del content["place"]
         yield FailedTask(**content, path=path)
 
 
-def _content(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _contents(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the records that are complete. A power failure may leave a file with zeros or a part of its content."""
+    for path in sorted(directory.glob(_RECORDS)):
+        try:
+            yield path, json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            logger.warning("the record of a failed task %s cannot be read: %s", path, error)

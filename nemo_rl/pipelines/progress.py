@@ -114,7 +114,7 @@ def read_counts(directory: Path) -> Counts:
     """Add up the counts of all workers of a stage."""
     total = Counts()
     for path in sorted(directory.glob("*.json")):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             total.add(Counts.from_plain(json.loads(path.read_text(encoding="utf-8"))))
     return total
 

@@ -137,7 +137,10 @@ class RunDirectory:
             return tasks
         old_digests: list[str]
         old_tasks: list[Task[Any]]
-        old_digests, old_tasks = pickle.loads(read_trusted(path))
+        content = read_trusted(path)
+        if not content.endswith(pickle.STOP):
+            raise ResumeError(f"{path} is incomplete ({len(content)} bytes). Start a new run in another run_dir.")
+        old_digests, old_tasks = pickle.loads(content)
         if old_digests != digests:
             shorter = min(len(old_digests), len(digests))
             changed = next((i for i, (a, b) in enumerate(zip(old_digests, digests)) if a != b), shorter)

@@ -1,7 +1,8 @@
 """Records on disk what became of every task of a segment.
 
 Each worker appends to a separate file, so workers do not wait for each other. A worker that is killed leaves at most
-one incomplete entry at the end of its file, which is ignored. A source task is done when every leaf of its tree is
+one incomplete entry at the end of its file; after a power failure the file may end in zeros. A file is read up to its
+last complete entry. A source task is done when every leaf of its tree is
 recorded::
 
     source 3 ──fan-out 2──┬── 3.0 ── result (its task is stored here)
@@ -14,6 +15,7 @@ again. Results are read once per key, so every input is in the output exactly on
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import socket
@@ -29,6 +31,8 @@ from nemo_rl.pipelines.items import Item, Key
 from nemo_rl.pipelines.tasks import Task
 from nemo_rl.pipelines.trusted_files import append_private, open_trusted
 from nemo_rl.utils.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["result", "gone", "fan"]
 _FRAME = struct.Struct(">QQ")
@@ -184,7 +188,13 @@ def _frozen(root: Path) -> tuple[int, dict[str, int]]:
     path = root / _FROZEN
     if not path.exists():
         return 0, {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        # Without the sizes, entries of older attempts cannot be trusted; their tasks run again.
+        attempt = max((_attempt(log) for log in root.glob("*/*.log")), default=0)
+        logger.warning("%s cannot be read (%s): attempts before %d are ignored", path, error, attempt)
+        return attempt, {}
     return content["attempt"], content["sizes"]
 
 
@@ -197,20 +207,28 @@ def _name(log: Path) -> str:
 
 
 def _read_entries(path: Path, size: int) -> Iterator[Entry]:
+    """Yield the entries in the first `size` bytes, up to the first that is incomplete or did not reach the disk."""
     with open_trusted(path) as file:
         while True:
             start = file.tell()
             frame = file.read(_FRAME.size)
-            if start + _FRAME.size > size:
+            if start + _FRAME.size > size or len(frame) < _FRAME.size:
                 return
             head_bytes, body_bytes = _FRAME.unpack(frame)
             body_start = start + _FRAME.size + head_bytes
-            if body_start + body_bytes > size:
+            end = body_start + body_bytes
+            if end > size:
                 return  # incomplete: its writer was killed
-            kind, key, detail = pickle.loads(file.read(head_bytes))
-            place = (str(path), body_start, body_bytes) if kind == "result" else None
-            yield Entry(kind, key, detail, place)
-            file.seek(body_start + body_bytes)
+            head = file.read(head_bytes)
+            if not head.endswith(pickle.STOP):
+                return  # zeros, which a power failure left
+            kind, key, detail = pickle.loads(head)
+            if body_bytes:
+                file.seek(end - 1)
+                if file.read(1) != pickle.STOP:
+                    return
+            yield Entry(kind, key, detail, (str(path), body_start, body_bytes) if kind == "result" else None)
+            file.seek(end)
 
 
 class SpooledTask(Task[tuple[str, int, int]]):

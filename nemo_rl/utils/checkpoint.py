@@ -6,8 +6,10 @@
         state.json          step, data position and metrics, which the loop needs to resume
         checkpoint.json     all files with their sizes; written last
       .partial-step_000030  being written; renamed to step_000030 when it is complete
+      .replaced-step_000020 exists only while step 20 is saved again; deleted when the new one is on disk
 
-If the process is killed at any moment, only complete checkpoints have their final names.
+If the process is killed at any moment, only complete checkpoints have their final names, and a checkpoint that was
+complete before is still found: under its final name, or under its `.replaced-` name.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,8 @@ logger = logging.getLogger(__name__)
 _MANIFEST = "checkpoint.json"
 _STATE = "state.json"
 _PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+_NAME = re.compile(r"(\.replaced-)?step_\d+")
 
 
 class CheckpointingConfig(ConfigModel):
@@ -93,15 +99,21 @@ class CheckpointStore:
         """
         final = self.directory / _name(step)
         partial = self.directory / f"{_PARTIAL}{final.name}"
+        replaced = self.directory / f"{_REPLACED}{final.name}"
         try:
-            self._remove_partial()
+            self._clean_up()
             partial.mkdir(parents=True)
             write(partial)
             (partial / _STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
             _seal(partial, step, metrics)
-            if final.exists():  # the run wrote the same step before it was resumed
-                shutil.rmtree(final)
-            partial.rename(final)
+            if final.exists():  # the run wrote the same step before, for example before it was resumed
+                final.rename(replaced)
+            try:
+                partial.rename(final)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(final)
+                raise
             _sync(self.directory)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -109,18 +121,22 @@ class CheckpointStore:
         except CheckpointError:  # frees the space of the incomplete checkpoint, because the disk may be full
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        if replaced.exists():
+            self._delete(replaced)
         self._retain()
         return Checkpoint(step, final, dict(metrics))
 
     def complete(self) -> list[Checkpoint]:
-        """Return complete checkpoints, oldest first. Damaged checkpoints are skipped with a warning."""
-        checkpoints = []
-        for path in sorted(self.directory.glob("step_*")):
+        """Return complete checkpoints in the order of their steps. Damaged ones are skipped with a warning."""
+        checkpoints: dict[str, Checkpoint] = {}
+        paths = self.directory.iterdir() if self.directory.is_dir() else ()
+        # A replaced checkpoint (its name sorts before the final name) counts only if the new one is not complete.
+        for path in sorted(path for path in paths if _NAME.fullmatch(path.name)):
             try:
-                checkpoints.append(_open(path))
+                checkpoints[path.name.removeprefix(_REPLACED)] = _open(path)
             except CheckpointError as error:
                 logger.warning("%s: the checkpoint is ignored", error)
-        return checkpoints
+        return sorted(checkpoints.values(), key=lambda checkpoint: checkpoint.step)
 
     def latest(self) -> Checkpoint | None:
         """Return the complete checkpoint of the highest step, or None."""
@@ -145,12 +161,28 @@ class CheckpointStore:
         keep = {c.path for c in (*self._ranked(checkpoints)[: self._config.keep_top_k], *checkpoints[-2:])}
         for checkpoint in checkpoints:
             if checkpoint.path not in keep:
-                # Renamed first: a kill during the removal must not leave an incomplete checkpoint under its name.
-                doomed = self.directory / f"{_PARTIAL}old-{checkpoint.path.name}"
-                checkpoint.path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self._delete(checkpoint.path)
 
-    def _remove_partial(self) -> None:
+    def _delete(self, path: Path) -> None:
+        # Renamed first: a kill during the removal must not leave an incomplete checkpoint under its name.
+        doomed = self.directory / f"{_PARTIAL}old-{path.name}-{uuid.uuid4().hex[:8]}"
+        try:
+            path.rename(doomed)
+        except OSError as error:  # the new checkpoint is complete; the next save deletes this one
+            logger.warning("cannot delete the checkpoint %s: %s", path, error)
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _clean_up(self) -> None:
+        """Finish what a killed save left behind: restore or delete replaced checkpoints, delete incomplete ones."""
+        for checkpoint in self.complete():
+            if checkpoint.path.name.startswith(_REPLACED):
+                final = checkpoint.path.with_name(checkpoint.path.name.removeprefix(_REPLACED))
+                if final.exists():  # it is not complete
+                    self._delete(final)
+                checkpoint.path.rename(final)
+        for replaced in self.directory.glob(f"{_REPLACED}*"):
+            self._delete(replaced)
         for leftover in self.directory.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -161,9 +193,10 @@ def _name(step: int) -> str:
 
 def _seal(directory: Path, step: int, metrics: Mapping[str, float]) -> None:
     files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        _sync(path)
-        files[path.relative_to(directory).as_posix()] = path.stat().st_size
+    for path in sorted(directory.rglob("*")):
+        _sync(path)  # a directory too: a file's name is on disk only when its directory is
+        if path.is_file():
+            files[path.relative_to(directory).as_posix()] = path.stat().st_size
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     manifest = directory / _MANIFEST
     manifest.write_text(json.dumps({"step": step, "metrics": finite, "files": files}, indent=1), encoding="utf-8")

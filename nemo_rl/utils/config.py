@@ -59,7 +59,8 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
 
     Args:
         schema: the root section.
-        path: a YAML file. Its key `defaults: other.yaml` names a file that it extends, relative to the file.
+        path: a YAML file. Its key `defaults: other.yaml` names a file that it extends, relative to the file; a list
+            names several, each of which takes precedence over those before it.
         overrides: `section.key=value` strings with YAML values. They take precedence over the file.
 
     Raises:
@@ -160,11 +161,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must contain a mapping of sections, not {type(content).__name__}")
-    parent = content.pop(DEFAULTS_KEY, None)
-    config = OmegaConf.create(content)
-    if parent is None:
-        return config
-    return OmegaConf.merge(_read(path.parent / str(parent), (*seen, path)), config)
+    parents = _parents(content.pop(DEFAULTS_KEY, None), path)
+    return OmegaConf.merge(*(_read(parent, (*seen, path)) for parent in parents), OmegaConf.create(content))
+
+
+def _parents(value: Any, path: Path) -> list[Path]:
+    """Return the files that the file `path` extends, in the order in which they are merged."""
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{path}: `{DEFAULTS_KEY}` must be a file name or a list of file names, got {value!r}")
+    return [path.parent / name for name in names]
 
 
 def _nearest_file(path: Path) -> str:

@@ -72,7 +72,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if line:
             record = None
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
             lines.append((line, record if isinstance(record, dict) else None))
     return lines

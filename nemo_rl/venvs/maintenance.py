@@ -8,7 +8,7 @@ import csv
 import hashlib
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,18 +204,12 @@ def prune(
     """
     store = store or Store.default()
     infos = list_venvs(store)
-    kept = {info.digest for info in infos if _is_kept(info, keep_names, older_than_s)}
-    bases = {info.digest: info.manifest.base_digest for info in infos if info.manifest is not None}
-    for digest in kept | {info.digest for info in infos if info.in_use}:
-        base = bases.get(digest)
-        while base is not None:
-            kept.add(base[:DIGEST_PREFIX])
-            base = bases.get(base[:DIGEST_PREFIX])
+    rule = _KeepRule(keep_names, older_than_s)
     report = PruneReport(dry_run)
     try:
         # An additive venv is removed before its base, so that a process cannot start in it without the base.
-        for info in sorted(infos, key=lambda info: bases.get(info.digest) is None):
-            _prune_digest(store, info, info.digest in kept, report)
+        for info in sorted(infos, key=lambda info: info.manifest is None or info.manifest.base_digest is None):
+            _prune_digest(store, info.digest, rule, report)
         _prune_files(store, report)
     except OSError as error:
         raise VenvError(f"{store.root} cannot be pruned: {error}") from error
@@ -239,17 +233,39 @@ class PruneReport:
     skipped: list[str] = field(default_factory=list)
 
 
-def _is_kept(info: VenvInfo, keep_names: Collection[str] | None, older_than_s: float) -> bool:
-    named = bool(info.names) if keep_names is None else any(name in keep_names for name in info.names)
-    return info.sealed and (named or time.time() - info.last_used < older_than_s)
+@dataclass(frozen=True)
+class _KeepRule:
+    """The arguments of `prune` that decide which venvs stay."""
+
+    names: Collection[str] | None
+    older_than_s: float
+
+    def kept(self, infos: Sequence[VenvInfo]) -> set[str]:
+        """Return the digests of the venvs that stay by this rule, and of the bases of those and of venvs in use."""
+        kept = {info.digest for info in infos if self._keeps(info)}
+        bases = {info.digest: info.manifest.base_digest for info in infos if info.manifest is not None}
+        for digest in kept | {info.digest for info in infos if info.in_use}:
+            base = bases.get(digest)
+            while base is not None:
+                kept.add(base[:DIGEST_PREFIX])
+                base = bases.get(base[:DIGEST_PREFIX])
+        return kept
+
+    def _keeps(self, info: VenvInfo) -> bool:
+        named = bool(info.names) if self.names is None else any(name in self.names for name in info.names)
+        return info.sealed and (named or time.time() - info.last_used < self.older_than_s)
 
 
-def _prune_digest(store: Store, info: VenvInfo, keep: bool, report: PruneReport) -> None:
+def _prune_digest(store: Store, digest: str, rule: _KeepRule, report: PruneReport) -> None:
     try:
-        with build_lock(store.lock(info.digest), "prune", timeout_s=0.0):
-            _remove_unused(store, info, keep, report)
+        with build_lock(store.lock(digest), "prune", timeout_s=0.0):
+            # Read again: while larger venvs were deleted, a process may have named this one, used it, or built on it.
+            infos = list_venvs(store)
+            for info in infos:
+                if info.digest == digest:
+                    _remove_unused(store, info, digest in rule.kept(infos), report)
     except VenvLockTimeoutError:  # a process builds it
-        report.skipped.append(info.digest)
+        report.skipped.append(digest)
 
 
 def _remove_unused(store: Store, info: VenvInfo, keep: bool, report: PruneReport) -> None:

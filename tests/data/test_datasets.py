@@ -340,3 +340,58 @@ def test_documented_commands_have_valid_keys():
         assert overrides
         load_config(MasterConfig, None, overrides)
     assert len(commands) >= 5
+
+
+# --- nulls of columnar formats, and text that cannot be encoded
+
+
+TOOL_CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "args": {"x": 1}}], "name": "calculator"}
+UNEVEN = [
+    {"problem": CHAT, "answer": "2"},
+    {"problem": [*CHAT, TOOL_CALL, {"role": "user", "content": ""}], "answer": "3", "source": "b"},
+    {"problem": [{"role": "user", "content": "x", "tool_calls": [{"id": "b"}]}], "answer": "4", "extra": {"k": 1}},
+    {"problem": CHAT, "answer": "5", "extra": {"list": [1, 2], "deep": {"a": 0, "b": False, "c": ""}}},
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+def test_null_of_a_columnar_format_is_absent(tmp_path, kind):
+    # Both libraries take the columns from the first row.
+    rows = [{**dict.fromkeys(key for record in UNEVEN for key in record), **record} for record in UNEVEN]
+    if kind == "parquet":
+        columnar = opened(write_parquet(tmp_path / "a.parquet", rows))
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+        columnar = opened(tmp_path / "saved")
+    assert list(columnar) == list(opened(write_jsonl(tmp_path / "a.jsonl", UNEVEN)))
+
+
+def test_required_null_of_a_columnar_format_is_refused(tmp_path):
+    records = [*RECORDS[:2], {"problem": "1+1?", "answer": None}]
+    with pytest.raises(DataError, match=r"a.parquet row 2: 'answer' must be text or a number, got NoneType"):
+        opened(write_parquet(tmp_path / "a.parquet", records))
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ({"problem": "a \ud83d b", "answer": "2"}, "problem"),
+        ({"problem": "1+1?", "answer": "\udfff"}, "answer"),
+        ({"problem": [{"role": "user", "content": "\ud800"}], "answer": "2"}, "problem"),
+        ({"problem": [{"role": "\ud800", "content": "x"}], "answer": "2"}, "problem"),
+        ({"problem": "1+1?", "answer": "2", "source": {"book": ["a", "\ud83d"]}}, "source"),
+        ({"problem": "1+1?", "answer": "2", "source": {"\ud83d": 1}}, "source"),
+    ],
+)
+def test_text_that_cannot_be_encoded_is_refused(tmp_path, record, key):
+    path = write_jsonl(tmp_path / "a.jsonl", [RECORDS[0], record])
+    with pytest.raises(DataError, match=rf"a.jsonl:2: '{key}' contains '\\ud[0-9a-f]+' at character \d") as caught:
+        opened(path)
+    str(caught.value).encode()
+
+
+def test_surrogate_pair_is_one_character(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ['{"problem": "a \\ud83d\\ude00 b", "answer": "2"}'])
+    assert opened(path)[0].prompt == "a \U0001f600 b"

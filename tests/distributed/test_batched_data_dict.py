@@ -305,11 +305,35 @@ def test_invalid_lengths(kind):
 
 def test_rounding_counts_against_the_bound():
     args = DynamicBatchingArgs(max_tokens_per_microbatch=10, sequence_length_round=4)
-    (shard,), _ = with_lengths([1, 5, 2, 4]).shard_by_batch_size(1, dynamic_batching_args=args)
+    (shard,), _ = with_lengths([1, 5, 2, 4], width=8).shard_by_batch_size(1, dynamic_batching_args=args)
     parts = list(shard.make_microbatch_iterator_with_dynamic_shapes())
     # Padded to 8, 4, 4, 4: the long row alone, then two of width 4, then one.
-    assert [part["input_ids"].shape for part in parts] == [(1, 5), (2, 4), (1, 4)]
+    assert [part["input_ids"].shape for part in parts] == [(1, 8), (2, 4), (1, 4)]
     assert parts[0]["input_lengths"].tolist() == [5]
+
+
+@pytest.mark.parametrize(("bound", "rows"), [(10, [1, 1, 1, 1]), (19, [1, 1, 1, 1]), (20, [2, 2]), (40, [4])])
+def test_rounded_length_is_at_most_the_width(bound, rows):
+    batch = with_lengths([10, 9, 10, 10], width=10)
+    args = {"max_tokens_per_microbatch": bound, "sequence_length_round": 8}
+    (shard,), _ = batch.shard_by_batch_size(1, dynamic_batching_args=args)
+    parts = list(shard.make_microbatch_iterator_with_dynamic_shapes())
+    assert [part["input_ids"].shape for part in parts] == [(count, 10) for count in rows]
+    assert [mb.length for mb in shard.microbatch_plan.batches[0]] == [10] * len(rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12), st.integers(20, 30), st.integers(1, 64), st.data())
+def test_dynamic_batches_are_as_full_as_the_bound_allows(lengths, width, multiple, data):
+    bound = data.draw(st.integers(width, 4 * width))
+    args = DynamicBatchingArgs(max_tokens_per_microbatch=bound, sequence_length_round=multiple)
+    (shard,), _ = with_lengths(lengths, width=width).shard_by_batch_size(1, dynamic_batching_args=args)
+    parts = list(shard.make_microbatch_iterator_with_dynamic_shapes())
+    for index, part in enumerate(parts):
+        rows, length = part["input_ids"].shape
+        assert rows * length <= bound
+        assert length == min(-(-max(*part["input_lengths"].tolist(), 1) // multiple) * multiple, width)
+        assert index == len(parts) - 1 or (rows + 1) * length > bound
 
 
 def test_packing_fills_bins():

@@ -426,6 +426,36 @@ def test_shutdown_timeout_kills_workers(cluster: RayVirtualCluster) -> None:
     assert all_ended([pid])
 
 
+@pytest.mark.parametrize("timeout", [None, float("inf")])
+def test_shutdown_without_time_limit(cluster: RayVirtualCluster, timeout: float | None) -> None:
+    group = RayWorkerGroup(cluster, builder(PROBE), 1)
+    (pid,) = call(group, "pid")
+    assert group.shutdown(cleanup_method="pid", timeout=timeout)
+    assert all_ended([pid])
+    assert group.shutdown(timeout=timeout)
+
+
+def test_failed_shutdown_can_be_repeated(cluster: RayVirtualCluster) -> None:
+    group = RayWorkerGroup(cluster, builder(PROBE), 1)
+    pids = call(group, "pid")
+    for timeout in (-1, float("nan"), "5", True):
+        with pytest.raises(ValueError, match="timeout must be a number of seconds"):
+            group.shutdown(cleanup_method="pid", timeout=timeout)  # type: ignore[arg-type]
+        assert call(group, "pid") == pids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "_clean_up", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            group.shutdown(cleanup_method="pid")
+    assert call(group, "pid") == pids
+    assert group.shutdown(force=True)
+    assert group.workers == []
+    assert all_ended(pids)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_forced_shutdown(cluster: RayVirtualCluster) -> None:
     group = RayWorkerGroup(cluster, builder(PROBE), 1)
     (pid,) = call(group, "pid")

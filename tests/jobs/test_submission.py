@@ -35,6 +35,13 @@ def test_plain_secret_is_refused_and_not_printed() -> None:
     for submission in (
         Submission(["python", "x.py"], env={"HF_TOKEN": SECRET}),
         Submission(["python", "x.py", f"--wandb.api-key={SECRET}"]),
+        Submission(["python", "x.py", "--api-key", SECRET]),
+        Submission(["python", "x.py", f"https://user:{SECRET}@host/data.jsonl"]),
+        Submission(["python", "x.py"], env={"X": f"https://u:{SECRET}@h"}),
+        Submission(["python", "x.py"], working_dir=f"https://u:{SECRET}@h/s.zip"),
+        Submission(["python", "x.py"], working_dir=f"ftp://u:{SECRET}@h/s.zip"),
+        Submission(["python", "x.py"], py_modules=[f"https://{SECRET}@h/m.whl"]),
+        Submission(["python", "x.py"], working_dir=f"https://h/s.zip?X-Amz-Signature={SECRET}"),
     ):
         with pytest.raises(ConfigError, match="--secret NAME") as caught:
             submission.check()

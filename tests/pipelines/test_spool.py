@@ -11,7 +11,9 @@ from sample_stages import full_disk
 
 from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines import Task
+from nemo_rl.pipelines.failures import FAILED_DIR, failed_tasks, withdraw_failures, write_failure
 from nemo_rl.pipelines.items import Item, Key, chunks, group_size, grouped, key_text
+from nemo_rl.pipelines.progress import WorkerCounts, read_counts
 from nemo_rl.pipelines.spool import Entry, Spool, SpooledTask, SpooledTasks, SpoolWriter, freeze
 
 
@@ -123,3 +125,73 @@ def test_group_sizes_are_multiples_of_the_batch_size() -> None:
     assert group_size(16, 2, 8) == 8
     assert group_size(0, 2, 1) == 1
     assert list(chunks([1, 2, 3], 2)) == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("tail", ["cut", "zeros", "more zeros"])
+def test_spool_is_read_up_to_the_last_complete_entry(tmp_path: Path, tail: str) -> None:
+    writer = SpoolWriter(tmp_path / "full", 1)
+    ends = [0]
+    for index in range(3):
+        writer.write([Entry("gone", (2 * index,))], [item(2 * index + 1)])
+        (log,) = (tmp_path / "full").iterdir()
+        ends.append(log.stat().st_size)
+    content = log.read_bytes()
+    for size in range(len(content) + 1):
+        directory = tmp_path / f"{tail} {size}"
+        directory.mkdir()
+        damaged = content[:size]
+        if tail != "cut":
+            damaged += bytes(len(content) - size + (4096 if tail == "more zeros" else 0))
+        path = directory / log.name
+        path.write_bytes(damaged)
+        path.chmod(0o600)
+        spool = Spool.read(directory)
+        keys = list(spool.attempts[1])
+        assert keys == [(index,) for index in range(len(keys))]
+        num_complete = max(index for index, end in enumerate(ends) if end <= size)
+        assert 2 * num_complete <= len(keys) <= 2 * num_complete + 2
+        for entry in spool.attempts[1].values():
+            if entry.kind == "result":
+                assert SpooledTask.from_entry(entry).load().data == list(entry.key)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), b'{"attempt": 2, "si'])
+def test_damaged_list_of_frozen_attempts(tmp_path: Path, content: bytes) -> None:
+    place = tmp_path / "01"
+    SpoolWriter(place, 1).write([], [item(0)])
+    freeze(tmp_path, 2)
+    SpoolWriter(place, 2).write([], [item(1)])
+    (tmp_path / "frozen.json").write_bytes(content)
+    assert results(place, 2) == ([(1,)], [0])
+    freeze(tmp_path, 3)
+    assert results(place, 2) == ([(1,)], [0])
+
+
+DAMAGE = {"empty": b"", "zeros": bytes(64), "half": b'{"stage": "a", "pla', "bytes": b"\xff\xfe"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_record_of_a_failure_is_skipped(tmp_path: Path, damage: bytes) -> None:
+    record = {"stage": "a", "task_id": "t", "error": "e", "traceback": "", "attempts": 1}
+    failed = tmp_path / FAILED_DIR
+    broken = write_failure(failed, {**record, "lineage": "0"}, item(0).task, [0, 0])
+    write_failure(failed, {**record, "lineage": "1"}, item(1).task, [0, 1])
+    broken.write_bytes(damage)
+    (task,) = failed_tasks(tmp_path)
+    assert task.load().data == [1]
+    task.path.with_suffix(".task").write_bytes(damage)
+    with pytest.raises(PipelineError, match="is incomplete"):
+        task.load()
+    withdraw_failures(failed, 0, set)
+    assert failed_tasks(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_counts_are_ignored(tmp_path: Path, damage: bytes) -> None:
+    for index in range(2):
+        worker = WorkerCounts(tmp_path)
+        worker.counts.tasks_in = index + 1
+        worker.save()
+        if index == 0:
+            next(tmp_path.iterdir()).write_bytes(damage)
+    assert read_counts(tmp_path).tasks_in == 2

@@ -31,6 +31,58 @@ def test_precedence_of_overrides_file_and_defaults(tmp_path):
     assert (grpo.seed, grpo.max_num_steps, grpo.num_prompts_per_step) == (3, 8, 4)
 
 
+def test_several_defaults_are_merged_in_order(tmp_path):
+    write(tmp_path / "a.yaml", "grpo: {seed: 1, max_num_steps: 7, num_prompts_per_step: 4}")
+    write(tmp_path / "b.yaml", "grpo: {seed: 2, max_num_steps: 8}\nlogger: {log_dir: /runs/b}")
+    path = write(tmp_path / "job.yaml", "defaults: [a.yaml, b.yaml]\ngrpo: {seed: 3}")
+    config = load_config(MasterConfig, path)
+    assert (config.grpo.seed, config.grpo.max_num_steps, config.grpo.num_prompts_per_step) == (3, 8, 4)
+    assert config.logger.log_dir == "/runs/b"
+    write(tmp_path / "job.yaml", "defaults:\n- b.yaml\n- a.yaml")
+    assert load_config(MasterConfig, path).grpo.max_num_steps == 7
+
+
+def test_defaults_of_defaults_may_share_a_file(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "base.yaml", "grpo: {seed: 1, max_num_steps: 7}")
+    write(tmp_path / "sub" / "a.yaml", "defaults: ../base.yaml\ngrpo: {seed: 2}")
+    write(tmp_path / "b.yaml", "defaults: [base.yaml]\ngrpo: {max_num_steps: 9}")
+    path = write(tmp_path / "job.yaml", "defaults: [sub/a.yaml, b.yaml]")
+    grpo = load_config(MasterConfig, path).grpo
+    assert (grpo.seed, grpo.max_num_steps) == (1, 9)
+
+
+def test_interpolation_over_several_defaults(tmp_path):
+    write(tmp_path / "a.yaml", "checkpointing: {checkpoint_dir: '${logger.log_dir}/c'}")
+    write(tmp_path / "b.yaml", "logger: {log_dir: /runs/b}")
+    path = write(tmp_path / "job.yaml", "defaults: [a.yaml, b.yaml]")
+    assert load_config(MasterConfig, path).checkpointing.checkpoint_dir == "/runs/b/c"
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["seed", "max_num_steps"]), st.integers(1, 9)), max_size=5))
+def test_defaults_equal_one_merged_file(tmp_path_factory, layers):
+    folder = tmp_path_factory.mktemp("layers")
+    names = [write(folder / f"{i}.yaml", f"grpo: {layer}").name for i, layer in enumerate(layers)]
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    path = write(folder / "job.yaml", f"defaults: {names}")
+    assert load_config(MasterConfig, path) == load_config(
+        MasterConfig, None, [f"grpo.{key}={value}" for key, value in merged.items()]
+    )
+
+
+@pytest.mark.parametrize("value", ["", "[]", "null"])
+def test_empty_defaults_extend_nothing(tmp_path, value):
+    path = write(tmp_path / "c.yaml", f"defaults: {value}\ngrpo: {{seed: 5}}")
+    assert load_config(MasterConfig, path).grpo.seed == 5
+
+
+@pytest.mark.parametrize("value", ["{a: b}", "5", "true", "''", "[a.yaml, 3]", "[[a.yaml]]", "[null]"])
+def test_defaults_of_another_type_are_refused(tmp_path, value):
+    write(tmp_path / "a.yaml", "")
+    with pytest.raises(ConfigError, match="c.yaml: `defaults` must be a file name or a list of file names, got"):
+        load_config(MasterConfig, write(tmp_path / "c.yaml", f"defaults: {value}"))
+
+
 def test_interpolation_is_resolved(tmp_path):
     path = write(
         tmp_path / "c.yaml", "logger: {log_dir: /runs/a}\ncheckpointing: {checkpoint_dir: '${logger.log_dir}/c'}"
@@ -63,6 +115,14 @@ def test_override_error_is_one_line(override, expected):
     assert "\n" not in str(caught.value)
 
 
+def test_token_bound_of_dynamic_batching_is_one_sequence():
+    size = load_config(MasterConfig).policy.max_sequence_length
+    batching = f"max_tokens: {size}, length_multiple: {size - 1}"
+    load_config(MasterConfig, None, [f"policy.batching={{mode: dynamic, {batching}}}"])
+    with pytest.raises(ConfigError, match=f"less than one sequence.*{2 * (size - 1)} tokens"):
+        load_config(MasterConfig, None, [f"policy.batching={{mode: packed, {batching}}}"])
+
+
 def test_unknown_key_names_file_and_known_keys(tmp_path):
     path = write(tmp_path / "job.yaml", "policy: {optimizer: {learning_rate: 1}}")
     with pytest.raises(
@@ -73,7 +133,13 @@ def test_unknown_key_names_file_and_known_keys(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("a: [", "not valid YAML"), ("- 1", "must contain a mapping"), ("defaults: c.yaml", "leads back to itself")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "must contain a mapping"),
+        ("defaults: c.yaml", "leads back to itself"),
+        ("defaults: [c.yaml]", "leads back to itself"),
+        ("defaults: [d.yaml]", "d.yaml does not exist"),
+    ],
 )
 def test_invalid_yaml_is_refused(tmp_path, content, expected):
     with pytest.raises(ConfigError, match=expected):

@@ -12,10 +12,10 @@ from sample_projects import Project, run_in
 
 from nemo_rl import venvs
 from nemo_rl.errors import VenvError
-from nemo_rl.venvs import Store
+from nemo_rl.venvs import Store, maintenance
 from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.building.site_hook import PTH_FILE
-from nemo_rl.venvs.storage.layout import UNPACKED_PREFIX
+from nemo_rl.venvs.storage.layout import UNPACKED_PREFIX, remove_tree
 from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock
 
 
@@ -117,6 +117,38 @@ def test_prune_keeps_given_names_used_recent_and_bases(project: Project, store: 
     report = venvs.prune(keep_names=[])
     assert sorted(report.removed) == sorted([over.digest[:16], base.digest[:16]])
     assert venvs.list_venvs() == []
+
+
+@pytest.mark.parametrize("change", ["named", "used", "unnamed"])
+def test_prune_decides_again_before_each_removal(
+    project: Project, store: Store, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Another process may name or use a venv while `prune` deletes the files of the one before."""
+    venv_of = {}
+    for version in ("1.0", "2.0"):
+        project.lock(alpha=version)
+        venv = venvs.ensure(project.command(), "A")
+        venv_of[venv.digest[:16]] = venv
+        hour_ago = time.time() - 4000
+        os.utime(venv.path / LEASE_FILE, (hour_ago, hour_ago))
+    (store.root / "A").unlink()
+    removed: list[str] = []
+
+    def remove_and_change(path: Path) -> None:
+        remove_tree(path)
+        removed.append(path.name)
+        if len(removed) == 1:
+            (other,) = (venv for venv in venv_of.values() if venv.path.exists())
+            if change == "named":
+                os.symlink(os.path.relpath(store.link(other.digest), store.root), store.root / "B")
+            elif change == "used":
+                os.utime(other.path / LEASE_FILE)
+
+    monkeypatch.setattr(maintenance, "remove_tree", remove_and_change)
+    report = venvs.prune(older_than_s=3600)
+    num_removed = 2 if change == "unnamed" else 1
+    assert len(report.removed) == num_removed
+    assert sum(venv.path.exists() for venv in venv_of.values()) == 2 - num_removed
 
 
 def test_prune_keeps_the_venv_of_a_running_process(project: Project) -> None:

@@ -27,7 +27,8 @@ class DynamicBatchingArgs:
 
     Attributes:
         max_tokens_per_microbatch: upper bound of `rows x padded length` of a micro-batch.
-        sequence_length_round: a micro-batch's padded length is rounded up to a multiple of this.
+        sequence_length_round: a micro-batch's padded length is rounded up to a multiple of this, but at most to the
+            width of the tensor, which is not padded any further.
         input_key: key of the right-padded tensor `[batch, sequence]` that the lengths refer to.
         input_lengths_key: key of the lengths of the rows in tokens, `[batch]`.
     """
@@ -117,19 +118,22 @@ def parse_args(kind: type[ArgsT], args: ArgsT | Mapping[str, Any]) -> ArgsT:
 
 
 def plan_batches(
-    lengths: Sequence[int], num_shards: int, args: DynamicBatchingArgs | SequencePackingArgs
+    lengths: Sequence[int], width: int, num_shards: int, args: DynamicBatchingArgs | SequencePackingArgs
 ) -> list[ShardPlan]:
     """Call `plan_dynamic_batches` or `plan_packed_batches`, depending on the type of `args`."""
     if isinstance(args, DynamicBatchingArgs):
-        return plan_dynamic_batches(lengths, num_shards, args)
+        return plan_dynamic_batches(lengths, width, num_shards, args)
     return plan_packed_batches(lengths, num_shards, args)
 
 
-def plan_dynamic_batches(lengths: Sequence[int], num_shards: int, args: DynamicBatchingArgs) -> list[ShardPlan]:
+def plan_dynamic_batches(
+    lengths: Sequence[int], width: int, num_shards: int, args: DynamicBatchingArgs
+) -> list[ShardPlan]:
     """Distribute rows over shards and split the rows of each shard into padded micro-batches.
 
     Args:
         lengths: number of tokens of each row. The number of rows must be a multiple of `num_shards`.
+        width: tokens per row of the padded tensor; no row of a micro-batch is longer.
         num_shards: number of shards.
         args: the bound and the rounding.
 
@@ -140,7 +144,7 @@ def plan_dynamic_batches(lengths: Sequence[int], num_shards: int, args: DynamicB
         ValueError: a single row exceeds the bound, or the number of rows is not divisible.
     """
     _check_divisible(len(lengths), num_shards)
-    padded = [_round_up(length, args.sequence_length_round) for length in lengths]
+    padded = [min(_round_up(length, args.sequence_length_round), max(width, 1)) for length in lengths]
     _check_bound(padded, args.max_tokens_per_microbatch)
     by_length = sorted(range(len(padded)), key=lambda row: (-padded[row], row))
     # groups[p] contains the rows at position p of all shards, the longest first.
@@ -158,7 +162,8 @@ def plan_dynamic_batches(lengths: Sequence[int], num_shards: int, args: DynamicB
 def plan_packed_batches(lengths: Sequence[int], num_shards: int, args: SequencePackingArgs) -> list[ShardPlan]:
     """Pack rows into bins and distribute the bins over shards, the same number to each.
 
-    Arguments and errors are those of `plan_dynamic_batches`. Shards may have different numbers of rows.
+    Arguments and errors are those of `plan_dynamic_batches`. A row's rounded length may exceed the width of the tensor,
+    because packing copies the rows into a new one. Shards may have different numbers of rows.
     """
     padded = [_round_up(length, args.sequence_length_pad_multiple) for length in lengths]
     bins = pack(padded, args.max_tokens_per_microbatch, bin_multiple=num_shards)

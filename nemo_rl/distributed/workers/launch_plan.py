@@ -36,11 +36,13 @@ from nemo_rl.distributed.workers.runtime_env import (
     check_conflicts,
     checked_runtime_env,
     merged_runtime_env,
+    needs_programs,
     ray_chooses_python,
     require_programs_on_each_node,
     upload_local_files,
 )
 from nemo_rl.errors import WorkerStartError
+from nemo_rl.secrets import is_secret_variable
 from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, read_manifest
 
@@ -108,7 +110,7 @@ class LaunchPlan:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Values that no message may show."""
-        return tuple(value for name, value in self.host_env_vars.items() if settings.is_secret(name) and value)
+        return tuple(value for name, value in self.host_env_vars.items() if value and is_secret_variable(name, value))
 
     def configure(self, calls: list[dict[str, Any]]) -> list[ConfiguredWorker]:
         """Evaluate the class's `configure_worker(**call)` for each of `calls`, in the worker's venv.
@@ -147,6 +149,7 @@ class LaunchPlan:
     def with_fields(self, fields: Mapping[str, Any]) -> LaunchPlan:
         """Return the plan with other `runtime_env` fields, for a worker whose `configure_worker` overrides some."""
         python = self.python
+        _require_programs({name: value for name, value in fields.items() if name not in self.fields})
         if any(fields.get(name) != self.fields.get(name) for name in PYTHON_FIELDS):
             python = prepare_python(self.fqn, fields)
         runtime_env, host_env_vars = ray_runtime_env(python, fields)
@@ -189,15 +192,22 @@ def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
 
 def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     """Make the Python of `fields`, or else of the registry, ready on every node."""
+    _require_programs(fields)
     if ray_chooses_python(fields):
         distribute_source(alive_nodes())
-        require_programs_on_each_node(fields)
         return WorkerPython()
     spec = spec_from_runtime_env(fields, fields.get("py_executable") or get_actor_python_env(fqn))
     # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
     is_default = not any(name in fields for name in _VENV_FIELDS)
     name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
     return prepare_pythons({name: spec})[name]
+
+
+def _require_programs(fields: Mapping[str, Any]) -> None:
+    """Raise `ClusterError` before anything is built if a node lacks a program that a field needs, such as `nsys`."""
+    if needs_programs(fields):
+        distribute_source(alive_nodes())  # the check runs this package's code on every node
+        require_programs_on_each_node(fields)
 
 
 def prepare_pythons(
@@ -248,13 +258,13 @@ def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[di
         result = {name: value for name, value in result.items() if name not in _VENV_FIELDS}
         result["py_executable"] = python.python
     given = fields.get("env_vars") or {}
-    by_ray = {name: value for name, value in given.items() if not settings.is_secret(name)}
-    by_host = {name: value for name, value in given.items() if settings.is_secret(name)}
+    by_ray = {name: value for name, value in given.items() if not is_secret_variable(name, value)}
+    by_host = {name: value for name, value in given.items() if is_secret_variable(name, value)}
     for name, value in settings.forwarded().items():
         if name in given:
             continue
         # Ray writes every runtime_env to its logs, and expands `$NAME` in the values.
-        target = by_host if settings.is_secret(name) or "$" in value else by_ray
+        target = by_host if is_secret_variable(name, value) or "$" in value else by_ray
         target[name] = value
     active = dict(python.activation)
     source = search_path()

@@ -30,6 +30,7 @@ from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.distributed.ray_private import upload_directories, upload_setup_hook
 from nemo_rl.errors import ClusterError, RuntimeEnvError, WorkerStartError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.names import did_you_mean
 from nemo_rl.venvs import parse_py_executable, spec_from_runtime_env
 
@@ -173,6 +174,11 @@ def is_early(name: str) -> bool:
     return name.startswith(_EARLY_PREFIXES)
 
 
+def needs_programs(fields: Mapping[str, Any]) -> bool:
+    """Return whether a field needs a program on the nodes."""
+    return any(name in _PROGRAMS for name in fields)
+
+
 def require_programs_on_each_node(fields: Mapping[str, Any]) -> None:
     """Check that every node has the programs that these fields need, such as `podman` for a container.
 
@@ -193,10 +199,13 @@ def require_programs_on_each_node(fields: Mapping[str, Any]) -> None:
     for name, alternatives in needed.items():
         lacking = [address for address, names in installed.items() if not set(alternatives) & set(names)]
         if lacking:
+            profiles = name in ("nsight", "rocprof_sys")
+            remedy = (
+                "remove the field" if profiles else "use pip, uv or py_executable, which need no program on the nodes"
+            )
             raise ClusterError(
                 f"runtime_env[{name!r}] needs {' or '.join(alternatives)}, which is not on the PATH of "
-                f"{', '.join(lacking)}. Install it there, or use pip, uv or py_executable, which need no program on "
-                "the nodes."
+                f"{', '.join(lacking)}. Install it there, or {remedy}."
             )
 
 
@@ -338,7 +347,7 @@ class WorkerOptions:
 def _log_overrides(fqn: str, given: Mapping[str, Any], replaced: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in replaced.items():
         if name in given and given[name] != value:
-            shown = (settings.MASK, settings.MASK) if settings.is_secret(name) else (given[name], value)
+            shown = [settings.MASK if settings.is_secret(name) else mask_secrets(v) for v in (given[name], value)]
             logger.warning("%s.configure_worker overrides %s%s=%r with %r", fqn, prefix, name, *shown)
 
 

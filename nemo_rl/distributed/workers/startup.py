@@ -28,6 +28,7 @@ from nemo_rl.distributed.ray_private import current_node
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.distributed.workers.class_description import ClassDescription
 from nemo_rl.errors import AttestationError, NodeLostError, WorkerStartError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.names import abbreviated
 
 _KILL_TIMEOUT_S = 10.0
@@ -123,7 +124,7 @@ def _checked_answer(worker: StartingWorker, reference: ray.ObjectRef) -> dict[st
         answer = ray.get(reference)
     except RayError as error:
         shown = f"worker {worker.label} of {worker.fqn} died while starting: {error}{_last_output(error)}"
-        masked = shown
+        masked = mask_secrets(shown)
         for secret in worker.secrets:
             masked = masked.replace(secret, settings.MASK)
         # Ray's error repeats the text, so it is chained only if the text contains no secret.
@@ -168,13 +169,14 @@ def kill_and_wait(handles: Sequence[ActorHandle], timeout_s: float = _KILL_TIMEO
     return all_dead(handles, timeout_s)
 
 
-def all_dead(handles: Sequence[ActorHandle], timeout_s: float) -> bool:
-    """Wait until every actor has ended. Returns whether all ended within `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
+def all_dead(handles: Sequence[ActorHandle], timeout_s: float | None) -> bool:
+    """Wait until every actor has ended. Returns whether all ended within `timeout_s`; None waits without limit."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for handle in handles:
         while True:
             try:
-                ray.get(handle.__ray_ready__.remote(), timeout=max(0.0, deadline - time.monotonic()))
+                limit = None if deadline is None else max(0.0, deadline - time.monotonic())
+                ray.get(handle.__ray_ready__.remote(), timeout=limit)
             except ActorUnavailableError:  # the node does not answer; Ray has not declared the actor dead yet
                 pass
             except WORKER_DEATHS:
