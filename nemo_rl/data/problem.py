@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, overload
 
 from nemo_rl.errors import DataError
@@ -159,8 +161,10 @@ def _answer_text(value: Any, where: str) -> str:
             raise DataError(f"{where} is an empty answer")
         return value
     # In Python, bool is an int, but True is not a number that an answer can be compared with.
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise DataError(f"{where} must be a finite number, got {_shown(value)}")
+        return f"{value:f}" if isinstance(value, Decimal) else str(value)
     raise DataError(f"{where} must be text or a number, got {_shown(value)}")
 
 

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+from nemo_rl.environments.notation import ascii_characters, plain_to_latex
+from nemo_rl.environments.notation import normalise as normalise
+from nemo_rl.environments.units import split_quantity, unit_factor
+from nemo_rl.errors import DataError
+
+if TYPE_CHECKING:
+    from nemo_rl.data.problem import ProblemDataset
 
 AnswerFormat = Literal["boxed", "last_number", "whole", "answer_tag", "hash"]
 
@@ -21,23 +29,59 @@ RELATIVE_TOLERANCE = Fraction(1, 10**6)
 # The answer must be near the end: only this many characters at the end are searched.
 SEARCHED_CHARS = 65_536
 
+# A decimal with so many significant digits is a rounded value; a shorter one (0.5) is exact.
+ROUNDED_DIGITS = 6
+
 _MAX_LITERAL_CHARS = 300
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_SPACED_INTEGER = rf"(?:[0-9]{{1,3}}(?: [0-9]{{3}})+|{_INTEGER})"
-_DECIMAL = re.compile(rf"([+-]?)({_SPACED_INTEGER}?)(?:\.([0-9]*))?(?:[eE]([+-]?[0-9]{{1,3}}))?")
-_RATIO = re.compile(r"([+-]?)([0-9]+) ?/ ?([0-9]+)|([+-]?)\\frac ?\{ ?([+-]?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}")
-_NUMBER_IN_TEXT = re.compile(rf"(?<![0-9A-Za-z_.])-?(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}})?")
-_SPACING = re.compile(r"(?:\\[,;: ]|~|\s)+")
-_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_SPELLINGS = (("\u2212", "-"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{,}", ","), ("\\!", ""), ("**", "^"))
+# Digit groups: 1,000,000 (also 12,34,567), 1'000'000, 1_000_000, 1 000 000 and, with a decimal comma, 1.000.000,5.
+_GROUPED = (
+    r"[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])|[0-9]{1,3}(?:'[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:_[0-9]{3})+(?![0-9])"
+)
+_INTEGER = rf"(?:{_GROUPED}|[0-9]+)"
+_SPACED_INTEGER = rf"(?:[0-9]{{1,3}}(?: [0-9]{{3}})+(?![0-9])|{_INTEGER})"
+_COMMA_DECIMAL = r"(?:[0-9]{1,3}(?:\.[0-9]{3}){2,}(?:,[0-9]+)?|[0-9]{1,3}(?:[. ][0-9]{3})+,[0-9]+|0,[0-9]+)(?![0-9])"
+_EXPONENT = r"(?:[eE]([+-]?[0-9]{1,3})| ?(?:\\times|\\cdot|[*xX]) ?10 ?\^ ?(?:\{ ?([+-]?[0-9]{1,3}) ?\}|([0-9]{1,3})))"
+_DECIMAL = re.compile(rf"([+-]?) ?(?:({_COMMA_DECIMAL})|({_SPACED_INTEGER}?)(?:\.([0-9]*))?){_EXPONENT}?")
+_POWER_OF_TEN = re.compile(r"([+-]?) ?10 ?\^ ?(?:\{ ?([+-]?[0-9]{1,3}) ?\}|([0-9]{1,3}))")
+_REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\(?:overline|bar) ?\{? ?([0-9]+) ?\}?")
+_RATIO = re.compile(
+    r"([+-]?) ?(?:([0-9]+)[ -])? ?([0-9]+) ?/ ?([0-9]+)|"
+    r"([+-]?) ?([0-9]+)? ?\\frac ?\{ ?([+-]?[0-9]+) ?\} ?\{ ?([+-]?[0-9]+) ?\}"
+)
+_PROPORTION = re.compile(r"([0-9]+) ?(?::| to |\\colon) ?([0-9]+)")
+_SINGLE_COMMA = re.compile(r"([+-]?[0-9]+),([0-9]+)")
+_FRACTION_IN_TEXT = (
+    r"(?:[0-9]+ ?)?\\[dtc]?frac ?(?:\{-?[0-9]+\} ?\{-?[0-9]+\}|[0-9] ?[0-9])|"
+    r"(?<![0-9]/)(?:[0-9]+ )?[0-9]+/[0-9]+(?![0-9/])"
+)
+_NUMBER_IN_TEXT = re.compile(
+    rf"(?<![0-9A-Za-z_.\\])-?(?:\\?\$ ?)?(?:{_FRACTION_IN_TEXT}|"
+    rf"(?:{_COMMA_DECIMAL}|{_SPACED_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][+-]?[0-9]{1,3}(?![0-9])|"
+    rf"(?: *(?:\\times|\\cdot|[*xX]) *10)? ?\^ ?(?:\{{-?[0-9]+\}}|[0-9]+)|:[0-9]+(?![0-9:]))?)"
+    r"(?: ?\\?%)?"
+)
+_BOX_TOKEN = re.compile(r"\\+(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]{1,2}/[0-9]{1,2}/[0-9]{4}|[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})? ?[AaPp]\.?[Mm]\.?"
+)
+_TEXT_COMMAND = re.compile(r"\\text ?\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z',.:;!?() -]*[A-Za-z.)!?]")
+# A word of three letters that is no function or constant: the answer is text, not a product of variables.
+_WORD = re.compile(
+    r"\b(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|cbrt|abs|floor|ceil|gcd|lcm|max|min|mod|inf|infinity|"
+    r"and|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|rho|tau|psi)\b)(?:[A-Za-z]{3,}|no|No|NO)\b"
+)
+_CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-Ja-j])[).:]?\)?")
 
 
 def extract_answer(completion: str, answer_format: AnswerFormat) -> str | None:
     r"""Return the answer in `completion`, stripped; None if it contains no answer.
 
-    Formats: "boxed", the content of the last complete `\boxed{...}`; "last_number", the last number; "whole", the full
-    text; "answer_tag", the content of the last `<answer>...</answer>`; "hash", the rest of the line after the last
-    `####`. All but "whole" search the last `SEARCHED_CHARS` characters.
+    Formats: "boxed", the content of the last complete `\boxed{...}` or `\fbox{...}`; "last_number", the last number
+    (a fraction, mixed number, power or percentage is one number); "whole", the full text; "answer_tag", the content of
+    the last `<answer>...</answer>`; "hash", the rest of the line after the last `####`. All but "whole" search the last
+    `SEARCHED_CHARS` characters.
 
     Example:
         >>> extract_answer(r"So the result is \boxed{42}.", "boxed")
@@ -64,8 +108,10 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    numbers: list[str] = _NUMBER_IN_TEXT.findall(text)
-    return numbers[-1] if numbers else None
+    last = None
+    for match in _NUMBER_IN_TEXT.finditer(text if text.isascii() else ascii_characters(text)):
+        last = match.group()
+    return last
 
 
 def _last_answer_tag(text: str) -> str | None:
@@ -89,66 +135,227 @@ _EXTRACTORS: dict[AnswerFormat, Callable[[str], str | None]] = {
 assert set(_EXTRACTORS) == set(get_args(AnswerFormat))
 
 
-def normalise(answer: str) -> str:
-    """Return one spelling for answers that differ only in typography: spaces, dollar signs, minus signs, full stop."""
-    text = answer.strip()
-    if text.isalnum():
-        return text
-    for spelling, plain in _SPELLINGS:
-        text = text.replace(spelling, plain)
-    return _SPACING.sub(" ", text).strip(" $").removesuffix(".").rstrip(" $")
-
-
 def to_latex(answer: str) -> str:
-    r"""Return a normalised answer in LaTeX: `1.5e3` becomes `1.5 \times 10^{3}`, so it is not read as 1.5 * e * 3."""
-    match = _DECIMAL.fullmatch(answer) if len(answer) <= _MAX_LITERAL_CHARS else None
-    if match is None or match.group(4) is None or not (match.group(2) or match.group(3)):
-        return answer
-    return f"{answer[: match.start(4) - 1]} \\times 10^{{{int(match.group(4))}}}"
+    r"""Return a normalised answer in the LaTeX that the verifier reads, without its unit.
+
+    Example:
+        >>> to_latex("1.5e3"), to_latex("2 1/2"), to_latex("sqrt(2)/2 cm")
+        ('1.5 \\times 10^{3}', '\\frac{5}{2}', '\\sqrt{2}/2 cm')
+    """
+    if _DATE.fullmatch(answer) or is_text(answer):
+        return f"\\text{{{_plain_words(answer)}}}"
+    quantity = split_quantity(answer)
+    literal = rational_literal(quantity.number)
+    if literal is None:
+        latex = plain_to_latex(quantity.number)
+        return latex if quantity.scale == 1 else f"{quantity.scale} \\cdot ({latex})"
+    if literal.is_ratio or quantity.scale != 1:
+        value = literal.value * quantity.scale
+        sign = "-" if value < 0 else ""
+        return f"{sign}\\frac{{{abs(value.numerator)}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
+    digits = literal.decimal
+    return digits if not literal.exponent else f"{digits} \\times 10^{{{literal.exponent}}}"
+
+
+def is_text(answer: str) -> bool:
+    """Return whether a normalised answer is words ("true", "no solution"), which algebra cannot compare."""
+    words = _plain_words(answer)
+    return _WORDS.fullmatch(words) is not None and _WORD.search(words) is not None
+
+
+def needs_algebra(answer: str) -> bool:
+    """Return whether a normalised answer is neither words nor a date nor a number with or without a unit."""
+    if _DATE.fullmatch(answer) or is_text(answer):
+        return False
+    return rational_literal(split_quantity(answer).number) is None
+
+
+def answer_key_fault(truth: str) -> str | None:
+    r"""Return why an answer key cannot be right for any completion, or None.
+
+    Any text is an answer key, since equal text is a right answer. Keys that are cut off or contain no answer at all
+    are faults of the data set.
+    """
+    plain = normalise(truth)
+    if not plain:
+        return "it is empty"
+    if not braces_match(plain):
+        return "its braces do not match"
+    if not re.search(r"\w|\\[A-Za-z{]|\(\)|\{\}", plain):
+        return "it contains no letter and no digit"
+    if plain.lower() == "nan":
+        return "it is not a number"
+    return None
+
+
+def check_answer_keys(dataset: ProblemDataset, max_chars: int) -> None:
+    """Check the answers of all problems, so that a bad one is reported before a job starts workers.
+
+    Raises:
+        DataError: An answer key is broken (see `answer_key_fault`) or too long; the message names file and line.
+    """
+    for index in range(len(dataset)):
+        answer = dataset[index].answer
+        fault = answer_key_fault(answer)
+        if fault is None and len(normalise(answer)) > max_chars:
+            fault = f"it has more than {max_chars} characters (env.math.max_answer_chars)"
+        if fault:
+            raise DataError(
+                f"{dataset.where(index)}: the answer {answer[:200]!r} cannot be compared with an answer of the model: "
+                f"{fault}. Correct or remove the record."
+            )
+
+
+def braces_match(text: str) -> bool:
+    r"""Return whether each brace that is not escaped has its partner, and no backslash is at the end."""
+    depth = 0
+    escaped = False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character in "{}":
+            depth += 1 if character == "{" else -1
+            if depth < 0:
+                return False
+    return depth == 0 and not escaped
 
 
 @dataclass(frozen=True)
 class RationalLiteral:
-    """A number written in digits: its exact value, and whether it is written as a ratio."""
+    """A number written in digits.
+
+    Attributes:
+        value: Its exact value.
+        is_ratio: It is written as a ratio or mixed number.
+        digits: Significant digits of a decimal that is not an integer; 0 for other numbers, which are exact.
+        decimal: A decimal's digits without groups, without the exponent.
+        exponent: A decimal's power of ten.
+    """
 
     value: Fraction
     is_ratio: bool
+    digits: int = 0
+    decimal: str = ""
+    exponent: int = 0
 
 
 @lru_cache(maxsize=10_000)  # the completions of one prompt have the same ground truth
 def rational_literal(text: str) -> RationalLiteral | None:
-    r"""Parse a normalised integer, decimal, scientific number, `a/b` or `\frac{a}{b}`; None for any other text."""
+    r"""Parse a normalised number: integer, decimal, `1.5e3`, `a/b`, `\frac{a}{b}`, `2 1/2`, `a:b`; else None."""
     if len(text) > _MAX_LITERAL_CHARS:
         return None
     if match := _RATIO.fullmatch(text):
-        sign, numerator, denominator = match.groups()[:3] if match.group(2) else match.groups()[3:]
-        if int(denominator) == 0:
+        groups = match.groups()
+        sign, whole, numerator, denominator = groups[:4] if groups[2] else groups[4:]
+        if int(denominator) == 0 or (
+            whole and (int(numerator) < 0 or int(denominator) < 0 or match[0][len(sign) + len(whole)] == "-")
+        ):
             return None
-        value = Fraction(int(numerator), int(denominator))
+        value = int(whole or 0) + Fraction(int(numerator), int(denominator))
         return RationalLiteral(-value if sign == "-" else value, is_ratio=True)
+    if (match := _PROPORTION.fullmatch(text)) and int(match[2]):
+        return RationalLiteral(Fraction(int(match[1]), int(match[2])), is_ratio=True)
+    if match := _REPEATING.fullmatch(text):
+        sign, integer, fixed, period = match.groups()
+        period_value = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
+        value = Fraction(int((integer + fixed) or 0), 10 ** len(fixed)) + period_value
+        return RationalLiteral(-value if sign == "-" else value, is_ratio=True)
+    if match := _POWER_OF_TEN.fullmatch(text):
+        return _decimal_literal(match[1], "1", "", int(match[2] or match[3]))
     match = _DECIMAL.fullmatch(text)
-    if match is None or not (match.group(2) or match.group(3)):
+    if match is None or not (match[2] or match[3] or match[4]):
         return None
-    sign, integer, decimals, exponent = match.groups()
-    digits = integer.replace(",", "").replace(" ", "") + (decimals or "")
-    value = Fraction(int(digits)) * Fraction(10) ** (int(exponent or 0) - len(decimals or ""))
-    return RationalLiteral(-value if sign == "-" else value, is_ratio=False)
+    integer, decimals = match[3] or "", match[4] or ""
+    if match[2]:
+        integer, _, decimals = match[2].rpartition(",") if "," in match[2] else (match[2], "", "")
+    return _decimal_literal(
+        match[1], re.sub(r"[^0-9]", "", integer), decimals, int(match[5] or match[6] or match[7] or 0)
+    )
+
+
+def _decimal_literal(sign: str, integer: str, decimals: str, exponent: int) -> RationalLiteral:
+    value = Fraction(int(integer + decimals)) * Fraction(10) ** (exponent - len(decimals))
+    digits = len((integer + decimals).lstrip("0")) if decimals or exponent < 0 else 0
+    number = ("-" if sign == "-" else "") + (integer or "0") + (f".{decimals}" if decimals else "")
+    return RationalLiteral(-value if sign == "-" else value, False, digits, number, exponent)
 
 
 def same_number(answer: RationalLiteral, truth: RationalLiteral) -> bool:
-    """Return whether two numbers are equal. A decimal equals a ratio if six significant digits are correct."""
+    """Return whether two numbers are equal.
+
+    Integers, ratios and short decimals are exact. A decimal of six or more significant digits is a rounded value: it
+    equals a ratio, or another such decimal, from which it differs by at most `RELATIVE_TOLERANCE`, or of which it is
+    the rounded or truncated value.
+    """
     if answer.value == truth.value:
         return True
-    if answer.is_ratio == truth.is_ratio:
+    if answer.is_ratio == truth.is_ratio and min(answer.digits, truth.digits) < ROUNDED_DIGITS:
         return False
-    return abs(answer.value - truth.value) <= RELATIVE_TOLERANCE * abs(truth.value)
+    if any(not number.is_ratio and not number.digits for number in (answer, truth)):
+        return False  # an integer is exact
+    if abs(answer.value - truth.value) <= RELATIVE_TOLERANCE * abs(truth.value):
+        return True
+    return is_rounded(answer.value, answer.digits, truth.value) or is_rounded(truth.value, truth.digits, answer.value)
+
+
+def is_rounded(decimal: Fraction, digits: int, value: Fraction) -> bool:
+    """Return whether a decimal of at least six significant digits is `value`, rounded or truncated to these digits."""
+    if digits < ROUNDED_DIGITS or decimal * value <= 0:
+        return False
+    # One unit in the last place. The leading digit's place is at most one off, which the loop corrects.
+    unit = Fraction(10) ** (len(str(abs(decimal).numerator)) - len(str(decimal.denominator)) - digits + 1)
+    while abs(decimal) / unit >= 10**digits:
+        unit *= 10
+    while abs(decimal) / unit < 10 ** (digits - 1):
+        unit /= 10
+    return -unit < abs(decimal) - abs(value) <= unit / 2
 
 
 def compare_cheaply(answer: str, truth: str) -> bool | None:
-    """Return whether two normalised answers are equal; None if only computer algebra can decide."""
+    """Return whether two normalised answers are equal; None if only computer algebra can decide.
+
+    Where a text can be read in two ways, the reading is preferred that has the form of the truth: `3,14` is a decimal
+    if the truth is one number, and a list if it is a list.
+    """
     if answer == truth:
         return True
-    answer_number, truth_number = rational_literal(answer), rational_literal(truth)
+    answer_choice, truth_choice = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(truth)
+    if answer_choice and truth_choice and answer_choice[1] == truth_choice[1]:
+        return True
+    if _DATE.fullmatch(truth) or is_text(truth) or _DATE.fullmatch(answer) or is_text(answer):
+        return _compare_text(answer, truth)
+    answer_quantity, truth_quantity = split_quantity(answer), split_quantity(truth)
+    factor = unit_factor(answer_quantity, truth_quantity)
+    if factor is None:
+        return False
+    if answer_quantity.number == truth_quantity.number:
+        return factor == 1
+    answer_number = rational_literal(answer_quantity.number)
+    truth_number = rational_literal(truth_quantity.number)
+    if answer_number is None and truth_number is not None:
+        answer_number = _comma_decimal(answer_quantity.number)
+    elif truth_number is None and answer_number is not None:
+        truth_number = _comma_decimal(truth_quantity.number)
     if answer_number is None or truth_number is None:
-        return None
-    return same_number(answer_number, truth_number)
+        return None if factor == 1 or answer_number is None else False
+    return same_number(replace(answer_number, value=answer_number.value * factor), truth_number)
+
+
+def _compare_text(answer: str, truth: str) -> bool | None:
+    return _comparable_text(answer) == _comparable_text(truth) or (None if not is_text(truth) else False)
+
+
+def _comparable_text(text: str) -> str:
+    return re.sub(r"[\s.,;:!?'-]+", " ", _plain_words(text)).strip().casefold()
+
+
+def _plain_words(text: str) -> str:
+    r"""Return the text without `\text{}`."""
+    return re.sub(r"\s+", " ", _TEXT_COMMAND.sub(r"\1", text)).strip()
+
+
+def _comma_decimal(text: str) -> RationalLiteral | None:
+    match = _SINGLE_COMMA.fullmatch(text)
+    return rational_literal(f"{match[1]}.{match[2]}") if match else None

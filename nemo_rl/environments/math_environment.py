@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from nemo_rl.environments.answers import compare_cheaply, extract_answer, normalise, rational_literal, to_latex
+from nemo_rl.environments.answers import (
+    answer_key_fault,
+    compare_cheaply,
+    extract_answer,
+    needs_algebra,
+    normalise,
+    to_latex,
+)
 from nemo_rl.environments.config import MathEnvironmentConfig
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn, SampleStatus
 from nemo_rl.environments.verify_pool import VerifyPool, VerifyRequest, VerifyResult
@@ -111,6 +119,8 @@ class MathEnvironment(EnvironmentInterface):
                 f"sample {index}: metadata[{GROUND_TRUTH!r}] must be text or a number, not {truth!r}; "
                 f"it has the keys: {', '.join(map(str, record)) or 'none'}"
             )
+        if isinstance(truth, float) and not math.isfinite(truth):
+            raise EnvironmentFailure(f"sample {index}: the ground truth must be a finite number, not {truth!r}")
         plain = normalise(str(truth))
         if not plain or len(plain) > self._config.max_answer_chars:
             raise EnvironmentFailure(
@@ -120,16 +130,19 @@ class MathEnvironment(EnvironmentInterface):
         return plain
 
     def _check_truths(self, truths: Sequence[str]) -> None:
-        """Raise `EnvironmentFailure` for truths that cannot be parsed.
+        """Raise `EnvironmentFailure` for truths that are broken, or that cannot be compared in time.
 
-        Every truth is checked, so that a failure does not depend on the model's text.
+        Every truth is checked, so that a failure does not depend on the model's text. A truth that math-verify cannot
+        parse is no failure: only an answer of equal text is right.
         """
-        checks = {index: VerifyRequest(to_latex(t)) for index, t in enumerate(truths) if rational_literal(t) is None}
-        broken = [(index, r.outcome) for index, r in self._verify(checks).items() if r.outcome != "parsed"]
+        broken = [(index, fault) for index, truth in enumerate(truths) if (fault := answer_key_fault(truth))]
+        if not broken:
+            checks = {index: VerifyRequest(to_latex(t)) for index, t in enumerate(truths) if needs_algebra(t)}
+            broken = [(i, "it takes too long") for i, r in self._verify(checks).items() if r.outcome == "timeout"]
         if broken:
             shown = "; ".join(f"sample {i}: {truths[i][:200]!r} ({why})" for i, why in broken[:_MAX_FAILURES_SHOWN])
             raise EnvironmentFailure(
-                f"math-verify cannot parse, or compare in time, {len(broken)} of {len(truths)} ground truths: "
+                f"{len(broken)} of {len(truths)} ground truths cannot be compared with an answer: "
                 f"{shown}. Correct or remove these records of the data set."
             )
 

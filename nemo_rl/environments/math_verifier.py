@@ -20,7 +20,14 @@ import resource
 import sys
 from typing import Any, BinaryIO
 
-SELF_TEST = (("\\frac{1}{2}", "0.5", "equal"), ("1", "2", "different"), ("\\{2, 1\\}", "\\{1, 2\\}", "equal"))
+from nemo_rl.environments.answers import braces_match
+
+SELF_TEST = (
+    ("\\frac{1}{2}", "0.5", "equal"),
+    ("1", "2", "different"),
+    ("\\{2, 1\\}", "\\{1, 2\\}", "equal"),
+    ("2^{-99}", "2^{-98}", "different"),
+)
 
 
 class Verifier:
@@ -31,6 +38,9 @@ class Verifier:
         from math_verify import parser
         from math_verify.grader import verify
 
+        from nemo_rl.environments import equality
+
+        equality.install()
         # The text contains only the answer, so one rule is enough, and no rule searches for an answer in prose.
         self._rules = [parser.LatexExtractionConfig(boxed_match_priority=0)]
         self._parse = parser.parse
@@ -64,7 +74,7 @@ class Verifier:
         return "equal" if equal else "different"
 
     def _read(self, text: str) -> list[Any]:
-        if not _balanced(text):
+        if not braces_match(text):
             return []  # `5} \boxed{7` must not inject a second answer into the box
         try:
             return self._parse(
@@ -78,23 +88,6 @@ class Verifier:
             raise
         except Exception:
             return []  # the parser raises the same types
-
-
-def _balanced(text: str) -> bool:
-    depth = 0
-    escaped = False
-    for character in text:
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth < 0:
-                return False
-    return depth == 0 and not escaped
 
 
 def _limit_memory(growth_bytes: int) -> None:

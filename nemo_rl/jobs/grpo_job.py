@@ -22,6 +22,7 @@ from rich.console import Console
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
+from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.jobs.command_line import JobArguments
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
@@ -63,6 +64,9 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
     problems = load_datasets(config.data)  # loaded first, to report errors before anything is started
+    if config.env.name == "math":
+        for dataset in filter(None, problems):
+            check_answer_keys(dataset, config.env.math.max_answer_chars)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +16,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.arithmetic import ArithmeticDataset
 from nemo_rl.data.config import DataConfig, DatasetConfig
 from nemo_rl.data.datasets import DATASETS, load_datasets, open_dataset
-from nemo_rl.data.problem import Problem, ProblemDataset
+from nemo_rl.data.problem import Problem, ProblemDataset, problem_from_record
 from nemo_rl.errors import ConfigError, DataError
 from nemo_rl.utils.config import load_config
 
@@ -121,6 +122,9 @@ def test_answer_pattern_finds_answers_in_solutions(tmp_path):
         ('{"problem": "1+1", "answer": null}', "'answer' must be text or a number, got NoneType"),
         ('{"problem": "1+1", "answer": true}', "'answer' must be text or a number, got bool True"),
         ('{"problem": "1+1", "answer": ""}', "'answer' is an empty answer"),
+        ('{"problem": "1+1", "answer": NaN}', "'answer' must be a finite number, got float nan"),
+        ('{"problem": "1+1", "answer": -Infinity}', "'answer' must be a finite number, got float -inf"),
+        ('{"problem": "1+1", "answer": 1e400}', "'answer' must be a finite number, got float inf"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -173,6 +177,23 @@ def test_invalid_row_is_named(tmp_path):
         opened(path)
     with pytest.raises(DataError, match=r"no column 'answr' .*did you mean 'answer'"):
         opened(path, answer_key="answr")
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), Decimal("NaN")])
+def test_answer_that_is_not_finite_is_named(tmp_path, answer):
+    if isinstance(answer, Decimal):
+        with pytest.raises(DataError, match=r"row 1: 'answer' must be a finite number, got Decimal"):
+            problem_from_record({"problem": "?", "answer": answer}, 1, DatasetConfig(), "row 1")
+        return
+    path = write_parquet(tmp_path / "a.parquet", [{"problem": "1", "answer": 1.0}, {"problem": "2", "answer": answer}])
+    with pytest.raises(DataError, match=r"a.parquet row 1: 'answer' must be a finite number, got float"):
+        opened(path)
+
+
+def test_decimal_answers_are_numbers(tmp_path):
+    rows = [{"problem": "1", "answer": Decimal("1.50")}, {"problem": "2", "answer": Decimal("1E+3")}]
+    assert [problem.answer for problem in opened(write_parquet(tmp_path / "a.parquet", rows))] == ["1.50", "1000.00"]
+    assert problem_from_record({**rows[1]}, 0, DatasetConfig(), "row").answer == "1000"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_rl.environments.answers import AnswerFormat, compare_cheaply, extract_answer, normalise, to_latex
+from nemo_rl.environments.answers import (
+    AnswerFormat,
+    answer_key_fault,
+    compare_cheaply,
+    extract_answer,
+    needs_algebra,
+    normalise,
+    to_latex,
+)
 from nemo_rl.environments.verify_pool import VerifyPool, VerifyRequest
 from nemo_rl.pipelines.stage import ProcessingStage
 from nemo_rl.pipelines.stages.text import drop_rows
@@ -81,7 +89,9 @@ class MathAnswerCheck(ProcessingStage[DocumentBatch, DocumentBatch]):
                 faults[index] = "no answer"
             elif len(answer) > _MAX_ANSWER_CHARS:
                 faults[index] = f"answer longer than {_MAX_ANSWER_CHARS} characters"
-            elif compare_cheaply(normalise(answer), "0") is None:  # not a plain number
+            elif fault := answer_key_fault(answer):
+                faults[index] = f"answer that cannot be compared: {fault}"
+            elif needs_algebra(normalise(answer)):
                 questions[index] = VerifyRequest(to_latex(normalise(answer)))
         for index, outcome in self._outcomes(questions).items():
             if outcome != "parsed":
