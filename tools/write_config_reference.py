@@ -20,9 +20,10 @@ HEAD = """\
 <!-- Written by tools/write_config_reference.py from the typed configuration: change that and run the tool. -->
 
 This page lists every configuration key of both jobs. A job reads a YAML file (`--config FILE`) and overrides
-(`section.key=value`), which take precedence over the file. A file may extend another one with `defaults: other.yaml`.
-Unknown keys and values of the wrong type are errors that name the key and the nearest valid one. `--help` prints the
-same list on the command line.
+(`section.key=value`), which take precedence over the file. A file may extend another one with `defaults: other.yaml`,
+or several with `defaults: [a.yaml, b.yaml]`, where later files take precedence. Unknown keys and values of the wrong
+type are errors that name the key and the nearest valid one. `--help` prints the same list
+on the command line.
 
 ```yaml
 defaults: grpo_math_embedded.yaml   # relative to this file
