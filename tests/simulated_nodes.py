@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from nemo_rl.distributed.cluster.session import LOCAL_RAY_VARIABLES, init_ray
-from nemo_rl.distributed.ray_private import keep_loopback_addresses
+from nemo_rl.distributed.ray_private import keep_loopback_addresses, patient_start
 
 
 @contextlib.contextmanager
@@ -32,8 +32,9 @@ def simulated_nodes(*nodes: dict[str, Any], is_joined: bool = True) -> Iterator[
         keep_loopback_addresses()
         cluster = Cluster()
         stack.callback(cluster.shutdown)
-        for options in nodes:
-            cluster.add_node(**{"include_dashboard": False, **options})
+        with patient_start(120.0):
+            for options in nodes:
+                cluster.add_node(**{"include_dashboard": False, **options})
         patch.setenv("RAY_ADDRESS", cluster.address)
         if is_joined:
             stack.callback(ray.shutdown)

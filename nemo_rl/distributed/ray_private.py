@@ -6,16 +6,23 @@ fails, naming it, when a new version of Ray changes one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
-from ray._private import ray_constants, state
+from ray._private import ray_constants, services, state
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+logger = logging.getLogger(__name__)
+
+# Ray's own limit for a node to start, in seconds; it cannot be configured.
+RAY_START_LIMIT_S = 30.0
 _AUTH_SETUP_LOGGER = "ray._private.authentication.authentication_token_setup"
 _UPLOAD_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -99,6 +106,46 @@ def hide_upload_notices() -> None:
     """Hide the messages that Ray logs while a job is submitted and its directories are uploaded."""
     for name in _UPLOAD_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+# --- starting a node --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def patient_start(limit_s: float) -> Iterator[None]:
+    """Give nodes that this process starts `limit_s` seconds to register instead of Ray's 30, while the block runs.
+
+    On a machine with more runnable processes than cores, Ray's processes import their packages in more than 30 s. After
+    `RAY_START_LIMIT_S`, a warning names the load.
+    """
+    original = services.get_node
+
+    def get_node(gcs_address: str, node_id: str) -> Any:
+        started = time.monotonic()
+        warned = False
+        while True:
+            try:
+                return original(gcs_address, node_id)
+            except RuntimeError:  # the node has not registered yet
+                waited = time.monotonic() - started
+                if waited > limit_s:
+                    raise
+                if waited > RAY_START_LIMIT_S and not warned:
+                    warned = True
+                    logger.warning(
+                        "Ray has not started after %.0f s (load average %.0f on %d CPUs); waiting up to %.0f s",
+                        waited,
+                        os.getloadavg()[0],
+                        os.cpu_count() or 1,
+                        limit_s,
+                    )
+                time.sleep(0.1)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = original
 
 
 # --- runtime_env ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ USED: list[tuple[str, str, list[str] | None]] = [
     ("ray._private.node", "Node.webui_url", None),
     ("ray._private.node", "Node.get_session_dir_path", ["self"]),
     ("ray._private.node", "Node.get_runtime_env_dir_path", ["self"]),
+    ("ray._private.services", "get_node", ["gcs_address", "node_id"]),
     ("ray._private.state", "available_resources_per_node", []),
     ("ray._private.state", "actors", ["actor_id", "job_id", "actor_state_name"]),
     ("ray._private.ray_constants", "PROCESS_TYPE_GCS_SERVER", None),
@@ -132,3 +134,24 @@ def test_no_other_module_uses_private_ray() -> None:
             if any(name == private or name.startswith(f"{private}.") for name in names for private in PRIVATE_MODULES):
                 broken.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert broken == []
+
+
+def test_slow_node_gets_more_time_than_ray_gives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registered_at = time.monotonic() + 0.5
+
+    def slow(gcs_address: str, node_id: str) -> dict[str, str]:
+        if time.monotonic() < registered_at:
+            raise RuntimeError("not registered")
+        return {"node": node_id}
+
+    monkeypatch.setattr(ray_private.services, "get_node", slow)
+    monkeypatch.setattr(ray_private, "RAY_START_LIMIT_S", 0.1)
+    with ray_private.patient_start(60.0):
+        assert ray_private.services.get_node("address", "a") == {"node": "a"}
+    assert "load average" in caplog.text
+    assert ray_private.services.get_node is slow
+    registered_at = time.monotonic() + 60.0
+    with ray_private.patient_start(0.2), pytest.raises(RuntimeError, match="not registered"):
+        ray_private.services.get_node("address", "a")

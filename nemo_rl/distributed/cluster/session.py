@@ -57,6 +57,9 @@ _MAX_TEMP_DIR_BYTES = 107 - 72
 
 _CONNECT_TIMEOUT_S = 5.0
 
+# A busy machine takes longer to start Ray's processes than the 30 s that Ray gives them.
+_START_LIMIT_S = 120.0
+
 _process_lock = threading.Lock()
 
 
@@ -193,7 +196,7 @@ def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> st
     ray_private.use_setup_worker(str(Path(__file__).with_name("setup_worker.py")))
     ray_private.hide_auth_notice()
     try:
-        with settings.only_inheritable():
+        with settings.only_inheritable(), ray_private.patient_start(_START_LIMIT_S):
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -205,7 +208,8 @@ def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> st
     except Exception as error:  # Ray raises plain `Exception` for a node that does not come up
         raise ClusterError(
             f"cannot start a local Ray cluster: {error} Ray's logs are in its session directory (`logs/raylet.out`, "
-            "`logs/gcs_server.out`). A very busy machine is a common cause."
+            f"`logs/gcs_server.out`). The load average is {os.getloadavg()[0]:.0f} on {os.cpu_count()} CPUs: if it is "
+            "high, stop other programs and try again, or set RAY_ADDRESS to a cluster that runs already."
         ) from error
     _joined_local_cluster = None
     node = connected_node()
