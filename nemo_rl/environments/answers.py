@@ -140,7 +140,7 @@ def to_latex(answer: str) -> str:
 
     Example:
         >>> to_latex("1.5e3"), to_latex("2 1/2"), to_latex("sqrt(2)/2 cm")
-        ('1.5 \\times 10^{3}', '\\frac{5}{2}', '\\sqrt{2}/2 cm')
+        ('1.5 \\times 10^{3}', '\\frac{5}{2}', '\\sqrt{2}/2')
     """
     if _DATE.fullmatch(answer) or is_text(answer):
         return f"\\text{{{_plain_words(answer)}}}"
