@@ -140,7 +140,7 @@ def to_latex(answer: str) -> str:
 
     Example:
         >>> to_latex("1.5e3"), to_latex("2 1/2"), to_latex("sqrt(2)/2 cm")
-        ('1.5 \\times 10^{3}', '\\frac{5}{2}', '\\sqrt{2}/2 cm')
+        ('1.5 \\times 10^{3}', '\\frac{5}{2}', '\\sqrt{2}/2')
     """
     if _DATE.fullmatch(answer) or is_text(answer):
         return f"\\text{{{_plain_words(answer)}}}"
@@ -157,6 +157,7 @@ def to_latex(answer: str) -> str:
     return digits if not literal.exponent else f"{digits} \\times 10^{{{literal.exponent}}}"
 
 
+@lru_cache(maxsize=10_000)
 def is_text(answer: str) -> bool:
     """Return whether a normalised answer is words ("true", "no solution"), which algebra cannot compare."""
     words = _plain_words(answer)
@@ -321,6 +322,8 @@ def compare_cheaply(answer: str, truth: str) -> bool | None:
     """
     if answer == truth:
         return True
+    if answer.isdecimal() and truth.isdecimal() and max(len(answer), len(truth)) <= _MAX_LITERAL_CHARS:
+        return int(answer) == int(truth)
     answer_choice, truth_choice = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(truth)
     if answer_choice and truth_choice and answer_choice[1] == truth_choice[1]:
         return True

@@ -43,7 +43,7 @@ _MAX_FAILURES_SHOWN = 5
 class MathEnvironment(EnvironmentInterface):
     """Scores answers to mathematical problems with one turn. A Ray actor class; thread-safe.
 
-    `metadata[i]["ground_truth"]` is the expected answer: text (LaTeX or plain, without `\\boxed{}`) or a number.
+    `metadata[i]["ground_truth"]` is the expected answer: text (LaTeX, plain notation or words) or a finite number.
     Rewards are 1 (correct) or 0 (wrong, time-out, no answer).
 
     Example:
@@ -65,7 +65,7 @@ class MathEnvironment(EnvironmentInterface):
         self._results = _ResultCache()
 
     def step(self, completions: Sequence[str], metadata: Sequence[Mapping[str, object]]) -> EnvironmentReturn:
-        """See `EnvironmentInterface.step`. A ground truth that cannot be parsed always raises `EnvironmentFailure`."""
+        """See `EnvironmentInterface.step`. A broken ground truth always raises `EnvironmentFailure`."""
         self._pool.ensure_open()
         if len(completions) != len(metadata):
             raise EnvironmentFailure(f"{len(completions)} completions, but {len(metadata)} metadata records")

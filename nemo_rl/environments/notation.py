@@ -38,7 +38,7 @@ _CHARACTERS = {
 }  # fmt: skip
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ"
 _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎"
-_SMALL_FRACTION = re.compile(rf"([{_SUPERSCRIPTS[:10]}]+)[⁄/∕]([{_SUBSCRIPTS[:10]}]+)")
+_SMALL_FRACTION = re.compile(rf"(?<![{_SUPERSCRIPTS}])([{_SUPERSCRIPTS[:10]}]+)[⁄/∕]([{_SUBSCRIPTS[:10]}]+)")
 _SCRIPTS = re.compile(rf"[{_SUPERSCRIPTS}]+|[{_SUBSCRIPTS}]+")
 _ROOT = re.compile(r"([√∛∜])\s*([0-9]+(?:\.[0-9]+)?|\\[a-z]+|[A-Za-z](?![A-Za-z]))?")
 _ROOT_DEGREES = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
@@ -268,7 +268,7 @@ def _edited(text: str) -> str:
     for name, start, end in commands:
         group = argument(end)
         if name in _WORD_FONTS and group:
-            unwrap(start, group, *_word(text[group[0] + 1 : group[1]][:100], text[:start][-3:]))
+            unwrap(start, group, *_word(text[group[0] + 1 : group[1]][:100], text[max(start - 3, 0) : start]))
         elif name in _FONTS and group:
             word = text[group[0] + 1 : group[1]][:100]
             is_words = re.fullmatch(r"[A-Za-z][A-Za-z .'-]+", word) and name != "underline"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 
 # Kind of quantity: names of one unit, then its size in the first unit of the kind.
 _TABLE = {
@@ -64,6 +65,7 @@ def _read_table() -> dict[str, tuple[str, Fraction]]:
 
 _UNITS = _read_table()
 
+_MAX_CHARS = 300  # the patterns below take quadratic time
 _CURRENCY = r"(?:\\?\$|US ?\\?\$|[€£¥₹₽₩¢]|(?:USD|EUR|GBP|JPY|CNY|INR|RMB|Rs\.?)(?![A-Za-z]))"
 _NUMBER = (
     r"(?:[0-9][0-9.,'_ ]*|\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3}(?![0-9A-Za-z]))?"
@@ -99,6 +101,7 @@ class Quantity:
     scale: int = 1
 
 
+@lru_cache(maxsize=10_000)
 def split_quantity(text: str) -> Quantity:
     r"""Split a normalised answer into number and unit. An answer without a unit is returned as it is.
 
@@ -106,7 +109,7 @@ def split_quantity(text: str) -> Quantity:
         >>> split_quantity("3 million dollars").number, split_quantity(r"2\sqrt{3} \text{ cm}").number
         ('3', '2\\sqrt{3}')
     """
-    if text.isdigit():
+    if text.isdigit() or len(text) > _MAX_CHARS:
         return Quantity(text)
     if match := _DEGREE_UNIT.fullmatch(text):
         return Quantity(match[1], _unit({"C": "celsius", "F": "fahrenheit"}.get(match[2], "degree")))

@@ -125,6 +125,19 @@ def test_last_number_is_read_in_full(completion: str, answer: str) -> None:
     assert extract_answer(completion, "last_number") == answer
 
 
+@pytest.mark.parametrize(
+    "part", ["²", "½", "√", "5 a ", "{", "\\text{", "**a ", "{\\bf 7}", "sqrt(", "<b ", "1,000", "7 \\times 10^"]
+)
+def test_normalisation_takes_linear_time(part: str) -> None:
+    # A quadratic rule would run for minutes, and reach the suite's time-out.
+    text = part * (100_000 // len(part))
+    for hostile in (text, f"5 {text}!"):
+        plain = normalise(hostile)
+        assert compare_cheaply(plain, "5") in (None, False)
+        to_latex(plain)
+        answer_key_fault(hostile)
+
+
 def _grouped(separator: str) -> Callable[[int], str]:
     return lambda n: f"{n:,}".replace(",", separator)
 
