@@ -22,7 +22,7 @@ def shell(line: str, store: Path, stdout: int = subprocess.PIPE, **env: str) -> 
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
 

@@ -44,7 +44,7 @@ class Cli:
 
     def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), env={**self.env, **env}, capture_output=True, text=True, timeout=120, check=False
+            self.command(*arguments), env={**self.env, **env}, capture_output=True, text=True, timeout=400, check=False
         )
 
     def command(self, *arguments: str) -> list[str]:
@@ -254,7 +254,7 @@ def test_interrupted_build_leaves_no_venv(cli: Cli, tmp_path: Path, how: signal.
     backend = psutil.Process(pid)
     wait_for(lambda: (cli.venvs / "new").exists(), "the other venv is ready")
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     if how == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
@@ -287,7 +287,7 @@ def test_interrupted_bundle_leaves_no_file(cli: Cli, tmp_path: Path, how: signal
     backend = psutil.Process(pid)
     assert list(folder.iterdir())
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert not list(folder.iterdir())
@@ -300,7 +300,7 @@ def test_killed_builder_is_reported(cli: Cli, tmp_path: Path) -> None:
     wait_for(lambda: marker.exists() and marker.read_text(), "the build begins")
     (builder,) = psutil.Process(process.pid).children()
     builder.kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 1
     assert "the venv 'slow' was killed by SIGKILL" in errors
     assert "Traceback" not in errors

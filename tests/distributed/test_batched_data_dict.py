@@ -509,7 +509,7 @@ def test_all_gather_between_two_processes(tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        outputs = [process.communicate(timeout=400)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

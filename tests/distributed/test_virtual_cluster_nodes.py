@@ -128,7 +128,7 @@ def test_joining_node_serves_a_waiting_request(cluster: Cluster) -> None:
     waiting.start()
     node = cluster.add_node(num_cpus=6)  # Ray allows this only in the main thread
     try:
-        waiting.join(timeout=60)
+        waiting.join(timeout=400)
         assert {bundle.node_id for bundle in virtual.bundles()} == {node.node_id}
     finally:
         virtual.shutdown()

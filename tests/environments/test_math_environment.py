@@ -398,4 +398,4 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL
     with contextlib.suppress(psutil.NoSuchProcess):
         # Its input has ended. If it computes, the kernel kills it after 4 s of CPU time.
-        psutil.Process(int(done.stdout)).wait(timeout=60)
+        psutil.Process(int(done.stdout)).wait(timeout=400)

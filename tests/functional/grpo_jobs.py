@@ -26,7 +26,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=280, check=False, **options)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=800, check=False, **options)
 
 
 def metrics(directory: Path) -> list[dict]:
@@ -39,7 +39,7 @@ def reproducible_metrics(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if not k.startswith(skip)} for record in records]
 
 
-def wait_for(condition, job: subprocess.Popen | None, seconds: float = 200) -> None:
+def wait_for(condition, job: subprocess.Popen | None, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"

@@ -19,7 +19,7 @@ def test_killed_asynchronous_run_resumes_with_equal_metrics(tmp_path):
     wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
     job.kill()
     job.wait()
-    wait_for(lambda: not orphans(job.pid), None, seconds=60)
+    wait_for(lambda: not orphans(job.pid), None, seconds=300)
     resumed = run(*arguments, f"logger.log_dir={directory}")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(tmp_path / "uninterrupted"))

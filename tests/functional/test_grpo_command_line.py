@@ -72,9 +72,9 @@ def results(directory: Path) -> list[Any]:
         text=True,
         cwd=directory / "plans",
     )
-    output, _ = process.communicate(json.dumps(commands), timeout=280)
+    output, _ = process.communicate(json.dumps(commands), timeout=800)
     assert process.returncode == 0
-    wait_for(lambda: not orphans(process.pid), None, seconds=60)
+    wait_for(lambda: not orphans(process.pid), None, seconds=300)
     return json.loads(output)
 
 

@@ -62,9 +62,9 @@ def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     else:
         for process in running("TorchPolicyWorker", psutil.Process(job.pid).children(recursive=True)):
             process.kill()
-        assert job.wait(timeout=120) == 1
+        assert job.wait(timeout=300) == 1
         assert "policy" in job.stderr.read()
-    wait_for(lambda: not orphans(job.pid), None, seconds=60)
+    wait_for(lambda: not orphans(job.pid), None, seconds=300)
     resumed = run(*arguments)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(uninterrupted))
@@ -79,5 +79,5 @@ def test_interrupted_run_leaves_no_process(tmp_path):
     )
     wait_for(lambda: (directory / "checkpoints" / "step_000001").exists(), job)
     job.send_signal(signal.SIGINT)
-    assert job.wait(timeout=60) == 130
-    wait_for(lambda: not orphans(job.pid), None, seconds=60)
+    assert job.wait(timeout=300) == 130
+    wait_for(lambda: not orphans(job.pid), None, seconds=300)

@@ -43,7 +43,7 @@ def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
 def run(directory: Path, *arguments: str) -> None:
     job = start(directory, *arguments)
     try:
-        _, errors = job.communicate(timeout=280)
+        _, errors = job.communicate(timeout=800)
     finally:
         job.kill()  # no effect on a job that has ended
     assert job.returncode == 0, errors[-3000:]
@@ -110,10 +110,10 @@ def test_lost_rank_stops_the_job_which_can_resume(uninterrupted: Path, tmp_path:
     ranks = running("MegatronPolicyWorker", psutil.Process(job.pid).children(recursive=True))
     assert len(ranks) == 2
     ranks[1].kill()
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate(timeout=400)
     assert job.returncode == 1, "the job must end although the other rank waits for the lost rank"
     assert "policy" in errors
-    _, alive = psutil.wait_procs(ranks, timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=400)
     assert not alive, "the other rank must end as well"
     run(directory, "grpo.max_num_steps=3")
     assert_same_run(steps(directory), steps(uninterrupted))

@@ -55,7 +55,7 @@ def wait_for_checkpoint(directory: Path, step: int, job: subprocess.Popen[str]) 
 
 def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        _, errors = job.communicate(timeout=280)
+        _, errors = job.communicate(timeout=800)
     finally:
         job.kill()  # no effect on a job that has ended
     return job.returncode, errors

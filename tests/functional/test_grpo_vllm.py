@@ -34,7 +34,7 @@ def test_embedded_job_runs_with_vllm(tmp_path: Path) -> None:
         env={**os.environ, "RAY_ADDRESS": "local"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

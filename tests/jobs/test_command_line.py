@@ -99,7 +99,7 @@ sys.exit(run_command(MasterConfig, Path({str(config_file)!r}), job, []))
     job = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert job.stdout.readline() == "started\n"
     os.kill(job.pid, signal_number)
-    output, errors = job.communicate(timeout=60)
+    output, errors = job.communicate(timeout=400)
     assert (job.returncode, output) == (130, "cleaned up\n")
     assert "interrupted" in errors
     assert "Traceback" not in errors

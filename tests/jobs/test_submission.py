@@ -122,7 +122,7 @@ def kill_with_children(process: psutil.Popen) -> None:
     for member in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    psutil.wait_procs(processes, timeout=30)
+    psutil.wait_procs(processes, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def cli(head: dict[str, str]) -> Cli:
     def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "nemo_rl.cli", *arguments]
         return subprocess.run(
-            command, cwd=cwd, env={**head, **env}, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=cwd, env={**head, **env}, capture_output=True, text=True, timeout=400, check=False
         )
 
     return run
@@ -214,11 +214,11 @@ def test_job_can_be_followed_and_stopped(cli: Cli, head: dict[str, str], sources
         assert "Traceback" not in again.stderr
         pipeline = f"{sys.executable} -m nemo_rl.cli logs -f long-one | head -n 3; exit ${{PIPESTATUS[0]}}"
         closed_pipe = subprocess.run(
-            ["bash", "-c", pipeline], env=head, capture_output=True, text=True, timeout=120, check=False
+            ["bash", "-c", pipeline], env=head, capture_output=True, text=True, timeout=400, check=False
         )
         assert (closed_pipe.returncode, closed_pipe.stderr) == (1, ""), "a closed pipe is not a lost connection"
         assert cli("stop", "long-one").returncode == 0
-        assert follower.wait(timeout=60) == 130
+        assert follower.wait(timeout=400) == 130
     assert cli("stop", "long-one").returncode == 1
     assert cli("status", "long-one").returncode == 1
     listed = json.loads(cli("status", "--json").stdout)
@@ -334,7 +334,7 @@ def test_submit_from_another_network_namespace(head: dict[str, str], sources: Pa
                 env=head,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=400,
                 check=False,
             )
             server.shutdown()

@@ -78,7 +78,7 @@ def test_many_processes_build_it_once(cache: Path) -> None:
     processes = [context.Process(target=_ensure, args=(results,)) for _ in range(3)]
     for process in processes:
         process.start()
-    answers = [results.get(timeout=120) for _ in processes]
+    answers = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join(30)
     assert len({directory for directory, _ in answers}) == 1

@@ -121,7 +121,7 @@ def test_run_continues_without_output(where: str) -> None:
     if reader >= 0:
         os.close(reader)
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=400, check=False)
     os.close(writer)
     warning, last = done.stderr.splitlines()
     assert (done.returncode, last) == (0, "done"), done.stderr

@@ -54,8 +54,8 @@ def test_only_actors_of_this_job_are_killed(ray_local: str) -> None:
             assert other.stdout.readline() == "pong\n"
             worker = ray.remote(StageWorker).options(num_cpus=0).remote()
             process = psutil.Process(ray.get(worker.process.remote()))
-        process.wait(timeout=60)
-        output, _ = other.communicate("\n", timeout=60)
+        process.wait(timeout=400)
+        output, _ = other.communicate("\n", timeout=400)
     assert output == "pong\n"
 
 

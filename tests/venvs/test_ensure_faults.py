@@ -67,7 +67,7 @@ def go(builder: subprocess.Popen[str]) -> None:
 
 
 def answer(builder: subprocess.Popen[str]) -> dict[str, object]:
-    output, _ = builder.communicate(timeout=120)
+    output, _ = builder.communicate(timeout=400)
     assert builder.returncode == 0
     return json.loads(output.splitlines()[-1])
 

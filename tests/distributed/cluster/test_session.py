@@ -49,7 +49,7 @@ class Driver:
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=400)
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             _pipe(pipe).close()
 
@@ -210,7 +210,7 @@ def test_driver_started_by_uv_run_uploads_nothing(start, environment) -> None:
         cwd=os.getcwd(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     executable, runtime_env, (worker_executable, _) = json.loads(done.stdout.splitlines()[-1])
