@@ -79,7 +79,7 @@ def run_with_simulated_memory(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def run(script: Path, *arguments: object) -> dict[str, Any]:
         command = [*isolated, sys.executable, str(script), str(file), *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), str(Path(__file__).parent)])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result

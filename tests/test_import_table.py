@@ -228,7 +228,7 @@ sys.stdout.write(json.dumps(sorted(Recorder.names)))
 def imports_of(*modules: str) -> set[str]:
     """Return the top-level packages that importing `modules` in a new process imports or tries to import."""
     command = [sys.executable, "-c", _PROBE, *modules]
-    process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=240, check=False)
+    process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=800, check=False)
     assert process.returncode == 0, process.stderr
     return set(json.loads(process.stdout.splitlines()[-1]))
 

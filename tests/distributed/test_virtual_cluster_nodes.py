@@ -29,7 +29,7 @@ def _all_cpus_free() -> bool:
 
 @pytest.fixture(autouse=True)
 def nothing_reserved(cluster: Cluster) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not _all_cpus_free() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _all_cpus_free()

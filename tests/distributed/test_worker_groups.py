@@ -67,7 +67,7 @@ def call(group: RayWorkerGroup, method: str, **kwargs: Any) -> list[Any]:
     return group.get_all_worker_results(group.run_all_workers_single_data(method, **kwargs))
 
 
-def all_ended(pids: list[int], timeout_s: float = 60.0) -> bool:
+def all_ended(pids: list[int], timeout_s: float = 600.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)

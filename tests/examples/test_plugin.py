@@ -33,7 +33,7 @@ def run(site: Path, program: str, *arguments: str, cwd: Path | None = None, **en
         env={**os.environ, "PYTHONPATH": path, **env},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ def start(directory: Path, nodes: Cluster, *arguments: str) -> subprocess.Popen[
 
 
 def wait_for_checkpoint(directory: Path, step: int, job: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (directory / "checkpoints" / f"step_{step:06}").exists():
         assert job.poll() is None, f"the job ended early: {job.communicate()[1][-3000:]}"
         assert time.monotonic() < deadline, "no checkpoint appeared"

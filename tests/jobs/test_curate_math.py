@@ -40,7 +40,7 @@ def test_raw_sample_becomes_training_data(tmp_path: Path, executor: str) -> None
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "examples" / "run_curate_math.py"), f"output_dir={out}"]
     command += ["input.sample.num_lines=400", "input.task_size=20KiB", f"executor={executor}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr
     counts = write_messy_math(tmp_path / "same.jsonl", 400).counts
     expected = counts["good"] + counts["wrongly decoded"] + counts["other encoding"]
@@ -68,7 +68,7 @@ def test_from_raw_data_to_a_trained_model(tmp_path: Path) -> None:
     train += [f"data.validation.path={out / 'held_out.parquet'}", "grpo.max_num_steps=3", "grpo.num_prompts_per_step=8"]
     for command in (curate, train):
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
     problems, held_out = (pq.read_table(out / f"{name}.parquet").to_pandas() for name in ("problems", "held_out"))

@@ -104,7 +104,7 @@ def head() -> Iterator[dict[str, str]]:
         command += ["--num-cpus=2", "--num-gpus=0", "--disable-usage-stats", f"--temp-dir={folder}"]
         process = psutil.Popen(command, env={**env, "HF_TOKEN": SECRET}, stdout=log, stderr=log)
         stack.callback(kill_with_children, process)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError):
                 for port in (server, agent):

@@ -144,7 +144,7 @@ class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def process(self, task: DocumentBatch) -> DocumentBatch:
         Path(self.folder, f"{task.task_id}").touch()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(os.listdir(self.folder)) < self.num_tasks:
             assert time.monotonic() < deadline, "no other task started"
             time.sleep(0.05)

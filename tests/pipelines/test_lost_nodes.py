@@ -48,7 +48,7 @@ class OnNode(ProcessingStage[DocumentBatch, DocumentBatch]):
 def lose_second(nodes: Cluster, folder: Path, num_taken: int, counts: list[int]) -> None:
     """Remove the second node once it has processed `num_taken` tasks."""
     node_id = nodes.second.node_id
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(list(folder.glob(f"{node_id}-*"))) < num_taken and time.monotonic() < deadline:
         time.sleep(0.02)
     counts.append(len(list(folder.glob(f"{node_id}-*"))))

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("memory_script.py")
 @pytest.mark.parametrize("executor", ["actor_pool", "ray_data"])
 def test_data_exceeds_shared_memory(executor: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), executor], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, str(SCRIPT), executor], capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))

@@ -46,7 +46,7 @@ def start(
 
 
 def kill_when(process: subprocess.Popen[str], folder: Path, num_taken: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(folder.iterdir())) < num_taken:
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline

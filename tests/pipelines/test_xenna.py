@@ -63,7 +63,7 @@ def test_only_actors_of_this_job_are_killed(ray_local: str) -> None:
 def test_xenna_pipelines(tmp_path: Path, xenna_python: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     command = [xenna_python, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     assert result["numbers"] == list(range(12))
