@@ -352,15 +352,14 @@ def test_wrong_config_names_the_key() -> None:
         MathEnvironment({"num_worker": 2})
 
 
-def test_as_a_ray_actor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+def test_as_a_ray_actor() -> None:
     import ray
+
+    from nemo_rl.distributed.cluster.session import start_local_ray
 
     module, _, name = environment_fqn("math").rpartition(".")
     cls = getattr(__import__(module, fromlist=[name]), name)
-    starts_ray = not ray.is_initialized()
-    if starts_ray:
-        ray.init(include_dashboard=False, num_cpus=2, _node_ip_address="127.0.0.1", logging_level="warning")
+    start_local_ray(num_cpus=2)
     try:
         actor = ray.remote(cls).options(num_cpus=0, max_concurrency=4).remote({"timeout_s": TIMEOUT_S})
         calls = [
@@ -377,8 +376,7 @@ def test_as_a_ray_actor(monkeypatch: pytest.MonkeyPatch) -> None:
             ray.get(actor.step.remote([r"\boxed{1}"], [{"ground_truth": r"\frac{1}{"}]))
         ray.get(actor.shutdown.remote())
     finally:
-        if starts_ray:
-            ray.shutdown()
+        ray.shutdown()
 
 
 @pytest.mark.parametrize("answer", [r"\sqrt{4}", "9^{9^{9^{9}}}"])

@@ -15,10 +15,13 @@ from nemo_rl.utils.config import load_config
     [
         (["policy.weight_transport=nccll"], "policy.weight_transport: unknown .* Did you mean 'nccl'"),
         (["policy.weight_transport=nccl"], "weight_transport=nccl is for workers on GPUs"),
-        (["policy.weight_transport=nccl", "cluster.gpus_per_node=2"], "for generation on GPUs of its own"),
+        (
+            ["policy.weight_transport=nccl", "cluster.gpus_per_node=2"],
+            "for generation on separate GPUs, and here it shares the policy",
+        ),
         (
             ["policy.weight_transport=cuda_ipc", "cluster={gpus_per_node: 1, generation: {gpus_per_node: 1}}"],
-            "cuda_ipc is for generation on GPUs of the policy",
+            "cuda_ipc is for generation on the policy's GPUs, and here it has separate GPUs",
         ),
         (["policy.weight_transport=shared_memory", "cluster.num_nodes=2"], "here they are on several"),
     ],
