@@ -58,7 +58,8 @@ class ConfigError(NemoRLError, ValueError):
 
 
 class DataError(NemoRLError, ValueError):
-    """A data set is missing, empty or holds a broken record. The message names file and line."""
+    """Data is missing, malformed, cannot be read or written, or does not divide into batches. For a broken record the
+    message names file and line."""
 
 
 class VenvError(NemoRLError):
@@ -180,7 +181,7 @@ class ModelError(NemoRLError):
 
 
 class WeightSyncError(NemoRLError):
-    """Policy and generation workers hold different weights after a sync."""
+    """A weight transfer failed, or policy and generation workers hold different weights."""
 
 
 class EnvironmentFailure(NemoRLError):
@@ -260,8 +261,8 @@ def exit_code(error: NemoRLError) -> int:
 def sentence(error: NemoRLError) -> str:
     """Return the message of an error without a traceback.
 
-    The text of an error that Ray carried from a worker is the worker's full traceback. For it, this is the message of
-    its cause.
+    An error that Ray raises again from a worker has the full remote traceback as its text. In that case the message of
+    its `cause` is returned.
     """
     raised = getattr(error, "cause", None)
     return str(raised if isinstance(raised, NemoRLError) else error)

@@ -21,7 +21,7 @@ _MAX_KL = 10.0
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A micro-batch without position 0, which has no log-probability. All tensors are [b, T-1].
+    """A micro-batch without position 0, which has no log-probability. Tensors are [b, T-1] except `advantages`, [b, 1].
 
     Attributes:
         mask: 1 for counted tokens, else 0. `logprobs`, `previous` and `log_ratio` are 0 where the mask is 0.
@@ -96,8 +96,8 @@ class ClippedPGLoss:
     "Unbiased" holds per token and for samples of pi: the KL term contains neither r nor w.
 
     Exponentials are bounded, so that one token cannot dominate or overflow the loss: every log-ratio of two policies is
-    clamped to +-20 before it is used, and every KL estimate to +-10. A clamped value has no gradient, but k1 keeps that
-    of its clamped d. Closer policies are not affected.
+    clamped to +-20 before it is used, and every KL estimate to +-10. A clamped value has no gradient, except in k1,
+    which multiplies the gradient of log pi by the clamped d. Values within the bounds are unchanged.
 
     Metrics (token means over `global_num_tokens` unless noted; they add up over micro-batches and ranks):
         policy_loss, kl: the two aggregates; loss = policy_loss + kl_coef * kl. `kl` is present if the batch has

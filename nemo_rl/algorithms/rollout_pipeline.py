@@ -75,10 +75,11 @@ class StepRollout:
 
     Attributes:
         step: the training step.
-        version: version of the weights that generated the completions.
+        version: version of the weights when the rollout was requested; in-flight updates may have loaded newer ones
+            during it.
         rollout: None if there are no more problems.
-        num_rollouts: number of rollouts that dynamic sampling used; 1 without dynamic sampling.
-        seconds: seconds per phase ("weight_sync", "generation", "reward").
+        num_rollouts: number of rollouts collected: 1 without dynamic sampling, 0 if there were no more problems.
+        seconds: seconds per phase, such as "generation" or "weight_sync".
     """
 
     step: int
@@ -91,7 +92,8 @@ class StepRollout:
 class RolloutPipeline:
     """Produces rollouts up to `max_trajectory_age` steps ahead of the training step.
 
-    All calls to generation, including validation, go through this class, one at a time; no other code updates the
+    All calls to generation, including validation, go through this class, one at a time, except in-flight weight
+    updates, which run during a rollout; no other code updates the
     weights of generation. With `max_trajectory_age=0` they run in the caller's thread.
 
     Example::

@@ -316,7 +316,7 @@ class RayWorkerGroup(WorkerCalls):
     # --- ending ------------------------------------------------------------------------------------------------------
 
     def shutdown(self, cleanup_method: str | None = None, timeout: float | None = 30.0, force: bool = False) -> bool:
-        """End all workers. A call after all have ended has no effect; one that raised or left a worker can be repeated.
+        """End all workers. Does nothing if they have ended. If a call raises or leaves workers alive, call it again.
 
         Args:
             cleanup_method: method to call on every worker first.
@@ -325,7 +325,8 @@ class RayWorkerGroup(WorkerCalls):
             force: kill immediately, without clean-up.
 
         Returns:
-            Whether every worker has ended: without `force`, by itself and after a clean-up without errors.
+            With `force`: whether all workers are dead. Otherwise: whether the clean-up succeeded and every worker
+            exited without being killed.
 
         Raises:
             ValueError: `timeout` is negative or not a number. The group continues.

@@ -62,7 +62,8 @@ def equal_values(truth: Basic | MatrixBase, answer: Basic | MatrixBase) -> bool:
 
 
 def equal_collections(gold: Any, pred: Any, float_rounding: int = 6, numeric_precision: int = 15) -> bool:
-    """Return whether two sets or tuples have equal elements; the elements of two sets in any order."""
+    """Return whether two sets or tuples have equal elements. Two sets of at most `_MAX_MATCHED` elements match in any
+    order; everything else is compared position by position."""
     if len(gold) != len(pred):
         return False
     truths, answers = list(gold.args), list(pred.args)

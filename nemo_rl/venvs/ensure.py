@@ -62,7 +62,7 @@ class SealedVenv:
         path: the directory that holds the venv now; a rebuild creates another directory.
         stable_path: `<venv dir>/.store/<digest16>`, the same on every node and after every rebuild.
         digest: identity of the content, 64 hexadecimal digits.
-        manifest: None for a bare interpreter, which the engine did not build.
+        manifest: None for a bare interpreter, which `nemo_rl.venvs` did not build.
         built: whether this call built the venv.
     """
 

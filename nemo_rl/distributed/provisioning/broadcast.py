@@ -45,7 +45,8 @@ class _State:
         waiting: node id -> names of the venvs that the node waits for.
         attempts: node id -> number of attempts to receive it.
         tree: the source, then the receiving nodes in the order in which they joined.
-        offer: the future listings of the source.
+        offer: reference to the pending `offer` call of the source, which returns the file listings of its venv and of
+            that venv's bases.
     """
 
     builder: str | None = None
@@ -206,7 +207,8 @@ class BroadcastCoordinator:
         state = self._states[transfer.content]
         if process_died:
             self._retire(transfer.node_id)
-        # Only once for all nodes that used this offer: a new offer may be good.
+        # Several transfers may fail because of one offer: drop its source only once, not after a new offer has replaced
+        # it.
         if state.tree and state.offer is transfer.offer and (not process_died or _has_failed(transfer.offer)):
             source, state.tree, state.offer = state.tree[0], [], None
             self._retire(source)

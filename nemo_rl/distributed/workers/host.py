@@ -127,13 +127,13 @@ def describe_class(fqn: str, cls: type, ray_options: dict[str, Any]) -> dict[str
 
 
 def digest_of(description: dict[str, Any]) -> str:
-    """Hash the parts of a description that determine the host class and its calls; documentation does not."""
+    """Hash the parts of a description that determine the host class and its calls; docstrings are excluded."""
     content = {key: value for key, value in description.items() if key not in ("doc", "digest")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _kind(function: Any) -> str:
-    # As in Ray: whether the member itself is async, and whether the function that it wraps is a generator.
+    # Like Ray, test the member itself for async, but unwrap it before testing for a generator.
     if inspect.isasyncgenfunction(function):
         return "async_generator"
     if inspect.iscoroutinefunction(function):
@@ -370,7 +370,7 @@ def attest(launch: dict[str, Any]) -> dict[str, Any]:
 
 
 def venv_digest() -> str | None:
-    """Return the digest in the manifest of this interpreter's venv; None outside the engine's venvs."""
+    """Return the digest in the manifest of this interpreter's venv; None outside venvs that nemo_rl built."""
     try:
         with open(os.path.join(sys.prefix, MANIFEST_NAME), encoding="utf-8") as file:
             return json.load(file)["digest"]

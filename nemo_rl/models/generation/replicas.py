@@ -10,8 +10,9 @@ A replica is one worker, or a tied group of workers that hold one copy of the mo
                                         ├─ its node is lost:  the other replicas do its work
                                         └─ its part is requested again, unless all of it has been received
 
-The other replicas are not disturbed, and no position is yielded twice. A draw depends on the seed and the position
-only: with the same weights, the completions are the same as without the death. Two threads may use the replicas: one
+The other replicas are not disturbed, and no position is yielded twice. Sampling depends only on the seed and the
+prompt's position, so a failed replica does not change the completions for given weights. Two threads may use the
+replicas: one
 generates while the other updates the weights.
 """
 
@@ -138,7 +139,7 @@ class Replicas:
     Args:
         workers: The worker group.
         size: Workers of one replica. Ranks 0 to `size - 1` are the first replica.
-        max_restarts: How many deaths of replicas are repaired by a restart.
+        max_restarts: How many failed replicas may be restarted in total.
     """
 
     def __init__(self, workers: RayWorkerGroup, *, size: int, max_restarts: int) -> None:
@@ -321,7 +322,7 @@ class Replicas:
                 piece = part.take(ready, leader=self._ranks(part.replica)[0])
             except (*WORKER_DEATHS, ObjectLostError) as error:
                 parts.remove(part)
-                if not isinstance(error, ObjectLostError):  # a result was ready, but its node is lost
+                if not isinstance(error, ObjectLostError):  # a lost result is requested again; no replica has died
                     self._replace(part.replica, part.incarnation, error)
                 if not seen.issuperset(range(part.start, part.end)):
                     parts += self._send(request, method, part.start, part.end)

@@ -240,7 +240,7 @@ class PolicyMemory:
     def guard(self, module: nn.Module, part: Part) -> None:
         """Make calls of `module` raise `ModelError` while its weights (`part`) are on the host.
 
-        Kernels would read from address 0 instead.
+        Without this check, kernels would read from address 0.
         """
         # A weak reference, because parts reference the optimizer, which references megatron-core's wrapper, whose
         # gradient hooks C++ holds. Python's garbage collector cannot see that cycle, so the model would never be freed.

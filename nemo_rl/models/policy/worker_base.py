@@ -82,7 +82,7 @@ class PolicyWorker(ABC):
     Raises:
         ConfigError: the configuration does not fit the backend or the number of workers.
         ModelError: the model cannot be loaded, or does not fit the configuration.
-        WorkerError: the ranks do not meet.
+        WorkerError: the process group cannot be initialized, or there is no GPU.
     """
 
     # `_build` sets these.
@@ -131,10 +131,11 @@ class PolicyWorker(ABC):
 
     @abstractmethod
     def _load_reference(self) -> PolicyForward:
-        """Build the frozen model with the initial weights and `_track_reference` its memory."""
+        """Build the frozen model with the initial weights, and register its memory with `_track_reference`."""
 
     def _on_all_ranks(self, result: Any) -> Any:
-        """Return the result of the ranks that compute log-probabilities, on all ranks. A collective."""
+        """Broadcast a result from the ranks that hold it, such as the last pipeline stage, to all ranks. A
+        collective."""
         return result
 
     def _prepare_process(self, num_local_workers: int, seed: int) -> None:
@@ -150,7 +151,8 @@ class PolicyWorker(ABC):
         transformers.utils.logging.disable_progress_bar()
 
     def _track_memory(self, model: nn.Module, weights: Tensors, gradients: Scratch) -> PolicyMemory:
-        """Return the worker's memory with the parts that `offload` moves. `model` is refused while they are away."""
+        """Create the `PolicyMemory` with the parts that `offload` moves. Calling `model` raises `ModelError` while its
+        weights are on the host."""
         device = self._group.device
         memory = PolicyMemory(device)
         memory.add(Part.WEIGHTS, StoredTensors(weights, device))
@@ -172,7 +174,7 @@ class PolicyWorker(ABC):
 
         Raises:
             NonFiniteError: on every rank; the weights are as before that optimizer step.
-            DataError: the rows do not divide.
+            DataError: the rows cannot be divided evenly into optimizer batches.
         """
         self._memory.expect(Part.OPTIMIZER)  # its copy runs while the gradients are computed
         batches = global_batches(shard, local_batch_size)

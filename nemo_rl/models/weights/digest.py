@@ -102,7 +102,8 @@ class WeightDigest:
         self._add(spec.name, spec.dtype, spec.shape, copied.size, lambda: _copied(original, copied))
 
     def settle(self) -> None:
-        """Wait until all added tensors have been read. On GPUs, later work on the same CUDA stream waits instead."""
+        """Wait until all added tensors have been read. With `on_gpu` it returns at once: the reads are queued on the
+        current CUDA stream, so later work on that stream runs after them."""
         self._drain(0)
 
     def hexdigest(self) -> str:

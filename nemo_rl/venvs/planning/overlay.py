@@ -92,7 +92,8 @@ def _lock_text(pins: dict[str, str]) -> str:
 
 
 def _differs(package: Package, pins: dict[str, str]) -> bool:
-    """Return whether the base does not provide the package in its resolved version."""
+    """Return whether the package must be installed over the base: its version differs, or it comes from a path or URL,
+    where versions prove nothing."""
     if package.local is not None or package.location is not None:
         return True
     return pins.get(package.name) != package.version
