@@ -6,9 +6,10 @@
     max_trajectory_age = 1:   rollout 1 | rollout 2 | rollout 3 | ...        rollout thread
                                         | train 1   | train 2   | ...        training loop
 
-The rollout of step n uses the weights after step n - 1 - age. The step alone determines these weights, not the speed of
-the two threads, and checkpoints include the rollouts that are ahead. Asynchronous runs are therefore as reproducible as
-synchronous ones, also after a resume.
+The rollout of step n uses the weights after step max(0, n - 1 - age); steps that check log-probabilities use n - 1.
+This depends only on the number of the step, not on the speed of the two threads, and checkpoints include the rollouts
+that are ahead. Asynchronous runs are therefore as reproducible as synchronous ones, also after a resume. The exception
+is `in_flight_weight_updates`, which loads new weights during a rollout at a moment that depends on timing.
 
 Policy and generation alternate on shared GPUs (`RolloutPipeline._generation_turn`)::
 
@@ -17,7 +18,7 @@ Policy and generation alternate on shared GPUs (`RolloutPipeline._generation_tur
     generation  |                     | wake weights,      |          | wake KV cache,   | sleep
                 |                     | update weights     |          | generate         |
 
-Only the weights of both are in GPU memory at the same time.
+At most the two sets of weights are in GPU memory together, and only during the weight update.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def cpu_check(cpu_info: str, machine: str) -> Check:
             fields.setdefault(key.strip(), value.strip())
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     model = fields.get("model name", machine)
-    prefer = "prefer policy.precision=float32 on it"
+    prefer = "prefer policy.precision=float32"
     state, fix = OK, ""
     if machine == "aarch64":
         is_native = "bf16" in flags
@@ -202,7 +202,7 @@ def cpu_check(cpu_info: str, machine: str) -> Check:
     elif {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         means = f"AVX-512 without bfloat16, which is emulated and takes twice as long as float32: {prefer}"
     elif "avx_ne_convert" in flags:
-        means = f"AVX2 that converts bfloat16; it was not measured: {prefer}"
+        means = f"AVX2 that converts bfloat16 (AVX-NE-CONVERT), which was not benchmarked: {prefer}"
     elif "avx2" in flags:
         means = f"AVX2 only; bfloat16 is emulated, 3 (generation) to 15 (training) times as long as float32: {prefer}"
     elif flags:

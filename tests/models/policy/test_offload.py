@@ -119,7 +119,7 @@ def test_out_of_device_memory_keeps_parts_on_the_host() -> None:
     memory = PolicyMemory(CPU)
     memory.add(Part.OPTIMIZER, Full())
     memory.offload()
-    with pytest.raises(TrainingError, match="optimizer state do not fit back on cpu"):
+    with pytest.raises(TrainingError, match=r"memory \(optimizer state\) does not fit back on cpu"):
         memory.need(Part.OPTIMIZER)
     assert not memory.is_here(Part.OPTIMIZER)
 
