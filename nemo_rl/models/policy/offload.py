@@ -275,9 +275,9 @@ class PolicyMemory:
                     self._parts[part].come_back()
                 except torch.OutOfMemoryError as error:
                     raise TrainingError(
-                        f"the policy's memory ({part}) does not fit back on {self._device}: {error}. Generation keeps too "
-                        "much memory while it sleeps, or the batch is too large: lower policy.train_micro_batch_size, "
-                        "or shard the policy over more workers"
+                        f"the policy's memory ({part}) does not fit back on {self._device}: {error}. Generation keeps "
+                        "too much memory while it sleeps, or the batch is too large: lower "
+                        "policy.train_micro_batch_size, or shard the policy over more workers"
                     ) from error
                 self._away.discard(part)
 
