@@ -33,8 +33,8 @@ from nemo_rl.models.policy.reductions import GlobalCounts, MetricSums
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.weights.stream import Endpoint, WeightStreamer
-from nemo_rl.models.worker_process import process_facts, starts_without_collecting, take_cpu_share
-from nemo_rl.utils.garbage import freeze_modules
+from nemo_rl.models.worker_process import process_facts, take_cpu_share
+from nemo_rl.utils.garbage import freeze_modules, gc_paused
 
 # Log-probabilities [b, T] of a micro-batch, and the micro-batch -> a scalar loss with gradient.
 MicrobatchLoss = Callable[[torch.Tensor, BatchedDataDict], torch.Tensor]
@@ -91,7 +91,7 @@ class PolicyWorker(ABC):
     _state: policy_checkpoint.TrainedState
     _memory: PolicyMemory
 
-    @starts_without_collecting
+    @gc_paused()
     def __init__(
         self,
         config: PolicyConfig,
