@@ -191,17 +191,17 @@ class ClippedPGLoss:
         ratio = tokens.log_ratio.exp()
         clipped = ratio.clamp(self.clip_low, self.clip_high)
         losses = -torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
-        detached, bad = ratio.detach(), tokens.advantages < 0
+        detached, is_negative = ratio.detach(), tokens.advantages < 0
         metrics = {
             "ratio_mean": detached,
-            "clip_fraction_low": (detached < self.clip_low) & bad,
+            "clip_fraction_low": (detached < self.clip_low) & is_negative,
             "clip_fraction_high": (detached > self.clip_high) & (tokens.advantages > 0),
             "approx_kl": _k3(tokens.log_ratio.detach()),
             "entropy_estimate": -tokens.logprobs.detach(),
         }
         if self.dual_clip is not None:
-            losses = torch.where(bad, torch.minimum(losses, -self.dual_clip * tokens.advantages), losses)
-            metrics["clip_fraction_dual"] = (detached > self.dual_clip) & bad
+            losses = torch.where(is_negative, torch.minimum(losses, -self.dual_clip * tokens.advantages), losses)
+            metrics["clip_fraction_dual"] = (detached > self.dual_clip) & is_negative
         return losses, metrics
 
     def _kl(self, tokens: _Tokens, reference: torch.Tensor) -> torch.Tensor:
@@ -243,7 +243,10 @@ def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def _log_support(batch: Mapping[str, Any], logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-    """Return log Z [b, T-1], 0 where the mask is 0; None if all tokens could be drawn."""
+    """Return log Z [b, T-1], where Z is the probability under the policy of the tokens that top-p and top-k kept.
+
+    It is 0 where the mask is 0. None if nothing was cut off.
+    """
     if "sampling_logprobs" not in batch:
         return None
     generation, sampling = (

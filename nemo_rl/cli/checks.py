@@ -28,7 +28,9 @@ from nemo_rl.venvs import Store
 OK, WARNING, FATAL = "ok", "warning", "fatal"
 
 _GB = 10**9
-_MIN_FREE_GB, _GOOD_FREE_GB = 2, 40  # a venv with torch and CUDA takes 5 GB, all venvs about 20 GB
+# Less than the first is too little for any venv with packages. The second is enough for all venvs and the cache of uv
+# (about 20 GB) and for a rebuild.
+_MIN_FREE_GB, _GOOD_FREE_GB = 2, 40
 _MIN_SHM_GB = 1
 _MIN_FILES = 4096
 MAX_CLOCK_OFFSET_S = 5.0

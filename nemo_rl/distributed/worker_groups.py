@@ -211,8 +211,9 @@ class RayWorkerGroup(WorkerCalls):
 
         Raises:
             NodeLostError: the node of one of them has left the cluster.
-            WorkerStartError, AttestationError: see the class. In each case these workers are dead and the others
-                continue.
+            WorkerStartError: one of them died or did not answer while it was starting.
+            AttestationError: one of them runs in another venv, Python or ray version than planned. After any of these
+                errors these workers are dead and the others continue.
         """
         self._check_not_stopped()
         tied_groups = {self._placements[rank].tied_group for rank in ranks}

@@ -120,7 +120,7 @@ class StageRunner:
                 stage=self._stage.name,
                 traceback_text=traceback.format_exc(),
             )
-            raise self._stop(failure) from None  # drop the cause: the driver's venv may not be able to import its class
+            raise self._record_stop(failure) from None  # drop the cause: the driver's venv may not be able to import its class
         self._counts.counts.setup_s = time.perf_counter() - began
         self._counts.save()
 
@@ -215,7 +215,7 @@ class StageRunner:
             try:
                 outputs = self._call(accepted)
             except _MergedError as error:
-                raise self._stop(self._output_error(str(error))) from None
+                raise self._record_stop(self._output_error(str(error))) from None
             except Exception:
                 self._discard_reports()
                 # Run each task alone to find the one that fails.
@@ -333,11 +333,12 @@ class StageRunner:
         self._counts.counts.failed += 1
         if self._job.on_failure == "stop":
             self._counts.save()
-            raise self._stop(self._stage_error(error, item.task.task_id, text))
+            raise self._record_stop(self._stage_error(error, item.task.task_id, text))
         if self._job.spools:
             self._spool.write([Entry("gone", item.key)])
 
-    def _stop(self, error: StageError) -> StageError:
+    def _record_stop(self, error: StageError) -> StageError:
+        """Write the error that stops the run to `stop_file`, where the driver looks for it, and return it."""
         write_atomically(stop_file(self._job), pickle.dumps(error), private=True)
         return error
 

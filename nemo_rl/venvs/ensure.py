@@ -58,7 +58,7 @@ class SealedVenv:
     """Describes a venv that is ready to run. Picklable.
 
     Attributes:
-        python: path of the interpreter to start: `<venv dir>/<name>/bin/python`.
+        python: path of the interpreter to start: `<venv dir>/<name>/bin/python`, or the bare interpreter's own path.
         path: the directory that holds the venv now; a rebuild creates another directory.
         stable_path: `<venv dir>/.store/<digest16>`, the same on every node and after every rebuild.
         digest: identity of the content, 64 hexadecimal digits.
@@ -141,7 +141,8 @@ def ensure(
     venv = _find_or_build(BuildRequest(venv_plan, venv_name, store, clock, force.job_id, receive), force)
     if venv.manifest is not None:  # the venv may have been sealed for a driver with other versions
         venv_plan.expected.check(f"The venv {venv_name!r}", venv.manifest.python, venv.manifest.ray)
-    # The name always stands for the requested content. A drifted venv that is used anyway has another digest.
+    # The name points to a venv with exactly the requested packages. A venv with drift that is used anyway has another
+    # digest, so it gets no name.
     is_requested = venv.digest == venv_plan.digest
     path = _point_name(store, name_path, venv.digest) if is_requested else venv.stable_path
     return replace(venv, python=str(path / "bin" / "python"))

@@ -91,7 +91,7 @@ def test_offloaded_state_is_bit_exact(llama: Path, sharding: str) -> None:
             (256 * MIB,), 255, dtype=torch.uint8, device="cuda"
         )  # overwrites the memory, as generation does
         del filler
-        worker._memory.need(*worker._memory._parts)
+        worker._memory.load(*worker._memory._parts)
         assert_equal(weights(worker), expected)
         worker.train(make_batch(), advantage_loss)
 

@@ -90,7 +90,7 @@ def test_unfit_model_is_refused_before_it_is_created(tmp_path, monkeypatch, over
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["policy.generation.num_workers=5"], "num_workers=5, but the cluster has only 1 places"),
+        (["policy.generation.num_workers=5"], "num_workers=5, but only 1 workers fit"),
         (
             ["policy.generation.backend=vllm", "policy.generation.options.tensor_parallel_size=2"],
             r"\[1\] per node, cannot be divided into replicas of 2 workers",

@@ -2,10 +2,10 @@
 
 ::
 
-    content (digest, Python and platform) ── first node without it ── builds ──► source
+    venv (digest, Python and platform) ── first node without it ── builds ──► source
                                           ── other nodes ── wait ── a tree below the source, two nodes below each node
 
-One content is broadcast at a time. The next broadcast can link files of the first venv (most of a second venv is in the
+One venv is broadcast at a time. The next broadcast can link files of the first venv (most of a second venv is in the
 first one), and two trees never wait for each other. `broadcast_peer` holds the nodes' side.
 """
 
@@ -27,7 +27,7 @@ from nemo_rl.distributed.provisioning.source_sync import task_options
 logger = logging.getLogger(__name__)
 
 # Digest of the plan, and the Python and platform that a node uses for it.
-Content = tuple[str, str]
+VenvKey = tuple[str, str]
 
 _FANOUT = 2
 # After this many failed attempts to receive a venv, a node builds it.
@@ -37,7 +37,7 @@ _CLOSE_TIMEOUT_S = 10.0
 
 @dataclass
 class _State:
-    """The state of one content.
+    """The state of one venv.
 
     Attributes:
         builder: the node that builds it for the others.
@@ -59,9 +59,9 @@ class _State:
 
 @dataclass(frozen=True)
 class _Transfer:
-    """A node that receives a content, and the offer that it uses."""
+    """A node that receives a venv, and the offer that it uses."""
 
-    content: Content
+    key: VenvKey
     node_id: str
     offer: ray.ObjectRef
 
@@ -79,23 +79,23 @@ class BroadcastCoordinator:
         self._requests = requests
         self._addresses = addresses
         self._driver_node = driver_node
-        self._states: dict[Content, _State] = collections.defaultdict(_State)
+        self._states: dict[VenvKey, _State] = collections.defaultdict(_State)
         self._peers: dict[str, Any] = {}
         self._retired: list[Any] = []
-        self._active: Content | None = None
+        self._active: VenvKey | None = None
         self._transfers: dict[ray.ObjectRefGenerator, _Transfer] = {}
-        self._plans: dict[tuple[Content, tuple[str, ...]], ray.ObjectRef] = {}
+        self._plans: dict[tuple[VenvKey, tuple[str, ...]], ray.ObjectRef] = {}
 
-    def add_source(self, content: Content, node_id: str, stable_python: str) -> None:
-        """Note that a node has a content: it built, received or already had it."""
-        self._states[content].sources[node_id] = stable_python
+    def add_source(self, key: VenvKey, node_id: str, stable_python: str) -> None:
+        """Note that a node has a venv: it built, received or already had it."""
+        self._states[key].sources[node_id] = stable_python
 
-    def assign(self, content: Content, node_id: str, names: list[str]) -> str | None:
+    def assign(self, key: VenvKey, node_id: str, names: list[str]) -> str | None:
         """Let a node wait for these venvs, and return the address of the node that will send them.
 
         Returns None if the node must build them itself; it then is the builder for the other nodes.
         """
-        state = self._states[content]
+        state = self._states[key]
         if node_id != self._driver_node and state.attempts[node_id] < _MAX_ATTEMPTS:
             sender = state.builder if state.builder is not None else next(iter(state.sources), None)
             if sender not in (None, node_id):
@@ -105,19 +105,19 @@ class BroadcastCoordinator:
             state.builder = node_id
         return None
 
-    def prepare(self, content: Content, node_id: str) -> None:
+    def prepare(self, key: VenvKey, node_id: str) -> None:
         """Start the peers of the sender and of a receiving node while the venv is still being built."""
-        state = self._states[content]
+        state = self._states[key]
         for participant in (state.builder, *list(state.sources)[:1], node_id):
             if participant is not None:
                 self._peer(participant)
 
-    def fail_build(self, content: Content, node_id: str) -> dict[str, list[str]]:
+    def fail_build(self, key: VenvKey, node_id: str) -> dict[str, list[str]]:
         """Note that a node failed to build; return node id -> names of the venvs without builder and source.
 
-        A node that asks for the content later builds it itself.
+        A node that asks for the venv later builds it itself.
         """
-        state = self._states[content]
+        state = self._states[key]
         if state.builder != node_id:
             return {}
         state.builder = None
@@ -149,7 +149,7 @@ class BroadcastCoordinator:
     def start_transfers(self) -> Iterator[tuple[ray.ObjectRefGenerator, Request]]:
         """Start every transfer that can start now; yield the stream of its results and the node's request."""
         if self._active is None:
-            ready = (content for content, state in self._states.items() if state.waiting and state.sources)
+            ready = (key for key, state in self._states.items() if state.waiting and state.sources)
             self._active = next(ready, None)
         if self._active is None or not self._states[self._active].sources:
             return
@@ -158,10 +158,8 @@ class BroadcastCoordinator:
             node_id = next(iter(state.waiting))
             yield self._start_transfer(self._active, node_id, state.waiting.pop(node_id))
 
-    def _start_transfer(
-        self, content: Content, node_id: str, names: list[str]
-    ) -> tuple[ray.ObjectRefGenerator, Request]:
-        state = self._states[content]
+    def _start_transfer(self, key: VenvKey, node_id: str, names: list[str]) -> tuple[ray.ObjectRefGenerator, Request]:
+        state = self._states[key]
         if state.offer is None:
             source, python = next(iter(state.sources.items()))
             state.tree, state.offer = [source], self._peer(source).offer.remote(python)
@@ -177,12 +175,12 @@ class BroadcastCoordinator:
                 upstream.append(UpstreamPeer(address, self._peers[state.tree[position]]))
         request = self._requests[node_id]
         request = replace(request, plans={name: request.plans[name] for name in names})
-        key = (content, tuple(names))
-        if key not in self._plans:
-            self._plans[key] = ray.put(request.plans)
+        plan_key = (key, tuple(names))
+        if plan_key not in self._plans:
+            self._plans[plan_key] = ray.put(request.plans)
         method = self._peer(node_id).receive.options(num_returns="streaming", name=f"venvs to {request.node}")
-        stream = method.remote(replace(request, plans={}), self._plans[key], state.offer, upstream)
-        self._transfers[stream] = _Transfer(content, node_id, state.offer)
+        stream = method.remote(replace(request, plans={}), self._plans[plan_key], state.offer, upstream)
+        self._transfers[stream] = _Transfer(key, node_id, state.offer)
         return stream, request
 
     def _peer(self, node_id: str) -> Any:
@@ -204,7 +202,7 @@ class BroadcastCoordinator:
             process_died: whether the receiver's process died; otherwise the source is at fault.
         """
         transfer = self._transfers[stream]
-        state = self._states[transfer.content]
+        state = self._states[transfer.key]
         if process_died:
             self._retire(transfer.node_id)
         # Several transfers may fail because of one offer: drop its source only once, not after a new offer has replaced
@@ -219,7 +217,7 @@ class BroadcastCoordinator:
         """Note that a stream has ended, with or without success. Does nothing for other streams."""
         if stream in self._transfers:
             del self._transfers[stream]
-            if not any(transfer.content == self._active for transfer in self._transfers.values()):
+            if not any(transfer.key == self._active for transfer in self._transfers.values()):
                 self._active = None
 
     def _retire(self, node_id: str) -> None:

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.provisioning import node_task
-from nemo_rl.distributed.provisioning.broadcast import BroadcastCoordinator, Content
+from nemo_rl.distributed.provisioning.broadcast import BroadcastCoordinator, VenvKey
 from nemo_rl.distributed.provisioning.node_task import Request, Survey, python_identity
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeProgressCallback, NodeVenv, SharedFailureError
 from nemo_rl.distributed.provisioning.source_sync import task_options
@@ -215,7 +215,7 @@ class ProvisioningCoordinator:
             self._assign(directory, node_id, survey.missing)
 
     def _assign(self, directory: _Directory, node_id: str, names: Sequence[str]) -> None:
-        """Let the first node that lacks a content build it, and let the others with the same directory wait for it."""
+        """Let the first node that lacks a venv build it, and let the others with the same directory wait for it."""
         request = self._requests[node_id]
         to_build: list[str] = []
         to_await: list[str] = []
@@ -235,20 +235,20 @@ class ProvisioningCoordinator:
 
     def _build_or_receive(self, request: Request, names: Sequence[str]) -> None:
         """Let a node receive these venvs from another node, or build those that no node has or builds."""
-        contents: dict[Content, list[str]] = {}
+        names_by_key: dict[VenvKey, list[str]] = {}
         for name in names:
-            contents.setdefault(self._content(request.node_id, name), []).append(name)
+            names_by_key.setdefault(self._venv_key(request.node_id, name), []).append(name)
         to_build: list[str] = []
-        for content, same_content in contents.items():
-            sender = self._broadcast.assign(content, request.node_id, same_content) if self._broadcast else None
+        for key, names_of_key in names_by_key.items():
+            sender = self._broadcast.assign(key, request.node_id, names_of_key) if self._broadcast else None
             if sender is None:
-                to_build += same_content
+                to_build += names_of_key
                 continue
             assert self._broadcast is not None
-            self._broadcast.prepare(content, request.node_id)
-            for name in same_content:
+            self._broadcast.prepare(key, request.node_id)
+            for name in names_of_key:
                 event = Progress(
-                    name, content[0], "wait", "started", 0.0, f"for {sender}, which sends it to other nodes"
+                    name, key[0], "wait", "started", 0.0, f"for {sender}, which sends it to other nodes"
                 )
                 self._report(NodeProgress(request.node_id, request.node, event))
         if to_build:
@@ -280,7 +280,7 @@ class ProvisioningCoordinator:
                 directory.outcomes.setdefault(digest, item)
                 self._end_waits(directory)
         if item.error is not None and self._broadcast is not None:
-            orphans = self._broadcast.fail_build(self._content(item.node_id, item.venv), item.node_id)
+            orphans = self._broadcast.fail_build(self._venv_key(item.node_id, item.venv), item.node_id)
             for node_id, names in orphans.items():
                 for name in names:
                     error = SharedFailureError(f"not built: {item.node} builds it for all nodes, and failed.")
@@ -309,14 +309,14 @@ class ProvisioningCoordinator:
             if ready:
                 self._serve(replace(request, plans=ready, is_awaited=True))
 
-    def _content(self, node_id: str, name: str) -> Content:
+    def _venv_key(self, node_id: str, name: str) -> VenvKey:
         venv_plan = self._requests[node_id].plans[name]
         python = self._pythons.get((node_id, name), python_identity(venv_plan))
         return venv_plan.digest, python if python is not None else node_id
 
     def _add_source(self, result: NodeVenv) -> None:
         if self._broadcast is not None and result.error is None:
-            self._broadcast.add_source(self._content(result.node_id, result.venv), result.node_id, result.stable_python)
+            self._broadcast.add_source(self._venv_key(result.node_id, result.venv), result.node_id, result.stable_python)
 
     def _start_transfers(self) -> None:
         if self._broadcast is not None:

@@ -67,7 +67,7 @@ def _replicas_per_node(bundle_counts: Sequence[int], num_workers: int | None, si
         what = (
             f"policy.generation.num_workers={num_workers}"
             if num_workers
-            else f"the places for generation workers, {list(bundle_counts)} per node,"
+            else f"the workers that fit on the nodes, {list(bundle_counts)} per node,"
         )
         raise ConfigError(
             f"{what} cannot be divided into replicas of {size} workers (policy.generation.options): change one of "
@@ -77,7 +77,7 @@ def _replicas_per_node(bundle_counts: Sequence[int], num_workers: int | None, si
         return limits
     if num_workers > sum(limits) * size:
         raise ConfigError(
-            f"policy.generation.num_workers={num_workers}, but the cluster has only {sum(limits) * size} places "
+            f"policy.generation.num_workers={num_workers}, but only {sum(limits) * size} workers fit "
             f"({[limit * size for limit in limits]} per node); lower it, or raise cluster.cpu_workers_per_node or "
             "cluster.num_nodes"
         )

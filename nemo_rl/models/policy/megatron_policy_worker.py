@@ -82,7 +82,7 @@ class MegatronPolicyWorker(PolicyWorker):
         self._optimizer = optimizer
         self._forward = self._pipeline(wrapped)
         self._memory = self._track_memory(
-            model, model.parameters, Scratch(optimizer.release_gradients, optimizer.regain_gradients)
+            model, model.parameters, Scratch(optimizer.release_gradients, optimizer.allocate_gradients)
         )
 
     def _load_reference(self) -> PipelineForward:

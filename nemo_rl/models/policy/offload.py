@@ -8,7 +8,8 @@ A model with P parameters takes, per worker (its share of P if the model is shar
     GRADIENTS         4 P            4 P (float32 reduction)        dropped: they are not kept between calls
     REFERENCE         4 P            2 P                            copied to the host once: it never changes
 
-Methods declare the parts that they need (`needs`), which brings them back; `PolicyMemory.offload` moves them away.
+A method declares the parts that it needs (`needs`, `borrows`), which are then loaded before it runs;
+`PolicyMemory.offload` moves all parts to the host.
 Memory moves by storage: parameters, views and tied weights remain the same objects in modules, gradient buffers and
 optimizers, and a shared storage moves once. On CPUs the same happens, from host memory to host memory.
 
@@ -57,10 +58,10 @@ class Part(StrEnum):
 class Movable(Protocol):
     """A part that can be moved from the device to the host and back."""
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         """Free its memory on the device. If this raises, the part is still on the device."""
 
-    def come_back(self) -> None:
+    def to_device(self) -> None:
         """Allocate memory on the device and start to fill it. If this raises, the part is still on the host."""
 
     def wait(self) -> None:
@@ -69,19 +70,19 @@ class Movable(Protocol):
 
 @dataclass(frozen=True)
 class Scratch:
-    """A part whose contents are dropped when it leaves. `release` may be called repeatedly."""
+    """A part whose contents are dropped when it is offloaded. `release` may be called repeatedly."""
 
     release: Callable[[], object]
-    regain: Callable[[], object] = lambda: None
+    allocate: Callable[[], object] = lambda: None
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         self.release()
 
-    def come_back(self) -> None:
-        self.regain()
+    def to_device(self) -> None:
+        self.allocate()
 
     def wait(self) -> None:
-        """Do nothing: the memory is ready when `regain` returns."""
+        """Do nothing: the memory is ready when `allocate` returns."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class StoredTensors:
     Copies run on a separate CUDA stream, to and from pinned memory that is reused.
 
     Args:
-        tensors: returns the current tensors; called each time they leave. Of sharded tensors, the local shards move.
+        tensors: returns the current tensors; called by each `to_host`. Of sharded tensors, the local shards move.
         device: device of all tensors.
         constant: the contents never change, so they are copied to the host only once.
     """
@@ -113,7 +114,7 @@ class StoredTensors:
         self._places: list[_StoragePlace] = []
         self._is_copied = False
 
-    def leave(self) -> None:
+    def to_host(self) -> None:
         self._places = list(_places(self._tensors()))
         if not (self._constant and self._is_copied):
             self._host.reserve(sum(place.num_bytes + _ALIGNMENT for place in self._places))
@@ -127,7 +128,7 @@ class StoredTensors:
         for place in self._places:
             place.storage.resize_(0)
 
-    def come_back(self) -> None:
+    def to_device(self) -> None:
         try:
             for place in self._places:
                 place.storage.resize_(place.num_bytes)
@@ -180,8 +181,8 @@ class _HostMemory:
                 chunk = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
             except RuntimeError as error:
                 raise TrainingError(
-                    f"policy.offload needs {num_bytes / _GIB:.1f} GiB of this node's memory for one worker's tensors, "
-                    f"but only {self._num_bytes / _GIB:.1f} GiB could be allocated: {error}. Shard the policy over "
+                    f"policy.offload needs {num_bytes / _GIB:.1f} GiB of this node's memory for one of the parts of one "
+                    f"worker, but only {self._num_bytes / _GIB:.1f} GiB could be allocated: {error}. Shard the policy over "
                     "more workers, or set policy.offload=false"
                 ) from error
             self._chunks.append(chunk)
@@ -227,15 +228,15 @@ class PolicyMemory:
         self.is_shared = False
         self._device = device
         self._parts: dict[Part, Movable] = {}
-        self._away: set[Part] = set()
+        self._on_host: set[Part] = set()
 
     def add(self, part: Part, movable: Movable) -> None:
         """Track a part that is on the device."""
         self._parts[part] = movable
 
-    def is_here(self, part: Part) -> bool:
+    def is_loaded(self, part: Part) -> bool:
         """Whether a part is on the device; False if it was not added."""
-        return part in self._parts and part not in self._away
+        return part in self._parts and part not in self._on_host
 
     def guard(self, module: nn.Module, part: Part) -> None:
         """Make calls of `module` raise `ModelError` while its weights (`part`) are on the host.
@@ -247,7 +248,7 @@ class PolicyMemory:
         memory = weakref.proxy(self)
 
         def check(*_: Any) -> None:
-            if not memory.is_here(part):
+            if not memory.is_loaded(part):
                 raise ModelError(
                     f"the {part} are in the host's memory: this method does not declare that it needs them"
                 )
@@ -261,73 +262,73 @@ class PolicyMemory:
             TrainingError: the host has not enough memory.
         """
         self.is_shared = True
-        self._leave(part for part in self._parts if not (keep_weights and part == Part.WEIGHTS))
+        self._move_to_host(part for part in self._parts if not (keep_weights and part == Part.WEIGHTS))
 
-    def expect(self, *parts: Part) -> None:
-        """Start to bring parts back. Call `need` before they are used.
+    def prefetch(self, *parts: Part) -> None:
+        """Start to copy offloaded parts back. Call `load` before they are used.
 
         Raises:
             TrainingError: the device has not enough memory.
         """
         for part in parts:
-            if part in self._away:
+            if part in self._on_host:
                 try:
-                    self._parts[part].come_back()
+                    self._parts[part].to_device()
                 except torch.OutOfMemoryError as error:
                     raise TrainingError(
                         f"the policy's memory ({part}) does not fit back on {self._device}: {error}. Generation keeps "
                         "too much memory while it sleeps, or the batch is too large: lower "
                         "policy.train_micro_batch_size, or shard the policy over more workers"
                     ) from error
-                self._away.discard(part)
+                self._on_host.discard(part)
 
-    def need(self, *parts: Part) -> None:
-        """Bring parts back for all later computations on the device. Raises the errors of `expect`."""
-        self.expect(*parts)
+    def load(self, *parts: Part) -> None:
+        """Copy offloaded parts back for all later computations on the device. Raises the errors of `prefetch`."""
+        self.prefetch(*parts)
         for part in parts:
             self._parts[part].wait()
 
     @contextlib.contextmanager
-    def lend(self, part: Part) -> Iterator[None]:
+    def loaded(self, part: Part) -> Iterator[None]:
         """Keep a part on the device while the block runs. The block may add the part.
 
-        If memory is shared and the part was on the host before, it leaves again.
+        If memory is shared and the part was on the host before, it is offloaded again.
         """
-        was_here = self.is_here(part)
+        was_here = self.is_loaded(part)
         if part in self._parts:
-            self.need(part)
+            self.load(part)
         try:
             yield
         finally:
             if self.is_shared and not was_here and part in self._parts:
-                self._leave([part])
+                self._move_to_host([part])
 
-    def _leave(self, parts: Iterable[Part]) -> None:
-        leaving = [part for part in parts if part not in self._away]
-        if not leaving:
+    def _move_to_host(self, parts: Iterable[Part]) -> None:
+        moving = [part for part in parts if part not in self._on_host]
+        if not moving:
             return
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self._device)  # collectives on other streams may still read them
-        for part in leaving:
-            self._parts[part].leave()
-            self._away.add(part)
+        for part in moving:
+            self._parts[part].to_host()
+            self._on_host.add(part)
         if on_gpu:
             torch.cuda.ipc_collect()  # frees weights that were sent
             torch.cuda.empty_cache()  # the allocator's cache is not available to other processes
-        logger.debug("moved to the host: %s", ", ".join(leaving))
+        logger.debug("moved to the host: %s", ", ".join(moving))
 
 
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 def needs(*parts: Part) -> Callable[[MethodT], MethodT]:
-    """Decorate a method of a worker with a `_memory`: bring these parts to the device first; they stay there."""
+    """Decorate a method of a worker with a `_memory`: load these parts first; they stay on the device."""
 
     def decorate(method: MethodT) -> MethodT:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self._memory.need(*parts)
+            self._memory.load(*parts)
             return method(self, *args, **kwargs)
 
         return cast(MethodT, call)
@@ -336,12 +337,12 @@ def needs(*parts: Part) -> Callable[[MethodT], MethodT]:
 
 
 def borrows(part: Part) -> Callable[[MethodT], MethodT]:
-    """Decorate a method of a worker with a `_memory`: the part is on the device during it; see `PolicyMemory.lend`."""
+    """Decorate a method of a worker with a `_memory`: the part is on the device during it; see `PolicyMemory.loaded`."""
 
     def decorate(method: MethodT) -> MethodT:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with self._memory.lend(part):
+            with self._memory.loaded(part):
                 return method(self, *args, **kwargs)
 
         return cast(MethodT, call)

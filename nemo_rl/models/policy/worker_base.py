@@ -176,7 +176,7 @@ class PolicyWorker(ABC):
             NonFiniteError: on every rank; the weights are as before that optimizer step.
             DataError: the rows cannot be divided evenly into optimizer batches.
         """
-        self._memory.expect(Part.OPTIMIZER)  # its copy runs while the gradients are computed
+        self._memory.prefetch(Part.OPTIMIZER)  # its copy runs while the gradients are computed
         batches = global_batches(shard, local_batch_size)
         totals: dict[str, float] = {}
         num_tokens = 0
@@ -203,7 +203,7 @@ class PolicyWorker(ABC):
         self._forward.train(parts, loss_of)
         metrics: dict[str, float] = self._on_all_ranks(sums.reduced(self._data_ranks))
         metrics["lr"] = self._optimizer.lr
-        self._memory.need(Part.OPTIMIZER)
+        self._memory.load(Part.OPTIMIZER)
         metrics["grad_norm"] = self._optimizer.step(metrics["loss"])
         return metrics, counts.num_forward_tokens
 

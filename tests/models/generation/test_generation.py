@@ -42,7 +42,7 @@ def test_workers_are_distributed_evenly_over_nodes() -> None:
     assert per_node([2, 2], None) == [2, 2]
     assert per_node([2, 2], 2) == [1, 1]
     assert per_node([1, 4], 4) == [1, 3]
-    with pytest.raises(ConfigError, match="num_workers=5, but the cluster has only 4 places"):
+    with pytest.raises(ConfigError, match="num_workers=5, but only 4 workers fit"):
         replica_bundles([2, 2], 5, 1)
 
 
@@ -53,7 +53,7 @@ def test_replica_stays_on_one_node() -> None:
         replica_bundles([3, 3], None, 2)
     with pytest.raises(ConfigError, match="num_workers=3 cannot be divided into replicas of 2"):
         replica_bundles([4], 3, 2)
-    with pytest.raises(ConfigError, match="num_workers=8, but the cluster has only 4 places"):
+    with pytest.raises(ConfigError, match="num_workers=8, but only 4 workers fit"):
         replica_bundles([3, 3], 8, 2)
 
 

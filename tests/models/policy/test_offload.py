@@ -43,10 +43,10 @@ def test_views_and_tied_weights_move_once() -> None:
     separate = nn.Parameter(torch.ones(3))
     expected = [tensor.detach().clone() for tensor in (first, second, separate, buffer)]
     moved = StoredTensors(lambda: [first, second, separate, separate], CPU)
-    moved.leave()
+    moved.to_host()
     assert [tensor.untyped_storage().nbytes() for tensor in (buffer, first, second, separate)] == [0, 0, 0, 0]
     assert len(moved._places) == 2
-    moved.come_back()
+    moved.to_device()
     moved.wait()
     assert all(torch.equal(actual, value) for actual, value in zip((first, second, separate, buffer), expected))
     with torch.no_grad():
@@ -60,13 +60,13 @@ def test_storages_are_split_at_host_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     expected = [tensor.clone() for tensor in tensors]
     moved = StoredTensors(lambda: tensors, CPU)
     for _ in range(2):
-        moved.leave()
-        moved.come_back()
+        moved.to_host()
+        moved.to_device()
         assert all(torch.equal(actual, value) for actual, value in zip(tensors, expected))
     tensors.append(torch.randn(5000))  # like optimizer state that the first step creates
     expected.append(tensors[-1].clone())
-    moved.leave()
-    moved.come_back()
+    moved.to_host()
+    moved.to_device()
     assert all(torch.equal(actual, value) for actual, value in zip(tensors, expected))
 
 
@@ -75,9 +75,9 @@ def test_host_memory_is_reused() -> None:
     moved = StoredTensors(lambda: [tensor], CPU)
     addresses = set()
     for step in range(3):
-        moved.leave()
+        moved.to_host()
         addresses.add(tuple(chunk.data_ptr() for chunk in moved._host._chunks))
-        moved.come_back()
+        moved.to_device()
         tensor += step
     assert len(addresses) == 1
 
@@ -85,11 +85,11 @@ def test_host_memory_is_reused() -> None:
 def test_constant_tensors_are_copied_once() -> None:
     tensor = torch.zeros(4)
     moved = StoredTensors(lambda: [tensor], CPU, constant=True)
-    moved.leave()
-    moved.come_back()
+    moved.to_host()
+    moved.to_device()
     tensor += 1  # violates `constant`, to show that the second copy is skipped
-    moved.leave()
-    moved.come_back()
+    moved.to_host()
+    moved.to_device()
     assert torch.equal(tensor, torch.zeros(4))
 
 
@@ -103,15 +103,15 @@ def test_out_of_host_memory_keeps_parts_on_the_device(monkeypatch: pytest.Monkey
     monkeypatch.setattr(offload, "_ALIGNMENT", 2**62)
     with pytest.raises(TrainingError, match=r"policy\.offload needs .* set policy\.offload=false"):
         memory.offload()
-    assert memory.is_here(Part.WEIGHTS)
+    assert memory.is_loaded(Part.WEIGHTS)
     assert torch.equal(tensor, torch.ones(3))
 
 
 def test_out_of_device_memory_keeps_parts_on_the_host() -> None:
     class Full:
-        def leave(self) -> None: ...
+        def to_host(self) -> None: ...
 
-        def come_back(self) -> None:
+        def to_device(self) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         def wait(self) -> None: ...
@@ -121,27 +121,27 @@ def test_out_of_device_memory_keeps_parts_on_the_host() -> None:
     memory.offload()
     with pytest.raises(TrainingError, match=r"memory \(optimizer state\) does not fit back on cpu"):
         memory.need(Part.OPTIMIZER)
-    assert not memory.is_here(Part.OPTIMIZER)
+    assert not memory.is_loaded(Part.OPTIMIZER)
 
 
 # --- PolicyMemory ----------------------------------------------------------------------------------------------------
 
 
-def test_lent_part_leaves_only_if_memory_is_shared() -> None:
+def test_loaded_part_is_offloaded_again_only_if_memory_is_shared() -> None:
     tensor = torch.ones(3)
     memory = PolicyMemory(CPU)
     memory.add(Part.WEIGHTS, StoredTensors(lambda: [tensor], CPU))
-    with memory.lend(Part.WEIGHTS):
+    with memory.loaded(Part.WEIGHTS):
         pass
-    assert memory.is_here(Part.WEIGHTS)
+    assert memory.is_loaded(Part.WEIGHTS)
     memory.offload()
-    with memory.lend(Part.WEIGHTS):
+    with memory.loaded(Part.WEIGHTS):
         assert torch.equal(tensor, torch.ones(3))
-    assert not memory.is_here(Part.WEIGHTS)
+    assert not memory.is_loaded(Part.WEIGHTS)
     memory.need(Part.WEIGHTS)
-    with memory.lend(Part.WEIGHTS):
+    with memory.loaded(Part.WEIGHTS):
         pass
-    assert memory.is_here(Part.WEIGHTS)
+    assert memory.is_loaded(Part.WEIGHTS)
 
 
 def test_keep_weights() -> None:
@@ -195,7 +195,7 @@ def train(rank: int, model: Path, num_ranks: int, *, offloads: bool, **config: A
         actual.append(worker.train(shard, advantage_loss).metrics)
     if offloads:
         worker.offload()
-        worker._memory.need(Part.WEIGHTS, Part.OPTIMIZER)
+        worker._memory.load(Part.WEIGHTS, Part.OPTIMIZER)
     result = actual, weights(worker)
     worker.shutdown()
     return result
@@ -293,7 +293,7 @@ def test_optimizer_returns_during_the_backward_pass(llama: Path) -> None:
     here: list[bool] = []
 
     def observe(*args: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        here.append(worker._memory.is_here(Part.OPTIMIZER))
+        here.append(worker._memory.is_loaded(Part.OPTIMIZER))
         return advantage_loss(*args)
 
     worker.train(make_batch(), observe)
@@ -308,4 +308,4 @@ def test_nothing_moves_without_offload(llama: Path) -> None:
     worker.get_reference_policy_logprobs(make_batch())
     gc.collect()
     assert addresses() == before
-    assert worker._memory.is_here(Part.REFERENCE)
+    assert worker._memory.is_loaded(Part.REFERENCE)

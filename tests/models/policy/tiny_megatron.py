@@ -183,7 +183,7 @@ def train_with_offload(rank: int, model: Path, config: dict[str, Any], *, offloa
         if offloads:
             worker.offload()
             assert refuses_to_compute(worker)
-            worker._memory.need(Part.WEIGHTS, Part.OPTIMIZER)
+            worker._memory.load(Part.WEIGHTS, Part.OPTIMIZER)
         return actual, state_of(worker)
 
 

@@ -106,11 +106,11 @@ class MegatronOptimizer:
         return norm
 
     def release_gradients(self) -> None:
-        """Drop the gradients and free their buffers until `regain_gradients`."""
+        """Drop the gradients and free their buffers until `allocate_gradients`."""
         self._optimizer.zero_grad()  # frees gradients that it has cast to float32
         self._model.offload_grad_buffers()
 
-    def regain_gradients(self) -> None:
+    def allocate_gradients(self) -> None:
         """Allocate the gradient buffers again; they are zero."""
         self._model.restore_grad_buffers(synchronize=False)
 
