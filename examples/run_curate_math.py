@@ -7,12 +7,8 @@ uv run examples/run_grpo_math.py data.train.path=results/curate_math/problems.pa
 """
 
 import sys
-from pathlib import Path
 
-from nemo_rl.jobs.command_line import run_command
-from nemo_rl.jobs.curate_math import CurateConfig, run_curate
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "curate_math.yaml"
+from nemo_rl.jobs.curate_math import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(CurateConfig, DEFAULT_CONFIG, run_curate))
+    sys.exit(main())

@@ -4,16 +4,12 @@ uv run examples/backends/run_with_transformers_generation.py grpo.max_num_steps=
 """
 
 import sys
-from pathlib import Path
 
-from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import register_actor_environment
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
-from nemo_rl.jobs.command_line import run_command
-from nemo_rl.jobs.grpo_job import run_grpo
+from nemo_rl.jobs.grpo_job import main
 from nemo_rl.models.backends import GENERATION_BACKENDS, Backend
 
-HERE = Path(__file__).resolve().parent
 WORKER = "transformers_generation_worker.TransformersGenerationWorker"
 
 GENERATION_BACKENDS["transformers"] = Backend(WORKER)
@@ -21,5 +17,4 @@ register_actor_environment(WORKER, PY_EXECUTABLES.BASE)
 
 if __name__ == "__main__":
     # Ray workers can import modules beside the driver's script, so the worker class need not be installed in its venv.
-    recipe = HERE.parent / "configs" / "grpo_math_embedded.yaml"
-    sys.exit(run_command(MasterConfig, recipe, run_grpo, ["policy.generation.backend=transformers", *sys.argv[1:]]))
+    sys.exit(main(["policy.generation.backend=transformers", *sys.argv[1:]]))

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,7 +63,7 @@ def doctor(cluster: Cluster = False, address: Address = None, json: Json = False
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of a GRPO job.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML configuration of a GRPO job, or a recipe's name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     cluster: Cluster = False,
     address: Address = None,
@@ -75,11 +74,12 @@ def plan(
 
     from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.cli import display
+    from nemo_rl.jobs.command_line import config_path
     from nemo_rl.jobs.plan import make_plan
     from nemo_rl.jobs.plan_view import print_plan
     from nemo_rl.utils.config import load_config
 
-    checked = load_config(MasterConfig, config, overrides or [])
+    checked = load_config(MasterConfig, config_path(config), overrides or [])
     with _quiet_standard_output(), contextlib.ExitStack() as stack:
         if cluster or address is not None:
             from nemo_rl.cli.cluster_checks import joined_cluster

@@ -1,4 +1,4 @@
-"""Command line of all job scripts: `--config FILE`, `--dry-run`, dotted overrides, exit codes.
+"""Command line of all jobs: `--config FILE`, `--dry-run`, dotted overrides, exit codes.
 
 Exit codes: 0 the job finished; 1 the job failed; 2 the input is invalid (standard error has the error in one sentence,
 and nothing was started); 130 interrupted.
@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn
 
 from nemo_rl import settings
-from nemo_rl.errors import NemoRLError, exit_code, sentence
+from nemo_rl.errors import ConfigError, NemoRLError, exit_code, sentence
 from nemo_rl.utils.config import ConfigModel, ConfigT, iter_keys, load_config
+from nemo_rl.utils.names import nearest_names
 
 if TYPE_CHECKING:
     from types import FrameType
 
 logger = logging.getLogger(__name__)
+
+# Configurations that are installed with the package.
+RECIPES = Path(settings.__file__).parent / "recipes"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -45,31 +49,35 @@ class JobArguments(Generic[ConfigT]):
 
 def run_command(
     schema: type[ConfigT],
-    default_config: Path,
+    default_config: Path | str,
     job: Callable[[JobArguments[ConfigT]], None],
     argv: Sequence[str] | None = None,
+    *,
+    program: str | None = None,
 ) -> int:
     """Parse the command line and run the job. Report an error as one sentence and an exit code.
 
     Example::
 
-        sys.exit(run_command(MasterConfig, Path("configs/grpo_math_embedded.yaml"), run_grpo))
+        sys.exit(run_command(MasterConfig, "grpo_math_embedded", run_grpo))
 
     Args:
         schema: the configuration class.
-        default_config: YAML file that is used without `--config`.
+        default_config: YAML file, or name of a recipe of this package, that is used without `--config`.
         job: called with the parsed arguments.
         argv: the command line; None uses `sys.argv`.
+        program: name of the command in its help; None uses `sys.argv`.
 
     Returns:
         The exit code (see the top of this module).
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    arguments = _parser(schema, default_config).parse_intermixed_args(argv)
+    arguments = _parser(schema, default_config, program).parse_intermixed_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        config = load_config(schema, arguments.config, arguments.overrides)
-        job(JobArguments(config, arguments.config.stem, arguments.dry_run))
+        path = config_path(arguments.config)
+        config = load_config(schema, path, arguments.overrides)
+        job(JobArguments(config, path.stem, arguments.dry_run))
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
@@ -86,6 +94,22 @@ def run_command(
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def config_path(file: Path | str) -> Path:
+    """Return the path of a configuration: an existing file, or a recipe of this package by its name.
+
+    Raises `ConfigError` with the nearest recipes if there is neither.
+    """
+    path = Path(file)
+    recipe = RECIPES / f"{file}.yaml"
+    if path.exists() or not recipe.exists():
+        if path.exists() or path.suffix:
+            return path  # an error of a missing file names it
+        names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+        near = nearest_names(str(file), names) or names
+        raise ConfigError(f"--config {file}: there is no such file, and no recipe of this name. Recipes: {', '.join(near)}")
+    return recipe
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
@@ -113,11 +137,16 @@ class _KeyListing(argparse.Action):
         parser.exit()
 
 
-def _parser(schema: type[ConfigModel], default_config: Path) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser(
+    schema: type[ConfigModel], default_config: Path | str, program: str | None = None
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(program, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-h", "--help", action=_KeyListing, schema=schema)
     parser.add_argument(
-        "--config", type=Path, default=default_config, metavar="FILE", help=f"YAML (default: {default_config.name})"
+        "--config",
+        default=default_config,
+        metavar="FILE",
+        help=f"a YAML file, or the name of a recipe (default: {Path(default_config).stem})",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="validate the configuration and print the plan without starting the job"

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from nemo_rl.data.sample_math import SampleKind, write_messy_math
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.command_line import JobArguments
+from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
 from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor, XennaExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
@@ -101,6 +101,11 @@ class CurateConfig(ConfigModel):
         0.0, ge=0, lt=1, description="Fraction of the problems that is written to held_out.parquet for validation."
     )
     max_retries: int = Field(1, ge=0, description="Maximum retries of a failed task.")
+
+
+def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run the command line of math curation and return its exit code; see `run_command`."""
+    return run_command(CurateConfig, "curate_math", run_curate, argv, program=program)
 
 
 def run_curate(arguments: JobArguments[CurateConfig]) -> None:

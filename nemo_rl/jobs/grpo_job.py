@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
 from nemo_rl.environments.answers import check_answer_keys
-from nemo_rl.jobs.command_line import JobArguments
+from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
@@ -49,6 +50,11 @@ logger = logging.getLogger(__name__)
 
 INPUTS_THREAD = "driver: inputs"
 Problems = tuple[ProblemDataset, ProblemDataset | None]  # training, validation
+
+
+def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run the GRPO command line and return its exit code; see `run_command`."""
+    return run_command(MasterConfig, "grpo_math_embedded", run_grpo, argv, program=program)
 
 
 def run_grpo(arguments: JobArguments[MasterConfig]) -> None:

@@ -35,13 +35,13 @@ _RUN_COMMANDS = """
 import json, os, sys, tempfile
 commands, terminal = json.load(sys.stdin), os.dup(1)
 sys.path.insert(0, sys.argv[1])
-from run_grpo_math import DEFAULT_CONFIG, MasterConfig, run_command, run_grpo
+from run_grpo_math import main
 results = []
 for arguments in commands:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
         try:
-            code = run_command(MasterConfig, DEFAULT_CONFIG, run_grpo, arguments)
+            code = main(arguments)
         except SystemExit as error:
             code = error.code
         sys.stdout.flush(), sys.stderr.flush()

@@ -1,0 +1,27 @@
+"""`nemo-rl grpo` and `nemo-rl curate` run the jobs of this package, like the scripts in examples/."""
+
+from __future__ import annotations
+
+import typer
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this module in `app`."""
+    app.command(context_settings=_PASS_ON)(grpo)
+    app.command(context_settings=_PASS_ON)(curate)
+
+
+def grpo(context: typer.Context) -> None:
+    """Train a model with GRPO: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
+    from nemo_rl.jobs.grpo_job import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
+
+
+def curate(context: typer.Context) -> None:
+    """Curate math problems into training data: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
+    from nemo_rl.jobs.curate_math import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
