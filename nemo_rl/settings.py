@@ -12,8 +12,10 @@ The documentation's table of environment variables is generated from `ALL`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +118,8 @@ PROJECT_ROOT = Variable[Path | None](
     "NEMO_RL_PROJECT_ROOT",
     Path,
     None,
-    "The directory with pyproject.toml and uv.lock. Default: the source tree this package is imported from.",
+    "The project, whose lock file decides the packages of venvs. Default: the nearest directory upward from the working "
+    "directory whose pyproject.toml has [project] or [tool.uv.workspace], else the source tree of this package.",
 )
 CACHE_DIR = Variable[Path | None](
     "NEMO_RL_CACHE_DIR", Path, None, "The directory of models that the project creates. Default: ~/.cache/nemo_rl."
@@ -159,7 +162,8 @@ SOURCES = Variable[str | None](
     "NEMO_RL_SOURCES",
     str,
     None,
-    "Projects that a node received, as JSON (path on the driver's node -> path on this node); set by the driver.",
+    "Projects whose path here differs from the path that plans and venvs name, as JSON (named path -> path here); set by "
+    "the driver for nodes that received its source, and by `nemo-rl submit`.",
 )
 CONTAINER = Variable(
     "NEMO_RL_CONTAINER", _flag, False, "The image of this process contains the venvs; set by docker/Dockerfile."
@@ -333,8 +337,48 @@ def venv_drift() -> str:
 
 
 def project_root() -> Path:
-    """Return the directory of the project's `pyproject.toml` and `uv.lock`."""
-    return (PROJECT_ROOT.get() or Path(__file__).resolve().parent.parent).resolve()
+    """Return the directory of the project, which `PY_EXECUTABLES` and the default venv directory belong to.
+
+    It is `NEMO_RL_PROJECT_ROOT` if set, else the nearest directory upward from the working directory whose
+    `pyproject.toml` has `[project]` or `[tool.uv.workspace]` (as for uv), else the source tree that this package is
+    imported from. If the project is a member of a workspace, its `uv.lock` is in the workspace's root.
+
+    Raises:
+        ConfigError: there is none of these. The message names the variable.
+    """
+    if (root := PROJECT_ROOT.get()) is not None:
+        return root.resolve()
+    try:
+        directory = Path.cwd()
+    except FileNotFoundError:  # the working directory was removed
+        directory = Path("/")
+    source_tree = Path(__file__).resolve().parent.parent
+    for candidate in (directory, *directory.parents, source_tree):
+        if _is_project(candidate / "pyproject.toml"):
+            return candidate.resolve()
+    raise ConfigError(
+        f"there is no project: neither {directory} nor a directory above it has a pyproject.toml with [project]. "
+        f"Change to your project, create one with `nemo-rl init`, or set {PROJECT_ROOT.name} to its directory"
+    )
+
+
+def _is_project(path: Path) -> bool:
+    """Return whether a `pyproject.toml` describes a project. An unreadable one does: its error is reported later."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return _has_project_table(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _has_project_table(path: Path, modified_ns: int, size: int) -> bool:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    uv = content.get("tool", {}).get("uv", {})
+    return "project" in content or (isinstance(uv, dict) and "workspace" in uv)
 
 
 def venv_dir() -> Path:

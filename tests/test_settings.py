@@ -55,3 +55,36 @@ def test_cache_dir_without_home_requires_the_variable(monkeypatch: pytest.Monkey
         settings.cache_dir()
     monkeypatch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path))
     assert settings.cache_dir() == tmp_path
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without a project around it, for a package that is not in a source tree."""
+    monkeypatch.delenv("NEMO_RL_PROJECT_ROOT", raising=False)
+    monkeypatch.setattr(settings, "__file__", str(tmp_path / "site-packages" / "nemo_rl" / "settings.py"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_project_is_the_nearest_one_upward(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, tools, deep = outside / "project", outside / "project" / "tools", outside / "project" / "tools" / "deep"
+    deep.mkdir(parents=True)
+    (project / "pyproject.toml").write_text('[project]\nname = "mine"\n')
+    (tools / "pyproject.toml").write_text("[tool.ruff]\nline-length = 100\n")  # no project
+    monkeypatch.chdir(deep)
+    assert settings.project_root() == project
+    assert settings.venv_dir() == project / "venvs"
+    (tools / "pyproject.toml").write_text('[tool.uv.workspace]\nmembers = ["a"]\n')  # a workspace without a project
+    assert settings.project_root() == tools
+    monkeypatch.setenv("NEMO_RL_PROJECT_ROOT", str(outside / "other"))
+    assert settings.project_root() == outside / "other"
+
+
+def test_source_tree_is_the_project_without_one_upward(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"neither .* nor a directory above it has .*NEMO_RL_PROJECT_ROOT"):
+        settings.project_root()
+    clone = outside / "clone"
+    (clone / "nemo_rl").mkdir(parents=True)
+    (clone / "pyproject.toml").write_text('[project]\nname = "nemo-rl"\n')
+    monkeypatch.setattr(settings, "__file__", str(clone / "nemo_rl" / "settings.py"))
+    assert settings.project_root() == clone

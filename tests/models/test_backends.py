@@ -72,7 +72,7 @@ def test_help_names_the_backend_of_each_option(pair):
 
 
 def test_cpu_nodes_use_cpu_python_unless_configured(monkeypatch):
-    backend = Backend(FQN, cpu_py_executable=PY_EXECUTABLES.VLLM_CPU, replaces=PY_EXECUTABLES.VLLM)
+    backend = Backend(FQN, cpu_python="VLLM_CPU", gpu_python="VLLM")
     monkeypatch.setitem(ACTOR_ENVIRONMENT_REGISTRY, FQN, PY_EXECUTABLES.VLLM)
     assert backend.py_executable(None, use_gpus=True) == PY_EXECUTABLES.VLLM
     assert backend.py_executable(None, use_gpus=False) == PY_EXECUTABLES.VLLM_CPU
