@@ -28,6 +28,7 @@ from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.session import init_ray, job_name
 from nemo_rl.distributed.provisioning.coordinator import ProvisioningCoordinator
+from nemo_rl.distributed.provisioning.driver_copy import check_driver_copies
 from nemo_rl.distributed.provisioning.node_task import Request, driver_variables, is_ready
 from nemo_rl.distributed.provisioning.report import (
     NodeProgress,
@@ -130,6 +131,7 @@ def _ensure(
 ) -> NodeVenvReport:
     start = time.monotonic()
     plans = _plan_all(venvs)
+    check_driver_copies(plans)
     job = job_name()
     driver_node = ray.get_runtime_context().get_node_id()
     distribute_source(nodes, plans.values())

@@ -26,6 +26,7 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.config import dump_yaml, load_config
 from nemo_rl.utils.files import write_atomically
+from nemo_rl.venvs.storage.layout import make_generated_directory
 
 # Keys that may change when a run is resumed: limits, logging and checkpointing. All other keys affect the results.
 CHANGEABLE = (
@@ -90,7 +91,7 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
     path = path.absolute()
     checkpoints = Path(config.checkpointing.checkpoint_dir or path / "checkpoints").absolute()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_generated_directory(path)
         lock = _lock(path)
     except OSError as error:
         raise ConfigError(

@@ -10,17 +10,22 @@ import contextlib
 import re
 import shlex
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_rl import settings
 from nemo_rl.errors import ConfigError
 from nemo_rl.secrets import has_credentials, is_secret_variable, secret_words
 from nemo_rl.utils.source_archive import SourceTree, collect, unpack_zip, write_zip
 
 # Ray downloads these on every node.
 REMOTE_SCHEMES = ("https", "s3", "gs", "azure", "abfss", "file", "gcs", "image_uri")
+
+# The directory, which does not exist, of the paths by which venvs name uploaded projects.
+UPLOADED_ROOT = "/uploaded"
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _JOB_ID = re.compile(r"[A-Za-z0-9_.-]+")  # part of the job server's URLs
@@ -107,8 +112,37 @@ class Submission:
 
     @property
     def entrypoint(self) -> str:
-        """Shell command that the head runs."""
-        return " && ".join([*(secret.shell() for secret in self.secrets), f"exec {shlex.join(self.command)}"])
+        """Shell command that the head runs, in the uploaded directory."""
+        project = [self._project_shell()] if self.working_dir is not None else []
+        secrets = [secret.shell() for secret in self.secrets]
+        return " && ".join([*project, *secrets, f"exec {shlex.join(self.command)}"])
+
+    def _project_shell(self) -> str:
+        """Return a shell command that makes the uploaded directory the project of the job, if it is a project.
+
+        The cluster may have another `NEMO_RL_PROJECT_ROOT`. Each upload has another path. Venvs therefore name the
+        project by a path that does not change with the upload, so that edited code needs no new venv, and their
+        directory outlives the upload.
+        """
+        exports = []
+        if settings.PROJECT_ROOT.name not in self.env:
+            exports.append(f'export {settings.PROJECT_ROOT.name}="$PWD"')
+            name = _project_name(self.working_dir or "")
+            if name is not None and settings.SOURCES.name not in self.env:
+                exports.append(f'export {settings.SOURCES.name}="{{\\"{UPLOADED_ROOT}/{name}\\": \\"$PWD\\"}}"')
+        cache = f"${{{settings.CACHE_DIR.name}:-$HOME/.cache/nemo_rl}}"
+        exports.append(f'export {settings.VENV_DIR.name}="${{{settings.VENV_DIR.name}:-{cache}/venvs}}"')
+        return f"if [ -f pyproject.toml ]; then {'; '.join(exports)}; fi"
+
+
+def _project_name(working_dir: str) -> str | None:
+    """Return the name of the project in a local directory, in letters, digits and '-'; None if it is no project."""
+    try:
+        pyproject = tomllib.loads(Path(working_dir, "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = pyproject.get("project", {}).get("name") or Path(working_dir).absolute().name
+    return re.sub(r"[^A-Za-z0-9]+", "-", str(name)).strip("-").lower() or "project"
 
 
 def parse_env(assignments: Sequence[str]) -> dict[str, str]:

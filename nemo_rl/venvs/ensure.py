@@ -43,7 +43,14 @@ from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.resolve import plan, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
 from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
-from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, not_writable_by_others, point, remove_tree
+from nemo_rl.venvs.storage.layout import (
+    DIGEST_PREFIX,
+    Store,
+    make_generated_directory,
+    not_writable_by_others,
+    point,
+    remove_tree,
+)
 from nemo_rl.venvs.storage.locks import build_lock, hold_lease, unused
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, Manifest, read_manifest
 from nemo_rl.venvs.uv import is_no_space, no_space_error
@@ -347,7 +354,8 @@ def _hold_build_lock(venv_plan: VenvPlan, venv_name: str, store: Store, clock: P
 
     with contextlib.ExitStack() as stack:
         try:
-            store.directory.mkdir(parents=True, exist_ok=True)
+            make_generated_directory(store.root)
+            store.directory.mkdir(exist_ok=True)
             stack.enter_context(build_lock(store.lock(venv_plan.digest), venv_name, on_wait=on_wait))
         except OSError as error:
             clock.end("failed", str(error))

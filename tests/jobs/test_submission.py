@@ -16,6 +16,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,34 @@ def test_secret_is_a_reference_in_the_entrypoint() -> None:
     submission = Submission(["python", "a b.py"], secrets=[Secret.parse("T=/run/s"), Secret.parse("U")])
     assert submission.entrypoint.startswith('T="$(cat /run/s)" && export T && : "${U:?')
     assert submission.entrypoint.endswith("exec python 'a b.py'")
+
+
+def _variables_of_job(folder: Path, submission: Submission, **environment: str) -> dict[str, str]:
+    """Run the entrypoint in `folder`, which stands for the uploaded directory; return the job's variables."""
+    entrypoint = replace(submission, command=["env"]).entrypoint
+    done = subprocess.run(["sh", "-c", entrypoint], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if line.startswith("NEMO_RL_"))
+
+
+def test_uploaded_directory_is_the_project_of_the_job(tmp_path: Path) -> None:
+    local, uploaded = tmp_path / "local", tmp_path / "up loaded"
+    for folder in (local, uploaded):
+        folder.mkdir()
+        (folder / "pyproject.toml").write_text('[project]\nname = "My.Project"\n')
+    submission = Submission([], working_dir=str(local))
+    clusters = {"NEMO_RL_PROJECT_ROOT": "/opt/other", "NEMO_RL_SOURCES": '{"/a": "/b"}', "HOME": "/home/me"}
+    variables = _variables_of_job(uploaded, submission, **clusters)
+    assert variables["NEMO_RL_PROJECT_ROOT"] == str(uploaded)
+    assert json.loads(variables["NEMO_RL_SOURCES"]) == {"/uploaded/my-project": str(uploaded)}
+    assert variables["NEMO_RL_VENV_DIR"] == "/home/me/.cache/nemo_rl/venvs"
+    assert _variables_of_job(uploaded, submission, NEMO_RL_VENV_DIR="/disk")["NEMO_RL_VENV_DIR"] == "/disk"
+    # The submission names another project.
+    explicit = replace(submission, env={"NEMO_RL_PROJECT_ROOT": "/mine"})
+    assert "NEMO_RL_SOURCES" not in _variables_of_job(uploaded, explicit, NEMO_RL_PROJECT_ROOT="/mine")
+    # The uploaded directory is no project.
+    (uploaded / "pyproject.toml").unlink()
+    assert _variables_of_job(uploaded, submission, NEMO_RL_PROJECT_ROOT="/opt/x") == {"NEMO_RL_PROJECT_ROOT": "/opt/x"}
 
 
 @pytest.mark.parametrize("text", ["1X", "X=relative/path", "X=", "X;rm -rf=/x", "X$(id)"])

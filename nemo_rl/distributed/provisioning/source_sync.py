@@ -42,6 +42,7 @@ from nemo_rl.errors import BroadcastError, ConfigError
 from nemo_rl.utils.names import abbreviated
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
+from nemo_rl.venvs.planning.relocation import located, original, relocated_roots
 
 logger = logging.getLogger(__name__)
 
@@ -152,15 +153,18 @@ def task_options(node_id: str) -> dict[str, Any]:
             return {}
         received = list(_state.received.get(node_id, ()))
         is_without_package = node_id in _state.without_package
-    if not received:
-        directories = os.pathsep.join(_driver_directories())
-        return {"runtime_env": {"env_vars": {"PYTHONPATH": directories}}} if is_without_package else {}
-    variables = {
-        "PYTHONPATH": os.pathsep.join(search_path()),
-        settings.PROJECT_ROOT.name: str(settings.project_root()),
-        settings.SOURCES.name: json.dumps({source.listing.root: source.listing.target for source in received}),
-    }
-    return {"runtime_env": {"env_vars": variables}}
+    variables = {}
+    # The driver's own project may be at another path than the venvs name, as in a submitted job.
+    moved = dict(relocated_roots())
+    if received:
+        variables["PYTHONPATH"] = os.pathsep.join(search_path())
+        moved |= {str(original(source.listing.root)): source.listing.target for source in received}
+    elif is_without_package:
+        variables["PYTHONPATH"] = os.pathsep.join(_driver_directories())
+    if moved:
+        variables[settings.PROJECT_ROOT.name] = str(settings.project_root())
+        variables[settings.SOURCES.name] = json.dumps(moved)
+    return {"runtime_env": {"env_vars": variables}} if variables else {}
 
 
 def _roots(plans: Iterable[VenvPlan]) -> list[str]:
@@ -168,7 +172,7 @@ def _roots(plans: Iterable[VenvPlan]) -> list[str]:
     for venv_plan in (layer for top in plans for layer in (top, top.base) if layer is not None):
         if not isinstance(venv_plan.spec, InterpreterSpec):
             directories.append(Path(venv_plan.spec.project))
-        directories += [Path(package.local.path) for package in venv_plan.packages if package.local is not None]
+        directories += [located(package.local.path) for package in venv_plan.packages if package.local is not None]
     roots = {str(root) for directory in directories if (root := _source_root(directory)) is not None}
     return sorted(roots)
 

@@ -5,7 +5,9 @@ A build writes a module into the venv, and a `.pth` file that imports it. The mo
 - pins the process to the directory that the venv's name points to at its start: it resolves the link in `sys.prefix`,
   `sys.path` and `sys.executable`, so a later change of the link affects neither the process nor its children;
 - takes a lease, so that `prune` and rebuilds do not remove the directory while the process lives;
-- in an additive venv, appends the base's packages to `sys.path` and takes a lease on the base.
+- in an additive venv, appends the base's packages to `sys.path` and takes a lease on the base;
+- if `NEMO_RL_SOURCES` says that a project is at another path than the venv names, imports its editable packages from
+  there.
 """
 
 from __future__ import annotations
@@ -54,6 +56,36 @@ def _pin(known_paths):
     return root
 
 
+def _path_here(path, moved):
+    for named in sorted(moved, key=len, reverse=True):
+        if path == named or path.startswith(named + os.sep):
+            return moved[named] + path[len(named):]
+    return None
+
+
+def _follow_sources(directories):
+    """Import editable packages from where their projects are here, not from the paths that the venv names."""
+    if not os.environ.get("NEMO_RL_SOURCES"):
+        return
+    import json
+
+    moved = json.loads(os.environ["NEMO_RL_SOURCES"])
+    for directory in directories:
+        for name in sorted(os.listdir(directory)):
+            if name.endswith(".pth"):
+                with open(os.path.join(directory, name), encoding="utf-8") as file:
+                    lines = [line.strip() for line in file]
+                paths = {{line: _path_here(line, moved) for line in lines if _path_here(line, moved) is not None}}
+                sys.path[:] = [path for path in sys.path if path not in paths]
+                sys.path += paths.values()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__editable___"):  # setuptools' finder of a project whose layout a path cannot describe
+            for package, path in module.MAPPING.items():
+                module.MAPPING[package] = _path_here(path, moved) or path
+            for package, paths in getattr(module, "NAMESPACES", {{}}).items():
+                module.NAMESPACES[package] = [_path_here(path, moved) or path for path in paths]
+
+
 def start(known_paths):
     """Called once by the .pth file, with site's set of the paths that it has added."""
     known_paths = set() if known_paths is None else known_paths
@@ -64,8 +96,10 @@ def start(known_paths):
         base = os.path.realpath(os.path.join(root, BASE))
         _lease(base)
         paths = [os.path.join(base, os.path.relpath(os.path.dirname(os.path.realpath(__file__)), root))]
+    _follow_sources([os.path.dirname(os.path.realpath(__file__))])
     for path in paths:
         site.addsitedir(path, known_paths)
+    _follow_sources(paths)
 '''
 
 

@@ -1,7 +1,8 @@
-"""Translate paths of projects between the driver and a node that received their source.
+"""Translate between the paths of projects that plans and venvs name, and their paths on this node.
 
-Plans name the driver's paths. Venvs must name them too: another node, or a later job, that uses the venv may have the
-project at the driver's path.
+They differ on a node that received the driver's source, where the named path is the driver's, and in a submitted job,
+where it is `/uploaded/<project>`. Venvs name the same path everywhere, because another node, or a later job, that uses
+the venv may have the project there. The site hook reads the same variable (`NEMO_RL_SOURCES`) when a worker starts.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ _MAX_BYTES = 2**16  # of a file that names a project's path: a `.pth` file, or m
 
 def located(path: str | os.PathLike[str]) -> Path:
     """Return where the driver's `path` is on this node."""
-    return _replace_root(Path(path), _relocated_roots())
+    return _replace_root(Path(path), relocated_roots())
 
 
 def original(path: str | os.PathLike[str]) -> Path:
     """Return the driver's path of a path on this node: the inverse of `located`."""
-    return _replace_root(Path(path), {target: root for root, target in _relocated_roots().items()})
+    return _replace_root(Path(path), {target: root for root, target in relocated_roots().items()})
 
 
 def restore_original_paths(site_packages: Path) -> None:
     """Replace this node's project paths by the driver's in the files of a new venv, and update each `RECORD`."""
-    originals = {os.fsencode(target): os.fsencode(root) for root, target in _relocated_roots().items()}
+    originals = {os.fsencode(target): os.fsencode(root) for root, target in relocated_roots().items()}
     if not originals:
         return
     for record in site_packages.glob("*.dist-info/RECORD"):
@@ -64,8 +65,8 @@ def _rewrite(path: Path, content: bytes) -> None:
     path.chmod(mode)
 
 
-def _relocated_roots() -> dict[str, str]:
-    """Return the driver's path -> the path on this node of every project that this node received."""
+def relocated_roots() -> dict[str, str]:
+    """Return the path that plans and venvs name -> the path here, of every project that has another path here."""
     return json.loads(settings.SOURCES.get() or "{}")
 
 

@@ -146,6 +146,15 @@ def point(link: Path, target: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_generated_directory(directory: Path) -> None:
+    """Create a directory for generated files, unless it exists, with a `.gitignore` that hides it from git."""
+    if directory.is_dir():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError), open(directory / ".gitignore", "x", encoding="utf-8") as file:
+        file.write("# Created by nemo_rl.\n*\n")
+
+
 def remove_tree(path: Path) -> None:
     """Remove a directory tree. Ignores errors, such as files that another process removes at the same time."""
     shutil.rmtree(path, ignore_errors=True)

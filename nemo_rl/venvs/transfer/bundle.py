@@ -29,7 +29,7 @@ from nemo_rl import settings
 from nemo_rl.errors import BundleError, VenvError
 from nemo_rl.venvs.ensure import differences, ensure
 from nemo_rl.venvs.planning.resolve import plan
-from nemo_rl.venvs.storage.layout import UNPACKED_PREFIX, Store
+from nemo_rl.venvs.storage.layout import UNPACKED_PREFIX, Store, make_generated_directory
 from nemo_rl.venvs.uv import is_no_space, no_space_error
 
 FORMAT = 1
@@ -115,7 +115,7 @@ def opened_bundle(archive: Path, targets: Mapping[str, str], store: Store | None
         BundleError: the archive is unsafe, incomplete, for another platform, or lacks packages of `targets`.
     """
     store = store or Store.default()
-    store.root.mkdir(parents=True, exist_ok=True)
+    make_generated_directory(store.root)
     index = read_index(archive)
     if (index.python, index.platform) != (_python(), _platform()):
         raise BundleError(
