@@ -118,8 +118,8 @@ PROJECT_ROOT = Variable[Path | None](
     "NEMO_RL_PROJECT_ROOT",
     Path,
     None,
-    "The project, whose lock file decides the packages of venvs. Default: the nearest directory upward from the working "
-    "directory whose pyproject.toml has [project] or [tool.uv.workspace], else the source tree of this package.",
+    "The project, whose lock file decides the packages of venvs. Default: the nearest directory upward from the "
+    "working directory whose pyproject.toml has [project] or [tool.uv.workspace], else this package's source tree.",
 )
 CACHE_DIR = Variable[Path | None](
     "NEMO_RL_CACHE_DIR", Path, None, "The directory of models that the project creates. Default: ~/.cache/nemo_rl."
@@ -162,8 +162,8 @@ SOURCES = Variable[str | None](
     "NEMO_RL_SOURCES",
     str,
     None,
-    "Projects whose path here differs from the path that plans and venvs name, as JSON (named path -> path here); set by "
-    "the driver for nodes that received its source, and by `nemo-rl submit`.",
+    "Projects whose path here differs from the path that plans and venvs name, as JSON (named path -> path here); set "
+    "by the driver for nodes that received its source, and by `nemo-rl submit`.",
 )
 CONTAINER = Variable(
     "NEMO_RL_CONTAINER", _flag, False, "The image of this process contains the venvs; set by docker/Dockerfile."

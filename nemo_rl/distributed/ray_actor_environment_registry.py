@@ -101,7 +101,7 @@ class _Registry(dict[str, str]):
         return _resolved(super().__getitem__(fqn))
 
     def get(self, fqn: str, default: Any = None) -> Any:
-        return self[fqn] if fqn in self else default
+        return _resolved(super().get(fqn, default))
 
     def values(self) -> Any:
         return {fqn: self[fqn] for fqn in self}.values()
@@ -110,7 +110,7 @@ class _Registry(dict[str, str]):
         return {fqn: self[fqn] for fqn in self}.items()
 
 
-def _resolved(entry: str) -> str:
+def _resolved(entry: Any) -> Any:
     return getattr(PY_EXECUTABLES, entry.name) if isinstance(entry, _Member) else entry
 
 

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,6 +315,10 @@ def test_another_node_builds_when_the_builder_is_lost(
     def remove_the_builder(event: NodeProgress) -> None:
         if event.node_id in pair and event.event.phase == "fetch" and not removed:
             removed.append(event.node_id)
+            # Before its call of uv hangs, the other node's would.
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "hung").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
             cluster.remove_node(pair.pop(event.node_id), allow_graceful=False)
 
     try:

@@ -2,9 +2,11 @@
 
 import subprocess
 
+import pytest
 from grpo_jobs import ROOT, SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
 
 
+@pytest.mark.slow  # runs the job three times
 def test_killed_asynchronous_run_resumes_with_equal_metrics(tmp_path):
     config = ("--config", str(ROOT / "examples" / "configs" / "grpo_math_cpu_async.yaml"))
     arguments = (*config, *SMALL, "grpo.max_num_steps=5")

@@ -50,7 +50,7 @@ def test_finished_run_is_not_continued(uninterrupted):
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("victim", ["driver", "policy"])
+@pytest.mark.parametrize("victim", ["driver", pytest.param("policy", marks=pytest.mark.slow)])
 def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     directory = tmp_path / "run"
     arguments = (*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")

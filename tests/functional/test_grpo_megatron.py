@@ -14,6 +14,8 @@ import pytest
 from processes import running
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # some start a job three times
+
 CONFIG = ROOT / "examples" / "configs" / "grpo_math_cpu_megatron.yaml"
 SMALL = (
     "grpo.num_prompts_per_step=4",
@@ -88,8 +90,6 @@ def assert_same_run(actual: dict[int, dict[str, float]], expected: dict[int, dic
         assert actual[step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # starts a job three times
 def test_run_with_pipeline_stages_resumes(uninterrupted: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run(directory, "grpo.max_num_steps=2", *PIPELINE)
@@ -97,8 +97,6 @@ def test_run_with_pipeline_stages_resumes(uninterrupted: Path, tmp_path: Path) -
     assert_same_run(steps(directory), steps(uninterrupted))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # starts a job three times
 def test_lost_rank_stops_the_job_which_can_resume(uninterrupted: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     job = start(directory, "grpo.max_num_steps=3")

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("low_memory_script.py")
 
 
+@pytest.mark.slow
 def test_memory_monitor_kills_workers(run_with_simulated_memory: Callable[..., Any], tmp_path: Path) -> None:
     result = run_with_simulated_memory(SCRIPT, tmp_path)
     assert result["once"] == list(range(1, 33))

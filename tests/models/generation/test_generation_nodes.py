@@ -28,6 +28,7 @@ def nodes() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_other_replicas_take_the_work_of_a_lost_node(nodes: Cluster, tiny) -> None:
     second = nodes.add_node(num_cpus=2, include_dashboard=False)
     model: TinyModel = tiny("llama")

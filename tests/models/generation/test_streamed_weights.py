@@ -109,6 +109,7 @@ def test_policy_without_a_route_publishes(cluster: RayVirtualCluster, model: Pat
     policy.shutdown()
 
 
+@pytest.mark.slow  # starts the workers of five groups
 @pytest.mark.parametrize("route", [BY_MEMORY, BY_PAIRS], ids=["memory", "pairs"])
 def test_restarted_workers_get_a_new_stream(cluster: RayVirtualCluster, model: Path, route: Route) -> None:
     policy, generation = policy_and_generation(cluster, model, route)
@@ -131,7 +132,10 @@ def test_restarted_workers_get_a_new_stream(cluster: RayVirtualCluster, model: P
         generation.shutdown()
 
 
-@pytest.mark.parametrize(("rank", "route"), [(0, BY_MEMORY), (1, BY_MEMORY), (1, BY_PAIRS)])
+@pytest.mark.parametrize(
+    ("rank", "route"),
+    [*(pytest.param(rank, BY_MEMORY, marks=pytest.mark.slow) for rank in (0, 1)), (1, BY_PAIRS)],
+)
 def test_dead_policy_worker_fails_the_update(cluster: RayVirtualCluster, model: Path, rank: int, route: Route) -> None:
     policy, generation = policy_and_generation(cluster, model, route, sharding="fsdp")
     try:

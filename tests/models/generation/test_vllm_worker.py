@@ -20,6 +20,8 @@ from nemo_rl.models.generation.generation import Generation
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
 
+pytestmark = pytest.mark.slow  # the engine alone starts in most of a minute
+
 # Fewer sequences at a time than most requests here have: rows that end make room for others.
 OPTIONS = {"http_port": 0, "max_num_seqs": 32}
 

@@ -120,7 +120,7 @@ def test_out_of_device_memory_keeps_parts_on_the_host() -> None:
     memory.add(Part.OPTIMIZER, Full())
     memory.offload()
     with pytest.raises(TrainingError, match=r"memory \(optimizer state\) does not fit back on cpu"):
-        memory.need(Part.OPTIMIZER)
+        memory.load(Part.OPTIMIZER)
     assert not memory.is_loaded(Part.OPTIMIZER)
 
 
@@ -138,7 +138,7 @@ def test_loaded_part_is_offloaded_again_only_if_memory_is_shared() -> None:
     with memory.loaded(Part.WEIGHTS):
         assert torch.equal(tensor, torch.ones(3))
     assert not memory.is_loaded(Part.WEIGHTS)
-    memory.need(Part.WEIGHTS)
+    memory.load(Part.WEIGHTS)
     with memory.loaded(Part.WEIGHTS):
         pass
     assert memory.is_loaded(Part.WEIGHTS)
