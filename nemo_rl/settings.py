@@ -37,6 +37,7 @@ class Variable(Generic[T]):
         parse: converts the text to a value; raises `ValueError` with the reason if it is invalid.
         default: the value if the variable is unset or empty.
         help: one line for the documentation.
+        alias: another name that is read if `name` is not set.
 
     Example::
 
@@ -48,19 +49,22 @@ class Variable(Generic[T]):
     parse: Callable[[str], T]
     default: T
     help: str
+    alias: str | None = None
 
     def __post_init__(self) -> None:
         ALL[self.name] = self
 
     def get(self) -> T:
         """Read the variable now. Raises `ConfigError` if its value is invalid."""
-        text = os.environ.get(self.name, "")
-        if text == "":
-            return self.default
-        try:
-            return self.parse(text)
-        except ValueError as error:
-            raise ConfigError(f"{self.name}={text!r}: {error}. {self.help}") from None
+        for name in filter(None, (self.name, self.alias)):
+            text = os.environ.get(name, "")
+            if text == "":
+                continue
+            try:
+                return self.parse(text)
+            except ValueError as error:
+                raise ConfigError(f"{name}={text!r}: {error}. {self.help}") from None
+        return self.default
 
 
 def _flag(text: str) -> bool:
@@ -166,7 +170,11 @@ SOURCES = Variable[str | None](
     "by the driver for nodes that received its source, and by `nemo-rl submit`.",
 )
 CONTAINER = Variable(
-    "NEMO_RL_CONTAINER", _flag, False, "The image of this process contains the venvs; set by docker/Dockerfile."
+    "NEMO_RL_CONTAINER",
+    _flag,
+    False,
+    "The image of this process contains the venvs; set by docker/Dockerfile.",
+    alias="NRL_CONTAINER",
 )
 VENV_DRIFT = Variable[str | None](
     "NEMO_RL_VENV_DRIFT",
@@ -174,6 +182,9 @@ VENV_DRIFT = Variable[str | None](
     None,
     "If the code asks for other packages than a venv holds: rebuild it, refuse to start, or ignore the difference. "
     "Default: refuse if NEMO_RL_CONTAINER is set, else rebuild.",
+)
+IGNORE_VERSION_MISMATCH = Variable(
+    "NRL_IGNORE_VERSION_MISMATCH", _flag, False, "The same as NEMO_RL_VENV_DRIFT=ignore, if that one is not set."
 )
 UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
 PY_EXECUTABLES_SYSTEM = Variable(
@@ -333,7 +344,8 @@ def exported(variables: Mapping[str, str]) -> Iterator[None]:
 
 def venv_drift() -> str:
     """Return the policy for a venv with other packages than the code asks for: `rebuild`, `refuse` or `ignore`."""
-    return VENV_DRIFT.get() or ("refuse" if CONTAINER.get() else "rebuild")
+    default = "refuse" if CONTAINER.get() else "rebuild"
+    return VENV_DRIFT.get() or ("ignore" if IGNORE_VERSION_MISMATCH.get() else default)
 
 
 def project_root() -> Path:

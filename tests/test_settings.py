@@ -88,3 +88,20 @@ def test_source_tree_is_the_project_without_one_upward(outside: Path, monkeypatc
     (clone / "pyproject.toml").write_text('[project]\nname = "nemo-rl"\n')
     monkeypatch.setattr(settings, "__file__", str(clone / "nemo_rl" / "settings.py"))
     assert settings.project_root() == clone
+
+
+def test_alias_is_read_if_the_name_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NEMO_RL_CONTAINER", "NEMO_RL_VENV_DRIFT", "NRL_IGNORE_VERSION_MISMATCH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NRL_CONTAINER", "1")
+    assert settings.venv_drift() == "refuse"
+    monkeypatch.setenv("NRL_IGNORE_VERSION_MISMATCH", "1")
+    assert settings.venv_drift() == "ignore"
+    monkeypatch.setenv("NEMO_RL_VENV_DRIFT", "rebuild")
+    assert settings.venv_drift() == "rebuild"
+    monkeypatch.setenv("NEMO_RL_CONTAINER", "0")
+    assert not settings.CONTAINER.get()
+    monkeypatch.setenv("NEMO_RL_CONTAINER", "")
+    monkeypatch.setenv("NRL_CONTAINER", "maybe")
+    with pytest.raises(ConfigError, match="NRL_CONTAINER='maybe'"):
+        settings.CONTAINER.get()

@@ -23,7 +23,8 @@ This page lists every configuration key of both jobs. A job reads a YAML file (`
 (`section.key=value`), which take precedence over the file. A file may extend another one with `defaults: other.yaml`,
 or several with `defaults: [a.yaml, b.yaml]`, where later files take precedence. Unknown keys and values of the wrong
 type are errors that name the key and the nearest valid one. `--help` prints the same list
-on the command line.
+on the command line. Overrides may have the forms of Hydra: `+key=value` and `++key=value` mean the same as `key=value`,
+and `~key` drops what the file says about a key or section.
 
 ```yaml
 defaults: grpo_math_embedded.yaml   # relative to this file

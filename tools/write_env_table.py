@@ -36,10 +36,14 @@ look secret, such as `HF_TOKEN`, never appear in a log, a manifest or an error m
 
 def page() -> str:
     """Return the page."""
-    rows = "".join(f"| `{v.name}` | {_shown(v.default)} | {v.help} |\n" for v in settings.ALL.values())
+    rows = "".join(f"| {_names(v)} | {_shown(v.default)} | {v.help} |\n" for v in settings.ALL.values())
     prefixes = ", ".join(f"`{prefix}`" for prefix in settings.FORWARDED_PREFIXES)
     names = ", ".join(f"`{name}`" for name in sorted(settings.FORWARDED_NAMES))
     return HEAD + rows + TAIL.format(prefixes=prefixes, names=names)
+
+
+def _names(variable: settings.Variable[object]) -> str:
+    return f"`{variable.name}`" + (f" or `{variable.alias}`" if variable.alias else "")
 
 
 def _shown(value: object) -> str:

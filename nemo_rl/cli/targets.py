@@ -26,6 +26,14 @@ class Target:
     name: str
     py_executable: str
 
+    def contains(self, text: str) -> bool:
+        """Return whether the name or an extra contains `text`, without regard to case."""
+        from nemo_rl.venvs import VenvSpec, parse_py_executable
+
+        spec = parse_py_executable(self.py_executable)
+        extras = spec.extras if isinstance(spec, VenvSpec) else ()
+        return any(text.lower() in words.lower() for words in (self.name, *extras))
+
 
 def registered_targets() -> list[Target]:
     """Return all registered worker classes."""

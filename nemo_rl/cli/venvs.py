@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,15 @@ from nemo_rl.errors import ConfigError, NemoRLError, exit_code
 
 if TYPE_CHECKING:
     from nemo_rl.cli.targets import Target
+
+Match = Annotated[
+    list[str] | None,
+    typer.Option("--match", metavar="TEXT", help="Registered workers whose name or extras contain TEXT. Repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="TEXT", help="Not workers whose name or extras contain TEXT. Repeatable."),
+]
 
 app = typer.Typer(
     help="Build, inspect and maintain the venvs of workers.",
@@ -32,9 +42,11 @@ def list_command(json: Json = False) -> None:
     from nemo_rl.venvs import list_venvs
 
     infos = list_venvs()
-    workers = [_worker_state(target.name, target.py_executable) for target in registered_targets()]
+    targets = registered_targets()
+    workers = [_worker_state(target.name, target.py_executable) for target in targets]
+    editable = _editable_packages(targets)
     if json:
-        display.print_json({"venvs": [_plain(info) for info in infos], "workers": workers})
+        display.print_json({"venvs": [_plain(info) for info in infos], "workers": workers, "editable": editable})
         return
     rows = []
     for info in infos:
@@ -56,6 +68,27 @@ def list_command(json: Json = False) -> None:
     display.print_line()
     rows = [[worker["worker"], worker["state"], worker["digest"], worker["py_executable"]] for worker in workers]
     display.print_table(["worker", "state", "digest", "py_executable"], rows, title="Registered workers")
+    if editable:
+        display.print_line()
+        rows = [[package["package"], package["path"]] for package in editable]
+        display.print_table(
+            ["package", "path"], rows, title="Editable packages: workers import what is at these paths, also if mounted"
+        )
+
+
+def _editable_packages(targets: Sequence[Target]) -> list[dict[str, str]]:
+    """Return the packages whose code is not in the workers' venvs but at a path, where other code may be mounted."""
+    from nemo_rl.venvs import plan
+    from nemo_rl.venvs.planning.relocation import located
+
+    found: dict[str, str] = {}
+    for py_executable in {target.py_executable for target in targets}:
+        try:
+            packages = plan(py_executable).packages
+        except NemoRLError:
+            continue  # its worker's state says why
+        found |= {p.name: str(located(p.local.path)) for p in packages if p.local is not None and p.local.editable}
+    return [{"package": name, "path": path} for name, path in sorted(found.items())]
 
 
 def _worker_state(fqn: str, py_executable: str) -> dict[str, str]:
@@ -81,6 +114,8 @@ def build(
         list[str] | None, typer.Argument(metavar="[FQN|EXTRA]...", help="Worker classes, extras, or `base`.")
     ] = None,
     all_workers: Annotated[bool, typer.Option("--all", help="Every registered worker.")] = False,
+    match: Match = None,
+    exclude: Exclude = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild existing venvs.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Maximum number of parallel builds.")] = 4,
     offline: Annotated[bool, typer.Option("--offline", help="Do not use the network.")] = False,
@@ -94,7 +129,7 @@ def build(
     from nemo_rl.cli import display
     from nemo_rl.cli.parallel_build import build_all
 
-    selected = _select_targets(targets, all_workers, "build")
+    selected = _select_targets(targets, all_workers, "build", match or (), exclude or ())
     try:
         with _package_source(from_bundle, offline, selected), display.BuildView() as view:
             outcomes = build_all(selected, force=force, jobs=jobs, on_event=view.update)
@@ -114,12 +149,30 @@ def build(
         raise typer.Exit(min(exit_code(outcome.error) for outcome in failures if outcome.error))
 
 
-def _select_targets(names: list[str] | None, all_workers: bool, verb: str) -> list[Target]:
+def _select_targets(
+    names: list[str] | None,
+    all_workers: bool,
+    verb: str,
+    match: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Target]:
     from nemo_rl.cli.targets import find_target, registered_targets
 
-    if bool(names) == all_workers:
+    if bool(names) == (all_workers or bool(match)):
         raise ConfigError(f"{verb} needs either worker classes and extras, or --all, but not both")
-    return registered_targets() if all_workers else [find_target(name) for name in dict.fromkeys(names or ())]
+    targets = [find_target(name) for name in dict.fromkeys(names)] if names else registered_targets()
+    selected = [
+        target
+        for target in targets
+        if (not match or any(target.contains(text) for text in match))
+        and not any(target.contains(text) for text in exclude)
+    ]
+    if not selected:
+        raise ConfigError(
+            f"no worker is selected: --match {' '.join(match) or 'is not given'}, --exclude "
+            f"{' '.join(exclude) or 'is not given'}. Workers: {', '.join(target.name for target in targets)}"
+        )
+    return selected
 
 
 def _package_source(bundle: Path | None, offline: bool, targets: list[Target]) -> AbstractContextManager[object]:
@@ -177,6 +230,26 @@ def _outcome_record(outcome: Any) -> dict[str, Any]:
         "phases": venv.manifest.seconds if venv and venv.built else {},
         "error": str(error) if error else None,
     }
+
+
+@app.command()
+def wrappers(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write them; put it on PATH.")],
+) -> None:
+    """Write a command `python-CLASS` for each registered worker, which runs the interpreter of its venv."""
+    from nemo_rl.cli import display
+    from nemo_rl.cli.targets import registered_targets
+    from nemo_rl.venvs import InterpreterSpec, Store, parse_py_executable
+
+    store = Store.default()
+    directory.mkdir(parents=True, exist_ok=True)
+    for target in registered_targets():
+        spec = parse_py_executable(target.py_executable)
+        python = spec.path if isinstance(spec, InterpreterSpec) else store.name_path(target.name) / "bin" / "python"
+        wrapper = directory / f"python-{target.name.rpartition('.')[2]}"
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(str(python))} "$@"\n', encoding="utf-8")
+        wrapper.chmod(0o755)
+        display.print_line(str(wrapper))
 
 
 @app.command()

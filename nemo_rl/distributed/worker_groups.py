@@ -22,6 +22,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,27 @@ from nemo_rl.distributed.ray_private import actor_id
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.workers.builder import RayWorkerBuilder, StartedWorkers, WorkerRequest, configure_arguments
 from nemo_rl.distributed.workers.calls import WorkerCalls
-from nemo_rl.distributed.workers.launch_plan import IsolatedWorkerInitializer, LaunchPlan
+from nemo_rl.distributed.workers.launch_plan import IsolatedWorkerInitializer, LaunchPlan, make_actor_runtime_env
 from nemo_rl.distributed.workers.layout import WorkerMetadata, WorkerPlacement, place_workers
 from nemo_rl.distributed.workers.startup import all_dead, check_nodes_alive, kill_and_wait
 from nemo_rl.errors import ConfigError, WorkerStartError
 from nemo_rl.utils.files import write_atomically
 
-__all__ = ["IsolatedWorkerInitializer", "MultiWorkerFuture", "RayWorkerBuilder", "RayWorkerGroup", "WorkerMetadata"]
+__all__ = [
+    "IsolatedWorkerInitializer",
+    "MultiWorkerFuture",
+    "RayWorkerBuilder",
+    "RayWorkerGroup",
+    "WorkerMetadata",
+    "make_actor_runtime_env",
+]
 
 logger = logging.getLogger(__name__)
 
 _DATA_PARALLEL = "data_parallel"
+# Names of the actors of this process's groups, some of which may not have started yet.
+_names_in_use: set[str] = set()
+_names_lock = threading.Lock()
 
 
 class RayWorkerGroup(WorkerCalls):
@@ -68,7 +79,8 @@ class RayWorkerGroup(WorkerCalls):
         cluster: where the workers run; each takes 1/`max_colocated_worker_groups` of its bundle.
         remote_worker_builder: the class, its arguments and its options.
         workers_per_node: None for one worker per bundle; an int; or one int per node.
-        name_prefix: of the actors' names; by default the class's name.
+        name_prefix: of the actors' names; by default the class's name. The actor on bundle 1 of node 0 is named
+            `<name_prefix>-0-1`; if another actor has one of the group's names, all get the same random suffix.
         bundle_indices_list: tied groups, see `workers.layout.place_workers`. Only the first worker of each receives
             `bundle_indices` in its `configure_worker`.
         sharding_annotations: the ranks on named axes; required for sharded calls.
@@ -107,6 +119,7 @@ class RayWorkerGroup(WorkerCalls):
         self._workers: list[ActorHandle] = []
         self._attestation: list[dict[str, Any]] = []
         self._is_shut_down = False
+        self._release_names: weakref.finalize[..., RayWorkerGroup] | None = None
         start_time = time.monotonic()
         plan = remote_worker_builder.plan(env_vars=env_vars)
         self._bundles = cluster.bundles()
@@ -165,6 +178,11 @@ class RayWorkerGroup(WorkerCalls):
         if not 0 <= dp_shard_idx < self.dp_size:
             raise IndexError(f"data-parallel shard {dp_shard_idx} does not exist: {self.label} has {self.dp_size}")
         return min(entry["global_rank"] for entry in self._metadata if entry["dp_shard_idx"] == dp_shard_idx)
+
+    @property
+    def dp_leader_worker_indices(self) -> list[int]:
+        """The rank of the first worker of each data-parallel shard."""
+        return [self.get_dp_leader_worker_idx(shard) for shard in range(self.dp_size)]
 
     @property
     def _has_data_axis(self) -> bool:
@@ -246,25 +264,37 @@ class RayWorkerGroup(WorkerCalls):
             raise WorkerStartError(f"{self.label} was shut down; its workers are not restarted")
 
     def _describe_workers(self) -> list[WorkerMetadata]:
-        token = secrets.token_hex(3)
+        names = [
+            f"{self.label}-{placement.node_idx}-{self._bundles[placement.bundle].local_idx}"
+            for placement in self._placements
+        ]
+        suffix = self._claim_names(names)
         metadata: list[WorkerMetadata] = []
-        for placement in self._placements:
+        for placement, name in zip(self._placements, names, strict=True):
             shard = placement.tied_group
             if self._has_data_axis:
                 assert self.sharding_annotations is not None
                 shard = self.sharding_annotations.get_worker_coords(placement.rank)[_DATA_PARALLEL]
-            local_idx = self._bundles[placement.bundle].local_idx
             metadata.append(
                 {
                     "node_idx": placement.node_idx,
                     "local_rank": placement.local_rank,
                     "global_rank": placement.rank,
-                    "name": f"{self.label}-{placement.node_idx}-{local_idx}-{token}",
+                    "name": f"{name}{suffix}",
                     "bundle_indices": placement.bundle_indices,
                     "dp_shard_idx": shard,
                 }
             )
         return metadata
+
+    def _claim_names(self, names: Sequence[str]) -> str:
+        """Return the suffix of the actors' names: none, or a random one if one of the names is taken."""
+        with _names_lock:
+            if _names_in_use.isdisjoint(names) and set(ray.util.list_named_actors()).isdisjoint(names):
+                _names_in_use.update(names)
+                self._release_names = weakref.finalize(self, _names_in_use.difference_update, names)
+                return ""
+        return f"-{secrets.token_hex(3)}"
 
     def _refresh_ports(self, placements: Sequence[WorkerPlacement]) -> None:
         for placement, port in zip(placements, self._free_ports(placements), strict=True):
@@ -353,6 +383,8 @@ class RayWorkerGroup(WorkerCalls):
         # Only now, because a group that still has workers must keep their handles and shares.
         self._is_shut_down = True
         self._workers = []
+        if self._release_names is not None:
+            self._release_names()
         self.cluster.remove_group(self)
         return clean
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticUndefined
@@ -61,19 +61,29 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
         schema: the root section.
         path: a YAML file. Its key `defaults: other.yaml` names a file that it extends, relative to the file; a list
             names several, each of which takes precedence over those before it.
-        overrides: `section.key=value` strings with YAML values. They take precedence over the file.
+        overrides: `section.key=value` strings with YAML values. They take precedence over the file. As in Hydra, a
+            prefix `+` or `++` is accepted (every key has a default, so nothing differs), and `~section.key` drops what
+            the file says about a key or a section.
 
     Raises:
         ConfigError: the file is missing or not valid YAML, a key is unknown, or a value has the wrong type or range.
     """
+    assignments, dropped = [], []
     for override in overrides:
-        key, sign, _ = override.partition("=")
-        if not sign or not key.strip():
+        key, sign, value = override.partition("=")
+        if key.startswith("~"):
+            dropped.append(key[1:].strip())
+        elif sign:
+            key = key.removeprefix("+").removeprefix("+")
+            assignments.append(f"{key}={value}")
+        if not key.strip("~ ") or (not sign and not key.startswith("~")):
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        check_key(schema, key.strip(), where=f"override {override!r}")
+        check_key(schema, key.removeprefix("~").strip(), where=f"override {override!r}")
     try:
         merged = OmegaConf.create({}) if path is None else _read(path, seen=())
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        for key in dropped:
+            _drop(merged, key.split("."))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(assignments))
         content = OmegaConf.to_container(merged, resolve=True)
     except ConfigError:
         raise
@@ -163,6 +173,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path} must contain a mapping of sections, not {type(content).__name__}")
     parents = _parents(content.pop(DEFAULTS_KEY, None), path)
     return OmegaConf.merge(*(_read(parent, (*seen, path)) for parent in parents), OmegaConf.create(content))
+
+
+def _drop(section: Any, parts: Sequence[str]) -> None:
+    """Remove a key from a section that was read from files. Does nothing if the files do not have it."""
+    *parents, name = parts
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, DictConfig) else None
+    if isinstance(section, DictConfig):
+        section.pop(name, None)
 
 
 def _parents(value: Any, path: Path) -> list[Path]:

@@ -212,6 +212,25 @@ def test_build_all_builds_every_registered_worker(cli: Cli) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_build_selects_workers_by_name_or_extra(cli: Cli) -> None:
+    by_extra = cli.json("venvs", "build", "--match", "MCORE", code=2)  # the project lacks the extra
+    assert [record["name"].rpartition(".")[2] for record in by_extra] == ["MegatronPolicyWorker"]
+    named = cli.json("venvs", "build", "--all", "--match", "demo", "--match", "System", "--exclude", "old")
+    assert {record["name"] for record in named} == {NEW, SYSTEM}
+    done = cli("venvs", "build", "--match", "sglang")
+    assert done.returncode == 2
+    assert "no worker is selected" in done.stderr
+
+
+def test_wrappers_run_the_interpreters_of_workers(cli: Cli, tmp_path: Path) -> None:
+    cli.json("venvs", "build", NEW)
+    cli("venvs", "wrappers", str(tmp_path / "bin"))
+    code = "import alpha, sys; print(alpha.VERSION, sys.argv[1])"
+    wrapper = tmp_path / "bin" / f"python-{NEW.rpartition('.')[2]}"
+    done = subprocess.run([wrapper, "-c", code, "a b"], capture_output=True, text=True, check=True)
+    assert done.stdout == "2.0 a b\n"
+
+
 def test_build_shows_phases_on_standard_error(cli: Cli) -> None:
     done = cli("venvs", "build", "base")
     assert done.returncode == 0

@@ -514,3 +514,23 @@ def test_all_gather_between_two_processes(tmp_path):
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], outputs
+
+
+@pytest.mark.parametrize("algorithm", ["modified_first_fit_decreasing", "CONCATENATIVE", None])
+def test_packing_accepts_the_keys_of_nemo_rl(algorithm: str | None) -> None:
+    batch = BatchedDataDict({"input_ids": torch.ones(4, 10), "input_lengths": torch.tensor([10, 9, 3, 4])})
+    args = {
+        "max_tokens_per_microbatch": 16,
+        "input_key": "input_ids",
+        "input_lengths_key": "input_lengths",
+        "algorithm": algorithm,
+        "sequence_length_pad_multiple": 2,
+    }
+    shards, _ = batch.shard_by_batch_size(2, sequence_packing_args=args)
+    assert sorted(int(length) for shard in shards for length in shard["input_lengths"]) == [3, 4, 9, 10]
+
+
+def test_unknown_packing_algorithm_is_refused() -> None:
+    batch = BatchedDataDict({"input_ids": torch.ones(2, 4), "input_lengths": torch.tensor([4, 4])})
+    with pytest.raises(ValueError, match="algorithm is 'best_fit'; expected one of concatenative"):
+        batch.shard_by_batch_size(1, sequence_packing_args={"max_tokens_per_microbatch": 8, "algorithm": "best_fit"})

@@ -21,7 +21,7 @@ from processes import running
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
+from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup, make_actor_runtime_env
 from nemo_rl.errors import ConfigError, ResourceInsufficientError, UnregisteredActorError, WorkerError, WorkerStartError
 
 SOURCES = Path(__file__).with_name("worker_sources")
@@ -462,3 +462,30 @@ def test_forced_shutdown(cluster: RayVirtualCluster) -> None:
     group.run_all_workers_single_data("sleep", seconds=300)
     assert group.shutdown(force=True)
     assert all_ended([pid])
+
+
+def test_actor_names_are_predictable_until_they_are_taken(cluster: RayVirtualCluster) -> None:
+    first = RayWorkerGroup(cluster, builder(PROBE), workers_per_node=[2], name_prefix="named")
+    assert [entry["name"] for entry in first.worker_metadata] == ["named-0-0", "named-0-1"]
+    assert ray.get_actor("named-0-1") == first.workers[1]
+    second = RayWorkerGroup(cluster, builder(PROBE), workers_per_node=[2], name_prefix="named")
+    names = [entry["name"] for entry in second.worker_metadata]
+    assert len({name.removeprefix(f"named-0-{index}") for index, name in enumerate(names)}) == 1
+    assert names != [entry["name"] for entry in first.worker_metadata]
+    assert first.dp_leader_worker_indices == [0, 1]
+    second.shutdown(force=True)
+    first.shutdown(force=True)
+
+
+def test_runtime_env_for_a_plain_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    runtime_env = make_actor_runtime_env(PROBE)
+    assert runtime_env["py_executable"] == sys.executable
+    assert "hf_secret" not in str(runtime_env)
+
+    @ray.remote(num_cpus=0)
+    class Plain:
+        def python(self) -> str:
+            return sys.executable
+
+    assert ray.get(Plain.options(runtime_env=runtime_env).remote().python.remote()) == sys.executable

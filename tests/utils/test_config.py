@@ -195,3 +195,21 @@ def test_config_loads_neither_torch_nor_ray():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_hydra_prefixes_are_accepted(tmp_path):
+    path = write(tmp_path / "job.yaml", "grpo: {seed: 2, max_num_steps: 8, num_prompts_per_step: 4}")
+    config = load_config(MasterConfig, path, ["+grpo.seed=3", "++grpo.max_num_steps=9", "~grpo.num_prompts_per_step"])
+    default = load_config(MasterConfig).grpo.num_prompts_per_step
+    assert (config.grpo.seed, config.grpo.max_num_steps, config.grpo.num_prompts_per_step) == (3, 9, default)
+    assert load_config(MasterConfig, path, ["~grpo"]) == load_config(MasterConfig)
+    assert load_config(MasterConfig, path, ["~grpo.seed", "grpo.seed=5"]).grpo.seed == 5
+    assert load_config(MasterConfig, None, ["~grpo.validation.period"]) == load_config(MasterConfig)
+
+
+@pytest.mark.parametrize(
+    "override", ["+grpo.sede=1", "++grpo.sede=1", "~grpo.sede", "~", "+=1", "+grpo.seed", "grpo.seed"]
+)
+def test_invalid_hydra_override_is_refused(override):
+    with pytest.raises(ConfigError, match="override"):
+        load_config(MasterConfig, None, [override])

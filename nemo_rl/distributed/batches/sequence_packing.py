@@ -20,6 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+# Names that NeMo RL gives to its packing algorithms.
+_ALGORITHMS = ("concatenative", "first_fit_decreasing", "first_fit_shuffle", "modified_first_fit_decreasing")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicBatchingArgs:
@@ -51,15 +54,19 @@ class SequencePackingArgs:
         sequence_length_pad_multiple: each row's length is rounded up to a multiple of this before it is packed.
         input_key: key of the right-padded tensor `[batch, sequence]` that the lengths refer to.
         input_lengths_key: key of the lengths of the rows in tokens, `[batch]`.
+        algorithm: a packing algorithm of NeMo RL. Accepted for its callers; the bins are the same for each.
     """
 
     max_tokens_per_microbatch: int
     sequence_length_pad_multiple: int = 1
     input_key: str = "input_ids"
     input_lengths_key: str = "input_lengths"
+    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "max_tokens_per_microbatch", "sequence_length_pad_multiple")
+        if self.algorithm is not None and self.algorithm.lower() not in _ALGORITHMS:
+            raise ValueError(f"algorithm is {self.algorithm!r}; expected one of {', '.join(_ALGORITHMS)}, or None.")
 
 
 @dataclass(frozen=True)

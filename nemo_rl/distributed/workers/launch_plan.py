@@ -279,6 +279,22 @@ def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[di
     return result, by_host
 
 
+def make_actor_runtime_env(fqn: str) -> dict[str, Any]:
+    """Make the Python of a registered class ready on every node, and return a `runtime_env` for a plain Ray actor.
+
+    `RayWorkerGroup` needs no such call. The actor's class must be importable here. Secrets among the driver's variables
+    are left out, because Ray logs every `runtime_env`.
+
+    Raises what `plan_launch` raises for the Python of a class.
+
+    Example::
+
+        actor = MyActor.options(runtime_env=make_actor_runtime_env("my_package.MyActor")).remote()
+    """
+    runtime_env, _ = ray_runtime_env(prepare_python(fqn, {}), {})
+    return runtime_env
+
+
 # --- the class --------------------------------------------------------------------------------------------------------
 
 
