@@ -16,7 +16,7 @@ from nemo_rl.errors import VenvError, VenvLockTimeoutError
 from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, UNPACKED_PREFIX, Store, remove_tree
-from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock, unused
+from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock, removable, unused
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, Manifest, read_manifest
 
 _DAY_S = 86400.0
@@ -185,8 +185,8 @@ def prune(
 ) -> PruneReport:
     """Remove unused venvs, leftovers of killed builders, old logs and old resolutions.
 
-    It never removes a venv on which a process holds a lease, that is being built, or that is the base of a venv that
-    stays.
+    It never removes a venv on which a process holds a lease, that is being built, that `ensure` returned to another
+    live process, or that is the base of a venv that stays.
 
     Args:
         keep_names: keep venvs with one of these names; default: keep every venv that has a name.
@@ -274,8 +274,8 @@ def _remove_unused(store: Store, info: VenvInfo, keep: bool, report: PruneReport
         is_current = os.path.realpath(path) == current
         if is_current and keep:
             continue
-        with unused(path) as free:
-            if not free:
+        with removable(path, store.handed_out(info.digest)) as is_removable:
+            if not is_removable:
                 report.skipped.append(info.digest)
                 continue
             report.freed_bytes += _disk_use(path)
