@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
+import os
 import re
 import socket
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl import settings
-from nemo_rl.errors import LockMismatchError, VenvBuildError, VenvError
+from nemo_rl.errors import DamagedCacheError, LockMismatchError, VenvBuildError, VenvError
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.bytecode import add_bytecode
 from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
@@ -27,8 +26,10 @@ from nemo_rl.venvs.progress import PhaseClock
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.storage.locks import LEASE_FILE
 from nemo_rl.venvs.storage.manifest import Manifest, write_manifest
+from nemo_rl.venvs.storage.verify import damaged_files, file_hash, recorded_files, records_of, remedy
 from nemo_rl.venvs.uv import BuildLog, is_no_space, no_space_error, run_uv
 
+_MAX_DAMAGES = 5  # files in a `DamagedCacheError`
 _DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
 
 # Fills the new directory with packages, bytecode and site hook that another node built.
@@ -66,6 +67,7 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
 
     Raises:
         VenvBuildError: uv failed, or the installed packages are not those that were planned.
+        DamagedCacheError: the size of an installed file differs from the RECORD of its package.
         NoSpaceError: a disk is full.
         LockMismatchError: the project's files changed since the plan was made.
         IncompatibleVenvError: the Python or ray version differs from the driver's.
@@ -92,6 +94,7 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             if settings.COMPILE_BYTECODE.get():
                 clock.report(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
         clock.start("check")
+        _check_sizes(site_packages, what)
         ray = _check(venv_plan, root, site_packages, what)
         if receive is None:
             _check_inputs(venv_plan, store)  # the lock may have changed while uv read it
@@ -224,6 +227,29 @@ def _base_scripts(base: VenvPlan, store: Store) -> Path:
     return store.link(base.digest) / "bin"
 
 
+def _check_sizes(site_packages: Path, what: str) -> None:
+    """Raise `DamagedCacheError` if the size of an installed file differs from the RECORD of its package.
+
+    uv does not compare the files of its cache with anything. Sizes reveal what a full disk, a power failure or a
+    program that wrote into a linked file leaves; comparing hashes would take seconds per gigabyte, see `verify`.
+    """
+    damages = list(damaged_files(records_of(str(site_packages)), compare_hashes=False))
+    if not damages:
+        return
+    shown = [
+        f"{os.path.relpath(damage.path, site_packages)} of the package {damage.package} ({damage.problem})"
+        for damage in damages[:_MAX_DAMAGES]
+    ]
+    if len(damages) > len(shown):
+        shown.append(f"and {len(damages) - len(shown)} more files")
+    raise DamagedCacheError(
+        f"{what} on {socket.gethostname()}: uv's cache is damaged: {'; '.join(shown)}. "
+        f"{remedy([damage.package for damage in damages], 'build again')} A program that writes into an installed file "
+        "also changes uv's cache, because venvs link to it; UV_LINK_MODE=copy prevents that.",
+        node=socket.gethostname(),
+    )
+
+
 def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
     """Check that the interpreter starts in `root` and that the installed versions are as planned; return ray's."""
     version, prefix = start_python(str(root / "bin" / "python"))
@@ -279,14 +305,13 @@ def read_records(site_packages: Path) -> tuple[dict[str, str], int, int]:
     """
     records: dict[str, str] = {}
     num_files = num_bytes = 0
-    for path in sorted(site_packages.glob("*.dist-info/RECORD")):
-        content = path.read_bytes()
-        records[path.parent.name] = hashlib.sha256(content).hexdigest()
-        for row in csv.reader(content.decode("utf-8").splitlines()):
+    for record in records_of(str(site_packages)):
+        records[os.path.basename(os.path.dirname(record))] = file_hash(record)
+        for file in recorded_files(record):
             num_files += 1
-            num_bytes += int(row[2]) if len(row) > 2 and row[2].isdigit() else 0
+            num_bytes += file.size or 0
     for name in (f"{MODULE}.py", PTH_FILE):
-        records[name] = hashlib.sha256((site_packages / name).read_bytes()).hexdigest()
+        records[name] = file_hash(str(site_packages / name))
     return records, num_files, num_bytes
 
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from nemo_rl.errors import VenvError
+from nemo_rl.venvs.storage.verify import MANIFEST_FILE
 
 FORMAT = 1
-MANIFEST_FILE = "nemo_rl_venv.json"
 
 
 @dataclass(frozen=True)
