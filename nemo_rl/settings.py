@@ -171,6 +171,13 @@ VENV_DRIFT = Variable[str | None](
     "If the code asks for other packages than a venv holds: rebuild it, refuse to start, or ignore the difference. "
     "Default: refuse if NEMO_RL_CONTAINER is set, else rebuild.",
 )
+BUILD_VARIABLES = Variable[str | None](
+    "NEMO_RL_BUILD_VARIABLES",
+    str,
+    None,
+    "Names of variables that builds of source packages receive, such as `MAX_JOBS,NVTE_*`, see venvs.md. Default: those "
+    "that the project names.",
+)
 UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
 PY_EXECUTABLES_SYSTEM = Variable(
     "NEMO_RL_PY_EXECUTABLES_SYSTEM",

@@ -39,6 +39,7 @@ from nemo_rl.errors import VenvDriftError, VenvError
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.build import BuildRequest, Receive, build, site_packages_of
 from nemo_rl.venvs.interpreter import DriverVersions
+from nemo_rl.venvs.planning.build_variables import shown_variables
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.resolve import plan, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
@@ -186,7 +187,8 @@ def _resolve(
         if isinstance(py_executable, VenvPlan) and isinstance(venv_plan.spec, VenvSpec):
             python, _ = python_of(venv_plan.spec)
             if python.identity() != venv_plan.python.identity():  # the planning node has another platform or Python
-                venv_plan = plan(venv_plan.spec, store=store, expected=venv_plan.expected)
+                variables = dict(venv_plan.build_variables)
+                venv_plan = plan(venv_plan.spec, store=store, expected=venv_plan.expected, variables=variables)
             elif python != venv_plan.python:
                 venv_plan = venv_plan.with_python(python)
         clock.digest = venv_plan.digest
@@ -321,6 +323,10 @@ def _drift_error(venv_plan: VenvPlan, venv_name: str, held: Manifest, held_packa
     new = (venv_plan.python.version, venv_plan.python.implementation, venv_plan.python.platform)
     if old != new:
         changed.insert(0, f"Python {' '.join(old)} -> {' '.join(new)}")
+    before, after = held.build_variables, shown_variables(venv_plan.build_variables)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            changed.append(f"build variable {name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}")
     if not changed:
         changed = ["the versions are the same, but the files differ (other hashes)"]
     shown = changed[:_MAX_LISTED]

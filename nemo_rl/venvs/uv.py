@@ -43,7 +43,7 @@ _PASSED = """
     HOME USER LOGNAME PATH TMPDIR TZ LANG LC_ALL XDG_CACHE_HOME XDG_CONFIG_HOME XDG_CONFIG_DIRS XDG_DATA_HOME NETRC
     HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
     SSL_CERT_FILE SSL_CERT_DIR SSL_CLIENT_CERT SSH_AUTH_SOCK GIT_SSH_COMMAND
-    CC CXX CFLAGS CXXFLAGS LDFLAGS LD_LIBRARY_PATH CUDA_HOME TORCH_CUDA_ARCH_LIST MAX_JOBS
+    LD_LIBRARY_PATH
     UV_CACHE_DIR UV_CONFIG_FILE UV_NO_CONFIG UV_OFFLINE UV_LINK_MODE UV_DEFAULT_INDEX UV_INDEX UV_EXTRA_INDEX_URL
     UV_FIND_LINKS UV_NO_INDEX UV_KEYRING_PROVIDER UV_INSECURE_HOST UV_NATIVE_TLS UV_SYSTEM_CERTS UV_HTTP_TIMEOUT
     UV_HTTP_CONNECT_TIMEOUT UV_HTTP_RETRIES UV_CONCURRENT_DOWNLOADS UV_CONCURRENT_BUILDS UV_CONCURRENT_INSTALLS
@@ -97,7 +97,7 @@ def uv_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the complete environment for a call of uv: allowed variables of this process, then `extra`.
 
     Variables that could redirect an install (UV_PYTHON, VIRTUAL_ENV, UV_PROJECT_ENVIRONMENT, PYTHONPATH, PYTHONHOME,
-    CONDA_PREFIX, ...) are not allowed.
+    CONDA_PREFIX, ...) are not allowed, nor are those that change what a build produces: see `build_variables`.
     """
     passed = {
         name: value

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from nemo_rl.errors import DamagedCacheError, LockMismatchError, VenvBuildError,
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.bytecode import add_bytecode
 from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
+from nemo_rl.venvs.building.uv_config import uv_build_environment
 from nemo_rl.venvs.interpreter import start_python
+from nemo_rl.venvs.planning.build_variables import shown_variables
 from nemo_rl.venvs.planning.overlay import add_base_scripts, install_lines, installed_distributions
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.relocation import located, restore_original_paths
@@ -84,7 +87,6 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             _check_inputs(venv_plan, store)
             (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
             restore_original_paths(site_packages_of(root))
-            _write_hook(venv_plan, site_packages_of(root))
         site_packages = site_packages_of(root)
         if venv_plan.base is not None:
             add_base_scripts(root / "bin", _base_scripts(venv_plan.base, store))
@@ -134,7 +136,7 @@ def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
         return
     if project_inputs(spec, lock_root(spec.project)) == venv_plan.inputs:
         return
-    here = plan(spec, store=store, expected=venv_plan.expected)
+    here = plan(spec, store=store, expected=venv_plan.expected, variables=dict(venv_plan.build_variables))
     if here.digest != venv_plan.digest:
         raise LockMismatchError(
             f"The project {spec.project} on {socket.gethostname()} is not the one that was planned: the packages of "
@@ -155,21 +157,28 @@ def _sync_project(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Build
         if package.local is not None and not package.local.editable:
             arguments += ["--reinstall-package", package.name]  # uv's cache does not detect changed code
     clock.start("fetch")
-    run_uv(
-        arguments,
-        what=what,
-        cwd=project,
-        extra_env={"UV_PROJECT_ENVIRONMENT": str(root)},
-        log=log,
-        on_line=lambda line: _report_line(line, clock),
-    )
+    with _build_environment(venv_plan) as variables:
+        run_uv(
+            arguments,
+            what=what,
+            cwd=project,
+            extra_env={**variables, "UV_PROJECT_ENVIRONMENT": str(root)},
+            log=log,
+            on_line=lambda line: _report_line(line, clock),
+        )
+    _write_hook(venv_plan, site_packages_of(root))
+
+
+def _create_empty(venv_plan: VenvPlan, root: Path, log: BuildLog, what: str) -> None:
+    python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
+    run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
+    _write_hook(venv_plan, site_packages_of(root))  # packages that are built without isolation import the base's
 
 
 def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     clock.start("fetch")
     project = ["--project", str(located(venv_plan.spec.project))] if isinstance(venv_plan.spec, VenvSpec) else []
-    python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
-    run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
+    _create_empty(venv_plan, root, log, what)
     if not venv_plan.packages:
         return  # the base provides all requirements
     listing = root / ".nemo_rl_requirements"
@@ -192,8 +201,21 @@ def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bu
         for word in ("--refresh-package", package.name)
     ]
     arguments += ["-r", str(listing)]
-    run_uv(arguments, what=what, cwd=root, log=log, on_line=lambda line: _report_line(line, clock))
+    with _build_environment(venv_plan) as variables:
+        run_uv(
+            arguments,
+            what=what,
+            cwd=root,
+            extra_env=variables,
+            log=log,
+            on_line=lambda line: _report_line(line, clock),
+        )
     listing.unlink()
+
+
+def _build_environment(venv_plan: VenvPlan) -> AbstractContextManager[dict[str, str]]:
+    packages = [package.name for package in venv_plan.packages]
+    return uv_build_environment(dict(venv_plan.build_variables), packages)
 
 
 def _report_line(line: str, clock: PhaseClock) -> None:
@@ -292,6 +314,7 @@ def _manifest(request: BuildRequest, root: Path, started_at: float, ray: str | N
         num_bytes=num_bytes,
         seconds={**request.clock.seconds},
         job_id=request.job_id,
+        build_variables=shown_variables(venv_plan.build_variables),
         log_path=str(log.path),
     )
 

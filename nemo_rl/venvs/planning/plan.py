@@ -8,7 +8,7 @@ import json
 import os
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class VenvPlan:
         base_paths: site-packages of the interpreter itself.
         inputs: digest of the project files that were read, to detect a change before or during a build.
         index_options: index options of the requirements list; used for installation and never stored.
+        build_variables: what builds of source packages receive, sorted by name. They may be secrets.
 
     Example::
 
@@ -78,6 +79,7 @@ class VenvPlan:
     base_paths: tuple[str, ...] = ()
     inputs: str = ""
     index_options: tuple[str, ...] = ()
+    build_variables: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def is_interpreter(self) -> bool:
@@ -105,6 +107,8 @@ class VenvPlan:
             "base": self.base.digest if self.base is not None else None,
             "base_paths": self.base_paths,
         }
+        if self.build_variables and not self.is_interpreter:
+            content["build_variables"] = self.build_variables
         if self.is_interpreter:
             content["prefix"] = self.python.executable
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
