@@ -175,8 +175,11 @@ BUILD_VARIABLES = Variable[str | None](
     "NEMO_RL_BUILD_VARIABLES",
     str,
     None,
-    "Names of variables that builds of source packages receive, such as `MAX_JOBS,NVTE_*`, see venvs.md. Default: those "
-    "that the project names.",
+    "Names of variables that builds of source packages receive, such as `MAX_JOBS,NVTE_*`, in addition to those that "
+    "the project names, see venvs.md.",
+)
+BUNDLE = Variable[Path | None](
+    "NEMO_RL_BUNDLE", Path, None, "An unpacked bundle to build venvs from; set by `nemo-rl venvs build --from-bundle`."
 )
 UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
 PY_EXECUTABLES_SYSTEM = Variable(

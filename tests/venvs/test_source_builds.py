@@ -329,3 +329,18 @@ def test_build_with_another_configuration(source: Project, monkeypatch: pytest.M
         monkeypatch.setenv("FLAVOUR", value)
         assert seen(venvs.ensure(source.command(), "A").python) == {"FLAVOUR": value}
     assert uv_environment()[how]
+
+
+def test_overlay_of_changed_local_code_is_built_offline(source: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock(source, dependencies='["alpha"]')
+    monkeypatch.setenv("UV_OFFLINE", "1")
+    root = source.root.with_name("local")
+    root.mkdir()
+    for path, text in source_files("native", []).items():
+        (root / path).write_text(text)
+    for value in ("1", "2"):
+        (root / "backend.py").write_text(
+            BACKEND.format(name="native").replace("MODULES = {", f"CODE = {value}; MODULES = {{")
+        )
+        ready = venvs.ensure(source.command("--with", str(root)), "A")
+        assert run_in(ready.python, "import native; print(native.CODE)") == value

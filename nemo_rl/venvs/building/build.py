@@ -15,6 +15,7 @@ from pathlib import Path
 from nemo_rl import settings
 from nemo_rl.errors import DamagedCacheError, LockMismatchError, VenvBuildError, VenvError
 from nemo_rl.secrets import mask_secrets
+from nemo_rl.venvs.building.bundled import UnpackedBundle, install_from_bundle
 from nemo_rl.venvs.building.bytecode import add_bytecode
 from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
 from nemo_rl.venvs.building.uv_config import uv_build_environment
@@ -85,7 +86,11 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             receive(venv_plan, root, clock, log)
         else:
             _check_inputs(venv_plan, store)
-            (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
+            bundle = settings.BUNDLE.get()
+            if bundle is not None:
+                _install_bundled(venv_plan, root, clock, log, what, UnpackedBundle(bundle))
+            else:
+                (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
             restore_original_paths(site_packages_of(root))
         site_packages = site_packages_of(root)
         if venv_plan.base is not None:
@@ -175,6 +180,14 @@ def _create_empty(venv_plan: VenvPlan, root: Path, log: BuildLog, what: str) -> 
     _write_hook(venv_plan, site_packages_of(root))  # packages that are built without isolation import the base's
 
 
+def _install_bundled(
+    venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str, bundle: UnpackedBundle
+) -> None:
+    clock.start("fetch")
+    _create_empty(venv_plan, root, log, what)
+    install_from_bundle(venv_plan, root, bundle, log, what, lambda line: _report_line(line, clock))
+
+
 def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     clock.start("fetch")
     project = ["--project", str(located(venv_plan.spec.project))] if isinstance(venv_plan.spec, VenvSpec) else []
@@ -198,7 +211,7 @@ def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bu
         word
         for package in venv_plan.packages
         if package.local is not None
-        for word in ("--refresh-package", package.name)
+        for word in ("--reinstall-package", package.name)
     ]
     arguments += ["-r", str(listing)]
     with _build_environment(venv_plan) as variables:

@@ -106,10 +106,11 @@ def _differs(package: Package, pins: dict[str, str]) -> bool:
 
 def install_lines(plan: VenvPlan) -> list[str]:
     """Return the lines of a requirements file that installs the packages of an additive venv, with pins and hashes."""
-    return [*plan.index_options, *(_install_line(package, plan.spec) for package in plan.packages)]
+    return [*plan.index_options, *(install_line(package, plan.spec) for package in plan.packages)]
 
 
-def _install_line(package: Package, spec: Spec) -> str:
+def install_line(package: Package, spec: Spec) -> str:
+    """Return the line of a requirements file that installs one package of a venv with this spec."""
     if package.local is not None:
         return f"{'-e ' if package.local.editable else ''}{located(package.local.path)}"
     hashes = [f"--hash={value}" for value in package.hashes if not value.startswith("url:")]

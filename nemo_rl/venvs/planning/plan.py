@@ -34,6 +34,7 @@ class Package:
         location: URL or path of a package that is not from an index; credentials are masked.
         hashes: `sha256:...` of every file that the lock allows (`url:...` of a file without a hash).
         artifacts: paths of local wheels and archives that the package may be installed from.
+        sources: URLs (credentials are masked) and paths of all files that the package may be installed from.
         local: set for a package that is built or linked from a directory.
     """
 
@@ -42,6 +43,7 @@ class Package:
     location: str | None = None
     hashes: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     local: LocalPackage | None = None
 
     def __str__(self) -> str:
@@ -164,7 +166,8 @@ def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
         f"url:{mask_secrets(str(file.get('url')))}" for file in files if not file.get("hashes") and "url" in file
     }
     artifacts = [path for file in files if (path := _local_path(file, root)) is not None]
-    return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts))
+    sources = [_local_path(file, root) or mask_secrets(str(file.get("url"))) for file in files]
+    return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts), tuple(sources))
 
 
 def _local_path(file: Mapping[str, Any], root: Path) -> str | None:
@@ -218,7 +221,8 @@ def _stamp(path: str) -> str | None:
 
 def _package(raw: dict[str, Any]) -> Package:
     local = raw.pop("local")
-    package = Package(**{**raw, "hashes": tuple(raw["hashes"]), "artifacts": tuple(raw["artifacts"])})
+    lists = {key: tuple(raw.get(key, ())) for key in ("hashes", "artifacts", "sources")}
+    package = Package(**{**raw, **lists})
     if local is None:
         return package
     # Its files may have changed since the resolution was cached.

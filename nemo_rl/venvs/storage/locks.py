@@ -28,7 +28,7 @@ from pathlib import Path
 
 from nemo_rl import settings
 from nemo_rl.errors import VenvLockTimeoutError
-from nemo_rl.venvs.storage.manifest import MANIFEST_FILE
+from nemo_rl.venvs.storage.verify import MANIFEST_FILE
 
 LEASE_FILE = ".nemo_rl_lease"
 _POLL_S = 0.05

@@ -33,8 +33,8 @@ from typing import IO, Any, NamedTuple
 from nemo_rl.errors import BroadcastError
 from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.storage.locks import LEASE_FILE
-from nemo_rl.venvs.storage.manifest import MANIFEST_FILE, read_manifest, write_atomically
-from nemo_rl.venvs.storage.verify import recorded_files, records_of
+from nemo_rl.venvs.storage.manifest import read_manifest, write_atomically
+from nemo_rl.venvs.storage.verify import MANIFEST_FILE, recorded_files, records_of
 
 CHUNK_BYTES = 8 * 2**20
 # sha256 of everything after it; codec; length of the raw bytes.
