@@ -12,7 +12,8 @@
     │   ├── UnknownExtraError (ValueError)          the project has no such extra or dependency group
     │   ├── UvNotFoundError                         uv is not installed
     │   ├── VenvBuildError                          uv failed; carries command, node, output tail and log path
-    │   │   └── NoSpaceError                        the build ran out of disk space
+    │   │   ├── NoSpaceError                        the build ran out of disk space
+    │   │   └── DamagedCacheError                   uv's cache holds altered or unreadable files of a package
     │   ├── VenvLockTimeoutError (TimeoutError)     another builder held the lock for too long
     │   ├── IncompatibleVenvError                   the venv's Python or ray version differs from the driver's
     │   ├── VenvDriftError                          the code asks for other packages than the existing venv holds
@@ -118,6 +119,10 @@ def _rebuild_build_error(cls: type[VenvBuildError], message: str, fields: dict[s
 
 class NoSpaceError(VenvBuildError):
     """A build ran out of disk space."""
+
+
+class DamagedCacheError(VenvBuildError):
+    """uv's cache is damaged: it holds files that differ from their package's RECORD, or that uv cannot read."""
 
 
 class VenvLockTimeoutError(VenvError, TimeoutError):

@@ -186,6 +186,16 @@ VENV_DRIFT = Variable[str | None](
 IGNORE_VERSION_MISMATCH = Variable(
     "NRL_IGNORE_VERSION_MISMATCH", _flag, False, "The same as NEMO_RL_VENV_DRIFT=ignore, if that one is not set."
 )
+BUILD_VARIABLES = Variable[str | None](
+    "NEMO_RL_BUILD_VARIABLES",
+    str,
+    None,
+    "Names of variables that builds of source packages receive, such as `MAX_JOBS,NVTE_*`, in addition to those that "
+    "the project names, see venvs.md.",
+)
+BUNDLE = Variable[Path | None](
+    "NEMO_RL_BUNDLE", Path, None, "An unpacked bundle to build venvs from; set by `nemo-rl venvs build --from-bundle`."
+)
 UV = Variable[str | None]("NEMO_RL_UV", str, None, "Path of the uv executable. Default: the one on PATH.")
 PY_EXECUTABLES_SYSTEM = Variable(
     "NEMO_RL_PY_EXECUTABLES_SYSTEM",

@@ -263,6 +263,7 @@ def verify(
     from nemo_rl.cli import display
     from nemo_rl.venvs import list_venvs
     from nemo_rl.venvs import verify as verify_venv
+    from nemo_rl.venvs.storage.verify import remedy
 
     infos = list_venvs()
     known = {name for info in infos for name in info.names} | {info.digest for info in infos}
@@ -274,10 +275,11 @@ def verify(
     if json:
         display.print_json([dataclasses.asdict(finding) for finding in findings])
     elif findings:
-        rows = [[finding.venv, finding.path, finding.problem] for finding in findings]
-        display.print_table(["venv", "file", "problem"], rows)
+        rows = [[finding.venv, finding.path, finding.problem, finding.package] for finding in findings]
+        display.print_table(["venv", "file", "problem", "package"], rows)
         damaged = " ".join(dict.fromkeys(finding.venv for finding in findings))
-        display.note(f"nemo-rl: {len(findings)} findings. Repair with: nemo-rl venvs build --force {damaged}")
+        fix = remedy([finding.package for finding in findings], f"`nemo-rl venvs build --force {damaged}`")
+        display.note(f"nemo-rl: {len(findings)} findings. {fix}")
     else:
         display.print_line("No damaged files.")
     if findings:

@@ -33,6 +33,7 @@ from nemo_rl.observability.console import ConsoleView
 from nemo_rl.observability.logger import Logger
 from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.checkpoint import CheckpointStore
+from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.futures import run_in_thread
 from nemo_rl.utils.garbage import gc_paused
 
@@ -153,7 +154,7 @@ class _RunAttempt:
         recorder.log_hyperparameters(config.model_dump(mode="json"))
         records = _attest(workers)
         self.timeline.extend(_worker_events(records))
-        (self.run.path / "attestation.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+        write_atomically(self.run.path / "attestation.json", json.dumps(records, indent=1))
         from nemo_rl.algorithms.grpo import GRPO
 
         loop = GRPO(

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from nemo_rl.errors import ConfigError
 from nemo_rl.observability.logger_config import LoggerConfig
+from nemo_rl.utils.files import write_atomically
 
 Metrics = Mapping[str, float]
 
@@ -49,13 +50,15 @@ class RunInfo:
     resume_step: int | None
 
     def load_id(self, backend: str) -> str | None:
-        """Return the backend's id of this run if an earlier start of the run stored it."""
+        """Return the backend's id of this run if an earlier start of the run stored it completely."""
         path = self.directory / f"{backend}_run_id.txt"
-        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        run_id = text.strip()
+        return run_id if text.endswith("\n") and run_id.isprintable() and run_id else None
 
     def save_id(self, backend: str, run_id: str) -> None:
         """Store the backend's id of this run for a later resume."""
-        (self.directory / f"{backend}_run_id.txt").write_text(run_id + "\n", encoding="utf-8")
+        write_atomically(self.directory / f"{backend}_run_id.txt", run_id + "\n")
 
 
 class TensorBoardBackend:

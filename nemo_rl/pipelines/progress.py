@@ -107,11 +107,11 @@ class WorkerCounts:
         now = time.time()
         self.counts.first = self.counts.first or now
         self.counts.last = now
-        write_atomically(self._path, json.dumps(asdict(self.counts)))
+        write_atomically(self._path, json.dumps(asdict(self.counts)), durable=False)
 
 
 def read_counts(directory: Path) -> Counts:
-    """Add up the counts of all workers of a stage."""
+    """Add up the counts of all workers of a stage. Files that a power failure left incomplete do not count."""
     total = Counts()
     for path in sorted(directory.glob("*.json")):
         with contextlib.suppress(FileNotFoundError, ValueError):

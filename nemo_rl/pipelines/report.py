@@ -14,7 +14,7 @@ from nemo_rl.observability.console import format_duration
 from nemo_rl.observability.report import report_template
 from nemo_rl.pipelines.failures import FailedTask, failed_tasks
 from nemo_rl.pipelines.progress import Counts
-from nemo_rl.pipelines.run_directory import STAGES_FILE
+from nemo_rl.pipelines.run_directory import RECORD_FILE, STAGES_FILE
 from nemo_rl.utils.files import write_atomically
 
 REPORT_FILE = "report.html"
@@ -49,7 +49,7 @@ def write_report(run_dir: Path, target: Path | None = None, *, title: str = "", 
         summary: text below the title.
 
     Raises:
-        ConfigError: the directory does not hold a run that has ended.
+        ConfigError: the directory does not hold a run that has ended, or its files are damaged.
     """
     if not (run_dir / STAGES_FILE).exists():
         raise ConfigError(f"{run_dir} does not hold a pipeline run that has ended: {STAGES_FILE} is missing")
@@ -59,9 +59,9 @@ def write_report(run_dir: Path, target: Path | None = None, *, title: str = "", 
 
 
 def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
-    """Return the page as HTML."""
-    record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    rows = _rows(json.loads((run_dir / STAGES_FILE).read_text(encoding="utf-8")))
+    """Return the page as HTML. Raises `ConfigError` if the run's files are missing or damaged."""
+    record = _read_json(run_dir / RECORD_FILE)
+    rows = _rows(_read_json(run_dir / STAGES_FILE))
     failed = failed_tasks(run_dir)
     ended = record.get("ended") or time.time()
     first = next((row for row in rows if row.counts.items_in), None)
@@ -87,6 +87,16 @@ def render(run_dir: Path, *, title: str = "", summary: str = "") -> str:
         version=nemo_rl.__version__,
         shorten=_shorten,
     )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}. Run the pipeline again with this run_dir: what is done is kept, and the "
+            "file is written again when the run ends"
+        ) from None
 
 
 def _rows(stages: list[dict[str, Any]]) -> list[StageRow]:

@@ -26,7 +26,7 @@ from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_
 from nemo_rl.pipelines.progress import ProgressListener, ProgressMonitor
 from nemo_rl.pipelines.run_directory import RunDirectory
 from nemo_rl.pipelines.runner import OnFailure, StageJob, StageRunner, counts_directory, spool_directory
-from nemo_rl.pipelines.spool import Spool, SpooledTask, SpoolWriter
+from nemo_rl.pipelines.spool import Spool, SpooledTask, SpoolWriter, sync
 from nemo_rl.pipelines.stage import AnyStage, GatherStage
 from nemo_rl.pipelines.tasks import Task
 from nemo_rl.utils.files import write_atomically
@@ -151,17 +151,28 @@ class _Run:
     def _finished(self, number: int) -> list[Item] | None:
         """Return the results of a segment that an earlier attempt finished, else None."""
         num_sources = self._num_sources(number) if self._directory.is_resumed else None
-        return None if num_sources is None else self._results(number, num_sources)
+        if num_sources is None:
+            return None
+        spool_dir = spool_directory(self._directory.path, number)
+        entries, missing = Spool.read(spool_dir).results(num_sources)
+        if missing:  # such as after a power failure
+            logger.warning("%d of %d inputs are missing in %s and run again", len(missing), num_sources, spool_dir)
+            return None
+        return _numbered([SpooledTask.from_entry(entry) for entry in entries])
 
     def _num_sources(self, number: int) -> int | None:
         """Return the number of sources of a finished segment, else None."""
         path = spool_directory(self._directory.path, number) / _COMPLETE
-        return int(path.read_text()) if path.exists() else None
+        try:
+            return int(path.read_text())
+        except (FileNotFoundError, ValueError):  # a power failure may leave an empty file
+            return None
 
     def _finish(self, number: int, num_sources: int) -> list[Item]:
         """Mark a segment as finished, and delete the results of the segment before it."""
         items = self._results(number, num_sources)
         spool_dir = spool_directory(self._directory.path, number)
+        sync(spool_dir)  # before the only other copy of the work, the results of the segment before, is deleted
         withdraw_failures(
             self._directory.path / FAILED_DIR, number, lambda: Spool.read(spool_dir).removed_keys(num_sources)
         )

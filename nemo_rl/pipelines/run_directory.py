@@ -37,7 +37,7 @@ from nemo_rl.pipelines.tasks import Task
 from nemo_rl.pipelines.trusted_files import read_trusted
 from nemo_rl.utils.files import write_atomically
 
-_RECORD = "run.json"
+RECORD_FILE = "run.json"
 _SOURCES = "sources.pickle"
 STAGES_FILE = "stages.json"
 
@@ -113,7 +113,7 @@ class RunDirectory:
         """Record the attempt. From now on, another call with this directory resumes this run."""
         if self.resumable:
             self._record = {**self._record, "attempts": self.attempt, "state": "running"}
-            _write_json(self.path / _RECORD, self._record)
+            _write_json(self.path / RECORD_FILE, self._record)
             self._begun = True
 
     def next_attempt(self) -> None:
@@ -163,11 +163,11 @@ class RunDirectory:
             for index, stage in enumerate(stages)
         ]
         _write_json(self.path / STAGES_FILE, counts)
-        _write_json(self.path / _RECORD, {**self._record, "state": state, "ended": time.time()})
+        _write_json(self.path / RECORD_FILE, {**self._record, "state": state, "ended": time.time()})
 
 
 def _record(root: Path, name: str, digest: str, executor_kind: str) -> dict[str, Any]:
-    path = root / _RECORD
+    path = root / RECORD_FILE
     record: dict[str, Any] = {
         "id": uuid.uuid4().hex,
         "name": name,
@@ -180,7 +180,7 @@ def _record(root: Path, name: str, digest: str, executor_kind: str) -> dict[str,
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ResumeError(f"{path} cannot be read: {error}") from error
+            raise ResumeError(f"{path} cannot be read: {error}. Start a new run in another run_dir.") from error
         if record.get("fingerprint") != digest:
             raise ResumeError(
                 f"the run directory {root} holds a run of the pipeline {record.get('name')!r} with other stages or "

@@ -30,7 +30,7 @@ from nemo_rl.errors import DataError, PipelineError
 from nemo_rl.pipelines.items import Item, Key
 from nemo_rl.pipelines.tasks import Task
 from nemo_rl.pipelines.trusted_files import append_private, open_trusted
-from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.files import sync_directory, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,17 @@ def _leaves(entries: dict[Key, Entry], root: Key) -> list[Entry] | None:
         else:
             leaves.append(entry)
     return leaves
+
+
+def sync(directory: Path) -> None:
+    """Wait until the entries of all workers are on disk. A worker that was killed has not flushed its file."""
+    for path in directory.glob("*.log"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_directory(directory)
 
 
 def freeze(root: Path, attempt: int) -> None:

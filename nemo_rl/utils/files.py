@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
+def write_atomically(path: Path, content: str | bytes, *, private: bool = False, durable: bool = True) -> None:
     """Write a temporary file in the directory of `path` and rename it to `path`.
 
-    If the writer is killed, the old content remains. Several processes may write at the same time; the last rename
-    wins. The file is not flushed to disk, so a power failure may lose it.
+    If the writer is killed or the power fails, the old content remains. Several processes may write at the same time;
+    the last rename wins.
 
     Args:
         path: the file. Missing directories are created.
         content: text is written as UTF-8. Lone surrogates are replaced by question marks.
         private: allow only this user to read and write the file, regardless of the umask.
+        durable: wait until the file and its name are on disk, which takes milliseconds. False is for files that are
+            written many times a second. A power failure may leave them empty or full of zeros, and readers must allow
+            for that.
 
     Raises:
         OSError: the file cannot be written. The temporary file is removed.
@@ -29,7 +33,23 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
+            if durable:
+                # Otherwise the new name may reach the disk before the content.
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk, as far as its file system supports that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

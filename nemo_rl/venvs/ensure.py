@@ -39,6 +39,7 @@ from nemo_rl.errors import VenvDriftError, VenvError
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.building.build import BuildRequest, Receive, build, site_packages_of
 from nemo_rl.venvs.interpreter import DriverVersions
+from nemo_rl.venvs.planning.build_variables import shown_variables
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.resolve import plan, python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
@@ -51,7 +52,7 @@ from nemo_rl.venvs.storage.layout import (
     point,
     remove_tree,
 )
-from nemo_rl.venvs.storage.locks import build_lock, hold_lease, unused
+from nemo_rl.venvs.storage.locks import build_lock, hand_out, removable
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, Manifest, read_manifest
 from nemo_rl.venvs.uv import is_no_space, no_space_error
 
@@ -119,7 +120,8 @@ def ensure(
 ) -> SealedVenv:
     """Make a venv ready on this node: find the sealed venv, or build, check and seal it.
 
-    A venv that was ready before a failed rebuild is still ready after it.
+    A venv that was ready before a failed rebuild is still ready after it. No other process removes the returned venv or
+    its base before this process ends. From then on only the interpreters that run in it protect it.
 
     Args:
         py_executable: a string, a spec, or a plan that was made on another node.
@@ -193,7 +195,8 @@ def _resolve(
         if isinstance(py_executable, VenvPlan) and isinstance(venv_plan.spec, VenvSpec):
             python, _ = python_of(venv_plan.spec)
             if python.identity() != venv_plan.python.identity():  # the planning node has another platform or Python
-                venv_plan = plan(venv_plan.spec, store=store, expected=venv_plan.expected)
+                variables = dict(venv_plan.build_variables)
+                venv_plan = plan(venv_plan.spec, store=store, expected=venv_plan.expected, variables=variables)
             elif python != venv_plan.python:
                 venv_plan = venv_plan.with_python(python)
         clock.digest = venv_plan.digest
@@ -229,7 +232,7 @@ def find_sealed(digest: str, store: Store | None = None) -> SealedVenv | None:
 def _find_or_build(request: BuildRequest, force: _ForcePolicy) -> SealedVenv:
     venv_plan, store, clock = request.plan, request.store, request.clock
     base_plan = venv_plan.base if venv_plan.base is not None and not venv_plan.base.is_interpreter else None
-    sealed = _find_accepted(venv_plan.digest, store, force)
+    sealed = _find_accepted(venv_plan, store, force)
     if sealed is not None:
         if base_plan is not None and force.enabled:
             _find_or_build(replace(request, plan=base_plan), force)
@@ -241,26 +244,35 @@ def _find_or_build(request: BuildRequest, force: _ForcePolicy) -> SealedVenv:
         if base_plan is not None:
             seconds = dict(clock.seconds)  # the base's manifest holds the seconds of its own phases
             clock.digest = base_plan.digest
-            base = _find_or_build(replace(request, plan=base_plan), force)
-            stack.enter_context(hold_lease(base.path))
+            _find_or_build(replace(request, plan=base_plan), force)
             clock.digest, clock.seconds = venv_plan.digest, seconds
         stack.enter_context(_hold_build_lock(venv_plan, request.name, store, clock))
-        sealed = _find_accepted(venv_plan.digest, store, force)
+        sealed = _find_accepted(venv_plan, store, force)
         if sealed is not None:
             return sealed  # another process built it while this process waited
         _remove_leftovers(store, venv_plan.digest)
         path = build(request, _donors(store) if request.receive is None else [])
         _remove_leftovers(store, venv_plan.digest)
+        hand_out(store.handed_out(venv_plan.digest))
     link = store.link(venv_plan.digest)
     return SealedVenv(str(link / "bin" / "python"), path, link, venv_plan.digest, read_manifest(path), built=True)
 
 
-def _find_accepted(digest: str, store: Store, force: _ForcePolicy) -> SealedVenv | None:
-    """Return the sealed venv with this digest if it is recent enough."""
-    sealed = find_sealed(digest, store)
+def _find_accepted(venv_plan: VenvPlan, store: Store, force: _ForcePolicy) -> SealedVenv | None:
+    """Return the sealed venv of a plan, handed out, if it is recent enough."""
+    base = venv_plan.base
+    sealed = _hand_out(venv_plan.digest, None if base is None or base.is_interpreter else base.digest, store)
     if sealed is None or sealed.manifest is None or not force.accepts(sealed.manifest):
         return None
     return sealed
+
+
+def _hand_out(digest: str, base_digest: str | None, store: Store) -> SealedVenv | None:
+    """Return the sealed venv with this digest, after it and its base are protected from removal; see `hand_out`."""
+    for needed in (base_digest, digest):
+        if needed is not None and not (store.link(needed).is_symlink() and hand_out(store.handed_out(needed))):
+            return None
+    return find_sealed(digest, store)
 
 
 def _check_drift(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVenv | None:
@@ -274,7 +286,7 @@ def _check_drift(venv_plan: VenvPlan, venv_name: str, store: Store) -> SealedVen
         return None
     if policy == "ignore":
         logger.warning("using the existing venv %s although the code asks for other packages", venv_name)
-        return previous
+        return _hand_out(previous.digest, previous.manifest.base_digest, store)
     packages: list[str] = []
     layer: SealedVenv | None = previous
     while layer is not None and layer.manifest is not None:  # packages of an additive venv override the base's
@@ -319,6 +331,10 @@ def _drift_error(venv_plan: VenvPlan, venv_name: str, held: Manifest, held_packa
     new = (venv_plan.python.version, venv_plan.python.implementation, venv_plan.python.platform)
     if old != new:
         changed.insert(0, f"Python {' '.join(old)} -> {' '.join(new)}")
+    before, after = held.build_variables, shown_variables(venv_plan.build_variables)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            changed.append(f"build variable {name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}")
     if not changed:
         changed = ["the versions are the same, but the files differ (other hashes)"]
     shown = changed[:_MAX_LISTED]
@@ -374,12 +390,15 @@ def _hold_build_lock(venv_plan: VenvPlan, venv_name: str, store: Store, clock: P
 
 
 def _remove_leftovers(store: Store, digest: str) -> None:
-    """Remove directories of dead builders and replaced, unused venvs. The caller holds the build lock."""
+    """Remove directories of dead builders and replaced, unused venvs. The caller holds the build lock.
+
+    A replaced venv stays while another process that was handed it may start an interpreter there.
+    """
     current = os.path.realpath(store.link(digest))
     for path in store.builds(digest):
         if os.path.realpath(path) != current:
-            with unused(path) as free:
-                if free:
+            with removable(path, store.handed_out(digest)) as is_removable:
+                if is_removable:
                     remove_tree(path)
 
 

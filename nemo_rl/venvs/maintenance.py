@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import csv
-import hashlib
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -13,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_rl.errors import VenvError, VenvLockTimeoutError
-from nemo_rl.venvs.building.build import site_packages_of
-from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, UNPACKED_PREFIX, Store, remove_tree
-from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock, unused
+from nemo_rl.venvs.storage.locks import LEASE_FILE, build_lock, removable, unused
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, Manifest, read_manifest
+from nemo_rl.venvs.storage.verify import verify_venv
 
 _DAY_S = 86400.0
 _KEPT_RESOLUTIONS_S = 30 * _DAY_S
@@ -93,11 +89,12 @@ def _last_used(builds: list[Path]) -> float:
 
 @dataclass(frozen=True)
 class Finding:
-    """Describes one problem of a venv: the venv's name or digest, a path in the venv, and the problem."""
+    """Describes one problem of a venv: the venv's name or digest, a path in the venv, the problem, and the package."""
 
     venv: str
     path: str
     problem: str
+    package: str = ""
 
     def __str__(self) -> str:
         return f"{self.venv}: {self.path}: {self.problem}"
@@ -106,7 +103,8 @@ class Finding:
 def verify(venv: str | None = None, *, store: Store | None = None) -> list[Finding]:
     """Compare every installed file with the hash that was recorded at installation; return the differences.
 
-    Reads every file, so it takes seconds per gigabyte.
+    Reads every file, so it takes seconds per gigabyte. `nemo_rl/venvs/storage/verify.py` does the same for any venv and
+    needs nothing but a Python.
 
     Args:
         venv: name or digest of a venv; default: every venv of the directory.
@@ -134,46 +132,8 @@ def _verify(info: VenvInfo) -> Iterator[Finding]:
     if info.path is None or info.manifest is None:
         yield Finding(label, str(info.path or info.digest), "not sealed, or its manifest is broken")
         return
-    if not os.access(info.path / "bin" / "python", os.X_OK):
-        yield Finding(label, "bin/python", f"cannot start: its base interpreter is {info.manifest.base_python}")
-    try:
-        site_packages = site_packages_of(info.path)
-    except VenvError as error:
-        yield Finding(label, "lib", str(error))
-        return
-    for name, digest in info.manifest.records.items():
-        path = site_packages / name if name in (f"{MODULE}.py", PTH_FILE) else site_packages / name / "RECORD"
-        problem = _problem(path, digest, None)
-        if problem is not None:
-            yield Finding(label, str(path.relative_to(info.path)), problem)
-        elif path.name == "RECORD":
-            yield from _verify_record(label, info.path, site_packages, path)
-
-
-def _verify_record(label: str, root: Path, site_packages: Path, record: Path) -> Iterator[Finding]:
-    for row in csv.reader(record.read_text(encoding="utf-8").splitlines()):
-        if len(row) < 3 or not row[1].startswith("sha256="):
-            continue  # RECORD itself has no hash
-        path = Path(os.path.normpath(site_packages / row[0]))
-        padded_hash = row[1].removeprefix("sha256=") + "=="
-        problem = _problem(path, base64.urlsafe_b64decode(padded_hash).hex(), int(row[2]) if row[2] else None)
-        if problem is not None:
-            yield Finding(label, str(path.relative_to(root) if path.is_relative_to(root) else path), problem)
-
-
-def _problem(path: Path, digest: str, size: int | None) -> str | None:
-    try:
-        actual = path.stat().st_size
-        if size is not None and actual != size:
-            return f"altered: {actual} bytes instead of {size}"
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return "altered: its content differs from the installed file"
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None
+    for damage in verify_venv(str(info.path)):
+        yield Finding(label, os.path.relpath(damage.path, info.path), damage.problem, damage.package)
 
 
 def prune(
@@ -185,8 +145,8 @@ def prune(
 ) -> PruneReport:
     """Remove unused venvs, leftovers of killed builders, old logs and old resolutions.
 
-    It never removes a venv on which a process holds a lease, that is being built, or that is the base of a venv that
-    stays.
+    It never removes a venv on which a process holds a lease, that is being built, that `ensure` returned to another
+    live process, or that is the base of a venv that stays.
 
     Args:
         keep_names: keep venvs with one of these names; default: keep every venv that has a name.
@@ -274,8 +234,8 @@ def _remove_unused(store: Store, info: VenvInfo, keep: bool, report: PruneReport
         is_current = os.path.realpath(path) == current
         if is_current and keep:
             continue
-        with unused(path) as free:
-            if not free:
+        with removable(path, store.handed_out(info.digest)) as is_removable:
+            if not is_removable:
                 report.skipped.append(info.digest)
                 continue
             report.freed_bytes += _disk_use(path)

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,15 +24,26 @@ from pathlib import Path
 from typing import IO
 
 from nemo_rl import settings
-from nemo_rl.errors import LockMismatchError, NoSpaceError, UvNotFoundError, VenvBuildError, VenvError
+from nemo_rl.errors import (
+    DamagedCacheError,
+    LockMismatchError,
+    NoSpaceError,
+    UvNotFoundError,
+    VenvBuildError,
+    VenvError,
+)
 from nemo_rl.secrets import mask_secrets
+from nemo_rl.venvs.storage.verify import remedy
 
 _TAIL_LINES = 25
+# What uv says about a package that it cannot install from its cache, or whose cache entry it cannot read.
+_NOT_INSTALLED = re.compile(r"Failed to install: \S+ \(([\w.-]+)")
+_NOT_READ = re.compile(r"Failed to \w+ `([\w.-]+)[^`]*`\s+cause: Failed to deserialize cache entry")
 _PASSED = """
     HOME USER LOGNAME PATH TMPDIR TZ LANG LC_ALL XDG_CACHE_HOME XDG_CONFIG_HOME XDG_CONFIG_DIRS XDG_DATA_HOME NETRC
     HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
     SSL_CERT_FILE SSL_CERT_DIR SSL_CLIENT_CERT SSH_AUTH_SOCK GIT_SSH_COMMAND
-    CC CXX CFLAGS CXXFLAGS LDFLAGS LD_LIBRARY_PATH CUDA_HOME TORCH_CUDA_ARCH_LIST MAX_JOBS
+    LD_LIBRARY_PATH
     UV_CACHE_DIR UV_CONFIG_FILE UV_NO_CONFIG UV_OFFLINE UV_LINK_MODE UV_DEFAULT_INDEX UV_INDEX UV_EXTRA_INDEX_URL
     UV_FIND_LINKS UV_NO_INDEX UV_KEYRING_PROVIDER UV_INSECURE_HOST UV_NATIVE_TLS UV_SYSTEM_CERTS UV_HTTP_TIMEOUT
     UV_HTTP_CONNECT_TIMEOUT UV_HTTP_RETRIES UV_CONCURRENT_DOWNLOADS UV_CONCURRENT_BUILDS UV_CONCURRENT_INSTALLS
@@ -85,7 +97,7 @@ def uv_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the complete environment for a call of uv: allowed variables of this process, then `extra`.
 
     Variables that could redirect an install (UV_PYTHON, VIRTUAL_ENV, UV_PROJECT_ENVIRONMENT, PYTHONPATH, PYTHONHOME,
-    CONDA_PREFIX, ...) are not allowed.
+    CONDA_PREFIX, ...) are not allowed, nor are those that change what a build produces: see `build_variables`.
     """
     passed = {
         name: value
@@ -154,6 +166,7 @@ def run_uv(
         on_line: called with each line of standard error.
 
     Raises:
+        DamagedCacheError: uv cannot install a package from its cache.
         LockMismatchError: `uv.lock` does not match `pyproject.toml`.
         NoSpaceError: a disk is full.
         UvNotFoundError: uv is not installed.
@@ -271,6 +284,13 @@ def _error(what: str, command: str, code: int, tail: str, log: BuildLog | None) 
     fields = {"node": node, "command": command, "output_tail": tail, "log_path": path}
     if "No space left on device" in tail or "os error 28" in tail:
         return no_space_error(what, **fields)
+    package = _NOT_INSTALLED.search(tail) or _NOT_READ.search(tail)
+    if package is not None:
+        return DamagedCacheError(
+            f"{what} failed on {node}: uv cannot install {package[1]} from its cache, which may be damaged. "
+            f"{remedy([package[1]], 'build again')}\ncommand: {command}\n{tail}{log_line}",
+            **fields,
+        )
     return VenvBuildError(
         f"{what} failed on {node} with exit code {code}.\ncommand: {command}\n{tail}{log_line}", **fields
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,26 @@ def test_reader_never_sees_a_partial_file(tmp_path: Path) -> None:
             writer.kill()
             writer.wait()
     assert len(set(path.read_text())) == 1
+
+
+def test_content_is_on_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure may come at any moment, so the order of the steps counts. Each step still runs."""
+    steps: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append("directory" if is_directory else f"{os.fstat(descriptor).st_size} bytes")
+
+    def record_replace(path: Path, target: Path) -> Path:
+        steps.append("name")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    write_atomically(tmp_path / "file", "content")
+    assert steps == ["7 bytes", "name", "directory"]
+    write_atomically(tmp_path / "file", "other", durable=False)
+    assert steps == ["7 bytes", "name", "directory", "name"]
+    assert (tmp_path / "file").read_text() == "other"

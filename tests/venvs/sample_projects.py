@@ -34,7 +34,9 @@ def make_wheel(folder: Path, name: str, version: str, *, requires: tuple[str, ..
     record = []
     with zipfile.ZipFile(path, "w") as archive:
         for file, text in files.items():
-            archive.writestr(file, text)
+            entry = zipfile.ZipInfo(file)  # without the time, so that equal wheels have equal hashes
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, text)
             digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
             record.append(f"{file},sha256={digest},{len(text.encode())}")
         record.append(f"{info}/RECORD,,")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from nemo_rl import settings
 from nemo_rl.distributed.provisioning.report import NodeProgress, NodeVenv
 from nemo_rl.errors import VenvError
+from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.parent_watch import exit_with_parent
 from nemo_rl.venvs import InterpreterSpec, Progress, Store, VenvPlan, VenvSpec, ensure, find_sealed
 from nemo_rl.venvs.building.build import Receive
@@ -242,7 +243,7 @@ def _store_id(store: Store) -> str | None:
         store.directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             temporary = path.with_name(f"{_STORE_ID_FILE}.{os.getpid()}.{os.urandom(8).hex()}")
-            temporary.write_text(os.urandom(16).hex())
+            write_atomically(temporary, os.urandom(16).hex())
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)  # unlike a rename, this never replaces the file of another node
             temporary.unlink()

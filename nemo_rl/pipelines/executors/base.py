@@ -187,9 +187,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def recorded_error(job: StageJob) -> PipelineError | None:
-    """Return the error with which a worker stopped this run. For executors that do not pass it on unchanged."""
-    path = stop_file(job)
-    return pickle.loads(read_trusted(path)) if path.exists() else None
+    """Return the error with which a worker stopped this run. For executors that do not pass it on unchanged.
+
+    Returns None if there is none, or if its file is incomplete.
+    """
+    try:
+        content = read_trusted(stop_file(job))
+    except FileNotFoundError:
+        return None
+    return pickle.loads(content) if content.endswith(pickle.STOP) else None
 
 
 def set_aside_task(stage: PlannedStage, item: Item, reason: str, attempts: int) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
+import os
 import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_rl import settings
-from nemo_rl.errors import LockMismatchError, VenvBuildError, VenvError
+from nemo_rl.errors import DamagedCacheError, LockMismatchError, VenvBuildError, VenvError
 from nemo_rl.secrets import mask_secrets
+from nemo_rl.venvs.building.bundled import UnpackedBundle, install_from_bundle
 from nemo_rl.venvs.building.bytecode import add_bytecode
 from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
+from nemo_rl.venvs.building.uv_config import uv_build_environment
 from nemo_rl.venvs.interpreter import start_python
+from nemo_rl.venvs.planning.build_variables import shown_variables
 from nemo_rl.venvs.planning.overlay import add_base_scripts, install_lines, installed_distributions
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.relocation import located, restore_original_paths
@@ -27,8 +30,10 @@ from nemo_rl.venvs.progress import PhaseClock
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.storage.locks import LEASE_FILE
 from nemo_rl.venvs.storage.manifest import Manifest, write_manifest
+from nemo_rl.venvs.storage.verify import damaged_files, file_hash, recorded_files, records_of, remedy
 from nemo_rl.venvs.uv import BuildLog, is_no_space, no_space_error, run_uv
 
+_MAX_DAMAGES = 5  # files in a `DamagedCacheError`
 _DURATION = re.compile(r"(?:(\d+)m )?(\d+(?:\.\d+)?)(ms|s)\b")
 
 # Fills the new directory with packages, bytecode and site hook that another node built.
@@ -66,6 +71,7 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
 
     Raises:
         VenvBuildError: uv failed, or the installed packages are not those that were planned.
+        DamagedCacheError: the size of an installed file differs from the RECORD of its package.
         NoSpaceError: a disk is full.
         LockMismatchError: the project's files changed since the plan was made.
         IncompatibleVenvError: the Python or ray version differs from the driver's.
@@ -80,9 +86,12 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             receive(venv_plan, root, clock, log)
         else:
             _check_inputs(venv_plan, store)
-            (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
+            bundle = settings.BUNDLE.get()
+            if bundle is not None:
+                _install_bundled(venv_plan, root, clock, log, what, UnpackedBundle(bundle))
+            else:
+                (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
             restore_original_paths(site_packages_of(root))
-            _write_hook(venv_plan, site_packages_of(root))
         site_packages = site_packages_of(root)
         if venv_plan.base is not None:
             add_base_scripts(root / "bin", _base_scripts(venv_plan.base, store))
@@ -92,6 +101,7 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             if settings.COMPILE_BYTECODE.get():
                 clock.report(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
         clock.start("check")
+        _check_sizes(site_packages, what)
         ray = _check(venv_plan, root, site_packages, what)
         if receive is None:
             _check_inputs(venv_plan, store)  # the lock may have changed while uv read it
@@ -131,7 +141,7 @@ def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
         return
     if project_inputs(spec, lock_root(spec.project)) == venv_plan.inputs:
         return
-    here = plan(spec, store=store, expected=venv_plan.expected)
+    here = plan(spec, store=store, expected=venv_plan.expected, variables=dict(venv_plan.build_variables))
     if here.digest != venv_plan.digest:
         raise LockMismatchError(
             f"The project {spec.project} on {socket.gethostname()} is not the one that was planned: the packages of "
@@ -152,21 +162,36 @@ def _sync_project(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Build
         if package.local is not None and not package.local.editable:
             arguments += ["--reinstall-package", package.name]  # uv's cache does not detect changed code
     clock.start("fetch")
-    run_uv(
-        arguments,
-        what=what,
-        cwd=project,
-        extra_env={"UV_PROJECT_ENVIRONMENT": str(root)},
-        log=log,
-        on_line=lambda line: _report_line(line, clock),
-    )
+    with _build_environment(venv_plan) as variables:
+        run_uv(
+            arguments,
+            what=what,
+            cwd=project,
+            extra_env={**variables, "UV_PROJECT_ENVIRONMENT": str(root)},
+            log=log,
+            on_line=lambda line: _report_line(line, clock),
+        )
+    _write_hook(venv_plan, site_packages_of(root))
+
+
+def _create_empty(venv_plan: VenvPlan, root: Path, log: BuildLog, what: str) -> None:
+    python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
+    run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
+    _write_hook(venv_plan, site_packages_of(root))  # packages that are built without isolation import the base's
+
+
+def _install_bundled(
+    venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str, bundle: UnpackedBundle
+) -> None:
+    clock.start("fetch")
+    _create_empty(venv_plan, root, log, what)
+    install_from_bundle(venv_plan, root, bundle, log, what, lambda line: _report_line(line, clock))
 
 
 def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     clock.start("fetch")
     project = ["--project", str(located(venv_plan.spec.project))] if isinstance(venv_plan.spec, VenvSpec) else []
-    python = ["--python", venv_plan.python.executable, "--no-python-downloads"]
-    run_uv(["venv", "--no-project", "--quiet", *python, str(root)], what=what, cwd=root.parent, log=log)
+    _create_empty(venv_plan, root, log, what)
     if not venv_plan.packages:
         return  # the base provides all requirements
     listing = root / ".nemo_rl_requirements"
@@ -186,11 +211,24 @@ def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: Bu
         word
         for package in venv_plan.packages
         if package.local is not None
-        for word in ("--refresh-package", package.name)
+        for word in ("--reinstall-package", package.name)
     ]
     arguments += ["-r", str(listing)]
-    run_uv(arguments, what=what, cwd=root, log=log, on_line=lambda line: _report_line(line, clock))
+    with _build_environment(venv_plan) as variables:
+        run_uv(
+            arguments,
+            what=what,
+            cwd=root,
+            extra_env=variables,
+            log=log,
+            on_line=lambda line: _report_line(line, clock),
+        )
     listing.unlink()
+
+
+def _build_environment(venv_plan: VenvPlan) -> AbstractContextManager[dict[str, str]]:
+    packages = [package.name for package in venv_plan.packages]
+    return uv_build_environment(dict(venv_plan.build_variables), packages)
 
 
 def _report_line(line: str, clock: PhaseClock) -> None:
@@ -222,6 +260,29 @@ def _base_scripts(base: VenvPlan, store: Store) -> Path:
     if isinstance(base.spec, InterpreterSpec):
         return Path(base.spec.path).parent
     return store.link(base.digest) / "bin"
+
+
+def _check_sizes(site_packages: Path, what: str) -> None:
+    """Raise `DamagedCacheError` if the size of an installed file differs from the RECORD of its package.
+
+    uv does not compare the files of its cache with anything. Sizes reveal what a full disk, a power failure or a
+    program that wrote into a linked file leaves; comparing hashes would take seconds per gigabyte, see `verify`.
+    """
+    damages = list(damaged_files(records_of(str(site_packages)), compare_hashes=False))
+    if not damages:
+        return
+    shown = [
+        f"{os.path.relpath(damage.path, site_packages)} of the package {damage.package} ({damage.problem})"
+        for damage in damages[:_MAX_DAMAGES]
+    ]
+    if len(damages) > len(shown):
+        shown.append(f"and {len(damages) - len(shown)} more files")
+    raise DamagedCacheError(
+        f"{what} on {socket.gethostname()}: uv's cache is damaged: {'; '.join(shown)}. "
+        f"{remedy([damage.package for damage in damages], 'build again')} A program that writes into an installed file "
+        "also changes uv's cache, because venvs link to it; UV_LINK_MODE=copy prevents that.",
+        node=socket.gethostname(),
+    )
 
 
 def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
@@ -266,6 +327,7 @@ def _manifest(request: BuildRequest, root: Path, started_at: float, ray: str | N
         num_bytes=num_bytes,
         seconds={**request.clock.seconds},
         job_id=request.job_id,
+        build_variables=shown_variables(venv_plan.build_variables),
         log_path=str(log.path),
     )
 
@@ -279,14 +341,13 @@ def read_records(site_packages: Path) -> tuple[dict[str, str], int, int]:
     """
     records: dict[str, str] = {}
     num_files = num_bytes = 0
-    for path in sorted(site_packages.glob("*.dist-info/RECORD")):
-        content = path.read_bytes()
-        records[path.parent.name] = hashlib.sha256(content).hexdigest()
-        for row in csv.reader(content.decode("utf-8").splitlines()):
+    for record in records_of(str(site_packages)):
+        records[os.path.basename(os.path.dirname(record))] = file_hash(record)
+        for file in recorded_files(record):
             num_files += 1
-            num_bytes += int(row[2]) if len(row) > 2 and row[2].isdigit() else 0
+            num_bytes += file.size or 0
     for name in (f"{MODULE}.py", PTH_FILE):
-        records[name] = hashlib.sha256((site_packages / name).read_bytes()).hexdigest()
+        records[name] = file_hash(str(site_packages / name))
     return records, num_files, num_bytes
 
 

@@ -22,7 +22,21 @@ _METADATA_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _PROJECT_KEYS = ("name", "version", "dynamic", "scripts", "gui-scripts", "entry-points")
 # Tables of tools that do not affect a build.
 _OTHER_TOOLS = frozenset(
-    ("bandit", "black", "coverage", "isort", "mypy", "pixi", "pylint", "pyright", "pytest", "ruff", "towncrier", "tox")
+    (
+        "bandit",
+        "black",
+        "coverage",
+        "isort",
+        "mypy",
+        "nemo-rl",
+        "pixi",
+        "pylint",
+        "pyright",
+        "pytest",
+        "ruff",
+        "towncrier",
+        "tox",
+    )
 )
 _VERSION_CONTROL = (".git", ".hg", ".svn")
 _CACHES = ("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".tox", "node_modules")

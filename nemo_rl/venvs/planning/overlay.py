@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -34,17 +35,18 @@ _HEAD_BYTES = 1024
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
 
 
-def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
+def plan_overlay(spec: Spec, base: VenvPlan, store: Store, variables: Mapping[str, str]) -> VenvPlan:
     """Resolve `spec.requirements` over `base`.
 
     The requirements are resolved once per store and base, with a preference for the base's versions, and the result is
     cached. So the version of an unpinned package does not change later, and a warm call needs no network.
+    `variables` are those that builds receive.
     """
     pins = {package.name: package.version for package in base.packages if package.version is not None}
     key = hashlib.sha256(json.dumps([FORMAT, base.digest, spec.requirements]).encode()).hexdigest()
     packages = load_resolution(store, key)
     if packages is None:
-        packages = _resolve(spec, base, pins, store)
+        packages = _resolve(spec, base, pins, store, variables)
         save_resolution(store, key, packages)
     return VenvPlan(
         spec=spec,
@@ -53,6 +55,7 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
         expected=base.expected,
         base=base,
         index_options=tuple(line for line in spec.requirements if is_option(line)),
+        build_variables=tuple(variables.items()),
     )
 
 
@@ -66,7 +69,9 @@ def installed_distributions(site_packages: Path) -> dict[str, str]:
     return {canonicalize_name(match[1]): match[2] for match in matches if match}
 
 
-def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> list[Package]:
+def _resolve(
+    spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store, variables: Mapping[str, str]
+) -> list[Package]:
     listed = [line for line in spec.requirements if not is_option(line)]
     if not listed:
         raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} contains no package.")
@@ -80,7 +85,7 @@ def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> 
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
         arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
         with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
-            run_uv(arguments, what=what, cwd=directory, log=log)
+            run_uv(arguments, what=what, cwd=directory, extra_env=variables, log=log)
         entries = tomllib.loads(lock.read_text()).get("packages", [])
         packages = [package_from_lock(entry, Path(directory)) for entry in entries]
     return [package for package in packages if _differs(package, pins)]
@@ -101,10 +106,11 @@ def _differs(package: Package, pins: dict[str, str]) -> bool:
 
 def install_lines(plan: VenvPlan) -> list[str]:
     """Return the lines of a requirements file that installs the packages of an additive venv, with pins and hashes."""
-    return [*plan.index_options, *(_install_line(package, plan.spec) for package in plan.packages)]
+    return [*plan.index_options, *(install_line(package, plan.spec) for package in plan.packages)]
 
 
-def _install_line(package: Package, spec: Spec) -> str:
+def install_line(package: Package, spec: Spec) -> str:
+    """Return the line of a requirements file that installs one package of a venv with this spec."""
     if package.local is not None:
         return f"{'-e ' if package.local.editable else ''}{located(package.local.path)}"
     hashes = [f"--hash={value}" for value in package.hashes if not value.startswith("url:")]

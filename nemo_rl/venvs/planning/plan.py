@@ -8,7 +8,7 @@ import json
 import os
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Package:
         location: URL or path of a package that is not from an index; credentials are masked.
         hashes: `sha256:...` of every file that the lock allows (`url:...` of a file without a hash).
         artifacts: paths of local wheels and archives that the package may be installed from.
+        sources: URLs (credentials are masked) and paths of all files that the package may be installed from.
         local: set for a package that is built or linked from a directory.
     """
 
@@ -42,6 +43,7 @@ class Package:
     location: str | None = None
     hashes: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     local: LocalPackage | None = None
 
     def __str__(self) -> str:
@@ -63,6 +65,7 @@ class VenvPlan:
         base_paths: site-packages of the interpreter itself.
         inputs: digest of the project files that were read, to detect a change before or during a build.
         index_options: index options of the requirements list; used for installation and never stored.
+        build_variables: what builds of source packages receive, sorted by name. They may be secrets.
 
     Example::
 
@@ -78,6 +81,7 @@ class VenvPlan:
     base_paths: tuple[str, ...] = ()
     inputs: str = ""
     index_options: tuple[str, ...] = ()
+    build_variables: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def is_interpreter(self) -> bool:
@@ -105,6 +109,8 @@ class VenvPlan:
             "base": self.base.digest if self.base is not None else None,
             "base_paths": self.base_paths,
         }
+        if self.build_variables and not self.is_interpreter:
+            content["build_variables"] = self.build_variables
         if self.is_interpreter:
             content["prefix"] = self.python.executable
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -160,7 +166,8 @@ def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
         f"url:{mask_secrets(str(file.get('url')))}" for file in files if not file.get("hashes") and "url" in file
     }
     artifacts = [path for file in files if (path := _local_path(file, root)) is not None]
-    return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts))
+    sources = [_local_path(file, root) or mask_secrets(str(file.get("url"))) for file in files]
+    return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts), tuple(sources))
 
 
 def _local_path(file: Mapping[str, Any], root: Path) -> str | None:
@@ -214,7 +221,8 @@ def _stamp(path: str) -> str | None:
 
 def _package(raw: dict[str, Any]) -> Package:
     local = raw.pop("local")
-    package = Package(**{**raw, "hashes": tuple(raw["hashes"]), "artifacts": tuple(raw["artifacts"])})
+    lists = {key: tuple(raw.get(key, ())) for key in ("hashes", "artifacts", "sources")}
+    package = Package(**{**raw, **lists})
     if local is None:
         return package
     # Its files may have changed since the resolution was cached.

@@ -25,6 +25,7 @@ from nemo_rl.venvs.interpreter import (
     this_environment,
     this_python,
 )
+from nemo_rl.venvs.planning.build_variables import build_variables
 from nemo_rl.venvs.planning.local_packages import file_digest
 from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay
 from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
@@ -39,7 +40,11 @@ _PROJECT_FILES = ("uv.lock", "pyproject.toml", "uv.toml")
 
 @not_writable_by_others()
 def plan(
-    py_executable: str | Spec | VenvPlan, *, store: Store | None = None, expected: DriverVersions | None = None
+    py_executable: str | Spec | VenvPlan,
+    *,
+    store: Store | None = None,
+    expected: DriverVersions | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> VenvPlan:
     """Resolve a py_executable for the platform of this node, without building anything.
 
@@ -49,8 +54,10 @@ def plan(
         py_executable: a string or a spec; a plan is returned unchanged.
         store: where resolutions are cached; default: the store in `settings.venv_dir()`.
         expected: the driver's versions; default: those of this process.
+        variables: what builds receive; default: the variables of this process that the project and the settings name.
 
     Raises:
+        ConfigError: the project or the settings name variables in a way that is not valid.
         InvalidPyExecutableError: the string is not accepted.
         UnknownExtraError: the project has no such extra or group.
         LockMismatchError: `uv.lock` is missing or does not match `pyproject.toml`.
@@ -67,13 +74,20 @@ def plan(
     spec = parse_py_executable(py_executable) if isinstance(py_executable, str) else py_executable
     store = store or Store.default()
     expected = expected or DriverVersions.of_this_process()
+    if variables is None:
+        variables = build_variables(_projects(spec))
     if isinstance(spec, InterpreterSpec):
         base = _plan_interpreter(spec.base, expected)
     else:
-        base = _plan_project(spec.base, store, expected)
+        base = _plan_project(spec.base, store, expected, variables)
     if not spec.requirements:
         return base
-    return plan_overlay(spec, base, store)
+    return plan_overlay(spec, base, store, variables)
+
+
+def _projects(spec: Spec) -> list[Path]:
+    """Return the directories on this node whose `pyproject.toml` may name variables of builds."""
+    return [] if isinstance(spec, InterpreterSpec) else [lock_root(spec.project), located(spec.project)]
 
 
 def _plan_interpreter(spec: InterpreterSpec, expected: DriverVersions) -> VenvPlan:
@@ -86,17 +100,19 @@ def _plan_interpreter(spec: InterpreterSpec, expected: DriverVersions) -> VenvPl
     return VenvPlan(spec, queried.info, packages, expected, base_paths=queried.site_paths)
 
 
-def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions) -> VenvPlan:
+def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions, variables: Mapping[str, str]) -> VenvPlan:
     root = lock_root(spec.project)
     python, markers = python_of(spec)
     inputs = project_inputs(spec, root)
-    key = hashlib.sha256(json.dumps([FORMAT, inputs, str(spec), asdict(python), _stable(markers)]).encode()).hexdigest()
+    identity = [FORMAT, inputs, str(spec), asdict(python), _stable(markers), dict(variables)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     packages = load_resolution(store, key)
     if packages is None:
         _check_selection(spec)
-        packages = _export(spec, root, python, markers, store)
+        packages = _export(spec, root, python, markers, store, variables)
         save_resolution(store, key, packages)
-    return VenvPlan(spec, python, tuple(packages), expected, inputs=inputs)
+    values = tuple(variables.items())
+    return VenvPlan(spec, python, tuple(packages), expected, inputs=inputs, build_variables=values)
 
 
 def lock_root(project: str) -> Path:
@@ -159,22 +175,29 @@ def _check_selection(spec: VenvSpec) -> None:
             )
 
 
-def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) -> str:
+def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store, variables: Mapping[str, str]) -> str:
     mode = "--frozen" if spec.frozen else "--locked"
     arguments = ["export", mode, "--project", str(located(spec.project)), "--python", python.executable]
     arguments += ["--format", "pylock.toml", "--no-header", "--quiet", *spec.selection()]
     with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
-        return run_uv(arguments, what=f"Resolving `{spec}`", cwd=root, log=log)
+        return run_uv(arguments, what=f"Resolving `{spec}`", cwd=root, extra_env=variables, log=log)
 
 
-def _export(spec: VenvSpec, root: Path, python: PythonInfo, markers: Mapping[str, str], store: Store) -> list[Package]:
+def _export(
+    spec: VenvSpec,
+    root: Path,
+    python: PythonInfo,
+    markers: Mapping[str, str],
+    store: Store,
+    variables: Mapping[str, str],
+) -> list[Package]:
     try:
-        text = _run_export(spec, root, python, store)
+        text = _run_export(spec, root, python, store, variables)
     except VenvBuildError as error:
         if spec.frozen:
             raise
         try:
-            _run_export(replace(spec, frozen=True), root, python, store)
+            _run_export(replace(spec, frozen=True), root, python, store, variables)
         except VenvBuildError:
             raise error from None
         # uv can read the lock. It tried to resolve again, which it does only if the lock does not match.

@@ -8,6 +8,7 @@
         <digest16>         -> <digest16>.<nonce>         published when sealed, repointed by a rebuild
         <digest16>.<nonce>/                              a venv; its path never changes
         <digest16>.lock                                  build lock; holds a description of its holder
+        <digest16>.handed-out.lock                       locked by processes that `ensure` has returned the venv to
         .resolved/<key>.json                             resolution of a spec
         .arriving/<digest16>.<key>/                      chunks of a venv that another node sends
       .source/<digest16>/                                source from the driver (`source_sync`)
@@ -81,6 +82,9 @@ class Store:
 
     def lock(self, digest: str) -> Path:
         return self.directory / f"{digest[:DIGEST_PREFIX]}.lock"
+
+    def handed_out(self, digest: str) -> Path:
+        return self.directory / f"{digest[:DIGEST_PREFIX]}.handed-out.lock"
 
     def new_directory(self, digest: str) -> Path:
         """Return a path that no other build uses."""

@@ -4,11 +4,12 @@
 
     builder A ── flock(EX) .store/<digest16>.lock ── builds, seals ── unlock
     caller  B ── waits for A's lock ──────────────────────────────── sees the seal, returns
+    A and B   ── flock(SH) .store/<digest16>.handed-out.lock  until they end: `ensure` has returned this venv to them
     worker    ── flock(SH) <venv>/.nemo_rl_lease  while its process lives
-    prune     ── flock(EX, non-blocking) on the lease file: fails while a worker lives
+    prune     ── flock(EX, non-blocking) on both: fails while a worker lives, or while another process may start one
 
-Both are kernel locks: the kernel releases them when a process ends, also after SIGKILL. Lock files are never deleted:
-a process could wait for the deleted file while another locks its successor.
+All are kernel locks: the kernel releases them when a process ends, also after SIGKILL. Lock files are never deleted: a
+process could wait for the deleted file while another locks its successor.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,9 +28,14 @@ from pathlib import Path
 
 from nemo_rl import settings
 from nemo_rl.errors import VenvLockTimeoutError
+from nemo_rl.venvs.storage.verify import MANIFEST_FILE
 
 LEASE_FILE = ".nemo_rl_lease"
 _POLL_S = 0.05
+
+# Locks that this process holds on venvs that `ensure` returned: path of the lock file -> descriptor.
+_handed_out: dict[Path, int] = {}
+_handed_out_guard = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -123,8 +130,9 @@ class Lease:
 def hold_lease(path: str | os.PathLike[str]) -> Lease:
     """Take a lease on the venv at `path`: `prune` and rebuilds do not remove it while the lease is held.
 
-    Every interpreter that starts in a venv of the store takes a lease itself. This function is for a process that
-    passes on a venv's path before anything runs in the venv. It works on a read-only store.
+    Every interpreter that starts in a venv of the store takes a lease itself, and a process that calls `ensure` keeps
+    what it got until it ends. This function is for a process that got the path in another way. It works on a read-only
+    store.
 
     Raises:
         FileNotFoundError: there is no sealed venv at `path`.
@@ -161,3 +169,74 @@ def unused(path: Path, *, may_write: bool = True) -> Iterator[bool]:
         yield _try_lock(descriptor, fcntl.LOCK_EX)
     finally:
         os.close(descriptor)
+
+
+def hand_out(path: Path) -> bool:
+    """Keep a venv from being removed by other processes until this process ends.
+
+    `ensure` calls it before it returns a venv: nothing else protects the venv until its interpreter has started and
+    holds a lease.
+
+    Args:
+        path: the lock file of the digest, `Store.handed_out`.
+
+    Returns:
+        False if another process is removing the venv at this moment.
+    """
+    with _handed_out_guard:
+        if path in _handed_out:
+            return True
+        try:
+            descriptor = _open_lock(path)
+        except OSError:
+            return True  # a read-only disk, from which nothing is removed
+        try:
+            locked = _try_lock(descriptor, fcntl.LOCK_SH)
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return True
+        if locked:
+            _handed_out[path] = descriptor
+        else:
+            os.close(descriptor)
+        return locked
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:  # another user's file: a shared lock needs no permission to write
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def removable(path: Path, handed_out: Path) -> Iterator[bool]:
+    """Yield whether the venv directory `path` may be removed; in the block no other process can begin to use it.
+
+    A sealed venv must neither be leased nor be handed out to another process. A directory that was never sealed was
+    never handed out. The caller holds the build lock.
+
+    Args:
+        handed_out: the lock file of the digest, `Store.handed_out`.
+
+    Raises:
+        OSError: a lock file cannot be opened or locked.
+    """
+    with unused(path) as is_unused, _not_handed_out(handed_out) as is_free:
+        yield is_unused and (is_free or not (path / MANIFEST_FILE).exists())
+
+
+@contextlib.contextmanager
+def _not_handed_out(path: Path) -> Iterator[bool]:
+    """Yield whether no other process has been handed the venv. `hand_out` returns False elsewhere in the block."""
+    with _handed_out_guard:
+        held = _handed_out.pop(path, None)
+        if held is not None:
+            os.close(held)
+        descriptor = _open_lock(path)
+    try:
+        yield _try_lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+        if held is not None:
+            hand_out(path)

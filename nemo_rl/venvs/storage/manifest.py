@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from nemo_rl.errors import VenvError
+from nemo_rl.venvs.storage.verify import MANIFEST_FILE
 
 FORMAT = 1
-MANIFEST_FILE = "nemo_rl_venv.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Manifest:
         num_files, num_bytes: number and total size of the files in the RECORDs.
         seconds: per phase of the build.
         job_id: the job that built the venv.
+        build_variables: variables that builds of source packages received, with secrets masked.
         log_path: full output of the build.
         format: version of the manifest's format.
     """
@@ -59,6 +60,7 @@ class Manifest:
     num_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     job_id: str | None = None
+    build_variables: dict[str, str] = field(default_factory=dict)
     log_path: str = ""
     format: int = FORMAT
 

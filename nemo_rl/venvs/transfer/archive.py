@@ -33,7 +33,8 @@ from typing import IO, Any, NamedTuple
 from nemo_rl.errors import BroadcastError
 from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.storage.locks import LEASE_FILE
-from nemo_rl.venvs.storage.manifest import MANIFEST_FILE, read_manifest, write_atomically
+from nemo_rl.venvs.storage.manifest import read_manifest, write_atomically
+from nemo_rl.venvs.storage.verify import MANIFEST_FILE, recorded_files, records_of
 
 CHUNK_BYTES = 8 * 2**20
 # sha256 of everything after it; codec; length of the raw bytes.
@@ -119,7 +120,7 @@ class Listing:
 def list_venv(root: Path) -> Listing:
     """List the files of the sealed venv in `root`. Raises `VenvError` if it is not sealed."""
     digest = read_manifest(root).digest
-    hashes = dict(_recorded_hashes(root))
+    hashes = _recorded_hashes(root)
     entries = []
     for directory, names, files in os.walk(root):
         names.sort()
@@ -138,15 +139,17 @@ def list_venv(root: Path) -> Listing:
     return Listing(digest, str(root), tuple(entries))
 
 
-def _recorded_hashes(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield (path relative to `root`, sha256) of every file whose hash a RECORD contains."""
-    site_packages = site_packages_of(root)
-    prefix = site_packages.relative_to(root)
-    for record in site_packages.glob("*.dist-info/RECORD"):
-        for row in csv.reader(record.read_text(encoding="utf-8").splitlines()):
-            if len(row) > 1 and row[1].startswith("sha256="):
-                padded_hash = row[1].removeprefix("sha256=") + "=="
-                yield os.path.normpath(prefix / row[0]), base64.urlsafe_b64decode(padded_hash).hex()
+def _recorded_hashes(root: Path) -> dict[str, str]:
+    """Return path relative to `root` -> sha256 of every file whose hash a RECORD contains.
+
+    A file that several packages list with different hashes is left out: which of them provided it is not known.
+    """
+    hashes: dict[str, set[str]] = {}
+    for record in records_of(str(site_packages_of(root))):
+        for file in recorded_files(record):
+            if file.algorithm == "sha256" and file.digest is not None:
+                hashes.setdefault(os.path.relpath(file.path, root), set()).add(file.digest)
+    return {path: digests.pop() for path, digests in hashes.items() if len(digests) == 1}
 
 
 def read_chunk(listing: Listing, chunk: int) -> bytes:
@@ -260,7 +263,7 @@ class Unpacker:
                 by_hash.setdefault(entry.sha256, []).append(index)
         num_linked = 0
         for donor in donors:
-            for path, digest in _recorded_hashes(donor) if by_hash else ():
+            for path, digest in _recorded_hashes(donor).items() if by_hash else ():
                 for index in by_hash.get(digest, ()):
                     if index in self._missing and self._link(donor / path, index):
                         self._missing.discard(index)

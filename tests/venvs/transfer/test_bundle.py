@@ -58,7 +58,7 @@ def command(tmp_path: Path, registry: str) -> str:
         '[project.optional-dependencies]\nmore = ["alpha"]\n'
         f'[tool.uv]\npackage = false\n[[tool.uv.index]]\nurl = "{registry}"\ndefault = true\n'
     )
-    uv("lock", cwd=root)
+    uv("lock", "--no-cache", cwd=root)  # the cache may hold another test's index with the same port
     return f"uv run --locked --project {root}"
 
 
