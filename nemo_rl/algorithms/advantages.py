@@ -12,13 +12,24 @@ For the valid rewards r_1..r_n of one group (masked samples count neither in n n
                     Same section, the denominator. Liu et al. (2025), "Dr. GRPO", arXiv:2503.20783, section 3.1, show
                     the cost: groups that are nearly all right or all wrong weigh more than in the objective.
 
+    none            A_i = r_i
+
+With `normalize_over: batch`, the advantages of the whole batch are normalized instead: A = (A - mean) / (s + 1e-6) over
+all valid samples, or over all counted tokens if the advantages differ by token: Hu et al. (2025), REINFORCE++,
+arXiv:2501.03262, equation 9.
+
+With `loss.kl_placement`, the estimates of KL(pi || pi_ref) (see `loss_functions.ClippedPGLoss`) count in the reward:
+
+    reward          r_i - kl_coef * sum_t KL_it, before the baseline: Ahmadian et al. (2024), section 3.1
+    reward_to_go    A_it = A_i - kl_coef * sum_{s >= t} KL_is, an advantage per token: Hu et al. (2025), equation 8
+
 With either baseline, the standard deviation is taken over all valid rewards of the group. The leave-one-out deviation
 would not work: if one sample alone differs from the rest, the deviation of the others is 0, and the only informative
 sample of the group would get an infinite advantage or none. The deviation is Bessel-corrected, as in common
 implementations; the paper does not specify this.
 
-The advantage is exactly 0 for masked samples, for groups with a single valid sample, and for groups whose valid rewards
-are all equal.
+Without such a term, and unless `baseline` is none, the advantage is exactly 0 for masked samples, for groups with a
+single valid sample, and for groups whose valid rewards are all equal.
 """
 
 from __future__ import annotations
@@ -41,6 +52,9 @@ def compute_advantages(
     groups: torch.Tensor | int,
     config: AdvantageConfig,
     sample_mask: torch.Tensor | None = None,
+    *,
+    token_penalties: torch.Tensor | None = None,
+    token_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the advantages of a batch of samples with the formulas at the top of this module.
 
@@ -57,9 +71,11 @@ def compute_advantages(
             per prompt, if the completions of a prompt are adjacent.
         config: the baseline, and whether to divide by the standard deviation.
         sample_mask: [B]; 0 excludes a sample from its group. None counts all samples.
+        token_penalties: [B, T]; each token's advantage is reduced by the sum over the tokens from it on. None: none.
+        token_mask: [B, T]; 0 excludes a token. Required with `token_penalties`.
 
     Returns:
-        [B] float32 (float64 for float64 rewards), on the rewards' device.
+        [B], or [B, T] with `token_penalties`; float32 (float64 for float64 rewards), on the rewards' device.
 
     Raises:
         ValueError: shapes, dtypes or the group size do not fit.
@@ -71,16 +87,56 @@ def compute_advantages(
     counts = _group_sum(valid.double(), index, num_groups)
     means = _group_sum(values, index, num_groups) / counts.clamp(min=1.0)
     deviations = torch.where(valid, values - means[index], 0.0)
-    advantages = deviations
+    advantages = values if config.baseline == "none" else deviations
     if config.baseline == "leave_one_out":
         advantages = deviations * (counts / (counts - 1.0).clamp(min=1.0))[index]
-    if config.normalize_std:
+    if config.baseline != "none":
+        # Equal rewards must give exactly 0, although rounding may move their mean away from them.
+        differ = _rewards_differ(values, valid, index, num_groups)[index]
+        advantages = torch.where(differ, advantages, 0.0)
+    counted = valid
+    if token_penalties is not None:
+        assert token_mask is not None, "token_penalties need a token_mask"
+        counted = valid[:, None] & (token_mask > 0)
+        penalties = torch.where(counted, token_penalties.double(), 0.0)
+        to_go = penalties.flip(1).cumsum(1).flip(1)
+        advantages = advantages[:, None] - to_go
+    if config.normalize_std and config.normalize_over == "batch":
+        mean, deviation = _moments(advantages[counted])
+        advantages = (advantages - mean) / (deviation + STD_EPSILON)
+    elif config.normalize_std:
         variances = _group_sum(deviations.square(), index, num_groups) / (counts - 1.0).clamp(min=1.0)
-        advantages = advantages / (variances.sqrt() + STD_EPSILON)[index]
-    # Equal rewards must give exactly 0, although rounding may move their mean away from them.
-    signal = valid & _rewards_differ(values, valid, index, num_groups)[index]
+        scale = (variances.sqrt() + STD_EPSILON)[index]
+        advantages = advantages / (scale if token_penalties is None else scale[:, None])
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return torch.where(signal, advantages, 0.0).to(dtype)
+    return torch.where(counted, advantages, 0.0).to(dtype)
+
+
+def _moments(values: torch.Tensor) -> tuple[float, float]:
+    """Return the mean and the (Bessel-corrected) standard deviation; (0, 0) of nothing."""
+    if not len(values):
+        return 0.0, 0.0
+    return float(values.mean()), float(values.std()) if len(values) > 1 else 0.0
+
+
+def overlong_penalties(lengths: torch.Tensor, max_length: int, buffer: int, factor: float) -> torch.Tensor:
+    """Compute the soft overlong punishment of DAPO: Yu et al. (2025), arXiv:2503.14476, equation 13.
+
+    Args:
+        lengths: [B] tokens of the completions.
+        max_length: the limit L_max in tokens.
+        buffer: L_cache, the tokens before the limit over which the punishment grows from 0 to 1.
+        factor: the punishment at the limit.
+
+    Returns:
+        [B] values between -factor and 0, to be added to the rewards.
+
+    Example:
+        >>> import torch
+        >>> overlong_penalties(torch.tensor([80, 90, 100]), max_length=100, buffer=20, factor=1.0)
+        tensor([-0.0000, -0.5000, -1.0000])
+    """
+    return -factor * ((lengths - (max_length - buffer)).clamp(0, buffer) / buffer)
 
 
 def group_has_signal(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
 from nemo_rl.environments.config import EnvironmentConfig
@@ -18,35 +20,81 @@ from nemo_rl.utils.config import ConfigModel
 class AdvantageConfig(ConfigModel):
     """Configures how rewards become advantages within the group of one prompt."""
 
-    baseline: Literal["leave_one_out", "mean"] = Field(
-        "leave_one_out", description="Baseline that is subtracted from each reward."
+    baseline: Literal["leave_one_out", "mean", "none"] = Field(
+        "leave_one_out", description="Baseline of the group that is subtracted from each reward."
     )
-    normalize_std: bool = Field(True, description="Divide advantages by the standard deviation of the group's rewards.")
+    normalize_std: bool = Field(True, description="Divide advantages by a standard deviation, see normalize_over.")
+    normalize_over: Literal["group", "batch"] = Field(
+        "group",
+        description="Divide by the standard deviation of the group's rewards, or subtract the mean of the batch's "
+        "advantages and divide by their standard deviation.",
+    )
+
+
+class OverlongPenaltyConfig(ConfigModel):
+    """Configures the soft penalty on long completions of DAPO."""
+
+    buffer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The penalty begins this many tokens before policy.generation.max_new_tokens and grows linearly. "
+        "Null: a fifth of it.",
+    )
+    factor: float = Field(1.0, gt=0, description="Penalty at the limit, subtracted from the reward.")
 
 
 class LossConfig(ConfigModel):
-    """Configures the clipped policy-gradient loss, its KL term and the importance correction."""
+    """Configures the policy-gradient loss, its KL term and the importance correction."""
 
+    recipe: Literal[tuple(LOSS_RECIPES)] | None = Field(  # type: ignore[valid-type]
+        None, description="Named combination of keys, such as dapo; keys that are given override it. See grpo.md."
+    )
+    objective: Literal["clip", "gspo", "cispo", "reinforce"] = Field("clip", description="Surrogate of the loss.")
     clip_ratio_low: float = Field(
-        0.2, ge=0, lt=1, description="Clip the policy ratio from below at 1 - clip_ratio_low."
+        0.2, ge=0, le=1, description="Clip the policy ratio from below at 1 - clip_ratio_low."
     )
     clip_ratio_high: float = Field(0.2, ge=0, description="Clip the policy ratio from above at 1 + clip_ratio_high.")
     dual_clip: float | None = Field(
         None, gt=1, description="Bound of the ratio for negative advantages. Null disables it."
     )
-    aggregation: Literal["token", "sequence"] = Field(
-        "token", description="Average over all tokens, or over the means of the samples."
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="Average over all tokens, over the means of the samples, or over the samples' sums divided by "
+        "constant_length.",
+    )
+    constant_length: int | None = Field(
+        None, ge=1, description="Divisor for aggregation=constant. Null: policy.generation.max_new_tokens."
     )
     kl_coef: float = Field(
         0.0, ge=0, description="Weight of the KL divergence to the reference policy. 0 loads no reference policy."
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL divergence.")
+    kl_placement: Literal["loss", "reward", "reward_to_go"] = Field(
+        "loss",
+        description="Add the KL divergence to the loss, subtract a completion's sum from its reward, or subtract from "
+        "each token's advantage the sum over the tokens from it on.",
+    )
+    kl_weighted: bool = Field(
+        False, description="Multiply KL estimates in the loss by the policy ratio, which makes their gradient unbiased."
+    )
     importance_correction: Literal["none", "token", "sequence"] = Field(
         "token", description="Weight losses by policy over generation probability, per token or per sequence."
     )
-    importance_cap: float | None = Field(
-        2.0, gt=0, description="Truncate importance weights at this value. Null does not truncate."
+    importance_cap: float | None = Field(2.0, gt=0, description="Upper bound of importance weights. Null: none.")
+    importance_floor: float | None = Field(None, ge=0, description="Lower bound of importance weights. Null: none.")
+    importance_outside: Literal["truncate", "mask"] = Field(
+        "truncate", description="A weight outside the bounds becomes the bound, or 0."
     )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> LossConfig:
+        if self.dual_clip is not None and self.objective in ("cispo", "reinforce"):
+            raise ValueError(f"dual_clip has no effect with objective={self.objective}; set it to null")
+        if self.importance_floor is not None and self.importance_floor > (self.importance_cap or math.inf):
+            raise ValueError(
+                f"importance_floor={self.importance_floor:g} is above importance_cap={self.importance_cap:g}"
+            )
+        return self
 
 
 class DynamicSamplingConfig(ConfigModel):
@@ -110,6 +158,7 @@ class GRPOConfig(ConfigModel):
         description="Grade the completions of a problem while others are generated, if the generation backend streams.",
     )
     overlong_filtering: bool = Field(False, description="Exclude completions that hit the length limit from the loss.")
+    overlong_penalty: OverlongPenaltyConfig | None = Field(None, description="Soft penalty on length. Null: none.")
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -150,10 +199,21 @@ class MasterConfig(ConfigModel):
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_recipe(cls, content: Any) -> Any:
+        return with_recipe(content) if isinstance(content, dict) else content
+
     @property
     def num_samples_per_step(self) -> int:
         """Number of completions in one training step."""
         return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+
+    @property
+    def resolved_loss(self) -> LossConfig:
+        """The section `loss` with the default of `constant_length`, which depends on the length of completions."""
+        length = self.loss.constant_length or self.policy.generation.max_new_tokens
+        return self.loss.model_copy(update={"constant_length": length})
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -181,6 +241,16 @@ class MasterConfig(ConfigModel):
             raise ValueError(
                 f"grpo.max_trajectory_age={self.grpo.max_trajectory_age} trains on completions of older weights and "
                 "needs loss.importance_correction=token or sequence"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_overlong_penalty(self) -> MasterConfig:
+        penalty, limit = self.grpo.overlong_penalty, self.policy.generation.max_new_tokens
+        if penalty is not None and (penalty.buffer_tokens or 1) > limit:
+            raise ValueError(
+                f"grpo.overlong_penalty.buffer_tokens={penalty.buffer_tokens} exceeds "
+                f"policy.generation.max_new_tokens={limit}"
             )
         return self
 

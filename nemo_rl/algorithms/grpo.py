@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from nemo_rl.algorithms import rollouts
-from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal
+from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal, overlong_penalties
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollouts import Rollout
 from nemo_rl.errors import CheckpointError, ConfigError, LogprobMismatchError, sentence
@@ -152,11 +152,9 @@ class GRPO:
             if step_rollout.rollout is None:
                 return False
             rollout, batch = step_rollout.rollout, step_rollout.rollout.batch
-            batch["advantages"] = compute_advantages(
-                batch["rewards"], batch["group"], self.config.grpo.advantage, batch["sample_mask"]
-            )
             age = self.step - step_rollout.version
             logprob_metrics = self._add_logprobs(batch, step, age)
+            batch["advantages"] = self._advantages(rollout)
             with self.timer.phase("train"):
                 result = self._train(batch)
         self.step = step
@@ -203,9 +201,10 @@ class GRPO:
         if not config.policy.generation.truncates:
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
         with self.timer.phase("logprobs"):
-            if check or has_several_updates:
+            kl_in_reward = config.loss.kl_coef > 0 and config.loss.kl_placement != "loss"
+            if check or has_several_updates or kl_in_reward:
                 logprobs = self.policy.get_logprobs(batch)
-                if has_several_updates:
+                if has_several_updates or kl_in_reward:
                     batch["prev_logprobs"] = logprobs
             if config.loss.kl_coef > 0:
                 batch["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(batch)
@@ -213,6 +212,31 @@ class GRPO:
             metrics["logprob_error"] = self._check_logprobs(batch, logprobs, step)
             self._logprobs_checked = True
         return metrics
+
+    def _advantages(self, rollout: Rollout) -> torch.Tensor:
+        """Compute the advantages: [B], or [B, T] with `loss.kl_placement` "reward_to_go"."""
+        config, batch = self.config, rollout.batch
+        rewards, token_penalties = batch["rewards"], None
+        if (penalty := config.grpo.overlong_penalty) is not None:
+            limit = config.policy.generation.max_new_tokens
+            buffer = penalty.buffer_tokens or max(limit // 5, 1)
+            rewards = rewards + overlong_penalties(rollout.num_completion_tokens, limit, buffer, penalty.factor)
+        if config.loss.kl_coef > 0 and config.loss.kl_placement != "loss":
+            log_ratio = batch["prev_logprobs"] - batch["reference_policy_logprobs"]
+            kl = config.loss.kl_coef * kl_estimates(log_ratio, config.loss.kl_estimator)
+            kl = torch.where(batch["token_mask"] > 0, kl, 0.0)
+            if config.loss.kl_placement == "reward":
+                rewards = rewards - kl.sum(dim=1)
+            else:
+                token_penalties = kl
+        return compute_advantages(
+            rewards,
+            batch["group"],
+            config.grpo.advantage,
+            batch["sample_mask"],
+            token_penalties=token_penalties,
+            token_mask=batch["token_mask"],
+        )
 
     def _check_logprobs(self, batch: BatchedDataDict, logprobs: torch.Tensor, step: int) -> float:
         mask = batch["token_mask"]
@@ -228,7 +252,7 @@ class GRPO:
         return mean
 
     def _train(self, batch: BatchedDataDict) -> dict[str, float]:
-        loss_fn = ClippedPGLoss(self.config.loss)
+        loss_fn = ClippedPGLoss(self.config.resolved_loss)
         updates = self.config.grpo.num_updates_per_step
         results = [self.policy.train(batch, loss_fn).metrics for _ in range(updates)]
         return {name: sum(result[name] for result in results) / updates for name in results[0]}

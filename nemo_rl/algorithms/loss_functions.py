@@ -21,14 +21,14 @@ _MAX_KL = 10.0
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A micro-batch without position 0, which has no log-probability. Tensors are [b, T-1] except `advantages`, [b, 1].
+    """A micro-batch without position 0, which has no log-probability. Tensors are [b, T-1] unless noted.
 
     Attributes:
         mask: 1 for counted tokens, else 0. `logprobs`, `previous` and `log_ratio` are 0 where the mask is 0.
         logprobs: log pi, with gradient.
         previous: log pi_prev.
         log_ratio: log pi / pi_prev, with gradient.
-        advantages: [b, 1].
+        advantages: [b, 1], or [b, T-1] if they differ by token.
     """
 
     mask: torch.Tensor
@@ -39,7 +39,10 @@ class _Tokens:
 
 
 class ClippedPGLoss:
-    """Computes the clipped policy-gradient loss of PPO, GRPO and DAPO, with a KL term and importance correction.
+    """Computes the policy-gradient losses of PPO, GRPO, DAPO, GSPO, CISPO and REINFORCE.
+
+    They differ in the surrogate, the aggregation, the KL term and the importance correction, which are configured
+    separately. `nemo_rl.algorithms.loss_recipes` names the combinations of the papers.
 
     Example:
         >>> import torch
@@ -56,18 +59,26 @@ class ClippedPGLoss:
 
     The formulas are per token t of sample i. pi is the policy being trained; pi_prev is the policy before the step
     (`prev_logprobs`, or pi without gradient if the batch has none); pi_gen is the generator (`generation_logprobs`);
-    A_i is the advantage; r = pi / pi_prev:
+    A is the advantage of the sample, or of the token; r = pi / pi_prev; clip(r) is r between 1 - clip_ratio_low and
+    1 + clip_ratio_high; sg(x) is x without gradient:
 
-        surrogate   min(r A, clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high) A)
-                    PPO: Schulman et al. (2017), arXiv:1707.06347, equation 7. Two clip ratios ("clip-higher"): DAPO,
-                    Yu et al. (2025), arXiv:2503.14476, equation 10.
+        surrogate   "clip"       min(r A, clip(r) A)
+                                 PPO: Schulman et al. (2017), arXiv:1707.06347, equation 7. Two clip ratios
+                                 ("clip-higher"): DAPO, Yu et al. (2025), arXiv:2503.14476, equation 10.
+                    "gspo"       the same with s instead of r, the geometric mean of r over the sample's tokens:
+                                 Zheng et al. (2025), arXiv:2507.18071, equations 5 and 7.
+                    "cispo"      sg(clip(r)) A log pi: clipped tokens keep their gradient. MiniMax (2025),
+                                 arXiv:2506.13585, equations 4 and 5. There is no lower bound: clip_ratio_low = 1.
+                    "reinforce"  A log pi: Williams (1992), "Simple Statistical Gradient-Following Algorithms".
         dual clip   max(surrogate, dual_clip * A) where A < 0: Ye et al. (2020), arXiv:1912.09729, section "Dual-clip
                     PPO". It bounds the loss of a token with A < 0 that has become much more likely.
-        weight      w = min(pi_prev / pi_gen, importance_cap), a constant for the gradient: the truncated importance
-                    sampling of Ionides (2008), "Truncated Importance Sampling". Yao et al. (2025), "Your Efficient RL
-                    Framework Secretly Brings You Off-Policy RL Training", apply it to a training and a generation
-                    engine whose probabilities differ. With `importance_correction="sequence"`, pi_prev and pi_gen are
-                    probabilities of the completion (products over its counted tokens), so all its tokens share one w.
+        weight      w = pi_prev / pi_gen between importance_floor and importance_cap, a constant for the gradient: the
+                    truncated importance sampling of Ionides (2008), "Truncated Importance Sampling". Yao et al. (2025),
+                    "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", apply it to a training and
+                    a generation engine whose probabilities differ. With `importance_outside="mask"`, w is 0 outside the
+                    bounds instead of equal to the bound: IcePop, Ling Team (2025), arXiv:2510.18855, equation 3.
+                    With `importance_correction="sequence"`, pi_prev and pi_gen are probabilities of the completion
+                    (products over its counted tokens), so all its tokens share one w.
         loss        aggregate(-w * surrogate) + kl_coef * aggregate(KL term)
 
     With top-p or top-k, tokens are drawn from q = pi_gen / Z (`sampling_logprobs`), where Z is the probability under
@@ -79,6 +90,8 @@ class ClippedPGLoss:
         "token"     sum over all tokens / global_num_tokens: DAPO, equation 12
         "sequence"  sum over samples of the mean over the sample's tokens / global_num_samples: GRPO, Shao et al.
                     (2024), arXiv:2402.03300, equation 3. A sample without counted tokens adds 0.
+        "constant"  sum over all tokens / (constant_length x global_num_samples): Dr. GRPO, Liu et al. (2025),
+                    arXiv:2503.20783, section 3.2. With 1, the mean over samples of the sum over tokens.
 
     KL term, with d = log pi - log pi_ref: estimators of KL(pi || pi_ref) from samples of pi, Schulman (2020),
     "Approximating KL Divergence". A good estimator of a value is not always a good loss, because the samples also
@@ -93,7 +106,10 @@ class ClippedPGLoss:
                            KL(pi || pi_ref) it is *biased*: equal to first order in d, weaker where pi has mass and
                            pi_ref has none, unbounded where pi_ref has mass and pi has none.
 
-    "Unbiased" holds per token and for samples of pi: the KL term contains neither r nor w.
+    "Unbiased" holds per token and for samples of pi: the KL term contains neither r nor w. With `kl_weighted`, each
+    estimate is multiplied by r, with its gradient. Then the value and the gradient of every estimator except k2 are
+    unbiased for samples of pi_prev: DeepSeek-AI (2025), "DeepSeek-V3.2", arXiv:2512.02556, equation 7.
+    With `kl_placement` "reward" or "reward_to_go" the loss has no KL term; see `algorithms.advantages`.
 
     Exponentials are bounded, so that one token cannot dominate or overflow the loss: every log-ratio of two policies is
     clamped to +-20 before it is used, and every KL estimate to +-10. A clamped value has no gradient, except in k1,
@@ -106,8 +122,8 @@ class ClippedPGLoss:
         clip_fraction_low, clip_fraction_high, clip_fraction_dual: fraction of tokens whose gradient the bound removes.
         approx_kl: k3 for KL(pi_prev || pi), the size of this update.
         entropy_estimate: -log pi of the tokens; unbiased for the entropy if the tokens were sampled from pi.
-        importance_weight_mean (after truncation), importance_truncated_fraction, importance_weight_max (before),
-            generation_kl (k3 for KL(pi_gen || pi_prev)): only with importance correction.
+        importance_weight_mean (after the bounds), importance_truncated_fraction (outside them), importance_weight_max
+            (before), generation_kl (k3 for KL(pi_gen || pi_prev)): only with importance correction.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -115,11 +131,16 @@ class ClippedPGLoss:
         self.clip_low = 1.0 - config.clip_ratio_low
         self.clip_high = 1.0 + config.clip_ratio_high
         self.dual_clip = config.dual_clip
-        self.sequence_level = config.aggregation == "sequence"
-        self.kl_coef = config.kl_coef
+        self.objective = config.objective
+        self.aggregation = config.aggregation
+        self.constant_length = config.constant_length or 1
+        self.kl_coef = config.kl_coef if config.kl_placement == "loss" else 0.0
         self.kl_estimator = config.kl_estimator
+        self.kl_weighted = config.kl_weighted
         self.importance_correction = config.importance_correction
+        self.importance_floor = config.importance_floor or 0.0
         self.importance_cap = math.inf if config.importance_cap is None else config.importance_cap
+        self.masks_outside = config.importance_outside == "mask"
 
     def __call__(
         self,
@@ -138,8 +159,10 @@ class ClippedPGLoss:
         num_samples = torch.clamp(global_num_samples.to(logprobs.device), min=1)
 
         def aggregate(values: torch.Tensor) -> torch.Tensor:
-            if not self.sequence_level:
+            if self.aggregation == "token":
                 return (values * tokens.mask).sum() / num_tokens
+            if self.aggregation == "constant":
+                return (values * tokens.mask).sum() / (self.constant_length * num_samples)
             means = (values * tokens.mask).sum(dim=1) / tokens.mask.sum(dim=1).clamp(min=1)
             return means.sum() / num_samples
 
@@ -178,27 +201,42 @@ class ClippedPGLoss:
         previous = logprobs.detach()[:, 1:]
         if "prev_logprobs" in batch:
             previous = _field(batch, "prev_logprobs", "the loss", shape, logprobs)[:, 1:]
-        advantages = _field(batch, "advantages", "the loss", rows, logprobs)
+        per_token = "advantages" in batch and batch["advantages"].ndim == 2
+        advantages = _field(batch, "advantages", "the loss", shape if per_token else rows, logprobs)
         # Masked positions (padding may hold -inf) must reach neither the value nor the gradient.
         current = torch.where(mask > 0, logprobs[:, 1:], 0.0)
         previous = torch.where(mask > 0, previous, 0.0)
-        # The same holds for the advantage of a masked sample.
-        advantages = torch.where(sample_mask > 0, advantages, 0.0)[:, None]
+        # The same holds for the advantages of a masked sample or token.
+        if per_token:
+            advantages = torch.where(mask > 0, advantages[:, 1:], 0.0)
+        else:
+            advantages = torch.where(sample_mask > 0, advantages, 0.0)[:, None]
         return _Tokens(mask, current, previous, _clamped(current - previous), advantages)
 
     def _surrogate(self, tokens: _Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the negative clipped surrogate [b, T-1] and its metrics per token."""
-        ratio = tokens.log_ratio.exp()
-        clipped = ratio.clamp(self.clip_low, self.clip_high)
-        losses = -torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
-        detached, is_negative = ratio.detach(), tokens.advantages < 0
+        """Return the negative surrogate [b, T-1] and its metrics per token."""
         metrics = {
-            "ratio_mean": detached,
-            "clip_fraction_low": (detached < self.clip_low) & is_negative,
-            "clip_fraction_high": (detached > self.clip_high) & (tokens.advantages > 0),
+            "ratio_mean": tokens.log_ratio.detach().exp(),
             "approx_kl": _k3(tokens.log_ratio.detach()),
             "entropy_estimate": -tokens.logprobs.detach(),
         }
+        if self.objective == "reinforce":
+            return -tokens.advantages * tokens.logprobs, metrics
+        log_ratio = tokens.log_ratio
+        if self.objective == "gspo":
+            means = (log_ratio * tokens.mask).sum(dim=1, keepdim=True) / tokens.mask.sum(dim=1, keepdim=True).clamp(
+                min=1
+            )
+            log_ratio = means.expand_as(log_ratio)
+        ratio = log_ratio.exp()
+        clipped, detached = ratio.clamp(self.clip_low, self.clip_high), ratio.detach()
+        is_low, is_high = detached < self.clip_low, detached > self.clip_high
+        if self.objective == "cispo":
+            metrics |= {"clip_fraction_low": is_low, "clip_fraction_high": is_high}
+            return -clipped.detach() * tokens.advantages * tokens.logprobs, metrics
+        is_negative = tokens.advantages < 0
+        metrics |= {"clip_fraction_low": is_low & is_negative, "clip_fraction_high": is_high & (tokens.advantages > 0)}
+        losses = -torch.minimum(ratio * tokens.advantages, clipped * tokens.advantages)
         if self.dual_clip is not None:
             losses = torch.where(is_negative, torch.minimum(losses, -self.dual_clip * tokens.advantages), losses)
             metrics["clip_fraction_dual"] = (detached > self.dual_clip) & is_negative
@@ -207,16 +245,16 @@ class ClippedPGLoss:
     def _kl(self, tokens: _Tokens, reference: torch.Tensor) -> torch.Tensor:
         """Return the KL estimate of each token, [b, T-1]."""
         d = _clamped(tokens.logprobs - torch.where(tokens.mask > 0, reference, 0.0))
+        if self.kl_weighted:
+            return kl_estimates(d, self.kl_estimator) * tokens.log_ratio.exp()
         if self.kl_estimator == "k1":
-            return d.detach().clamp(-_MAX_KL, _MAX_KL) * (1.0 + tokens.logprobs - tokens.logprobs.detach())
-        if self.kl_estimator == "k2":
-            return (0.5 * d.square()).clamp(max=_MAX_KL)
-        return _k3(-d)
+            return kl_estimates(d.detach(), "k1") * (1.0 + tokens.logprobs - tokens.logprobs.detach())
+        return kl_estimates(d, self.kl_estimator)
 
     def _importance(
         self, tokens: _Tokens, generation: torch.Tensor, log_support: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Return truncated weights [b, T-1], metrics per token, and untruncated weights [b, T-1]; no gradient."""
+        """Return bounded weights [b, T-1], metrics per token, and unbounded weights [b, T-1]; no gradient."""
         log_weight = tokens.previous - torch.where(tokens.mask > 0, generation, 0.0)
         generation_kl = _k3(_clamped(log_weight))
         if log_support is not None:
@@ -224,13 +262,30 @@ class ClippedPGLoss:
         if self.importance_correction == "sequence":
             log_weight = log_weight.sum(dim=1, keepdim=True).expand_as(log_weight)
         raw = _clamped(log_weight).exp()
-        weights = raw.clamp(max=self.importance_cap)
+        outside = (raw < self.importance_floor) | (raw > self.importance_cap)
+        bounded = raw.clamp(self.importance_floor, self.importance_cap)
+        weights = torch.where(outside, 0.0, raw) if self.masks_outside else bounded
         metrics = {
             "importance_weight_mean": weights,
-            "importance_truncated_fraction": raw > self.importance_cap,
+            "importance_truncated_fraction": outside,
             "generation_kl": generation_kl,
         }
         return weights, metrics, raw
+
+
+def kl_estimates(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Estimate KL(pi || pi_ref) of each token from samples of pi; see `ClippedPGLoss` for the formulas and bounds.
+
+    Args:
+        log_ratio: d = log pi - log pi_ref, any shape.
+        estimator: "k1", "k2" or "k3".
+    """
+    d = _clamped(log_ratio)
+    if estimator == "k1":
+        return d.clamp(-_MAX_KL, _MAX_KL)
+    if estimator == "k2":
+        return (0.5 * d.square()).clamp(max=_MAX_KL)
+    return _k3(-d)
 
 
 def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:

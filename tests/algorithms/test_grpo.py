@@ -1,9 +1,11 @@
 """Tests the GRPO loop with in-memory implementations of its interfaces."""
 
 import pytest
+import torch
 from fake_grpo import FakeEnvironment, FakeGeneration, FakeLoader, FakePolicy, build, without_timings
 from ray.exceptions import RayTaskError
 
+from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES
 from nemo_rl.errors import CheckpointError, ConfigError, EnvironmentFailure, LogprobMismatchError, WeightSyncError
 
 
@@ -162,3 +164,40 @@ def test_reference_logprobs_are_computed_only_with_a_kl_term():
         job = build("grpo.max_num_steps=1", f"loss.kl_coef={coefficient}")
         job.run()
         assert ("reference_policy_logprobs" in job.policy.batches[0]) is expected
+
+
+ONE_STEP = ("grpo.max_num_steps=1", "grpo.validation.at_start=false", "grpo.validation.at_end=false")
+PLAIN = ("grpo.advantage.baseline=none", "grpo.advantage.normalize_std=false")
+
+
+def test_kl_to_go_gives_an_advantage_to_each_token():
+    job = build(*ONE_STEP, *PLAIN, "loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.kl_placement=reward_to_go")
+    job.run()
+    (batch,) = job.policy.batches
+    # log pi - log pi_ref is -1 for both tokens of every completion.
+    expected = torch.tensor([0.0, 0.2, 0.1]) + batch["rewards"][:, None] * torch.tensor([0.0, 1.0, 1.0])
+    torch.testing.assert_close(batch["advantages"], expected)
+    assert "prev_logprobs" in batch
+
+
+def test_kl_in_the_reward_counts_once_per_completion():
+    job = build(*ONE_STEP, *PLAIN, "loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.kl_placement=reward")
+    job.run()
+    (batch,) = job.policy.batches
+    torch.testing.assert_close(batch["advantages"], batch["rewards"] + 0.2)
+
+
+def test_overlong_penalty_shapes_advantages_and_not_the_reported_reward():
+    lengths = ("policy.generation.max_new_tokens=2", "grpo.overlong_penalty.factor=0.5")
+    job = build(*ONE_STEP, *PLAIN, *lengths)
+    job.run()
+    (batch,) = job.policy.batches
+    torch.testing.assert_close(batch["advantages"], batch["rewards"] - 0.5)  # all completions are at the limit
+    assert job.recorder.metrics[0]["train/reward"] == pytest.approx(float(batch["rewards"].mean()))
+
+
+@pytest.mark.parametrize("recipe", LOSS_RECIPES)
+def test_every_recipe_trains(recipe):
+    job = build(*ONE_STEP, f"loss={recipe}")
+    assert job.run() == "all 1 steps are done"
+    assert job.policy.batches[0]["advantages"].isfinite().all()

@@ -6,7 +6,7 @@ Layout of a training batch (`BatchedDataDict`) with B samples, padded on the rig
     input_lengths                [B]    int64    prompt + completion
     token_mask                   [B, T] float32  1 for completion tokens in the loss
     sample_mask                  [B]    float32  0 excludes the whole sample from the loss
-    advantages                   [B]    float32
+    advantages                   [B]    float32, or [B, T] if they differ by token
     generation_logprobs          [B, T] float32  of the generator when it sampled, before top-p and top-k
     sampling_logprobs            [B, T] float32  of the generator after top-p and top-k; absent without them
     prev_logprobs                [B, T] float32  of the policy before the step; absent in the first update on a
