@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl import settings
 from nemo_rl.data.arithmetic import ArithmeticDataset, num_distinct
 from nemo_rl.models.policy.config import EmbeddedModelConfig
+from nemo_rl.utils.files import sync_tree
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ def ensure_embedded_model(config: EmbeddedModelConfig) -> Path:
             unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
             try:
                 _build(config, unfinished)
+                sync_tree(unfinished)  # the directory is used for good, also after a power failure
                 unfinished.rename(directory)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)

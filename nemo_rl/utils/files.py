@@ -45,6 +45,18 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False,
         raise
 
 
+def sync_tree(path: Path) -> None:
+    """Wait until every file and directory below `path`, and `path` itself, are on disk."""
+    for directory, _, files in os.walk(path):
+        for name in files:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(directory))
+
+
 def sync_directory(path: Path) -> None:
     """Wait until the names in a directory are on disk, as far as its file system supports that."""
     with contextlib.suppress(OSError):

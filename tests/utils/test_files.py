@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.files import sync_tree, write_atomically
 
 
 def test_write_replaces_content(tmp_path: Path) -> None:
@@ -83,3 +83,19 @@ def test_content_is_on_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.
     write_atomically(tmp_path / "file", "other", durable=False)
     assert steps == ["7 bytes", "name", "directory", "name"]
     assert (tmp_path / "file").read_text() == "other"
+
+
+def test_tree_is_synced_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("a/one", "a/b/two"):
+        (tmp_path / name).write_text(name)
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+
+    monkeypatch.setattr(os, "fsync", record)
+    sync_tree(tmp_path)
+    assert synced == {".", "a", "a/b", "a/one", "a/b/two"}

@@ -41,7 +41,7 @@ def restore_original_paths(site_packages: Path) -> None:
 
 
 def _restore_distribution(record: Path, site_packages: Path, originals: dict[bytes, bytes]) -> None:
-    rows = list(csv.reader(record.read_text(encoding="utf-8").splitlines()))
+    rows = list(csv.reader(io.StringIO(record.read_text(encoding="utf-8"))))
     for row in rows:
         path = site_packages / row[0]
         if not path.is_file() or path.stat().st_size > _MAX_BYTES or path == record:

@@ -370,7 +370,7 @@ def _update_records(root: Path, changed: dict[str, bytes]) -> None:
     site_packages = site_packages_of(root)
     prefix = site_packages.relative_to(root)
     for record in site_packages.glob("*.dist-info/RECORD") if changed else ():
-        rows = list(csv.reader(record.read_text(encoding="utf-8").splitlines()))
+        rows = list(csv.reader(io.StringIO(record.read_text(encoding="utf-8"))))
         is_changed = False
         for row in rows:
             content = changed.get(os.path.normpath(prefix / row[0])) if row else None

@@ -9,10 +9,11 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from sample_projects import BUILD_SYSTEM, Project, uv
+from sample_projects import BUILD_SYSTEM, Project, make_wheel, uv
 
 from nemo_rl import venvs
 from nemo_rl.venvs.building.build import site_packages_of
@@ -147,6 +148,37 @@ def test_fresh_venv_of_uv_has_no_damage(project: Project) -> None:
     done = run_script(venv)
     assert "bin/sample: altered" in done.stdout
     assert "`uv cache clean sample`, then `uv sync --reinstall-package sample`." in done.stdout
+
+
+def test_files_that_uv_changes_or_moves_are_no_damage(project: Project) -> None:
+    """uv writes this venv's Python into the scripts of a wheel, and spreads its data over the venv."""
+    wheel = make_wheel(project.wheels, "zeta", "1.0")
+    files = {
+        "zeta-1.0.data/scripts/zeta-run": b"#!python\nprint('zeta')\n",
+        "zeta-1.0.data/scripts/zeta.sh": b"#!/bin/sh\necho zeta\n",
+        "zeta-1.0.data/data/share/zeta/a, b.txt": b"data\n",
+        "zeta-1.0.data/purelib/zeta_more.py": b"MORE = 1\n",
+        "zeta/__pycache__/__init__.cpython-311.pyc": b"bytecode of another build",
+        "zeta/unlisted.txt": b"",
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        old = {name: archive.read(name) for name in archive.namelist()}
+    record = old.pop("zeta-1.0.dist-info/RECORD")
+    rows = [row(name, content) for name, content in files.items() if "unlisted" not in name]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {
+            **old,
+            **files,
+            "zeta-1.0.dist-info/RECORD": "\n".join(rows).encode() + b"\n" + record,
+        }.items():
+            archive.writestr(name, content)
+    ready = venvs.ensure(project.command("--with", "zeta"), "A")
+    done = subprocess.run([ready.path / "bin" / "zeta-run"], capture_output=True, text=True, check=True)
+    assert done.stdout == "zeta\n"
+    assert (ready.path / "share" / "zeta" / "a, b.txt").is_file()
+    assert list(verify_venv(str(ready.path))) == []
+    (ready.path / "share" / "zeta" / "a, b.txt").unlink()
+    assert [damage.problem for damage in verify_venv(str(ready.path))] == ["missing"]
 
 
 def test_package_that_was_added_later_is_reported(project: Project) -> None:

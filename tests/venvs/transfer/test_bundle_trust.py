@@ -82,10 +82,10 @@ def project(tmp_path: Path, index: str, files: Path, monkeypatch: pytest.MonkeyP
     root = tmp_path / "project"
     root.mkdir()
 
-    def lock(*dependencies: str, tables: str = "") -> str:
+    def lock(*dependencies: str, uv_lines: str = "", tables: str = "") -> str:
         (root / "pyproject.toml").write_text(
             '[project]\nname = "p"\nversion = "1"\nrequires-python = ">=3.11"\n'
-            f"dependencies = {list(dependencies)!r}\n[tool.uv]\npackage = false\n"
+            f"dependencies = {list(dependencies)!r}\n[tool.uv]\npackage = false\n{uv_lines}"
             f'[[tool.uv.index]]\nurl = "{index}"\ndefault = true\n{tables}'
         )
         uv("lock", "--no-cache", cwd=root)
@@ -319,3 +319,34 @@ def test_file_is_chosen_as_uv_chooses(tmp_path: Path) -> None:
     )
     with pytest.raises(BundleError, match=r"a==1\.0 cannot be bundled"):
         choose_source(Package("a", "1.0", sources=urls[2:3]))
+
+
+@pytest.mark.parametrize(
+    ("tables", "modules"),
+    [
+        ('no-build-isolation-package = ["native"]\n', "['alpha']"),
+        ('[tool.uv.extra-build-dependencies]\nnative = ["epsilon"]\n', "['epsilon']"),
+        ('[tool.nemo-rl]\nbuild-variables = ["FLAVOUR"]\n', "[]"),
+    ],
+    ids=["no isolation", "extra dependencies", "variables"],
+)
+def test_settings_of_builds_hold_in_a_bundle(
+    tmp_path: Path,
+    project: Callable[..., str],
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tables: str,
+    modules: str,
+) -> None:
+    monkeypatch.setenv("FLAVOUR", "mint")
+    files.mkdir(exist_ok=True)
+    make_sdist(files, "native")
+    publish(tmp_path / "index" / "native", files / "native-1.0.tar.gz")
+    is_table = tables.startswith("[")
+    command = project("native", "alpha", uv_lines="" if is_table else tables, tables=tables if is_table else "")
+    archive = tmp_path / "bundle.tar.gz"
+    write_bundle({"A": command}, archive)
+    (tmp_path / "index").rename(tmp_path / "gone")
+    venv = build(archive, command, tmp_path / "store")
+    seen = "{'FLAVOUR': 'mint'}" if "FLAVOUR" in tables else "{}"
+    assert run_in(venv.python, "import native; print(native.MODULES, native.SEEN)") == f"{modules} {seen}"
