@@ -187,6 +187,7 @@ def run_on_cluster(*arguments: str, **env: str) -> subprocess.CompletedProcess[s
     return run(program=program, **env)
 
 
+@pytest.mark.slow
 def test_doctor_checks_every_node_of_a_cluster(tmp_path: Path) -> None:
     done = run_on_cluster("doctor", "--json", NEMO_RL_VENV_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -197,6 +198,7 @@ def test_doctor_checks_every_node_of_a_cluster(tmp_path: Path) -> None:
     assert states["clock of the driver"] == "ok"
 
 
+@pytest.mark.slow
 def test_nodes_with_one_address_are_listed_separately(tmp_path: Path) -> None:
     program = (
         "import sys\n"
@@ -239,6 +241,7 @@ def test_readable_or_missing_token_is_reported(tmp_path: Path) -> None:
     assert (done.returncode, checks(done)["token"]["state"]) == (1, "fatal")
 
 
+@pytest.mark.slow
 def test_cluster_plan_has_placements_and_builds(tmp_path: Path) -> None:
     done = run_on_cluster(
         "plan", str(CONFIG), "cluster.cpu_workers_per_node=2", "--json", NEMO_RL_VENV_DIR=str(tmp_path)

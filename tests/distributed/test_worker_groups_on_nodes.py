@@ -16,6 +16,7 @@ from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 SOURCES = Path(__file__).with_name("worker_sources")
 
 
+@pytest.mark.slow
 def test_group_on_two_nodes_then_three(
     start_nodes: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

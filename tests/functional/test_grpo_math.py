@@ -50,7 +50,8 @@ def test_finished_run_is_not_continued(uninterrupted):
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("victim", ["driver", pytest.param("policy", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "policy"])
 def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     directory = tmp_path / "run"
     arguments = (*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")
@@ -70,6 +71,7 @@ def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     assert reproducible_metrics(metrics(directory)) == reproducible_metrics(metrics(uninterrupted))
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_no_process(tmp_path):
     directory = tmp_path / "run"
     job = subprocess.Popen(

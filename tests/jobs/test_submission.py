@@ -219,6 +219,7 @@ def test_missing_secret_fails_before_the_command(cli: Cli, sources: Path) -> Non
     assert "argument" not in done.stdout
 
 
+@pytest.mark.slow
 def test_job_can_be_followed_and_stopped(cli: Cli, head: dict[str, str], sources: Path) -> None:
     (sources / "long.py").write_text(
         "import time\nprint('started', flush=True)\nwhile True:\n    time.sleep(0.2)\n    print('on', flush=True)\n"
@@ -346,6 +347,7 @@ class Forwarder(socketserver.BaseRequestHandler):
             target.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2")
 def test_submit_from_another_network_namespace(head: dict[str, str], sources: Path) -> None:
     port = int(head["RAY_API_SERVER_ADDRESS"].rpartition(":")[2])

@@ -119,6 +119,7 @@ def test_worker_death_loses_no_task(executor: Executor, tmp_path: Path) -> None:
     assert len(list(deaths.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_task_that_kills_workers_is_set_aside(tmp_path: Path) -> None:
     deaths = tmp_path / "deaths"
     deaths.mkdir()
@@ -151,6 +152,7 @@ class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):
         return task
 
 
+@pytest.mark.slow
 def test_few_long_tasks_use_all_cpus(tmp_path: Path) -> None:
     """The first worker does not take both tasks, and a waiting worker of the next stage does not hold the CPUs."""
     last = AddOne().with_(resources=Resources(cpus=2))

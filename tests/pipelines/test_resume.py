@@ -171,6 +171,7 @@ def test_repeating_a_finished_run_keeps_counts(tmp_path: Path) -> None:
     assert counts == [[("Lists", 1, 6), ("AddOne", 6, 6)]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_lineage_is_the_same_on_every_executor(tmp_path: Path) -> None:
     """Lineages name the shards of writers and seed the sampling of models."""

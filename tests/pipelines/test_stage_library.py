@@ -87,6 +87,7 @@ def test_exact_duplicates() -> None:
     assert texts(loose.run(initial_tasks=given), "n") == [1, 2, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_near_duplicates() -> None:
     words = "a train leaves the station at noon and travels north for {} hours while another one waits in the shed"
@@ -109,6 +110,7 @@ def test_near_duplicates() -> None:
     assert texts(Pipeline("p", stages=[careful]).run(initial_tasks=[batch(*rows)]), "n") == [0, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_math_answers_with_two_sympy_versions() -> None:
     rows = [

@@ -169,6 +169,7 @@ def test_fields_passed_to_ray(executor: Executor, tmp_path: Path) -> None:
         assert {key: row[key] for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_venvs_are_reused_after_a_ray_restart(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

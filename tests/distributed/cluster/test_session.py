@@ -94,6 +94,7 @@ wait_for_end()
 """
 
 
+@pytest.mark.slow
 def test_drivers_with_the_same_gpus_share_a_cluster(start) -> None:
     owner = start(_DRIVER)
     address = owner.read_report()["address"]
@@ -108,6 +109,7 @@ def test_drivers_with_the_same_gpus_share_a_cluster(start) -> None:
     assert named.read_report()["address"] == address
 
 
+@pytest.mark.slow
 def test_foreign_and_dead_clusters_are_not_joined(start) -> None:
     foreign = start(
         """
@@ -123,6 +125,7 @@ def test_foreign_and_dead_clusters_are_not_joined(start) -> None:
     assert start(_DRIVER).read_report()["address"] not in others
 
 
+@pytest.mark.slow
 def test_drivers_started_together_share_a_cluster(start) -> None:
     drivers = [start(_DRIVER) for _ in range(2)]
     assert len({driver.read_report()["address"] for driver in drivers}) == 1
@@ -186,6 +189,7 @@ def test_workers_inherit_only_documented_variables(start) -> None:
     assert (reported["driver"]["DB_PASSWORD"], reported["driver"]["MY_SETTING"]) == ("hunter2", "1")
 
 
+@pytest.mark.slow
 def test_driver_started_by_uv_run_uploads_nothing(start, environment) -> None:
     """Ray's hook looks for `uv run` among the driver's parent processes and would start workers with uv."""
     script = textwrap.dedent(

@@ -135,6 +135,7 @@ def test_additive_venv_is_received_with_its_base(project: str, index: Index) -> 
         assert subprocess.run([script], check=True, capture_output=True, text=True).stdout.split()[0] == name
 
 
+@pytest.mark.slow
 def test_node_that_joins_later_receives(
     project: str, index: Index, cluster: Cluster, disks: list[Path], tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ def test_node_that_joins_later_receives(
     assert index.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only an x86_64 kernel can report another machine")
 def test_each_platform_has_a_builder(index: Index, cluster: Cluster, tmp_path: Path) -> None:
     """Add two nodes whose processes see another machine than x86_64 in uname."""
@@ -207,6 +209,7 @@ def test_altered_venv_is_rejected_and_built_locally(
     assert venvs.verify(store=_store(entry.python)) == []
 
 
+@pytest.mark.slow
 def test_dead_receiver_does_not_block_others(project: str, index: Index, cluster: Cluster, tmp_path: Path) -> None:
     others = {node.node_id for node in alive_nodes()} - {_driver_node()}
     uv = tmp_path / "uv-wrapper"

@@ -119,6 +119,7 @@ def test_two_workers_match_one_process(cluster, tiny) -> None:
         generation.shutdown()
 
 
+@pytest.mark.slow
 def test_dead_worker_restarts_and_repeats_its_prompts(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
     sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=2)

@@ -132,10 +132,8 @@ def test_restarted_workers_get_a_new_stream(cluster: RayVirtualCluster, model: P
         generation.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("rank", "route"),
-    [*(pytest.param(rank, BY_MEMORY, marks=pytest.mark.slow) for rank in (0, 1)), (1, BY_PAIRS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "route"), [(0, BY_MEMORY), (1, BY_MEMORY), (1, BY_PAIRS)])
 def test_dead_policy_worker_fails_the_update(cluster: RayVirtualCluster, model: Path, rank: int, route: Route) -> None:
     policy, generation = policy_and_generation(cluster, model, route, sharding="fsdp")
     try:
