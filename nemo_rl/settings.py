@@ -384,6 +384,14 @@ def project_root() -> Path:
     )
 
 
+def project_variables() -> dict[str, str]:
+    """Return the variable that makes another process use this process's project; empty if there is none."""
+    try:
+        return {PROJECT_ROOT.name: str(project_root())}
+    except ConfigError:
+        return {}
+
+
 def _is_project(path: Path) -> bool:
     """Return whether a `pyproject.toml` describes a project. An unreadable one does: its error is reported later."""
     try:

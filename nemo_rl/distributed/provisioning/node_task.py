@@ -76,9 +76,12 @@ class Survey:
 
 
 def driver_variables() -> dict[str, str]:
-    """Return the driver's variables that affect builds on nodes: those of this project, of uv and of proxies."""
+    """Return the driver's variables that affect builds on nodes: those of this project, of uv and of proxies.
+
+    The driver's project is one of them: the node's working directory, or its environment, may name another one.
+    """
     proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-    return {
+    return settings.project_variables() | {
         name: value
         for name, value in settings.snapshot().items()
         if name.startswith((*_PROJECT_PREFIXES, "UV_")) or name.lower() in proxies

@@ -260,7 +260,7 @@ def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[di
     given = fields.get("env_vars") or {}
     by_ray = {name: value for name, value in given.items() if not is_secret_variable(name, value)}
     by_host = {name: value for name, value in given.items() if is_secret_variable(name, value)}
-    for name, value in settings.forwarded().items():
+    for name, value in (settings.project_variables() | settings.forwarded()).items():
         if name in given:
             continue
         # Ray writes every runtime_env to its logs, and expands `$NAME` in the values.
