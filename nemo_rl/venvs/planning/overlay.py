@@ -20,7 +20,14 @@ from packaging.utils import canonicalize_name
 
 from nemo_rl import settings
 from nemo_rl.errors import RuntimeEnvError
-from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
+from nemo_rl.venvs.planning.plan import (
+    Package,
+    Resolution,
+    VenvPlan,
+    load_resolution,
+    package_from_lock,
+    save_resolution,
+)
 from nemo_rl.venvs.planning.relocation import located
 from nemo_rl.venvs.planning.requirements import is_option
 from nemo_rl.venvs.planning.spec import Spec, VenvSpec
@@ -42,14 +49,14 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
     """
     pins = {package.name: package.version for package in base.packages if package.version is not None}
     key = hashlib.sha256(json.dumps([FORMAT, base.digest, spec.requirements]).encode()).hexdigest()
-    packages = load_resolution(store, key)
-    if packages is None:
-        packages = _resolve(spec, base, pins, store)
-        save_resolution(store, key, packages)
+    resolution = load_resolution(store, key)
+    if resolution is None:
+        resolution = Resolution(tuple(_resolve(spec, base, pins, store)))
+        save_resolution(store, key, resolution)
     return VenvPlan(
         spec=spec,
         python=base.python,
-        packages=tuple(packages),
+        packages=resolution.packages,
         expected=base.expected,
         base=base,
         index_options=tuple(line for line in spec.requirements if is_option(line)),
