@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -29,7 +30,7 @@ from nemo_rl.venvs.planning.plan import (
     save_resolution,
 )
 from nemo_rl.venvs.planning.relocation import located
-from nemo_rl.venvs.planning.requirements import is_option
+from nemo_rl.venvs.planning.requirements import is_index_option, is_option, split_constraints
 from nemo_rl.venvs.planning.spec import Spec, VenvSpec
 from nemo_rl.venvs.storage.layout import Store
 from nemo_rl.venvs.storage.manifest import FORMAT
@@ -38,6 +39,8 @@ from nemo_rl.venvs.uv import BuildLog, run_uv
 # Every venv has scripts with these prefixes. They are never taken from the base.
 _VENV_SCRIPTS = ("python", "activate", "deactivate", "pydoc", "pip")
 _HEAD_BYTES = 1024
+_HASH = re.compile(r"\s--hash[=\s](\S+)")
+_NAME = re.compile(r"[^A-Za-z0-9._-]")  # what ends the name of a requirement
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
 
 
@@ -59,7 +62,7 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store) -> VenvPlan:
         packages=resolution.packages,
         expected=base.expected,
         base=base,
-        index_options=tuple(line for line in spec.requirements if is_option(line)),
+        index_options=tuple(line for line in spec.requirements if is_index_option(line)),
     )
 
 
@@ -79,18 +82,40 @@ def _resolve(spec: Spec, base: VenvPlan, pins: dict[str, str], store: Store) -> 
         raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} contains no package.")
     with tempfile.TemporaryDirectory(prefix="nemo_rl_resolve_") as directory:
         requirements, lock = Path(directory, "requirements.in"), Path(directory, "pylock.toml")
-        requirements.write_text("\n".join(spec.requirements) + "\n")
+        lines, constraints = split_constraints(line for line in spec.requirements if line != "--pre")
+        requirements.write_text("\n".join(lines) + "\n")
         # uv prefers the versions in an existing output file, so it keeps the base's versions that the list allows.
         lock.write_text(_lock_text(pins))
         arguments = ["pip", "compile", str(requirements), "-o", str(lock), "--python", base.python.executable]
+        arguments += ["--prerelease", "allow"] if "--pre" in spec.requirements else []  # uv ignores it in a file
+        if constraints:
+            Path(directory, "constraints.txt").write_text("\n".join(constraints) + "\n")
+            arguments += ["--constraints", f"{directory}/constraints.txt"]
         project = ["--project", str(located(spec.project))] if isinstance(spec, VenvSpec) else []
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
         arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
         with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
             run_uv(arguments, what=what, cwd=directory, log=log)
         entries = tomllib.loads(lock.read_text()).get("packages", [])
-        packages = [package_from_lock(entry, Path(directory)) for entry in entries]
+        packages = [_restricted(package_from_lock(entry, Path(directory)), lines) for entry in entries]
     return [package for package in packages if _differs(package, pins)]
+
+
+def _restricted(package: Package, lines: list[str]) -> Package:
+    """Return a package with only those of its hashes that the list allows: uv ignores them when it resolves."""
+    given = {
+        value
+        for line in lines
+        if package.location == line.split()[0] or canonicalize_name(_NAME.split(line)[0]) == package.name
+        for value in _HASH.findall(line)
+    }
+    allowed = given.intersection(package.hashes)
+    if given and not allowed and any(value.startswith("sha") for value in package.hashes):
+        raise RuntimeEnvError(
+            f"No file of {package} has a hash that the list of requirements allows: {', '.join(sorted(given))}. Its "
+            f"files have {', '.join(package.hashes)}."
+        )
+    return replace(package, hashes=tuple(sorted(allowed or given))) if given else package
 
 
 def _lock_text(pins: dict[str, str]) -> str:
