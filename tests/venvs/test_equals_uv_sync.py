@@ -102,6 +102,7 @@ WORKSPACE = '[tool.uv.workspace]\nmembers = ["packages/*"]\nexclude = ["packages
 INDEX = '[tool.uv]\nno-index = true\nfind-links = ["{wheels}"]\n'
 EXTRAS = '[project.optional-dependencies]\nx = ["delta==1.0"]\n'
 SUBPACKAGES = ("dist", "build", "venv", "venvs", "tox", "node_modules")
+COPIED = '[tool.uv.sources]\ncopied = { path = "../copied" }\n'
 FROM_ONE = "[tool.uv.sources]\none = { workspace = true }\n"
 
 LAYOUTS = {
@@ -163,7 +164,7 @@ LAYOUTS = {
     ),
     "copied path dependency": Layout(
         {
-            **member("top", "copied", extra_text='[tool.uv.sources]\ncopied = { path = "../copied" }\n' + INDEX),
+            **member("top", "copied", extra_text=COPIED + INDEX),
             **member("copied", "alpha==1.0"),
             **{f"copied/src/copied/{name}/__init__.py": "" for name in SUBPACKAGES},
         },
@@ -174,6 +175,24 @@ LAYOUTS = {
             {"copied/src/copied/data.bin": None},
         ),
         ("top",),
+    ),
+    "path sources of members and of the workspace": Layout(
+        {
+            "ws/pyproject.toml": WORKSPACE
+            + INDEX
+            + '[tool.uv.sources]\nlinked = { path = "../linked", editable = true }\n',
+            **member("one", "linked", "copied", extra_text=COPIED.replace("..", "../../.."), at="ws/packages/one"),
+            **member("two", "linked", at="ws/packages/two"),
+            **member("linked", "alpha"),
+            **member("copied", "gamma<2"),
+        },
+        ("--project ws", "--project ws/packages/one", "--project ws --package two"),
+        (
+            {"linked/src/linked/__init__.py": "CODE = 2\n", "copied/src/copied/__init__.py": "CODE = 2\n"},
+            member("linked", "alpha==1.0"),
+            member("copied", "gamma==2.0", extra_text='[project.scripts]\nrun = "copied:run"\n'),
+        ),
+        ("ws",),
     ),
     "members that conflict": Layout(
         {

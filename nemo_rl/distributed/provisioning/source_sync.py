@@ -42,6 +42,7 @@ from nemo_rl.errors import BroadcastError, ConfigError
 from nemo_rl.utils.names import abbreviated
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
+from nemo_rl.venvs.planning.relocation import located
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _roots(plans: Iterable[VenvPlan]) -> list[str]:
         if not isinstance(venv_plan.spec, InterpreterSpec):
             directories.append(Path(venv_plan.spec.project))
         if venv_plan.lock_root is not None:
-            workspaces.add(Path(venv_plan.lock_root))
+            workspaces.add(located(venv_plan.lock_root))
         directories += [Path(package.local.path) for package in venv_plan.packages if package.local is not None]
     roots = {str(root) for directory in directories if (root := _source_root(directory, workspaces)) is not None}
     return sorted(roots)

@@ -62,17 +62,21 @@ def packages_of(lines: Iterable[str], base_dir: str | None = None) -> list[str]:
     for line in lines:
         if not isinstance(line, str) or not line.strip() or not line.isprintable():
             raise RuntimeEnvError(f"{line!r} is not a requirement: expected text such as 'packaging==23.2'.")
-        result += _read_line(line.strip(), Path(base_dir or os.getcwd()), _MAX_DEPTH)
+        result += _read_line(line.strip(), (base_dir or os.getcwd(),), _MAX_DEPTH)
     return result
 
 
-def read_requirements_file(path: str | os.PathLike[str]) -> list[str]:
+def read_requirements_file(path: str | os.PathLike[str], base_dir: str | None = None) -> list[str]:
     """Read a requirements file as pip and uv do, or the inline metadata of a script; paths in the lines are absolute.
 
     Included files (`-r`), constraints files (`-c`) and `--find-links` are relative to the file that names them. Paths
     of packages are relative to the current directory; those that do not exist there, to the file.
+
+    Args:
+        base_dir: used instead of the current directory.
     """
-    return _read(Path(os.path.abspath(os.path.expanduser(path))), _MAX_DEPTH)
+    base_dir = base_dir or os.getcwd()
+    return _read(Path(os.path.normpath(os.path.join(base_dir, os.path.expanduser(path)))), base_dir, _MAX_DEPTH)
 
 
 def requirements_of_field(name: str, value: object) -> list[str]:
@@ -137,7 +141,7 @@ def _install_options(name: str, key: str, options: object) -> list[str]:
     return packages_of(lines)
 
 
-def _read(path: Path, depth: int, *, as_constraints: bool = False) -> list[str]:
+def _read(path: Path, base_dir: str, depth: int, *, as_constraints: bool = False) -> list[str]:
     if depth == 0:
         raise RuntimeEnvError(f"requirements file {path} includes files more than {_MAX_DEPTH} levels deep.")
     if not path.is_file():
@@ -153,22 +157,27 @@ def _read(path: Path, depth: int, *, as_constraints: bool = False) -> list[str]:
     lines: list[str] = []
     for number, line in _logical_lines(text):
         try:
-            checked = _read_line(line, path.parent, depth)
+            checked = _read_line(line, (base_dir, str(path.parent)), depth)
         except RuntimeEnvError as error:
             raise RuntimeEnvError(f"requirements file {path}, line {number}: {error}") from None
         lines += [f"{_CONSTRAINT} {item}" if as_constraints and not is_option(item) else item for item in checked]
     return lines
 
 
-def _read_line(line: str, base_dir: Path, depth: int) -> list[str]:
-    """Return a line with absolute paths, or the lines of the file that it includes."""
+def _read_line(line: str, base_dirs: tuple[str, ...], depth: int) -> list[str]:
+    """Return a line with absolute paths, or the lines of the file that it includes.
+
+    Args:
+        base_dirs: directories that paths of packages are relative to: the first in which the package exists, else the
+            last. Other paths are relative to the last.
+    """
     include = _FILE_OPTION.fullmatch(line)
     if include is None:
-        return _checked_line(line, str(base_dir))
+        return _checked_line(line, base_dirs)
     if _URL.match(include[2]):
         raise RuntimeEnvError(f"{line!r} names a URL; download the file and name its path.")
-    file = Path(os.path.normpath(base_dir / os.path.expanduser(_unquoted(include[2]))))
-    return _read(file, depth - 1, as_constraints=include[1] in ("-c", "--constraint"))
+    file = Path(os.path.normpath(os.path.join(base_dirs[-1], os.path.expanduser(_unquoted(include[2])))))
+    return _read(file, base_dirs[0], depth - 1, as_constraints=include[1] in ("-c", "--constraint"))
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -202,14 +211,14 @@ def _lines_of_script(path: Path, metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _checked_line(line: str, base_dir: str) -> list[str]:
+def _checked_line(line: str, base_dirs: tuple[str, ...]) -> list[str]:
     """Return a line with absolute paths; nothing for an option without effect."""
     if line.startswith("-"):
-        return _checked_option(line, base_dir)
+        return _checked_option(line, base_dirs)
     if _URL.match(line):
         return [line]
     if is_path(line):
-        return [_absolute(line, base_dir)]
+        return [_absolute(line, base_dirs)]
     requirement = re.sub(r"\s--hash[=\s]\S+", "", line)
     try:
         url = Requirement(requirement).url
@@ -217,11 +226,11 @@ def _checked_line(line: str, base_dir: str) -> list[str]:
         reason = str(error).splitlines()[0]
         raise RuntimeEnvError(mask_secrets(f"{line!r} is not a requirement: {reason}.")) from None
     if url is not None and ":" not in url:  # a relative path
-        return [line.replace(url, f"file://{urllib.parse.quote(_absolute(url, base_dir))}", 1)]
+        return [line.replace(url, f"file://{urllib.parse.quote(_absolute(url, base_dirs))}", 1)]
     return [line]
 
 
-def _checked_option(line: str, base_dir: str) -> list[str]:
+def _checked_option(line: str, base_dirs: tuple[str, ...]) -> list[str]:
     match = re.match(r"(--?[A-Za-z-]+)(?:[\s=]+(.*))?$", line)
     option = _ALIASES.get(match[1], match[1]) if match else line
     value = _unquoted(match[2] or "") if match else ""
@@ -235,9 +244,9 @@ def _checked_option(line: str, base_dir: str) -> list[str]:
     if not value:
         raise RuntimeEnvError(f"the option {option!r} needs a value.")
     if option == _CONSTRAINT:
-        return [f"{option} {constraint}" for constraint in _checked_line(value, base_dir)]
+        return [f"{option} {constraint}" for constraint in _checked_line(value, base_dirs)]
     if option in _LOCATIONS and not _URL.search(value):
-        value = _absolute(value, base_dir, is_package=option == "--editable")
+        value = _absolute(value, base_dirs if option == "--editable" else base_dirs[-1:])
     return [f"{option} {value}"]
 
 
@@ -270,11 +279,9 @@ def is_path(line: str) -> bool:
     return path.startswith((".", "~")) or "/" in path or path.endswith(_ARCHIVES)
 
 
-def _absolute(path: str, base_dir: str, *, is_package: bool = True) -> str:
+def _absolute(path: str, base_dirs: tuple[str, ...]) -> str:
     """Make a path absolute, with what follows it: extras, a marker, hashes."""
     path = os.path.expanduser(path)
     place = re.split(r"\[|\s", path, maxsplit=1)[0]
-    here = os.getcwd()
-    return os.path.normpath(
-        os.path.join(here if is_package and os.path.exists(os.path.join(here, place)) else base_dir, path)
-    )
+    base_dir = next((base for base in base_dirs if os.path.exists(os.path.join(base, place))), base_dirs[-1])
+    return os.path.normpath(os.path.join(base_dir, path))

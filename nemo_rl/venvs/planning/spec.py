@@ -213,15 +213,16 @@ def _parse_uv_run(text: str, words: list[str]) -> VenvSpec:
         if {one, other} <= given:
             raise InvalidPyExecutableError(f"py_executable {text!r} gives both {one} and {other}; choose one.")
     packages = _names(text, "--package", values["--package"])
+    directory = os.path.abspath(os.path.expanduser("".join(values["--directory"])))
     return VenvSpec(
-        project=_project(values["--directory"], values["--project"]),
+        project=_project(directory if values["--directory"] else None, values["--project"]),
         extras=_names(text, "--extra", values["--extra"]),
         groups=_names(text, "--group", values["--group"]),
         all_extras="--all-extras" in flags,
         default_groups="--no-default-groups" not in flags,
         frozen="--frozen" in flags,
         python=values["--python"][0] if values["--python"] else None,
-        requirements=_requirements(text, values["--with"], values["--with-requirements"]),
+        requirements=_requirements(text, values["--with"], values["--with-requirements"], directory),
         package=packages[0] if packages else None,
         all_packages="--all-packages" in flags,
     )
@@ -248,11 +249,11 @@ def _options(text: str, words: list[str]) -> Iterator[tuple[str, str | None]]:
             )
 
 
-def _project(directory: list[str], project: list[str]) -> str:
-    if not directory and not project:
+def _project(directory: str | None, project: list[str]) -> str:
+    if directory is None and not project:
         return str(settings.project_root())
-    # uv changes to --directory first, so a relative --project is relative to it.
-    return os.path.abspath(os.path.join(os.path.expanduser(directory[0]) if directory else "", *project))
+    # uv changes to --directory first, so all relative paths are relative to it.
+    return os.path.abspath(os.path.join(directory or "", *project))
 
 
 def _names(text: str, option: str, values: list[str]) -> tuple[str, ...]:
@@ -262,11 +263,11 @@ def _names(text: str, option: str, values: list[str]) -> tuple[str, ...]:
     return tuple(sorted({canonicalize_name(value) for value in values}))
 
 
-def _requirements(text: str, packages: list[str], files: list[str]) -> tuple[str, ...]:
+def _requirements(text: str, packages: list[str], files: list[str], directory: str) -> tuple[str, ...]:
     try:
-        lines = packages_of([item.strip() for value in packages for item in _split_list(value)])
+        lines = packages_of([item.strip() for value in packages for item in _split_list(value)], directory)
         for file in files:
-            lines += read_requirements_file(file)
+            lines += read_requirements_file(file, directory)
     except RuntimeEnvError as error:
         raise InvalidPyExecutableError(f"py_executable {text!r}: {error}") from error
     return _merged((), lines)

@@ -148,6 +148,14 @@ def test_path_beside_the_file(here: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert read_requirements_file(here / "list.txt") == [f"{here}/wheels/{ALPHA}", f"--editable {here}/lib"]
 
 
+def test_directory_option_moves_all_paths(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(here, {"list.txt": f"wheels/{ALPHA}\n"})
+    write_files(tmp_path, {"list.txt": "beta\n", f"wheels/{ALPHA}": ""})
+    monkeypatch.chdir(tmp_path)
+    spec = parse_py_executable(f"uv run --directory {here} --project project --with ./lib --with-requirements list.txt")
+    assert spec.requirements == (f"{here}/lib", f"{here}/wheels/{ALPHA}")
+
+
 def test_lines_have_the_same_meaning_elsewhere(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(here, FILES["constraints"])
     before = plan("uv run --project project --with-requirements list.txt")

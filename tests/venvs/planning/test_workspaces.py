@@ -56,6 +56,15 @@ def test_change_of_another_member_needs_a_new_lock(workspace: Path) -> None:
         plan("uv run --project one")
 
 
+def test_paths_stay_below_a_link(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    link = tmp_path / "deep" / "link"
+    link.symlink_to(workspace)
+    planned = plan(f"uv run --project {link}/one --all-packages")
+    assert [package.location for package in planned.packages if package.local] == [f"{link}/one", f"{link}/two"]
+    assert planned.lock_root == str(link)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
