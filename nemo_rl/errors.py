@@ -79,7 +79,7 @@ class LockMismatchError(VenvError, ValueError):
 
 
 class UnknownExtraError(VenvError, ValueError):
-    """A spec names an extra or dependency group that the project does not declare."""
+    """A spec names an extra, a dependency group or a workspace member that the project does not have."""
 
 
 class UvNotFoundError(VenvError):

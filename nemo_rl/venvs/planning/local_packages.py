@@ -64,10 +64,10 @@ class LocalPackage:
 
 
 def file_digest(path: Path) -> str | None:
-    """Return the sha256 of a file; None if there is no such file."""
+    """Return the sha256 of a file; None if there is no such file, or if it cannot be read by this user."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
         return None
 
 

@@ -16,6 +16,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from glob import glob
 from pathlib import Path
 
 from packaging.markers import Marker
@@ -189,7 +190,21 @@ def project_inputs(project: str) -> str:
     directory = located(project)
     paths = [around / name for around in (directory, *directory.parents) for name in _PROJECT_FILES]
     inputs = [(str(original(path)), digest) for path in paths if (digest := file_digest(path)) is not None]
+    inputs += [(member, "") for path in paths for member in _possible_members(path)]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def _possible_members(pyproject: Path) -> list[str]:
+    """Return the projects that a workspace's patterns match now; a new one makes its lock outdated."""
+    try:
+        text = pyproject.read_text(encoding="utf-8")
+        if "workspace" not in text or pyproject.name != "pyproject.toml":
+            return []
+        patterns = tomllib.loads(text)["tool"]["uv"]["workspace"]["members"]
+        found = {path for pattern in patterns for path in glob(f"{pattern}/pyproject.toml", root_dir=pyproject.parent)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is no workspace, or uv will report what is wrong with it
+    return [str(original(pyproject.parent / path)) for path in sorted(found)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -56,6 +56,17 @@ def test_change_of_another_member_needs_a_new_lock(workspace: Path) -> None:
         plan("uv run --project one")
 
 
+def test_new_member_needs_a_new_lock(workspace: Path, project_template: Path) -> None:
+    write_files(workspace, {"pyproject.toml": ROOT.replace('"two"', '"t*"')}, wheels=str(project_template))
+    command = "uv run --project . --all-packages"
+    before = plan(command).digest
+    write_files(workspace, member("three", "alpha"))
+    with pytest.raises(LockMismatchError, match="uv lock"):
+        plan(command)
+    uv("lock", cwd=workspace)
+    assert plan(command).digest != before
+
+
 def test_paths_stay_below_a_link(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     link = tmp_path / "deep" / "link"
