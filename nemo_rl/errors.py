@@ -9,7 +9,7 @@
     │   ├── InvalidPyExecutableError (ValueError)   a py_executable string is not accepted
     │   ├── RuntimeEnvError (ValueError)            a runtime_env field is unknown, malformed or clashes with another
     │   ├── LockMismatchError (ValueError)          uv.lock does not match pyproject.toml
-    │   ├── UnknownExtraError (ValueError)          the project has no such extra or dependency group
+    │   ├── UnknownExtraError (ValueError)          no such extra, dependency group or member
     │   ├── UvNotFoundError                         uv is not installed
     │   ├── VenvBuildError                          uv failed; carries command, node, output tail and log path
     │   │   └── NoSpaceError                        the build ran out of disk space

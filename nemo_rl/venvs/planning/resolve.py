@@ -88,7 +88,7 @@ def plan(
 
     Raises:
         InvalidPyExecutableError: the string is not accepted.
-        UnknownExtraError: the project has no such extra or group.
+        UnknownExtraError: the project has no such extra, group or member.
         LockMismatchError: `uv.lock` is missing or does not match `pyproject.toml`.
         VenvBuildError: uv failed, for example because the index does not answer.
         VenvError: the project or interpreter does not exist or cannot be read.
