@@ -9,7 +9,7 @@
     │   ├── InvalidPyExecutableError (ValueError)   a py_executable string is not accepted
     │   ├── RuntimeEnvError (ValueError)            a runtime_env field is unknown, malformed or clashes with another
     │   ├── LockMismatchError (ValueError)          uv.lock does not match pyproject.toml
-    │   ├── UnknownExtraError (ValueError)          the project has no such extra or dependency group
+    │   ├── UnknownExtraError (ValueError)          no such extra, dependency group or member
     │   ├── UvNotFoundError                         uv is not installed
     │   ├── VenvBuildError                          uv failed; carries command, node, output tail and log path
     │   │   ├── NoSpaceError                        the build ran out of disk space
@@ -80,7 +80,7 @@ class LockMismatchError(VenvError, ValueError):
 
 
 class UnknownExtraError(VenvError, ValueError):
-    """A spec names an extra or dependency group that the project does not declare."""
+    """A spec names an extra, a dependency group or a workspace member that the project does not have."""
 
 
 class UvNotFoundError(VenvError):

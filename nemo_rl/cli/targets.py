@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 
 from packaging.utils import canonicalize_name
 
 from nemo_rl import settings
-from nemo_rl.errors import ConfigError, InvalidPyExecutableError, LockMismatchError
+from nemo_rl.errors import ConfigError, InvalidPyExecutableError
 from nemo_rl.utils.names import nearest_names
 
 BASE = "base"
@@ -72,13 +71,12 @@ def find_target(name: str) -> Target:
 
 
 def project_extras() -> list[str]:
-    """Return the extras of the project. Raises `LockMismatchError` if its pyproject.toml cannot be read."""
-    path = settings.project_root() / "pyproject.toml"
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LockMismatchError(f"{path} cannot be read: {error}. Set {settings.PROJECT_ROOT.name}.") from None
-    return sorted(canonicalize_name(name) for name in content.get("project", {}).get("optional-dependencies", {}))
+    """Return the extras of the project, as its lock has them. Raises `VenvError` if it has no readable lock."""
+    from nemo_rl.venvs.planning.lock_graph import LockGraph
+    from nemo_rl.venvs.planning.resolve import lock_root
+
+    root = settings.project_root()
+    return sorted(LockGraph.read(lock_root(str(root)), root).extras)
 
 
 def is_interpreter(py_executable: str) -> bool:

@@ -23,8 +23,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from nemo_rl import settings
 from nemo_rl.distributed.provisioning.node_task import node_variables
 from nemo_rl.secrets import mask_secrets
-from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, VenvSpec, find_sealed, list_venvs
-from nemo_rl.venvs.planning.resolve import lock_root
+from nemo_rl.venvs import Manifest, Package, Store, VenvInfo, VenvPlan, find_sealed, list_venvs
 
 READY, BUILT, REFUSED, IGNORED = "ready", "would be built", "would be refused", "an older one would be used"
 RECEIVED = "would come from another node"
@@ -84,8 +83,8 @@ def forecast_venvs(
 
 def wheel_sizes_of(plans: Iterable[VenvPlan]) -> dict[str, int]:
     """Return the bytes of the wheels for this platform by `name==version`, if the lock files have them."""
-    specs = [layer.spec for _, layer in _layers({str(i): plan for i, plan in enumerate(plans)})]
-    roots = {lock_root(spec.project) for spec in specs if isinstance(spec, VenvSpec)}
+    layers = [layer for _, layer in _layers({str(i): plan for i, plan in enumerate(plans)})]
+    roots = {Path(layer.lock_root) for layer in layers if layer.lock_root is not None}
     sizes: dict[str, int] = {}
     for root in roots:
         for entry in tomllib.loads((root / "uv.lock").read_text(encoding="utf-8")).get("package", []):

@@ -24,7 +24,8 @@ from nemo_rl.venvs.ensure import SealedVenv, find_sealed
 from nemo_rl.venvs.interpreter import query_python_cached
 from nemo_rl.venvs.planning.lock_graph import LockGraph, Selection
 from nemo_rl.venvs.planning.plan import Package, VenvPlan
-from nemo_rl.venvs.planning.resolve import lock_root, python_of
+from nemo_rl.venvs.planning.relocation import located
+from nemo_rl.venvs.planning.resolve import python_of
 from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
 from nemo_rl.venvs.storage.layout import Store
 
@@ -68,8 +69,8 @@ class Explanation:
         spec: canonical py_executable.
         package: normalised name.
         version: None if the worker does not have the package; the location of a package without a version.
-        source: `lock`, `added` (by `--with` or a runtime_env) or `interpreter` (installed in the interpreter that the
-            worker uses); None without a version.
+        source: `lock`, `added` (by `--with`, a runtime_env or a script) or `interpreter` (installed in the interpreter
+            that the worker uses); None without a version.
         routes: the shortest path to the package from each origin: the project's dependencies, each extra, each group.
         demands: direct requirements: of packages of the venv, the project and its `tool.uv.override-dependencies`.
         replaced: version in the base venv that an added package overrides.
@@ -114,6 +115,8 @@ def explain(worker: str, plan: VenvPlan, package: str, *, store: Store | None = 
         return _explain_additive(explain(worker, plan.base, name, store=store), plan, name)
     if isinstance(plan.spec, InterpreterSpec):
         return _explain_interpreter(worker, plan.spec, name)
+    if plan.spec.script is not None:
+        return _explain_additive(Explanation(worker, str(plan.spec), name, None), plan, name)
     return _explain_locked(worker, plan, plan.spec, name, find_sealed(plan.digest, store))
 
 
@@ -190,20 +193,22 @@ def _explain_additive(base: Explanation, plan: VenvPlan, name: str) -> Explanati
 
 
 def _explain_locked(worker: str, plan: VenvPlan, spec: VenvSpec, name: str, sealed: SealedVenv | None) -> Explanation:
-    root = lock_root(spec.project)
-    graph = LockGraph.read(root, Path(spec.project))
+    root = located(plan.lock_root or spec.project)
+    graph = LockGraph.read(root, located(spec.project), package=spec.package, all_packages=spec.all_packages)
     _, markers = python_of(spec)
     extras = graph.extras if spec.all_extras else frozenset(spec.extras)
-    selection = Selection(extras, frozenset(spec.groups) | _default_groups(spec), markers)
+    default = _default_groups(graph.directory_of(graph.targets[0]) if len(graph.targets) == 1 else root)
+    groups = frozenset(spec.groups) | (default if spec.default_groups else frozenset())
+    selection = Selection(extras, groups, markers)
     walk = graph.walk(selection)
     selected = [f"extra {extra}" for extra in sorted(extras)] + [f"group {group}" for group in sorted(selection.groups)]
     package = _package(plan.packages, name)
     node = walk.find(name)
     installed = _distributions(sealed)
-    demands = [Demand(f"tool.uv.override-dependencies of {graph.project.name}", line) for line in graph.overrides(name)]
+    demands = [Demand("tool.uv.override-dependencies", line) for line in graph.overrides(name)]
     for by in sorted(walk.dependents.get(node, ()), key=str) if node else ():
-        if by == graph.project:
-            demands += [Demand(str(by), line) for line in graph.project_requirements(name, selection)]
+        if by in graph.targets:
+            demands += [Demand(str(by), line) for line in graph.project_requirements(by, name, selection)]
         else:
             demands.append(Demand(str(by), _requirement_on(name, installed.get(by.name))))
     paths = walk.paths[node].items() if node and package else ()
@@ -249,10 +254,8 @@ def _strictness(demand: Demand) -> int:
     return 0 if "==" in requirement else 1 if "<" in requirement or "~=" in requirement else 2
 
 
-def _default_groups(spec: VenvSpec) -> frozenset[str]:
-    if not spec.default_groups:
-        return frozenset()
-    path = Path(spec.project) / "pyproject.toml"
+def _default_groups(project: Path) -> frozenset[str]:
+    path = project / "pyproject.toml"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -84,16 +84,18 @@ class DriverVersions:
             ray = None
         return DriverVersions(platform.python_version(), ray)
 
-    def check(self, what: str, python: str, ray: str | None) -> None:
+    def check(self, what: str, python: str, ray: str | None, *, remedy: str = "") -> None:
         """Raise `IncompatibleVenvError` if `python` or `ray` differs from the driver's version.
 
-        `what` is the subject of the message, such as "The venv 'a'". A `ray` of None is accepted.
+        Args:
+            what: the subject of the message, such as "The venv 'a'".
+            ray: None is accepted.
+            remedy: how to get the driver's Python; default: install it on this node.
         """
         if python != self.python:
             raise IncompatibleVenvError(
                 f"{what} has Python {python}, but the driver runs Python {self.python}, and Ray refuses to mix them. "
-                f"Start the driver with Python {python}, or install Python {self.python} on this node and omit "
-                "--python."
+                f"Start the driver with Python {python}, or {remedy or f'install Python {self.python} on this node'}."
             )
         if ray is not None and self.ray is not None and ray != self.ray:
             raise IncompatibleVenvError(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,19 @@ class Project:
 
     def command(self, *options: str) -> str:
         return " ".join(["uv run --locked --project", str(self.root), *options])
+
+
+def write_files(root: Path, files: Mapping[str, str | None], **values: str) -> None:
+    """Write texts by relative path, with `{name}` replaced by its value; None removes the file."""
+    for path, text in files.items():
+        file = root / path
+        if text is None:
+            file.unlink()
+            continue
+        for name, value in values.items():
+            text = text.replace(f"{{{name}}}", value)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
 
 def run_in(python: str, code: str, **environment: str) -> str:

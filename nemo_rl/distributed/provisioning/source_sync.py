@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,12 +168,14 @@ def task_options(node_id: str) -> dict[str, Any]:
 
 
 def _roots(plans: Iterable[VenvPlan]) -> list[str]:
-    directories = [Path(entry) for entry in _driver_directories()]
+    directories, workspaces = [Path(entry) for entry in _driver_directories()], set()
     for venv_plan in (layer for top in plans for layer in (top, top.base) if layer is not None):
         if not isinstance(venv_plan.spec, InterpreterSpec):
             directories.append(Path(venv_plan.spec.project))
+        if venv_plan.lock_root is not None:
+            workspaces.add(located(venv_plan.lock_root))
         directories += [located(package.local.path) for package in venv_plan.packages if package.local is not None]
-    roots = {str(root) for directory in directories if (root := _source_root(directory)) is not None}
+    roots = {str(root) for directory in directories if (root := _source_root(directory, workspaces)) is not None}
     return sorted(roots)
 
 
@@ -194,12 +196,16 @@ def outside_python(entries: Iterable[str]) -> list[str]:
     )
 
 
-def _source_root(directory: Path) -> Path | None:
-    """Return the source directory around `directory`: its workspace, project or repository; None if there is none."""
+def _source_root(directory: Path, workspaces: Set[Path] = frozenset()) -> Path | None:
+    """Return the source directory around `directory`: its workspace, project or repository; None if there is none.
+
+    Args:
+        workspaces: directories whose locks uv uses. Their members may have locks too, which uv ignores.
+    """
     candidates = [directory, *directory.parents]
-    for marker in ("uv.lock", "pyproject.toml", ".git"):
+    for marker in (None, "uv.lock", "pyproject.toml", ".git"):
         for candidate in candidates:
-            if (candidate / marker).exists():
+            if candidate in workspaces if marker is None else (candidate / marker).exists():
                 return candidate
             if (candidate / ".git").exists():
                 break  # a directory around a repository belongs to another project

@@ -21,10 +21,11 @@ from nemo_rl.venvs.building.site_hook import MODULE, PTH_FILE, write_site_hook
 from nemo_rl.venvs.building.uv_config import uv_build_environment
 from nemo_rl.venvs.interpreter import start_python
 from nemo_rl.venvs.planning.build_variables import shown_variables
+from nemo_rl.venvs.planning.local_packages import LocalPackage
 from nemo_rl.venvs.planning.overlay import add_base_scripts, install_lines, installed_distributions
 from nemo_rl.venvs.planning.plan import VenvPlan
 from nemo_rl.venvs.planning.relocation import located, restore_original_paths
-from nemo_rl.venvs.planning.resolve import lock_root, plan, project_inputs
+from nemo_rl.venvs.planning.resolve import plan, spec_inputs
 from nemo_rl.venvs.planning.spec import InterpreterSpec, VenvSpec
 from nemo_rl.venvs.progress import PhaseClock
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
@@ -86,11 +87,12 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             receive(venv_plan, root, clock, log)
         else:
             _check_inputs(venv_plan, store)
+            _check_copied_packages(venv_plan)
             bundle = settings.BUNDLE.get()
             if bundle is not None:
                 _install_bundled(venv_plan, root, clock, log, what, UnpackedBundle(bundle))
             else:
-                (_sync_project if venv_plan.base is None else _install_overlay)(venv_plan, root, clock, log, what)
+                (_sync_project if venv_plan.is_project else _install_listed)(venv_plan, root, clock, log, what)
             restore_original_paths(site_packages_of(root))
         site_packages = site_packages_of(root)
         if venv_plan.base is not None:
@@ -139,7 +141,7 @@ def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
     spec = venv_plan.spec
     if venv_plan.base is not None or not isinstance(spec, VenvSpec):
         return
-    if project_inputs(spec, lock_root(spec.project)) == venv_plan.inputs:
+    if spec_inputs(spec) == venv_plan.inputs:
         return
     here = plan(spec, store=store, expected=venv_plan.expected, variables=dict(venv_plan.build_variables))
     if here.digest != venv_plan.digest:
@@ -149,6 +151,17 @@ def _check_inputs(venv_plan: VenvPlan, store: Store) -> None:
             "plan. Copy the same pyproject.toml and uv.lock to every node; if they changed while the job was starting, "
             "start it again."
         )
+
+
+def _check_copied_packages(venv_plan: VenvPlan) -> None:
+    """Raise `LockMismatchError` if a directory that a package is copied from has other files than were planned."""
+    for package in venv_plan.packages:
+        local = package.local
+        if local is not None and not local.editable and LocalPackage.read(local.path, editable=False) != local:
+            raise LockMismatchError(
+                f"The files of {package} on {socket.gethostname()} are not those that were planned. Copy the same "
+                "files to every node; if they changed while the job was starting, start it again."
+            )
 
 
 def _sync_project(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
@@ -188,12 +201,12 @@ def _install_bundled(
     install_from_bundle(venv_plan, root, bundle, log, what, lambda line: _report_line(line, clock))
 
 
-def _install_overlay(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
+def _install_listed(venv_plan: VenvPlan, root: Path, clock: PhaseClock, log: BuildLog, what: str) -> None:
     clock.start("fetch")
     project = ["--project", str(located(venv_plan.spec.project))] if isinstance(venv_plan.spec, VenvSpec) else []
     _create_empty(venv_plan, root, log, what)
     if not venv_plan.packages:
-        return  # the base provides all requirements
+        return  # the base provides all requirements, or there are none
     listing = root / ".nemo_rl_requirements"
     listing.write_text("\n".join(install_lines(venv_plan)) + "\n")
     hashed = all(any(value.startswith("sha") for value in package.hashes) for package in venv_plan.packages)
@@ -298,7 +311,11 @@ def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> s
         if name not in installed or name not in planned or planned[name] not in (None, installed[name])
     ]
     if wrong:
-        raise VenvBuildError(f"{what}: the installed packages are not the planned ones: {'; '.join(wrong[:5])}.")
+        raise VenvBuildError(
+            f"{what}: the installed packages are not the planned ones: {'; '.join(wrong[:5])}. The project may have "
+            "changed meanwhile: run it again. If it fails again, remove the cached resolutions in "
+            f"{root.parent / '.resolved'}."
+        )
     ray = installed.get("ray") or (venv_plan.base.ray if venv_plan.base is not None else None)
     venv_plan.expected.check(what, version, ray)
     return ray

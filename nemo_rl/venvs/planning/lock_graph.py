@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import tomllib
 from collections import deque
@@ -29,13 +30,19 @@ _TRUE, _FALSE = "python_version != '0'", "python_version == '0'"
 
 @dataclass(frozen=True)
 class Origin:
-    """Names the start of a path: the project's dependencies, one of its extras or one of its groups."""
+    """Names the start of a path: a project's dependencies, one of its extras or one of its groups.
+
+    `member` is the project's name if the selection contains several members of a workspace.
+    """
 
     kind: Literal["project", "extra", "group"]
     name: str = ""
+    member: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}" if self.name else "the project's dependencies"
+        if not self.name:
+            return f"the dependencies of {self.member}" if self.member else "the project's dependencies"
+        return f"{self.kind} {self.name}" + (f" of {self.member}" if self.member else "")
 
 
 @dataclass(frozen=True)
@@ -83,27 +90,42 @@ class Walk:
 
 
 class LockGraph:
-    """Searches a parsed `uv.lock` from one of its projects.
+    """Searches a parsed `uv.lock` from the projects that a spec installs.
 
     Args:
         content: the parsed lock.
         root: directory of the lock.
-        project: directory of a project that the lock contains.
+        project: the project's directory, or a directory in it.
+        package: name of the workspace member to install; None for the project.
+        all_packages: install all members.
+
+    Attributes:
+        targets: the projects to install: `package`, all members, or the project. A workspace root that is no project
+            itself stands for all members.
     """
 
-    def __init__(self, content: Mapping[str, Any], root: Path, project: Path) -> None:
+    def __init__(
+        self, content: Mapping[str, Any], root: Path, project: Path, package: str | None, all_packages: bool
+    ) -> None:
         self._entries: dict[LockedPackage, Mapping[str, Any]] = {}
         self._by_name: dict[str, list[LockedPackage]] = {}
         for entry in content.get("package", []):
-            package = LockedPackage(entry["name"], entry.get("version", ""), json.dumps(entry.get("source", {})))
-            self._entries[package] = entry
-            self._by_name.setdefault(package.name, []).append(package)
+            locked = LockedPackage(entry["name"], entry.get("version", ""), json.dumps(entry.get("source", {})))
+            self._entries[locked] = entry
+            self._by_name.setdefault(locked.name, []).append(locked)
+        self._root = root
         self._conflicts = content.get("conflicts", [])
         self._overrides = content.get("manifest", {}).get("overrides", [])
-        self.project = self._member(root, project)
+        names = content.get("manifest", {}).get("members")  # only in the lock of a workspace
+        members = [
+            locked
+            for locked, entry in self._entries.items()
+            if (locked.name in names if names is not None else self._directory(locked) == root.resolve())
+        ]
+        self.targets = tuple(members if all_packages else self._targets_of(members, project, package))
 
     @staticmethod
-    def read(root: Path, project: Path) -> LockGraph:
+    def read(root: Path, project: Path, *, package: str | None = None, all_packages: bool = False) -> LockGraph:
         """Read the lock in the directory `root`.
 
         Raises:
@@ -111,32 +133,75 @@ class LockGraph:
         """
         path = root / "uv.lock"
         try:
-            return LockGraph(tomllib.loads(path.read_text(encoding="utf-8")), root, project)
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            return LockGraph(content, root, project, package, all_packages)
+        except LockMismatchError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LockMismatchError(f"{path} cannot be read: {error}. Run `uv lock`.") from None
 
+    def _targets_of(self, members: list[LockedPackage], project: Path, package: str | None) -> list[LockedPackage]:
+        if package is not None:
+            targets = [member for member in members if member.name == package]
+        else:
+            directories = {self._directory(member): [member] for member in members}
+            directories.setdefault(self._root.resolve(), members)
+            around = (project.resolve(), *project.resolve().parents)
+            targets = next((directories[path] for path in around if path in directories), [])
+        if not targets:
+            what = f"the package {package}" if package is not None else f"the project {project}"
+            raise LockMismatchError(f"{self._root / 'uv.lock'} does not contain {what}. Run `uv lock` there.")
+        return targets
+
+    def _directory(self, package: LockedPackage) -> Path | None:
+        location = _location(self._entries[package])
+        return (self._root / location).resolve() if location is not None else None
+
+    def directory_of(self, target: LockedPackage) -> Path:
+        """Return the directory of one of `targets`."""
+        directory = self._directory(target)
+        assert directory is not None
+        return directory
+
     @property
     def extras(self) -> frozenset[str]:
-        """All extras of the project."""
-        return frozenset(self._entries[self.project].get("optional-dependencies", {}))
+        """All extras of the targets."""
+        return frozenset(name for target in self.targets for name in self._names(target, "extra"))
+
+    def known_names(self, kind: str) -> list[str]:
+        """Return the names of every `extra` or `group` of the targets, or of the targets themselves (`package`)."""
+        if kind == "package":
+            return sorted(target.name for target in self.targets)
+        if len(self.targets) == 1:
+            return sorted(self._names(self.targets[0], kind))
+        return [f"{name} ({target.name})" for target in self.targets for name in sorted(self._names(target, kind))]
+
+    def _names(self, target: LockedPackage, kind: str) -> set[str]:
+        entry = self._entries[target]
+        metadata = entry.get("metadata", {})  # alone lists the empty ones
+        if kind == "extra":
+            return {*entry.get("optional-dependencies", {}), *metadata.get("provides-extras", ())}
+        return {*entry.get("dev-dependencies", {}), *metadata.get("requires-dev", {})}
 
     def versions(self, name: str) -> list[str]:
         """Return every version of a package in the lock."""
         return [package.version for package in self._by_name.get(canonicalize_name(name), [])]
 
     def conflicts_of(self, selection: Selection) -> list[list[str]]:
-        """Return each declared set of conflicting extras and groups (`extra vllm`) that contains a selected one."""
-        selected = {f"extra {name}" for name in selection.extras} | {f"group {name}" for name in selection.groups}
+        """Return each declared set of conflicts (`extra vllm`) that contains a part of the selection."""
+        names = {target.name for target in self.targets}
+        selected = {f"package {name}" for name in names}
+        selected |= {f"extra {name}" for name in selection.extras} | {f"group {name}" for name in selection.groups}
         conflicts = []
         for conflict in self._conflicts:
-            items = [_conflict_item(item) for item in conflict if item.get("package") == self.project.name]
-            if selected & set(items):
+            items = [_conflict_item(item) for item in conflict]
+            if selected & {text for text, item in zip(items, conflict) if item.get("package") in names}:
                 conflicts.append(items)
         return conflicts
 
-    def project_requirements(self, name: str, selection: Selection) -> list[str]:
-        """Return the project's requirements on a package, such as `numpy>=2.0`, that apply to the selection."""
-        metadata = self._entries[self.project].get("metadata", {})
+    def project_requirements(self, target: LockedPackage, name: str, selection: Selection) -> list[str]:
+        """Return a target's requirements on a package, such as `numpy>=2.0`, that apply to the selection."""
+        metadata = self._entries[target].get("metadata", {})
         requirements = [*metadata.get("requires-dist", [])]
         for group in sorted(selection.groups):
             requirements += metadata.get("requires-dev", {}).get(group, [])
@@ -154,23 +219,28 @@ class LockGraph:
 
     def walk(self, selection: Selection) -> Walk:
         """Search breadth first from each origin of the selection."""
-        active = {_encoded("extra", self.project.name, name) for name in selection.extras}
-        active |= {_encoded("group", self.project.name, name) for name in selection.groups}
-        markers = _Markers(selection.markers, active)
-        entry, result = self._entries[self.project], Walk()
-        self._walk_from(Origin("project"), entry.get("dependencies", []), markers, result)
-        for name in sorted(selection.extras):
-            dependencies = entry.get("optional-dependencies", {}).get(name, [])
-            self._walk_from(Origin("extra", name), dependencies, markers, result)
-        for name in sorted(selection.groups):
-            dependencies = entry.get("dev-dependencies", {}).get(name, [])
-            self._walk_from(Origin("group", name), dependencies, markers, result)
+        active = {f"project-{len(target.name)}-{target.name}" for target in self.targets}
+        for target in self.targets:
+            active |= {_encoded("extra", target.name, name) for name in selection.extras}
+            active |= {_encoded("group", target.name, name) for name in selection.groups}
+        markers, result = _Markers(selection.markers, active), Walk()
+        for target in self.targets:
+            entry, member = self._entries[target], target.name if len(self.targets) > 1 else ""
+            origins = {Origin("project", member=member): entry.get("dependencies", [])}
+            for name in sorted(selection.extras):
+                origins[Origin("extra", name, member)] = entry.get("optional-dependencies", {}).get(name, [])
+            for name in sorted(selection.groups):
+                origins[Origin("group", name, member)] = entry.get("dev-dependencies", {}).get(name, [])
+            for origin, dependencies in origins.items():
+                self._walk_from(origin, target, dependencies, markers, result)
         return result
 
-    def _walk_from(self, origin: Origin, roots: Iterable[Any], markers: _Markers, result: Walk) -> None:
+    def _walk_from(
+        self, origin: Origin, project: LockedPackage, roots: Iterable[Any], markers: _Markers, result: Walk
+    ) -> None:
         queue: deque[tuple[LockedPackage, tuple[str, ...], tuple[LockedPackage, ...]]] = deque()
         for target, extras in self._targets(roots, markers):
-            result.dependents.setdefault(target, set()).add(self.project)
+            result.dependents.setdefault(target, set()).add(project)
             queue.append((target, extras, (target,)))
         seen: set[tuple[LockedPackage, str]] = set()
         while queue:
@@ -196,13 +266,18 @@ class LockGraph:
                 if edge.get("version", package.version) == package.version and source in (None, package.source):
                     yield package, tuple(edge.get("extra", ()))
 
-    def _member(self, root: Path, project: Path) -> LockedPackage:
-        for package, entry in self._entries.items():
-            source = entry.get("source", {})
-            location = source.get("editable") or source.get("virtual") or source.get("directory")
-            if location is not None and (root / location).resolve() == project.resolve():
-                return package
-        raise LockMismatchError(f"{root / 'uv.lock'} does not contain the project {project}. Run `uv lock` there.")
+
+def local_directories(root: Path) -> list[Path]:
+    """Return the directories of the local packages in the lock in `root`: members and path dependencies."""
+    content = tomllib.loads((root / "uv.lock").read_text(encoding="utf-8"))
+    locations = [_location(entry) for entry in content.get("package", [])]
+    return [Path(os.path.normpath(root / location)) for location in locations if location is not None]
+
+
+def _location(entry: Mapping[str, Any]) -> str | None:
+    """Return the directory of a local package as it is in the lock."""
+    source = entry.get("source", {})
+    return source.get("editable") or source.get("virtual") or source.get("directory")
 
 
 class _Markers:
@@ -230,4 +305,5 @@ def _requirement(item: Mapping[str, Any]) -> str:
 
 
 def _conflict_item(item: Mapping[str, str]) -> str:
-    return f"extra {item['extra']}" if "extra" in item else f"group {item.get('group', '')}"
+    kind = next((kind for kind in ("extra", "group") if kind in item), "package")
+    return f"{kind} {item[kind]}"

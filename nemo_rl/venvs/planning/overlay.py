@@ -15,15 +15,23 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
 from nemo_rl import settings
 from nemo_rl.errors import RuntimeEnvError
-from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
+from nemo_rl.venvs.planning.plan import (
+    Package,
+    Resolution,
+    VenvPlan,
+    load_resolution,
+    package_from_lock,
+    save_resolution,
+)
 from nemo_rl.venvs.planning.relocation import located
-from nemo_rl.venvs.planning.requirements import is_option
+from nemo_rl.venvs.planning.requirements import is_index_option, is_option, split_constraints
 from nemo_rl.venvs.planning.spec import Spec, VenvSpec
 from nemo_rl.venvs.storage.layout import Store
 from nemo_rl.venvs.storage.manifest import FORMAT
@@ -32,6 +40,8 @@ from nemo_rl.venvs.uv import BuildLog, run_uv
 # Every venv has scripts with these prefixes. They are never taken from the base.
 _VENV_SCRIPTS = ("python", "activate", "deactivate", "pydoc", "pip")
 _HEAD_BYTES = 1024
+_HASH = re.compile(r"\s--hash[=\s](\S+)")
+_NAME = re.compile(r"[^A-Za-z0-9._-]")  # what ends the name of a requirement
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
 
 
@@ -44,17 +54,17 @@ def plan_overlay(spec: Spec, base: VenvPlan, store: Store, variables: Mapping[st
     """
     pins = {package.name: package.version for package in base.packages if package.version is not None}
     key = hashlib.sha256(json.dumps([FORMAT, base.digest, spec.requirements]).encode()).hexdigest()
-    packages = load_resolution(store, key)
-    if packages is None:
-        packages = _resolve(spec, base, pins, store, variables)
-        save_resolution(store, key, packages)
+    resolution = load_resolution(store, key)
+    if resolution is None:
+        resolution = Resolution(tuple(_resolve(spec, base, pins, store, variables)))
+        save_resolution(store, key, resolution)
     return VenvPlan(
         spec=spec,
         python=base.python,
-        packages=tuple(packages),
+        packages=resolution.packages,
         expected=base.expected,
         base=base,
-        index_options=tuple(line for line in spec.requirements if is_option(line)),
+        index_options=tuple(line for line in spec.requirements if is_index_option(line)),
         build_variables=tuple(variables.items()),
     )
 
@@ -77,18 +87,40 @@ def _resolve(
         raise RuntimeEnvError(f"The list of requirements {list(spec.requirements)} contains no package.")
     with tempfile.TemporaryDirectory(prefix="nemo_rl_resolve_") as directory:
         requirements, lock = Path(directory, "requirements.in"), Path(directory, "pylock.toml")
-        requirements.write_text("\n".join(spec.requirements) + "\n")
+        lines, constraints = split_constraints(line for line in spec.requirements if line != "--pre")
+        requirements.write_text("\n".join(lines) + "\n")
         # uv prefers the versions in an existing output file, so it keeps the base's versions that the list allows.
         lock.write_text(_lock_text(pins))
         arguments = ["pip", "compile", str(requirements), "-o", str(lock), "--python", base.python.executable]
+        arguments += ["--prerelease", "allow"] if "--pre" in spec.requirements else []  # uv ignores it in a file
+        if constraints:
+            Path(directory, "constraints.txt").write_text("\n".join(constraints) + "\n")
+            arguments += ["--constraints", f"{directory}/constraints.txt"]
         project = ["--project", str(located(spec.project))] if isinstance(spec, VenvSpec) else []
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
         arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
         with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
             run_uv(arguments, what=what, cwd=directory, extra_env=variables, log=log)
         entries = tomllib.loads(lock.read_text()).get("packages", [])
-        packages = [package_from_lock(entry, Path(directory)) for entry in entries]
+        packages = [_restricted(package_from_lock(entry, Path(directory)), lines) for entry in entries]
     return [package for package in packages if _differs(package, pins)]
+
+
+def _restricted(package: Package, lines: list[str]) -> Package:
+    """Return a package with only those of its hashes that the list allows: uv ignores them when it resolves."""
+    given = {
+        value
+        for line in lines
+        if package.location == line.split()[0] or canonicalize_name(_NAME.split(line)[0]) == package.name
+        for value in _HASH.findall(line)
+    }
+    allowed = given.intersection(package.hashes)
+    if given and not allowed and any(value.startswith("sha") for value in package.hashes):
+        raise RuntimeEnvError(
+            f"No file of {package} has a hash that the list of requirements allows: {', '.join(sorted(given))}. Its "
+            f"files have {', '.join(package.hashes)}."
+        )
+    return replace(package, hashes=tuple(sorted(allowed or given))) if given else package
 
 
 def _lock_text(pins: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,9 @@ from packaging.utils import canonicalize_name
 
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.interpreter import DriverVersions, PythonInfo
-from nemo_rl.venvs.planning.local_packages import LocalPackage, file_digest
-from nemo_rl.venvs.planning.relocation import original
-from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec
+from nemo_rl.venvs.planning.local_packages import LocalPackage, metadata_digest
+from nemo_rl.venvs.planning.relocation import located, original
+from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store
 from nemo_rl.venvs.storage.manifest import FORMAT, write_atomically
 
@@ -53,6 +53,14 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Resolution:
+    """Holds what uv resolved: the packages, and the directory of the lock that they come from, if there is one."""
+
+    packages: tuple[Package, ...]
+    lock_root: str | None = None
+
+
+@dataclass(frozen=True)
 class VenvPlan:
     """Holds a resolved spec. Picklable; valid on every node with the same Python version and platform.
 
@@ -65,6 +73,8 @@ class VenvPlan:
         base_paths: site-packages of the interpreter itself.
         inputs: digest of the project files that were read, to detect a change before or during a build.
         index_options: index options of the requirements list; used for installation and never stored.
+        build_settings: digest of uv's settings that decide how packages of the project are built.
+        lock_root: directory of the lock of the project: that of its workspace, or its own.
         build_variables: what builds of source packages receive, sorted by name. They may be secrets.
 
     Example::
@@ -81,12 +91,19 @@ class VenvPlan:
     base_paths: tuple[str, ...] = ()
     inputs: str = ""
     index_options: tuple[str, ...] = ()
+    build_settings: str = ""
+    lock_root: str | None = None
     build_variables: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def is_interpreter(self) -> bool:
         """Whether the spec is the path of an interpreter, so that there is nothing to build."""
         return isinstance(self.spec, InterpreterSpec) and not self.spec.requirements
+
+    @property
+    def is_project(self) -> bool:
+        """Whether `uv sync` installs the venv. Otherwise its packages are installed from a list."""
+        return isinstance(self.spec, VenvSpec) and self.spec.script is None and self.base is None
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -109,6 +126,8 @@ class VenvPlan:
             "base": self.base.digest if self.base is not None else None,
             "base_paths": self.base_paths,
         }
+        if self.build_settings:
+            content["build_settings"] = self.build_settings
         if self.build_variables and not self.is_interpreter:
             content["build_variables"] = self.build_variables
         if self.is_interpreter:
@@ -125,7 +144,12 @@ class VenvPlan:
 
     def check_compatible(self) -> None:
         """Raise `IncompatibleVenvError` if the planned Python or ray version differs from the driver's."""
-        self.expected.check(f"The venv of `{self.spec}`", self.python.version, self.ray)
+        what, remedy = f"The venv of `{self.spec}`", ""
+        if isinstance(self.spec, InterpreterSpec):
+            what, remedy = f"The interpreter {self.spec}", f"give the path of a Python {self.expected.python}"
+        elif self.spec.python is not None:
+            remedy = "omit --python to use the driver's"
+        self.expected.check(what, self.python.version, self.ray, remedy=remedy)
 
     def with_python(self, python: PythonInfo) -> VenvPlan:
         """Return this plan with an equal interpreter at another path."""
@@ -177,15 +201,20 @@ def _local_path(file: Mapping[str, Any], root: Path) -> str | None:
     return urllib.parse.unquote(url.path) if url.scheme == "file" else None
 
 
-def save_resolution(store: Store, key: str, packages: list[Package]) -> None:
+def save_resolution(store: Store, key: str, resolution: Resolution, directories: Iterable[Path] = ()) -> None:
     """Cache a resolution with the state of the local files that it depends on.
 
     Does nothing if the store is not writable.
+
+    Args:
+        directories: further local packages whose metadata count: those of the lock that are not selected.
     """
-    metadata = [path for package in packages if package.local is not None for path in package.local.metadata_files()]
+    packages = resolution.packages
+    local = {located(package.local.path) for package in packages if package.local is not None}
     data = {
         "packages": [asdict(package) for package in packages],
-        "metadata": [[str(path), file_digest(path)] for path in metadata],
+        "lock_root": resolution.lock_root,
+        "metadata": [[str(path), metadata_digest(path)] for path in sorted(local.union(directories))],
         "artifacts": [[path, _stamp(path)] for package in packages for path in package.artifacts],
     }
     with contextlib.suppress(OSError):
@@ -197,16 +226,16 @@ def _resolution_path(store: Store, key: str) -> Path:
     return store.resolved / f"{key[: 2 * DIGEST_PREFIX]}.json"
 
 
-def load_resolution(store: Store, key: str) -> list[Package] | None:
+def load_resolution(store: Store, key: str) -> Resolution | None:
     """Load a cached resolution; None if there is none, or if a file that it depends on has changed."""
     try:
         data = json.loads(_resolution_path(store, key).read_bytes())
-        if any(file_digest(Path(path)) != digest for path, digest in data["metadata"]):
+        if any(metadata_digest(Path(path)) != digest for path, digest in data["metadata"]):
             return None
         # A venv that was built from a wheel stays valid after the wheel is removed.
         if any(_stamp(path) not in (stamp, None) for path, stamp in data["artifacts"]):
             return None
-        return [_package(raw) for raw in data["packages"]]
+        return Resolution(tuple(_package(raw) for raw in data["packages"]), data["lock_root"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

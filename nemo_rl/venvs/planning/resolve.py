@@ -6,18 +6,30 @@ hash of everything that it depends on, so a warm call does not run uv.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
+import shlex
+import socket
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from glob import glob
 from pathlib import Path
 
 from packaging.markers import Marker
-from packaging.utils import canonicalize_name
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from nemo_rl.errors import LockMismatchError, UnknownExtraError, VenvBuildError, VenvError
+from nemo_rl.errors import (
+    IncompatibleVenvError,
+    InvalidPyExecutableError,
+    LockMismatchError,
+    UnknownExtraError,
+    VenvBuildError,
+    VenvError,
+)
 from nemo_rl.venvs.interpreter import (
     DriverVersions,
     PythonInfo,
@@ -27,14 +39,38 @@ from nemo_rl.venvs.interpreter import (
 )
 from nemo_rl.venvs.planning.build_variables import build_variables
 from nemo_rl.venvs.planning.local_packages import file_digest
+from nemo_rl.venvs.planning.lock_graph import LockGraph, local_directories
 from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay
-from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
+from nemo_rl.venvs.planning.plan import (
+    Package,
+    Resolution,
+    VenvPlan,
+    load_resolution,
+    package_from_lock,
+    save_resolution,
+)
 from nemo_rl.venvs.planning.relocation import located, original
+from nemo_rl.venvs.planning.scripts import index_options_of, script_metadata
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
 from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
 
+# What uv says about names of `--extra`, `--group` and `--package`.
+_UNKNOWN_NAME = re.compile(r"(Extra|Group) `([^`]*)` is not defined|does not have a member ([^\s:]+)")
+_CONFLICT = re.compile(r"error: (.* are incompatible with the declared conflicts.*)")
+# Settings of uv that decide what a build of a package contains.
+_BUILD_SETTINGS = (
+    "build-constraint-dependencies",
+    "config-settings",
+    "config-settings-package",
+    "extra-build-dependencies",
+    "extra-build-variables",
+    "no-binary",
+    "no-binary-package",
+    "no-build-isolation",
+    "no-build-isolation-package",
+)
 _PROJECT_FILES = ("uv.lock", "pyproject.toml", "uv.toml")
 
 
@@ -59,7 +95,7 @@ def plan(
     Raises:
         ConfigError: the project or the settings name variables in a way that is not valid.
         InvalidPyExecutableError: the string is not accepted.
-        UnknownExtraError: the project has no such extra or group.
+        UnknownExtraError: the project has no such extra, group or member.
         LockMismatchError: `uv.lock` is missing or does not match `pyproject.toml`.
         VenvBuildError: uv failed, for example because the index does not answer.
         VenvError: the project or interpreter does not exist or cannot be read.
@@ -86,8 +122,13 @@ def plan(
 
 
 def _projects(spec: Spec) -> list[Path]:
-    """Return the directories on this node whose `pyproject.toml` may name variables of builds."""
-    return [] if isinstance(spec, InterpreterSpec) else [lock_root(spec.project), located(spec.project)]
+    """Return the directories on this node whose `pyproject.toml` may name variables of builds.
+
+    uv decides which directory around the project is its workspace, so all of them count.
+    """
+    if isinstance(spec, InterpreterSpec):
+        return []
+    return [located(spec.project), *located(spec.project).parents]
 
 
 def _plan_interpreter(spec: InterpreterSpec, expected: DriverVersions) -> VenvPlan:
@@ -101,38 +142,108 @@ def _plan_interpreter(spec: InterpreterSpec, expected: DriverVersions) -> VenvPl
 
 
 def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions, variables: Mapping[str, str]) -> VenvPlan:
-    root = lock_root(spec.project)
+    if not located(spec.project).is_dir():
+        raise VenvError(f"The project directory {spec.project} does not exist.")
     python, markers = python_of(spec)
-    inputs = project_inputs(spec, root)
+    index_options = _check_script(spec, python) if spec.script is not None else ()
+    inputs = spec_inputs(spec)
     identity = [FORMAT, inputs, str(spec), asdict(python), _stable(markers), dict(variables)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    packages = load_resolution(store, key)
-    if packages is None:
-        _check_selection(spec)
-        packages = _export(spec, root, python, markers, store, variables)
-        save_resolution(store, key, packages)
-    values = tuple(variables.items())
-    return VenvPlan(spec, python, tuple(packages), expected, inputs=inputs, build_variables=values)
+    resolution = load_resolution(store, key)
+    if resolution is None:
+        resolution, directories = Resolution(tuple(_export(spec, python, markers, store, variables))), []
+        if spec.script is None:
+            root = lock_root(spec.project)
+            resolution, directories = replace(resolution, lock_root=str(original(root))), local_directories(root)
+        save_resolution(store, key, resolution, directories)
+    return VenvPlan(
+        spec,
+        python,
+        resolution.packages,
+        expected,
+        lock_root=resolution.lock_root,
+        inputs=inputs,
+        index_options=index_options,
+        build_variables=tuple(variables.items()),
+        build_settings=_build_settings(spec.project, inputs) if spec.script is None else "",
+    )
+
+
+def _check_script(spec: VenvSpec, python: PythonInfo) -> tuple[str, ...]:
+    """Check that a script accepts this Python; return the index options of its inline metadata."""
+    assert spec.script is not None
+    metadata = script_metadata(located(spec.script)) or {}
+    requires = metadata.get("requires-python", "")
+    try:
+        is_accepted = SpecifierSet(requires).contains(python.version, prereleases=True)
+    except InvalidSpecifier:
+        raise InvalidPyExecutableError(f"{spec.script} has an invalid `requires-python`: {requires!r}.") from None
+    if not is_accepted:
+        raise IncompatibleVenvError(
+            f"{spec.script} requires Python {requires}, but the driver runs Python {python.version}. Change its "
+            "`requires-python`, or start the driver with such a Python."
+        )
+    return index_options_of(metadata.get("tool", {}).get("uv", {}), spec.project)
 
 
 def lock_root(project: str) -> Path:
-    """Return the directory on this node of the lock of `project`: the project itself or the workspace around it."""
+    """Return the directory on this node of the lock that uv uses for `project`: that of its workspace, or its own.
+
+    Runs uv. A plan has it as `lock_root`.
+    """
+    arguments = ["workspace", "dir", "--project", str(located(project))]
+    return Path(run_uv(arguments, what=f"Finding the uv project {project}").strip())
+
+
+def spec_inputs(spec: VenvSpec) -> str:
+    """Return a digest of the files of the project, or of the script, that a resolution depends on."""
+    if spec.script is None:
+        return project_inputs(spec.project)
+    files = [file_digest(located(spec.script)), file_digest(located(f"{spec.script}.lock"))]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def project_inputs(project: str) -> str:
+    """Return a digest of the project files that a resolution depends on.
+
+    uv decides which of the directories around a project is its workspace, so the files of all of them count.
+    """
     directory = located(project)
-    if not directory.is_dir():
-        raise VenvError(f"The project directory {project} does not exist.")
-    for candidate in (directory, *directory.parents):
-        if (candidate / "uv.lock").is_file():
-            return candidate
-    if not (directory / "pyproject.toml").is_file():
-        raise VenvError(f"{project} is not a uv project: it has no pyproject.toml.")
-    raise LockMismatchError(f"The project {project} has no uv.lock. Run `uv lock` there.")
-
-
-def project_inputs(spec: VenvSpec, root: Path) -> str:
-    """Return a digest of the project files that a resolution depends on."""
-    paths = {root / name for name in _PROJECT_FILES} | {located(spec.project) / name for name in _PROJECT_FILES[1:]}
-    inputs = sorted((str(original(path)), file_digest(path)) for path in paths)
+    paths = [around / name for around in (directory, *directory.parents) for name in _PROJECT_FILES]
+    inputs = [(str(original(path)), digest) for path in paths if (digest := file_digest(path)) is not None]
+    inputs += [(member, "") for path in paths for member in _possible_members(path)]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def _possible_members(pyproject: Path) -> list[str]:
+    """Return the projects that a workspace's patterns match now; a new one makes its lock outdated."""
+    try:
+        text = pyproject.read_text(encoding="utf-8")
+        if "workspace" not in text or pyproject.name != "pyproject.toml":
+            return []
+        patterns = tomllib.loads(text)["tool"]["uv"]["workspace"]["members"]
+        found = {path for pattern in patterns for path in glob(f"{pattern}/pyproject.toml", root_dir=pyproject.parent)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is no workspace, or uv will report what is wrong with it
+    return [str(original(pyproject.parent / path)) for path in sorted(found)]
+
+
+@functools.lru_cache(maxsize=64)
+def _build_settings(project: str, _inputs: str) -> str:
+    """Return a digest of uv's settings around a project that decide how packages are built; empty without any."""
+    directory, settings_by_file = located(project), {}
+    for path in (around / name for around in (directory, *directory.parents) for name in _PROJECT_FILES[1:]):
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        table = content if path.name == "uv.toml" else content.get("tool", {}).get("uv", {})
+        build_settings = {key: table[key] for key in _BUILD_SETTINGS if key in table}
+        if build_settings:
+            settings_by_file[str(original(path))] = build_settings
+    if not settings_by_file:
+        return ""
+    return hashlib.sha256(json.dumps(settings_by_file, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def python_of(spec: VenvSpec) -> tuple[PythonInfo, Mapping[str, str]]:
@@ -141,9 +252,18 @@ def python_of(spec: VenvSpec) -> tuple[PythonInfo, Mapping[str, str]]:
         return this_python(), this_environment()
     if os.sep in spec.python:
         path = os.path.abspath(os.path.expanduser(spec.python))
+    elif f"{this_python().version}.".startswith(f"{spec.python}."):
+        return this_python(), this_environment()  # uv might find another interpreter of the same minor version
     else:
         arguments = ["python", "find", "--no-project", "--no-python-downloads", "--system", spec.python]
-        path = run_uv(arguments, what=f"Finding the interpreter of --python {spec.python}").strip()
+        try:
+            path = run_uv(arguments, what=f"Finding the interpreter of --python {spec.python}").strip()
+        except VenvBuildError as error:
+            raise IncompatibleVenvError(
+                f"uv finds no Python {spec.python} on {socket.gethostname()}; the driver is {this_python().version}. "
+                "Omit --python to use the driver's Python, or install the other one, give its path after --python and "
+                "start the driver with it."
+            ) from error
     queried = query_python_cached(path)
     return queried.info, queried.markers
 
@@ -153,60 +273,66 @@ def _stable(markers: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in markers.items() if key not in ("platform_release", "platform_version")}
 
 
-def _check_selection(spec: VenvSpec) -> None:
-    """Raise `UnknownExtraError`, with the known extras or groups, before uv runs."""
-    path = located(spec.project) / "pyproject.toml"
-    try:
-        project = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VenvError(f"{spec.project} is not a uv project: it has no pyproject.toml.") from None
-    except (OSError, ValueError) as error:
-        raise VenvError(f"{path} cannot be read: {error}") from None
-    known_extras = {canonicalize_name(name) for name in project.get("project", {}).get("optional-dependencies", {})}
-    known_groups: set[str] = {canonicalize_name(name) for name in project.get("dependency-groups", {})}
-    if "dev-dependencies" in project.get("tool", {}).get("uv", {}):
-        known_groups.add("dev")
-    for kind, selected, known in (("extra", spec.extras, known_extras), ("group", spec.groups, known_groups)):
-        unknown = [name for name in selected if name not in known]
-        if unknown:
-            raise UnknownExtraError(
-                f"{path} has no {kind} {', '.join(map(repr, unknown))}. Known {kind}s: "
-                f"{', '.join(sorted(known)) or 'none'}."
-            )
-
-
-def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store, variables: Mapping[str, str]) -> str:
-    mode = "--frozen" if spec.frozen else "--locked"
-    arguments = ["export", mode, "--project", str(located(spec.project)), "--python", python.executable]
-    arguments += ["--format", "pylock.toml", "--no-header", "--quiet", *spec.selection()]
+def _run_export(spec: VenvSpec, python: PythonInfo, store: Store, variables: Mapping[str, str]) -> str:
+    directory, mode = located(spec.project), ["--frozen" if spec.frozen else "--locked"]
+    target = ["--project", str(directory), *spec.selection()]
+    if spec.script is not None:
+        # Without a lock, uv takes the newest versions. The cached resolution keeps them until the script changes.
+        script = located(spec.script)
+        target, mode = ["--script", str(script)], mode if Path(f"{script}.lock").exists() else []
+    arguments = ["export", *mode, *target, "--python", python.executable]
+    arguments += ["--format", "pylock.toml", "--no-header", "--quiet"]
     with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
-        return run_uv(arguments, what=f"Resolving `{spec}`", cwd=root, extra_env=variables, log=log)
+        return run_uv(arguments, what=f"Resolving `{spec}`", cwd=directory, extra_env=variables, log=log)
 
 
 def _export(
-    spec: VenvSpec,
-    root: Path,
-    python: PythonInfo,
-    markers: Mapping[str, str],
-    store: Store,
-    variables: Mapping[str, str],
+    spec: VenvSpec, python: PythonInfo, markers: Mapping[str, str], store: Store, variables: Mapping[str, str]
 ) -> list[Package]:
     try:
-        text = _run_export(spec, root, python, store, variables)
+        text = _run_export(spec, python, store, variables)
+    except LockMismatchError as error:
+        if spec.script is not None:
+            raise LockMismatchError(
+                f"{spec.script}.lock does not match {spec.script}. Run `uv lock --script {shlex.quote(spec.script)}`."
+            ) from error
+        if "Unable to find lockfile" in str(error):
+            raise LockMismatchError(
+                f"The project {lock_root(spec.project)} has no uv.lock. Run `uv lock` there."
+            ) from error
+        raise
     except VenvBuildError as error:
-        if spec.frozen:
+        _raise_error_of_user(spec, error)
+        if spec.frozen or spec.script is not None:
             raise
         try:
-            _run_export(replace(spec, frozen=True), root, python, store, variables)
+            _run_export(replace(spec, frozen=True), python, store, variables)
         except VenvBuildError:
             raise error from None
         # uv can read the lock. It tried to resolve again, which it does only if the lock does not match.
         raise LockMismatchError(
-            f"uv.lock in {root} does not match pyproject.toml, and uv cannot resolve pyproject.toml either. Correct "
-            f"the requirements and run `uv lock`.\n{error}"
+            f"uv.lock in {lock_root(spec.project)} does not match pyproject.toml, and uv cannot resolve pyproject.toml "
+            f"either. Correct the requirements and run `uv lock`.\n{error}"
         ) from error
+    directory = located(spec.project).resolve()  # paths in uv's output start at its working directory, without links
     return [
-        package_from_lock(entry, root)
+        package_from_lock(entry, directory)
         for entry in tomllib.loads(text).get("packages", [])
         if "marker" not in entry or Marker(entry["marker"]).evaluate(dict(markers))
     ]
+
+
+def _raise_error_of_user(spec: VenvSpec, error: VenvBuildError) -> None:
+    """Raise a clearer error if uv refuses the spec, and did not just fail."""
+    if "No `pyproject.toml` found" in error.output_tail:
+        raise VenvError(f"{spec.project} is not a uv project: it has no pyproject.toml.") from error
+    if (conflict := _CONFLICT.search(error.output_tail)) is not None:
+        raise VenvError(f"`{spec}` selects too much: {conflict[1]}. Give each a venv of its own.") from error
+    match = _UNKNOWN_NAME.search(error.output_tail)
+    if match is None:
+        return
+    kind, name = (match[1].lower(), match[2]) if match[1] else ("package", match[3])
+    known = LockGraph.read(lock_root(spec.project), located(spec.project), all_packages=True).known_names(kind)
+    raise UnknownExtraError(
+        f"The project {spec.project} has no {kind} {name!r}. Known {kind}s: {', '.join(known) or 'none'}."
+    ) from error

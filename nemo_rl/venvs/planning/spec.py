@@ -1,8 +1,8 @@
 """Parse `py_executable` strings into specs: what a venv must contain, before it is resolved.
 
-Two forms are accepted: the path of an interpreter, which is used unchanged, and a `uv run ...` string whose options
-select a project, its extras and its groups. Parsing does not call uv. It reads no files except those that
-`--with-requirements` names.
+Three forms are accepted: the path of an interpreter, which is used unchanged; a `uv run ...` string whose options
+select a project, its extras and its groups; and the path of a script with inline metadata, which lists the packages.
+Parsing does not call uv. It reads no files except scripts and those that `--with-requirements` names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from nemo_rl.venvs.planning.requirements import (
     read_requirements_file,
     requirements_of_field,
 )
+from nemo_rl.venvs.planning.scripts import is_script, script_metadata
 
-_FLAGS = ("--locked", "--frozen", "--all-extras", "--no-default-groups")
-_VALUED = ("--extra", "--group", "--with", "--with-requirements", "--python", "--directory", "--project")
+_FLAGS = ("--locked", "--frozen", "--all-extras", "--no-default-groups", "--all-packages")
+_VALUED = ("--extra", "--group", "--with", "--with-requirements", "--python", "--directory", "--project", "--package")
+_EXCLUSIVE = (("--locked", "--frozen"), ("--package", "--all-packages"))
 _REPEATABLE = ("--extra", "--group", "--with", "--with-requirements")
 ACCEPTED_OPTIONS: tuple[str, ...] = tuple(sorted(_FLAGS + _VALUED))
 
@@ -62,7 +64,11 @@ class VenvSpec:
     """Selects packages of a uv project.
 
     Attributes:
-        project: absolute path of the project's directory.
+        project: absolute path of a directory in the project; uv finds the project, and the workspace around it.
+        package: normalised name of the workspace member to install; None for the project itself.
+        all_packages: install every member of the workspace.
+        script: absolute path of a script with inline metadata (PEP 723), whose dependencies are installed instead of a
+            project; `project` is then its directory.
         extras, groups: normalised, sorted names of the selected extras and dependency groups.
         all_extras: whether every extra of the project is selected.
         default_groups: whether the project's `tool.uv.default-groups` are selected.
@@ -79,6 +85,9 @@ class VenvSpec:
     frozen: bool = False
     python: str | None = None
     requirements: tuple[str, ...] = ()
+    package: str | None = None
+    all_packages: bool = False
+    script: str | None = None
 
     def with_packages(self, requirements: Iterable[str]) -> VenvSpec:
         """Return this spec with an additive venv of `requirements` (requirements-file lines)."""
@@ -90,8 +99,10 @@ class VenvSpec:
         return replace(self, requirements=())
 
     def selection(self) -> list[str]:
-        """Return the options of uv that select the extras and groups."""
-        options = ["--all-extras"] if self.all_extras else []
+        """Return the options of uv that select members, extras and groups."""
+        options = ["--package", self.package] if self.package is not None else []
+        options += ["--all-packages"] if self.all_packages else []
+        options += ["--all-extras"] if self.all_extras else []
         options += [word for extra in self.extras for word in ("--extra", extra)]
         options += [word for group in self.groups for word in ("--group", group)]
         if not self.default_groups:
@@ -99,6 +110,8 @@ class VenvSpec:
         return options
 
     def __str__(self) -> str:
+        if self.script is not None:
+            return " ".join([shlex.quote(self.script), *_with_options(self.requirements)])
         words = ["uv", "run", "--frozen" if self.frozen else "--locked", "--project", shlex.quote(self.project)]
         words += self.selection()
         if self.python is not None:
@@ -138,20 +151,33 @@ def _parse(text: str) -> Spec:
     if not text.isprintable():
         raise InvalidPyExecutableError(f"py_executable {text!r} contains control characters.")
     if os.path.isabs(text.strip()) and os.access(text.strip(), os.X_OK):
-        return InterpreterSpec(text.strip())  # the path may contain spaces
+        return _parse_path(text.strip())  # the path may contain spaces
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise InvalidPyExecutableError(f"py_executable {text!r} cannot be parsed: {error}.") from None
+    if words[:3] == ["uv", "run", "--script"] and len(words) == 4:
+        return _parse_path(os.path.abspath(words[3]))
     if words[:2] == ["uv", "run"]:
         return _parse_uv_run(text, words[2:])
     if len(words) == 1 and "/" in words[0] and words[0] != "uv":
-        return InterpreterSpec(os.path.abspath(words[0]))
+        return _parse_path(os.path.abspath(words[0]))
     raise InvalidPyExecutableError(
-        f"py_executable {text!r} is neither the path of an interpreter (such as sys.executable) nor a "
+        f"py_executable {text!r} is neither the path of an interpreter (such as sys.executable) or script nor a "
         f"`uv run ...` string. A path must contain a '/' and, if it contains spaces, quotes around it; options after "
         "the path are not accepted."
     )
+
+
+def _parse_path(path: str) -> Spec:
+    if script_metadata(path) is not None:
+        return VenvSpec(project=os.path.dirname(path), script=path)
+    if is_script(path):
+        raise InvalidPyExecutableError(
+            f"py_executable {path!r} is not an interpreter, but a script without inline metadata: it has no "
+            "`# /// script` block. Add one with `uv add --script`, or give the path of an interpreter."
+        )
+    return InterpreterSpec(path)
 
 
 def spec_from_runtime_env(runtime_env: Mapping[str, object], base: str | Spec) -> Spec:
@@ -182,17 +208,23 @@ def _parse_uv_run(text: str, words: list[str]) -> VenvSpec:
             raise InvalidPyExecutableError(f"py_executable {text!r} gives {option} twice.")
         else:
             values[option].append(value)
-    if {"--locked", "--frozen"} <= flags:
-        raise InvalidPyExecutableError(f"py_executable {text!r} gives both --locked and --frozen; choose one.")
+    given = flags | {option for option in _VALUED if values[option]}
+    for one, other in _EXCLUSIVE:
+        if {one, other} <= given:
+            raise InvalidPyExecutableError(f"py_executable {text!r} gives both {one} and {other}; choose one.")
+    packages = _names(text, "--package", values["--package"])
+    directory = os.path.abspath(os.path.expanduser("".join(values["--directory"])))
     return VenvSpec(
-        project=_project(values["--directory"], values["--project"]),
+        project=_project(directory if values["--directory"] else None, values["--project"]),
         extras=_names(text, "--extra", values["--extra"]),
         groups=_names(text, "--group", values["--group"]),
         all_extras="--all-extras" in flags,
         default_groups="--no-default-groups" not in flags,
         frozen="--frozen" in flags,
         python=values["--python"][0] if values["--python"] else None,
-        requirements=_requirements(text, values["--with"], values["--with-requirements"]),
+        requirements=_requirements(text, values["--with"], values["--with-requirements"], directory),
+        package=packages[0] if packages else None,
+        all_packages="--all-packages" in flags,
     )
 
 
@@ -217,11 +249,11 @@ def _options(text: str, words: list[str]) -> Iterator[tuple[str, str | None]]:
             )
 
 
-def _project(directory: list[str], project: list[str]) -> str:
-    if not directory and not project:
+def _project(directory: str | None, project: list[str]) -> str:
+    if directory is None and not project:
         return str(settings.project_root())
-    # uv changes to --directory first, so a relative --project is relative to it.
-    return os.path.abspath(os.path.join(os.path.expanduser(directory[0]) if directory else "", *project))
+    # uv changes to --directory first, so all relative paths are relative to it.
+    return os.path.abspath(os.path.join(directory or "", *project))
 
 
 def _names(text: str, option: str, values: list[str]) -> tuple[str, ...]:
@@ -231,11 +263,11 @@ def _names(text: str, option: str, values: list[str]) -> tuple[str, ...]:
     return tuple(sorted({canonicalize_name(value) for value in values}))
 
 
-def _requirements(text: str, packages: list[str], files: list[str]) -> tuple[str, ...]:
+def _requirements(text: str, packages: list[str], files: list[str], directory: str) -> tuple[str, ...]:
     try:
-        lines = packages_of([item.strip() for value in packages for item in _split_list(value)])
+        lines = packages_of([item.strip() for value in packages for item in _split_list(value)], directory)
         for file in files:
-            lines += read_requirements_file(file)
+            lines += read_requirements_file(file, directory)
     except RuntimeEnvError as error:
         raise InvalidPyExecutableError(f"py_executable {text!r}: {error}") from error
     return _merged((), lines)

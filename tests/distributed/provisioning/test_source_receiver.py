@@ -172,6 +172,8 @@ def test_source_root_of_a_directory(tmp_path: Path) -> None:
     assert _source_root(script) == member
     (workspace / "uv.lock").touch()
     assert _source_root(script) == workspace  # its lock is needed to build a venv of the member
+    (member / "uv.lock").touch()  # from a time before the workspace
+    assert _source_root(script, {workspace}) == workspace
     (member / ".git").mkdir()
-    assert _source_root(script) == member
+    assert _source_root(script, {workspace}) == member
     assert _source_root(tmp_path) is None

@@ -64,16 +64,16 @@ def test_walk_returns_shortest_paths(project: Project) -> None:
     ]
     assert [str(origin) for origin in walk.paths[epsilon]] == ["group checks"]
     assert {package.name for package in walk.dependents[gamma]} == {"beta"}
-    assert walk.dependents[epsilon] == {graph.project}
+    assert walk.dependents[epsilon] == set(graph.targets)
     assert walk.find("delta") is None
 
 
 def test_project_requirements_follow_the_selection(project: Project) -> None:
     graph = LockGraph.read(project.root, project.root)
-    assert graph.project_requirements("alpha", selection()) == ["alpha==1.0"]
-    assert graph.project_requirements("beta", selection()) == []
-    assert graph.project_requirements("beta", selection("one")) == ["beta==1.0"]
-    assert graph.project_requirements("epsilon", selection(groups=("checks",))) == ["epsilon"]
+    assert graph.project_requirements(graph.targets[0], "alpha", selection()) == ["alpha==1.0"]
+    assert graph.project_requirements(graph.targets[0], "beta", selection()) == []
+    assert graph.project_requirements(graph.targets[0], "beta", selection("one")) == ["beta==1.0"]
+    assert graph.project_requirements(graph.targets[0], "epsilon", selection(groups=("checks",))) == ["epsilon"]
 
 
 def test_overrides_are_read() -> None:

@@ -80,7 +80,10 @@ def test_digest_depends_on_code_of_non_editable_packages(project: Project) -> No
     first = venvs.ensure(project.command(), "A")
     assert run_in(first.python, "import copied; print(copied.CODE)") == "1"
 
+    planned = plan(project.command())
     code.write_text("CODE = 2\n")
+    with pytest.raises(LockMismatchError, match="files of copied"):  # as on a node with an older copy
+        venvs.ensure(planned, "A", force_rebuild=True)
     second = venvs.ensure(project.command(), "A")
     assert second.digest != first.digest
     assert run_in(second.python, "import copied; print(copied.CODE)") == "2"
@@ -182,3 +185,29 @@ def test_python_option_accepts_versions_and_paths(project: Project) -> None:
         else:
             assert plan(project.command(option)).python.version == version
             assert plan(project.command(option)).digest == plan(project.command()).digest
+
+
+def test_python_option_prefers_the_driver(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # uv would find no interpreter
+    for version in ("{}", "{}.{}", "{}.{}.{}"):
+        command = project.command("--python", version.format(*sys.version_info))
+        assert plan(command).digest == plan(project.command()).digest
+
+
+def test_missing_python_names_the_driver(project: Project) -> None:
+    with pytest.raises(IncompatibleVenvError) as caught:
+        plan(project.command("--python", "3.99"))
+    text = str(caught.value)
+    assert "no Python 3.99" in text
+    assert f"the driver is {DriverVersions.of_this_process().python}" in text
+    assert "pyenv" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"), [("--python=3", "omit --python"), ("", "install Python 3.11.99"), (None, "give the path")]
+)
+def test_remedy_for_another_python_fits_the_request(project: Project, options: str | None, remedy: str) -> None:
+    text = sys.executable if options is None else project.command(*filter(None, [options]))
+    with pytest.raises(IncompatibleVenvError, match=remedy) as caught:
+        venvs.ensure(text, "A", expected=DriverVersions("3.11.99", None))
+    assert ("--python" in str(caught.value).partition("Ray refuses")[2]) == (options == "--python=3")

@@ -34,6 +34,8 @@ def test_accepted_options(tmp_path: Path) -> None:
         requirements=("packaging==23.2", "six>=1.16"),
     )
     assert parse_py_executable("uv run --frozen").frozen
+    assert parse_py_executable("uv run --package My_Lib").package == "my-lib"
+    assert parse_py_executable("uv run --all-packages").all_packages
 
 
 def test_default_project() -> None:
@@ -61,6 +63,8 @@ def test_order_of_options_does_not_matter() -> None:
         ("uv run --extra a/b", "'a/b'"),
         ("uv run --project a --project b", "--project"),
         ("uv run --locked --frozen", "--frozen"),
+        ("uv run --package a --all-packages", "--all-packages"),
+        ("uv run --package a --package b", "--package"),
         ("uv run --with 'not a requirement!'", "not a requirement!"),
         ("uv run --with-requirements /no/such/file.txt", "/no/such/file.txt"),
         ("uv run 'unbalanced", "quotation"),
@@ -99,6 +103,9 @@ def test_canonical_string_parses_to_the_same_spec() -> None:
         "uv run --extra a --group g --no-default-groups --python 3.11 --with 'x>=1,<2' --project '/a b'"
     )
     assert parse_py_executable(str(spec)) == spec
+    for members in ("--package lib", "--all-packages"):
+        spec = parse_py_executable(f"uv run --project /a {members}")
+        assert parse_py_executable(str(spec)) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
 
 
