@@ -112,6 +112,8 @@ def run_curate(arguments: JobArguments[CurateConfig]) -> None:
     if arguments.dry_run:
         logger.info("%s", curation_pipeline(config, config.input.paths or ["(generated sample)"]).describe())
         return
+    if config.scoring.model is not None:
+        ModelPassRate(config.scoring).check_model()
     paths = config.input.paths or [str(_sample(config.input.sample, output))]
     pipeline = curation_pipeline(config, paths, start_of_run(output / "run"))
     try:

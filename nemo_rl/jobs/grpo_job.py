@@ -24,7 +24,7 @@ from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
 from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.jobs.command_line import JobArguments
-from nemo_rl.jobs.model_files import check_model_name, ensure_model, prepare_model
+from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model, prepare_model
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
@@ -66,6 +66,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         console = Console()
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
+    check_weight_files(config.policy.model_name, "policy.model_name")
     problems = load_datasets(config.data)  # loaded first, to report errors before anything is started
     if config.env.name == "math":
         for dataset in filter(None, problems):

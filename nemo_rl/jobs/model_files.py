@@ -34,27 +34,29 @@ class ModelFiles:
 
 
 def check_model_name(config: PolicyConfig) -> None:
-    """Raise `ConfigError` if the model or tokenizer is a path without the files of one. Imports nothing."""
+    """Raise `ConfigError` if the model or tokenizer is a path that does not exist. Imports nothing."""
     check_model_path(config.model_name, "policy.model_name")
     if config.tokenizer_name is not None:
         check_model_path(config.tokenizer_name, "policy.tokenizer_name", is_model=False)
 
 
 def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
-    """Raise `ConfigError`, which names the configuration `key`, if `name` is a path without the files of a model."""
+    """Raise `ConfigError`, which names the configuration `key`, if `name` looks like a path but does not exist."""
     if name == EMBEDDED_MODEL:
         return
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
         raise ConfigError(f"{key}: there is no directory {name}; give a Hugging Face directory or hub name")
-    if path.is_dir() and is_model:
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{key}: {name} has no config.json, so it is not a Hugging Face model directory")
-        _check_weight_files(path, key)
+    if path.is_dir() and is_model and not (path / "config.json").is_file():
+        raise ConfigError(f"{key}: {name} has no config.json, so it is not a Hugging Face model directory")
 
 
-def _check_weight_files(directory: Path, key: str) -> None:
+def check_weight_files(model: str, key: str) -> None:
+    """Raise `ConfigError` if `model` is a directory and weights are missing or incomplete. Imports nothing."""
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        return
     for name in _WEIGHT_FILES:
         index = directory / f"{name}.index.json"
         if (directory / name).exists():

@@ -27,7 +27,13 @@ from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.environments.config import MathEnvironmentConfig
 from nemo_rl.environments.math_environment import GROUND_TRUTH, MathEnvironment
 from nemo_rl.errors import ConfigError, ModelError
-from nemo_rl.jobs.model_files import check_is_language_model, check_model_path, context_length, load_model_config
+from nemo_rl.jobs.model_files import (
+    check_is_language_model,
+    check_model_path,
+    check_weight_files,
+    context_length,
+    load_model_config,
+)
 from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.generation.config import GenerationConfig, GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest
@@ -96,7 +102,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         started: when the run began, for chat templates with a date. None: now.
 
     Raises:
-        ConfigError: the model is not set, does not exist or is not supported, or the backend is unknown.
+        ConfigError: the model is not set or does not exist, or the backend is unknown.
     """
 
     def __init__(
@@ -123,8 +129,6 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         self._backend = generation_backend(config.generation.backend)
         python = self._backend.py_executable(config.generation.py_executable, use_gpus=config.use_gpu)
         self._started = started or datetime.now()  # one time for all workers
-        if Path(config.model).is_dir():  # the configuration of a model on the hub is downloaded by the workers
-            self._check_model(load_model_config(config.model))
         self.runtime_env = None if python == PY_EXECUTABLES.SYSTEM else {"py_executable": python}
 
     def inputs(self) -> tuple[list[str], list[str]]:
@@ -140,7 +144,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         from nemo_rl.models.policy.hf_loading import load_tokenizer
 
         config, name = self._config, self._model_name()
-        self._max_length = self._check_model(load_model_config(name))
+        self._max_length = self._check_fits(load_model_config(name))
         self._tokenizer: Any = load_tokenizer(name)
         self._formatter = PromptFormatter(
             self._tokenizer,
@@ -171,7 +175,13 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         generation = self._config.generation.model_copy(update={"num_threads": max(1, int(self.resources.cpus))})
         return GeneratorSpec(name, generation, max_length, use_gpu=self._config.use_gpu)
 
-    def _check_model(self, model: PretrainedConfig) -> int:
+    def check_model(self) -> None:
+        """Check the files of a model in a directory, before workers start. Raises `ConfigError`."""
+        if self.model != EMBEDDED_MODEL and Path(self.model).is_dir():
+            check_weight_files(self.model, "scoring.model")
+            self._check_fits(load_model_config(self.model))
+
+    def _check_fits(self, model: PretrainedConfig) -> int:
         """Return the longest sequence to generate. Raises `ConfigError` if generation does not support the model."""
         longest = self._config.max_sequence_length
         longest = min(longest, context_length(model) or longest)

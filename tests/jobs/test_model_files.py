@@ -10,7 +10,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.model_files import (
     check_model_name,
-    check_model_path,
+    check_weight_files,
     context_length,
     count_parameters,
     ensure_model,
@@ -222,7 +222,7 @@ def shards(directory: Path, index: str = "model.safetensors.index.json") -> None
 def test_weights_in_shards_are_accepted(tmp_path):
     name = model_directory(tmp_path)
     shards(tmp_path)
-    check_model_path(name, "policy.model_name")
+    check_weight_files(name, "policy.model_name")
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,10 @@ def test_weights_in_shards_are_accepted(tmp_path):
 )
 def test_missing_weights_are_reported(tmp_path, change, expected):
     name = model_directory(tmp_path)
-    check_model_name(PolicyConfig(model_name=name))
+    check_weight_files(name, "policy.model_name")
     change(tmp_path)
     with pytest.raises(ConfigError, match=f"policy.model_name: .*{expected}"):
-        check_model_name(PolicyConfig(model_name=name))
+        check_weight_files(name, "policy.model_name")
 
 
 def test_context_length():

@@ -136,7 +136,7 @@ def test_unsupported_model_is_refused_before_workers_start(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"scoring\.model: .*attention heads of size 48; on CPUs, vLLM supports"):
-        ModelPassRate(scoring(model=str(tmp_path), generation={"backend": "vllm"}))
+        ModelPassRate(scoring(model=str(tmp_path), generation={"backend": "vllm"})).check_model()
 
 
 def test_stage_runs_in_the_python_of_the_backend() -> None:
