@@ -14,9 +14,10 @@ with `grpo.max_trajectory_age` it produces rollouts while the policy trains.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +49,23 @@ class Recorder(Protocol):
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None: ...
+
+
+def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
+    """Move the loader to the position in a checkpoint. Raises `CheckpointError` if it belongs to other data."""
+    with _remedies(checkpoint):
+        loader.load_state_dict(checkpoint.state()["rollouts"]["loader"])
+
+
+@contextlib.contextmanager
+def _remedies(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{sentence(error)}. If the checkpoint is damaged, remove {checkpoint.path}: the run resumes from the "
+            "previous checkpoint. If it belongs to another run, set another checkpointing.checkpoint_dir"
+        ) from error
 
 
 @dataclass
@@ -101,15 +119,10 @@ class GRPO:
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
         """
-        try:
+        with _remedies(checkpoint):
             state = checkpoint.state()
             self.policy.load_checkpoint(checkpoint.path / "policy")
             self._pipeline.load(checkpoint.path, state["rollouts"])
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{sentence(error)}. If the checkpoint is damaged, remove {checkpoint.path}: the run resumes from the "
-                "previous checkpoint. If it belongs to another run, set another checkpointing.checkpoint_dir"
-            ) from error
         self._last_validation = state["validation"]
         self.step = state["step"]
 

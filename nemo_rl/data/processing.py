@@ -6,6 +6,7 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -32,7 +33,7 @@ class Tokenizer(Protocol):
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
     ) -> Any: ...
 
 
@@ -42,21 +43,36 @@ class PromptFormatter:
     A text prompt is inserted into `data.prompt_template`. If the tokenizer has a chat template (and
     `data.apply_chat_template` is true), the result becomes a user message after `data.system_prompt`.
 
+    The result depends on the problem, the templates and `now` only.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        config: The templates and the system prompt.
+        now: The time that `strftime_now` of a chat template formats. A run passes the time at which it began, so that
+            a resumed run has the same prompts. None: the current time.
+
     Raises:
-        ConfigError: The template does not contain `{problem}`, its file is missing, or there is a system prompt but no
-            chat template.
+        ConfigError: The template does not contain `{problem}`, its file is missing, there is a system prompt but no
+            chat template, or the chat template draws random values.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, now: datetime | None = None) -> None:
         self._tokenizer = tokenizer
         self._template = _read_template(config.prompt_template)
         self._system_prompt = config.system_prompt
+        self._now = now or datetime.now()
         self.is_chat = config.apply_chat_template and bool(tokenizer.chat_template)
         self._num_appended = 0 if self.is_chat else _num_appended(tokenizer)
         if self._system_prompt is not None and not self.is_chat:
             raise ConfigError(
                 "data.system_prompt needs a chat model, but the tokenizer has no chat template or "
                 "data.apply_chat_template is false; put the text into data.prompt_template instead"
+            )
+        if self.is_chat and (drawn := _random_value(tokenizer.chat_template)):
+            raise ConfigError(
+                f"the tokenizer's chat template uses {drawn}, which returns another text at every rendering, so a "
+                "resumed run would have other prompts; remove it from the template, or set "
+                "data.apply_chat_template=false"
             )
 
     def text(self, problem: Problem, where: str) -> str:
@@ -80,7 +96,9 @@ class PromptFormatter:
         if self._system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
         try:
-            return self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True, strftime_now=self._now.strftime
+            )
         except Exception as error:
             # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
             raise DataError(f"{where}: the tokenizer's chat template rejects the prompt: {error}") from error
@@ -95,6 +113,20 @@ class PromptFormatter:
         if self._num_appended:
             return [tokens[: -self._num_appended] for tokens in encoded]
         return encoded
+
+
+def _random_value(chat_template: Any) -> str | None:
+    """Return the name of a Jinja filter or function that draws random values in a chat template, or None."""
+    import jinja2
+
+    # A tokenizer may have several templates, by name.
+    texts = chat_template.values() if isinstance(chat_template, dict) else [chat_template]
+    for text in texts:
+        tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(text) if kind != "whitespace"]
+        for before, token in zip([("", ""), *tokens], tokens):
+            if token == ("name", "lipsum") or (before, token) == (("operator", "|"), ("name", "random")):
+                return f"`{token[1]}`"
+    return None
 
 
 def _num_appended(tokenizer: Tokenizer) -> int:
@@ -137,6 +169,7 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
         dataset: The problems.
         tokenizer: The model's tokenizer.
         config: Templates, `max_prompt_length`, and what to do with longer prompts.
+        now: See `PromptFormatter`.
 
     Attributes:
         num_dropped: Number of problems dropped because their prompts are too long.
@@ -148,9 +181,11 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
             dropped, or all prompts are dropped.
     """
 
-    def __init__(self, dataset: ProblemDataset, tokenizer: Tokenizer, config: DataConfig) -> None:
+    def __init__(
+        self, dataset: ProblemDataset, tokenizer: Tokenizer, config: DataConfig, now: datetime | None = None
+    ) -> None:
         self._dataset = dataset
-        self._formatter = PromptFormatter(tokenizer, config)
+        self._formatter = PromptFormatter(tokenizer, config, now)
         ids, offsets, kept = array("i"), array("q", [0]), array("q")
         digest = xxhash.xxh3_64()
         longest = 0

@@ -6,6 +6,7 @@ a model writes. Pairs that these rules cannot decide go to `math_verifier`, in a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -50,16 +51,27 @@ _RATIO = re.compile(
 )
 _PROPORTION = re.compile(r"([0-9]+) ?(?::| to |\\colon) ?([0-9]+)")
 _SINGLE_COMMA = re.compile(r"([+-]?[0-9]+),([0-9]+)")
+# What may follow or replace a number in text: a root of a number, or pi.
+_FACTOR_IN_TEXT = (
+    r"(?:\\sqrt ?(?:\[[0-9]+\])? ?(?:\{ ?[0-9]+(?:\.[0-9]+)? ?\}|[0-9])|sqrt ?\([0-9]+(?:\.[0-9]+)?\)|"
+    r"\\pi(?![A-Za-z])|pi(?![A-Za-z]))"
+)
+_TERM_IN_TEXT = rf"-?(?:[0-9]+ ?{_FACTOR_IN_TEXT}?|{_FACTOR_IN_TEXT})"
 _FRACTION_IN_TEXT = (
-    r"(?:[0-9]+ ?)?\\[dtc]?frac ?(?:\{-?[0-9]+\} ?\{-?[0-9]+\}|[0-9] ?[0-9])|"
+    rf"(?:[0-9]+ ?)?\\[dtc]?frac ?(?:\{{ ?{_TERM_IN_TEXT} ?\}} ?\{{ ?{_TERM_IN_TEXT} ?\}}|[0-9] ?[0-9])|"
     r"(?<![0-9]/)(?:[0-9]+ )?[0-9]+/[0-9]+(?![0-9/])"
 )
+# Not an exponent or index: `x^2`, `x_{12}`, `10^-3`.
 _NUMBER_IN_TEXT = re.compile(
-    rf"(?<![0-9A-Za-z_.\\])-?(?:\\?\$ ?)?(?:{_FRACTION_IN_TEXT}|"
+    r"(?<![0-9A-Za-z_.\\^])(?<![\^_]\{)(?<!\^-)(?<!\^\{-)-?(?:\\?\$ ?)?"
+    rf"(?:(?:{_FRACTION_IN_TEXT}|"
     rf"(?:{_COMMA_DECIMAL}|{_SPACED_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+-]?[0-9]{1,3}(?![0-9])|"
-    rf"(?: *(?:\\times|\\cdot|[*xX]) *10)? ?\^ ?(?:\{{-?[0-9]+\}}|[0-9]+)|:[0-9]+(?![0-9:]))?)"
-    r"(?: ?\\?%)?"
+    rf"(?: *(?:\\times|\\cdot|[*xX]) *10)? ?\^ ?(?:\{{-?[0-9]+\}}|-?[0-9]+)|:[0-9]+(?![0-9:])|"
+    r"(?<=[0-9]{2})(?:\.\.\.|\\ldots))?)"
+    rf"(?:(?: ?(?:\\cdot|\*)? ?{_FACTOR_IN_TEXT})+(?: ?/ ?[0-9]+(?![0-9/]))?)?|"
+    rf"{_FACTOR_IN_TEXT}(?: ?/ ?[0-9]+(?![0-9/]))?)"
+    r"(?: ?\\?%)?(?: (?:hundred|thousand|million|billion|trillion|dozen)(?![A-Za-z]))?"
 )
 _BOX_TOKEN = re.compile(r"\\+(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _DATE = re.compile(
@@ -72,6 +84,17 @@ _WORD = re.compile(
     r"\b(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|cbrt|abs|floor|ceil|gcd|lcm|max|min|mod|inf|infinity|"
     r"and|alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|rho|tau|psi)\b)(?:[A-Za-z]{3,}|no|No|NO)\b"
 )
+# A number in another base, and a choice with its value.
+_BASED = re.compile(r"([0-9][0-9A-F]*)_ ?(?:\{ ?([0-9]{1,2}) ?\}|([0-9]{1,2}))")
+_LABELLED = re.compile(r"\(([A-J])\)[.:]? +(.+)", re.DOTALL)
+_PERCENT = re.compile(r"(.*[0-9}]) ?(?:\\?%|percent|percentage|pct)", re.DOTALL)
+_POWER = re.compile(r"(?<![0-9#])(#?[0-9]+) ?\^ ?(?:\{ ?(#?[0-9]+) ?\}|(#?[0-9]+))(?! ?\^)")
+_FACTORIAL = re.compile(r"(?<![0-9#])(#?[0-9]+) ?!(?!=)")
+_NUMBER_IN_BRACES = re.compile(r"(?<![\^_])(?<![\^_] )\{ ?(#?[0-9]+) ?\}")
+_MAX_DIGITS = 1_000_000  # of a number that is computed
+_MAX_TOWER = 20
+_MAX_KEY_CHARS = 10_000  # the largest `env.math.max_answer_chars`
+_ADJACENT_NUMBERS = re.compile(r"(?<![0-9_^])[0-9]+ +[0-9]")
 _CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-Ja-j])[).:]?\)?")
 
 
@@ -144,6 +167,9 @@ def to_latex(answer: str) -> str:
     """
     if _DATE.fullmatch(answer) or is_text(answer):
         return f"\\text{{{_plain_words(answer)}}}"
+    if percentage := _PERCENT.fullmatch(answer):
+        number = _comma_decimal(percentage[1])  # a percentage is no list
+        return f"{number.decimal if number else to_latex(percentage[1])}\\%"
     quantity = split_quantity(answer)
     literal = rational_literal(quantity.number)
     if literal is None:
@@ -171,6 +197,7 @@ def needs_algebra(answer: str) -> bool:
     return rational_literal(split_quantity(answer).number) is None
 
 
+@lru_cache(maxsize=10_000)
 def answer_key_fault(truth: str) -> str | None:
     r"""Return why an answer key cannot be right for any completion, or None.
 
@@ -186,7 +213,49 @@ def answer_key_fault(truth: str) -> str | None:
         return "it contains no letter and no digit"
     if plain.lower() == "nan":
         return "it is not a number"
+    if len(plain) <= _MAX_KEY_CHARS and _is_too_large(plain):
+        return f"it contains a number of more than {_MAX_DIGITS:,} digits"
     return None
+
+
+def _is_too_large(text: str) -> bool:
+    """Return whether a power or a factorial of written numbers, such as `9^{9^{9^9}}`, has too many digits."""
+    text = text.replace("(", "{").replace(")", "}")
+    for _ in range(_MAX_TOWER):
+        values: list[str] = []
+
+        def value(match: re.Match[str], values: list[str] = values) -> str:
+            base, exponent = match[1], (match[2] or match[3]) if match.re is _POWER else None
+            values.append(_power(base, exponent) if exponent else _factorial(base))
+            return values[-1]
+
+        shorter = _FACTORIAL.sub(value, _POWER.sub(value, _NUMBER_IN_BRACES.sub(r"\1", text)))
+        if "" in values:
+            return True
+        if shorter == text:
+            break
+        text = shorter
+    return False
+
+
+def _power(base: str, exponent: str) -> str:
+    """Return a power in digits, or `#` and its number of digits; an empty text if that is too large."""
+    if base in ("0", "1") or exponent in ("0", "1"):
+        return base if exponent != "0" else "1"
+    base_digits = float(base[1:]) if base[0] == "#" else math.log10(max(int(base), 1))
+    digits = math.inf if exponent[0] == "#" or len(exponent) > 18 else int(exponent) * base_digits
+    if digits > _MAX_DIGITS:
+        return ""
+    return str(int(base) ** int(exponent)) if base[0] != "#" and digits < 18 else f"#{math.ceil(digits)}"
+
+
+def _factorial(number: str) -> str:
+    if number[0] == "#" or len(number) > 18:
+        return ""
+    digits = math.lgamma(int(number) + 1) / math.log(10)
+    if digits > _MAX_DIGITS:
+        return ""
+    return str(math.factorial(int(number))) if digits < 18 else f"#{math.ceil(digits)}"
 
 
 def check_answer_keys(dataset: ProblemDataset, max_chars: int) -> None:
@@ -205,6 +274,11 @@ def check_answer_keys(dataset: ProblemDataset, max_chars: int) -> None:
                 f"{dataset.where(index)}: the answer {answer[:200]!r} cannot be compared with an answer of the model: "
                 f"{fault}. Correct or remove the record."
             )
+
+
+def has_adjacent_numbers(latex: str) -> bool:
+    """Return whether two numbers stand side by side, as in `5 6`, which math-verify would add or join."""
+    return _ADJACENT_NUMBERS.search(latex) is not None
 
 
 def braces_match(text: str) -> bool:
@@ -322,8 +396,15 @@ def compare_cheaply(answer: str, truth: str) -> bool | None:
     """
     if answer == truth:
         return True
-    if answer.isdecimal() and truth.isdecimal() and max(len(answer), len(truth)) <= _MAX_LITERAL_CHARS:
-        return int(answer) == int(truth)
+    if answer.isdecimal() and truth.isdecimal():
+        if answer.lstrip("0") == truth.lstrip("0"):
+            return True
+        if max(len(answer), len(truth)) <= _MAX_LITERAL_CHARS:
+            return False
+    if (based := _compare_bases(answer, truth)) is not None:
+        return based
+    if _compare_labels(answer, truth) or _compare_labels(truth, answer):
+        return True
     answer_choice, truth_choice = _CHOICE.fullmatch(answer), _CHOICE.fullmatch(truth)
     if answer_choice and truth_choice and answer_choice[1] == truth_choice[1]:
         return True
@@ -344,6 +425,31 @@ def compare_cheaply(answer: str, truth: str) -> bool | None:
     if answer_number is None or truth_number is None:
         return None if factor == 1 or answer_number is None else False
     return same_number(replace(answer_number, value=answer_number.value * factor), truth_number)
+
+
+def _compare_bases(answer: str, truth: str) -> bool | None:
+    """Compare numbers of which one has a base, as in `1011_2`, which the other may leave out; None for other texts."""
+    answer_based, truth_based = _BASED.fullmatch(answer), _BASED.fullmatch(truth)
+    if answer_based and truth_based:
+        return _digits_and_base(answer_based) == _digits_and_base(truth_based)
+    if answer_based and truth.isdecimal():
+        return answer_based[1] == truth
+    if truth_based and answer.isdecimal():
+        return truth_based[1] == answer
+    return None
+
+
+def _digits_and_base(match: re.Match[str]) -> tuple[str, int]:
+    return match[1].lstrip("0"), int(match[2] or match[3])
+
+
+def _compare_labels(labelled: str, other: str) -> bool:
+    """Return whether `labelled` is a choice with its value, `(C) 12`, and `other` is one of the two."""
+    match = _LABELLED.fullmatch(labelled)
+    if match is None:
+        return False
+    choice = _CHOICE.fullmatch(other)
+    return match[1] == choice[1] if choice else compare_cheaply(match[2], other) is True
 
 
 def _compare_text(answer: str, truth: str) -> bool | None:

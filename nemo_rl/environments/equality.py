@@ -22,6 +22,8 @@ from sympy.matrices.expressions.matexpr import MatrixExpr
 from nemo_rl.environments.answers import RELATIVE_TOLERANCE, ROUNDED_DIGITS, RationalLiteral, is_rounded, same_number
 
 _MAX_MATCHED = 30
+_TOLERANCE = Rational(RELATIVE_TOLERANCE.numerator, RELATIVE_TOLERANCE.denominator)
+_FORMULA_TOLERANCE = 5 * _TOLERANCE  # a coefficient with six significant digits, rounded
 # Points at which two formulas are compared before they are simplified. Positive, so that roots and logarithms are real.
 _SAMPLES = (Rational(137, 89), Rational(211, 397))
 
@@ -41,14 +43,16 @@ def equal_values(truth: Basic | MatrixBase, answer: Basic | MatrixBase) -> bool:
     """Return whether two numbers, formulas or matrices are equal.
 
     Without decimals the decision is exact. Decimals are read as exact fractions first; if the values then differ, they
-    may differ by `RELATIVE_TOLERANCE`, or one may be the rounded value of the other. A percentage also equals its
-    number without the percent sign: the sign is a unit, which the other side may leave out.
+    may differ by `RELATIVE_TOLERANCE`, or one may be the rounded value of the other. `50%` equals `0.5`. If only one
+    side has the percent sign, the sign is also read as a unit that the other side leaves out: `50` equals the truth
+    `50%`, and `50%` equals the truth `50`. (`0.5%` does not equal the truth `0.5`: a sign that the truth lacks is a
+    unit only of a number from 1.)
     """
     if isinstance(truth, (MatrixBase, MatrixExpr)) or isinstance(answer, (MatrixBase, MatrixExpr)):
-        a, b = truth.doit(), answer.doit()
-        if not (isinstance(a, MatrixBase) and isinstance(b, MatrixBase)):
-            return bool(a == b)
-        return a.shape == b.shape and all(equal_values(x, y) for x, y in zip(a.flat(), b.flat(), strict=True))
+        expected, given = truth.doit(), answer.doit()
+        if not (isinstance(expected, MatrixBase) and isinstance(given, MatrixBase)):
+            return bool(expected == given)
+        return expected.shape == given.shape and all(map(equal_values, expected.flat(), given.flat()))
     truth_percent, answer_percent = grader.get_pct_val(truth), grader.get_pct_val(answer)
     if (truth_percent is None) != (answer_percent is None):
         # "0.5%" is not 0.5: an added sign is a unit only for a number that can be a percentage.
@@ -86,22 +90,22 @@ def equal_collections(gold: Any, pred: Any, float_rounding: int = 6, numeric_pre
 def _equal(truth: Basic, answer: Basic) -> bool:
     has_decimals = truth.has(Float) or answer.has(Float)
     try:
-        a, b = _exact(answer), _exact(truth)
+        expected, given = _exact(truth), _exact(answer)
     except MemoryError:
         return False  # a number too large for the memory limit, such as 2^{2^{40}}; the process can continue
-    if a == b:
+    if expected == given:
         return True
-    if isinstance(a, Rational) and isinstance(b, Rational):
-        return has_decimals and same_number(_literal(answer, a), _literal(truth, b))
-    difference = a - b
-    symbols = sorted(difference.free_symbols, key=str)
+    if isinstance(expected, Rational) and isinstance(given, Rational):
+        return has_decimals and same_number(_literal(answer, given), _literal(truth, expected))
+    symbols = sorted(expected.free_symbols | given.free_symbols, key=str)
     if symbols:
-        return _equal_formulas(a, b, symbols, has_decimals)
+        return _equal_formulas(expected, given, symbols, has_decimals)
+    difference = given - expected
     is_zero = _is_zero(difference)
     if is_zero is not None and (is_zero or not has_decimals):
         return is_zero
     if has_decimals:
-        return _close(a, b) or _rounded(answer, a, b) or _rounded(truth, b, a)
+        return _close(expected, given) or _rounded(truth, expected, given) or _rounded(answer, given, expected)
     return sympy.simplify(difference).is_zero is True
 
 
@@ -137,7 +141,7 @@ def _is_zero(difference: Any) -> bool | None:
 
     The precision grows until a digit is certain, or until it exceeds what numbers of this size can cancel.
     """
-    digits = 100 + 4 * sum(len(str(number)) for number in difference.atoms(Integer))
+    digits = 100 + 4 * sum(number.p.bit_length() // 3 for number in difference.atoms(Integer))
     value = difference.evalf(5, maxn=digits)
     if not value.is_number or value.has(sympy.nan, sympy.zoo):
         return None
@@ -147,11 +151,11 @@ def _is_zero(difference: Any) -> bool | None:
     return not any(part._prec > 1 for part in parts)
 
 
-def _close(a: Any, b: Any) -> bool:
-    x, y = a.evalf(30, maxn=1000), b.evalf(30, maxn=1000)
+def _close(expected: Any, given: Any, tolerance: Rational = _TOLERANCE) -> bool:
+    x, y = expected.evalf(30, maxn=1000), given.evalf(30, maxn=1000)
     if not (x.is_number and y.is_number) or not (x.is_finite and y.is_finite):
         return False
-    return bool(abs(x - y) <= Rational(RELATIVE_TOLERANCE.numerator, RELATIVE_TOLERANCE.denominator) * abs(y))
+    return bool(abs(x - y) <= tolerance * abs(x))
 
 
 def _rounded(written: Basic, decimal: Any, value: Any) -> bool:
@@ -163,20 +167,22 @@ def _rounded(written: Basic, decimal: Any, value: Any) -> bool:
     return is_rounded(Fraction(int(decimal.p), int(decimal.q)), digits, Fraction(int(exact.p), int(exact.q)))
 
 
-def _equal_formulas(a: Any, b: Any, symbols: list[Any], has_decimals: bool) -> bool:
+def _equal_formulas(expected: Any, given: Any, symbols: list[Any], has_decimals: bool) -> bool:
     """Compare two formulas: at sample points, which shows most differences in little time, then symbolically."""
     for shift, sample in enumerate(_SAMPLES):
         point = {symbol: sample + Rational(position + shift, 7) for position, symbol in enumerate(symbols)}
-        x, y = a.subs(point), b.subs(point)
-        if x.is_number and y.is_number and _is_zero(x - y) is False and not (has_decimals and _close(x, y)):
+        x, y = expected.subs(point), given.subs(point)
+        differs = x.is_number and y.is_number and _is_zero(x - y) is False
+        if differs and not (has_decimals and _close(x, y, _FORMULA_TOLERANCE)):
             return False
     if has_decimals:
         try:
-            polynomials = sympy.Poly(a, *symbols).as_dict(), sympy.Poly(b, *symbols).as_dict()
+            polynomials = sympy.Poly(expected, *symbols).as_dict(), sympy.Poly(given, *symbols).as_dict()
         except sympy.PolynomialError:
             pass
         else:
             return polynomials[0].keys() == polynomials[1].keys() and all(
-                _close(coefficient, polynomials[1][powers]) for powers, coefficient in polynomials[0].items()
+                _close(coefficient, polynomials[1][powers], _FORMULA_TOLERANCE)
+                for powers, coefficient in polynomials[0].items()
             )
-    return sympy.simplify(a - b).is_zero is True
+    return sympy.simplify(expected - given).is_zero is True

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -33,6 +34,8 @@ from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentRet
 from nemo_rl.environments.verify_pool import VerifyPool, VerifyRequest, VerifyResult
 from nemo_rl.errors import EnvironmentFailure
 from nemo_rl.utils.config import validate
+
+logger = logging.getLogger(__name__)
 
 GROUND_TRUTH = "ground_truth"
 
@@ -70,6 +73,7 @@ class MathEnvironment(EnvironmentInterface):
         if len(completions) != len(metadata):
             raise EnvironmentFailure(f"{len(completions)} completions, but {len(metadata)} metadata records")
         truths = [self._truth(index, record) for index, record in enumerate(metadata)]
+        _check_truths(truths)
         batch = len(completions)
         answers: list[str | None] = [None] * batch
         status: list[SampleStatus] = ["unparseable"] * batch
@@ -87,7 +91,10 @@ class MathEnvironment(EnvironmentInterface):
                 else:
                     status[index], rewards[index] = "ok", same
             latency_s[index] = time.perf_counter() - started
-        self._check_truths(truths)
+        for index in self._slow_truths({i: r.truth for i, r in undecided.items() if needs_algebra(truths[i])}):
+            logger.warning("the ground truth %r takes too long; only equal text is right", truths[index][:200])
+            status[index] = "timeout"
+            del undecided[index]
         for index, result in self._verify(undecided).items():
             latency_s[index] += result.elapsed_s
             rewards[index] = result.outcome == "equal"
@@ -129,22 +136,10 @@ class MathEnvironment(EnvironmentInterface):
             )
         return plain
 
-    def _check_truths(self, truths: Sequence[str]) -> None:
-        """Raise `EnvironmentFailure` for truths that are broken, or that cannot be compared in time.
-
-        Every truth is checked, so that a failure does not depend on the model's text. A truth that math-verify cannot
-        parse is no failure: only an answer of equal text is right.
-        """
-        broken = [(index, fault) for index, truth in enumerate(truths) if (fault := answer_key_fault(truth))]
-        if not broken:
-            checks = {index: VerifyRequest(to_latex(t)) for index, t in enumerate(truths) if needs_algebra(t)}
-            broken = [(i, "it takes too long") for i, r in self._verify(checks).items() if r.outcome == "timeout"]
-        if broken:
-            shown = "; ".join(f"sample {i}: {truths[i][:200]!r} ({why})" for i, why in broken[:_MAX_FAILURES_SHOWN])
-            raise EnvironmentFailure(
-                f"{len(broken)} of {len(truths)} ground truths cannot be compared with an answer: "
-                f"{shown}. Correct or remove these records of the data set."
-            )
+    def _slow_truths(self, truths: Mapping[int, str]) -> list[int]:
+        """Return the indices of truths that cannot be compared with anything in time. Each truth is tried once."""
+        checks = self._verify({index: VerifyRequest(truth) for index, truth in truths.items()})
+        return [index for index, result in checks.items() if result.outcome == "timeout"]
 
     def _verify(self, requests: Mapping[int, VerifyRequest]) -> dict[int, VerifyResult]:
         """Send each distinct request to the pool once; results of earlier steps come from the cache."""
@@ -156,6 +151,20 @@ class MathEnvironment(EnvironmentInterface):
             self._results.store(new_results)
             results |= new_results
         return {index: results[request] for index, request in requests.items()}
+
+
+def _check_truths(truths: Sequence[str]) -> None:
+    """Raise `EnvironmentFailure` for truths that are broken. The job has checked its data sets in the same way.
+
+    A truth that math-verify cannot parse, or not in time, is no failure: only an answer of equal text is right.
+    """
+    broken = [(index, fault) for index, truth in enumerate(truths) if (fault := answer_key_fault(truth))]
+    if broken:
+        shown = "; ".join(f"sample {i}: {truths[i][:200]!r} ({why})" for i, why in broken[:_MAX_FAILURES_SHOWN])
+        raise EnvironmentFailure(
+            f"{len(broken)} of {len(truths)} ground truths cannot be compared with an answer: "
+            f"{shown}. Correct or remove these records of the data set."
+        )
 
 
 class _ResultCache:

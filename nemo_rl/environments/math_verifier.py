@@ -20,7 +20,7 @@ import resource
 import sys
 from typing import Any, BinaryIO
 
-from nemo_rl.environments.answers import braces_match
+from nemo_rl.environments.answers import braces_match, has_adjacent_numbers
 
 SELF_TEST = (
     ("\\frac{1}{2}", "0.5", "equal"),
@@ -35,6 +35,7 @@ class Verifier:
 
     def __init__(self) -> None:
         # Imported here, not at the top: the process sets its limits first.
+        from latex2sympy2_extended import NormalizationConfig
         from math_verify import parser
         from math_verify.grader import verify
 
@@ -42,7 +43,9 @@ class Verifier:
 
         equality.install()
         # The text contains only the answer, so one rule is enough, and no rule searches for an answer in prose.
-        self._rules = [parser.LatexExtractionConfig(boxed_match_priority=0)]
+        # Units have been removed before; math-verify would also remove products of variables, such as `ab` in `3ab`.
+        normalization = NormalizationConfig(units=False, malformed_operators=True, nits=True)
+        self._rules = [parser.LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)]
         self._parse = parser.parse
         self._verify = verify
         for name in ("math_verify", "latex2sympy2_extended"):
@@ -74,8 +77,9 @@ class Verifier:
         return "equal" if equal else "different"
 
     def _read(self, text: str) -> list[Any]:
-        if not braces_match(text):
-            return []  # `5} \boxed{7` must not inject a second answer into the box
+        # `5} \boxed{7` must not inject a second answer into the box.
+        if not braces_match(text) or has_adjacent_numbers(text):
+            return []
         try:
             return self._parse(
                 f"\\boxed{{{text}}}",

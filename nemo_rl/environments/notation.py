@@ -32,12 +32,15 @@ _CHARACTERS = {
     "∕": "/", "∞": "\\infty ", "≤": "\\leq ", "⩽": "\\leq ", "≥": "\\geq ", "⩾": "\\geq ", "≠": "\\neq ",
     "≈": "\\approx ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ",
     "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}",
-    "°": "^{\\circ}", "º": "^{\\circ}", "˚": "^{\\circ}", "℃": "^{\\circ}C", "℉": "^{\\circ}F", "′": "'", "‘": "'",
+    "∶": ":", "°": "^{\\circ}", "º": "^{\\circ}", "˚": "^{\\circ}",
+    "℃": "^{\\circ}C", "℉": "^{\\circ}F", "′": "'", "‘": "'",
     "’": "'", "“": '"', "”": '"', "٪": "%", "٫": ".", "٬": ",", "،": ",", "、": ",", "…": "\\ldots ",
     "⟨": "\\langle ", "⟩": "\\rangle ", "µ": "μ", "Δ": "\\Delta ", "Ω": "Ω",
 }  # fmt: skip
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ"
 _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎"
+_OVERLINED = re.compile("(?:[0-9][\u0304\u0305])+")
+_DOTTED = re.compile("([0-9])\u0307(?:([0-9]*[0-9])\u0307)?")
 _SMALL_FRACTION = re.compile(rf"(?<![{_SUPERSCRIPTS}])([{_SUPERSCRIPTS[:10]}]+)[⁄/∕]([{_SUBSCRIPTS[:10]}]+)")
 _SCRIPTS = re.compile(rf"[{_SUPERSCRIPTS}]+|[{_SUBSCRIPTS}]+")
 _ROOT = re.compile(r"([√∛∜])\s*([0-9]+(?:\.[0-9]+)?|\\[a-z]+|[A-Za-z](?![A-Za-z]))?")
@@ -48,12 +51,18 @@ _ROOT_DEGREES = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
 _HTML_TAG = re.compile(
     r"</?(?:a|b|big|center|code|div|em|font|h[1-6]|i|kbd|li|mark|p|pre|q|small|span|strong|tt|u)(?:\s[^<>]*)?/?>", re.I
 )
+_HTML_FRACTION = re.compile(r"<sup>([^<>]*)</sup>\s*(?:/|\u2044|&frasl;)\s*<sub>([^<>]*)</sub>", re.I)
 _HTML_SCRIPT = re.compile(r"<(sup|sub)>([^<>]*)</\1>", re.I)
 _HTML_BREAK = re.compile(r"<br\s*/?>", re.I)
 _HTML_ENTITY = re.compile(r"&#?[0-9A-Za-z]{2,8};")
 _BOLD = re.compile(r"(?<![^\s(])\*\*(?=\S)([^*]+)(?<=\S)\*\*(?![^\s.,;:)])")
 _MARKDOWN_WRAPPERS = ("```", "``", "`", "***", "**", "*", "___", "__", "_", "~~", '"', "'")
-_LEAD_IN = re.compile(r"(?:so |thus |hence |therefore )?,? ?(?:the |my )?(?:final )?answer ?(?:is|:|=)+ ?:? ?", re.I)
+_LEAD_IN = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final )?answer ?(?:is|:|=)+ ?:? ?|"
+    r"(?:approximately|approx\.|about|roughly) (?=[^A-Za-z]|$)",
+    re.I,
+)
+_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _LEADING_RELATION = re.compile(r"^(?:=|\\approx(?![A-Za-z])|\\equiv(?![A-Za-z])|~) ?")
 
 # LaTeX
@@ -65,16 +74,22 @@ _FONTS = _names(
     "boldsymbol bm pmb mathbf mathit mathsf mathtt mathnormal emph textbf textit textsl underline ensuremath boxed "
     "fbox framebox bbox mathstrut"
 )
-_COLOURED = _names("textcolor colorbox mathcolor")
+_COLOURED = {"textcolor": 1, "colorbox": 1, "mathcolor": 1, "fcolorbox": 2}  # number of colours before the content
 _DROPPED_WITH_ARGUMENT = _names("color hspace vspace phantom hphantom vphantom tag label")
 _SWITCHES = _names(
     "bf it rm sf tt sl bfseries itshape rmfamily sffamily ttfamily displaystyle textstyle scriptstyle "
     "scriptscriptstyle tiny scriptsize footnotesize small normalsize large Large LARGE huge Huge"
 )
 _SIZES = frozenset(f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "m", "r"))
-_DROPPED = _names("left right middle mleft mright limits nolimits noindent centering") | _SIZES
+_DROPPED = (
+    _names(
+        "left right middle mleft mright limits nolimits noindent centering therefore blacksquare qedsymbol checkmark"
+    )
+    | _SIZES
+)
 _RENAMED = {
-    "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "le": "\\leq", "ge": "\\geq", "ne": "\\neq",
+    "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "sfrac": "\\frac", "nicefrac": "\\frac",
+    "le": "\\leq", "ge": "\\geq", "ne": "\\neq",
     "leqslant": "\\leq", "geqslant": "\\geq", "varnothing": "\\emptyset", "lbrace": "\\{", "rbrace": "\\}",
     "lbrack": "[", "rbrack": "]", "lt": "<", "gt": ">", "R": "\\mathbb{R}", "degree": "^{\\circ}",
     "textdegree": "^{\\circ}", "textdollar": "\\$", "lvert": "|", "rvert": "|", "vert": "|", "dots": "\\ldots",
@@ -87,8 +102,19 @@ _NUMBER_OR_CHOICE = re.compile(r"[+-]?\.?[0-9]|\(?[A-J][).]?$")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _GROUPED_IN_BRACES = re.compile(r"\{ ?[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)? ?\}")  # not a set
 _DEGREES = re.compile(r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end) ?\{(?:align|aligned|equation|gather|gathered|displaymath|math)\*?\}")
+_BARE_BLACKBOARD = re.compile(r"\\mathbb ([A-Z])(?![A-Za-z])")
+_CHOOSE = re.compile(r"\{ ?([^{}]+?) ?\\choose ?([^{}]+?) ?\}")
+_BARE_BINOMIAL = re.compile(r"\\binom ?([0-9]) ?([0-9])")
+_BRACKETED_DIGITS = re.compile(r"\(([0-9A-F]+)\)(?=_)")  # the number in (1011)_2
 _BARE_FRACTION = re.compile(r"\\frac ?(\{[^{}]*\}|[0-9A-Za-z]) ?(\{|[0-9A-Za-z])")
 _BARE_ROOT = re.compile(r"\\sqrt ?(\[[^\[\]]*\])? ?([0-9]|(?<= |\])[A-Za-z])")
+
+_LATEX_DOTTED = re.compile(r"\\dot ?\{? ?([0-9]) ?\}?(?:([0-9]*)\\dot ?\{? ?([0-9]) ?\}?)?")
+# Other notations for the period of a decimal: 0.(3), and 0.333... with a period that is written three times.
+_PERIOD_IN_BRACKETS = re.compile(r"([+-]? ?[0-9]*)[.,]([0-9]*)\(([0-9]+)\)")
+_WRITTEN_PERIOD = re.compile(r"([+-]? ?[0-9]*\.[0-9]*?)([0-9]{1,9}?)\2\2+ ?(?:\.\.\.|\\[lc]?dots) ?")
+_MAX_DECIMAL_CHARS = 100  # the patterns above take quadratic time
 
 # Plain notation
 
@@ -99,9 +125,16 @@ _PLAIN_FUNCTION = re.compile(
 _PLAIN_CONSTANT = re.compile(
     rf"(?<![A-Za-z\\])(?:({'|'.join(sorted(_GREEK, key=len, reverse=True))})|(infinity|infty|inf|oo))(?![A-Za-z])"
 )
+_PLAIN_NAME = re.compile(
+    r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln)(?=[ ^_\\0-9])"
+)
 _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt ?([0-9]+)")
 _PLAIN_POWER = re.compile(r"\^ ?([+-]?[0-9]+(?:\.[0-9]+)?)")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]{1,3})(?![A-Za-z0-9.])")
+_PLAIN_FRACTION = re.compile(r"(?<![0-9A-Za-z.,/^_)}\]])([0-9]+) ?/ ?([0-9]+)(?= ?(?:\\[a-z]|[A-Za-z(]))")
+_SPACED_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
+_MIXED_NUMBER = re.compile(r"(?<![0-9.,/])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9])")
+_PLAIN_MATRIX = re.compile(r"\[ ?(\[[^\[\]]*\](?: ?, ?\[[^\[\]]*\])+) ?\]")
 _TIMES_POWER = re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _DEGREE_VALUE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?\^\{\\circ\}")
@@ -126,6 +159,8 @@ def normalise(answer: str) -> str:
     text = answer.strip()
     if text.isascii() and text.isalnum():
         return text
+    if text.replace(" ", "") in ("{}", "\\{\\}"):
+        return "\\emptyset"
     if "<" in text or "&" in text:
         text = _without_html(text)
     if not text.isascii():
@@ -134,15 +169,20 @@ def normalise(answer: str) -> str:
     text = _without_wrappers(text)
     text = text.replace("**", "^")
     text = _without_latex_decoration(text.replace("{,}", ","))
-    text = _strip_ends(_SPACING.sub(" ", text))
-    lead_in = _LEAD_IN.match(text)
-    if lead_in:
+    text = _strip_ends(_with_overline(_SPACING.sub(" ", text)))
+    words = _TEXT.match(text)
+    if words and (words.end() == len(text) or _LEAD_IN.fullmatch(words[1])):  # all of the answer, or before it
+        text = words[1] + text[words.end() :]
+    if lead_in := _LEAD_IN.match(text):
         text = text[lead_in.end() :]
-    return _strip_ends(_LEADING_RELATION.sub("", _without_wrappers(text)))
+    text = _strip_ends(_LEADING_RELATION.sub("", _without_wrappers(text)))
+    return _BRACKETED_DIGITS.sub(r"\1", text)
 
 
 def ascii_characters(text: str) -> str:
     """Replace Unicode variants of digits, signs, spaces, fractions, roots and scripts by ASCII or LaTeX."""
+    text = _OVERLINED.sub(lambda m: f"\\overline{{{m[0][::2]}}}", text)
+    text = _DOTTED.sub(lambda m: f"\\overline{{{m[1]}{m[2] or ''}}}", text)
     text = _INVISIBLE.sub("", text)
     text = _SMALL_FRACTION.sub(lambda m: f"\\frac{{{_compatible(m[1])}}}{{{_compatible(m[2])}}}", text)
     text = _SCRIPTS.sub(
@@ -154,7 +194,14 @@ def ascii_characters(text: str) -> str:
 
 def plain_to_latex(text: str) -> str:
     """Translate plain notation in a normalised answer: functions, constants, powers, products and comparisons."""
+    text = _SPACED_GROUPS.sub(lambda m: m[0].replace(" ", ""), text)
+    text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text)
     text = _bracketed_arguments(text)
+    text = _PLAIN_NAME.sub(r"\\\1 ", text)
+    text = _PLAIN_FRACTION.sub(r"\\frac{\1}{\2}", text)
+    if matrix := _PLAIN_MATRIX.fullmatch(text):
+        rows = "\\\\".join(re.findall(r"\[([^\[\]]*)\]", matrix[1])).replace(",", "&")
+        text = f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}"
     text = _PLAIN_ROOT.sub(r"\\sqrt{\1}", text)
     text = _SCIENTIFIC.sub(lambda m: f"{m[1]} \\times 10^{{{int(m[2])}}}", text)
     text = _TIMES_POWER.sub(r" \\times ", text)
@@ -190,6 +237,7 @@ def _ascii(character: str) -> str:
 
 
 def _without_html(text: str) -> str:
+    text = _HTML_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = _HTML_ENTITY.sub(lambda m: html.unescape(m[0]), text)
     text = _HTML_SCRIPT.sub(lambda m: f"{'^' if m[1].lower() == 'sup' else '_'}{{{m[2]}}}", text)
     return _HTML_TAG.sub("", _HTML_BREAK.sub(" ", text)).strip()
@@ -206,6 +254,20 @@ def _without_wrappers(text: str) -> str:
     return text
 
 
+def _with_overline(text: str) -> str:
+    r"""Write a repeating decimal as `0.\overline{3}`."""
+    if len(text) > _MAX_DECIMAL_CHARS:
+        return text
+    inner = text.strip(" $")
+    if "\\dot" in inner:
+        inner = _LATEX_DOTTED.sub(lambda m: f"\\overline{{{m[1]}{m[2] or ''}{m[3] or ''}}}", inner)
+    if match := _PERIOD_IN_BRACKETS.fullmatch(inner):
+        return f"{match[1]}.{match[2]}\\overline{{{match[3]}}}"
+    if match := _WRITTEN_PERIOD.fullmatch(inner):
+        return f"{match[1]}\\overline{{{match[2]}}}"
+    return inner if "\\overline" in inner else text
+
+
 def _strip_ends(text: str) -> str:
     while True:
         stripped = text.strip(" $").removesuffix("\\\\")
@@ -220,7 +282,12 @@ def _strip_ends(text: str) -> str:
 def _without_latex_decoration(text: str) -> str:
     """Remove fonts, colours, sizes and delimiters; use one name where LaTeX has several."""
     if "\\" in text or "{" in text:
+        if "\\begin" in text and _ENVIRONMENT.search(text):
+            text = _ENVIRONMENT.sub("", text).replace("&", "").strip()
+        text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
         text = _edited(text)
+        text = _BARE_BLACKBOARD.sub(r"\\mathbb{\1}", text)
+        text = _BARE_BINOMIAL.sub(r"\\binom{\1}{\2}", text)
         text = _DEGREES.sub(r"^{\\circ}", text)
         text = _BARE_FRACTION.sub(_braced_fraction, text)
         text = _BARE_ROOT.sub(lambda m: f"\\sqrt{m[1] or ''}{{{m[2]}}}", text)
@@ -274,6 +341,8 @@ def _edited(text: str) -> str:
             is_words = re.fullmatch(r"[A-Za-z][A-Za-z .'-]+", word) and name != "underline"
             unwrap(start, group, *(("\\text{", "}") if is_words else ("", "")))
         elif name in _COLOURED and group:
+            for _ in range(_COLOURED[name] - 1):
+                group = argument(group[1] + 1) or group
             edits[start] = (group[1] + 1, "")
             if content := argument(group[1] + 1):
                 unwrap(start, content)

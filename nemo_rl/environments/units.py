@@ -1,7 +1,8 @@
 r"""Separates a number from its unit or currency, and compares units.
 
 A unit is ignored if only one of two answers has one. Two units that are both known must be of the same kind, and are
-converted: `2 km` equals `2000 m`, and differs from `2 kg`. Words that are not in the table (`18 eggs`) are ignored.
+converted: `2 km` equals `2000 m`, `1 N` equals `1 kg m/s^2`, and `2 km` differs from `2 kg`. Words that are not in the
+table (`18 eggs`) are ignored.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
-# Kind of quantity: names of one unit, then its size in the first unit of the kind.
+# The units of each kind of quantity: all names of a unit, `=`, its size in the first unit of the kind. So
+# "m meter=1 km=1000" says that `m` and `meter` are one unit, and that `km` is 1000 of it.
 _TABLE = {
-    "length": "m meter metre=1 km kilometer kilometre=1000 cm centimeter centimetre=1/100 mm millimeter "
-    "millimetre=1/1000 in inch inches=127/5000 ft foot feet=381/1250 yd yard=1143/1250 mi mile=201168/125",
+    "length": "m meter metre=1 km kilometer kilometre=1000 dm decimeter decimetre=1/10 cm centimeter centimetre=1/100 "
+    "mm millimeter millimetre=1/1000 um micrometer micrometre micron=1/1000000 nm nanometer nanometre=1/1000000000 "
+    "in inch inches=127/5000 ft foot feet=381/1250 yd yard=1143/1250 mi mile=201168/125",
     "mass": "g gm gram gramme=1 kg kilogram=1000 mg milligram=1/1000 lb lbs pound=45359237/100000 t ton tonne=1000000 "
     "oz ounce=45359237/1600000",
     "time": "s sec second=1 ms millisecond=1/1000 min minute=60 h hr hour=3600 day=86400 week=604800",
     "months": "month=1 yr year=12 decade=120 century centuries=1200",
-    "volume": "l liter litre=1 ml milliliter millilitre=1/1000 dl deciliter=1/10 cc=1/1000",
+    "area": "ha hectare=1 acre=316160658/781250000",
+    "volume": "l L liter litre=1 ml milliliter millilitre=1/1000 dl deciliter=1/10 cc=1/1000",
     "angle": "degree deg=1",
     "radian": "rad radian=1",
     "temperature": "celsius=1",
@@ -31,7 +35,8 @@ _TABLE = {
     "yuan": "cny rmb yuan=1",
     "rupee": "inr rs rupee=1",
     "force": "newton N=1 kN kilonewton=1000",
-    "energy": "J joule=1 kJ kilojoule=1000 eV=1602176634/10000000000000000000000000000",
+    "energy": "J joule=1 kJ kilojoule=1000 MJ megajoule=1000000 Wh=3600 kWh=3600000 cal calorie=523/125 "
+    "kcal kilocalorie=4184 eV=1602176634/10000000000000000000000000000",
     "power": "W watt=1 kW kilowatt=1000",
     "voltage": "V volt=1",
     "current": "A ampere amp=1",
@@ -40,6 +45,18 @@ _TABLE = {
     "pressure": "Pa pascal=1 kPa kilopascal=1000",
     "resistance": "ohm=1",
     "amount": "mol mole=1",
+}
+# Kinds that are products of others: exponents, and the size of the first unit in the first units of these.
+_PRODUCTS = {
+    "area": ({"length": 2}, Fraction(10_000)),
+    "volume": ({"length": 3}, Fraction(1, 1000)),
+    "frequency": ({"time": -1}, Fraction(1)),
+    "force": ({"mass": 1, "length": 1, "time": -2}, Fraction(1000)),
+    "pressure": ({"mass": 1, "length": -1, "time": -2}, Fraction(1000)),
+    "energy": ({"mass": 1, "length": 2, "time": -2}, Fraction(1000)),
+    "power": ({"mass": 1, "length": 2, "time": -3}, Fraction(1000)),
+    "voltage": ({"mass": 1, "length": 2, "time": -3, "current": -1}, Fraction(1000)),
+    "resistance": ({"mass": 1, "length": 2, "time": -3, "current": -2}, Fraction(1000)),
 }
 _CURRENCY_SIGNS = {"$": "usd", "€": "eur", "£": "gbp", "¥": "jpy", "₹": "inr", "₽": "ruble", "₩": "won", "¢": "cent"}
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -80,7 +97,11 @@ _QUANTITY = re.compile(rf"(-?\+?)\s*({_CURRENCY})?\s*([+-]?{_NUMBER})\s*-?({_WOR
 _TEXT_UNIT = re.compile(r"(.*[^+*/=<>^_,;(\[{\\ -])[ ~]*\\text ?\{([^{}]*)\}( ?\^ ?\{? ?-?[0-9] ?\}?)?", re.DOTALL)
 _KNOWN_UNIT = re.compile(r"(.*[0-9})\]]) ([A-Za-z][A-Za-z/ ^0-9{}]*)", re.DOTALL)
 _DEGREE_UNIT = re.compile(r"(.+?) ?\^\{\\circ\} ?(?:\\text ?\{ ?)?([CF]?)(?: ?\})?", re.DOTALL)
+_TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # their degrees are no unit of the value
 _CURRENCY_FIRST = re.compile(rf"(-?)\s*({_CURRENCY})\s*(.+)", re.DOTALL)
+_MICRO = re.compile(r"^(-?[0-9.,]+) ?\\mu ?([mgsl])$")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)\.?")  # of a compound quantity
+_BETWEEN_PARTS = re.compile(r" (?:and )?(?=[0-9])")
 _FACTOR = re.compile(r"([A-Za-zΩ]+)\.?(?:\^ ?\{? ?(-?[0-9]) ?\}?)?")
 
 
@@ -111,7 +132,10 @@ def split_quantity(text: str) -> Quantity:
     """
     if text.isdigit() or len(text) > _MAX_CHARS:
         return Quantity(text)
-    if match := _DEGREE_UNIT.fullmatch(text):
+    text = _MICRO.sub(r"\1 u\2", text)
+    if quantity := _compound(text):
+        return quantity
+    if (match := _DEGREE_UNIT.fullmatch(text)) and not _TRIGONOMETRIC.search(text):
         return Quantity(match[1], _unit({"C": "celsius", "F": "fahrenheit"}.get(match[2], "degree")))
     if (match := _QUANTITY.fullmatch(text)) and re.search("[0-9]", match[3]) and (match[2] or match[4]):
         number = match[1] + match[3].strip().rstrip(",")
@@ -126,6 +150,24 @@ def split_quantity(text: str) -> Quantity:
     if match := _CURRENCY_FIRST.fullmatch(text):
         return Quantity(match[1] + match[3], _unit(_currency(match[2])))
     return Quantity(text)
+
+
+def _compound(text: str) -> Quantity | None:
+    """Read a quantity in several units, from the largest to the smallest: `2 hours 30 minutes`, `5 ft 10 in`."""
+    parts = [_PART.fullmatch(part) for part in _BETWEEN_PARTS.split(text)]
+    if len(parts) < 2:
+        return None
+    total, units = Fraction(0), list[Unit]()
+    for part in parts:
+        unit = _unit(part[2]) if part else Unit()
+        if part is None or unit.size is None:
+            return None
+        if units and (unit.dimensions != units[0].dimensions or unit.size >= (units[-1].size or 0)):
+            return None
+        units.append(unit)
+        total += Fraction(part[1]) * unit.size
+    total /= units[0].size or 1
+    return Quantity(str(total), units[0])
 
 
 def unit_factor(answer: Quantity, truth: Quantity) -> Fraction | None:
@@ -183,10 +225,10 @@ def _unit(text: str) -> Unit:
             return Unit()
         kind, unit_size = known
         power = sign * int(match[2] or 1)
-        size *= unit_size**power
-        if kind == "volume":
-            kind, power, size = "length", 3 * power, size * Fraction(1, 1000) ** power
-        dimensions[kind] = dimensions.get(kind, 0) + power
+        factors, base_size = _PRODUCTS.get(kind, ({kind: 1}, Fraction(1)))
+        size *= (unit_size * base_size) ** power
+        for factor, exponent in factors.items():
+            dimensions[factor] = dimensions.get(factor, 0) + power * exponent
     return Unit(size, {kind: power for kind, power in dimensions.items() if power})
 
 

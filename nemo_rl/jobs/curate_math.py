@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from nemo_rl.data.sample_math import SampleKind, write_messy_math
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.model_scoring import ModelPassRate, ScoringConfig
+from nemo_rl.jobs.run_directory import start_of_run
 from nemo_rl.pipelines import Executor, FileGroupTask, Pipeline, RayActorPoolExecutor, RayDataExecutor, XennaExecutor
 from nemo_rl.pipelines.io.readers import JsonlReader
 from nemo_rl.pipelines.io.writers import SingleParquetWriter
@@ -115,8 +117,10 @@ def run_curate(arguments: JobArguments[CurateConfig]) -> None:
     if arguments.dry_run:
         logger.info("%s", curation_pipeline(config, config.input.paths or ["(generated sample)"]).describe())
         return
+    if config.scoring.model is not None:
+        ModelPassRate(config.scoring).check_model()
     paths = config.input.paths or [str(_sample(config.input.sample, output))]
-    pipeline = curation_pipeline(config, paths)
+    pipeline = curation_pipeline(config, paths, start_of_run(output / "run"))
     try:
         tasks = pipeline.run(_executor(config), run_dir=output / "run", max_retries=config.max_retries)
     finally:
@@ -132,8 +136,14 @@ def run_curate(arguments: JobArguments[CurateConfig]) -> None:
     logger.info("train with: uv run examples/run_grpo_math.py data.train.path=%s%s", output / OUTPUT_FILE, held_out)
 
 
-def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
-    """Return the pipeline of the job: read, clean, deduplicate, verify, grade, write."""
+def curation_pipeline(config: CurateConfig, paths: list[str], started: datetime | None = None) -> Pipeline:
+    """Return the pipeline of the job: read, clean, deduplicate, verify, grade, write.
+
+    Args:
+        config: the configuration of the job.
+        paths: the input files.
+        started: when the run began; see `ModelPassRate`.
+    """
     checks = [
         MathAnswerCheck(
             solution="solution" if index == 0 else None, timeout_s=config.verify.timeout_s, output=f"checked_by_{index}"
@@ -163,7 +173,7 @@ def curation_pipeline(config: CurateConfig, paths: list[str]) -> Pipeline:
                 protect_numbers=config.dedup.protect_numbers,
             ),
             *checks,
-            SolutionEffortGrade() if config.scoring.model is None else ModelPassRate(config.scoring),
+            SolutionEffortGrade() if config.scoring.model is None else ModelPassRate(config.scoring, started=started),
             _writer(config),
         ],
     )

@@ -2,9 +2,9 @@
 
 ::
 
-    main thread     Ray ─► venvs on every node ─┐   ┌─ policy ──────┐
-                                                ├───┼─ generation ──┼─► GRPO.run ─► report
-    second thread   model, tokenizer, data ─────┘   └─ environment ─┘
+    main thread     Ray ───────────────────┬─► venvs on every node ─┐   ┌─ policy ──────┐
+                                           │                        ├───┼─ generation ──┼─► GRPO.run ─► report
+    second thread   model, tokenizer, data ┴─► embedded model ──────┘   └─ environment ─┘
 
 However the job ends, it stops everything it started, in reverse order.
 """
@@ -25,7 +25,7 @@ from nemo_rl.data.datasets import load_datasets
 from nemo_rl.data.problem import ProblemDataset
 from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.jobs.command_line import JobArguments, run_command
-from nemo_rl.jobs.model_files import ModelFiles, check_model_name, prepare_model
+from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model, prepare_model
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
@@ -38,6 +38,8 @@ from nemo_rl.utils.futures import run_in_thread
 from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from nemo_rl.data.loader import PromptLoader
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.config import BundlesConfig
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.generation import Generation
     from nemo_rl.models.policy.policy import Policy
     from nemo_rl.models.weights.routes import Route
+    from nemo_rl.utils.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         console = Console()
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
+    check_weight_files(config.policy.model_name, "policy.model_name")
     problems = load_datasets(config.data)  # loaded first, to report errors before anything is started
     if config.env.name == "math":
         for dataset in filter(None, problems):
@@ -97,7 +101,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
 class _Inputs:
     """Holds the inputs that the second thread prepares."""
 
-    model: ModelFiles
+    pad_token_id: int
     loader: PromptLoader
     validation: BatchedDataDict | None
 
@@ -150,7 +154,7 @@ class _RunAttempt:
             )
         )
         with gc_paused():
-            inputs, workers = self._start()
+            inputs, workers = self._start(checkpoint)
         recorder.log_hyperparameters(config.model_dump(mode="json"))
         records = _attest(workers)
         self.timeline.extend(_worker_events(records))
@@ -166,7 +170,7 @@ class _RunAttempt:
             validation=inputs.validation,
             recorder=recorder,
             checkpoints=checkpoints if config.checkpointing.enabled else None,
-            pad_token_id=inputs.model.pad_token_id,
+            pad_token_id=inputs.pad_token_id,
             on_first_step=self.timeline.mark_first_step,
         )
         if checkpoint is not None:
@@ -175,43 +179,51 @@ class _RunAttempt:
                 loop.resume(checkpoint)
         return loop.run(), loop.step
 
-    def _start(self) -> tuple[_Inputs, _Workers]:
-        """Prepare the inputs and start Ray concurrently, build the venvs, then start all worker groups."""
-        preparing = run_in_thread(self._prepare_inputs, "inputs")
+    def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, _Workers]:
+        """Check the inputs while Ray starts, then build the venvs, then start all worker groups."""
+        preparing = run_in_thread(lambda: self._prepare_inputs(checkpoint), "inputs")
+        creating = run_in_thread(lambda: self._create_model(preparing), "model")
         clusters = self._start_clusters()
-        if preparing.done():
-            preparing.result()  # raise errors of the inputs before building venvs
+        inputs = preparing.result()  # users' mistakes are reported before a venv is built
         with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline) as phases:
             from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 
             ensure_venvs_on_each_node({role.fqn: role.py_executable for role in self.roles}, progress=phases)
-        inputs = preparing.result()
+        model_name = creating.result()
         with self.timeline.phase("start workers", waits=True):
-            workers = self._start_workers(inputs.model, clusters)
+            workers = self._start_workers(model_name, clusters)
         return inputs, workers
 
-    def _prepare_inputs(self) -> _Inputs:
-        config = self.config
+    def _prepare_inputs(self, checkpoint: Checkpoint | None) -> _Inputs:
+        config, started = self.config, self.run.started
         with self.timeline.phase("model and tokenizer", INPUTS_THREAD):
             check_weight_route(config)
-            model = prepare_model(config.policy)
+            model = prepare_model(config.policy, use_gpus=config.cluster.for_generation.use_gpus)
         with self.timeline.phase("data", INPUTS_THREAD):
+            from nemo_rl.algorithms.grpo import restore_data_position
             from nemo_rl.data.loader import PromptLoader, validation_batch
             from nemo_rl.data.processing import TokenizedProblems
 
             train, validation = self.problems
             loader = PromptLoader(
-                TokenizedProblems(train, model.tokenizer, config.data),
+                TokenizedProblems(train, model.tokenizer, config.data, started),
                 model.pad_token_id,
                 seed=config.grpo.seed,
                 shuffle=config.data.shuffle,
                 num_epochs=config.grpo.max_num_epochs,
             )
+            if checkpoint is not None:
+                restore_data_position(loader, checkpoint)  # `resume` does, too, but only when the workers run
             batch = None
             if validation is not None:
-                tokenized = TokenizedProblems(validation, model.tokenizer, config.data)
+                tokenized = TokenizedProblems(validation, model.tokenizer, config.data, started)
                 batch = validation_batch(tokenized, model.pad_token_id, config.grpo.validation.max_num_problems)
-        return _Inputs(model, loader, batch)
+        return _Inputs(model.pad_token_id, loader, batch)
+
+    def _create_model(self, preparing: Future[_Inputs]) -> str:
+        preparing.result()
+        with self.timeline.phase("create model", INPUTS_THREAD):
+            return ensure_model(self.config.policy)
 
     def _start_clusters(self) -> _Clusters:
         """Join or start Ray and describe the clusters of the worker groups, without reserving resources."""
@@ -239,7 +251,7 @@ class _RunAttempt:
             generation = policy if config.generation is None else cluster_of(config.generation, "grpo generation")
         return _Clusters(policy, generation)
 
-    def _start_workers(self, model: ModelFiles, clusters: _Clusters) -> _Workers:
+    def _start_workers(self, model_name: str, clusters: _Clusters) -> _Workers:
         """Start all worker groups, then wait for them. The first error ends the job."""
         from nemo_rl.environments.remote import RemoteEnvironment
         from nemo_rl.models.generation.generation import Generation
@@ -251,13 +263,13 @@ class _RunAttempt:
         policy = Policy(
             clusters.policy,
             config.policy,
-            model.name,
+            model_name,
             total_steps=config.num_optimizer_steps,
             seed=config.grpo.seed,
             route=_weight_route(config.policy.weight_transport, clusters),
         )
         self.stack.callback(policy.shutdown)
-        generation = Generation(clusters.generation, config.policy, model.name)
+        generation = Generation(clusters.generation, config.policy, model_name)
         self.stack.callback(generation.shutdown)
         for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
             with self.timeline.phase(f"{name} ready", waits=True):

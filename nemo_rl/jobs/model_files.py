@@ -1,7 +1,8 @@
-"""Reads a model's tokenizer, context length and size in the driver, before any worker starts."""
+"""Reads a model's configuration, tokenizer and list of weight files in the driver, before any venv is built."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
 @dataclass(frozen=True)
 class ModelFiles:
-    """Describes the model that the workers load.
+    """Holds what the driver needs of the model.
 
     Attributes:
-        name: directory or hub name.
         tokenizer: tokenizer of the model, or of `policy.tokenizer_name`.
         pad_token_id: the padding token; end-of-sequence if the tokenizer has no padding token.
     """
 
-    name: str
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
 
@@ -48,30 +52,96 @@ def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
         raise ConfigError(f"{key}: {name} has no config.json, so it is not a Hugging Face model directory")
 
 
-def prepare_model(config: PolicyConfig) -> ModelFiles:
-    """Check that the model fits the configuration, create the embedded model if needed, and load the tokenizer.
+def check_weight_files(model: str, key: str) -> None:
+    """Raise `ConfigError` if `model` is a directory and weights are missing or incomplete. Imports nothing."""
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        return
+    for name in _WEIGHT_FILES:
+        index = directory / f"{name}.index.json"
+        if (directory / name).exists():
+            files = [directory / name]
+        elif index.exists():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(f"{key}: {index} cannot be read ({error}); download it again") from error
+            files = [directory / shard for shard in sorted(shards)]
+        else:
+            continue
+        for file in files:
+            if not file.exists():
+                raise ConfigError(f"{key}: {file}, which {index.name} lists, is missing; download it")
+            if file.suffix == ".safetensors" and not _is_complete(file):
+                raise ConfigError(
+                    f"{key}: {file} is incomplete ({file.stat().st_size} bytes); download it again (with Git, by "
+                    "`git lfs pull`)"
+                )
+        return
+    raise ConfigError(
+        f"{key}: {directory} has no weights: neither {' nor '.join(_WEIGHT_FILES)}, as one file or with an index"
+    )
+
+
+def _is_complete(file: Path) -> bool:
+    """Return whether a safetensors file has the size that its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        header_size = int.from_bytes(content.read(8), "little")
+        if not 2 <= header_size <= min(size - 8, _MAX_HEADER_BYTES):
+            return False
+        try:
+            header = json.loads(content.read(header_size))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return False
+    return bool(size == 8 + header_size + end)
+
+
+def prepare_model(config: PolicyConfig, *, use_gpus: bool = False) -> ModelFiles:
+    """Check that the model fits the configuration, and load the tokenizer. Creates nothing.
+
+    Args:
+        config: the policy's configuration.
+        use_gpus: generation runs on GPUs.
 
     Raises:
         ConfigError: the model or tokenizer cannot be loaded, there is no padding token, or the model does not fit.
     """
-    check_model_fits(config, load_architecture(config))
+    model = load_architecture(config)
+    check_model_fits(config, model, use_gpus=use_gpus)
     # The import takes two seconds, so it follows the checks.
     from transformers import AutoTokenizer
 
-    name = config.model_name
-    if name == EMBEDDED_MODEL:
-        from nemo_rl.models.embedded import ensure_embedded_model
+    source = config.tokenizer_name or config.model_name
+    if source == EMBEDDED_MODEL:
+        from nemo_rl.models.embedded import make_tokenizer
 
-        name = str(ensure_embedded_model(config.embedded))
-    source = config.tokenizer_name or name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_load("tokenizer", source, error)) from error
+        tokenizer: PreTrainedTokenizerBase = make_tokenizer()
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(_cannot_load("tokenizer", source, error)) from error
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ConfigError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
-    return ModelFiles(name, tokenizer, int(pad))
+    size = _vocabulary_size(model)
+    if size is not None and pad >= size:
+        raise ConfigError(
+            f"the padding token of {source} is {pad}, but the last token of {config.model_name} is {size - 1}; set "
+            "policy.tokenizer_name to the tokenizer of the model"
+        )
+    return ModelFiles(tokenizer, int(pad))
+
+
+def ensure_model(config: PolicyConfig) -> str:
+    """Return the directory or hub name that the workers load. Creates the embedded model if it does not exist."""
+    if config.model_name != EMBEDDED_MODEL:
+        return config.model_name
+    from nemo_rl.models.embedded import ensure_embedded_model
+
+    return str(ensure_embedded_model(config.embedded))
 
 
 def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
@@ -83,24 +153,66 @@ def load_architecture(config: PolicyConfig, local_only: bool = False) -> Pretrai
     return architecture(config.embedded, make_tokenizer())
 
 
-def check_model_fits(config: PolicyConfig, model: PretrainedConfig) -> None:
-    """Raise `ConfigError` if the model's context or vocabulary is too small, or a backend cannot shard it."""
-    context = getattr(model, "max_position_embeddings", None)
+def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus: bool = False) -> None:
+    """Check whether the policy can train the model, and generation can run it, as configured.
+
+    Args:
+        config: the policy's configuration.
+        model: the configuration of the model.
+        use_gpus: generation runs on GPUs.
+
+    Raises:
+        ConfigError: the model is not a causal language model, its weights are quantized, its context or vocabulary is
+            too small, or a backend does not support it or cannot shard it.
+    """
+    name = config.model_name
+    check_is_language_model(name, model)
+    if quantization := getattr(model, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(
+            f"the weights of {name} are quantized ({method}), and a policy trains full weights; give the model that "
+            "it was made from"
+        )
+    context = context_length(model)
     if context is not None and config.max_sequence_length > context:
         raise ConfigError(
-            f"policy.max_sequence_length={config.max_sequence_length} exceeds the context of {config.model_name}, "
-            f"{context} tokens"
+            f"policy.max_sequence_length={config.max_sequence_length} exceeds the context of {name}, {context} tokens"
         )
-    size = getattr(model, "vocab_size", None)
+    size = _vocabulary_size(model)
     if size is not None and (beyond := [token for token in config.generation.stop_token_ids if token >= size]):
-        raise ConfigError(
-            f"policy.generation.stop_token_ids: {config.model_name} has no token {beyond[0]}; the last is {size - 1}"
-        )
+        raise ConfigError(f"policy.generation.stop_token_ids: {name} has no token {beyond[0]}; the last is {size - 1}")
     try:
         config.options.check_model(model, config)
-        config.generation.options.check_model(model, config.model_name, config.generation)
+        config.generation.options.check_model(model, config.generator_spec(name, use_gpus=use_gpus))
     except ModelError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_is_language_model(name: str, model: PretrainedConfig) -> None:
+    """Raise `ConfigError` unless the model predicts the next token of a text."""
+    architectures = getattr(model, "architectures", None) or []
+    if getattr(model, "is_encoder_decoder", False):
+        problem = "it has an encoder"
+    elif architectures and not any(text.endswith(_LANGUAGE_MODELS) for text in architectures):
+        problem = f"it is a {architectures[0]}"
+    else:
+        return
+    raise ConfigError(f"{name} (model type {model.model_type}) is not a causal language model: {problem}")
+
+
+def context_length(model: PretrainedConfig) -> int | None:
+    """Return the longest sequence of the model in tokens; None if its configuration does not say."""
+    text = model.get_text_config()
+    longest: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if longest is not None and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+        original = rope.get("original_max_position_embeddings") or longest
+        longest = max(longest, int(original * rope.get("factor", 1.0)))
+    return longest
+
+
+def _vocabulary_size(model: PretrainedConfig) -> int | None:
+    return getattr(model.get_text_config(), "vocab_size", None)
 
 
 def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
@@ -109,7 +221,7 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(name, local_files_only=local_only)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a model's configuration class may raise any error for a damaged file
         raise ConfigError(_cannot_load("model", name, error)) from error
 
 
@@ -139,7 +251,8 @@ def parameters_in_name(name: str) -> int | None:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     return (
         f"the {what} {name} cannot be loaded: {reason}. Check the name, the network and HF_TOKEN, "
         "or download it and set policy.model_name to its directory"

@@ -12,6 +12,8 @@ stage: venvs, workers, GPUs, retries, resume.
 from __future__ import annotations
 
 import hashlib
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +26,16 @@ from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.environments.config import MathEnvironmentConfig
 from nemo_rl.environments.math_environment import GROUND_TRUTH, MathEnvironment
-from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.model_files import check_model_path, load_model_config
+from nemo_rl.errors import ConfigError, ModelError
+from nemo_rl.jobs.model_files import (
+    check_is_language_model,
+    check_model_path,
+    check_weight_files,
+    context_length,
+    load_model_config,
+)
 from nemo_rl.models.backends import generation_backend
-from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.generation.generator import GeneratorSpec
+from nemo_rl.models.generation.config import GenerationConfig, GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest
 from nemo_rl.models.policy.config import EMBEDDED_MODEL, EmbeddedModelConfig
 from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Resources
@@ -37,6 +44,8 @@ from nemo_rl.utils.config import ConfigModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PretrainedConfig
 
     from nemo_rl.models.generation.worker import GenerationWorker
 
@@ -90,12 +99,20 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         config: scoring configuration with a model.
         problem: column with the prompt text.
         answer: column with the expected answer.
+        started: when the run began, for chat templates with a date. None: now.
 
     Raises:
         ConfigError: the model is not set or does not exist, or the backend is unknown.
     """
 
-    def __init__(self, config: ScoringConfig, *, problem: str = "problem", answer: str = "answer") -> None:
+    def __init__(
+        self,
+        config: ScoringConfig,
+        *,
+        problem: str = "problem",
+        answer: str = "answer",
+        started: datetime | None = None,
+    ) -> None:
         if config.model is None:
             raise ConfigError(
                 "scoring.model is not set: set it to a Hugging Face directory or hub name, or to `embedded`"
@@ -111,6 +128,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         self.resources = Resources(cpus=float(config.generation.num_threads or 1), gpus=float(config.use_gpu))
         self._backend = generation_backend(config.generation.backend)
         python = self._backend.py_executable(config.generation.py_executable, use_gpus=config.use_gpu)
+        self._started = started or datetime.now()  # one time for all workers
         self.runtime_env = None if python == PY_EXECUTABLES.SYSTEM else {"py_executable": python}
 
     def inputs(self) -> tuple[list[str], list[str]]:
@@ -126,21 +144,15 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         from nemo_rl.models.policy.hf_loading import load_tokenizer
 
         config, name = self._config, self._model_name()
-        context = getattr(load_model_config(name), "max_position_embeddings", None)
-        self._max_length = min(config.max_sequence_length, context or config.max_sequence_length)
+        self._max_length = self._check_fits(load_model_config(name))
         self._tokenizer: Any = load_tokenizer(name)
         self._formatter = PromptFormatter(
-            self._tokenizer, DataConfig(prompt_template=config.prompt_template, system_prompt=config.system_prompt)
+            self._tokenizer,
+            DataConfig(prompt_template=config.prompt_template, system_prompt=config.system_prompt),
+            self._started,
         )
         worker_class, _ = worker_host.load_class(self._backend.fqn)
-        self._worker: GenerationWorker = worker_class(
-            GeneratorSpec(
-                name,
-                config.generation.model_copy(update={"num_threads": max(1, int(self.resources.cpus))}),
-                self._max_length,
-                use_gpu=config.use_gpu,
-            )
-        )
+        self._worker: GenerationWorker = worker_class(self._spec(name, self._max_length))
         _load_weights(self._worker, name, config.generation.precision or "float32")
         self._environment = MathEnvironment(config.math)
 
@@ -158,6 +170,27 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
     def teardown(self) -> None:
         self._worker.shutdown()
         self._environment.shutdown()
+
+    def _spec(self, name: str, max_length: int) -> GeneratorSpec:
+        generation = self._config.generation.model_copy(update={"num_threads": max(1, int(self.resources.cpus))})
+        return GeneratorSpec(name, generation, max_length, use_gpu=self._config.use_gpu)
+
+    def check_model(self) -> None:
+        """Check the files of a model in a directory, before workers start. Raises `ConfigError`."""
+        if self.model != EMBEDDED_MODEL and Path(self.model).is_dir():
+            check_weight_files(self.model, "scoring.model")
+            self._check_fits(load_model_config(self.model))
+
+    def _check_fits(self, model: PretrainedConfig) -> int:
+        """Return the longest sequence to generate. Raises `ConfigError` if generation does not support the model."""
+        longest = self._config.max_sequence_length
+        longest = min(longest, context_length(model) or longest)
+        check_is_language_model(self.model, model)
+        try:
+            self._config.generation.options.check_model(model, self._spec(self.model, longest))
+        except ModelError as error:
+            raise ConfigError(f"scoring.model: {error}") from error
+        return longest
 
     def _model_name(self) -> str:
         if self.model != EMBEDDED_MODEL:

@@ -262,7 +262,7 @@ def _venv_states(roles: list[Role], plans: dict[str, venvs.VenvPlan], nodes: lis
 
 def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
     policy = config.policy
-    model, count, source = _model_size(policy)
+    model, count, source = _model_size(policy, use_gpus=config.cluster.for_generation.use_gpus)
     if count is None:
         return None
     training = policy.options.training_bytes(policy, count, config.cluster.num_workers)
@@ -276,12 +276,12 @@ def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
     return MemoryEstimate(count, source, training, count * generation_bytes, cache)
 
 
-def _model_size(policy: PolicyConfig) -> tuple[PretrainedConfig | None, int | None, str]:
+def _model_size(policy: PolicyConfig, *, use_gpus: bool) -> tuple[PretrainedConfig | None, int | None, str]:
     try:
         model = load_architecture(policy, local_only=True)  # a plan downloads nothing
     except ConfigError:
         return None, parameters_in_name(policy.model_name), "from its name, because config.json is not on this machine"
-    check_model_fits(policy, model)
+    check_model_fits(policy, model, use_gpus=use_gpus)
     return model, count_parameters(model), "counted"
 
 

@@ -2,6 +2,7 @@
 
     DIR/
       config.yaml        the resolved configuration
+      started.json       when the run began
       metrics.jsonl  samples.jsonl  timeline.jsonl  attestation.json
       checkpoints/   tensorboard/   report.html
       finished.json      last step and reason, written when the run reaches its end
@@ -18,6 +19,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +39,7 @@ CHANGEABLE = (
     "logger.",
     "checkpointing.",
 )
-_CONFIG, _FINISHED, _LOCK = "config.yaml", "finished.json", "run.lock"
+_CONFIG, _STARTED, _FINISHED, _LOCK = "config.yaml", "started.json", "finished.json", "run.lock"
 
 
 @dataclass
@@ -48,11 +50,13 @@ class RunDirectory:
         path: the directory.
         checkpoint_dir: where checkpoints are written.
         is_new: True if this process created the run.
+        started: when the run began, in the local time of the node that began it. The same after a resume.
     """
 
     path: Path
     checkpoint_dir: Path
     is_new: bool
+    started: datetime
     _lock: IO[str]
 
     def finish(self, step: int, reason: str) -> None:
@@ -106,10 +110,29 @@ def open_run_directory(config: MasterConfig, name: str, root: Path = Path("resul
         # Secrets are not masked, because a resumed run compares its configuration; the file is then private.
         plain = config.model_dump(mode="json")
         write_atomically(path / _CONFIG, dump_yaml(config), private=mask_secrets(plain) != plain)
+        started = start_of_run(path)
     except BaseException:
         lock.close()
         raise
-    return RunDirectory(path, checkpoints, is_new, lock)
+    return RunDirectory(path, checkpoints, is_new, started, lock)
+
+
+def start_of_run(directory: Path) -> datetime:
+    """Return when the run in `directory` began. The first call for a directory records the current time there.
+
+    Raises:
+        ConfigError: the record cannot be read.
+    """
+    path = directory / _STARTED
+    if not path.exists():
+        write_atomically(path, json.dumps({"local_time": datetime.now().isoformat()}))
+    try:
+        return datetime.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["local_time"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); write the time at which the run began into it, as in "
+            '{"local_time": "2026-01-31T12:00:00"}'
+        ) from error
 
 
 def _check_writable(checkpoints: Path) -> None:

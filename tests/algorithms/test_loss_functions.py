@@ -284,6 +284,28 @@ def test_gradient_of_k1_equals_that_of_k2() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_weighted_k3_has_the_gradient_of_k2() -> None:
+    """The weight exp(x - x.detach()), x = log pi, has the value 1 and turns the gradient of k3 into that of k2."""
+    logprobs, batch = make_batch(3, 5, seed=7)
+    leaf = logprobs.clone().requires_grad_()
+    apply(LossConfig(kl_coef=0.3, kl_estimator="k2"), leaf, batch)[0].backward()
+    weighted = logprobs.clone().requires_grad_()
+    d = (weighted - batch["reference_policy_logprobs"])[:, 1:]
+    weight = (weighted - weighted.detach()).exp()[:, 1:]
+    mask = batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]
+    kl = (weight * (torch.expm1(-d) + d) * mask).sum() / mask.sum()
+    (apply(LossConfig(), weighted, batch)[0] + 0.3 * kl).backward()
+    torch.testing.assert_close(leaf.grad, weighted.grad)
+
+
+def test_kl_term_contains_no_ratio() -> None:
+    logprobs, batch = make_batch(3, 5, seed=7)
+    older = {**batch, "prev_logprobs": batch["prev_logprobs"] + 0.5}
+    before, after = (apply(LossConfig(kl_coef=0.3), logprobs, data)[1] for data in (batch, older))
+    assert before["kl"] == after["kl"]
+    assert before["policy_loss"] != after["policy_loss"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(ALL_VARIANTS), st.integers(2, 8), st.integers(0, 10**6), st.lists(st.integers(1, 7), max_size=4))
 def test_micro_batches_add_up(config: LossConfig, rows: int, seed: int, cuts: list[int]) -> None:

@@ -1,4 +1,5 @@
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -91,6 +92,62 @@ def test_chat_needs_a_chat_model(tokenize, chat_tokenizer):
 def test_chat_template_that_rejects_a_prompt(tokenize, chat_tokenizer):
     with pytest.raises(DataError, match=r"data.jsonl:1: .*chat template rejects.*unknown role tool"):
         tokenize([[{"role": "tool", "content": "x"}]], chat_tokenizer)
+
+
+def with_template(chat_tokenizer, template):
+    import copy
+
+    changed = copy.deepcopy(chat_tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+DATED = [
+    "{{ strftime_now('%d %b %Y') }}",
+    "{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}",
+    "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ today() }}",
+    "{% set parts = namespace(d='') %}{% for m in messages %}{% set parts.d = strftime_now('%d %b %Y') %}{% endfor %}"
+    "{{ parts.d }}",
+]
+
+
+@pytest.mark.parametrize("template", DATED)
+def test_chat_template_reads_the_time_of_the_run(chat_tokenizer, template):
+    from nemo_rl.data.problem import Problem
+    from nemo_rl.data.processing import PromptFormatter
+
+    tokenizer = with_template(chat_tokenizer, template)
+    formatter = PromptFormatter(tokenizer, DataConfig(), datetime(2026, 11, 28, 23, 59, 59))
+    assert formatter.text(Problem("1", "1", 0), "row 0") == "28 Nov 2026"
+    now = PromptFormatter(tokenizer, DataConfig())
+    assert now.text(Problem("1", "1", 0), "row 0") == now._now.strftime("%d %b %Y")
+
+
+def test_every_prompt_of_a_data_set_has_the_same_time(tokenize, chat_tokenizer):
+    tokenizer = with_template(chat_tokenizer, "{{ strftime_now('%f') }}")
+    problems = tokenize(["1", "2", "3"], tokenizer)
+    texts = [problem.text for problem in problems]  # rendered again when they are read
+    assert len(set(texts)) == 1
+    assert all(problem.input_ids.tolist() == ids_of(tokenizer, texts[0]) for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("template", "drawn"),
+    [
+        ("{{ ['a', 'b'] | random }}", "`random`"),
+        ("{% set x = messages|random %}{{ x.content }}", "`random`"),
+        ("{{ lipsum(n=1) }}", "`lipsum`"),
+        ({"default": "{{ messages[0].content }}", "tools": "{{ lipsum() }}"}, "`lipsum`"),
+    ],
+)
+def test_chat_template_that_draws_random_values_is_refused(tokenize, chat_tokenizer, template, drawn):
+    with pytest.raises(ConfigError, match=f"chat template uses {drawn}, which returns another text"):
+        tokenize(["1"], with_template(chat_tokenizer, template))
+
+
+def test_words_in_a_chat_template_are_not_filters(tokenize, chat_tokenizer):
+    template = "| random | lipsum {# |random #}{{ messages[0].random or '|random' }}{{ messages[0].content }}"
+    assert tokenize(["1"], with_template(chat_tokenizer, template))[0].text == "| random | lipsum |random1"
 
 
 def test_long_prompts_are_an_error_or_dropped(tokenize, caplog):

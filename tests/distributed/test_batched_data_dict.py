@@ -89,6 +89,14 @@ def test_chunk():
         batch.chunk(3, 3)
 
 
+def test_chunks_are_views():
+    batch = numbered(6)
+    batch.chunk(1, 3)["score"][0] = 9.0
+    assert batch["score"][2] == 9.0
+    batch.select_indices(range(2, 4))["score"][0] = 5.0
+    assert batch["score"][2] == 9.0
+
+
 def test_get_batch():
     assert rows_of(numbered(6).get_batch(1, 2)) == [2, 3]
     with pytest.raises(ValueError, match="needs batch_size"):

@@ -416,6 +416,15 @@ def test_shutdown_with_cleanup(cluster: RayVirtualCluster, tmp_path: Path) -> No
         group.run_all_workers_single_data("pid")
 
 
+def test_shutdown_lets_workers_exit(cluster: RayVirtualCluster, tmp_path: Path) -> None:
+    group = RayWorkerGroup(cluster, builder(PROBE), 1)
+    pids = call(group, "pid")
+    call(group, "write_at_exit", path=str(tmp_path / "exit"))
+    assert group.shutdown()
+    assert all_ended(pids)
+    assert (tmp_path / "exit").read_text() == "exited"
+
+
 def test_shutdown_timeout_kills_workers(cluster: RayVirtualCluster) -> None:
     group = RayWorkerGroup(cluster, builder(PROBE), 1)
     (pid,) = call(group, "pid")

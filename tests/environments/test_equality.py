@@ -28,6 +28,7 @@ from nemo_rl.errors import DataError
 HERE = Path(__file__).parent
 CASES = json.loads((HERE / "math_answers.json").read_text(encoding="utf-8"))
 NOTATIONS = json.loads((HERE / "notations.json").read_text(encoding="utf-8"))
+FORMATS = json.loads((HERE / "formats.json").read_text(encoding="utf-8"))
 KEYS = json.loads((HERE / "answer_keys.json").read_text(encoding="utf-8"))
 
 
@@ -67,6 +68,18 @@ def test_notations(whole: MathEnvironment) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("answer_format", ["last_number", "boxed", "answer_tag", "hash"])
+def test_answers_in_completions(answer_format: str) -> None:
+    cases = [case[1:] for case in FORMATS if case[0] == answer_format]
+    environment = MathEnvironment({"num_workers": 2, "timeout_s": 20.0, "answer_format": answer_format})
+    try:
+        result = environment.step([c for c, _, _ in cases], [{"ground_truth": truth} for _, truth, _ in cases])
+    finally:
+        environment.shutdown()
+    assert cases
+    assert [case for case, reward in zip(cases, result.rewards, strict=True) if reward != case[2]] == []
+
+
 @pytest.mark.parametrize(
     "key", [*KEYS, "no solution", "Alice and Bob", r"\{", "1:2:3", r"0.\overline{3}", "2024-01-05"]
 )
@@ -79,7 +92,14 @@ def test_well_formed_keys_stop_no_run(whole: MathEnvironment, key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "fault"),
-    [(r"\frac{1}{", "braces"), ("5}", "braces"), ("???", "no letter"), ("NaN", "not a number"), ("5" * 2001, "2000")],
+    [
+        (r"\frac{1}{", "braces"),
+        ("5}", "braces"),
+        ("???", "no letter"),
+        ("NaN", "not a number"),
+        ("5" * 2001, "2000"),
+        ("9^{9^{9^9}}", "a number of more than 1,000,000 digits"),
+    ],
 )
 def test_broken_keys_are_reported_with_their_line(tmp_path: Path, key: str, fault: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -87,6 +107,40 @@ def test_broken_keys_are_reported_with_their_line(tmp_path: Path, key: str, faul
     dataset = open_dataset(DatasetConfig(path=str(path)), DataConfig(), "train")
     with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{fault}"):
         check_answer_keys(dataset, 2000)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "9^9^9^9", "9^(9^(9^9))", "9**9**9**9", "9^{9^{9}}", "10^{10^{10}}", "2^{10000000}", "(10!)!", "2^{2024!}",
+        r"\frac{1}{9^{9^{9^9}}}", r"\sqrt{9^{9^{9^9}}}", "10⁹⁹⁹⁹⁹⁹⁹⁹⁹", "(2^{100})!", "5000000!",
+    ],
+)  # fmt: skip
+def test_numbers_that_nobody_can_compute_are_broken_keys(key: str) -> None:
+    assert answer_key_fault(key) == "it contains a number of more than 1,000,000 digits"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "2^{1000000}", "5000!", "10^{100}", "2^{2^{2^{2}}}", "1^{1^{1^{9}}}", "x^{y^{z}}", "x^{10^{10}}", "10^{-10}",
+        r"\sqrt{2}^{2}", "2^{64}-1", "n!", "((((9))))", "9 \\neq 9",
+    ],
+)  # fmt: skip
+def test_large_numbers_are_keys(key: str) -> None:
+    assert answer_key_fault(key) is None
+
+
+def test_slow_truth_stops_no_run() -> None:
+    """math-verify needs many seconds for this root."""
+    slow = r"\sqrt{10^{5000}+1}"
+    environment = MathEnvironment({"num_workers": 1, "timeout_s": 1.0, "answer_format": "whole"})
+    try:
+        result = environment.step([slow, "5+x", "5"], [{"ground_truth": slow}] * 3)
+    finally:
+        environment.shutdown()
+    assert result.rewards.tolist() == [1, 0, 0]
+    assert result.status == ["ok", "timeout", "timeout"]
 
 
 @pytest.mark.parametrize(

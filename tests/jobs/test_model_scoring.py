@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
+import torch
+from safetensors.torch import save_file
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
 from nemo_rl.distributed.cluster.session import start_local_ray
@@ -69,7 +72,6 @@ def test_pass_rates_are_reproducible_per_task(started: ModelPassRate) -> None:
 
 
 def test_greedy_pass_rates_equal_transformers() -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = arithmetic(48, level=1)
@@ -127,6 +129,14 @@ def test_invalid_configurations_are_refused() -> None:
         ModelPassRate(ScoringConfig())
     with pytest.raises(ConfigError, match=r"scoring\.model: there is no directory /no/such/model"):
         ModelPassRate(scoring(model="/no/such/model"))
+
+
+def test_unsupported_model_is_refused_before_workers_start(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"scoring\.model: .*attention heads of size 48; on CPUs, vLLM supports"):
+        ModelPassRate(scoring(model=str(tmp_path), generation={"backend": "vllm"})).check_model()
 
 
 def test_stage_runs_in_the_python_of_the_backend() -> None:

@@ -110,3 +110,20 @@ def test_unwritable_checkpoint_directory_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no checkpoint can be written to .*file.*checkpointing.checkpoint_dir"):
         open_run_directory(config_with(taken), "job", tmp_path)
     open_run_directory(config_with(taken, "checkpointing.enabled=false"), "job", tmp_path).close()
+
+
+def test_start_is_kept_with_the_run(tmp_path):
+    directory = f"logger.log_dir={tmp_path / 'run'}"
+    first = open_run_directory(config_with(directory), "job")
+    first.close()
+    again = open_run_directory(config_with(directory), "job")
+    again.close()
+    assert again.started == first.started
+    other = open_run_directory(config_with(f"logger.log_dir={tmp_path / 'other'}"), "job")
+    assert other.started > first.started
+    for damaged in ("", "{}", '"2026-11-29"', '{"local_time": "yesterday"}', '{"local_time": 5}'):
+        (tmp_path / "run" / "started.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"started\.json cannot be read .* write the time at which the run began"):
+            open_run_directory(config_with(directory), "job")
+    (tmp_path / "run" / "started.json").write_text('{"local_time": "2026-11-29T00:00:00"}')
+    open_run_directory(config_with(directory), "job").close()  # the failed calls did not keep the lock

@@ -1,8 +1,9 @@
-"""The `policy.generation` section of a configuration."""
+"""The `policy.generation` section of a configuration, and what a generator is made from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
@@ -27,15 +28,14 @@ class GenerationOptions(OpenSection):
         """Whether `sleep` frees GPU memory."""
         return False
 
-    def check_model(self, model: PretrainedConfig, model_name: str, generation: GenerationConfig) -> None:
+    def check_model(self, model: PretrainedConfig, spec: GeneratorSpec) -> None:
         """Raise `ModelError` for a model that this backend does not support, or cannot divide as configured.
 
-        The driver calls this as soon as it has read the model's configuration, before any worker starts.
+        The driver calls this as soon as it has read the model's configuration, before any venv is built.
 
         Args:
             model: the configuration of the model.
-            model_name: directory or hub name of the model, for messages.
-            generation: the section that these options belong to.
+            spec: what the generators will be made from.
         """
 
     @classmethod
@@ -124,3 +124,36 @@ class GenerationConfig(SamplingConfig):
             return GenerationOptions()
         backend = generation_backend(info.data["backend"])
         return backend.check_options(value, GenerationOptions, key="policy.generation.options")
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """Says which model a generator completes prompts with, and how.
+
+    Attributes:
+        model_name: Hugging Face directory or hub name.
+        config: Sampling, stop conditions and the backend's options.
+        max_sequence_length: Longest prompt plus completion, in tokens.
+        tokenizer_name: Where the tokenizer comes from. None: the model's own.
+        default_precision: "float32" or "bfloat16", unless `config.precision` is set.
+        use_gpu: Compute on the GPU that the process sees.
+        name: Name of the generator in messages.
+    """
+
+    model_name: str
+    config: GenerationConfig
+    max_sequence_length: int
+    tokenizer_name: str | None = None
+    default_precision: str = "float32"
+    use_gpu: bool = False
+    name: str = "the generator"
+
+    @property
+    def precision(self) -> str:
+        """Data type to compute in: "float32" or "bfloat16"."""
+        return self.config.precision or self.default_precision
+
+    @property
+    def device(self) -> str:
+        """Device to compute on, as torch names it."""
+        return "cuda" if self.use_gpu else "cpu"

@@ -21,7 +21,6 @@ from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
-from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationRequest, GenerationResult
 from nemo_rl.models.generation.replicas import Replicas, replica_bundles
 from nemo_rl.models.generation.results import join
@@ -67,14 +66,7 @@ class Generation(GenerationInterface):
         backend = generation_backend(config.generation.backend)
         builder = RayWorkerBuilder(
             backend.fqn,
-            GeneratorSpec(
-                model_name,
-                config.generation,
-                config.max_sequence_length,
-                tokenizer_name=config.tokenizer_name,
-                default_precision=config.precision,
-                use_gpu=cluster.use_gpus,
-            ),
+            config.generator_spec(model_name, use_gpus=cluster.use_gpus),
             num_local_workers=max(
                 sum(len(local_bundles) for node, local_bundles in bundles if node == index)
                 for index in range(len(cluster.bundle_counts))

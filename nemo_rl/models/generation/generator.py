@@ -7,49 +7,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.errors import ModelError, WeightSyncError
+from nemo_rl.models.generation.config import GeneratorSpec
 from nemo_rl.models.generation.stop import StopRules, end_of_sequence_ids
 
 if TYPE_CHECKING:
-    from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
     from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 
-
-@dataclass(frozen=True)
-class GeneratorSpec:
-    """Says which model a generator completes prompts with, and how.
-
-    Attributes:
-        model_name: Hugging Face directory or hub name.
-        config: Sampling, stop conditions and the backend's options.
-        max_sequence_length: Longest prompt plus completion, in tokens.
-        tokenizer_name: Where the tokenizer comes from. None: the model's own.
-        default_precision: "float32" or "bfloat16", unless `config.precision` is set.
-        use_gpu: Compute on the GPU that the process sees.
-        name: Name of the generator in messages.
-    """
-
-    model_name: str
-    config: GenerationConfig
-    max_sequence_length: int
-    tokenizer_name: str | None = None
-    default_precision: str = "float32"
-    use_gpu: bool = False
-    name: str = "the generator"
-
-    @property
-    def precision(self) -> str:
-        """Data type to compute in: "float32" or "bfloat16"."""
-        return self.config.precision or self.default_precision
-
-    @property
-    def device(self) -> str:
-        """Device to compute on, as torch names it."""
-        return "cuda" if self.use_gpu else "cpu"
+__all__ = ["Generator", "GeneratorSpec"]  # what a backend's generator is written with
 
 
 class Generator(ABC):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from nemo_rl.models.backends import POLICY_BACKENDS, policy_backend
-from nemo_rl.models.generation.config import GenerationConfig
+from nemo_rl.models.generation.config import GenerationConfig, GeneratorSpec
 from nemo_rl.utils.config import ConfigModel, OpenSection
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class PolicyOptions(OpenSection):
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
         """Raise `ModelError` for a model that this backend does not support, or cannot divide as configured.
 
-        The driver calls this as soon as it has read the model's configuration, before any worker starts.
+        The driver calls this as soon as it has read the model's configuration, before any venv is built.
         """
 
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
@@ -191,6 +191,22 @@ class PolicyConfig(ConfigModel):
         if self.offload and not policy_backend(self.backend).offloads:
             raise ValueError(f"policy.offload=true is not supported by policy.backend={self.backend}")
         return self
+
+    def generator_spec(self, model_name: str, *, use_gpus: bool) -> GeneratorSpec:
+        """Return what the generators of this policy are made from.
+
+        Args:
+            model_name: Hugging Face directory or hub name.
+            use_gpus: whether they run on GPUs.
+        """
+        return GeneratorSpec(
+            model_name,
+            self.generation,
+            self.max_sequence_length,
+            tokenizer_name=self.tokenizer_name,
+            default_precision=self.precision,
+            use_gpu=use_gpus,
+        )
 
     def offloads(self, *, shares_gpus: bool) -> bool:
         """Whether the policy frees its devices during generation.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import importlib.metadata
 import os
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,9 @@ class Probe:
 
     def numbers(self, n: int) -> Iterator[int]:
         yield from range(n)
+
+    def write_at_exit(self, path: str) -> None:
+        atexit.register(Path(path).write_text, "exited")
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

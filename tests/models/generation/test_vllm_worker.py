@@ -7,6 +7,7 @@ import json
 import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -17,6 +18,7 @@ from vllm_groups import TEXTS, WIDE, batch, local_cluster, published, torch_resu
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import SamplingConfig
 from nemo_rl.models.generation.generation import Generation
+from nemo_rl.models.generation.vllm.config import CPU_HEAD_SIZES
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
 
@@ -56,6 +58,13 @@ def test_worker_runs_vllm_in_the_cpu_venv(generation: Generation) -> None:
     assert record["prefix"] != sys.prefix
     assert record["weights_version"] == 1
     assert record["num_threads"] == 1
+
+
+def test_driver_knows_the_head_sizes_of_vllm(generation: Generation) -> None:
+    [record] = generation.attestation()
+    [path] = Path(record["prefix"]).glob("lib/python*/site-packages/vllm/v1/attention/backends/cpu_attn.py")
+    body = path.read_text(encoding="utf-8").partition("def get_supported_head_sizes(")[2]
+    assert body.partition("return ")[2].partition("\n")[0] == str(list(CPU_HEAD_SIZES))
 
 
 def test_logprobs_match_transformers(generation: Generation, model: TinyModel) -> None:

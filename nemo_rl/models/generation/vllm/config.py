@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from nemo_rl.errors import ModelError
-from nemo_rl.models.generation.config import GenerationConfig, GenerationOptions
+from nemo_rl.models.generation.config import GenerationOptions, GeneratorSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+# Head sizes of vLLM's attention on CPUs, in the version that uv.lock installs. (On GPUs, one of its kernels supports
+# any size.)
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 class VllmOptions(GenerationOptions):
@@ -59,8 +63,8 @@ class VllmOptions(GenerationOptions):
     def sleeps(self) -> bool:
         return self.enable_sleep_mode
 
-    def check_model(self, model: PretrainedConfig, model_name: str, generation: GenerationConfig) -> None:
-        sequences = self.max_num_seqs or generation.max_batch_size
+    def check_model(self, model: PretrainedConfig, spec: GeneratorSpec) -> None:
+        sequences = self.max_num_seqs or spec.config.max_batch_size
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < sequences:
             raise ModelError(
                 f"policy.generation.options.max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -72,5 +76,32 @@ class VllmOptions(GenerationOptions):
         if heads % size or (groups % size and size % groups):
             raise ModelError(
                 f"policy.generation.options.tensor_parallel_size={size} must divide the {heads} attention heads of "
-                f"{model_name!r}, and divide its {groups} key-value heads or be a multiple of them"
+                f"{spec.model_name!r}, and divide its {groups} key-value heads or be a multiple of them"
             )
+        head_size = attention_head_size(text)
+        if spec.use_gpu or head_size is None:
+            return
+        # Another Python may have another version of vLLM, whose workers check this.
+        if spec.config.py_executable is None and head_size not in CPU_HEAD_SIZES:
+            raise ModelError(
+                f"{spec.model_name!r} has attention heads of size {head_size}; on CPUs, vLLM supports "
+                f"{', '.join(map(str, CPU_HEAD_SIZES))}. Set policy.generation.backend=torch"
+            )
+        if not getattr(text, "sliding_window", None):
+            bytes_per_number = {"float32": 4, "bfloat16": 2}[spec.precision]
+            numbers = 2 * text.num_hidden_layers * max(1, groups // size) * head_size * spec.max_sequence_length
+            gib = numbers * bytes_per_number / 2**30
+            if gib > self.cpu_kv_cache_gib:
+                raise ModelError(
+                    f"policy.generation.options.cpu_kv_cache_gib={self.cpu_kv_cache_gib:g} is less than one sequence "
+                    f"of {spec.max_sequence_length} tokens (policy.max_sequence_length) takes with "
+                    f"{spec.model_name!r}: {gib:.3g} GiB"
+                )
+
+
+def attention_head_size(text: Any) -> int | None:
+    """Return the size of an attention head; None if the keys are compressed (MLA) or the model has no attention."""
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads or getattr(text, "kv_lora_rank", None):
+        return None
+    return getattr(text, "head_dim", None) or text.hidden_size // heads

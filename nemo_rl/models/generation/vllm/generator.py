@@ -30,7 +30,7 @@ from nemo_rl.models.generation.generator import Generator, GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 from nemo_rl.models.generation.results import Completion, make_result
 from nemo_rl.models.generation.sampling import Sampler
-from nemo_rl.models.generation.vllm.config import VllmOptions
+from nemo_rl.models.generation.vllm.config import VllmOptions, attention_head_size
 from nemo_rl.models.generation.vllm.draws import ROW, Draws, RowSampler
 from nemo_rl.models.generation.vllm.engine import SharedEngine, start_error
 from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
@@ -299,8 +299,8 @@ def _inspect_in_process(architectures: list[str]) -> None:
 
 def _check_head_size(model_name: str, config: Any) -> None:
     """Raise `ModelError` for a head size that vLLM's attention on CPUs would reject only at the first prompt."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not CPUAttentionBackend.supports_head_size(size):
+    size = attention_head_size(config.get_text_config())
+    if size is not None and not CPUAttentionBackend.supports_head_size(size):
         raise ModelError(
             f"the model {model_name!r} has attention heads of size {size}; on CPUs, vLLM supports "
             f"{CPUAttentionBackend.get_supported_head_sizes()}. Set policy.generation.backend=torch."
