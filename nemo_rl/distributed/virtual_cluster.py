@@ -25,6 +25,8 @@ from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.bundles import Bundle, ordered_bundles
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
+from nemo_rl.distributed.cluster.ports import Block
+from nemo_rl.distributed.cluster.reservations import Reservation, held_reservations
 from nemo_rl.distributed.cluster.session import can_grow, init_ray
 from nemo_rl.distributed.provisioning.remote_calls import free_ports_on_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
@@ -38,6 +40,10 @@ logger = logging.getLogger(__name__)
 _COMMIT_TIMEOUT_S = 15.0
 _POLL_INTERVAL_S = 0.2
 
+# Clusters of this process whose ports may be in use, and the lock for assigning ports.
+_with_ports: weakref.WeakSet[RayVirtualCluster] = weakref.WeakSet()
+_ports_lock = threading.Lock()
+
 
 class RayVirtualCluster:
     """Reserves a job's bundles (ranks) on the nodes of a Ray cluster.
@@ -45,6 +51,9 @@ class RayVirtualCluster:
     A bundle is one CPU, plus one GPU with `use_gpus`. All bundles of a node of the job are on one Ray node. They are
     reserved together, as one placement group, when they are first needed, so that no GPU is held while venvs are built.
     A request that this Ray cluster can never serve fails in the constructor.
+
+    `shutdown` releases the reservation, and so does the deletion of this object: keep it while its placement groups are
+    used. A `RayWorkerGroup` keeps its cluster.
 
     Example::
 
@@ -62,8 +71,9 @@ class RayVirtualCluster:
         name: shown in messages and in Ray's tools.
         placement_group_strategy: `SPREAD` puts the job's nodes on different Ray nodes while there are enough,
             `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as possible, `STRICT_PACK` exactly one.
-        port_range_low: the first port that `get_available_*` may return.
-        port_range_high: the last such port. Give both or neither.
+        port_range_low: the first port that `get_available_*` and `get_master_*` may return.
+        port_range_high: the last such port. Give both or neither. By default, ports come from a range in which the
+            kernel gives no port to client sockets; see `nemo_rl.distributed.cluster.ports`.
 
     Raises:
         ConfigError: (a `ValueError`) an argument or `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` is invalid.
@@ -100,8 +110,9 @@ class RayVirtualCluster:
         self._port_range = _checked_port_range(port_range_low, port_range_high)
         self._max_tries = settings.VIRTUAL_CLUSTER_MAX_RETRIES.get()
         self._bundle: dict[str, float] = {"GPU": 1.0, "CPU": 1.0} if use_gpus else {"CPU": 1.0}
-        self._placement_group: PlacementGroup | None = None
+        self._reservation: Reservation | None = None
         self._bundles: list[Bundle] | None = None
+        self._reserving = threading.RLock()  # held while resources are reserved
         # Worker group -> its label and bundles. Weak: the workers of a group without references end with it.
         self._groups: weakref.WeakKeyDictionary[object, tuple[str, list[int]]] = weakref.WeakKeyDictionary()
         self._groups_lock = threading.Lock()  # groups start in separate threads
@@ -182,9 +193,11 @@ class RayVirtualCluster:
 
     def bundles(self) -> list[Bundle]:
         """Return all bundles in rank order: by node, then by GPU id. The first call reserves them."""
-        if self._bundles is None:
-            self._bundles = ordered_bundles(self._reserve(), self._bundle_counts, self.use_gpus)
-        return list(self._bundles)
+        with self._reserving:
+            group = self._reserve()
+            if self._bundles is None:
+                self._bundles = ordered_bundles(group, self._bundle_counts, self.use_gpus)
+            return list(self._bundles)
 
     def get_available_address_and_port(self, pg_idx: int, bundle_idx: int) -> tuple[str, int]:
         """Return the IP address of a bundle's node and a free TCP port of that node."""
@@ -193,12 +206,17 @@ class RayVirtualCluster:
     def get_available_addresses_and_ports_batch(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
         """Return a distinct address and free port for each (placement group index, bundle index).
 
-        The nodes search their ports in parallel. A virtual cluster never returns a port twice.
+        The nodes search their ports in parallel. A virtual cluster never returns a port twice, nor one that another
+        virtual cluster of this process has returned and may still use.
 
         Raises:
             ConfigError: a bundle does not exist.
             ClusterError: a node has no free port in the range.
         """
+        return self.assign_ports(pairs, "engines")
+
+    def assign_ports(self, pairs: Sequence[tuple[int, int]], block: Block) -> list[tuple[str, int]]:
+        """Return addresses and ports as `get_available_addresses_and_ports_batch` does, from a block of ports."""
         by_index = {bundle.bundle_idx: bundle for bundle in self.bundles()}
         # By address, not by node: simulated nodes on one machine share its ports.
         positions_at: dict[str, list[int]] = {}
@@ -212,40 +230,60 @@ class RayVirtualCluster:
             bundle = by_index[bundle_idx]
             positions_at.setdefault(bundle.address, []).append(position)
             node_at.setdefault(bundle.address, bundle.node_id)
-        ports_of_node = free_ports_on_nodes(
-            {
-                node_at[address]: (len(positions), *self._port_range, self._assigned_ports.get(address, set()))
-                for address, positions in positions_at.items()
+        with _ports_lock:
+            _with_ports.add(self)
+            taken = {
+                address: set[int]().union(*(other._assigned_ports.get(address, ()) for other in _with_ports))
+                for address in positions_at
             }
-        )
+            ports_of_node = free_ports_on_nodes(
+                {
+                    node_at[address]: (len(positions), *self._port_range, taken[address])
+                    for address, positions in positions_at.items()
+                },
+                block,
+            )
+            for address in positions_at:
+                self._assigned_ports.setdefault(address, set()).update(ports_of_node[node_at[address]])
         result: list[tuple[str, int]] = [("", 0)] * len(pairs)
         for address, positions in positions_at.items():
-            ports = ports_of_node[node_at[address]]
-            self._assigned_ports.setdefault(address, set()).update(ports)
-            for position, port in zip(positions, ports, strict=True):
+            for position, port in zip(positions, ports_of_node[node_at[address]], strict=True):
                 result[position] = (address, port)
         return result
 
     def get_master_address_and_port(self) -> tuple[str, int]:
         """Return the address of rank 0's node and a free port of that node, a different one with each call."""
-        return self.get_available_address_and_port(0, self.bundles()[0].bundle_idx)
+        return self.assign_ports([(0, self.bundles()[0].bundle_idx)], "master")[0]
 
     def shutdown(self) -> bool:
-        """Release all resources. Returns True once nothing is reserved; a repeated call has no effect."""
+        """Release all resources. Returns True once nothing is reserved; a repeated call has no effect.
+
+        A call that waits for resources in another thread ends with `ClusterError`. If Ray cannot be reached, this
+        raises Ray's error, and may be called again.
+        """
         self._is_shut_down = True
-        group, self._placement_group, self._bundles = self._placement_group, None, None
-        if group is not None and ray.is_initialized():
-            remove_placement_group(group)
+        if self._reservation is not None:
+            self._reservation.release()
+        self._reservation = self._bundles = None
+        _with_ports.discard(self)
         return True
 
     # --- reserving ---------------------------------------------------------------------------------------------------
 
     def _reserve(self) -> PlacementGroup:
+        with self._reserving:
+            self._check_not_shut_down()
+            reservation = self._reservation
+            if reservation is None:
+                reservation = self._reservation = Reservation(self, self._try_to_reserve(), repr(self))
+            if self._is_shut_down:  # while this thread waited
+                reservation.release()
+                self._check_not_shut_down()
+            return reservation.placement_group
+
+    def _check_not_shut_down(self) -> None:
         if self._is_shut_down:
             raise ClusterError(f"the virtual cluster {self._label()}was shut down; create a new one.")
-        if self._placement_group is None:
-            self._placement_group = self._try_to_reserve()
-        return self._placement_group
 
     def _try_to_reserve(self) -> PlacementGroup:
         """Wait for free resources, for 1, 2, 4, ... seconds in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts."""
@@ -253,6 +291,7 @@ class RayVirtualCluster:
         for attempt in range(self._max_tries):
             deadline = time.monotonic() + 2.0**attempt
             while True:
+                self._check_not_shut_down()
                 nodes = alive_nodes()
                 self._check_possible(nodes)
                 chosen = self._plan([node.free for node in nodes])
@@ -265,16 +304,17 @@ class RayVirtualCluster:
                 time.sleep(_POLL_INTERVAL_S)
             if attempt + 1 < self._max_tries:
                 logger.warning(
-                    "attempt %d of %d: %s Waiting for resources.",
+                    "attempt %d of %d: %s %sWaiting for resources.",
                     attempt + 1,
                     self._max_tries,
                     self._describe_request(nodes),
+                    _describe_held(),
                 )
         elapsed = time.monotonic() - start_time
         raise ResourceInsufficientError(
-            f"{self._describe_request(nodes)} Gave up after {self._max_tries} attempts in {elapsed:.0f} s. Request "
-            "less, add nodes, end the worker groups or jobs that hold the resources, or raise "
-            f"{settings.VIRTUAL_CLUSTER_MAX_RETRIES.name}."
+            f"{self._describe_request(nodes)} {_describe_held()}Gave up after {self._max_tries} attempts in "
+            f"{elapsed:.0f} s. Request less, add nodes, end the worker groups or jobs that hold the resources, or "
+            f"raise {settings.VIRTUAL_CLUSTER_MAX_RETRIES.name}."
         )
 
     def _check_possible(self, nodes: list[NodeResources]) -> None:
@@ -297,10 +337,13 @@ class RayVirtualCluster:
             name=f"{self.name or 'nemo_rl'}-{secrets.token_hex(4)}",
             bundle_label_selector=[{"ray.io/node-id": node.node_id} for node in pins],
         )
-        if group.wait(timeout_seconds=_COMMIT_TIMEOUT_S):
-            return group
-        remove_placement_group(group)
-        return None
+        is_committed = False
+        try:
+            is_committed = group.wait(timeout_seconds=_COMMIT_TIMEOUT_S)
+        finally:
+            if not is_committed:
+                remove_placement_group(group)
+        return group if is_committed else None
 
     def _label(self) -> str:
         return f"{self.name!r} " if self.name else ""
@@ -317,6 +360,11 @@ class RayVirtualCluster:
             f"the virtual cluster {self._label()}requests {self.node_count()} node(s) with {self._bundle_counts} "
             f"bundles of {each} ({self._strategy}); the Ray cluster has {len(nodes)} alive node(s): {node_list}."
         )
+
+
+def _describe_held() -> str:
+    held = ", ".join(sorted(reservation.description for reservation in held_reservations()))
+    return f"This process itself holds resources: {held}; `shutdown()` releases them. " if held else ""
 
 
 def _positive(name: str, value: int) -> int:
