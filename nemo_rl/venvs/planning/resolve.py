@@ -30,6 +30,7 @@ from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay
 from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, package_from_lock, save_resolution
 from nemo_rl.venvs.planning.relocation import located, original
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
+from nemo_rl.venvs.stacks import how_to_add
 from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
@@ -93,7 +94,7 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions) -> Ven
     key = hashlib.sha256(json.dumps([FORMAT, inputs, str(spec), asdict(python), _stable(markers)]).encode()).hexdigest()
     packages = load_resolution(store, key)
     if packages is None:
-        _check_selection(spec)
+        check_selection(spec)
         packages = _export(spec, root, python, markers, store)
         save_resolution(store, key, packages)
     return VenvPlan(spec, python, tuple(packages), expected, inputs=inputs)
@@ -137,8 +138,16 @@ def _stable(markers: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in markers.items() if key not in ("platform_release", "platform_version")}
 
 
-def _check_selection(spec: VenvSpec) -> None:
-    """Raise `UnknownExtraError`, with the known extras or groups, before uv runs."""
+def check_selection(spec: Spec) -> None:
+    """Check that the project of a spec has its extras and groups, without a call of uv.
+
+    Raises:
+        UnknownExtraError: one is missing. The message lists the known ones, and says how to add an extra of this
+            package.
+        VenvError: the project does not exist or cannot be read.
+    """
+    if isinstance(spec, InterpreterSpec):
+        return
     path = located(spec.project) / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -153,8 +162,9 @@ def _check_selection(spec: VenvSpec) -> None:
     for kind, selected, known in (("extra", spec.extras, known_extras), ("group", spec.groups, known_groups)):
         unknown = [name for name in selected if name not in known]
         if unknown:
+            fix = "".join(how_to_add(name) for name in unknown) if kind == "extra" else ""
             raise UnknownExtraError(
-                f"{path} has no {kind} {', '.join(map(repr, unknown))}. Known {kind}s: "
+                f"{path} has no {kind} {', '.join(map(repr, unknown))}. {fix}Known {kind}s: "
                 f"{', '.join(sorted(known)) or 'none'}."
             )
 
