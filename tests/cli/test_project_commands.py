@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -268,6 +269,14 @@ def test_add_writes_overrides_to_the_root_of_a_workspace(cli: Cli) -> None:
     done = cli("add", "vllm", cwd=root)
     assert done.returncode == 2
     assert "has no [project]; change to a member" in done.stderr
+
+
+def test_path_inside_the_project_is_stored_relative_to_it(cli: Cli) -> None:
+    project = cli.project('[project]\nname = "mine"\nversion = "1"\nrequires-python = ">=3.11"\n')
+    shutil.copytree(cli.package, project / "vendor" / "nemo_rl")
+    done = cli("add", "mcore", "--nemo-rl", "vendor/nemo_rl", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert settings_of(project)["sources"]["nemo-rl"] == {"path": "vendor/nemo_rl", "editable": True}
 
 
 def test_source_of_the_package_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,9 @@ def unknown_in_command(line: str) -> str | None:
     return next((option for option in options if option.startswith("-") and option not in known), None)
 
 
-@pytest.mark.parametrize("line", ["veins list", "venvs list --jason", "plan --adress X", "venvs list | bild | prune", "grpo --confg x"])
+@pytest.mark.parametrize(
+    "line", ["veins list", "venvs list --jason", "plan --adress X", "venvs list | bild | prune", "grpo --confg x"]
+)
 def test_wrong_command_is_detected(line: str) -> None:
     assert unknown_in_command(line)
 
