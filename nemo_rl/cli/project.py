@@ -19,7 +19,7 @@ from nemo_rl.errors import ConfigError
 TEMPLATE = Path(__file__).with_name("template")
 TEMPLATE_NAME, TEMPLATE_MODULE = "my-project", "my_project"
 _GITIGNORE = ".gitignore"  # without the dot in the template, where it must not have an effect
-STACKS = ("vllm", "vllm-cpu", "mcore")
+STACKS = ("vllm", "vllm-cpu", "mcore")  # the extras of a new project
 
 Source = Annotated[
     str | None,
@@ -54,7 +54,7 @@ def init(
     files = _write_template(directory, project_name)
     add_extras(directory, STACKS if extras else (), source)
     display.note(f"nemo-rl: {len(files)} files written to {directory}; uv lock resolves its packages")
-    lock(directory)
+    lock(directory, retry=f"run `uv lock` in {directory}")
     if json:
         display.print_json({"project": str(directory), "name": project_name, "files": sorted(files)})
         return
@@ -85,7 +85,7 @@ def add(
         changes = add_extras(project, names, source)
         if changes:
             display.note(f"nemo-rl: uv lock resolves the packages of {project}")
-        lock(project)
+        lock(project, retry="run the command again")
     if json:
         display.print_json({"project": str(project), "changes": changes})
         return

@@ -167,8 +167,11 @@ def add_extras(project: Path, extras: Sequence[str], source: PackageSource | Non
     return changes
 
 
-def lock(project: Path) -> None:
+def lock(project: Path, *, retry: str) -> None:
     """Run `uv lock` in a project.
+
+    Args:
+        retry: what to do when the index can be reached again, for the error message.
 
     Raises:
         VenvError: the index cannot be reached; says how to continue.
@@ -186,7 +189,7 @@ def lock(project: Path) -> None:
         if any(sign in tail for sign in _UNREACHABLE):
             raise VenvError(
                 "uv could not reach the package index, so uv.lock was not written. Check the network and the index "
-                f"(UV_DEFAULT_INDEX, or [[tool.uv.index]] in pyproject.toml), then run `uv lock` in {project}.\n{tail}"
+                f"(UV_DEFAULT_INDEX, or [[tool.uv.index]] in pyproject.toml), then {retry}.\n{tail}"
             ) from error
         raise
 

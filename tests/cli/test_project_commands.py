@@ -254,6 +254,11 @@ def test_add_restores_the_files_if_the_lock_fails(cli: Cli) -> None:
     assert done.returncode == 1, done.stdout
     assert "alpha==1.0" in done.stderr
     assert (project / "pyproject.toml").read_bytes() == before
+    done = cli("add", "vllm", cwd=project, **UNREACHABLE, UV_FIND_LINKS="")
+    assert done.returncode == 1
+    assert "could not reach the package index" in done.stderr
+    assert "then run the command again" in done.stderr
+    assert (project / "pyproject.toml").read_bytes() == before
     assert not (project / "uv.lock").exists()
 
 

@@ -97,7 +97,7 @@ def project(machine: Machine) -> Path:
         file.write("import sys\n")
         file.write("ACTOR_ENVIRONMENTS['my_project.exact_environment.ExactEnvironment'] = sys.executable\n")
     (directory / "versions.py").write_text(RUN)
-    machine.run(directory, "uv", "lock")
+    machine.run(directory, "uv", "sync")
     return directory
 
 
@@ -262,7 +262,8 @@ def head(machine: Machine, project: Path) -> Iterator[dict[str, str]]:
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{server}"}
     command = [str(project / ".venv" / "bin" / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
     command += [f"--port={gcs}", f"--dashboard-port={server}", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--include-dashboard=true", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+    # Without --node-ip-address: the driver of a job joins the head by the machine's address, not by loopback.
+    command += ["--include-dashboard=true", "--disable-usage-stats"]
     variables = {name: value for name, value in machine.env.items() if name != "RAY_ADDRESS"}
     log = machine.folder / "head.log"
     with log.open("w") as file:
