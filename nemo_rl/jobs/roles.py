@@ -11,6 +11,7 @@ from nemo_rl.environments.registry import environment_fqn
 from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.generation.replicas import replica_bundles
+from nemo_rl.venvs import check_extras, parse_py_executable
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig
@@ -42,7 +43,13 @@ def num_colocated_groups(config: MasterConfig) -> int:
 
 
 def job_roles(config: MasterConfig) -> list[Role]:
-    """Return the roles of a job. Raises `ConfigError` or `UnregisteredActorError` for an unknown name."""
+    """Return the roles of a job.
+
+    Raises:
+        ConfigError: an unknown back end or environment.
+        UnregisteredActorError: the class of an environment is not registered.
+        UnknownExtraError: the project lacks the extra of a role.
+    """
     policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     policy_python = trainer.py_executable(policy.py_executable, use_gpus=cluster.use_gpus)
@@ -54,11 +61,14 @@ def job_roles(config: MasterConfig) -> list[Role]:
     )  # raises if the numbers do not fit
     share = 1 / num_colocated_groups(config)
     environment = environment_fqn(config.env.name)
-    return [
+    roles = [
         Role("policy", trainer.fqn, policy_python, cluster.num_workers, share),
         Role("generation", generator.fqn, generation_python, num_generators, share),
         Role("environment", environment, get_actor_python_env(environment), 1, 0.0),
     ]
+    for role in roles:
+        check_extras(parse_py_executable(role.py_executable))
+    return roles
 
 
 def check_weight_route(config: MasterConfig) -> None:

@@ -8,7 +8,7 @@ from nemo_rl.venvs.ensure import SealedVenv, create_local_venv, current_venv_dig
 from nemo_rl.venvs.interpreter import DriverVersions
 from nemo_rl.venvs.maintenance import Finding, PruneReport, VenvInfo, list_venvs, prune, verify
 from nemo_rl.venvs.planning.plan import Package, VenvPlan
-from nemo_rl.venvs.planning.resolve import plan
+from nemo_rl.venvs.planning.resolve import check_extras, plan
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable, spec_from_runtime_env
 from nemo_rl.venvs.progress import PHASES, Progress, ProgressCallback
 from nemo_rl.venvs.storage.layout import UNSET_IN_VENV, Store, activation_env
@@ -34,6 +34,7 @@ __all__ = [
     "VenvPlan",
     "VenvSpec",
     "activation_env",
+    "check_extras",
     "create_local_venv",
     "current_venv_digest",
     "ensure",

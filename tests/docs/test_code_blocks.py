@@ -14,7 +14,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 GUIDES = sorted((REPOSITORY / "docs").glob("adding-*.md"))
-FIRST_PAGES = [REPOSITORY / "docs" / f"{name}.md" for name in ("first-worker", "dependency-management", "installation")]
+FIRST_PAGES = [
+    REPOSITORY / "docs" / f"{name}.md" for name in ("first-worker", "dependency-management", "use-from-your-project")
+]
 _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

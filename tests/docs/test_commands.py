@@ -63,6 +63,7 @@ class Evidence:
 
 PLUGIN = "tests/examples/test_plugin.py::"
 SUBMISSION = "tests/jobs/test_submission.py::test_job_can_be_followed_and_stopped"
+FOREIGN = "tests/functional/test_foreign_project.py::"
 BUNDLE = "tests/cli/test_venvs_commands.py::test_bundle_prints_the_build_command"
 WORDS = "nemo_rl_plugin.words_dataset:WordsDataset"
 REVERSE = ("uv", "run", "examples/run_grpo_math.py", "env.name=reverse", f"data.train.kind={WORDS}")
@@ -119,6 +120,18 @@ RUN_ELSEWHERE = [
     ),
     Evidence(("nemo-rl", "venvs", "bundle", ANY, ANY, "--output", ANY), BUNDLE),
     Evidence(("nemo-rl", "venvs", "build", "--offline", "--from-bundle", ANY, ANY, ANY), BUNDLE),
+    Evidence(("uvx", "--from", ANY, "nemo-rl", "init", "my-project"), FOREIGN + "project", program=0),
+    Evidence(("uv", "run", "run.py"), FOREIGN + "test_new_project_runs_a_worker", program=0),
+    Evidence(
+        ("uv", "run", "--extra", "distance", "--group", "test", "pytest"),
+        FOREIGN + "test_tests_of_the_project_pass",
+        program=0,
+    ),
+    Evidence(("nemo-rl", "add", "mcore"), FOREIGN + "test_new_project_runs_a_worker"),
+    Evidence(
+        ("nemo-rl", "grpo", "--config", "configs/grpo.yaml", "env.name=exact", "grpo.max_num_steps=2"),
+        FOREIGN + "test_job_trains_with_the_environment_of_the_project",
+    ),
     Evidence(("nemo-rl", "status"), SUBMISSION),
     Evidence(("nemo-rl", "logs", "-f", ANY), SUBMISSION),
     Evidence(("nemo-rl", "stop", ANY), SUBMISSION),

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from nemo_rl import settings
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.cli.app import app
+from nemo_rl.jobs.command_line import _parser
 from nemo_rl.jobs.curate_math import CurateConfig
 from nemo_rl.utils.config import ConfigModel, OpenSection, _section
 
@@ -153,11 +154,15 @@ def unknown_in_command(line: str) -> str | None:
     if group.context_settings.get("ignore_unknown_options"):
         return None  # it passes its options on
     known = {option for parameter in group.params for option in parameter.opts}
+    if group.context_settings.get("ignore_unknown_options"):  # the job parses them
+        known |= {option for action in _parser(MasterConfig, "x")._actions for option in action.option_strings}
     options = [word.strip("[].,)").partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
     return next((option for option in options if option.startswith("-") and option not in known), None)
 
 
-@pytest.mark.parametrize("line", ["veins list", "venvs list --jason", "plan --adress X", "venvs list | bild | prune"])
+@pytest.mark.parametrize(
+    "line", ["veins list", "venvs list --jason", "plan --adress X", "venvs list | bild | prune", "grpo --confg x"]
+)
 def test_wrong_command_is_detected(line: str) -> None:
     assert unknown_in_command(line)
 

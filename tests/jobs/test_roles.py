@@ -1,12 +1,14 @@
-"""Tests the checks of the weight transport before a job starts."""
+"""Tests the checks of extras and of the weight transport before a job starts."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.roles import check_weight_route
+from nemo_rl.errors import ConfigError, UnknownExtraError
+from nemo_rl.jobs.roles import check_weight_route, job_roles
 from nemo_rl.utils.config import load_config
 
 
@@ -43,3 +45,11 @@ def test_unreachable_transport_is_refused(overrides: list[str], expected: str) -
 )
 def test_reachable_transport_is_accepted(overrides: list[str]) -> None:
     check_weight_route(load_config(MasterConfig, None, overrides))
+
+
+def test_project_without_the_extra_of_a_role_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "mine"\nversion = "1"\n')
+    monkeypatch.setenv("NEMO_RL_PROJECT_ROOT", str(tmp_path))
+    assert len(job_roles(load_config(MasterConfig))) == 3
+    with pytest.raises(UnknownExtraError, match=r"no extra 'mcore'\. Run `nemo-rl add mcore`"):
+        job_roles(load_config(MasterConfig, None, ["policy.backend=megatron"]))

@@ -34,6 +34,7 @@ def test_default_venv_dir_is_in_the_project_root(project: Project, monkeypatch: 
     monkeypatch.setenv("NEMO_RL_PROJECT_ROOT", str(project.root))
     python = venvs.create_local_venv("uv run --extra one", "W")  # the default project
     assert python == str(project.root / "venvs" / "W" / "bin" / "python")
+    assert (project.root / "venvs" / ".gitignore").read_text().endswith("*\n")
 
 
 def test_warm_call_builds_nothing_and_runs_no_uv(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ import re
 import shlex
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from glob import glob
 from pathlib import Path
 
 from packaging.markers import Marker
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
 
 from nemo_rl.errors import (
     IncompatibleVenvError,
@@ -52,6 +53,7 @@ from nemo_rl.venvs.planning.plan import (
 from nemo_rl.venvs.planning.relocation import located, original
 from nemo_rl.venvs.planning.scripts import index_options_of, script_metadata
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
+from nemo_rl.venvs.stacks import how_to_add
 from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
@@ -273,6 +275,25 @@ def _stable(markers: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in markers.items() if key not in ("platform_release", "platform_version")}
 
 
+def check_extras(spec: Spec) -> None:
+    """Check that the project of a spec has its extras, as far as `pyproject.toml` says so, without a call of uv.
+
+    Raises:
+        UnknownExtraError: one is missing. The message says how to add an extra of this package.
+    """
+    if not isinstance(spec, VenvSpec) or spec.script is not None or spec.package or spec.all_packages:
+        return
+    try:
+        content = tomllib.loads((located(spec.project) / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # planning reports it
+    project = content.get("project", {})
+    known = sorted(canonicalize_name(name) for name in project.get("optional-dependencies", {}))
+    unknown = [name for name in spec.extras if name not in known]
+    if unknown and "optional-dependencies" not in project.get("dynamic", ()):
+        raise _unknown_name(spec, "extra", unknown[0], known)
+
+
 def _run_export(spec: VenvSpec, python: PythonInfo, store: Store, variables: Mapping[str, str]) -> str:
     directory, mode = located(spec.project), ["--frozen" if spec.frozen else "--locked"]
     target = ["--project", str(directory), *spec.selection()]
@@ -333,6 +354,11 @@ def _raise_error_of_user(spec: VenvSpec, error: VenvBuildError) -> None:
         return
     kind, name = (match[1].lower(), match[2]) if match[1] else ("package", match[3])
     known = LockGraph.read(lock_root(spec.project), located(spec.project), all_packages=True).known_names(kind)
-    raise UnknownExtraError(
-        f"The project {spec.project} has no {kind} {name!r}. Known {kind}s: {', '.join(known) or 'none'}."
-    ) from error
+    raise _unknown_name(spec, kind, name, known) from error
+
+
+def _unknown_name(spec: VenvSpec, kind: str, name: str, known: Sequence[str]) -> UnknownExtraError:
+    fix = how_to_add(name) if kind == "extra" else ""
+    return UnknownExtraError(
+        f"The project {spec.project} has no {kind} {name!r}. {fix}Known {kind}s: {', '.join(known) or 'none'}."
+    )

@@ -11,6 +11,7 @@ import pytest
 from sample_projects import BUILD_SYSTEM, Project, copy_project, make_wheel, run_in, uv
 
 from nemo_rl import venvs
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import IncompatibleVenvError, LockMismatchError, UnknownExtraError, UvNotFoundError, VenvError
 from nemo_rl.venvs import DriverVersions, Store, plan
 
@@ -143,6 +144,17 @@ def test_unknown_extra_or_group_lists_the_known_ones(project: Project) -> None:
         plan(project.command("--extra", "three"))
     with pytest.raises(UnknownExtraError, match=r"no group 'docs'.*Known groups: checks"):
         plan(project.command("--group", "docs"))
+
+
+def test_missing_extra_of_this_package_names_the_command_that_adds_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEMO_RL_PROJECT_ROOT", raising=False)
+    monkeypatch.chdir(project.root / "src")
+    for member, extra in (("VLLM", "vllm"), ("VLLM_CPU", "vllm-cpu"), ("MCORE", "mcore")):
+        with pytest.raises(UnknownExtraError, match=rf"The project {project.root} has no extra '{extra}'") as caught:
+            plan(getattr(PY_EXECUTABLES, member))
+        assert f'Run `nemo-rl add {extra}` in the project: it adds {extra} = ["nemo-rl[{extra}]"]' in str(caught.value)
 
 
 def test_python_or_ray_mismatch_is_rejected_before_a_build(project: Project, store: Store) -> None:
