@@ -151,8 +151,6 @@ def unknown_in_command(line: str) -> str | None:
             del words[0]
         else:
             group = group.commands[name]
-    if group.context_settings.get("ignore_unknown_options"):
-        return None  # it passes its options on
     known = {option for parameter in group.params for option in parameter.opts}
     if group.context_settings.get("ignore_unknown_options"):  # the job parses them
         known |= {option for action in _parser(MasterConfig, "x")._actions for option in action.option_strings}
