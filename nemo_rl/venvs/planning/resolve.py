@@ -6,6 +6,7 @@ hash of everything that it depends on, so a warm call does not run uv.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from nemo_rl.venvs.planning.plan import Package, VenvPlan, load_resolution, pack
 from nemo_rl.venvs.planning.relocation import located, original
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
 from nemo_rl.venvs.stacks import how_to_add
-from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
+from nemo_rl.venvs.storage.layout import Store, make_generated_directory, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
 
@@ -173,6 +174,8 @@ def _run_export(spec: VenvSpec, root: Path, python: PythonInfo, store: Store) ->
     mode = "--frozen" if spec.frozen else "--locked"
     arguments = ["export", mode, "--project", str(located(spec.project)), "--python", python.executable]
     arguments += ["--format", "pylock.toml", "--no-header", "--quiet", *spec.selection()]
+    with contextlib.suppress(OSError):  # a read-only store gets no log
+        make_generated_directory(store.root)
     with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
         return run_uv(arguments, what=f"Resolving `{spec}`", cwd=root, log=log)
 
