@@ -6,6 +6,7 @@ hash of everything that it depends on, so a warm call does not run uv.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -54,7 +55,7 @@ from nemo_rl.venvs.planning.relocation import located, original
 from nemo_rl.venvs.planning.scripts import index_options_of, script_metadata
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec, parse_py_executable
 from nemo_rl.venvs.stacks import how_to_add
-from nemo_rl.venvs.storage.layout import Store, not_writable_by_others
+from nemo_rl.venvs.storage.layout import Store, make_generated_directory, not_writable_by_others
 from nemo_rl.venvs.storage.manifest import FORMAT
 from nemo_rl.venvs.uv import BuildLog, run_uv
 
@@ -303,6 +304,8 @@ def _run_export(spec: VenvSpec, python: PythonInfo, store: Store, variables: Map
         target, mode = ["--script", str(script)], mode if Path(f"{script}.lock").exists() else []
     arguments = ["export", *mode, *target, "--python", python.executable]
     arguments += ["--format", "pylock.toml", "--no-header", "--quiet"]
+    with contextlib.suppress(OSError):  # a read-only store gets no log
+        make_generated_directory(store.root)
     with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
         return run_uv(arguments, what=f"Resolving `{spec}`", cwd=directory, extra_env=variables, log=log)
 

@@ -74,8 +74,6 @@ class Store:
 
     def new_log(self, label: str) -> Path:
         """Return a new path for the log of a build (`label` is its digest) or resolution."""
-        with contextlib.suppress(OSError):  # a read-only store gets no log
-            make_generated_directory(self.root)
         return self.logs / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}.log"
 
     def link(self, digest: str) -> Path:

@@ -139,7 +139,7 @@ def test_bundle_that_leads_out_is_unsafe(tmp_path: Path, name: str, link: str | 
     ):
         pass
     assert not (tmp_path / "evil").exists()
-    assert [path.name for path in (tmp_path / "store").iterdir()] == [".gitignore"]
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".gitignore"], "nothing was unpacked"
 
 
 def test_incomplete_bundle_is_rejected(tmp_path: Path, command: str) -> None:
