@@ -63,7 +63,9 @@ def doctor(cluster: Cluster = False, address: Address = None, json: Json = False
 
 
 def plan(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML configuration of a GRPO job, or a recipe's name.")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML configuration of a GRPO job, or a recipe's name.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     cluster: Cluster = False,
     address: Address = None,

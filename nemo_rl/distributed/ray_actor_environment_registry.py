@@ -101,7 +101,7 @@ class _Registry(dict[str, str]):
         return _resolved(super().__getitem__(fqn))
 
     def get(self, fqn: str, default: Any = None) -> Any:
-        return self[fqn] if fqn in self else default
+        return self[fqn] if fqn in self else default  # noqa: SIM401 (that would call this method)
 
     def values(self) -> Any:
         return {fqn: self[fqn] for fqn in self}.values()

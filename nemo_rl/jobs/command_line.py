@@ -108,7 +108,9 @@ def config_path(file: Path | str) -> Path:
             return path  # an error of a missing file names it
         names = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
         near = nearest_names(str(file), names) or names
-        raise ConfigError(f"--config {file}: there is no such file, and no recipe of this name. Recipes: {', '.join(near)}")
+        raise ConfigError(
+            f"--config {file}: there is no such file, and no recipe of this name. Recipes: {', '.join(near)}"
+        )
     return recipe
 
 

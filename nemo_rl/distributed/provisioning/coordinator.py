@@ -247,9 +247,7 @@ class ProvisioningCoordinator:
             assert self._broadcast is not None
             self._broadcast.prepare(key, request.node_id)
             for name in names_of_key:
-                event = Progress(
-                    name, key[0], "wait", "started", 0.0, f"for {sender}, which sends it to other nodes"
-                )
+                event = Progress(name, key[0], "wait", "started", 0.0, f"for {sender}, which sends it to other nodes")
                 self._report(NodeProgress(request.node_id, request.node, event))
         if to_build:
             self._serve(replace(request, plans={name: request.plans[name] for name in to_build}))
@@ -316,7 +314,9 @@ class ProvisioningCoordinator:
 
     def _add_source(self, result: NodeVenv) -> None:
         if self._broadcast is not None and result.error is None:
-            self._broadcast.add_source(self._venv_key(result.node_id, result.venv), result.node_id, result.stable_python)
+            self._broadcast.add_source(
+                self._venv_key(result.node_id, result.venv), result.node_id, result.stable_python
+            )
 
     def _start_transfers(self) -> None:
         if self._broadcast is not None:

@@ -181,9 +181,9 @@ class _HostMemory:
                 chunk = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
             except RuntimeError as error:
                 raise TrainingError(
-                    f"policy.offload needs {num_bytes / _GIB:.1f} GiB of this node's memory for one of the parts of one "
-                    f"worker, but only {self._num_bytes / _GIB:.1f} GiB could be allocated: {error}. Shard the policy over "
-                    "more workers, or set policy.offload=false"
+                    f"policy.offload needs {num_bytes / _GIB:.1f} GiB of this node's memory for one of the parts of "
+                    f"one worker, but only {self._num_bytes / _GIB:.1f} GiB could be allocated: {error}. Shard the "
+                    "policy over more workers, or set policy.offload=false"
                 ) from error
             self._chunks.append(chunk)
             self._starts.append(self._num_bytes)
@@ -337,7 +337,7 @@ def needs(*parts: Part) -> Callable[[MethodT], MethodT]:
 
 
 def borrows(part: Part) -> Callable[[MethodT], MethodT]:
-    """Decorate a method of a worker with a `_memory`: the part is on the device during it; see `PolicyMemory.loaded`."""
+    """Decorate a method of a worker with a `_memory`: the part is on the device during it (`PolicyMemory.loaded`)."""
 
     def decorate(method: MethodT) -> MethodT:
         @functools.wraps(method)

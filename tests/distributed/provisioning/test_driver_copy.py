@@ -42,7 +42,9 @@ def test_equal_copy_is_accepted(workers_plan: VenvPlan) -> None:
 def test_different_copy_is_refused_with_both_paths(workers_plan: VenvPlan, tmp_path: Path) -> None:
     (tmp_path / "driver" / "shared_code" / "helper.py").write_text("CODE = 2\n")
     (package,) = (tmp_path / "project").rglob("shared_code")
-    message = f"imports shared_code from {tmp_path}/driver/shared_code, .*a.Worker.* from {package}, and helper.py differs"
+    message = (
+        f"imports shared_code from {tmp_path}/driver/shared_code, .*a.Worker.* from {package}, and helper.py differs"
+    )
     with pytest.raises(ConfigError, match=message):
         check_driver_copies({"a.Worker": workers_plan})
 
