@@ -118,8 +118,9 @@ PROJECT_ROOT = Variable[Path | None](
     "NEMO_RL_PROJECT_ROOT",
     Path,
     None,
-    "The project, whose lock file decides the packages of venvs. Default: the nearest directory upward from the working "
-    "directory whose pyproject.toml has [project] or [tool.uv.workspace], else the source tree of this package.",
+    "The project, whose lock file decides the packages of venvs. Default: the nearest directory upward from the "
+    "working directory whose pyproject.toml has [project] or [tool.uv.workspace], else the source tree of this "
+    "package.",
 )
 CACHE_DIR = Variable[Path | None](
     "NEMO_RL_CACHE_DIR", Path, None, "The directory of models that the project creates. Default: ~/.cache/nemo_rl."
@@ -162,8 +163,8 @@ SOURCES = Variable[str | None](
     "NEMO_RL_SOURCES",
     str,
     None,
-    "Projects whose path here differs from the path that plans and venvs name, as JSON (named path -> path here); set by "
-    "the driver for nodes that received its source, and by `nemo-rl submit`.",
+    "Projects whose path here differs from the path that plans and venvs name, as JSON (named path -> path here); set "
+    "by the driver for nodes that received its source, and by `nemo-rl submit`.",
 )
 CONTAINER = Variable(
     "NEMO_RL_CONTAINER", _flag, False, "The image of this process contains the venvs; set by docker/Dockerfile."
@@ -196,6 +197,14 @@ WORKER_START_TIMEOUT_S = Variable(
 )
 TRACEBACK = Variable(
     "NEMO_RL_TRACEBACK", _flag, False, "Print a full traceback if a command fails, instead of the message only."
+)
+PROGRESS = Variable(
+    "NEMO_RL_PROGRESS",
+    _one_of("auto", "plain", "off"),
+    "auto",
+    "How a session shows venv builds, starts of worker groups, uploads and pipelines on standard error. auto: a live "
+    "table on a terminal, one line per phase elsewhere, nothing under pytest or where logging shows the same lines. "
+    "plain: lines, on a terminal and under pytest too. off: nothing. Workers never show any.",
 )
 RAY_ADDRESS = Variable[str | None](
     "RAY_ADDRESS",
@@ -260,12 +269,16 @@ MASK = "********"
 
 
 def forwarded() -> dict[str, str]:
-    """Return this process's variables that workers receive: those with a documented prefix or name."""
-    return {
+    """Return the variables that workers receive: this process's with a documented prefix or name.
+
+    `NEMO_RL_PROGRESS` is always `off`: only the driver shows progress.
+    """
+    variables = {
         name: value
         for name, value in os.environ.items()
         if name in FORWARDED_NAMES or name.startswith(FORWARDED_PREFIXES)
     }
+    return {**variables, PROGRESS.name: "off"}
 
 
 def is_secret(name: str) -> bool:
@@ -329,6 +342,11 @@ def exported(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def is_under_pytest() -> bool:
+    """Return whether pytest runs this process, or started it."""
+    return "PYTEST_VERSION" in os.environ
 
 
 def venv_drift() -> str:
