@@ -29,6 +29,7 @@ from nemo_rl.distributed.cluster.session import can_grow, init_ray
 from nemo_rl.distributed.provisioning.remote_calls import free_ports_on_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
+from nemo_rl.utils.interactive import names_of
 
 __all__ = ["PY_EXECUTABLES", "Bundle", "RayVirtualCluster", "ResourceInsufficientError", "alive_nodes", "init_ray"]
 
@@ -150,12 +151,13 @@ class RayVirtualCluster:
 
     def _check_shares(self, label: str, bundles: list[int]) -> None:
         for index in bundles:
-            others = [name for name, taken in self._groups.values() for bundle in taken if bundle == index]
+            others = [group for group, (_, taken) in self._groups.items() for bundle in taken if bundle == index]
             wanted = bundles.count(index)
             if len(others) + wanted > self.max_colocated_worker_groups:
+                holders = ", ".join(f"{self._groups[group][0]}{_held_by(group)}" for group in others) or "none"
                 raise ResourceInsufficientError(
                     f"{self!r} has max_colocated_worker_groups={self.max_colocated_worker_groups}: {label} asks for "
-                    f"{wanted} of bundle {index}'s shares; groups with a worker there: {', '.join(others) or 'none'}. "
+                    f"{wanted} of bundle {index}'s shares; groups with a worker there: {holders}. "
                     "Raise the limit, or shut a group down."
                 )
 
@@ -317,6 +319,12 @@ class RayVirtualCluster:
             f"the virtual cluster {self._label()}requests {self.node_count()} node(s) with {self._bundle_counts} "
             f"bundles of {each} ({self._strategy}); the Ray cluster has {len(nodes)} alive node(s): {node_list}."
         )
+
+
+def _held_by(value: object) -> str:
+    """Return the global names of the user's script or notebook that refer to `value`, for messages."""
+    names = names_of(value)
+    return f" (held by {', '.join(map(repr, names))})" if names else ""
 
 
 def _positive(name: str, value: int) -> int:
