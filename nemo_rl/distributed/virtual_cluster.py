@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import secrets
 import threading
@@ -25,11 +26,13 @@ from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.bundles import Bundle, ordered_bundles
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
+from nemo_rl.distributed.cluster.ports import Block
+from nemo_rl.distributed.cluster.reservations import Reservation, held_reservations
 from nemo_rl.distributed.cluster.session import can_grow, init_ray
 from nemo_rl.distributed.provisioning.remote_calls import free_ports_on_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
-from nemo_rl.utils.interactive import names_of
+from nemo_rl.utils.interactive import is_interactive, names_of
 
 __all__ = ["PY_EXECUTABLES", "Bundle", "RayVirtualCluster", "ResourceInsufficientError", "alive_nodes", "init_ray"]
 
@@ -39,6 +42,10 @@ logger = logging.getLogger(__name__)
 _COMMIT_TIMEOUT_S = 15.0
 _POLL_INTERVAL_S = 0.2
 
+# Clusters of this process whose ports may be in use, and the lock for assigning ports.
+_with_ports: weakref.WeakSet[RayVirtualCluster] = weakref.WeakSet()
+_ports_lock = threading.Lock()
+
 
 class RayVirtualCluster:
     """Reserves a job's bundles (ranks) on the nodes of a Ray cluster.
@@ -46,6 +53,9 @@ class RayVirtualCluster:
     A bundle is one CPU, plus one GPU with `use_gpus`. All bundles of a node of the job are on one Ray node. They are
     reserved together, as one placement group, when they are first needed, so that no GPU is held while venvs are built.
     A request that this Ray cluster can never serve fails in the constructor.
+
+    `shutdown` releases the reservation, and so does the deletion of this object: keep it while its placement groups are
+    used. A `RayWorkerGroup` keeps its cluster.
 
     Example::
 
@@ -63,8 +73,9 @@ class RayVirtualCluster:
         name: shown in messages and in Ray's tools.
         placement_group_strategy: `SPREAD` puts the job's nodes on different Ray nodes while there are enough,
             `STRICT_SPREAD` always; `PACK` uses as few Ray nodes as possible, `STRICT_PACK` exactly one.
-        port_range_low: the first port that `get_available_*` may return.
-        port_range_high: the last such port. Give both or neither.
+        port_range_low: the first port that `get_available_*` and `get_master_*` may return.
+        port_range_high: the last such port. Give both or neither. By default, ports come from a range in which the
+            kernel gives no port to client sockets; see `nemo_rl.distributed.cluster.ports`.
 
     Raises:
         ConfigError: (a `ValueError`) an argument or `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` is invalid.
@@ -101,8 +112,9 @@ class RayVirtualCluster:
         self._port_range = _checked_port_range(port_range_low, port_range_high)
         self._max_tries = settings.VIRTUAL_CLUSTER_MAX_RETRIES.get()
         self._bundle: dict[str, float] = {"GPU": 1.0, "CPU": 1.0} if use_gpus else {"CPU": 1.0}
-        self._placement_group: PlacementGroup | None = None
+        self._reservation: Reservation | None = None
         self._bundles: list[Bundle] | None = None
+        self._reserving = threading.RLock()  # held while resources are reserved
         # Worker group -> its label and bundles. Weak: the workers of a group without references end with it.
         self._groups: weakref.WeakKeyDictionary[object, tuple[str, list[int]]] = weakref.WeakKeyDictionary()
         self._groups_lock = threading.Lock()  # groups start in separate threads
@@ -146,20 +158,27 @@ class RayVirtualCluster:
             ResourceInsufficientError: all shares of a bundle are taken, so that a worker would wait forever.
         """
         with self._groups_lock:
-            self._check_shares(label, bundles)
+            conflict = self._conflict(label, bundles)
+            if conflict:
+                gc.collect()  # an error of Ray refers to its own traceback, which may hold a group without a name
+                conflict = self._conflict(label, bundles)
+            if conflict:
+                raise ResourceInsufficientError(conflict)
             self._groups[group] = (label, bundles)
 
-    def _check_shares(self, label: str, bundles: list[int]) -> None:
+    def _conflict(self, label: str, bundles: list[int]) -> str:
+        """Return a message if a bundle has too few free shares; empty if there are enough."""
         for index in bundles:
             others = [group for group, (_, taken) in self._groups.items() for bundle in taken if bundle == index]
             wanted = bundles.count(index)
             if len(others) + wanted > self.max_colocated_worker_groups:
                 holders = ", ".join(f"{self._groups[group][0]}{_held_by(group)}" for group in others) or "none"
-                raise ResourceInsufficientError(
+                return (
                     f"{self!r} has max_colocated_worker_groups={self.max_colocated_worker_groups}: {label} asks for "
                     f"{wanted} of bundle {index}'s shares; groups with a worker there: {holders}. "
                     "Raise the limit, or shut a group down."
                 )
+        return ""
 
     def remove_group(self, group: object) -> None:
         """Unregister a worker group whose workers have ended. A repeated call has no effect."""
@@ -184,9 +203,11 @@ class RayVirtualCluster:
 
     def bundles(self) -> list[Bundle]:
         """Return all bundles in rank order: by node, then by GPU id. The first call reserves them."""
-        if self._bundles is None:
-            self._bundles = ordered_bundles(self._reserve(), self._bundle_counts, self.use_gpus)
-        return list(self._bundles)
+        with self._reserving:
+            group = self._reserve()
+            if self._bundles is None:
+                self._bundles = ordered_bundles(group, self._bundle_counts, self.use_gpus)
+            return list(self._bundles)
 
     def get_available_address_and_port(self, pg_idx: int, bundle_idx: int) -> tuple[str, int]:
         """Return the IP address of a bundle's node and a free TCP port of that node."""
@@ -195,12 +216,17 @@ class RayVirtualCluster:
     def get_available_addresses_and_ports_batch(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
         """Return a distinct address and free port for each (placement group index, bundle index).
 
-        The nodes search their ports in parallel. A virtual cluster never returns a port twice.
+        The nodes search their ports in parallel. A virtual cluster never returns a port twice, nor one that another
+        virtual cluster of this process has returned and may still use.
 
         Raises:
             ConfigError: a bundle does not exist.
             ClusterError: a node has no free port in the range.
         """
+        return self.assign_ports(pairs, "engines")
+
+    def assign_ports(self, pairs: Sequence[tuple[int, int]], block: Block) -> list[tuple[str, int]]:
+        """Return addresses and ports as `get_available_addresses_and_ports_batch` does, from a block of ports."""
         by_index = {bundle.bundle_idx: bundle for bundle in self.bundles()}
         # By address, not by node: simulated nodes on one machine share its ports.
         positions_at: dict[str, list[int]] = {}
@@ -214,47 +240,71 @@ class RayVirtualCluster:
             bundle = by_index[bundle_idx]
             positions_at.setdefault(bundle.address, []).append(position)
             node_at.setdefault(bundle.address, bundle.node_id)
-        ports_of_node = free_ports_on_nodes(
-            {
-                node_at[address]: (len(positions), *self._port_range, self._assigned_ports.get(address, set()))
-                for address, positions in positions_at.items()
+        with _ports_lock:
+            _with_ports.add(self)
+            taken = {
+                address: set[int]().union(*(other._assigned_ports.get(address, ()) for other in _with_ports))
+                for address in positions_at
             }
-        )
+            ports_of_node = free_ports_on_nodes(
+                {
+                    node_at[address]: (len(positions), *self._port_range, taken[address])
+                    for address, positions in positions_at.items()
+                },
+                block,
+            )
+            for address in positions_at:
+                self._assigned_ports.setdefault(address, set()).update(ports_of_node[node_at[address]])
         result: list[tuple[str, int]] = [("", 0)] * len(pairs)
         for address, positions in positions_at.items():
-            ports = ports_of_node[node_at[address]]
-            self._assigned_ports.setdefault(address, set()).update(ports)
-            for position, port in zip(positions, ports, strict=True):
+            for position, port in zip(positions, ports_of_node[node_at[address]], strict=True):
                 result[position] = (address, port)
         return result
 
     def get_master_address_and_port(self) -> tuple[str, int]:
         """Return the address of rank 0's node and a free port of that node, a different one with each call."""
-        return self.get_available_address_and_port(0, self.bundles()[0].bundle_idx)
+        return self.assign_ports([(0, self.bundles()[0].bundle_idx)], "master")[0]
 
     def shutdown(self) -> bool:
-        """Release all resources. Returns True once nothing is reserved; a repeated call has no effect."""
+        """Release all resources. Returns True once nothing is reserved; a repeated call has no effect.
+
+        A call that waits for resources in another thread ends with `ClusterError`. If Ray cannot be reached, this
+        raises Ray's error, and may be called again.
+        """
         self._is_shut_down = True
-        group, self._placement_group, self._bundles = self._placement_group, None, None
-        if group is not None and ray.is_initialized():
-            remove_placement_group(group)
+        if self._reservation is not None:
+            self._reservation.release()
+        self._reservation = self._bundles = None
+        _with_ports.discard(self)
         return True
 
     # --- reserving ---------------------------------------------------------------------------------------------------
 
     def _reserve(self) -> PlacementGroup:
+        with self._reserving:
+            self._check_not_shut_down()
+            reservation = self._reservation
+            if reservation is None:
+                reservation = self._reservation = Reservation(self, self._try_to_reserve(), repr(self))
+            if self._is_shut_down:  # while this thread waited
+                reservation.release()
+                self._check_not_shut_down()
+            return reservation.placement_group
+
+    def _check_not_shut_down(self) -> None:
         if self._is_shut_down:
             raise ClusterError(f"the virtual cluster {self._label()}was shut down; create a new one.")
-        if self._placement_group is None:
-            self._placement_group = self._try_to_reserve()
-        return self._placement_group
 
     def _try_to_reserve(self) -> PlacementGroup:
-        """Wait for free resources, for 1, 2, 4, ... seconds in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts."""
+        """Wait for free resources, for 1, 2, 4, ... seconds in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts.
+
+        A notebook or prompt does not wait for what its own process holds.
+        """
         start_time = time.monotonic()
         for attempt in range(self._max_tries):
             deadline = time.monotonic() + 2.0**attempt
             while True:
+                self._check_not_shut_down()
                 nodes = alive_nodes()
                 self._check_possible(nodes)
                 chosen = self._plan([node.free for node in nodes])
@@ -262,21 +312,25 @@ class RayVirtualCluster:
                     group = self._create([nodes[index] for index in chosen])
                     if group is not None:
                         return group
+                elif is_interactive() and not can_grow():
+                    self._check_not_held_here(nodes)
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(_POLL_INTERVAL_S)
+            gc.collect()  # as in `add_group`
             if attempt + 1 < self._max_tries:
                 logger.warning(
-                    "attempt %d of %d: %s Waiting for resources.",
+                    "attempt %d of %d: %s %sWaiting for resources.",
                     attempt + 1,
                     self._max_tries,
                     self._describe_request(nodes),
+                    _describe_held(),
                 )
         elapsed = time.monotonic() - start_time
         raise ResourceInsufficientError(
-            f"{self._describe_request(nodes)} Gave up after {self._max_tries} attempts in {elapsed:.0f} s. Request "
-            "less, add nodes, end the worker groups or jobs that hold the resources, or raise "
-            f"{settings.VIRTUAL_CLUSTER_MAX_RETRIES.name}."
+            f"{self._describe_request(nodes)} {_describe_held()}Gave up after {self._max_tries} attempts in "
+            f"{elapsed:.0f} s. Request less, add nodes, end the worker groups or jobs that hold the resources, or "
+            f"raise {settings.VIRTUAL_CLUSTER_MAX_RETRIES.name}."
         )
 
     def _check_possible(self, nodes: list[NodeResources]) -> None:
@@ -285,6 +339,21 @@ class RayVirtualCluster:
                 f"{self._describe_request(nodes)} A local Ray cluster does not grow: request less, or set RAY_ADDRESS "
                 "to a cluster that is large enough."
             )
+
+    def _check_not_held_here(self, nodes: list[NodeResources]) -> None:
+        """Raise if the other clusters of this process leave too little. A cell that waits releases nothing."""
+        if self._fits_beside_held(nodes):
+            return
+        gc.collect()  # as in `add_group`
+        if not self._fits_beside_held(nodes):
+            raise ResourceInsufficientError(f"{self._describe_request(nodes)} {_describe_held()}".strip())
+
+    def _fits_beside_held(self, nodes: list[NodeResources]) -> bool:
+        held = _amounts_held()
+        left = [  # a local Ray cluster has one node
+            {name: node.total.get(name, 0.0) - held.get(name, 0.0) for name in self._bundle} for node in nodes
+        ]
+        return self._plan(left) is not None
 
     def _plan(self, resources: Sequence[Mapping[str, float]]) -> list[int] | None:
         capacities = [placement.capacity(available, self._bundle) for available in resources]
@@ -299,10 +368,13 @@ class RayVirtualCluster:
             name=f"{self.name or 'nemo_rl'}-{secrets.token_hex(4)}",
             bundle_label_selector=[{"ray.io/node-id": node.node_id} for node in pins],
         )
-        if group.wait(timeout_seconds=_COMMIT_TIMEOUT_S):
-            return group
-        remove_placement_group(group)
-        return None
+        is_committed = False
+        try:
+            is_committed = group.wait(timeout_seconds=_COMMIT_TIMEOUT_S)
+        finally:
+            if not is_committed:
+                remove_placement_group(group)
+        return group if is_committed else None
 
     def _label(self) -> str:
         return f"{self.name!r} " if self.name else ""
@@ -321,9 +393,31 @@ class RayVirtualCluster:
         )
 
 
-def _held_by(value: object) -> str:
-    """Return the global names of the user's script or notebook that refer to `value`, for messages."""
-    names = names_of(value)
+def _amounts_held() -> dict[str, float]:
+    """Return the resources that clusters of this process hold.
+
+    A function, so that the traceback of an error refers to no cluster: notebooks keep the last one.
+    """
+    amounts: dict[str, float] = {}
+    for reservation in held_reservations():
+        cluster = reservation.owner
+        if isinstance(cluster, RayVirtualCluster):
+            for name, amount in cluster._bundle.items():
+                amounts[name] = amounts.get(name, 0.0) + amount * cluster.world_size()
+    return amounts
+
+
+def _describe_held() -> str:
+    held = ", ".join(
+        sorted(f"{one.description}{_held_by(one.owner)}" for one in held_reservations() if one.owner is not None)
+    )
+    return f"This process itself holds resources: {held}; `shutdown()` releases them. " if held else ""
+
+
+def _held_by(owner: object) -> str:
+    """Return the global names of the user's script or notebook that refer to a cluster or group, for messages."""
+    groups = list(owner._groups) if isinstance(owner, RayVirtualCluster) else []
+    names = [name for one in (owner, *groups) for name in names_of(one)]
     return f" (held by {', '.join(map(repr, names))})" if names else ""
 
 

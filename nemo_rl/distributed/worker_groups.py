@@ -32,6 +32,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from nemo_rl.distributed.cluster.bundles import Bundle
+from nemo_rl.distributed.cluster.ports import Block
 from nemo_rl.distributed.futures import MultiWorkerFuture
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_private import actor_id
@@ -151,9 +152,8 @@ class RayWorkerGroup(WorkerCalls):
 
     def _start_all(self, plan: LaunchPlan) -> None:
         cluster = self.cluster
-        (self.master_address, self.master_port), *self._ports = self._free_ports(
-            [self._placements[0], *self._placements]
-        )
+        [(self.master_address, self.master_port)] = self._free_ports(self._placements[:1], "master")
+        self._ports = self._free_ports(self._placements, "engines")
         self._metadata = self._describe_workers()
         plan = plan.ready_on(bundle.node_id for bundle in self.bundles)
         cluster.add_group(self, self.label, [placement.bundle for placement in self._placements])
@@ -322,14 +322,14 @@ class RayWorkerGroup(WorkerCalls):
         return metadata
 
     def _refresh_ports(self, placements: Sequence[WorkerPlacement]) -> None:
-        for placement, port in zip(placements, self._free_ports(placements), strict=True):
+        for placement, port in zip(placements, self._free_ports(placements, "engines"), strict=True):
             self._ports[placement.rank] = port
 
-    def _free_ports(self, placements: Sequence[WorkerPlacement]) -> list[tuple[str, int]]:
+    def _free_ports(self, placements: Sequence[WorkerPlacement], block: Block) -> list[tuple[str, int]]:
         groups = {id(group): index for index, group in enumerate(self.cluster.get_placement_groups())}
         bundles = [self._bundles[placement.bundle] for placement in placements]
-        return self.cluster.get_available_addresses_and_ports_batch(
-            [(groups[id(bundle.placement_group)], bundle.bundle_idx) for bundle in bundles]
+        return self.cluster.assign_ports(
+            [(groups[id(bundle.placement_group)], bundle.bundle_idx) for bundle in bundles], block
         )
 
     def _start(self, plan: LaunchPlan, placements: Sequence[WorkerPlacement]) -> StartedWorkers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 import sys
 from types import FrameType
 
@@ -23,7 +24,8 @@ def assigned_name(frame: FrameType) -> str | None:
 
     Example: while `f` runs in the statement `x = f()` at the top level of a script, `x` for the script's frame.
     """
-    if frame.f_locals is not frame.f_globals:
+    # Not `f_locals` of a function: the dict that Python then creates keeps the values of all its variables.
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED or frame.f_locals is not frame.f_globals:
         return None  # in a function or class
     following = next((i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti), None)
     return following.argval if following is not None and following.opname in ("STORE_NAME", "STORE_GLOBAL") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -54,6 +55,9 @@ class Plain:
 
     def interrupt_itself(self):
         raise KeyboardInterrupt
+
+    def fail(self):
+        raise RuntimeError("no")
 
     def num_calls(self):
         return self.calls
@@ -236,11 +240,19 @@ def test_with_ends_the_group(ray_local: str, sources: Path, tmp_path: Path) -> N
             assert call(third, "num_calls") == [0]
 
 
-def test_dropped_group_gives_its_bundles_back(ray_local: str, sources: Path) -> None:
+@pytest.mark.parametrize("after_error", [False, True])
+def test_dropped_group_gives_its_bundles_back(ray_local: str, sources: Path, after_error: bool) -> None:
+    """An error that Ray raises refers to its own traceback, and so to the group, until Python collects cycles."""
     with RayVirtualCluster([1], use_gpus=False) as other:
         group = RayWorkerGroup(other, builder(sources))
+        gc.disable()
+        try:
+            if after_error:
+                with contextlib.suppress(RuntimeError):
+                    call(group, "fail")
+        finally:
+            gc.enable()
         del group
-        gc.collect()
         with RayWorkerGroup(other, builder(sources)) as following:
             assert call(following, "num_calls") == [0]
 
@@ -255,6 +267,42 @@ def test_group_of_another_name_is_named_as_the_holder(
         with pytest.raises(ResourceInsufficientError, match=r"Plain \(held by 'first'\)"):
             RayWorkerGroup(other, builder(sources))
         script.first.shutdown()
+
+
+@pytest.mark.parametrize("keeps_group", [False, True])
+def test_cluster_that_another_name_holds_is_named_at_once(
+    ray_local: str, sources: Path, monkeypatch: pytest.MonkeyPatch, keeps_group: bool
+) -> None:
+    """The name of the cluster, or of a group on it. Waiting would end with another message."""
+    script = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    cluster = RayVirtualCluster([6], use_gpus=False, name="large")
+    cluster.bundles()
+    if keeps_group:
+        script.holder = RayWorkerGroup(cluster, builder(sources), 1)
+    else:
+        script.holder = cluster
+    del cluster
+    with pytest.raises(ResourceInsufficientError, match=r"itself holds.*'large'.*\(held by 'holder'\)") as raised:
+        RayVirtualCluster([6], use_gpus=False).bundles()
+    assert "Gave up" not in str(raised.value)
+    script.holder.shutdown()
+    del script.holder
+    with RayVirtualCluster([6], use_gpus=False) as following:
+        assert len(following.bundles()) == 6
+
+
+def test_cell_with_cluster_and_group_runs_again(ray_local: str, sources: Path) -> None:
+    """Both need all CPUs that are left. The second group ends the first, which held the first cluster."""
+    names: dict[str, Any] = {"Cluster": RayVirtualCluster, "Group": RayWorkerGroup}
+    names |= {"build": builder, "sources": sources}
+    for _ in range(3):
+        run_cell("cluster = Cluster([6], use_gpus=False)", names)
+        run_cell("group = Group(cluster, build(sources), 1)", names)
+        assert call(names["group"], "num_calls") == [0]
+    names["group"].shutdown()
+    names["cluster"].shutdown()
 
 
 def test_cell_that_runs_again_replaces_its_group(ray_local: str, sources: Path, tmp_path: Path) -> None:

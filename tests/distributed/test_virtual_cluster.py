@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import socket
+import subprocess
 import sys
+import textwrap
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
 from nemo_rl import settings
-from nemo_rl.distributed.cluster.ports import free_ports
+from nemo_rl.distributed.cluster.ports import block_range, free_ports
 from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES, RayVirtualCluster
 from nemo_rl.errors import ClusterError, ResourceInsufficientError
 
@@ -155,6 +160,38 @@ def test_ports_are_free_and_never_returned_twice() -> None:
                 pass
 
 
+def test_ports_of_all_clusters_of_a_process_differ() -> None:
+    """Also if several threads ask at the same time, as when groups start together, and until a cluster is shut down."""
+    low, _ = block_range("engines") or (20_000, None)
+    arguments = {"use_gpus": False, "port_range_low": low, "port_range_high": low + 100}
+    with RayVirtualCluster([2], **arguments) as one, RayVirtualCluster([2], **arguments) as other:
+        pairs = [(0, 0), (0, 1)]
+        for cluster in (one, other):
+            cluster.bundles()
+        with ThreadPoolExecutor(8) as threads:
+            batches = threads.map(
+                lambda cluster: cluster.get_available_addresses_and_ports_batch(pairs), 8 * [one, other]
+            )
+        ports = [port for batch in batches for _, port in batch]
+        assert len(set(ports)) == len(ports) == 32
+        free = 101 - 32
+        with pytest.raises(ClusterError, match="already assigned"):
+            one.get_available_addresses_and_ports_batch((free + 1) * [(0, 0)])
+        other.shutdown()
+        assert len(one.get_available_addresses_and_ports_batch(16 * [(0, 0)])) == 16
+
+
+def test_master_and_engines_have_separate_ports() -> None:
+    masters, engines = block_range("master"), block_range("engines")
+    if masters is None or engines is None:
+        pytest.skip("the kernel of this machine uses all ports for client sockets")
+    with RayVirtualCluster([1], use_gpus=False) as cluster:
+        _, port = cluster.get_master_address_and_port()
+        assert masters[0] <= port <= masters[1]
+        _, port = cluster.get_available_address_and_port(0, 0)
+        assert engines[0] <= port <= engines[1]
+
+
 def test_ports_are_within_the_range() -> None:
     (low,) = free_ports(1, 20_000, 40_000)
     with RayVirtualCluster([2], use_gpus=False, port_range_low=low, port_range_high=low + 20) as cluster:
@@ -190,6 +227,126 @@ def test_shutdown_releases_all_resources() -> None:
     while ray.available_resources().get("GPU", 0) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ray.available_resources()["GPU"] == 4
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_removed(group: ray.util.placement_group.PlacementGroup) -> bool:
+    return placement_group_table(group)["state"] == "REMOVED"
+
+
+def test_deleted_cluster_releases_its_reservation(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    cluster = RayVirtualCluster([4], name="forgotten")
+    (group,) = cluster.get_placement_groups()
+    del cluster
+    with RayVirtualCluster([4]) as following:
+        following.get_placement_groups()
+    wait_until(lambda: _is_removed(group))
+    [warning] = [record.getMessage() for record in caplog.records if "without shutdown" in record.getMessage()]
+    assert "'forgotten'" in warning
+
+
+def test_cluster_in_a_cycle_releases_its_reservation() -> None:
+    cluster = RayVirtualCluster([4])
+    (group,) = cluster.get_placement_groups()
+    cluster.itself = cluster  # type: ignore[attr-defined]
+    del cluster
+    assert placement_group_table(group)["state"] == "CREATED"
+    gc.collect()
+    wait_until(lambda: _is_removed(group))
+
+
+def test_cluster_of_a_failed_function_releases_its_reservation() -> None:
+    groups = []
+
+    def job() -> None:
+        cluster = RayVirtualCluster([4])
+        groups.extend(cluster.get_placement_groups())
+        cluster.bundles()
+        raise ValueError("a mistake of the user")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        job()
+    gc.collect()
+    wait_until(lambda: _is_removed(groups[0]))
+
+
+def test_shut_down_cluster_is_deleted_silently(caplog) -> None:
+    cluster = RayVirtualCluster([1], use_gpus=False)
+    cluster.get_placement_groups()
+    cluster.shutdown()
+    del cluster
+    with RayVirtualCluster([1], use_gpus=False) as other:
+        other.get_placement_groups()
+    assert "without shutdown" not in caplog.text
+
+
+def test_message_says_what_this_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NRL_VIRTUAL_CLUSTER_MAX_RETRIES", "1")
+    waiting = RayVirtualCluster([4], name="waiting")
+    with RayVirtualCluster([3], name="holder") as holder, RayVirtualCluster([1], use_gpus=False, name="idle"):
+        holder.get_placement_groups()
+        with pytest.raises(ResourceInsufficientError) as caught:
+            waiting.get_placement_groups()
+    assert "This process itself holds resources: RayVirtualCluster('holder' 1 nodes, [3] GPU bundles);" in str(
+        caught.value
+    )
+    assert "'idle'" not in str(caught.value)
+    waiting.get_placement_groups()
+    waiting.shutdown()
+
+
+def test_threads_share_one_reservation() -> None:
+    before = len(placement_group_table())
+    with RayVirtualCluster([4]) as cluster, ThreadPoolExecutor(4) as threads:
+        groups = [one for (one,) in threads.map(lambda _: cluster.get_placement_groups(), range(4))]
+        assert all(group is groups[0] for group in groups)
+        assert len(placement_group_table()) == before + 1
+
+
+def test_shutdown_ends_a_waiting_request() -> None:
+    with RayVirtualCluster([4]) as holder, ThreadPoolExecutor(1) as threads:
+        holder.get_placement_groups()
+        waiting = RayVirtualCluster([4])
+        request = threads.submit(waiting.get_placement_groups)
+        assert waiting.shutdown()
+        with pytest.raises(ClusterError, match="shut down"):
+            request.result(600)
+
+
+def test_reservation_after_the_end_of_its_session_and_of_the_process() -> None:
+    """A cluster of an earlier session is deleted without effect. A driver that shuts nothing down ends silently."""
+    script = """
+        import ray
+        from nemo_rl.distributed.cluster.session import start_local_ray
+        from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+        from ray.util.placement_group import placement_group_table
+
+        def reserve():
+            cluster = RayVirtualCluster([1], use_gpus=False)
+            cluster.get_placement_groups()
+            return cluster
+
+        start_local_ray(num_cpus=2)
+        earlier, deleted_before_the_next = reserve(), reserve()
+        ray.shutdown()
+        del deleted_before_the_next
+        start_local_ray(num_cpus=2)
+        clusters = [reserve(), reserve()]
+        del earlier
+        states = [group["state"] for group in placement_group_table().values()]
+        assert states == ["CREATED", "CREATED"], states
+        clusters[0].itself = clusters[0]
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_port_search_does_not_change_the_random_state() -> None:

@@ -161,7 +161,9 @@ def test_ipython_session(ipython: Terminal, tmp_path: Path) -> None:
     ipython.wait_for(r"In \[1\]")
     ipython.send(
         "import sys; from nemo_rl.distributed.virtual_cluster import *; "
-        "from nemo_rl.distributed.worker_groups import *; init_ray(); print('READY', 1)\n"
+        "from nemo_rl.distributed.worker_groups import *; "
+        "from nemo_rl.distributed.cluster.session import start_local_ray; start_local_ray(num_cpus=1); "
+        "print('READY', 1)\n"
     )
     ipython.wait_for("READY 1")
     cell = (

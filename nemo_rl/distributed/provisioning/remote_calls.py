@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from nemo_rl.distributed.cluster.node_calls import call_on_nodes, collect_answers
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
-from nemo_rl.distributed.cluster.ports import free_ports
+from nemo_rl.distributed.cluster.ports import Block, free_ports
 from nemo_rl.distributed.provisioning.source_sync import distribute_source, task_options
 from nemo_rl.errors import ClusterError
 
@@ -49,12 +49,13 @@ def ask_nodes(
 
 
 def free_ports_on_nodes(
-    wanted: dict[str, tuple[int, int | None, int | None, set[int]]],
+    wanted: dict[str, tuple[int, int | None, int | None, set[int]]], block: Block = "engines"
 ) -> dict[str, list[int]]:
     """Find free ports on several nodes: in this process on the driver's node, in a Ray task on other nodes.
 
     Args:
-        wanted: node id -> arguments of `free_ports`.
+        wanted: node id -> arguments of `free_ports` but the last.
+        block: its last argument.
 
     Returns:
         Node id -> ports.
@@ -63,9 +64,9 @@ def free_ports_on_nodes(
         ClusterError: a node has fewer free ports than requested.
     """
     driver_node = ray.get_runtime_context().get_node_id()
-    remote = {node_id: arguments for node_id, arguments in wanted.items() if node_id != driver_node}
+    remote = {node_id: (*arguments, block) for node_id, arguments in wanted.items() if node_id != driver_node}
     pending = start_on_nodes(free_ports, remote)
-    ports = {node_id: free_ports(*arguments) for node_id, arguments in wanted.items() if node_id == driver_node}
+    ports = {node_id: free_ports(*arguments, block) for node_id, arguments in wanted.items() if node_id == driver_node}
     for node_id, reference in pending.items():
         try:
             ports[node_id] = ray.get(reference)

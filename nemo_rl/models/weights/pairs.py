@@ -33,6 +33,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from nemo_rl import settings
+from nemo_rl.distributed.cluster import ports
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.buffers import ReusedBuffers
 from nemo_rl.models.weights.interfaces import WeightBucket
@@ -252,7 +253,7 @@ def _own_address(connection: Connection) -> str:
 @functools.cache
 def _store(host: str) -> Any:
     """Return the store for the groups in which this process sends. It listens on `host` only."""
-    listener = socket.create_server((host, 0))
+    listener = ports.listen(host)
     port = listener.getsockname()[1]
     return TCPStore(
         host, port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, master_listen_fd=listener.detach()

@@ -10,10 +10,10 @@
     (at most `_WINDOW` are in flight)
     all sent                           ── digest ──►      compare with the digest of their own memory
 
-Only descriptions go over the socket: a Unix socket, or TCP for receivers on other nodes. A `WeightTransport` carries
-the bytes and reuses a buffer when its last reader has released it. So the extra memory is a few buckets for any model
-size. On CPUs, small buckets stay in the CPU cache from sender to receiver, and a stream costs about as much as one
-copy.
+Only descriptions go over the socket: a Unix socket, or TCP for receivers on other nodes (see `handshake`). A
+`WeightTransport` carries the bytes and reuses a buffer when its last reader has released it. So the extra memory is a
+few buckets for any model size. On CPUs, small buckets stay in the CPU cache from sender to receiver, and a stream costs
+about as much as one copy.
 
 Receivers that compute with the received memory (`keeps`) never release it, so they need memory of the model's size. A
 receiver that ends is dropped; the driver reports one that ended before it could join (`leave`). Depending on the
@@ -23,58 +23,37 @@ transport, rank 0 of the policy sends to all receivers, or every rank sends to s
 from __future__ import annotations
 
 import contextlib
-import os
-import queue
-import secrets
-import socket
-import struct
-import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 
 import torch
 
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.models.weights.digest import dtype_by_name
+from nemo_rl.models.weights.handshake import Address, HandshakeServer, JoinRequest, join
 from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream
 from nemo_rl.models.weights.sender import BucketPacker
 from nemo_rl.models.weights.transport import WeightTransport
 from nemo_rl.models.weights.transports import make_transport
 
-# A connection that does not authenticate and join within this many seconds is closed.
-_HANDSHAKE_S = 30
 # Buckets in flight per receiver: one that it loads and one that waits.
 _WINDOW = 2
 # Receivers that keep the memory get larger buckets, because each bucket may be a mapping and an open file.
 _KEPT_BUCKETS = 8
 _MAX_KEPT_BUCKET_BYTES = 64 << 20
 
-
-# Address of a sender's socket (a name on its node, or host and port) and the key that admits receivers.
-Endpoint = tuple[str | tuple[str, int], bytes]
-
-
-@dataclass(frozen=True)
-class JoinRequest:
-    """A receiver's first message. `keeps`: it computes with the received memory; `leaves`: it will never join."""
-
-    stream: int
-    receiver: int
-    keeps: bool = False
-    leaves: bool = False
+# Address of a sender's socket and the key that admits receivers.
+Endpoint = tuple[Address, bytes]
 
 
 def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False) -> Connection:
     """Join a stream, or report that its receiver never will. Raises `WeightSyncError` if the sender has ended."""
     try:
-        connection = Client(stream.address, authkey=stream.key)
-        connection.send(JoinRequest(stream.stream, stream.receiver, keeps, leaves))
-    except (OSError, EOFError, AuthenticationError) as error:
+        return join(stream.address, stream.key, JoinRequest(stream.stream, stream.receiver, keeps, leaves))
+    except OSError as error:
         raise sender_ended(stream) from error
-    return connection
 
 
 @contextlib.contextmanager
@@ -120,7 +99,7 @@ class WeightStreamer:
         if not self._transport.streams:
             raise WeightSyncError(f"the transport {transport!r} can only publish weights, not stream them")
         self._bucket_bytes = bucket_bytes or self._transport.bucket_bytes
-        self._server: _HandshakeServer | None = None
+        self._server: HandshakeServer | None = None
 
     def endpoint(self, host: str | None = None) -> Endpoint:
         """Start to accept receivers; returns the address and the key for `WeightStream`.
@@ -129,7 +108,7 @@ class WeightStreamer:
             host: this node's IP address, to accept receivers on other nodes too. None: accept this node's only.
         """
         if self._server is None:
-            self._server = _HandshakeServer(host)
+            self._server = HandshakeServer(host)
         return self._server.address, self._server.key
 
     def send(
@@ -185,50 +164,6 @@ class WeightStreamer:
                 continue
             with contextlib.suppress(OSError, EOFError):  # the receiver ended right after it had joined
                 yield _Peer(stack.enter_context(self._transport.over(connection, sends=True)), request.keeps)
-
-
-class _HandshakeServer:
-    """Accepts connections on a socket and authenticates them by the key, each in a thread."""
-
-    def __init__(self, host: str | None) -> None:
-        self.key = secrets.token_bytes(32)
-        # The abstract namespace leaves no file behind if the process is killed. The key authenticates receivers.
-        name = f"\0nemo_rl_weights_{os.getpid()}_{secrets.token_hex(8)}"
-        self._listener = Listener(name if host is None else (host, 0), backlog=128)
-        self.address: str | tuple[str, int] = self._listener.address
-        self._requests: queue.SimpleQueue[tuple[Connection, JoinRequest]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="weight streams", daemon=True).start()
-
-    def next(self) -> tuple[Connection, JoinRequest]:
-        """Wait for the next authenticated connection and its request."""
-        return self._requests.get()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection = self._listener.accept()
-            except OSError:  # the peer has disconnected
-                continue
-            # One thread per connection, so that a silent peer delays no other.
-            arguments = (connection,)
-            threading.Thread(target=self._authenticate, args=arguments, name="weight handshake", daemon=True).start()
-
-    def _authenticate(self, connection: Connection) -> None:
-        try:
-            _set_read_timeout(connection, _HANDSHAKE_S)
-            deliver_challenge(connection, self.key)
-            answer_challenge(connection, self.key)
-            request = connection.recv()
-            _set_read_timeout(connection, 0)
-            self._requests.put((connection, request))
-        except (OSError, EOFError, AuthenticationError):
-            connection.close()  # the peer ended or has another key
-
-
-def _set_read_timeout(connection: Connection, seconds: int) -> None:
-    """Make reads raise `BlockingIOError` after this many seconds; 0: never."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-        duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
 
 
 @dataclass
