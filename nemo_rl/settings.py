@@ -231,6 +231,12 @@ MASTER_ADDR = Variable[str | None]("MASTER_ADDR", str, None, "Address of rank 0 
 MASTER_PORT = Variable[int | None](
     "MASTER_PORT", _positive_int, None, "Port on which rank 0 of the group listens; set for every worker."
 )
+VLLM_API_KEY = Variable[str | None](
+    "VLLM_API_KEY",
+    str,
+    None,
+    "Token of the HTTP servers that vLLM workers start with `http_port`. Default: each generates one.",
+)
 
 # Variables that are forwarded from the driver to its workers. No others are.
 FORWARDED_PREFIXES: tuple[str, ...] = (

@@ -1,8 +1,9 @@
-"""Writes files atomically: a reader sees the old content or the new content, but never a part."""
+"""Files that other processes read: written atomically, or in a directory that no other user can write."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -33,3 +34,17 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def private_temp_dir() -> Path:
+    """Return a directory of this user in the temporary directory, which no other user can read or write.
+
+    Raises:
+        PermissionError: it exists, and belongs to another user or is open to others.
+    """
+    directory = Path(tempfile.gettempdir()) / f"nemo_rl-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{directory} is writable by other users, so its files cannot be trusted. Remove it.")
+    return directory

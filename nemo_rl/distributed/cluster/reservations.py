@@ -21,6 +21,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from nemo_rl.distributed.cluster.session import job_name
+
 logger = logging.getLogger(__name__)
 
 _held: set[Reservation] = set()
@@ -41,7 +43,7 @@ class Reservation:
     def __init__(self, owner: object, placement_group: PlacementGroup, description: str) -> None:
         self.placement_group = placement_group
         self.description = description
-        self._connection = ray.get_runtime_context().get_worker_id()
+        self._job = job_name()
         _ensure_releasing()
         self._finalizer = weakref.finalize(owner, _deleted.put, self)
         self._finalizer.atexit = False
@@ -49,8 +51,8 @@ class Reservation:
 
     @property
     def exists(self) -> bool:
-        """Whether the connection to Ray that made it still exists. Ray releases everything when it ends."""
-        return ray.is_initialized() and ray.get_runtime_context().get_worker_id() == self._connection
+        """Whether this process still is the job that made it. Ray releases everything of a job that ends."""
+        return ray.is_initialized() and job_name() == self._job
 
     @property
     def owner(self) -> object | None:
@@ -82,8 +84,9 @@ def _ensure_releasing() -> None:
 def _release_deleted() -> None:
     while True:
         reservation = _deleted.get()
-        logger.warning("releasing %s: it was deleted without shutdown", reservation.description)
         try:
+            if reservation.exists:
+                logger.warning("releasing %s: it was deleted without shutdown", reservation.description)
             reservation.release()
-        except (RayError, RuntimeError) as error:  # the connection to Ray has ended meanwhile
+        except (RayError, RuntimeError, AssertionError) as error:  # the connection to Ray has ended meanwhile
             logger.warning("cannot release %s: %s", reservation.description, error)

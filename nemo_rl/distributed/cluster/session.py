@@ -24,7 +24,6 @@ import os
 import secrets
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ from nemo_rl import settings
 from nemo_rl.distributed import ray_private
 from nemo_rl.distributed.ray_private import connected_node
 from nemo_rl.errors import ClusterError
-from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.files import private_temp_dir, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -305,14 +304,10 @@ def _local_cluster_lock() -> Iterator[Path]:
 
     Yields the path of the record.
     """
-    directory = Path(tempfile.gettempdir()) / f"nemo_rl-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    status = directory.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise ClusterError(
-            f"{directory} is writable by other users, so its records of running Ray clusters cannot be trusted. "
-            "Remove it, or set RAY_ADDRESS."
-        )
+    try:
+        directory = private_temp_dir()
+    except PermissionError as error:
+        raise ClusterError(f"the records of running Ray clusters cannot be used: {error} Or set RAY_ADDRESS.") from None
     visible = settings.CUDA_VISIBLE_DEVICES.get()
     gpus = "all" if visible is None else ",".join(sorted(part.strip() for part in visible.split(",")))
     identity = json.dumps([socket.gethostname(), sys.executable, gpus])

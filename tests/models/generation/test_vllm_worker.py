@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import socket
+import stat
 import sys
+import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 from tiny_generation import TinyModel, assert_same, reference_logprobs
 from vllm_groups import TEXTS, WIDE, batch, local_cluster, published, torch_results, vllm_generation
 
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.distributed.ray_private import connected_node
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import SamplingConfig
 from nemo_rl.models.generation.generation import Generation
@@ -212,19 +224,247 @@ def test_caller_can_stop_iterating(generation: Generation, model: TinyModel) -> 
     assert_same(generation.generate(batch(model), seed=3), torch_results(model, seed=3))
 
 
-def test_http_requests_work_while_the_job_generates(generation: Generation, model: TinyModel) -> None:
+# --- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client of the worker's HTTP server, with the token that the worker has generated."""
+
+    base: str
+    model: str
+    token: str
+
+    def send(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
+        """Send a request; returns the JSON of the answer, or raises `HTTPError`."""
+        request = urllib.request.Request(
+            self.base + path,
+            data=None if body is None else json.dumps({"model": self.model, **body}).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.token}", **headers},
+        )
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)
+
+    def complete(self, prompt: str = TEXTS[0], *, max_tokens: int = 12, **more: Any) -> str:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": max_tokens, **more}
+        text: str = self.send("/v1/completions", body)["choices"][0]["text"]
+        return text
+
+
+@pytest.fixture
+def client(generation: Generation, model: TinyModel) -> Client:
     [record] = generation.attestation()
-    question = {"model": str(model.directory), "prompt": TEXTS[0], "temperature": 0, "max_tokens": 12}
-    request = urllib.request.Request(
-        f"{record['http_url']}/completions",
-        data=json.dumps(question).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    prompts = batch(model, *(f"{number}+{number}=" for number in range(10, 90)))
-    pieces = generation.stream(prompts, seed=8, num_generations=16)
+    token = Path(record["http_token_file"]).read_text()
+    return Client(record["http_url"].removesuffix("/v1"), str(model.directory), token)
+
+
+@pytest.fixture
+def in_worker(generation: Generation) -> Callable[[Callable[[Any], Any]], Any]:
+    """Return a function that calls a function in the worker's process, with the worker."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the worker cannot import this module
+    [handle] = generation._replicas.workers.workers
+    return lambda function: ray.get(handle.__ray_call__.remote(function))
+
+
+def many_prompts(model: TinyModel) -> BatchedDataDict:
+    return batch(model, *(f"{number}+{number}=" for number in range(10, 90)))
+
+
+def test_http_requests_work_while_the_job_generates(generation: Generation, model: TinyModel, client: Client) -> None:
+    pieces = generation.stream(many_prompts(model), seed=8, num_generations=16)
     next(pieces)
-    with urllib.request.urlopen(request, timeout=60) as response:
-        answer = json.load(response)
+    text = client.complete()
     assert sum(len(positions) for positions, _ in pieces) > 0
     greedy = generation.generate(batch(model, TEXTS[0]), seed=0, greedy=True)
-    assert answer["choices"][0]["text"][: len(greedy.texts[0])] == greedy.texts[0]
+    assert text[: len(greedy.texts[0])] == greedy.texts[0]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/invocations", "/tokenize", "/metrics", "/health", "/ping"])
+@pytest.mark.parametrize("authorization", ["", "Bearer guessed"])
+def test_http_without_the_token_is_rejected(client: Client, path: str, authorization: str) -> None:
+    body = None if path in ("/metrics", "/health", "/ping") else {"prompt": TEXTS[0]}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.send(path, body, Authorization=authorization)
+    assert refused.value.code == 401
+
+
+def test_token_is_in_no_record(generation: Generation, client: Client) -> None:
+    [record] = generation.attestation()
+    assert client.token not in json.dumps(record)
+    assert stat.S_IMODE(Path(record["http_token_file"]).stat().st_mode) == 0o600
+    session = Path(connected_node().get_session_dir_path())
+    for log in (session / "logs").rglob("*"):
+        if log.is_file():
+            assert client.token.encode() not in log.read_bytes()
+
+
+@pytest.mark.parametrize("value", [0, 3, 1279, 1280, -1, "0", 0.0, [0]], ids=str)
+def test_http_request_cannot_name_a_row_of_the_job(
+    generation: Generation, model: TinyModel, client: Client, value: Any
+) -> None:
+    """Neither the job's log-probabilities nor its completions change, and no thread fails."""
+    prompts = many_prompts(model)
+    expected = generation.generate(prompts, seed=8, num_generations=16)
+    pieces = generation.stream(prompts, seed=8, num_generations=16)
+    first = next(pieces)
+    client.complete("9" * 20, vllm_xargs={"nemo_rl_row": value})
+    client.complete("9" * 20, vllm_xargs={"nemo_rl_row": value}, temperature=1, seed=1, n=2)
+    results = {tuple(positions): piece for positions, piece in [first, *pieces]}
+    assert sorted(position for positions in results for position in positions) == list(range(80))
+    for positions, piece in results.items():
+        rows = [position * 16 + g for position in positions for g in range(16)]
+        assert piece.texts == [expected.texts[row] for row in rows]
+        width = piece.logprobs.shape[1]
+        assert torch.allclose(piece.logprobs, expected.logprobs[rows, :width], atol=1e-4)
+
+
+def test_http_requests_with_equal_ids_are_answered(client: Client, in_worker) -> None:
+    """The ids that clients choose are not the engine's: both requests end, and so does nothing else."""
+
+    def ask(prompt: str) -> str:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 12}
+        return client.send("/v1/completions", body, **{"X-Request-Id": "same"})["choices"][0]["text"]
+
+    prompts = [f"{number}-" for number in range(8)]
+    alone = [client.complete(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        assert list(threads.map(ask, prompts)) == alone
+    assert not in_worker(lambda worker: worker.generator.engine.is_busy)
+
+
+def test_refused_http_request_leaves_nothing_in_the_engine(client: Client, in_worker) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.complete("x" * 200)
+    assert refused.value.code == 400
+    assert not in_worker(lambda worker: worker.generator.engine.is_busy)
+
+
+@pytest.fixture
+def sleeping(generation: Generation, in_worker) -> Iterator[None]:
+    """Let the engine sleep as on a GPU that the policy shares. On CPUs, this releases no memory. All else is equal."""
+
+    def set_sleep_mode(worker: Any, enabled: bool) -> None:
+        worker.generator.engine.llm.model_config.enable_sleep_mode = enabled
+
+    in_worker(lambda worker: set_sleep_mode(worker, True))
+    yield
+    generation.wake()
+    in_worker(lambda worker: set_sleep_mode(worker, False))
+
+
+@contextlib.contextmanager
+def client_thread(generation: Generation, model: TinyModel) -> Iterator[ThreadPoolExecutor]:
+    """Run a client in a thread. If the test fails, end what its request may wait for."""
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield thread
+        except BaseException:
+            generation.wake()
+            generation.update_weights(published(model, version=1))
+            raise
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_busy(worker: Any) -> bool:
+    with worker.generator.engine.turn():
+        return worker.generator.engine.is_busy
+
+
+def _start_and_sleep(worker: Any, level: int) -> int:
+    """Compute the first tokens of the waiting requests, and sleep again. Returns the number of running requests."""
+    engine = worker.generator.engine
+    with engine.turn():
+        engine.wake(None)
+        for _ in range(3):
+            engine.step()
+        running = len(engine.llm.engine_core.engine_core.scheduler.running)
+        engine.sleep(level)
+        return running
+
+
+def _is_idle(worker: Any) -> bool:
+    """Return whether the thread that steps for HTTP requests waits for an event."""
+    engine = worker.generator.engine
+    return not engine._step_needed.is_set() and not engine.needs_step
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("in_flight", [False, True], ids=["waiting", "in flight"])
+def test_http_requests_wait_while_generation_sleeps(
+    generation: Generation, model: TinyModel, client: Client, in_worker, sleeping, level: int, in_flight: bool
+) -> None:
+    expected = client.complete(max_tokens=40)
+    generation.sleep(level)
+    with pytest.raises(WeightSyncError, match="is asleep" if level == 1 else "has no weights"):
+        generation.generate(batch(model), seed=0)
+    with client_thread(generation, model) as thread:
+        answer = thread.submit(client.complete, max_tokens=40)
+        wait_until(lambda: in_worker(_is_busy))
+        if in_flight:
+            assert in_worker(lambda worker: _start_and_sleep(worker, level)) == 1
+        assert in_worker(_is_idle)
+        generation.wake(["weights"])
+        if level == 2:
+            generation.update_weights(published(model, version=2))
+        assert in_worker(_is_idle)
+        assert not answer.done()
+        generation.wake(["kv_cache"])
+        assert answer.result(600) == expected
+    assert in_worker(_is_idle)
+    assert not in_worker(_is_busy)
+
+
+def test_http_requests_survive_a_failed_update(
+    generation: Generation, model: TinyModel, client: Client, in_worker, sleeping
+) -> None:
+    expected = client.complete()
+    generation.sleep(1)
+    with client_thread(generation, model) as thread:
+        answer = thread.submit(client.complete)
+        wait_until(lambda: in_worker(_is_busy))
+        with pytest.raises(WeightSyncError, match="arrived damaged"):
+            generation.update_weights(_with_other_bytes(published(model, version=2)))
+        generation.wake()
+        assert in_worker(_is_idle)
+        generation.update_weights(published(model, version=3))
+        assert answer.result(600) == expected
+
+
+def test_http_request_of_a_client_that_has_left_is_cancelled(
+    generation: Generation, client: Client, in_worker, sleeping
+) -> None:
+    generation.sleep(1)
+    host, port = client.base.removeprefix("http://").split(":")
+    body = json.dumps({"model": client.model, "prompt": TEXTS[0], "max_tokens": 12}).encode()
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {client.token}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: in_worker(_is_busy))
+    wait_until(lambda: not in_worker(_is_busy))
+
+
+def test_failed_step_ends_http_requests_and_the_job(
+    generation: Generation, model: TinyModel, client: Client, in_worker
+) -> None:
+    """This test comes last: the engine cannot be used afterwards."""
+
+    def break_engine(worker: Any) -> None:
+        def fail() -> None:
+            raise RuntimeError("the device is gone")
+
+        worker.generator.engine.llm.step = fail
+
+    in_worker(break_engine)
+    for _ in range(2):
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            client.complete()
+        assert failed.value.code == 500
+    with pytest.raises(ModelError, match="the device is gone"):
+        generation.generate(batch(model), seed=0)

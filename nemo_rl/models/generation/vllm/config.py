@@ -42,7 +42,7 @@ class VllmOptions(GenerationOptions):
         ge=0,
         le=65535,
         description="Serve vLLM's OpenAI-compatible API on loopback. Each worker of a node takes one port, starting "
-        "with this one. 0: free ports (attestation.json lists them). Null: no server.",
+        "with this one. 0: free ports. attestation.json lists addresses and token files. Null: no server.",
     )
 
     @model_validator(mode="after")

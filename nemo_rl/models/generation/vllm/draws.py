@@ -1,31 +1,32 @@
-"""Sampling for vLLM: the tokens are drawn by `nemo_rl.models.generation.sampling`, as with every other backend.
+"""The job's rows in vLLM's batch: the tokens are drawn by `nemo_rl.models.generation.sampling`, as with every backend.
 
 vLLM returns the log-probability of a sampled token either before or after top-k and top-p, not both, and it draws
-requests with seeds one by one. Here a logits processor (vLLM's extension point for sampling) draws the whole batch at
-once from the rows' own random streams, records both log-probabilities, and leaves vLLM a single possible token, which
-vLLM takes greedily.
+requests with seeds one by one. Here a logits processor (`row_sampler`) draws all rows of the job at once from the rows'
+own random streams, records both log-probabilities, and leaves vLLM a single possible token, which vLLM takes greedily.
 
 ::
 
-    engine step ──► logits [B, V] ──► RowSampler.apply ──► one finite logit per row ──► argmax
-                                          │   ▲
-                     log-probabilities,   ▼   │ uniform of (seed, row, token index)
-                     by row and index    Draws, one per request
+    engine step ──► logits [B, V] ──► draw_rows ──► one finite logit per row ──► argmax
+                                        │   ▲
+                   log-probabilities,   ▼   │ uniform of (seed, row, token index)
+                   by row and index    Draws, one per request of the job
+
+This module does not import vLLM.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from nemo_rl.models.generation.interfaces import GenerationRequest
 from nemo_rl.models.generation.sampling import Sampler, row_uniforms
 
-# Key in `SamplingParams.extra_args`: the row of the current `GenerationRequest`.
+# Key in `SamplingParams.extra_args` whose value is the request's `JobRow`.
 ROW = "nemo_rl_row"
 # Logits drawn from at a time: keeps the sampler's tables, of 8 bytes per token of the vocabulary, below 256 MiB.
 _MAX_LOGITS = 2**25
@@ -87,35 +88,38 @@ class Draws:
         return logprobs, sampling_logprobs
 
 
-class RowSampler(LogitsProcessor):
-    """Draws the tokens of vLLM requests that carry `ROW`; vLLM samples all others itself."""
+@dataclass(frozen=True, eq=False)
+class JobRow:
+    """One row of a request of the job, and the proof that a vLLM request belongs to the job.
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.draws: Draws | None = None
-        # Place in vLLM's batch -> the request's row, and its tokens so far (vLLM's own list, which grows).
-        self._requests: dict[int, tuple[int, list[int]]] = {}
+    The object itself is in `SamplingParams.extra_args` and never leaves this process. An HTTP client can send any JSON
+    there (`vllm_xargs`), but JSON never becomes a `JobRow`. So no client can name a row of the job.
 
-    def is_argmax_invariant(self) -> bool:
-        return False
+    Attributes:
+        draws: Draws the row's tokens and collects their log-probabilities.
+        index: The row's index in its request.
+    """
 
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._requests, batch_update, _request)
+    draws: Draws
+    index: int
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.draws is None or not self._requests:
-            return logits
-        places = sorted(place for place in self._requests if place < len(logits))
-        rows, outputs = zip(*(self._requests[place] for place in places), strict=True)
-        covers_batch = len(places) == len(logits)
-        chosen = logits if covers_batch else logits[places]
-        tokens = self.draws.draw(chosen, list(rows), [len(output) for output in outputs])
-        only_token = torch.full_like(chosen, float("-inf")).scatter_(1, tokens[:, None], 0.0)
-        if covers_batch:
-            return only_token
-        logits[places] = only_token
-        return logits
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a JobRow cannot be copied or pickled: its draws would be lost in the copy")
 
 
-def _request(params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> tuple[int, list[int]] | None:
-    row = (params.extra_args or {}).get(ROW)
-    return None if row is None else (row, output_ids)
+def job_row(extra_args: Mapping[str, Any] | None) -> JobRow | None:
+    """Return the row of the job that a vLLM request is for. None: the request is not the job's."""
+    row = (extra_args or {}).get(ROW)
+    return row if isinstance(row, JobRow) else None
+
+
+def draw_rows(logits: torch.Tensor, rows: Sequence[JobRow], columns: Sequence[int]) -> torch.Tensor:
+    """Draw token `columns[b]` of `rows[b]` from logits [B, V] float32; returns [B] int64."""
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for draws in {row.draws for row in rows}:
+        places = [place for place, row in enumerate(rows) if row.draws is draws]
+        covers_all = len(places) == len(rows)
+        chosen = slice(None) if covers_all else torch.tensor(places, device=logits.device)
+        indices, token_indices = [rows[place].index for place in places], [columns[place] for place in places]
+        tokens[chosen] = draws.draw(logits[chosen], indices, token_indices)
+    return tokens

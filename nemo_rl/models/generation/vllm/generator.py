@@ -31,9 +31,10 @@ from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationRe
 from nemo_rl.models.generation.results import Completion, make_result
 from nemo_rl.models.generation.sampling import Sampler
 from nemo_rl.models.generation.vllm.config import VllmOptions
-from nemo_rl.models.generation.vllm.draws import ROW, Draws, RowSampler
+from nemo_rl.models.generation.vllm.draws import ROW, Draws, JobRow
 from nemo_rl.models.generation.vllm.engine import SharedEngine, start_error
 from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
+from nemo_rl.models.generation.vllm.row_sampler import RowSampler
 from nemo_rl.models.generation.vllm.weights import LocalParameters, ReadBack, keep_plain_weights
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
@@ -91,8 +92,7 @@ class VllmGenerator(Generator):
             ) from error
         self._parameters = LocalParameters(self.engine.model)
         self._read_back_all = True  # at the first update
-        self._row_sampler = _row_sampler(self.engine.worker)
-        self._num_calls = 0
+        self._draws: Draws | None = None  # of the running call
 
     def _engine_args(self, tied_group: TiedGroup | None) -> EngineArgs:
         spec, options, on_cpu = self.spec, self.options, not self.spec.use_gpu
@@ -139,7 +139,7 @@ class VllmGenerator(Generator):
         if isinstance(update, WeightUpdate):
             self._parameters.check([spec for bucket in update.buckets for spec in bucket.tensors])
         with self.engine.turn():
-            self.version = None
+            self._set_version(None)
             loaded = ReadBack(self._parameters, on_gpu=make_transport(update.transport).on_gpu)
             weights = receive(update, device=self.spec.device, verify=False, on_loaded=loaded.read)
             with contextlib.closing(weights):
@@ -151,28 +151,32 @@ class VllmGenerator(Generator):
             digest = loaded.digest(again=self._read_back_all)
             check_digest(version=update.version, expected=weights.digest, found=digest, where=self.spec.name)
             self._read_back_all = False
-            self.version = update.version
-            if self._row_sampler.draws is not None:
-                self._row_sampler.draws.weights_version = update.version
+            self._set_version(update.version)
+            if self._draws is not None:
+                self._draws.weights_version = update.version
         return digest
+
+    def _set_version(self, version: int | None) -> None:
+        self.version = version
+        self.engine.set_loaded(version is not None)
 
     def sleep(self, level: int = 1) -> None:
         """Release GPU memory. Level 1 keeps the weights in host memory, level 2 drops them; the KV cache is dropped.
 
-        On CPUs, and when sleep mode is off, this does nothing.
+        Requests of HTTP clients wait until `wake`, after level 2 also for the next weights. On CPUs, and when sleep
+        mode is off, this does nothing.
         """
         if self._can_sleep:
             with self.engine.turn():
-                self.engine.drop_keys_and_values()
-                self.engine.llm.sleep(level)
+                self.engine.sleep(level)
                 if level == 2:
-                    self.version = None
+                    self._set_version(None)
 
     def wake(self, tags: Sequence[str] | None = None) -> None:
         """Allocate "weights", "kv_cache" or, with None, both again. After level 2, load weights again."""
         if self._can_sleep:
             with self.engine.turn():
-                self.engine.llm.wake_up(None if tags is None else list(tags))
+                self.engine.wake(None if tags is None else list(tags))
 
     @property
     def _can_sleep(self) -> bool:
@@ -208,19 +212,21 @@ class VllmGenerator(Generator):
         """Complete all rows of a request; yield rows as they end."""
         request.check_prompt_lengths(self.spec.max_sequence_length)
         rows = [prompt for prompt in request.prompts() for _ in range(request.num_generations)]
-        self._num_calls += 1
-        request_ids = [f"call {self._num_calls}, row {row}" for row in range(len(rows))]
+        request_ids: list[str] = []
         ended: list[_Row] = []
         try:
             with self.engine.turn():
-                draws = self._start_draws(request)
-                for row, (request_id, prompt) in enumerate(zip(request_ids, rows, strict=True)):
-                    listener = functools.partial(_record_row, ended, draws, row)
-                    self.engine.add(request_id, tokens_input(prompt), self._request_params(row, len(prompt)), listener)
+                self._check_ready()
+                draws = self._draws = self._new_draws(request)
+                for index, prompt in enumerate(rows):
+                    row = JobRow(draws, index)
+                    params = self._request_params(row, len(prompt))
+                    listener = functools.partial(_record_row, ended, row)
+                    request_ids.append(self.engine.add(tokens_input(prompt), params, listener, attended=True))
             num_live = len(rows)
             while num_live:
                 with self.engine.turn():
-                    self.weights_version()
+                    self._check_ready()
                     self.engine.step()
                     just_ended = ended.copy()
                     ended.clear()
@@ -230,20 +236,25 @@ class VllmGenerator(Generator):
         finally:
             with self.engine.turn():
                 self.engine.cancel(request_ids)
-                self._row_sampler.draws = None
+                self._draws = None
 
-    def _start_draws(self, request: GenerationRequest) -> Draws:
+    def _check_ready(self) -> None:
+        """Raise `WeightSyncError` if no step is possible now."""
+        self.weights_version()
+        if self.engine.is_asleep:
+            raise WeightSyncError(f"{self.spec.name} is asleep: call wake before generate")
+
+    def _new_draws(self, request: GenerationRequest) -> Draws:
         config = self.spec.config
-        self._row_sampler.draws = Draws(
+        return Draws(
             request,
             num_tokens=config.max_new_tokens,
             sampler=Sampler(request.sampling or config, greedy=request.greedy),
             weights_version=self.weights_version(),
             device=torch.device(self.spec.device),
         )
-        return self._row_sampler.draws
 
-    def _request_params(self, row: int, prompt_length: int) -> SamplingParams:
+    def _request_params(self, row: JobRow, prompt_length: int) -> SamplingParams:
         return SamplingParams(
             temperature=0.0,  # takes the only token that `RowSampler` leaves
             max_tokens=min(self.spec.config.max_new_tokens, self.spec.max_sequence_length - prompt_length),
@@ -274,16 +285,19 @@ class VllmGenerator(Generator):
         }
 
     def shutdown(self) -> None:
-        self.engine.shutdown()
+        with self.engine.turn():
+            self.engine.shutdown()
 
 
-def _record_row(ended: list[_Row], draws: Draws, row: int, output: Any) -> None:
+def _record_row(ended: list[_Row], row: JobRow, output: Any) -> None:
     """Append a row to `ended`, from the output that the engine returns when the row ends."""
+    if isinstance(output, Exception):
+        return  # the engine has failed: the next step raises
     [completed] = output.outputs
     tokens = torch.tensor(completed.token_ids, dtype=torch.int64)
-    logprobs, sampling_logprobs = draws.logprobs(row, len(tokens))
+    logprobs, sampling_logprobs = row.draws.logprobs(row.index, len(tokens))
     completion = Completion(tokens, logprobs, sampling_logprobs, truncated=completed.finish_reason == "length")
-    ended.append(_Row(row, completion, draws.first_versions[row]))
+    ended.append(_Row(row.index, completion, row.draws.first_versions[row.index]))
 
 
 def _inspect_in_process(architectures: list[str]) -> None:
@@ -305,11 +319,3 @@ def _check_head_size(model_name: str, config: Any) -> None:
             f"the model {model_name!r} has attention heads of size {size}; on CPUs, vLLM supports "
             f"{CPUAttentionBackend.get_supported_head_sizes()}. Set policy.generation.backend=torch."
         )
-
-
-def _row_sampler(worker: Any) -> RowSampler:
-    """Return the `RowSampler` that the engine has made."""
-    [sampler] = [
-        processor for processor in worker.model_runner.input_batch.logitsprocs.all if isinstance(processor, RowSampler)
-    ]
-    return sampler

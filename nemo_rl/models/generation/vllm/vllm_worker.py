@@ -19,6 +19,7 @@ from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 if TYPE_CHECKING:
     from nemo_rl.models.generation.vllm.executor import TiedGroup
     from nemo_rl.models.generation.vllm.generator import VllmGenerator
+    from nemo_rl.models.generation.vllm.http_server import HttpServer
 
 
 @ray.remote(concurrency_groups={"in_flight": 1})  # type: ignore[call-overload]
@@ -33,7 +34,7 @@ class VllmGenerationWorker(GenerationWorker):
         from nemo_rl.models.generation.vllm.generator import VllmGenerator
 
         generator = VllmGenerator(spec, _tied_group(spec.config.options.workers_per_replica))
-        self._http_url = _serve_http(generator)
+        self._http = _serve_http(generator)
         return generator
 
     @ray.method(concurrency_group="in_flight")
@@ -42,17 +43,23 @@ class VllmGenerationWorker(GenerationWorker):
         return self.generator.update_weights(update)
 
     def attestation(self) -> dict[str, Any]:
-        return {**super().attestation(), "http_url": self._http_url}
+        http = {"http_url": None} if self._http is None else self._http.attestation()
+        return {**super().attestation(), **http}
+
+    def shutdown(self) -> None:
+        if self._http is not None:
+            self._http.token.discard()
+        super().shutdown()
 
 
-def _serve_http(generator: VllmGenerator) -> str | None:
-    """Start the HTTP server if the options ask for one; returns its address."""
+def _serve_http(generator: VllmGenerator) -> HttpServer | None:
+    """Start the HTTP server if the options ask for one."""
     http_port = generator.options.http_port
     if http_port is None:
         return None
     from nemo_rl.models.generation.vllm.http_server import HttpServer
 
-    return HttpServer(generator, http_port + settings.LOCAL_RANK.get() if http_port else 0).url
+    return HttpServer(generator, http_port + settings.LOCAL_RANK.get() if http_port else 0)
 
 
 def _tied_group(size: int) -> TiedGroup | None:
