@@ -29,6 +29,8 @@ import asyncio
 import pathlib
 import time
 
+import ray
+
 
 class Plain:
     def __init__(self):
@@ -64,12 +66,29 @@ class Plain:
 
 
 class Async:
+    def __init__(self):
+        self.calls = 0
+
     async def block(self, started):
+        self.calls += 1
         pathlib.Path(started).touch()
         await asyncio.sleep(3600)
 
+    async def stream(self, started):
+        while True:
+            pathlib.Path(started).touch()
+            yield 1
+            await asyncio.sleep(3600)
+
     async def num_calls(self):
-        return 0
+        return self.calls
+
+
+@ray.remote(max_concurrency=2, concurrency_groups={"other": 1})
+class Narrow(Async):
+    @ray.method(concurrency_group="other")
+    async def in_other(self, started):
+        await self.block(started)
 
 
 class Threaded:
@@ -153,6 +172,15 @@ def test_cancel_interrupts_running_calls_and_drops_queued_ones(
     assert not (tmp_path / "queued").exists()
 
 
+def test_cancel_reaches_calls_that_begin_at_the_same_moment(plain: RayWorkerGroup, tmp_path: Path) -> None:
+    """A signal may arrive just before the method blocks in a system call."""
+    for _ in range(100):
+        references = plain.run_all_workers_single_data("block", started=str(tmp_path / "started"))
+        assert plain.cancel(timeout=600.0)
+        with pytest.raises(CallCancelledError):
+            plain.get_all_worker_results(references)
+
+
 def test_cancel_ends_a_stream(plain: RayWorkerGroup, tmp_path: Path) -> None:
     stream = plain.run_single_worker_single_data("stream", 0, started=str(tmp_path / "started"))
     wait_for(tmp_path / "started")
@@ -216,12 +244,29 @@ def test_cancel_of_coroutines(ray_local: str, sources: Path, tmp_path: Path) -> 
         RayVirtualCluster([1], use_gpus=False) as other,
         RayWorkerGroup(other, builder(sources, "Async")) as group,
     ):
-        references = group.run_all_workers_single_data("block", started=str(tmp_path / "started"))
-        wait_for(tmp_path / "started")
+        for method in ("block", "stream"):
+            references = group.run_all_workers_single_data(method, started=str(tmp_path / method))
+            wait_for(tmp_path / method)
+            assert group.cancel()
+            with pytest.raises(CallCancelledError):
+                group.get_all_worker_results(references)
+        assert call(group, "num_calls") == [1]
+
+
+def test_cancel_of_more_coroutines_than_may_run(ray_local: str, sources: Path, tmp_path: Path) -> None:
+    """Two may run, and one in another concurrency group; the others wait."""
+    with (
+        RayVirtualCluster([1], use_gpus=False) as other,
+        RayWorkerGroup(other, builder(sources, "Narrow")) as group,
+    ):
+        calls = [group.run_all_workers_single_data("block", started=str(tmp_path / str(n))) for n in range(5)]
+        calls.append(group.run_all_workers_single_data("in_other", started=str(tmp_path / "other")))
+        wait_for(tmp_path / "0", tmp_path / "1", tmp_path / "other")
         assert group.cancel()
-        with pytest.raises(CallCancelledError):
-            group.get_all_worker_results(references)
-        assert call(group, "num_calls") == [0]
+        for references in calls:
+            with pytest.raises(CallCancelledError):
+                group.get_all_worker_results(references)
+        assert call(group, "num_calls") == [3]
 
 
 # --- `with`, dropped groups, cells that run again -------------------------------------------------------------------

@@ -15,7 +15,8 @@ the driver sends its code, and the process in the venv never imports it. For the
     handle.method.remote(...) ───────────────────▶  4. construct the class; calls are forwarded to it
 
     group.cancel() ── CANCEL_SIGNAL ─────────────▶  interrupts the call in the main thread, drops those after it
-    handle.nrl_cancel__.remote() ────────────────▶  cancels coroutines; calls after it run again
+      or, if the class has coroutines, nrl_cancel__   cancels all coroutines, drops those after them
+    handle.nrl_resume__.remote() ────────────────▶  calls after it run again
 
 Steps 2 and 3 do not raise for a mismatch. They record a `verdict` in the attestation and skip the following steps, so
 that the driver can report the worker, the expected and the actual value. Errors of the worker's module and constructor
@@ -45,6 +46,8 @@ from typing import Any
 SCHEMA = 1
 ATTEST_METHOD = "nrl_attest__"
 CANCEL_METHOD = "nrl_cancel__"
+RESUME_METHOD = "nrl_resume__"
+CANCEL_GROUP = "nrl_cancel"  # concurrency group of the cancel method: it runs while coroutines occupy all others
 # Not SIGINT: Ray blocks it in its processes, so that Ctrl-C in the driver's terminal does not reach them.
 CANCEL_SIGNAL = signal.SIGRTMIN + 7
 MANIFEST_NAME = "nemo_rl_venv.json"  # nemo_rl.venvs.storage.manifest.MANIFEST_FILE
@@ -222,7 +225,19 @@ def make_host_class(description: dict[str, Any]) -> type:
     namespace: dict[str, Any] = {"__module__": module, "__doc__": description["doc"], "__qualname__": name}
     for method_name, method in description["methods"].items():
         namespace[method_name] = _forwarder(method_name, method)
+    if has_coroutines(description):
+
+        def cancel(self: Any) -> None:
+            self._nrl_calls.cancel_coroutines()
+
+        cancel.__ray_concurrency_group__ = CANCEL_GROUP  # type: ignore[attr-defined]
+        namespace[CANCEL_METHOD] = cancel
     return type(name, (WorkerHost,), namespace)
+
+
+def has_coroutines(description: dict[str, Any]) -> bool:
+    """Return whether Ray runs the methods of the described class in an event loop, not in the main thread."""
+    return any(method["kind"].startswith("async") for method in description["methods"].values())
 
 
 def _forwarder(name: str, method: dict[str, Any]) -> Callable[..., Any]:
@@ -283,12 +298,12 @@ class _Calls:
     """Tracks the calls that run in this process, so that the driver can cancel them.
 
     Ray runs plain methods in the main thread, where Python also runs signal handlers: the handler raises in the call.
-    Calls in other threads, those of an actor with `max_concurrency` and without coroutines, cannot be interrupted.
+    Methods in other threads, those of an actor with `max_concurrency` and without coroutines, are not interrupted.
     """
 
     def __init__(self) -> None:
         self._main_thread = threading.main_thread().ident
-        self._is_running = False  # a call, in the main thread
+        self._is_running = False  # a call that can be interrupted, in the main thread
         self._is_cancelling = False
         self._coroutines: set[asyncio.Task[Any]] = set()
 
@@ -319,6 +334,8 @@ class _Calls:
     @contextlib.contextmanager
     def coroutine(self) -> Iterator[None]:
         """Track the current coroutine while the block runs. A cancelled one raises `TaskCancelledError`."""
+        if self._is_cancelling:
+            raise _cancelled()
         task = asyncio.current_task()
         if task is not None:
             self._coroutines.add(task)
@@ -329,15 +346,20 @@ class _Calls:
         finally:
             self._coroutines.discard(task)  # type: ignore[arg-type]
 
-    def finish_cancelling(self) -> None:
-        """Cancel the coroutines. Calls that arrive from now on run again."""
-        self._is_cancelling = False
+    def cancel_coroutines(self) -> None:
+        """Cancel the coroutines that run, and those that start before `resume`."""
+        self._is_cancelling = True
         for task in list(self._coroutines):
             task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def resume(self) -> None:
+        """Run the calls that arrive from now on."""
+        self._is_cancelling = False
 
     def _interrupt(self, *_: object) -> None:
         self._is_cancelling = True
         if self._is_running:
+            self._is_running = False  # a repeated signal must not interrupt how the call cleans up
             raise KeyboardInterrupt
 
 
@@ -359,7 +381,8 @@ class WorkerHost:
         attestation["phases"] = phases.ended
         phases.end("Ray worker starts")
         calls = _Calls()
-        attestation["can_interrupt"] = calls.listen()
+        has_cancel = hasattr(self, CANCEL_METHOD)
+        attestation["cancelled_by"] = "method" if has_cancel else "signal" if calls.listen() else None
         # Use __dict__, because attribute access is forwarded to the worker.
         self.__dict__.update(_nrl_attestation=attestation, _nrl_worker=None, _nrl_calls=calls)
         if attestation["verdict"] != "ok":
@@ -379,9 +402,9 @@ class WorkerHost:
         """Return the attestation of this process. Ray runs this only after the worker's constructor has returned."""
         return self.__dict__["_nrl_attestation"]
 
-    def nrl_cancel__(self) -> None:
-        """End a cancellation; the driver calls this after it has sent the signal."""
-        self.__dict__["_nrl_calls"].finish_cancelling()
+    def nrl_resume__(self) -> None:
+        """End a cancellation. The driver calls this after it has cancelled the earlier calls."""
+        self.__dict__["_nrl_calls"].resume()
 
     def __getattr__(self, name: str) -> Any:
         # Closures that run on the actor (`handle.__ray_call__`) see the worker's attributes.
