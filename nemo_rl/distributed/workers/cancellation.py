@@ -26,7 +26,7 @@ from nemo_rl.distributed.provisioning.source_sync import task_options
 from nemo_rl.distributed.workers import host as worker_host
 
 # A signal that arrives just before the worker's main thread blocks in a system call does not end that call, so signals
-# are repeated. A call is interrupted once only.
+# are repeated. The worker interrupts a call again only after some seconds, in which the call may clean up.
 _REPEAT_S = 1.0
 
 

@@ -292,6 +292,7 @@ def signature_of(parameters: list[list[Any]], *first: inspect.Parameter) -> insp
 
 
 _END = object()
+_CLEANUP_S = 5.0  # seconds between two interrupts of one call
 
 
 class _Calls:
@@ -303,7 +304,8 @@ class _Calls:
 
     def __init__(self) -> None:
         self._main_thread = threading.main_thread().ident
-        self._is_running = False  # a call that can be interrupted, in the main thread
+        self._is_running = False  # a call, in the main thread
+        self._interrupted_at = -_CLEANUP_S
         self._is_cancelling = False
         self._coroutines: set[asyncio.Task[Any]] = set()
 
@@ -321,6 +323,7 @@ class _Calls:
         if self._is_cancelling:
             raise _cancelled()
         try:
+            self._interrupted_at = -_CLEANUP_S
             self._is_running = True
             result = function(*args, **kwargs)
             self._is_running = False
@@ -358,8 +361,9 @@ class _Calls:
 
     def _interrupt(self, *_: object) -> None:
         self._is_cancelling = True
-        if self._is_running:
-            self._is_running = False  # a repeated signal must not interrupt how the call cleans up
+        # The driver repeats the signal. The call gets time to clean up; an interrupt may also be lost in a destructor.
+        if self._is_running and time.monotonic() >= self._interrupted_at + _CLEANUP_S:
+            self._interrupted_at = time.monotonic()
             raise KeyboardInterrupt
 
 
