@@ -27,7 +27,8 @@
     │   ├── UnregisteredActorError (ValueError)     the registry does not know the worker class
     │   ├── WorkerStartError                        a worker died or did not answer while it was starting
     │   │   └── NodeLostError                       a worker cannot start: its node has left the cluster
-    │   └── AttestationError                        a worker runs in another venv, Python or ray than it should
+    │   ├── AttestationError                        a worker runs in another venv, Python or ray than it should
+    │   └── CallCancelledError                      a call was cancelled before its workers returned a result
     ├── ModelError                                  a model cannot be loaded, or a request does not fit it
     ├── WeightSyncError                             policy and generation workers hold different weights
     ├── EnvironmentFailure                          an RL environment failed to grade a sample
@@ -179,6 +180,10 @@ class NodeLostError(WorkerStartError):
 
 class AttestationError(WorkerError):
     """A worker runs in another venv, Python or ray version than the one planned for it."""
+
+
+class CallCancelledError(WorkerError):
+    """A call was cancelled, with `RayWorkerGroup.cancel` or Ctrl-C, before its workers returned a result."""
 
 
 class ModelError(NemoRLError):

@@ -218,6 +218,14 @@ WORKER_START_TIMEOUT_S = Variable(
 TRACEBACK = Variable(
     "NEMO_RL_TRACEBACK", _flag, False, "Print a full traceback if a command fails, instead of the message only."
 )
+PROGRESS = Variable(
+    "NEMO_RL_PROGRESS",
+    _one_of("auto", "plain", "off"),
+    "auto",
+    "How a session shows venv builds, starts of worker groups, uploads and pipelines on standard error. auto: a live "
+    "table on a terminal, one line per phase elsewhere, nothing under pytest or where logging shows the same lines. "
+    "plain: lines, on a terminal and under pytest too. off: nothing. Workers never show any.",
+)
 RAY_ADDRESS = Variable[str | None](
     "RAY_ADDRESS",
     str,
@@ -287,12 +295,16 @@ MASK = "********"
 
 
 def forwarded() -> dict[str, str]:
-    """Return this process's variables that workers receive: those with a documented prefix or name."""
-    return {
+    """Return the variables that workers receive: this process's with a documented prefix or name.
+
+    `NEMO_RL_PROGRESS` is always `off`: only the driver shows progress.
+    """
+    variables = {
         name: value
         for name, value in os.environ.items()
         if name in FORWARDED_NAMES or name.startswith(FORWARDED_PREFIXES)
     }
+    return {**variables, PROGRESS.name: "off"}
 
 
 def is_secret(name: str) -> bool:
@@ -356,6 +368,11 @@ def exported(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def is_under_pytest() -> bool:
+    """Return whether pytest runs this process, or started it."""
+    return "PYTEST_VERSION" in os.environ
 
 
 def venv_drift() -> str:

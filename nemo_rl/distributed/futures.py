@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, TaskCancelledError
 
-from nemo_rl.errors import WorkerError
+from nemo_rl.errors import CallCancelledError, WorkerError
 
 # What a call raises if its worker has died. Ray has a separate error for a process killed for lack of memory.
 WORKER_DEATHS = (RayActorError, OutOfMemoryError)
@@ -81,6 +81,7 @@ def get_values(
 
     Raises:
         WorkerError: a worker died; names its rank and node, and chains Ray's error.
+        CallCancelledError: the call was cancelled.
         Exception: the exception that the worker's method raised, unchanged.
     """
     plain = [future for future in futures if not isinstance(future, ray.ObjectRefGenerator)]
@@ -97,6 +98,8 @@ def get_values(
         return results
     except WORKER_DEATHS as error:
         raise worker_error(worker_group, error, ranks) from error
+    except TaskCancelledError as error:
+        raise CallCancelledError(f"a call of {worker_group.label} was cancelled") from error
 
 
 def worker_error(worker_group: TiedWorkers, error: RayError, ranks: Sequence[int]) -> WorkerError:

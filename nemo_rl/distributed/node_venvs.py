@@ -15,6 +15,7 @@ ready once in this job is not checked again, so a second call for the same conte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -35,6 +36,7 @@ from nemo_rl.distributed.provisioning.report import (
     NodeProgressCallback,
     NodeVenv,
     NodeVenvReport,
+    VenvProgressView,
     raise_for_failures,
 )
 from nemo_rl.distributed.provisioning.source_sync import distribute_source
@@ -90,7 +92,8 @@ def ensure_venvs_on_each_node(
 
     Args:
         venvs: venv name -> py_executable, spec or plan.
-        progress: called in this thread with every event of every node.
+        progress: called in this thread with every event of every node. Default: the session's display, see
+            `NEMO_RL_PROGRESS`.
 
     Raises:
         NodeVenvError: a venv is not ready on some node; says which venv, on which node and why, and the results of the
@@ -151,9 +154,10 @@ def _ensure(
         if requests:
             addresses = {node.node_id: node.address for node in alive_nodes()}
             sources = _sources(plans, scope, driver_node, addresses)
-            results = ProvisioningCoordinator(
-                requests, driver_node, progress, addresses=addresses, sources=sources
-            ).run()
+            with contextlib.nullcontext(progress) if progress is not None else VenvProgressView() as report_progress:
+                results = ProvisioningCoordinator(
+                    requests, driver_node, report_progress, addresses=addresses, sources=sources
+                ).run()
         entries = []
         for node in nodes:
             for name, venv_plan in plans.items():

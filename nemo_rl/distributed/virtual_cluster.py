@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import secrets
 import threading
@@ -31,6 +32,7 @@ from nemo_rl.distributed.cluster.session import can_grow, init_ray
 from nemo_rl.distributed.provisioning.remote_calls import free_ports_on_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
+from nemo_rl.utils.interactive import is_interactive, names_of
 
 __all__ = ["PY_EXECUTABLES", "Bundle", "RayVirtualCluster", "ResourceInsufficientError", "alive_nodes", "init_ray"]
 
@@ -156,19 +158,27 @@ class RayVirtualCluster:
             ResourceInsufficientError: all shares of a bundle are taken, so that a worker would wait forever.
         """
         with self._groups_lock:
-            self._check_shares(label, bundles)
+            conflict = self._conflict(label, bundles)
+            if conflict:
+                gc.collect()  # an error of Ray refers to its own traceback, which may hold a group without a name
+                conflict = self._conflict(label, bundles)
+            if conflict:
+                raise ResourceInsufficientError(conflict)
             self._groups[group] = (label, bundles)
 
-    def _check_shares(self, label: str, bundles: list[int]) -> None:
+    def _conflict(self, label: str, bundles: list[int]) -> str:
+        """Return a message if a bundle has too few free shares; empty if there are enough."""
         for index in bundles:
-            others = [name for name, taken in self._groups.values() for bundle in taken if bundle == index]
+            others = [group for group, (_, taken) in self._groups.items() for bundle in taken if bundle == index]
             wanted = bundles.count(index)
             if len(others) + wanted > self.max_colocated_worker_groups:
-                raise ResourceInsufficientError(
+                holders = ", ".join(f"{self._groups[group][0]}{_held_by(group)}" for group in others) or "none"
+                return (
                     f"{self!r} has max_colocated_worker_groups={self.max_colocated_worker_groups}: {label} asks for "
-                    f"{wanted} of bundle {index}'s shares; groups with a worker there: {', '.join(others) or 'none'}. "
+                    f"{wanted} of bundle {index}'s shares; groups with a worker there: {holders}. "
                     "Raise the limit, or shut a group down."
                 )
+        return ""
 
     def remove_group(self, group: object) -> None:
         """Unregister a worker group whose workers have ended. A repeated call has no effect."""
@@ -286,7 +296,10 @@ class RayVirtualCluster:
             raise ClusterError(f"the virtual cluster {self._label()}was shut down; create a new one.")
 
     def _try_to_reserve(self) -> PlacementGroup:
-        """Wait for free resources, for 1, 2, 4, ... seconds in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts."""
+        """Wait for free resources, for 1, 2, 4, ... seconds in `NRL_VIRTUAL_CLUSTER_MAX_RETRIES` attempts.
+
+        A notebook or prompt does not wait for what its own process holds.
+        """
         start_time = time.monotonic()
         for attempt in range(self._max_tries):
             deadline = time.monotonic() + 2.0**attempt
@@ -299,9 +312,12 @@ class RayVirtualCluster:
                     group = self._create([nodes[index] for index in chosen])
                     if group is not None:
                         return group
+                elif is_interactive() and not can_grow():
+                    self._check_not_held_here(nodes)
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(_POLL_INTERVAL_S)
+            gc.collect()  # as in `add_group`
             if attempt + 1 < self._max_tries:
                 logger.warning(
                     "attempt %d of %d: %s %sWaiting for resources.",
@@ -323,6 +339,21 @@ class RayVirtualCluster:
                 f"{self._describe_request(nodes)} A local Ray cluster does not grow: request less, or set RAY_ADDRESS "
                 "to a cluster that is large enough."
             )
+
+    def _check_not_held_here(self, nodes: list[NodeResources]) -> None:
+        """Raise if the other clusters of this process leave too little. A cell that waits releases nothing."""
+        if self._fits_beside_held(nodes):
+            return
+        gc.collect()  # as in `add_group`
+        if not self._fits_beside_held(nodes):
+            raise ResourceInsufficientError(f"{self._describe_request(nodes)} {_describe_held()}".strip())
+
+    def _fits_beside_held(self, nodes: list[NodeResources]) -> bool:
+        held = _amounts_held()
+        left = [  # a local Ray cluster has one node
+            {name: node.total.get(name, 0.0) - held.get(name, 0.0) for name in self._bundle} for node in nodes
+        ]
+        return self._plan(left) is not None
 
     def _plan(self, resources: Sequence[Mapping[str, float]]) -> list[int] | None:
         capacities = [placement.capacity(available, self._bundle) for available in resources]
@@ -362,9 +393,32 @@ class RayVirtualCluster:
         )
 
 
+def _amounts_held() -> dict[str, float]:
+    """Return the resources that clusters of this process hold.
+
+    A function, so that the traceback of an error refers to no cluster: notebooks keep the last one.
+    """
+    amounts: dict[str, float] = {}
+    for reservation in held_reservations():
+        cluster = reservation.owner
+        if isinstance(cluster, RayVirtualCluster):
+            for name, amount in cluster._bundle.items():
+                amounts[name] = amounts.get(name, 0.0) + amount * cluster.world_size()
+    return amounts
+
+
 def _describe_held() -> str:
-    held = ", ".join(sorted(reservation.description for reservation in held_reservations()))
+    held = ", ".join(
+        sorted(f"{one.description}{_held_by(one.owner)}" for one in held_reservations() if one.owner is not None)
+    )
     return f"This process itself holds resources: {held}; `shutdown()` releases them. " if held else ""
+
+
+def _held_by(owner: object) -> str:
+    """Return the global names of the user's script or notebook that refer to a cluster or group, for messages."""
+    groups = list(owner._groups) if isinstance(owner, RayVirtualCluster) else []
+    names = [name for one in (owner, *groups) for name in names_of(one)]
+    return f" (held by {', '.join(map(repr, names))})" if names else ""
 
 
 def _positive(name: str, value: int) -> int:

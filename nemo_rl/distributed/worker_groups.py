@@ -25,6 +25,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import ray
@@ -37,13 +38,21 @@ from nemo_rl.distributed.futures import MultiWorkerFuture
 from nemo_rl.distributed.named_sharding import NamedSharding
 from nemo_rl.distributed.ray_private import actor_id
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.distributed.workers.builder import RayWorkerBuilder, StartedWorkers, WorkerRequest, configure_arguments
+from nemo_rl.distributed.workers.builder import (
+    RayWorkerBuilder,
+    StartedWorkers,
+    WorkerRequest,
+    configure_arguments,
+    prepare_venvs,
+)
 from nemo_rl.distributed.workers.calls import WorkerCalls
 from nemo_rl.distributed.workers.launch_plan import IsolatedWorkerInitializer, LaunchPlan, make_actor_runtime_env
 from nemo_rl.distributed.workers.layout import WorkerMetadata, WorkerPlacement, place_workers
 from nemo_rl.distributed.workers.startup import all_dead, check_nodes_alive, kill_and_wait
 from nemo_rl.errors import ConfigError, WorkerStartError
+from nemo_rl.observability.activities import activity
 from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.interactive import assigned_name, calling_frame
 
 __all__ = [
     "IsolatedWorkerInitializer",
@@ -52,9 +61,12 @@ __all__ = [
     "RayWorkerGroup",
     "WorkerMetadata",
     "make_actor_runtime_env",
+    "prepare_venvs",
 ]
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE = __name__.partition(".")[0]
 
 _DATA_PARALLEL = "data_parallel"
 # Names of the actors of this process's groups, some of which may not have started yet.
@@ -66,15 +78,17 @@ class RayWorkerGroup(WorkerCalls):
     """Starts workers of one class on the bundles of a virtual cluster and calls them together.
 
     The constructor returns when the constructors of all workers have returned. If one fails, it raises at once and
-    leaves no worker running.
+    leaves no worker running. The workers of a group without references end, after the calls that run.
 
     Example::
 
         init_ray()
-        with RayVirtualCluster([2], use_gpus=False) as cluster:
-            group = RayWorkerGroup(cluster, RayWorkerBuilder("my_package.my_worker.MyWorker", size=3))
+        builder = RayWorkerBuilder("my_package.my_worker.MyWorker", size=3)
+        with RayVirtualCluster([2], use_gpus=False) as cluster, RayWorkerGroup(cluster, builder) as group:
             results = group.get_all_worker_results(group.run_all_workers_single_data("describe"))  # one per worker
-            group.shutdown()
+
+    In a notebook, a cell with `group = RayWorkerGroup(...)` can be run again: it ends the group that another run of the
+    cell, or another cell, has assigned to this name.
 
     Args:
         cluster: where the workers run; each takes 1/`max_colocated_worker_groups` of its bundle.
@@ -121,9 +135,30 @@ class RayWorkerGroup(WorkerCalls):
         self._attestation: list[dict[str, Any]] = []
         self._is_shut_down = False
         self._release_names: weakref.finalize[..., RayWorkerGroup] | None = None
-        start_time = time.monotonic()
-        plan = remote_worker_builder.plan(env_vars=env_vars)
-        self._bundles = cluster.bundles()
+        caller = calling_frame(_PACKAGE)
+        self._created_by = caller.f_code if caller is not None else None
+        with activity(f"group {self.label}", phase_level=logging.DEBUG) as starting:
+            starting.phase("preparing its venv and class")
+            plan = remote_worker_builder.plan(env_vars=env_vars)
+            if caller is not None:
+                self._replace_group_of(caller)
+            del caller  # a frame keeps all variables of its function
+            starting.phase(f"reserving {cluster.world_size()} bundles")
+            self._bundles = cluster.bundles()
+            starting.phase(f"starting {self.world_size} workers")
+            self._start_all(plan)
+            starting.result = f"{self.world_size} workers ready"
+
+    def __enter__(self) -> RayWorkerGroup:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown(force=error is not None)
+
+    def _start_all(self, plan: LaunchPlan) -> None:
+        cluster = self.cluster
         [(self.master_address, self.master_port)] = self._free_ports(self._placements[:1], "master")
         self._ports = self._free_ports(self._placements, "engines")
         self._metadata = self._describe_workers()
@@ -136,7 +171,20 @@ class RayWorkerGroup(WorkerCalls):
             raise
         self._plan, self._workers, self._attestation = started.plan, started.handles, started.attestations
         self._methods = self._plan.description.methods
-        logger.info("started %d workers %s in %.2f s", len(self._workers), self.label, time.monotonic() - start_time)
+
+    def _replace_group_of(self, frame: FrameType) -> None:
+        """End the group that `name` holds if `frame` assigns this one to it, in a cell that runs again.
+
+        A cell, or a statement at a prompt, is compiled anew whenever it runs. In a script, all statements are one code.
+        """
+        name = assigned_name(frame)
+        previous = frame.f_globals.get(name) if name is not None else None
+        if not isinstance(previous, RayWorkerGroup) or previous._is_shut_down or previous._created_by is frame.f_code:
+            return
+        logger.info("%s: ends %s, which %r held", self.label, previous.label, name)
+        previous.shutdown(force=True)
+        if previous.cluster is not self.cluster:
+            del previous.cluster  # if nothing else refers to it, its bundles return
 
     # --- properties --------------------------------------------------------------------------------------------------
 
@@ -246,6 +294,7 @@ class RayWorkerGroup(WorkerCalls):
             raise WorkerStartError(f"{self.label}: cannot find free ports: {error}") from error
         started = self._start(self._plan, placements)
         self._plan = started.plan
+        self._methods = self._plan.description.methods
         if self._stopped.is_set():
             kill_and_wait(started.handles)
             self._check_not_stopped()

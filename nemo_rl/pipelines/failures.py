@@ -22,7 +22,9 @@ from nemo_rl.utils.files import write_atomically
 logger = logging.getLogger(__name__)
 
 FAILED_DIR = "failed"
+_MAX_ERROR_CHARS = 200
 _RECORDS = "*/*.json"
+_RECORD_FILES = "*/*.records.jsonl"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,30 @@ def failed_tasks(run_dir: str | os.PathLike[str]) -> list[FailedTask]:
     if not root.is_dir():
         raise ResumeError(f"{root} is not a run directory: it does not exist")
     return list(_read(root / FAILED_DIR))
+
+
+def set_aside_summary(run_dir: Path) -> str:
+    """Say in one sentence what a run set aside, per stage, with the first error of each; empty if it is nothing."""
+    directory = run_dir / FAILED_DIR
+    by_stage: dict[str, list[FailedTask]] = {}
+    for task in _read(directory):
+        by_stage.setdefault(task.stage, []).append(task)
+    parts = [
+        f"{len(tasks)} of stage {stage!r} ({tasks[0].error.partition(chr(10))[0][:_MAX_ERROR_CHARS]})"
+        for stage, tasks in by_stage.items()
+    ]
+    sentences = []
+    if parts:
+        num_tasks = sum(map(len, by_stage.values()))
+        sentences.append(f"{num_tasks} tasks failed and were set aside in {directory}: {', '.join(parts)}")
+    records: dict[str, int] = {}
+    for path in sorted(directory.glob(_RECORD_FILES)):
+        with open(path, "rb") as file:
+            records[path.parent.name] = records.get(path.parent.name, 0) + sum(1 for _ in file)
+    if records:
+        counts = ", ".join(f"{count} of stage {stage!r}" for stage, count in records.items())
+        sentences.append(f"{sum(records.values())} records were set aside in {directory}: {counts}")
+    return "; ".join(sentences)
 
 
 def stage_directory(directory: Path, stage: str) -> Path:

@@ -17,9 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from nemo_rl.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from nemo_rl.observability.activities import Activity
 
 logger = logging.getLogger(__name__)
 
@@ -136,29 +139,39 @@ class StageProgress:
     tasks_per_s: float
 
     def __str__(self) -> str:
+        return f"{self.stage}: {self.summary}"
+
+    @property
+    def summary(self) -> str:
+        """The counts as text."""
         c = self.counts
         queued = "" if self.queued is None else f", {self.queued} queued"
-        return (
-            f"{self.stage}: {c.tasks_in} tasks done, {self.tasks_per_s:.1f}/s{queued}, {c.failed} failed, "
-            f"{c.num_workers} workers"
-        )
+        return f"{c.tasks_in} tasks done, {self.tasks_per_s:.1f}/s{queued}, {c.failed} failed, {c.num_workers} workers"
 
 
 ProgressListener = Callable[[list[StageProgress]], None]
 
 
 class ProgressMonitor:
-    """Reads the counts periodically while its `with` block runs, logs them and calls the listener.
+    """Reads the counts periodically while its `with` block runs, logs and shows them, and calls the listener.
 
     Args:
         stages: the name and the counts directory of each stage.
         listener: called with the progress of all stages.
+        pipeline: name of the pipeline.
         interval_s: seconds between two reads.
     """
 
     def __init__(
-        self, stages: Sequence[tuple[str, Path]], listener: ProgressListener | None, interval_s: float = 2.0
+        self,
+        stages: Sequence[tuple[str, Path]],
+        listener: ProgressListener | None,
+        *,
+        pipeline: str,
+        interval_s: float = 2.0,
     ) -> None:
+        self._pipeline = pipeline
+        self._rows: dict[str, Activity] = {}
         self._stages = stages
         self._listener = listener
         self._interval_s = interval_s
@@ -168,6 +181,10 @@ class ProgressMonitor:
         self._thread = threading.Thread(target=self._watch, name="pipeline progress", daemon=True)
 
     def __enter__(self) -> Self:
+        from nemo_rl.observability.activities import SESSION  # workers import this module and need no rich
+
+        for name, _ in self._stages:
+            self._rows[name] = SESSION.begin(f"pipeline {self._pipeline}, stage {name}")
         self._thread.start()
         return self
 
@@ -177,6 +194,13 @@ class ProgressMonitor:
         self._stop.set()
         self._thread.join()
         self._report()
+        from nemo_rl.observability.activities import SESSION
+
+        for name, row in self._rows.items():
+            counts = self._logged.get(name, Counts())
+            result = f"{counts.tasks_in} tasks done, {counts.failed} failed"
+            row.end(result, has_failed=error is not None, level=logging.DEBUG)
+        SESSION.remove(*self._rows.values())
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -188,6 +212,7 @@ class ProgressMonitor:
             if self._logged.get(stage.stage, Counts()) != stage.counts:  # log only changes
                 logger.info("%s", stage)
                 self._logged[stage.stage] = stage.counts
+                self._rows[stage.stage].update(stage.summary)
         if self._listener is not None:
             self._listener(progress)
 

@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.errors import PipelineError, StageError
+from nemo_rl.observability.activities import Activity, activity
 from nemo_rl.pipelines.bootstrap import StageWorker
 from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, WorkersDied, stage_error
-from nemo_rl.pipelines.failures import FAILED_DIR, failed_tasks, withdraw_failures
+from nemo_rl.pipelines.failures import FAILED_DIR, set_aside_summary, withdraw_failures
 from nemo_rl.pipelines.items import Item, key_text
 from nemo_rl.pipelines.planning import checked_cluster, checked_stages, cluster_totals, planned_stages
 from nemo_rl.pipelines.progress import ProgressListener, ProgressMonitor
@@ -65,18 +66,22 @@ def run_pipeline(request: RunRequest, tasks: list[Task[Any]]) -> list[Task[Any]]
         for stage in request.stages:
             stage.prepare(directory.is_resumed)
         directory.begin()
-        results = _Run(request, fields, directory).results(tasks)
-        failed = failed_tasks(directory.path)
-        if failed:
-            logger.warning("%d tasks failed and were set aside in %s", len(failed), directory.path / FAILED_DIR)
+        with activity(f"pipeline {request.name}") as running:
+            results = _Run(request, fields, directory, running).results(tasks)
+            running.result = f"{len(results)} results"
+        if summary := set_aside_summary(directory.path):
+            logger.warning("pipeline %s: %s", request.name, summary)
         return results
 
 
 class _Run:
     """Runs the segments of a request, with the state that a run directory holds."""
 
-    def __init__(self, request: RunRequest, fields: list[dict[str, Any]], directory: RunDirectory) -> None:
+    def __init__(
+        self, request: RunRequest, fields: list[dict[str, Any]], directory: RunDirectory, running: Activity
+    ) -> None:
         self._request = request
+        self._running = running
         self._stages = request.stages
         self._fields = fields
         self._executor = request.executor
@@ -112,6 +117,7 @@ class _Run:
         return [[index for _, index in group] for _, group in groupby(marked, key=lambda pair: pair[0])]
 
     def _run_in_driver(self, index: int, tasks: list[Task[Any]]) -> list[Task[Any]]:
+        self._running.phase(f"running stage {self._stages[index].name!r} in the driver")
         # These stages run in every attempt, and only the counts of the last attempt are kept.
         self._directory.clear_segment(counts_directory(self._directory.path, index))
         withdraw_failures(self._directory.path / FAILED_DIR, 0, set)
@@ -211,13 +217,16 @@ class _Run:
                 )
                 for index in segment
             ]
+        self._running.phase(f"preparing {len(indices)} stages")
         planned = dict(zip(indices, planned_stages(jobs, [self._fields[index] for index in indices], resources)))
         counts_dirs = [(self._stages[index].name, counts_directory(self._directory.path, index)) for index in indices]
-        with ProgressMonitor(counts_dirs, self._request.progress):
+        with ProgressMonitor(counts_dirs, self._request.progress, pipeline=self._request.name):
             for number, segment in enumerate(segments[first - 1 :], start=first):
                 if not items:
                     break
                 stages = [planned[index] for index in segment]
+                names = ", ".join(stage.name for stage in stages)
+                self._running.phase(f"running {names} over {len(items)} tasks")
                 if self._gathers(segment):
                     items = self._gather(number, stages[0], items)
                 else:

@@ -120,9 +120,8 @@ class StageRunner:
                 stage=self._stage.name,
                 traceback_text=traceback.format_exc(),
             )
-            raise self._record_stop(
-                failure
-            ) from None  # drop the cause: the driver's venv may not be able to import its class
+            # Drop the cause: the driver's venv may not be able to import its class.
+            raise self._record_stop(failure) from None
         self._counts.counts.setup_s = time.perf_counter() - began
         self._counts.save()
 

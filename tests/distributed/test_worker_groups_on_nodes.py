@@ -12,6 +12,7 @@ import ray
 
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
+from nemo_rl.errors import CallCancelledError
 
 SOURCES = Path(__file__).with_name("worker_sources")
 
@@ -38,6 +39,11 @@ def test_group_on_two_nodes_then_three(
         ]
         by_rank = [entry["node_id"] for entry in group.attestation]
         assert by_rank[0] == by_rank[1] != by_rank[2]
+        sleeping = group.run_all_workers_single_data("sleep", seconds=3600.0)
+        assert group.cancel(timeout=600.0)  # a process on the second node interrupts the worker there
+        for reference in sleeping:
+            with pytest.raises(CallCancelledError):
+                group.get_all_worker_results([reference])
         assert group.shutdown()
     nodes.add_node(num_cpus=2)
     with RayVirtualCluster([2, 1, 2], use_gpus=False, placement_group_strategy="STRICT_SPREAD") as cluster:

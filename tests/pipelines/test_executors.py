@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,10 +92,25 @@ def test_failing_task_stops_the_run(executor: Executor) -> None:
     assert str(caught.value).endswith("cannot take 7\n")  # no executor adds text
 
 
-def test_failing_task_is_set_aside(executor: Executor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_task_is_set_aside(
+    executor: Executor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NEMO_RL_PROGRESS", "plain")
     pipeline = Pipeline("p", stages=[AddOne(), Failing([3, 12]).with_(batch_size=4)])
     result = pipeline.run(executor, batches(8), run_dir=tmp_path, max_retries=1)
-    assert f"2 tasks failed and were set aside in {tmp_path}" in caplog.text
+    summary = (
+        f"2 tasks failed and were set aside in {tmp_path}/failed: 2 of stage 'Failing' (ValueError: cannot take 3)"
+    )
+    assert summary in caplog.text
+    shown = capsys.readouterr().err
+    assert "pipeline p: preparing 2 stages\n" in shown
+    assert shown.count("pipeline p, stage AddOne: 8 tasks done, 0 failed in ") == 1
+    assert re.search(r"pipeline p, stage Failing: \d+ tasks done, 2 failed in ", shown)
+    assert f"pipeline p: {len(result)} results in " in shown
     assert numbers(result) == [n for n in range(1, 17) if n not in (3, 4, 11, 12)]
     failed = failed_tasks(tmp_path)
     assert [(f.stage, f.task_id, f.attempts) for f in failed] == [("Failing", "b1", 2), ("Failing", "b5", 2)]

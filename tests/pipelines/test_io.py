@@ -329,7 +329,7 @@ def test_rewrite_removes_a_killed_writers_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_run_error_names_stage_file_and_line(tmp_path: Path) -> None:
+def test_run_error_names_stage_file_and_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", [{"n": 1}])
     (tmp_path / "in" / "b.jsonl").write_text('{"n": 2}\nbroken\n')
     pipeline = Pipeline("p", stages=[JsonlReader(tmp_path / "in", task_size=1)])
@@ -340,6 +340,7 @@ def test_run_error_names_stage_file_and_line(tmp_path: Path) -> None:
     assert [n for task in tasks for n in task.to_pandas()["n"]] == [1, 2]
     (records,) = (tmp_path / "run" / "failed").rglob("*.records.jsonl")
     assert json.loads(records.read_text())["line"] == "broken\n"
+    assert f"1 records were set aside in {tmp_path}/run/failed: 1 of stage 'JsonlReadStage'" in caplog.text
 
 
 def test_prepare_directory_during_late_writes(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ class Reservation:
         """Whether this process still is the job that made it. Ray releases everything of a job that ends."""
         return ray.is_initialized() and job_name() == self._job
 
+    @property
+    def owner(self) -> object | None:
+        """The owner; None if it has been deleted or the reservation released."""
+        alive = self._finalizer.peek()
+        return alive[0] if alive is not None else None
+
     def release(self) -> None:
         """Release the resources. A repeated call has no effect."""
         if self.exists:

@@ -1,25 +1,14 @@
-"""Progress and results of provisioning, and a live view of the progress."""
+"""Progress and results of provisioning, and a view of the progress."""
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
 from nemo_rl.errors import NodeVenvError, VenvError
+from nemo_rl.observability.activities import SESSION, Activity, Display
 from nemo_rl.venvs import Progress
-
-logger = logging.getLogger(__name__)
-
-_MAX_ROWS = 24
-_STYLES = {"failed": "bold red", "done": "green"}
 
 
 @dataclass(frozen=True)
@@ -171,30 +160,22 @@ def _summary(entries: Iterable[NodeVenv]) -> list[str]:
     return [f"- {venv} on {', '.join(names)}: {outcome}" for (venv, outcome), names in nodes.items()]
 
 
-@dataclass
-class _Row:
-    """The latest event of one venv on one node."""
-
-    started_at: float
-    phase: str = ""
-    state: str = ""
-    detail: str = ""
-    seconds: float | None = None
-
-
 class VenvProgressView:
-    """Shows `NodeProgress` events: a live table on a terminal, log lines elsewhere. Omits venvs that are already ready.
+    """Shows `NodeProgress` events among the activities of the session. Omits venvs that are already ready.
 
     Example::
 
         with VenvProgressView() as view:
             ensure_venvs_on_each_node(venvs, progress=view)
+
+    Args:
+        display: where to show them. Default: the session's.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._rows: dict[tuple[str, str], _Row] = {}
-        self._live: Live | None = None
+    def __init__(self, display: Display | None = None) -> None:
+        self._display = display or SESSION
+        self._rows: dict[tuple[str, str], Activity] = {}  # by node and venv
+        self._digests: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> VenvProgressView:
         return self
@@ -202,50 +183,27 @@ class VenvProgressView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.update(self.table())
-            self._live.stop()
-            self._live = None
+        for row in self._rows.values():
+            if row.seconds is None:  # another process built it, or its node died
+                row.end("ready" if error is None else "not ready", has_failed=error is not None)
+        self._display.remove(*self._rows.values())
+        self._rows = {}
 
     def __call__(self, progress: NodeProgress) -> None:
         """Show one event."""
         event = progress.event
-        key = (progress.node, event.venv)
-        if key not in self._rows and event.phase == "resolve" and event.state != "failed":
+        key = (progress.node_id, event.venv)
+        if event.phase == "resolve" and event.state != "failed":
+            self._digests[key] = event.digest
             return  # a ready venv has no further phase
-        row = self._rows.setdefault(key, _Row(time.monotonic()))
-        row.phase, row.state, row.detail = event.phase, event.state, event.detail
-        if event.state == "failed" or (event.phase == "seal" and event.state == "done"):
-            row.seconds = time.monotonic() - row.started_at
-        if self._console.is_terminal:
-            self._refresh()
-        elif event.state != "running":
-            seconds = f" in {event.seconds:.1f} s" if event.seconds else ""
-            detail = f": {event.detail}" if event.detail else ""
-            logger.info(
-                "venv %s on %s: %s %s%s%s", event.venv, progress.node, event.phase, event.state, seconds, detail
-            )
-
-    def table(self) -> Table:
-        """Return a table of every venv on every node; if there are many, unfinished ones come first."""
-        table = Table(box=None, pad_edge=False)
-        for title in ("venv", "node", "phase", ""):
-            table.add_column(title, no_wrap=True, overflow="ellipsis")
-        table.add_column("s", justify="right")
-        rows = list(self._rows.items())
-        if len(rows) > _MAX_ROWS:
-            rows.sort(key=lambda item: item[1].seconds is not None)
-        for (node, venv), row in rows[:_MAX_ROWS]:
-            seconds = row.seconds if row.seconds is not None else time.monotonic() - row.started_at
-            phase = "ready" if row.seconds is not None and row.state == "done" else row.phase
-            style = _STYLES.get(row.state, "") if row.seconds is not None else "cyan"
-            table.add_row(venv.rpartition(".")[2], node, Text(phase, style), Text(row.detail, "dim"), f"{seconds:.1f}")
-        if len(rows) > _MAX_ROWS:
-            num_finished = sum(row.seconds is not None for _, row in rows)
-            table.add_row(f"... {len(rows)} in total, {num_finished} finished", "", "", "", "")
-        return table
-
-    def _refresh(self) -> None:
-        if self._live is None:
-            self._live = Live(get_renderable=self.table, console=self._console, refresh_per_second=8, transient=True)
-            self._live.start()
+        if key not in self._rows:
+            self._rows[key] = self._display.begin(f"venv of {event.venv}", progress.node)
+        row = self._rows[key]
+        if event.state == "failed":
+            row.end(f"{event.phase} failed: {event.detail}".removesuffix(": "), has_failed=True)
+        elif event.state == "running":
+            row.update(event.detail)
+        elif event.state == "started":
+            row.phase(event.phase, event.detail)
+        elif event.phase == "seal" and self._digests.get(key) in (None, event.digest):  # else an overlay's base
+            row.end("ready")

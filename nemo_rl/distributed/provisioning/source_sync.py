@@ -39,6 +39,8 @@ from nemo_rl.distributed.cluster.session import can_grow, job_name
 from nemo_rl.distributed.provisioning import source_receiver
 from nemo_rl.distributed.provisioning.source_receiver import HOOK_DIRECTORY, FileEntry, SourceListing
 from nemo_rl.errors import BroadcastError, ConfigError
+from nemo_rl.observability.activities import activity
+from nemo_rl.utils.interactive import is_interactive
 from nemo_rl.utils.names import abbreviated
 from nemo_rl.utils.source_archive import SourceTree, collect, write_zip
 from nemo_rl.venvs import InterpreterSpec, VenvPlan
@@ -104,7 +106,8 @@ _lock = threading.RLock()
 def distribute_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] = ()) -> None:
     """Send the driver's source and the projects of `plans` to those of `nodes` that do not have the same files.
 
-    Each node is checked once per job. A local cluster, which has one node, is not checked.
+    Each node is checked once per job, so that all workers of a job run the same code. In an interactive session, files
+    that were edited are sent again. A local cluster, which has one node, is not checked.
 
     Raises:
         BroadcastError: a node cannot store the source, or the source exceeds `NEMO_RL_SOURCE_MAX_MB`.
@@ -118,6 +121,8 @@ def distribute_source(nodes: Iterable[NodeResources], plans: Iterable[VenvPlan] 
     with _lock:
         if _state.job != job_name():
             _state = _State(job_name())
+        if is_interactive():
+            _forget_edited_sources()
         sources = _read_sources(_roots(plans))
         unchecked: dict[_Node, list[_Source]] = {}
         for node in nodes:
@@ -225,10 +230,38 @@ def _read_sources(roots: Sequence[str]) -> list[_Source]:
     return [source for root in roots if (source := _state.sources[root]) is not None]
 
 
+def _forget_edited_sources() -> None:
+    """Forget the sources whose files have changed since they were read, on this node and on all others."""
+    for root, source in list(_state.sources.items()):
+        if source is None or not _is_edited(source):
+            continue
+        del _state.sources[root]
+        _state.checked = {pair for pair in _state.checked if pair[1] != root}
+        for node_id, received in _state.received.items():
+            _state.received[node_id] = [other for other in received if other.listing.root != root]
+
+
+def _is_edited(source: _Source) -> bool:
+    before = {file.path: file.stamp for file in source.listing.files}
+    try:
+        tree = _collect(source.listing.root)
+        return before != {file.path: _stamp((tree.root / file.path).stat()) for file in tree.files}
+    except (ConfigError, OSError):
+        return True
+
+
+def _collect(root: str) -> SourceTree:
+    excludes = () if _is_in_repository(Path(root)) else _JOB_OUTPUT
+    return collect(Path(root), excludes, skip_links=True)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_ino, status.st_mtime_ns
+
+
 def _read(root: str) -> _Source | None:
     try:
-        excludes = () if _is_in_repository(Path(root)) else _JOB_OUTPUT
-        tree = collect(Path(root), excludes, skip_links=True)
+        tree = _collect(root)
         statuses = [(tree.root / file.path).stat() for file in tree.files]  # before the contents are read
         # Reading gigabytes that exceed the limit would only take time.
         archive = _zip(tree) if tree.num_bytes <= settings.SOURCE_MAX_MB.get() * 10**6 else b""
@@ -256,12 +289,11 @@ def _entries(tree: SourceTree, statuses: Sequence[os.stat_result], archive: byte
     """Yield the files with sizes and hashes of their content in the archive; without an archive, with sizes only."""
     with zipfile.ZipFile(io.BytesIO(archive)) if archive else contextlib.nullcontext() as opened:
         for file, status in zip(tree.files, statuses, strict=True):
-            stamp = (status.st_ino, status.st_mtime_ns)
             num_bytes, sha256 = status.st_size, ""
             if opened is not None:
                 content = opened.read(file.path)
                 num_bytes, sha256 = len(content), hashlib.sha256(content).hexdigest()
-            yield FileEntry(file.path, num_bytes, sha256, os.access(tree.root / file.path, os.X_OK), stamp)
+            yield FileEntry(file.path, num_bytes, sha256, os.access(tree.root / file.path, os.X_OK), _stamp(status))
 
 
 def _check_and_send(unchecked: Mapping[_Node, list[_Source]]) -> None:
@@ -294,7 +326,12 @@ def _check_and_send(unchecked: Mapping[_Node, list[_Source]]) -> None:
 def _send(source: _Source, nodes: list[_Node]) -> None:
     listing = ray.put(source.listing)
     archive = ray.put(_archive(source))
-    answers = _call(source_receiver.unpack_source, dict.fromkeys(nodes, (listing, archive)))
+    size = f"{len(source.tree.files)} files, {source.tree.num_bytes / 1e6:.1f} MB"
+    with activity(f"source in {source.listing.root}") as sending:
+        sending.phase(f"sending {size} to {len(nodes)} nodes")
+        answers = _call(source_receiver.unpack_source, dict.fromkeys(nodes, (listing, archive)))
+        num_received = sum(not isinstance(answer, RayError) for answer in answers.values())
+        sending.result = f"{num_received} of {len(nodes)} nodes received {size}"
     for node, answer in answers.items():
         if isinstance(answer, RayTaskError):
             reason = str(getattr(answer, "cause", answer))
@@ -308,13 +345,6 @@ def _send(source: _Source, nodes: list[_Node]) -> None:
             continue
         _state.received.setdefault(node.node_id, []).append(source)
         _state.checked.add((node.node_id, source.listing.root))
-    logger.info(
-        "%d nodes received the source in %s: %d files, %.1f MB",
-        len(nodes),
-        source.listing.root,
-        len(source.tree.files),
-        source.tree.num_bytes / 1e6,
-    )
     if source.tree.untracked:
         logger.warning(
             "new files of %s are not sent, because they are not Python files and git does not track them: %s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,13 @@ from typing import Any
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 
-from nemo_rl.distributed.workers.launch_plan import IsolatedWorkerInitializer, LaunchPlan, plan_launch
+from nemo_rl.distributed.cluster.session import init_ray
+from nemo_rl.distributed.workers.launch_plan import (
+    IsolatedWorkerInitializer,
+    LaunchPlan,
+    plan_launch,
+    prepare_venvs_of,
+)
 from nemo_rl.distributed.workers.runtime_env import (
     ConfiguredWorker,
     WorkerOptions,
@@ -216,6 +222,28 @@ class RayWorkerBuilder:
         return plan.actor_class.options(**actor_options, runtime_env=plan.runtime_env).remote(
             launch, *self.args, **kwargs
         )
+
+
+def prepare_venvs(builders: Iterable[RayWorkerBuilder]) -> None:
+    """Make the venvs of several builders ready on every node, in parallel, before their groups start.
+
+    Without it, each group builds its venv when it is created, one after another. A `runtime_env` in a class's own
+    `@ray.remote` is known only in its venv; packages that it adds are installed when the group is created.
+
+    Raises:
+        UnregisteredActorError, InvalidPyExecutableError, RuntimeEnvError, VenvError: a venv cannot be planned. Nothing
+            has been built.
+        NodeVenvError: a venv is not ready on some node.
+
+    Example::
+
+        trainer, verifier = RayWorkerBuilder("my_project.Trainer"), RayWorkerBuilder("my_project.Verifier")
+        prepare_venvs([trainer, verifier])
+        trainers = RayWorkerGroup(cluster, trainer)
+        verifiers = RayWorkerGroup(cluster, verifier)
+    """
+    init_ray()
+    prepare_venvs_of((builder.ray_actor_class_fqn, builder._fields) for builder in builders)
 
 
 def _configured_plan(plan: LaunchPlan, options: WorkerOptions, configured: ConfiguredWorker) -> LaunchPlan:

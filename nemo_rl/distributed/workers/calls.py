@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,10 @@ from ray.actor import ActorHandle
 
 from nemo_rl.distributed.futures import MultiWorkerFuture, Reference, TiedWorkers, get_values
 from nemo_rl.distributed.named_sharding import NamedSharding
+from nemo_rl.distributed.workers.cancellation import cancel_calls
 from nemo_rl.errors import WorkerError
+
+logger = logging.getLogger(__name__)
 
 # Values of these types are passed directly: they are smaller than a reference to a shared copy.
 _SMALL_TYPES = (type(None), bool, int, float)
@@ -33,6 +37,7 @@ class WorkerCalls(TiedWorkers):
     _fqn: str
     _methods: tuple[str, ...]
     _workers: list[ActorHandle]
+    _attestation: list[dict[str, Any]]
     _is_shut_down: bool
 
     def run_single_worker_single_data(self, method: str, worker_idx: int, **kwargs: Any) -> Reference:
@@ -151,15 +156,48 @@ class WorkerCalls(TiedWorkers):
         """Wait for the results of a call: one per tied group, in rank order, or one per reference of a list.
 
         The result of a streaming method is the list of the values it yields, or the generator itself with
-        `return_generators_as_proxies`.
+        `return_generators_as_proxies`. Ctrl-C cancels the calls of the group, see `cancel`.
 
         Raises:
             WorkerError: a worker died; names its rank and node, and chains Ray's error.
+            CallCancelledError: the call was cancelled.
             Exception: the exception that the worker's method raised.
         """
-        if isinstance(future, MultiWorkerFuture):
-            return future.get_results(self, return_generators_as_proxies)
-        return get_values(self, future, range(len(self._workers)), return_generators_as_proxies)
+        try:
+            if isinstance(future, MultiWorkerFuture):
+                return future.get_results(self, return_generators_as_proxies)
+            return get_values(self, future, range(len(self._workers)), return_generators_as_proxies)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+
+    def cancel(self, timeout: float = 10.0) -> bool:
+        """Cancel the calls that run or wait on the workers. The workers keep their state and take new calls.
+
+        A running method is interrupted as by Ctrl-C: a `KeyboardInterrupt` is raised in it, a coroutine is cancelled.
+        Code that Python cannot interrupt ends first, such as a long call of a C library, and so do methods of a class
+        with `max_concurrency` that are not coroutines. `get_all_worker_results` of a cancelled call raises
+        `CallCancelledError`.
+
+        Args:
+            timeout: seconds to wait until the workers are idle.
+
+        Returns:
+            Whether all workers are idle.
+        """
+        if self._is_shut_down or not ray.is_initialized():
+            return True
+        busy = cancel_calls(self._workers, self._attestation, timeout)
+        if busy:
+            logger.warning(
+                "%s: the calls of %d of %d workers could not be interrupted in %.0f s; `shutdown(force=True)` ends the "
+                "workers",
+                self.label,
+                len(busy),
+                len(self._workers),
+                timeout,
+            )
+        return not busy
 
     def _check_method(self, method: str) -> None:
         if self._is_shut_down:

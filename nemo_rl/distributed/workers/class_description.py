@@ -80,7 +80,9 @@ class ClassDescription:
         """Create a Ray actor class with the described methods. It contains none of the worker's code."""
         host: Any = worker_host.make_host_class(self.plain)
         # Concurrency groups cannot be given per actor; all other options can (runtime_env.WorkerOptions).
-        groups = self.ray_options.get("concurrency_groups")
+        groups = dict(self.ray_options.get("concurrency_groups") or {})
+        if worker_host.has_coroutines(self.plain):
+            groups[worker_host.CANCEL_GROUP] = 1
         options: dict[str, Any] = {"concurrency_groups": groups}
         return ray.remote(**options)(host) if groups else ray.remote(host)
 

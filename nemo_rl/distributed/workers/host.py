@@ -14,6 +14,10 @@ the driver sends its code, and the process in the venv never imports it. For the
       not imported                                  3. import the module, compare the class with the description
     handle.method.remote(...) ───────────────────▶  4. construct the class; calls are forwarded to it
 
+    group.cancel() ── CANCEL_SIGNAL ─────────────▶  interrupts the call in the main thread, drops those after it
+      or, if the class has coroutines, nrl_cancel__   cancels all coroutines, drops those after them
+    handle.nrl_resume__.remote() ────────────────▶  calls after it run again
+
 Steps 2 and 3 do not raise for a mismatch. They record a `verdict` in the attestation and skip the following steps, so
 that the driver can report the worker, the expected and the actual value. Errors of the worker's module and constructor
 are raised unchanged.
@@ -21,6 +25,7 @@ are raised unchanged.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -29,8 +34,10 @@ import inspect
 import json
 import os
 import platform
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -38,6 +45,11 @@ from typing import Any
 
 SCHEMA = 1
 ATTEST_METHOD = "nrl_attest__"
+CANCEL_METHOD = "nrl_cancel__"
+RESUME_METHOD = "nrl_resume__"
+CANCEL_GROUP = "nrl_cancel"  # concurrency group of the cancel method: it runs while coroutines occupy all others
+# Not SIGINT: Ray blocks it in its processes, so that Ctrl-C in the driver's terminal does not reach them.
+CANCEL_SIGNAL = signal.SIGRTMIN + 7
 MANIFEST_NAME = "nemo_rl_venv.json"  # nemo_rl.venvs.storage.manifest.MANIFEST_FILE
 
 _RAY_METHOD_ATTRIBUTES = (
@@ -213,24 +225,39 @@ def make_host_class(description: dict[str, Any]) -> type:
     namespace: dict[str, Any] = {"__module__": module, "__doc__": description["doc"], "__qualname__": name}
     for method_name, method in description["methods"].items():
         namespace[method_name] = _forwarder(method_name, method)
+    if has_coroutines(description):
+
+        def cancel(self: Any) -> None:
+            self._nrl_calls.cancel_coroutines()
+
+        cancel.__ray_concurrency_group__ = CANCEL_GROUP  # type: ignore[attr-defined]
+        namespace[CANCEL_METHOD] = cancel
     return type(name, (WorkerHost,), namespace)
+
+
+def has_coroutines(description: dict[str, Any]) -> bool:
+    """Return whether Ray runs the methods of the described class in an event loop, not in the main thread."""
+    return any(method["kind"].startswith("async") for method in description["methods"].values())
 
 
 def _forwarder(name: str, method: dict[str, Any]) -> Callable[..., Any]:
     async def forward_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self._nrl_worker, name)(*args, **kwargs)
+        with self._nrl_calls.coroutine():
+            return await getattr(self._nrl_worker, name)(*args, **kwargs)
 
     async def forward_async_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        async for item in getattr(self._nrl_worker, name)(*args, **kwargs):
-            yield item
+        with self._nrl_calls.coroutine():
+            async for item in getattr(self._nrl_worker, name)(*args, **kwargs):
+                yield item
 
     def forward_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        items = iter(getattr(self._nrl_worker, name)(*args, **kwargs))
         # Not `yield from`: Ray sends values into the generator, which plain iterators do not support.
-        for item in getattr(self._nrl_worker, name)(*args, **kwargs):  # noqa: UP028
+        while (item := self._nrl_calls.run(next, items, _END)) is not _END:
             yield item
 
     def forward_plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._nrl_worker, name)(*args, **kwargs)
+        return self._nrl_calls.run(getattr(self._nrl_worker, name), *args, **kwargs)
 
     kinds: dict[str, Callable[..., Any]] = {
         "async": forward_async,
@@ -264,6 +291,88 @@ def signature_of(parameters: list[list[Any]], *first: inspect.Parameter) -> insp
     )
 
 
+_END = object()
+_CLEANUP_S = 5.0  # seconds between two interrupts of one call
+
+
+class _Calls:
+    """Tracks the calls that run in this process, so that the driver can cancel them.
+
+    Ray runs plain methods in the main thread, where Python also runs signal handlers: the handler raises in the call.
+    Methods in other threads, those of an actor with `max_concurrency` and without coroutines, are not interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._main_thread = threading.main_thread().ident
+        self._is_running = False  # a call, in the main thread
+        self._interrupted_at = -_CLEANUP_S
+        self._is_cancelling = False
+        self._coroutines: set[asyncio.Task[Any]] = set()
+
+    def listen(self) -> bool:
+        """Handle `CANCEL_SIGNAL`. Returns False where that is impossible: Ray constructs some actors in a thread."""
+        if threading.get_ident() != self._main_thread:
+            return False
+        signal.signal(CANCEL_SIGNAL, self._interrupt)
+        return True
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function`. Raises `TaskCancelledError` if the driver cancels the call before it has returned."""
+        if threading.get_ident() != self._main_thread:
+            return function(*args, **kwargs)
+        if self._is_cancelling:
+            raise _cancelled()
+        try:
+            self._interrupted_at = -_CLEANUP_S
+            self._is_running = True
+            result = function(*args, **kwargs)
+            self._is_running = False
+            return result
+        except BaseException as error:
+            self._is_running = False
+            if self._is_cancelling and isinstance(error, KeyboardInterrupt):
+                raise _cancelled() from None
+            raise
+
+    @contextlib.contextmanager
+    def coroutine(self) -> Iterator[None]:
+        """Track the current coroutine while the block runs. A cancelled one raises `TaskCancelledError`."""
+        if self._is_cancelling:
+            raise _cancelled()
+        task = asyncio.current_task()
+        if task is not None:
+            self._coroutines.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise _cancelled() from None
+        finally:
+            self._coroutines.discard(task)  # type: ignore[arg-type]
+
+    def cancel_coroutines(self) -> None:
+        """Cancel the coroutines that run, and those that start before `resume`."""
+        self._is_cancelling = True
+        for task in list(self._coroutines):
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def resume(self) -> None:
+        """Run the calls that arrive from now on."""
+        self._is_cancelling = False
+
+    def _interrupt(self, *_: object) -> None:
+        self._is_cancelling = True
+        # The driver repeats the signal. The call gets time to clean up; an interrupt may also be lost in a destructor.
+        if self._is_running and time.monotonic() >= self._interrupted_at + _CLEANUP_S:
+            self._interrupted_at = time.monotonic()
+            raise KeyboardInterrupt
+
+
+def _cancelled() -> Exception:
+    from ray.exceptions import TaskCancelledError
+
+    return TaskCancelledError(error_message="The driver has cancelled this call.")
+
+
 class WorkerHost:
     """Base of every generated host class; see the docstring of this module."""
 
@@ -275,8 +384,11 @@ class WorkerHost:
         attestation = attest(nrl_launch__)
         attestation["phases"] = phases.ended
         phases.end("Ray worker starts")
+        calls = _Calls()
+        has_cancel = hasattr(self, CANCEL_METHOD)
+        attestation["cancelled_by"] = "method" if has_cancel else "signal" if calls.listen() else None
         # Use __dict__, because attribute access is forwarded to the worker.
-        self.__dict__.update(_nrl_attestation=attestation, _nrl_worker=None)
+        self.__dict__.update(_nrl_attestation=attestation, _nrl_worker=None, _nrl_calls=calls)
         if attestation["verdict"] != "ok":
             return
         with _gc_disabled():
@@ -293,6 +405,10 @@ class WorkerHost:
     def nrl_attest__(self) -> dict[str, Any]:
         """Return the attestation of this process. Ray runs this only after the worker's constructor has returned."""
         return self.__dict__["_nrl_attestation"]
+
+    def nrl_resume__(self) -> None:
+        """End a cancellation. The driver calls this after it has cancelled the earlier calls."""
+        self.__dict__["_nrl_calls"].resume()
 
     def __getattr__(self, name: str) -> Any:
         # Closures that run on the actor (`handle.__ray_call__`) see the worker's attributes.
@@ -337,9 +453,14 @@ class _Phases:
 
 def _process_start() -> float:
     """Return when the kernel started this process, in seconds of the epoch, to a hundredth of a second."""
-    with open("/proc/self/stat", encoding="utf-8") as file:
-        ticks = int(file.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), `starttime`
+    ticks = start_ticks(os.getpid())
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def start_ticks(pid: int) -> int:
+    """Return when the kernel started a process, in ticks since boot. With the pid, it identifies the process."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        return int(file.read().rpartition(")")[2].split()[19])  # field 22 of proc(5), `starttime`
 
 
 def attest(launch: dict[str, Any]) -> dict[str, Any]:
@@ -366,6 +487,7 @@ def attest(launch: dict[str, Any]) -> dict[str, Any]:
         "node_ip": ray.util.get_node_ip_address(),
         "hostname": socket.gethostname(),
         "pid": os.getpid(),
+        "start_ticks": start_ticks(os.getpid()),
     }
 
 

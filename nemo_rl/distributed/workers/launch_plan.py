@@ -97,6 +97,8 @@ class LaunchPlan:
             that Ray would modify.
         description: of the class.
         actor_class: the Ray actor class of the description.
+        given: the fields of builder and call alone.
+        description_path: the file that caches the description.
     """
 
     fqn: str
@@ -106,6 +108,8 @@ class LaunchPlan:
     host_env_vars: dict[str, str] = field(repr=False)
     description: ClassDescription
     actor_class: Any = field(repr=False)
+    given: dict[str, Any] = field(default_factory=dict, repr=False)
+    description_path: Path | None = None
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -139,7 +143,10 @@ class LaunchPlan:
 
     def with_description(self, description: ClassDescription) -> LaunchPlan:
         """Return the plan for a class that differs from its cached description, and cache the new one."""
-        save_description(_description_path(self.fqn, self.python, self.runtime_env), description)
+        if self.description_path is not None:
+            save_description(self.description_path, description)
+        if description.ray_options.get("runtime_env") != self.description.ray_options.get("runtime_env"):
+            return plan_launch(self.fqn, self.given)
         return replace(self, description=description, actor_class=description.actor_class())
 
     def refreshed(self) -> LaunchPlan:
@@ -178,8 +185,9 @@ def plan_launch(fqn: str, fields: Mapping[str, Any]) -> LaunchPlan:
     if description is None:
         description = _describe(fqn, runtime_env, host_env_vars)
         save_description(path, description)
+    actor_class = description.actor_class()
     plan = LaunchPlan(
-        fqn, python, dict(fields), runtime_env, host_env_vars, description, actor_class=description.actor_class()
+        fqn, python, dict(fields), runtime_env, host_env_vars, description, actor_class, dict(fields), path
     )
     class_fields = description.ray_options.get("runtime_env")
     if not class_fields:
@@ -196,11 +204,29 @@ def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     if ray_chooses_python(fields):
         distribute_source(alive_nodes())
         return WorkerPython()
+    name, spec = _named_spec(fqn, fields)
+    return prepare_pythons({name: spec})[name]
+
+
+def prepare_venvs_of(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Make the venvs of several classes ready on every node, in parallel.
+
+    Args:
+        requests: each class with the `runtime_env` of its builder. Those whose Python Ray creates are skipped.
+
+    Raises:
+        UnregisteredActorError, InvalidPyExecutableError, RuntimeEnvError, NodeVenvError, VenvError: see `plan_launch`.
+    """
+    venvs = dict(_named_spec(fqn, fields) for fqn, fields in requests if not ray_chooses_python(fields))
+    ensure_venvs_on_each_node(venvs)
+
+
+def _named_spec(fqn: str, fields: Mapping[str, Any]) -> tuple[str, Spec]:
+    """Return the name and the specification of a class's venv."""
     spec = spec_from_runtime_env(fields, fields.get("py_executable") or get_actor_python_env(fqn))
     # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
     is_default = not any(name in fields for name in _VENV_FIELDS)
-    name = fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
-    return prepare_pythons({name: spec})[name]
+    return (fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"), spec
 
 
 def _require_programs(fields: Mapping[str, Any]) -> None:

@@ -179,7 +179,10 @@ def all_dead(handles: Sequence[ActorHandle], timeout_s: float | None) -> bool:
                 ray.get(handle.__ray_ready__.remote(), timeout=limit)
             except ActorUnavailableError:  # the node does not answer; Ray has not declared the actor dead yet
                 pass
-            except WORKER_DEATHS:
+            except WORKER_DEATHS as death:
+                death.__traceback__ = (
+                    None  # it refers to this error, and so to the caller's group until Python collects it
+                )
                 break
             except GetTimeoutError:
                 return False

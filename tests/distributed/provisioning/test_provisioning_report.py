@@ -1,4 +1,4 @@
-"""The view of provisioning progress, on a terminal and in a log."""
+"""The view of provisioning progress, on a terminal and in lines."""
 
 from __future__ import annotations
 
@@ -9,67 +9,82 @@ import pytest
 from rich.console import Console
 
 from nemo_rl.distributed.provisioning.report import NodeProgress, VenvProgressView
+from nemo_rl.observability.activities import Display
 from nemo_rl.venvs import Progress
 
 
 def _event(
-    phase: str, state: str, *, venv: str = "pkg.Worker", node: str = "10.0.0.1", detail: str = ""
+    phase: str,
+    state: str,
+    *,
+    venv: str = "pkg.Worker",
+    node: str = "10.0.0.1",
+    detail: str = "",
+    digest: str = "d" * 64,
 ) -> NodeProgress:
-    return NodeProgress(node, node, Progress(venv, "d" * 64, phase, state, 1.5 if state == "done" else 0.0, detail))
+    return NodeProgress(node, node, Progress(venv, digest, phase, state, 1.5 if state == "done" else 0.0, detail))
 
 
-def _terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
+def _display(*, terminal: bool = True) -> Display:
+    return Display(
+        Console(file=io.StringIO(), force_terminal=terminal, force_interactive=terminal, width=160, color_system=None)
+    )
 
 
-def _rendered(view: VenvProgressView) -> str:
+def _rendered(display: Display) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(view.table())
+    console.print(display.table())
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_terminal_shows_the_latest_phase() -> None:
-    with VenvProgressView(_terminal()) as view:
+    display = _display()
+    with VenvProgressView(display) as view:
         for node in ("10.0.0.1", "10.0.0.2"):
             view(_event("fetch", "started", node=node))
         view(_event("fetch", "running", detail="Downloading torch"))
         view(_event("seal", "done", node="10.0.0.2"))
-        first, second = [line.split() for line in _rendered(view).splitlines()[1:]]
-    assert first[:5] == ["Worker", "10.0.0.1", "fetch", "Downloading", "torch"]
-    assert second[:3] == ["Worker", "10.0.0.2", "ready"]
+        first, second = [line.split() for line in _rendered(display).splitlines()]
+    assert first[:7] == ["venv", "of", "pkg.Worker", "10.0.0.1", "fetch", "Downloading", "torch"]
+    assert second[:5] == ["venv", "of", "pkg.Worker", "10.0.0.2", "ready"]
+    assert not display.is_live
 
 
 def test_failure_stays_visible() -> None:
-    with VenvProgressView(_terminal()) as view:
+    display = _display()
+    with VenvProgressView(display) as view:
         view(_event("resolve", "failed", detail="no such extra"))
-        assert "no such extra" in _rendered(view)
+        assert "no such extra" in _rendered(display)
 
 
-def test_ready_venvs_are_not_rendered() -> None:
-    view = VenvProgressView(_terminal())
-    view(_event("resolve", "started"))
+def test_ready_venvs_are_not_shown() -> None:
+    display = _display()
+    view = VenvProgressView(display)
+    view(_event("resolve", "started", digest=""))
     view(_event("resolve", "done"))
-    assert view._live is None
-    assert len(_rendered(view).splitlines()) == 1
+    assert not display.is_live
+    assert not _rendered(display).strip()
 
 
-def test_many_rows_show_unfinished_venvs_first() -> None:
-    view = VenvProgressView(Console(file=io.StringIO()))
-    for number in range(60):
-        view(_event("seal", "done", node=f"10.0.1.{number}"))
-    view(_event("fetch", "started", node="10.0.2.1"))
-    text = _rendered(view)
-    assert "10.0.2.1" in text
-    assert "61 in total, 60 finished" in text
-    assert len(text.splitlines()) < 30
+def test_each_phase_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    display = _display(terminal=False)
+    with caplog.at_level(logging.INFO), VenvProgressView(display) as view:
+        view(_event("resolve", "done"))
+        for phase, digest in (("fetch", "base"), ("seal", "base"), ("fetch", "d" * 64), ("seal", "d" * 64)):
+            view(_event(phase, "started", digest=digest))
+            view(_event(phase, "running", detail="noise", digest=digest))
+            view(_event(phase, "done", digest=digest))
+    lines = [record.getMessage() for record in caplog.records]
+    title = "venv of pkg.Worker on 10.0.0.1"
+    assert lines[:4] == [f"{title}: fetch", f"{title}: seal", f"{title}: fetch", f"{title}: seal"]
+    assert lines[4].startswith(f"{title}: ready in ")
+    assert display._stderr().file.getvalue().splitlines() == lines  # type: ignore[attr-defined]
+    assert len(lines) == 5
 
 
-def test_phases_are_logged_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), VenvProgressView(Console(file=io.StringIO())) as view:
-        view(_event("fetch", "started"))
-        view(_event("fetch", "running", detail="noise"))
-        view(_event("fetch", "done"))
-    assert [record.getMessage() for record in caplog.records] == [
-        "venv pkg.Worker on 10.0.0.1: fetch started",
-        "venv pkg.Worker on 10.0.0.1: fetch done in 1.5 s",
-    ]
+def test_venv_of_another_process_is_ready_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), VenvProgressView(_display(terminal=False)) as view:
+        view(_event("wait", "started", detail="for process 7"))
+        view(_event("wait", "done"))
+    assert caplog.messages[0] == "venv of pkg.Worker on 10.0.0.1: wait for process 7"
+    assert caplog.messages[1].startswith("venv of pkg.Worker on 10.0.0.1: ready in ")

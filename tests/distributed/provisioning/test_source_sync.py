@@ -92,12 +92,13 @@ def test_host_with_only_ray_and_uv_runs_the_drivers_source(
                 assert is_driver or worker["child"] == "changed"
                 assert worker["module"].startswith(str(users_project)) == is_driver
                 assert worker["nemo_rl"].startswith(str(REPOSITORY)) == is_driver
+        assert [worker["written"] for worker in answer["edited"]] == ["edited in the session"] * 2
         assert [worker["has_small"] for worker in answer["system"] + answer["small"]] == [False, False, True, True]
         assert len(answer["checked"]) == 2
         assert [fatal for fatal in answer["checked"].values() if fatal] == []
     assert (first["built"], again["built"]) == (True, False)
-    received = f"1 nodes received the source in {users_project}"
-    assert (log.count(received), log_again.count(received)) == (1, 0)
+    received = f"source in {users_project}: 1 of 1 nodes received"
+    assert (log.count(received), log_again.count(received)) == (2, 0)  # also the edited source
 
 
 def _run_job(command: list[str], variables: dict[str, str], cwd: Path) -> tuple[dict[str, Any], str]:

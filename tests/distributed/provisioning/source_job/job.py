@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,6 +32,7 @@ def main(project: str, num_hosts: int) -> None:
     register_actor_environment(FQN, PY_EXECUTABLES.SYSTEM)
     cluster = RayVirtualCluster([1] * num_hosts, use_gpus=False)
     workers = {"system": answers(cluster, {}), "small": answers(cluster, {"uv": ["small==1.0"]})}
+    workers["edited"] = answers_after_edit(cluster, Path(project, "mine", "fresh.py"))
     cluster.shutdown()
     driver_node = ray.get_runtime_context().get_node_id()
     other = next(node.node_id for node in alive_nodes() if node.node_id != driver_node)
@@ -49,6 +51,18 @@ def answers(cluster: RayVirtualCluster, runtime_env: dict[str, Any]) -> list[dic
         return ray.get(group.run_all_workers_single_data("answer"))
     finally:
         group.shutdown()
+
+
+def answers_after_edit(cluster: RayVirtualCluster, module: Path) -> list[dict[str, Any]]:
+    """Edit a module as in a notebook, and restore it."""
+    text = module.read_text()
+    sys.ps1 = ">>> "
+    module.write_text(text.replace("changed", "edited in the session"))
+    try:
+        return answers(cluster, {})
+    finally:
+        module.write_text(text)
+        del sys.ps1
 
 
 if __name__ == "__main__":
