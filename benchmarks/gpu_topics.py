@@ -220,7 +220,7 @@ def _offload_and_reload(worker: Any, plan: Plan) -> Metrics:
     resident = _allocated(plan)
     out = _seconds(plan, worker.offload)
     remaining = _allocated(plan)
-    back = _seconds(plan, lambda: memory.need(Part.WEIGHTS, Part.OPTIMIZER))
+    back = _seconds(plan, lambda: memory.load(Part.WEIGHTS, Part.OPTIMIZER))
     num_bytes = sum(place.num_bytes for part in (Part.WEIGHTS, Part.OPTIMIZER) for place in memory._parts[part]._places)
     return {
         "to host GB/s": num_bytes / out / GIGA,

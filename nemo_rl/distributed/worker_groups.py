@@ -339,7 +339,7 @@ class RayWorkerGroup(WorkerCalls):
     def _claim_names(self, names: Sequence[str]) -> str:
         """Return the suffix of the actors' names: none, or a random one if one of the names is taken."""
         with _names_lock:
-            if _names_in_use.isdisjoint(names) and set(ray.util.list_named_actors()).isdisjoint(names):
+            if _names_in_use.isdisjoint(names) and not any(map(_is_taken, names)):
                 _names_in_use.update(names)
                 self._release_names = weakref.finalize(self, _names_in_use.difference_update, names)
                 return ""
@@ -450,6 +450,15 @@ class RayWorkerGroup(WorkerCalls):
         if late:
             logger.warning("%s: %d workers did not finish %r in %.0f s", self.label, len(late), method, deadline.limit)
         return not failed and not late
+
+
+def _is_taken(name: str) -> bool:
+    """Return whether Ray refuses an actor with this name, as it does until this process knows that the last one died."""
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True
 
 
 class _Deadline:

@@ -18,7 +18,7 @@ from nemo_rl.models.generation.vllm.draws import ROW, Draws, JobRow, draw_rows, 
 
 VOCABULARY = 11
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_subnormal=False) | st.text(),
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
     max_leaves=5,
 )
