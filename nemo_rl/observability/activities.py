@@ -169,7 +169,8 @@ class Display:
                 return "off"
             if settings.is_under_pytest() and chosen == "auto":
                 return "off"
-            if chosen == "plain":
+            # A notebook's stream says that it is a terminal, but keeps every frame of a live table.
+            if chosen == "plain" or type(sys.stderr).__module__.startswith("ipykernel"):
                 return "plain"
         return "live" if self._stderr().is_interactive else "plain"
 

@@ -80,6 +80,18 @@ def test_log_file_does_not_replace_the_display(tmp_path: Path) -> None:
     assert errors.count("2 workers ready") == log.read_text().count("2 workers ready") == 1
 
 
+def test_stream_of_a_notebook_shows_lines() -> None:
+    """It answers that it is a terminal."""
+    stream = (
+        "class Stream:\n    __module__ = 'ipykernel.iostream'\n    isatty = lambda self: True\n"
+        "    flush = lambda self: None\n    write = lambda self, text: os.write(2, text.encode())\n"
+        "sys.stderr = Stream()"
+    )
+    _, errors = _run(stream, TERM="xterm")
+    assert errors.splitlines()[0] == "group policy: starting 2 workers"
+    assert len(errors.splitlines()) == 2
+
+
 def test_closed_standard_error_does_not_end_the_session() -> None:
     output, _ = _run("os.close(2)")
     assert output == "a result\n"
