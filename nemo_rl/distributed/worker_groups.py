@@ -453,7 +453,7 @@ class RayWorkerGroup(WorkerCalls):
 
 
 def _is_taken(name: str) -> bool:
-    """Return whether Ray refuses an actor with this name, as it does until this process knows that the last one died."""
+    """Return whether Ray refuses an actor of this name. It does until this process knows that the last one has died."""
     try:
         ray.get_actor(name)
     except ValueError:

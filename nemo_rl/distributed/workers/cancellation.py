@@ -4,7 +4,7 @@
 
     driver ── CANCEL_SIGNAL, from a process on the worker's node ──► the running call raises, queued calls are dropped
            ── or nrl_cancel__, for a class with coroutines ────────► coroutines are cancelled, queued ones are dropped
-           ── nrl_resume__, queued behind all of them ─────────────► later calls run
+           ── nrl_resume__, after all of them ─────────────────────► later calls run
 
 Ray cancels a queued actor task and a coroutine, but a running method only if the method asks Ray for it, and it needs
 the reference of each call.

@@ -82,7 +82,7 @@ class ClassDescription:
         # Concurrency groups cannot be given per actor; all other options can (runtime_env.WorkerOptions).
         groups = dict(self.ray_options.get("concurrency_groups") or {})
         if worker_host.has_coroutines(self.plain):
-            groups[worker_host.CANCEL_GROUP] = 1
+            groups[worker_host.CANCEL_GROUP] = 64  # `resume` waits, and the driver may repeat both
         options: dict[str, Any] = {"concurrency_groups": groups}
         return ray.remote(**options)(host) if groups else ray.remote(host)
 

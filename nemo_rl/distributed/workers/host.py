@@ -47,7 +47,7 @@ SCHEMA = 1
 ATTEST_METHOD = "nrl_attest__"
 CANCEL_METHOD = "nrl_cancel__"
 RESUME_METHOD = "nrl_resume__"
-CANCEL_GROUP = "nrl_cancel"  # concurrency group of the cancel method: it runs while coroutines occupy all others
+CANCEL_GROUP = "nrl_cancel"  # concurrency group of both methods: they run while coroutines occupy all others
 # Not SIGINT: Ray blocks it in its processes, so that Ctrl-C in the driver's terminal does not reach them.
 CANCEL_SIGNAL = signal.SIGRTMIN + 7
 MANIFEST_NAME = "nemo_rl_venv.json"  # nemo_rl.venvs.storage.manifest.MANIFEST_FILE
@@ -230,8 +230,12 @@ def make_host_class(description: dict[str, Any]) -> type:
         def cancel(self: Any) -> None:
             self._nrl_calls.cancel_coroutines()
 
-        cancel.__ray_concurrency_group__ = CANCEL_GROUP  # type: ignore[attr-defined]
-        namespace[CANCEL_METHOD] = cancel
+        async def resume(self: Any) -> None:
+            await self._nrl_calls.resume_when_idle()
+
+        for method_name, function in ((CANCEL_METHOD, cancel), (RESUME_METHOD, resume)):
+            function.__ray_concurrency_group__ = CANCEL_GROUP  # type: ignore[attr-defined]
+            namespace[method_name] = function
     return type(name, (WorkerHost,), namespace)
 
 
@@ -293,6 +297,7 @@ def signature_of(parameters: list[list[Any]], *first: inspect.Parameter) -> insp
 
 _END = object()
 _CLEANUP_S = 5.0  # seconds between two interrupts of one call
+_QUIET_S = 0.5  # seconds without a dropped coroutine after which none is waiting any more
 
 
 class _Calls:
@@ -308,6 +313,7 @@ class _Calls:
         self._interrupted_at = -_CLEANUP_S
         self._is_cancelling = False
         self._coroutines: set[asyncio.Task[Any]] = set()
+        self._dropped_at = 0.0
 
     def listen(self) -> bool:
         """Handle `CANCEL_SIGNAL`. Returns False where that is impossible: Ray constructs some actors in a thread."""
@@ -338,6 +344,7 @@ class _Calls:
     def coroutine(self) -> Iterator[None]:
         """Track the current coroutine while the block runs. A cancelled one raises `TaskCancelledError`."""
         if self._is_cancelling:
+            self._dropped_at = time.monotonic()
             raise _cancelled()
         task = asyncio.current_task()
         if task is not None:
@@ -350,14 +357,23 @@ class _Calls:
             self._coroutines.discard(task)  # type: ignore[arg-type]
 
     def cancel_coroutines(self) -> None:
-        """Cancel the coroutines that run, and those that start before `resume`."""
-        self._is_cancelling = True
+        """Cancel the coroutines that run, and those that start before `resume_when_idle` returns."""
+        self._is_cancelling, self._dropped_at = True, time.monotonic()
         for task in list(self._coroutines):
             task.get_loop().call_soon_threadsafe(task.cancel)
 
     def resume(self) -> None:
         """Run the calls that arrive from now on."""
         self._is_cancelling = False
+
+    async def resume_when_idle(self) -> None:
+        """Run the calls that arrive from now on, once the coroutines before them have ended.
+
+        Ray does not start waiting coroutines in their order, so a later call says nothing about the earlier ones.
+        """
+        while self._coroutines or time.monotonic() < self._dropped_at + _QUIET_S:
+            await asyncio.sleep(_QUIET_S / 20)
+        self.resume()
 
     def _interrupt(self, *_: object) -> None:
         self._is_cancelling = True
