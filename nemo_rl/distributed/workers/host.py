@@ -233,9 +233,10 @@ def make_host_class(description: dict[str, Any]) -> type:
         async def resume(self: Any) -> None:
             await self._nrl_calls.resume_when_idle()
 
-        for method_name, function in ((CANCEL_METHOD, cancel), (RESUME_METHOD, resume)):
-            function.__ray_concurrency_group__ = CANCEL_GROUP  # type: ignore[attr-defined]
-            namespace[method_name] = function
+        functions: dict[str, Any] = {CANCEL_METHOD: cancel, RESUME_METHOD: resume}
+        for function in functions.values():
+            function.__ray_concurrency_group__ = CANCEL_GROUP
+        namespace.update(functions)
     return type(name, (WorkerHost,), namespace)
 
 
