@@ -269,3 +269,18 @@ def test_importing_the_package_has_no_side_effect() -> None:
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert json.loads(process.stdout) == [True, 1, ["nemo_rl"]]
+
+
+def test_nodes_need_only_ray() -> None:
+    """A node may have the driver's source, but of its packages only those that Ray needs."""
+    program = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('numpy', 'omegaconf', 'pydantic', 'rich', 'torch', 'transformers'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import nemo_rl.distributed.provisioning.broadcast_peer, nemo_rl.distributed.provisioning.node_task\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

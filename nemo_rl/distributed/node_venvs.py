@@ -31,12 +31,12 @@ from nemo_rl.distributed.cluster.session import init_ray, job_name
 from nemo_rl.distributed.provisioning.coordinator import ProvisioningCoordinator
 from nemo_rl.distributed.provisioning.driver_copy import check_driver_copies
 from nemo_rl.distributed.provisioning.node_task import Request, driver_variables, is_ready
+from nemo_rl.distributed.provisioning.progress_view import VenvProgressView
 from nemo_rl.distributed.provisioning.report import (
     NodeProgress,
     NodeProgressCallback,
     NodeVenv,
     NodeVenvReport,
-    VenvProgressView,
     raise_for_failures,
 )
 from nemo_rl.distributed.provisioning.source_sync import distribute_source

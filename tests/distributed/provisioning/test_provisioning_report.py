@@ -8,7 +8,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from nemo_rl.distributed.provisioning.report import NodeProgress, VenvProgressView
+from nemo_rl.distributed.provisioning.progress_view import VenvProgressView
+from nemo_rl.distributed.provisioning.report import NodeProgress
 from nemo_rl.observability.activities import Display
 from nemo_rl.venvs import Progress
 
