@@ -11,6 +11,7 @@ import pytest
 from sample_stages import AddOne, batches
 
 from nemo_rl.errors import ConfigError, StageError
+from nemo_rl.observability.activities import SESSION, Activity
 from nemo_rl.pipelines import RayActorPoolExecutor
 from nemo_rl.pipelines.executors.base import recorded_error
 from nemo_rl.pipelines.items import Item
@@ -77,7 +78,8 @@ def test_counts_of_a_worker(tmp_path: Path, damage: Callable[[Path], None]) -> N
 
 def run_of(directory: RunDirectory) -> _Run:
     stages: list[AnyStage] = [AddOne()]
-    return _Run(RunRequest("p", stages, None, RayActorPoolExecutor(), directory.path, "stop", 0, None), [{}], directory)
+    request = RunRequest("p", stages, None, RayActorPoolExecutor(), directory.path, "stop", 0, None)
+    return _Run(request, [{}], directory, Activity(SESSION, "pipeline p"))
 
 
 def finish_segment(path: Path) -> None:
