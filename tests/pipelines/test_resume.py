@@ -18,6 +18,7 @@ from processes import command_line, running
 from sample_stages import AddOne, KeepFirstOfEach, Slow, SplitRows, batches, full_disk, numbers
 
 from nemo_rl.errors import ResumeError, StageError
+from nemo_rl.observability.activities import SESSION, Activity
 from nemo_rl.pipelines import (
     DocumentBatch,
     Pipeline,
@@ -246,7 +247,7 @@ def test_full_disk_does_not_mark_a_segment_complete(tmp_path: Path) -> None:
     stages: list[AnyStage] = [AddOne()]
     with RunDirectory.opened(tmp_path, "p", stages) as directory:
         request = RunRequest("p", stages, None, RayActorPoolExecutor(), tmp_path, "stop", 0, None)
-        run = _Run(request, [{}], directory)
+        run = _Run(request, [{}], directory, Activity(SESSION, "pipeline p"))
         with full_disk(0), pytest.raises(OSError, match="too large"):
             run._finish(1, 0)
         assert run._num_sources(1) is None

@@ -125,7 +125,8 @@ def test_silent_connections_are_bounded(server: HandshakeServer) -> None:
         silent = [stack.enter_context(dial(server)) for _ in range(count)]
         for peer in silent[:-MAX_PENDING]:
             assert is_closed(peer)
-        assert len(os.listdir("/proc/self/fd")) <= before + count + MAX_PENDING + 1
+        # Besides the clients' ends; other threads of this process may open a few.
+        assert len(os.listdir("/proc/self/fd")) <= before + count + MAX_PENDING + 8
         assert threading.active_count() == threads
         assert_admits(server)
         assert is_closed(silent[-MAX_PENDING])
