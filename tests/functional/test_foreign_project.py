@@ -6,11 +6,14 @@ The first test uses the machine's uv cache and takes half a minute. The others s
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import sys
 import time
 import tomllib
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -251,6 +254,17 @@ def test_member_of_a_workspace_runs_a_worker(machine: Machine) -> None:
     assert (member / "venvs").is_dir()
 
 
+def is_serving(port: int) -> bool:
+    """Return whether an HTTP server answers, be it with an error. It may accept connections before that."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
 @pytest.fixture
 def head(machine: Machine, project: Path) -> Iterator[dict[str, str]]:
     """Start a Ray head with a job server, and yield the variables with which a client reaches it."""
@@ -274,8 +288,7 @@ def head(machine: Machine, project: Path) -> Iterator[dict[str, str]]:
             while True:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                if is_serving(port):
                     break
                 time.sleep(0.2)
         yield env
