@@ -35,7 +35,7 @@ class SimulatedMemory:
         if num_deaths < num_times:
             Path(self._folder, f"{name}-{num_deaths}").write_text(str(os.getpid()))
             exhaust_memory(self._meminfo)
-            time.sleep(60)
+            time.sleep(300)
             raise AssertionError("Ray did not kill this process")
 
     def num_deaths(self, name: str) -> int:
