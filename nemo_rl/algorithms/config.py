@@ -86,6 +86,11 @@ class LossConfig(ConfigModel):
         "truncate", description="A weight outside the bounds becomes the bound, or 0."
     )
 
+    @property
+    def has_kl_in_reward(self) -> bool:
+        """Whether the KL divergence counts in the reward or the advantages, not in the loss."""
+        return self.kl_coef > 0 and self.kl_placement != "loss"
+
     @model_validator(mode="after")
     def _check_combination(self) -> LossConfig:
         if self.dual_clip is not None and self.objective in ("cispo", "reinforce"):

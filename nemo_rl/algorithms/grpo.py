@@ -214,10 +214,10 @@ class GRPO:
         if not config.policy.generation.truncates:
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
         with self.timer.phase("logprobs"):
-            kl_in_reward = config.loss.kl_coef > 0 and config.loss.kl_placement != "loss"
-            if check or has_several_updates or kl_in_reward:
+            needs_prev_logprobs = has_several_updates or config.loss.has_kl_in_reward
+            if check or needs_prev_logprobs:
                 logprobs = self.policy.get_logprobs(batch)
-                if has_several_updates or kl_in_reward:
+                if needs_prev_logprobs:
                     batch["prev_logprobs"] = logprobs
             if config.loss.kl_coef > 0:
                 batch["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(batch)
@@ -234,7 +234,7 @@ class GRPO:
             limit = config.policy.generation.max_new_tokens
             buffer = penalty.buffer_tokens or max(limit // 5, 1)
             rewards = rewards + overlong_penalties(rollout.num_completion_tokens, limit, buffer, penalty.factor)
-        if config.loss.kl_coef > 0 and config.loss.kl_placement != "loss":
+        if config.loss.has_kl_in_reward:
             log_ratio = batch["prev_logprobs"] - batch["reference_policy_logprobs"]
             kl = config.loss.kl_coef * kl_estimates(log_ratio, config.loss.kl_estimator)
             kl = torch.where(batch["token_mask"] > 0, kl, 0.0)

@@ -134,7 +134,7 @@ class ClippedPGLoss:
         self.objective = config.objective
         self.aggregation = config.aggregation
         self.constant_length = config.constant_length or 1
-        self.kl_coef = config.kl_coef if config.kl_placement == "loss" else 0.0
+        self.kl_coef = 0.0 if config.has_kl_in_reward else config.kl_coef
         self.kl_estimator = config.kl_estimator
         self.kl_weighted = config.kl_weighted
         self.importance_correction = config.importance_correction

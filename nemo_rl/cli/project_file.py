@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 
 from nemo_rl.errors import ConfigError, VenvBuildError, VenvError
 from nemo_rl.utils.names import suggest_or_list
+from nemo_rl.venvs.planning.resolve import lock_root
 from nemo_rl.venvs.stacks import CONFLICTS, ENVIRONMENTS, EXTRAS, OVERRIDES, PACKAGE, requirement
 from nemo_rl.venvs.uv import run_uv
 
@@ -153,7 +154,7 @@ def add_extras(project: Path, extras: Sequence[str], source: PackageSource | Non
     changes: list[str] = []
     with _edited(path) as uv:
         changes += _declare_conflicts(uv, {*present, *extras}, name)
-    root = Path(run_uv(["workspace", "dir"], what=f"Finding the workspace of {project}", cwd=project).strip())
+    root = lock_root(str(project))
     with _edited(root / "pyproject.toml") as uv:
         changes += _override(uv, extras, root / "pyproject.toml")
         changes += _limit_environments(uv)
@@ -197,7 +198,7 @@ def lock(project: Path, *, retry: str) -> None:
 @contextlib.contextmanager
 def restored_on_failure(project: Path) -> Iterator[None]:
     """Restore `pyproject.toml` and `uv.lock` of a project and of its workspace if the block fails."""
-    root = Path(run_uv(["workspace", "dir"], what=f"Finding the workspace of {project}", cwd=project).strip())
+    root = lock_root(str(project))
     paths = {directory / name for directory in (project, root) for name in ("pyproject.toml", "uv.lock")}
     before = {path: path.read_bytes() if path.exists() else None for path in paths}
     try:

@@ -175,7 +175,7 @@ class RayWorkerGroup(WorkerCalls):
     def _replace_group_of(self, frame: FrameType) -> None:
         """End the group that `name` holds if `frame` assigns this one to it, in a cell that runs again.
 
-        A cell, or a statement at a prompt, is compiled anew whenever it runs. In a script, all statements are one code.
+        A cell, or a statement at a prompt, is compiled each time it runs. In a script, all statements are one code.
         """
         name = assigned_name(frame)
         previous = frame.f_globals.get(name) if name is not None else None

@@ -47,7 +47,6 @@ from nemo_rl.venvs.progress import PhaseClock, ProgressCallback
 from nemo_rl.venvs.storage.layout import (
     DIGEST_PREFIX,
     Store,
-    make_generated_directory,
     not_writable_by_others,
     point,
     remove_tree,
@@ -370,8 +369,7 @@ def _hold_build_lock(venv_plan: VenvPlan, venv_name: str, store: Store, clock: P
 
     with contextlib.ExitStack() as stack:
         try:
-            make_generated_directory(store.root)
-            store.directory.mkdir(exist_ok=True)
+            store.create()
             stack.enter_context(build_lock(store.lock(venv_plan.digest), venv_name, on_wait=on_wait))
         except OSError as error:
             clock.end("failed", str(error))

@@ -26,3 +26,12 @@ def start_nodes() -> Iterator[Callable[..., Cluster]]:
     """Yield a function that starts a cluster and connects to it, with the arguments of `simulated_nodes`."""
     with contextlib.ExitStack() as stack:
         yield lambda *nodes: stack.enter_context(simulated_nodes(*nodes))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set empty directories for venvs and caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEMO_RL_VENV_DIR", str(tmp_path_factory.mktemp("venvs")))
+        patch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield

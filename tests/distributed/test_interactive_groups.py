@@ -102,14 +102,6 @@ class Threaded:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEMO_RL_VENV_DIR", str(tmp_path_factory.mktemp("venvs")))
-        patch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sources")
     (directory / "session_workers.py").write_text(WORKERS)
@@ -142,7 +134,7 @@ def wait_for(*paths: Path) -> None:
 
 
 def run_cell(source: str, names: dict[str, Any]) -> None:
-    """Run statements as a notebook does: each is compiled anew."""
+    """Run statements as a notebook does: each is compiled when it runs."""
     exec(compile(source, "<cell>", "exec"), names)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from nemo_rl.environments.answers import (
     SEARCHED_CHARS,
     AnswerFormat,
+    _comma_decimal,
     compare_cheaply,
     extract_answer,
     normalise,
@@ -150,11 +151,11 @@ def test_decimals_are_exact(number: object) -> None:
 def test_any_text_can_be_compared(answer: str, truth: str) -> None:
     same = compare_cheaply(normalise(answer), truth)
     number = split_quantity(normalise(answer)).number  # without the dollar sign of `-$5`
-    literal, expected = rational_literal(number) or rational_literal(number.replace(",", ".")), rational_literal(truth)
+    literal, expected = rational_literal(number) or _comma_decimal(number), rational_literal(truth)
     assert expected is not None
     if literal is None:
         assert same is None
-    elif same is not None:  # a comma may separate digits or decimals, which the parser decides
+    else:
         tolerance = 0 if literal.is_ratio == expected.is_ratio else abs(expected.value) / 10**6
         assert same == (abs(literal.value - expected.value) <= tolerance)
 

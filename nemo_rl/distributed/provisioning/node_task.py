@@ -23,7 +23,6 @@ from nemo_rl.utils.parent_watch import exit_with_parent
 from nemo_rl.venvs import InterpreterSpec, Progress, Store, VenvPlan, VenvSpec, ensure, find_sealed
 from nemo_rl.venvs.building.build import Receive
 from nemo_rl.venvs.planning.resolve import python_of
-from nemo_rl.venvs.storage.layout import make_generated_directory
 
 # How long new files of another node may be invisible here: NFS caches directories.
 _VISIBILITY_TIMEOUT_S = 60.0
@@ -244,8 +243,7 @@ def _store_id(store: Store) -> str | None:
     """Return an id that all nodes with this directory have in common; None if the directory is not writable."""
     path = store.directory / _STORE_ID_FILE
     try:
-        make_generated_directory(store.root)
-        store.directory.mkdir(exist_ok=True)
+        store.create()
         if not path.exists():
             temporary = path.with_name(f"{_STORE_ID_FILE}.{os.getpid()}.{os.urandom(8).hex()}")
             write_atomically(temporary, os.urandom(16).hex())

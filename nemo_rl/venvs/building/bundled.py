@@ -7,7 +7,7 @@
 
 uv trusts its cache: it installs an altered file of an unpacked wheel without comparing it with anything. So packages
 with a hash in the lock never come from the bundle's cache. Their files are compared with the lock when the bundle is
-opened, and once more by uv, which unpacks them into an empty cache.
+opened, and again by uv, which unpacks them into an empty cache.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from nemo_rl.venvs.interpreter import DriverVersions, PythonInfo
 from nemo_rl.venvs.planning.local_packages import LocalPackage, metadata_digest
 from nemo_rl.venvs.planning.relocation import located, original
 from nemo_rl.venvs.planning.spec import InterpreterSpec, Spec, VenvSpec
-from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, make_generated_directory
+from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store
 from nemo_rl.venvs.storage.manifest import FORMAT, write_atomically
 
 
@@ -218,8 +218,8 @@ def save_resolution(store: Store, key: str, resolution: Resolution, directories:
         "artifacts": [[path, _stamp(path)] for package in packages for path in package.artifacts],
     }
     with contextlib.suppress(OSError):
-        make_generated_directory(store.root)
-        store.resolved.mkdir(parents=True, exist_ok=True)
+        store.create()
+        store.resolved.mkdir(exist_ok=True)
         write_atomically(_resolution_path(store, key), json.dumps(data).encode())
 
 

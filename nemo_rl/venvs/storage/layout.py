@@ -44,7 +44,7 @@ _previous_umask = 0
 
 @dataclass(frozen=True)
 class Store:
-    """Names the paths of the venvs in one directory. Creates nothing.
+    """Names the paths of the venvs in one directory. Only `create` creates anything.
 
     Attributes:
         root: `<venv dir>`.
@@ -55,6 +55,11 @@ class Store:
     @staticmethod
     def default() -> Store:
         return Store(settings.venv_dir())
+
+    def create(self) -> None:
+        """Create the venv directory and `.store`, unless they exist. Raises `OSError`."""
+        make_generated_directory(self.root)
+        self.directory.mkdir(exist_ok=True)
 
     @property
     def directory(self) -> Path:

@@ -32,14 +32,6 @@ DECORATED = "sample_workers.Decorated"
 pytestmark = pytest.mark.usefixtures("ray_local", "store")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEMO_RL_VENV_DIR", str(tmp_path_factory.mktemp("venvs")))
-        patch.setenv("NEMO_RL_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def builder(fqn: str, *args: Any, path: Path = SOURCES, **kwargs: Any) -> RayWorkerBuilder:
     env = {"env_vars": {"PYTHONPATH": str(path)}}
     return RayWorkerBuilder(fqn, *args, py_executable=sys.executable, runtime_env=env, **kwargs)
