@@ -339,7 +339,7 @@ class Trial:
         outcome = self._project.outcome(name, job)
         print(json.dumps(outcome), flush=True)
         logs = [f"{job}/{node}" for node in BOTH]
-        remaining = {key: [] for key in outcome if key.startswith("remaining")}
+        remaining: dict[str, object] = {key: [] for key in outcome if key.startswith("remaining")}
         for key, value in ({"nodes_with_logs": logs} | remaining | expected).items():
             self._expect(name, key, outcome[key], value)
 
