@@ -124,7 +124,7 @@ def _template_requirements() -> set[str]:
 def _write_template(directory: Path, name: str) -> list[str]:
     """Copy the template with the project's name, and return the paths. Keeps a `.gitignore`.
 
-    Raises `ConfigError` if another file exists.
+    Raises `ConfigError` if another file exists, or if `directory` is or is below a file.
     """
     sources = {}
     for path in sorted(path for path in TEMPLATE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
@@ -132,6 +132,9 @@ def _write_template(directory: Path, name: str) -> list[str]:
         sources[_GITIGNORE if path.name == _GITIGNORE[1:] else _named(relative, name)] = path
     if (directory / _GITIGNORE).exists():
         del sources[_GITIGNORE]
+    for parent in (directory, *directory.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"{parent} is a file, so no project can be written to {directory}; choose a directory")
     existing = [relative for relative in sources if (directory / relative).exists()]
     if existing:
         fix = "add extras with `nemo-rl add`, or " if "pyproject.toml" in existing else ""

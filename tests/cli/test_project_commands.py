@@ -133,6 +133,14 @@ def test_init_in_the_working_directory_without_extras(cli: Cli) -> None:
     assert (directory / ".gitignore").read_text() == "*.log\n"
 
 
+@pytest.mark.parametrize("directory", ["file", "file/below"])
+def test_init_refuses_a_file(cli: Cli, directory: str) -> None:
+    (cli.folder / "file").touch()
+    done = cli("init", directory, "--name", "mine", "--nemo-rl", "clone")
+    assert done.returncode == 2
+    assert f"{cli.folder}/file is a file, so no project can be written to {cli.folder}/{directory}" in done.stderr
+
+
 def test_unreachable_index_leaves_the_project_to_lock_later(cli: Cli) -> None:
     done = cli("init", "mine", "--nemo-rl", "clone", **UNREACHABLE, UV_FIND_LINKS="")
     assert done.returncode == 1

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kuberay_fields import KINDS
 from kubernetes_validate import latest_version, validate
 from pydantic import ValidationError
 
+from nemo_rl.distributed.cluster import ports
 from nemo_rl.settings import is_secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,6 +106,19 @@ def test_examples_contain_no_secrets() -> None:
 @pytest.mark.parametrize("script", ["examples/clusters/slurm.sbatch", "tools/build_image.sh"])
 def test_shell_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(REPOSITORY / script)], check=True)
+
+
+def test_ports_of_slurm_jobs_are_disjoint_and_below_those_of_worker_groups() -> None:
+    script = (CLUSTERS / "slurm.sbatch").read_text()
+    (base,) = re.findall(r"BASE_PORT=(\$\(\(.*?\)\))", script)
+    offsets = [int(offset) for offset in re.findall(r"BASE_PORT \+ (\d+)", script)]
+    command = f"for SLURM_JOB_ID in {{0..39}}; do echo {base}; done"
+    lines = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True).stdout.split()
+    bases = sorted({int(line) for line in lines})
+    assert len(offsets) == len(set(offsets))
+    assert min(offsets) > 0
+    assert all(after - before > max(offsets) for before, after in pairwise(bases))
+    assert bases[-1] + max(offsets) < ports._WINDOWS[0].start
 
 
 def instructions() -> list[tuple[str, str]]:

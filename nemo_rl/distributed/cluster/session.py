@@ -24,6 +24,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -217,17 +218,23 @@ def _start_local(num_cpus: int | None = None, num_gpus: int | None = None) -> st
 
 
 def _ensure_auth_token(environment: Mapping[str, str]) -> None:
-    """Generate a token if Ray cannot: Ray keeps its token in the home directory, which may be read-only."""
+    """Create the file of Ray's token if it is missing. Ray would create it readable by all users of the machine.
+
+    If the home directory is read-only, the token is only in this process's environment.
+    """
     if environment.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
-    home, writable = settings.home_dir(), False
-    if home is not None:
-        token_path = home / ".ray" / "auth_token"
-        with contextlib.suppress(OSError):
-            token_path.parent.mkdir(parents=True, exist_ok=True)
-            writable = token_path.exists() or os.access(token_path.parent, os.W_OK)
-    if not writable:
-        settings.export({"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    home, token = settings.home_dir(), secrets.token_hex(32)
+    path = home / ".ray" / "auth_token" if home is not None else None
+    if path is not None and not path.exists():
+        with contextlib.suppress(OSError):  # another process has just created it, or the directory is read-only
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="ascii") as private:
+                private.write(token)
+                private.flush()
+                os.link(private.name, path)
+    if path is None or not path.exists():
+        settings.export({"RAY_AUTH_TOKEN": token})
 
 
 def _short_temp_dir(environment: Mapping[str, str]) -> str | None:

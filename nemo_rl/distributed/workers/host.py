@@ -33,6 +33,7 @@ import importlib
 import inspect
 import json
 import os
+import pkgutil
 import platform
 import signal
 import socket
@@ -82,7 +83,11 @@ def load_class(fqn: str) -> tuple[type, dict[str, Any]]:
         if not hasattr(target, name):
             classes = sorted(key for key, value in vars(target).items() if _is_class_like(value))
             parent = getattr(target, "__name__", target)
-            raise ImportError(f"{fqn}: {parent!r} has no {name!r}. Its classes: {', '.join(classes) or 'none'}")
+            message = f"{fqn}: {parent!r} has no {name!r}. Its classes: {', '.join(classes) or 'none'}"
+            if hasattr(target, "__path__"):
+                modules = sorted(module.name for module in pkgutil.iter_modules(target.__path__))
+                message += f"; its modules: {', '.join(modules) or 'none'}"
+            raise ImportError(message)
         target = getattr(target, name)
     metadata = getattr(target, "__ray_metadata__", None)
     if metadata is not None:

@@ -245,6 +245,12 @@ def test_ray_starts_with_read_only_home_and_deep_tmpdir(start, tmp_path: Path) -
     assert start(_DRIVER, HOME=str(tmp_path / "file" / "home"), TMPDIR=str(deep)).read_report()["address"]
 
 
+def test_token_of_a_local_cluster_is_private(start, tmp_path: Path) -> None:
+    assert start(_DRIVER, HOME=str(tmp_path)).read_report()["address"]
+    assert [path.name for path in (tmp_path / ".ray").iterdir()] == ["auth_token"]
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(
     "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}]
 )

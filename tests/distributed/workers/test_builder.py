@@ -293,6 +293,8 @@ def test_classes_that_cannot_be_loaded() -> None:
         load_class("no_such_package.module.Class")
     with pytest.raises(ImportError, match=r"'json' has no 'Nope'. Its classes: .*JSONDecoder"):
         load_class("json.Nope")
+    with pytest.raises(ImportError, match=r"'json' has no 'decodr'.*; its modules: decoder, encoder"):
+        load_class("json.decodr.JSONDecoder")
     with pytest.raises(ImportError, match="is a function, not a class"):
         load_class("json.dumps")
     assert load_class("argparse.ArgumentParser")[0].__name__ == "ArgumentParser"
