@@ -53,27 +53,38 @@ BY_MEMORY = Route("shared_memory", "shared_memory", spans_nodes=False)
 BY_PAIRS = Route("ray", "gloo", spans_nodes=True)  # every rank of the policy sends
 
 
+def make_policy(cluster: RayVirtualCluster, model: Path, route: Route = BY_MEMORY, **policy: Any) -> Policy:
+    return Policy(cluster, make_config(**policy), str(model), total_steps=20, seed=3, route=route)
+
+
+def make_config(**policy: Any) -> PolicyConfig:
+    generation = GenerationConfig(max_new_tokens=8, num_threads=1, max_restarts=2)
+    return PolicyConfig(num_threads=1, max_sequence_length=64, generation=generation, **policy)
+
+
 def policy_and_generation(
     cluster: RayVirtualCluster, model: Path, route: Route = BY_MEMORY, **policy: Any
 ) -> tuple[Policy, Generation]:
-    generation = GenerationConfig(max_new_tokens=8, num_threads=1, max_restarts=2)
-    config = PolicyConfig(num_threads=1, max_sequence_length=64, generation=generation, **policy)
-    return (
-        Policy(cluster, config, str(model), total_steps=20, seed=3, route=route),
-        Generation(cluster, config, str(model)),
-    )
+    return make_policy(cluster, model, route, **policy), Generation(cluster, make_config(**policy), str(model))
+
+
+@pytest.fixture(scope="module")
+def generation(cluster: RayVirtualCluster, model: Path) -> Iterator[Generation]:
+    """The workers that receive from every policy in turn; a policy's settings do not concern them."""
+    generation = Generation(cluster, make_config(), str(model))
+    yield generation
+    generation.shutdown()
 
 
 @pytest.fixture(scope="module", params=["replicated", "fsdp", "fsdp, pairs"])
 def both(
-    request: pytest.FixtureRequest, cluster: RayVirtualCluster, model: Path
+    request: pytest.FixtureRequest, cluster: RayVirtualCluster, model: Path, generation: Generation
 ) -> Iterator[tuple[Policy, Generation]]:
     sharding = {"sharding": "fsdp"} if request.param.startswith("fsdp") else {}
     route = BY_PAIRS if request.param.endswith("pairs") else BY_MEMORY
-    policy, generation = policy_and_generation(cluster, model, route, **sharding)
+    policy = make_policy(cluster, model, route, **sharding)
     yield policy, generation
     policy.shutdown()
-    generation.shutdown()
 
 
 def offer(policy: Policy, version: int) -> WeightOffer:
