@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tests" / "models" / "policy"))
 from rank_processes import megatron_python  # noqa: E402
 
 
+@pytest.mark.slow
 def test_all_topics_run_on_cpu(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/bench_gpu.py", "--device", "cpu", "--tiny", "--repeats", "1"]

@@ -157,6 +157,7 @@ def ipython(python: str, session: dict[str, str], tmp_path: Path) -> Iterator[Te
     terminal.close()
 
 
+@pytest.mark.slow
 def test_ipython_session(ipython: Terminal, tmp_path: Path) -> None:
     """Create a group, interrupt a call, run the same cell again, and edit the class in between."""
     ipython.wait_for(r"In \[1\]")

@@ -279,6 +279,8 @@ def head(machine: Machine, project: Path) -> Iterator[dict[str, str]]:
     # Without --node-ip-address: the driver of a job joins the head by the machine's address, not by loopback.
     command += ["--include-dashboard=true", "--disable-usage-stats"]
     variables = {name: value for name, value in machine.env.items() if name != "RAY_ADDRESS"}
+    # A head of a real cluster is no child of `uv run`, whose options Ray would take over for its jobs.
+    variables["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     log = machine.folder / "head.log"
     with log.open("w") as file:
         process = psutil.Popen(command, cwd=machine.folder, env={**variables, **env}, stdout=file, stderr=file)

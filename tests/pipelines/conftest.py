@@ -44,6 +44,7 @@ def ray_local() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.fixture(params=["actor_pool", "ray_data"])
+@pytest.fixture(params=["actor_pool", pytest.param("ray_data", marks=pytest.mark.slow)])
 def executor(request: pytest.FixtureRequest) -> Executor:
+    """Return each executor in turn. Every run on Ray Data starts an engine of its own, so most of those are slow."""
     return {"actor_pool": RayActorPoolExecutor, "ray_data": RayDataExecutor}[request.param]()

@@ -41,6 +41,7 @@ from nemo_rl.pipelines import (
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
+@pytest.mark.parametrize("executor", ["actor_pool", "ray_data"], indirect=True)
 def test_results_keep_the_input_order(executor: Executor) -> None:
     pipeline = Pipeline("p", stages=[AddOne(), SplitRows(), AddOne().with_(name="again", batch_size=3)])
     tasks = pipeline.run(executor, batches(40))

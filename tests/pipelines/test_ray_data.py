@@ -34,6 +34,7 @@ class Notes(ProcessingStage[DocumentBatch, DocumentBatch]):
 
 
 @pytest.mark.usefixtures("one_gpu")
+@pytest.mark.slow
 def test_later_segments_are_checked_for_gpus(tmp_path: Path) -> None:
     gpu = Resources(cpus=0.5, gpus=1)
     stages: list[Any] = [Notes(tmp_path / "ran"), KeepFirstOfEach(4)]

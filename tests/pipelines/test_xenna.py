@@ -41,6 +41,7 @@ print(ray.get(worker.ping.remote()), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_only_actors_of_this_job_are_killed(ray_local: str) -> None:
     class StageWorker:  # the name of Xenna's actors; a local class is pickled by value
         def process(self) -> int:

@@ -131,6 +131,7 @@ def test_drivers_started_together_share_a_cluster(start) -> None:
     assert len({driver.read_report()["address"] for driver in drivers}) == 1
 
 
+@pytest.mark.slow
 def test_local_cluster_is_on_loopback_without_dashboard(start, short_tmp: Path) -> None:
     driver = start(
         """
@@ -238,6 +239,7 @@ def test_unreachable_address_is_a_cluster_error(start) -> None:
     assert "RAY_AUTH_MODE=token" in message
 
 
+@pytest.mark.slow
 def test_ray_starts_with_read_only_home_and_deep_tmpdir(start, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     deep = tmp_path / ("deep" * 20)
@@ -251,6 +253,7 @@ def test_token_of_a_local_cluster_is_private(start, tmp_path: Path) -> None:
     assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}]
 )

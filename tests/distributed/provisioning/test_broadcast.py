@@ -192,6 +192,7 @@ def _processes_see_i686() -> Iterator[None]:
         personality(before)
 
 
+@pytest.mark.slow
 def test_altered_venv_is_rejected_and_built_locally(
     project: str, index: Index, caplog: pytest.LogCaptureFixture
 ) -> None:

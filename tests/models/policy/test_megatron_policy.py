@@ -24,6 +24,8 @@ from nemo_rl.models.policy.policy import Policy
 from nemo_rl.models.weights.receiver import receive
 from nemo_rl.venvs import create_local_venv
 
+pytestmark = pytest.mark.slow  # starts two engines in the MCORE venv
+
 # The workers' venv contains this project, not this directory, so they cannot unpickle a loss of a test.
 LOSS = ClippedPGLoss(LossConfig(importance_correction="none"))
 CONFIG: dict[str, Any] = {
