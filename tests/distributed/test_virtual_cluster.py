@@ -319,6 +319,7 @@ def test_shutdown_ends_a_waiting_request() -> None:
             request.result(600)
 
 
+@pytest.mark.slow
 def test_reservation_after_the_end_of_its_session_and_of_the_process() -> None:
     """A cluster of an earlier session is deleted without effect. A driver that shuts nothing down ends silently."""
     script = """

@@ -16,6 +16,8 @@ from nemo_rl.distributed.provisioning.remote_calls import ask_nodes, free_ports_
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.errors import ClusterError, ResourceInsufficientError
 
+pytestmark = pytest.mark.slow  # starts three nodes
+
 
 @pytest.fixture(scope="module")
 def cluster(start_nodes: Callable[..., Cluster]) -> Cluster:

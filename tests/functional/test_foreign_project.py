@@ -44,6 +44,7 @@ class {name}:
 """
 
 
+@pytest.mark.slow
 def test_new_project_runs_a_worker(tmp_path: Path) -> None:
     # Compiling the bytecode of torch and Ray would take longer than everything else.
     machine = Machine.set_up(tmp_path, NEMO_RL_COMPILE_BYTECODE="0", RAY_ADDRESS="local")

@@ -19,6 +19,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_run_writes_metrics_checkpoint_report_and_attestation(uninterrupted):
     records = metrics(uninterrupted)
     steps = [r for r in records if "train/loss" in r]
@@ -33,6 +34,7 @@ def test_run_writes_metrics_checkpoint_report_and_attestation(uninterrupted):
     assert json.loads((uninterrupted / "finished.json").read_text())["step"] == 5
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_checkpoint(uninterrupted):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +44,7 @@ def test_transformers_loads_the_checkpoint(uninterrupted):
     assert AutoTokenizer.from_pretrained(directory).vocab_size <= model.config.vocab_size
 
 
+@pytest.mark.slow
 def test_finished_run_is_not_continued(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     done = run(*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={uninterrupted}")

@@ -117,6 +117,7 @@ def test_resume_keeps_finished_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_resume_runs_unfinished_inputs_only(tmp_path: Path) -> None:
     """The repeated tasks are the unfinished ones, and the task that succeeds is no longer listed as failed."""
     taken, seen = tmp_path / "taken", tmp_path / "seen"

@@ -93,6 +93,7 @@ def _store(python: str) -> Store:
     return Store(Path(python).parent.parent.parent)
 
 
+@pytest.mark.slow
 def test_one_node_builds_and_the_others_receive(project: str, index: Index, driver_disk: Path) -> None:
     report = ensure_venvs_on_each_node({"a.Worker": project, "b.Worker": f"{project} --extra more"})
     assert sorted(index.wheels()) == ["big-1.0-py3-none-any.whl", "small-1.0-py3-none-any.whl"]
