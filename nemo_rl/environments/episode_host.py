@@ -1,0 +1,298 @@
+"""Runs the episodes of one environment in this process, several at a time.
+
+::
+
+    submit(requests) ──► one thread per running episode, or one event loop for coroutines ──► collect() ──► replies
+                                                                                             (those that have ended)
+
+Requests and replies are plain data, so they can cross a pipe to a process with another Python. Like `episode`, the
+module imports nothing but the standard library.
+
+An environment is named as `package.module.name`. It is a class with `reset` and `step` (see `episode.Environment`), or
+a function `score(completion, answer) -> float`, which is an environment with one turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import math
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nemo_rl.environments.episode import Environment, Message, Turn
+
+_MAX_SHOWN = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """Asks for one call of one episode.
+
+    Attributes:
+        episode: Id of the episode, chosen by the caller. `reset` begins it, `close` ends it.
+        method: The method to call.
+        argument: The problem for `reset`, the action for `step`, None for `close`.
+    """
+
+    episode: int
+    method: Literal["reset", "step", "close"]
+    argument: Any = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Holds what a call of an episode returned, as plain data.
+
+    Attributes:
+        episode: Id of the episode.
+        value: Of `reset`: `messages` (None: the problem's prompt) and `tools`. Of `step`: the fields of a `Turn`, with
+            `messages` instead of `observation`. None after a failure.
+        seconds: Time that the call took, without the time in the queue.
+        failure: Why the call failed, as one sentence; None if it did not.
+        details: The traceback of the failure.
+    """
+
+    episode: int
+    value: dict[str, Any] | None
+    seconds: float
+    failure: str | None = None
+    details: str = ""
+
+
+class EpisodeHost:
+    """Makes and calls the episodes of one environment. Thread-safe.
+
+    Example:
+        >>> host = EpisodeHost("operator.eq", {})
+        >>> host.submit([Request(0, "reset", {"answer": "4"}), Request(0, "step", "4")])
+        >>> replies = host.collect(timeout_s=10) + host.collect(timeout_s=10)
+        >>> replies[-1].value["reward"]
+        1.0
+        >>> host.shutdown()
+
+    Args:
+        name: `package.module.name` of a class or of a scoring function.
+        config: Keyword arguments of the class, or further ones of the function.
+        concurrency: Most calls at a time.
+
+    Raises:
+        ImportError: There is no such class or function, or its module fails.
+        TypeError: It is no environment.
+    """
+
+    def __init__(self, name: str, config: Mapping[str, Any], *, concurrency: int = 16) -> None:
+        self.name = name
+        self._make = episode_maker(name, config)
+        self._threads = ThreadPoolExecutor(concurrency, "episodes")
+        self._episodes: dict[int, _Episode] = {}
+        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue calls. Those of one episode run one after another, in the order of their requests."""
+        with self._lock:
+            for request in requests:
+                episode = self._episodes.setdefault(request.episode, _Episode())
+                episode.waiting.append(request)
+                if not episode.is_running:
+                    episode.is_running = True
+                    self._threads.submit(self._serve, request.episode, episode)
+
+    def collect(self, timeout_s: float) -> list[Reply]:
+        """Return the replies that are there; wait for the first one, at most `timeout_s` seconds."""
+        replies: list[Reply] = []
+        with contextlib.suppress(queue.Empty):
+            replies.append(self._replies.get(timeout=timeout_s))
+            while True:
+                replies.append(self._replies.get_nowait())
+        return replies
+
+    def shutdown(self) -> None:
+        """Drop queued calls, close all episodes whose call has ended, and end the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            idle = [episode for episode in self._episodes.values() if not episode.is_running]
+            self._episodes.clear()
+        for episode in idle:
+            with contextlib.suppress(Exception):
+                self._close(episode)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _serve(self, number: int, episode: _Episode) -> None:
+        """Run the calls of one episode until none is waiting."""
+        while True:
+            with self._lock:
+                if not episode.waiting:
+                    episode.is_running = False
+                    return
+                request = episode.waiting.pop(0)
+            started = time.perf_counter()
+            try:
+                value = self._call(episode, request)
+            except Exception as error:
+                seconds = time.perf_counter() - started
+                failure = f"{self.name}.{request.method} raised {type(error).__name__}: {error}"
+                self._replies.put(Reply(number, None, seconds, failure, traceback.format_exc()))
+            else:
+                if request.method != "close":
+                    self._replies.put(Reply(number, value, time.perf_counter() - started))
+            if request.method == "close":
+                with self._lock:
+                    self._episodes.pop(number, None)
+
+    def _call(self, episode: _Episode, request: Request) -> dict[str, Any] | None:
+        if request.method == "close":
+            self._close(episode)
+            return None
+        if request.method == "reset":
+            self._close(episode)
+            episode.environment = self._make()
+            observation = self._result(episode.environment.reset(request.argument))
+            messages = None if observation is None else as_messages(observation, "reset")
+            return {"messages": messages, "tools": list(self._result(episode.environment.tools()))}
+        if episode.environment is None:
+            raise RuntimeError("step was called before reset")
+        return plain_turn(self._result(episode.environment.step(request.argument)))
+
+    def _close(self, episode: _Episode) -> None:
+        if episode.environment is not None:
+            environment, episode.environment = episode.environment, None
+            self._result(environment.close())
+
+    def _result(self, value: Any) -> Any:
+        """Return the value of a method; run it in the event loop if it is a coroutine."""
+        if not inspect.isawaitable(value):
+            return value
+
+        async def wait() -> Any:
+            return await value
+
+        return asyncio.run_coroutine_threadsafe(wait(), self._running_loop()).result()
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="episodes: coroutines", daemon=True).start()
+            return self._loop
+
+
+@dataclass
+class _Episode:
+    """One episode: its object, between `reset` and `close`, and its calls that have not begun."""
+
+    environment: Any = None
+    waiting: list[Request] = field(default_factory=list)
+    is_running: bool = False
+
+
+class _Scoring(Environment):
+    """An episode with one turn, whose action is scored by a function."""
+
+    def __init__(self, score: Callable[..., Any], config: Mapping[str, Any]) -> None:
+        self._score, self._config = score, config
+        self._answer: Any = None
+
+    def reset(self, problem: dict[str, Any]) -> None:
+        self._answer = problem.get("answer")
+
+    def step(self, action: str) -> Turn:
+        return Turn(reward=float(self._score(action, self._answer, **self._config)), done=True)
+
+
+def episode_maker(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
+    """Return a function that makes the object of a new episode of the environment `name`. See `EpisodeHost`."""
+    target = _load(name)
+    if isinstance(target, type):
+        missing = [method for method in ("reset", "step") if not callable(getattr(target, method, None))]
+        if missing:
+            raise TypeError(f"{name} is no environment: it has no method {' and no method '.join(missing)}")
+        missing_optional = [method for method in ("tools", "close") if not hasattr(target, method)]
+        if missing_optional:
+            target = type(target.__name__, (target, Environment), {"__module__": target.__module__})
+        return lambda: target(**config)
+    if callable(target):
+        return lambda: _Scoring(target, config)
+    raise TypeError(f"{name} is a {type(target).__name__}; an environment is a class or a function")
+
+
+def _load(name: str) -> Any:
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:cut])
+        try:
+            target: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (module_name + ".").startswith(error.name + "."):
+                continue  # the module itself is missing, so the rest may be names within a class
+            raise
+        for part in parts[cut:]:
+            if not hasattr(target, part):
+                raise ImportError(f"{module_name} has no {part!r} (of the environment {name!r})")
+            target = getattr(target, part)
+        return target
+    raise ImportError(f"there is no module {parts[0]!r} (of the environment {name!r})")
+
+
+def as_messages(observation: object, method: str) -> list[Message]:
+    """Return an observation as chat messages; text becomes a message of the role `user`. Raises `TypeError`."""
+    if isinstance(observation, str):
+        return [{"role": "user", "content": observation}]
+    messages = list(_messages(observation, method))
+    if not messages:
+        raise TypeError(f"{method} returned an empty list as its observation; return text or chat messages")
+    return messages
+
+
+def _messages(observation: object, method: str) -> Iterator[Message]:
+    if not isinstance(observation, list):
+        raise TypeError(f"{method} returned {_shown(observation)} as its observation; return text or chat messages")
+    for message in observation:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise TypeError(f"{method} returned {_shown(message)} as a message; it needs the keys role and content")
+        if message["role"] == "assistant":
+            raise TypeError(f"{method} returned a message of the role assistant; only the model speaks in that role")
+        yield dict(message)
+
+
+def plain_turn(turn: object) -> dict[str, Any]:
+    """Check what `step` returned, and return it as plain data. Raises `TypeError` or `ValueError`."""
+    if not isinstance(turn, Turn):
+        raise TypeError(f"step returned {_shown(turn)}; return a nemo_rl.environments.episode.Turn")
+    reward = _number(turn.reward, "the reward")
+    ended = bool(turn.done or turn.truncated)
+    if turn.observation is None and not ended:
+        raise TypeError("step returned a Turn without an observation that does not end the episode")
+    return {
+        "reward": reward,
+        "messages": None if turn.observation is None else as_messages(turn.observation, "step"),
+        "done": bool(turn.done),
+        "truncated": bool(turn.truncated),
+        "info": {str(name): _number(value, f"info[{name!r}]") for name, value in turn.info.items()},
+    }
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} is {_shown(value)}; it must be a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{what} is {number}; it must be finite")
+    return number
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
