@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from nemo_rl.data.config import DataConfig
-from nemo_rl.data.problem import Problem, ProblemDataset
+from nemo_rl.data.problem import ChatMessage, Problem, ProblemDataset
 from nemo_rl.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,30 @@ class Tokenizer(Protocol):
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
     ) -> Any: ...
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[ChatMessage], now: datetime, *, what: str = "the prompt"
+) -> str:
+    """Render messages by the tokenizer's chat template, up to the start of the model's turn.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: The conversation.
+        now: See `PromptFormatter`.
+        what: What the messages are, for the error.
+
+    Raises:
+        DataError: The chat template rejects the messages.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, strftime_now=now.strftime
+        )
+    except Exception as error:
+        # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
+        raise DataError(f"the tokenizer's chat template rejects {what}: {error}") from error
+    return text
 
 
 class PromptFormatter:
@@ -96,12 +120,9 @@ class PromptFormatter:
         if self._system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
         try:
-            return self._tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True, strftime_now=self._now.strftime
-            )
-        except Exception as error:
-            # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
-            raise DataError(f"{where}: the tokenizer's chat template rejects the prompt: {error}") from error
+            return render_chat(self._tokenizer, prompt, self._now)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of each prompt, without tokens that the tokenizer appends behind a text.

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
 
+from nemo_rl.data.problem import ChatMessage
+from nemo_rl.data.processing import Tokenizer, render_chat
 from nemo_rl.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from nemo_rl.data.problem import ChatMessage
-    from nemo_rl.data.processing import Tokenizer
 
 # Letters only, so that no template trims, escapes or parses them, and no prompt contains them by chance.
 _MARKERS = ("FirstActionXqzv", "SecondActionXqzv")
@@ -86,6 +83,7 @@ class TurnRenderer:
         try:
             one = self._render([_QUESTION, _action(first), observation])
             two = self._render([_QUESTION, _action(first), observation, _action(second), observation])
+            thinking = self._render([_QUESTION, _action(f"<think>\n{_THOUGHT}\n</think>\n\n{first}"), observation])
         except DataError as error:
             raise ConfigError(f"environments with several turns: {error}") from error
         if two.count(first) != 1 or two.count(second) != 1 or not two.startswith(one.partition(first)[0]):
@@ -100,23 +98,14 @@ class TurnRenderer:
                 "environments with several turns need a chat template that renders an observation the same way in "
                 f"every turn; that of this tokenizer puts {last!r} before the last one and {earlier!r} before another"
             )
-        if not keep_thinking:
-            thinking = f"<think>\n{_THOUGHT}\n</think>\n\n{first}"
-            if _THOUGHT not in self._render([_QUESTION, _action(thinking), observation]):
-                raise ConfigError(
-                    "the tokenizer's chat template removes the thinking of earlier turns, but a transcript keeps what "
-                    "was sampled; set keep_thinking=true to train on such transcripts"
-                )
+        if not keep_thinking and _THOUGHT not in thinking:
+            raise ConfigError(
+                "the tokenizer's chat template removes the thinking of earlier turns, but a transcript keeps what "
+                "was sampled; set keep_thinking=true to train on such transcripts"
+            )
 
     def _render(self, messages: Sequence[ChatMessage]) -> str:
-        try:
-            text: Any = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, strftime_now=self._now.strftime
-            )
-        except Exception as error:
-            # A chat template is a program by the model's author, which may raise any error.
-            raise DataError(f"the tokenizer's chat template rejects the observation: {error}") from error
-        return str(text)
+        return render_chat(self._tokenizer, messages, self._now, what="the observation")
 
 
 def _action(content: str) -> ChatMessage:

@@ -6,7 +6,7 @@
                                                                                              (those that have ended)
 
 Requests and replies are plain data, so they can cross a pipe to a process with another Python. Like `episode`, the
-module imports nothing but the standard library.
+module needs nothing but the standard library.
 
 An environment is named as `package.module.name`. It is a class with `reset` and `step` (see `episode.Environment`), or
 a function `score(completion, answer) -> float`, which is an environment with one turn.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import inspect
 import math
 import queue
@@ -28,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nemo_rl.distributed.workers.host import load_object
 from nemo_rl.environments.episode import Environment, Message, Turn
 
 _MAX_SHOWN = 200
@@ -135,6 +135,8 @@ class EpisodeHost:
             with self._lock:
                 if not episode.waiting:
                     episode.is_running = False
+                    if episode.environment is None:
+                        self._episodes.pop(number, None)
                     return
                 request = episode.waiting.pop(0)
             started = time.perf_counter()
@@ -147,9 +149,6 @@ class EpisodeHost:
             else:
                 if request.method != "close":
                     self._replies.put(Reply(number, value, time.perf_counter() - started))
-            if request.method == "close":
-                with self._lock:
-                    self._episodes.pop(number, None)
 
     def _call(self, episode: _Episode, request: Request) -> dict[str, Any] | None:
         if request.method == "close":
@@ -213,36 +212,17 @@ class _Scoring(Environment):
 
 def episode_maker(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     """Return a function that makes the object of a new episode of the environment `name`. See `EpisodeHost`."""
-    target = _load(name)
+    target = load_object(name)
     if isinstance(target, type):
         missing = [method for method in ("reset", "step") if not callable(getattr(target, method, None))]
         if missing:
             raise TypeError(f"{name} is no environment: it has no method {' and no method '.join(missing)}")
-        missing_optional = [method for method in ("tools", "close") if not hasattr(target, method)]
-        if missing_optional:
+        if not issubclass(target, Environment):
             target = type(target.__name__, (target, Environment), {"__module__": target.__module__})
         return lambda: target(**config)
     if callable(target):
         return lambda: _Scoring(target, config)
     raise TypeError(f"{name} is a {type(target).__name__}; an environment is a class or a function")
-
-
-def _load(name: str) -> Any:
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:cut])
-        try:
-            target: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (module_name + ".").startswith(error.name + "."):
-                continue  # the module itself is missing, so the rest may be names within a class
-            raise
-        for part in parts[cut:]:
-            if not hasattr(target, part):
-                raise ImportError(f"{module_name} has no {part!r} (of the environment {name!r})")
-            target = getattr(target, part)
-        return target
-    raise ImportError(f"there is no module {parts[0]!r} (of the environment {name!r})")
 
 
 def as_messages(observation: object, method: str) -> list[Message]:

@@ -212,7 +212,7 @@ def test_failure_does_not_end_other_episodes(start) -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("no_such_module.Game", ImportError, "there is no module 'no_such_module'"),
+        ("no_such_module.Game", ImportError, "No module named 'no_such_module'"),
         (NAME + "Countdwn", ImportError, "has no 'Countdwn'"),
         (NAME + "NOT_AN_ENVIRONMENT", TypeError, "is a int; an environment is a class or a function"),
         ("builtins.dict", TypeError, "it has no method reset and no method step"),

@@ -77,6 +77,17 @@ def load_class(fqn: str) -> tuple[type, dict[str, Any]]:
         ImportError: the module or class does not exist; lists the module's classes. Errors that the module raises are
             passed on unchanged.
     """
+    target = load_object(fqn)
+    metadata = getattr(target, "__ray_metadata__", None)
+    if metadata is not None:
+        return metadata.modified_class.__ray_actor_class__, dict(target._default_options)
+    if not isinstance(target, type):
+        raise ImportError(f"{fqn} is a {type(target).__name__}, not a class")
+    return target, {}
+
+
+def load_object(fqn: str) -> Any:
+    """Import `package.module.name` (or `...Outer.Inner`). Raises the errors of `load_class`."""
     module, names = _import_longest_module(fqn)
     target: Any = module
     for name in names:
@@ -89,12 +100,7 @@ def load_class(fqn: str) -> tuple[type, dict[str, Any]]:
                 message += f"; its modules: {', '.join(modules) or 'none'}"
             raise ImportError(message)
         target = getattr(target, name)
-    metadata = getattr(target, "__ray_metadata__", None)
-    if metadata is not None:
-        return metadata.modified_class.__ray_actor_class__, dict(target._default_options)
-    if not isinstance(target, type):
-        raise ImportError(f"{fqn} is a {type(target).__name__}, not a class")
-    return target, {}
+    return target
 
 
 def _is_class_like(value: object) -> bool:
