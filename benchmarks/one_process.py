@@ -132,9 +132,18 @@ class OneGenerator(GenerationInterface):
         num_generations: int = 1,
         greedy: bool = False,
         sampling: Any = None,
+        rows: Sequence[int] | None = None,
     ) -> GenerationResult:
         return self.generator.generate(
-            GenerationRequest(prompts["input_ids"], prompts["input_lengths"], seed, num_generations, greedy, sampling)
+            GenerationRequest(
+                prompts["input_ids"],
+                prompts["input_lengths"],
+                seed,
+                num_generations,
+                greedy,
+                sampling,
+                rows=None if rows is None else tuple(rows),
+            )
         )
 
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:

@@ -13,7 +13,7 @@ This module imports no worker: `models.backends` names the worker class, which i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +108,9 @@ class Generation(GenerationInterface):
         num_generations: int = 1,
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
+        rows: Sequence[int] | None = None,
     ) -> GenerationResult:
-        request = GenerationRequest(
-            prompts["input_ids"], prompts["input_lengths"], seed, num_generations, greedy, sampling
-        )
+        request = _request(prompts, seed, num_generations, greedy, sampling, rows)
         pieces = self._run(request, streamed=False)
         return join([piece for _, piece in sorted(pieces, key=lambda item: item[0][:1])])
 
@@ -123,11 +122,10 @@ class Generation(GenerationInterface):
         num_generations: int = 1,
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], GenerationResult]]:
         """See `GenerationInterface.stream`. Workers finish their calls even if the caller stops iterating."""
-        request = GenerationRequest(
-            prompts["input_ids"], prompts["input_lengths"], seed, num_generations, greedy, sampling
-        )
+        request = _request(prompts, seed, num_generations, greedy, sampling, rows)
         return self._run(request, streamed=True)
 
     def _run(self, request: GenerationRequest, *, streamed: bool) -> Iterator[tuple[list[int], GenerationResult]]:
@@ -156,3 +154,22 @@ class Generation(GenerationInterface):
         self._stopped.set()
         if self._starting.exception() is None:  # waits for a start that is still running; it ends soon
             self._replicas.workers.shutdown(cleanup_method="shutdown")
+
+
+def _request(
+    prompts: BatchedDataDict,
+    seed: int,
+    num_generations: int,
+    greedy: bool,
+    sampling: SamplingConfig | None,
+    rows: Sequence[int] | None,
+) -> GenerationRequest:
+    return GenerationRequest(
+        prompts["input_ids"],
+        prompts["input_lengths"],
+        seed,
+        num_generations,
+        greedy,
+        sampling,
+        rows=None if rows is None else tuple(rows),
+    )

@@ -11,11 +11,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nemo_rl.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    import numpy.typing as npt
     import torch
 
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -35,6 +38,8 @@ class GenerationRequest:
         greedy: Take the likeliest token at each step.
         sampling: Replaces the configured temperature, top-p and top-k for this request.
         first_prompt: Position of the first of these prompts in the driver's call, of which this request may be a part.
+        rows: For each prompt, the row whose random stream draws its tokens, instead of its position. Needs
+            `num_generations=1`. A caller that completes samples in several calls, in any order, gives each its own row.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +49,14 @@ class GenerationRequest:
     greedy: bool = False
     sampling: SamplingConfig | None = None
     first_prompt: int = 0
+    rows: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and (self.num_generations != 1 or len(self.rows) != self.num_prompts):
+            raise ValueError(
+                f"rows need one completion per prompt and one row for each: got {len(self.rows)} rows, "
+                f"{self.num_prompts} prompts and num_generations={self.num_generations}"
+            )
 
     @property
     def num_prompts(self) -> int:
@@ -54,6 +67,12 @@ class GenerationRequest:
     def positions(self) -> list[int]:
         """Positions of these prompts in the driver's call."""
         return list(range(self.first_prompt, self.first_prompt + self.num_prompts))
+
+    def random_rows(self) -> npt.NDArray[np.int64]:
+        """Return the row of the random stream of each completion, [N * num_generations]; see `row_uniforms`."""
+        if self.rows is not None:
+            return np.asarray(self.rows, np.int64)
+        return np.arange(self.num_prompts * self.num_generations) + self.first_prompt * self.num_generations
 
     def prompts(self) -> list[list[int]]:
         """Return the tokens of each prompt, without padding."""
@@ -67,6 +86,7 @@ class GenerationRequest:
             input_ids=self.input_ids[start:end],
             input_lengths=self.input_lengths[start:end],
             first_prompt=self.first_prompt + start,
+            rows=None if self.rows is None else self.rows[start:end],
         )
 
     def check_prompt_lengths(self, max_sequence_length: int) -> None:
@@ -136,6 +156,7 @@ class GenerationInterface(ABC):
         num_generations: int = 1,
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
+        rows: Sequence[int] | None = None,
     ) -> GenerationResult:
         """Complete prompts.
 
@@ -146,6 +167,7 @@ class GenerationInterface(ABC):
             num_generations: Completions per prompt; results are ordered prompt by prompt (N * num_generations rows).
             greedy: Take the likeliest token.
             sampling: Overrides the configured temperature, top-p and top-k for this call.
+            rows: See `GenerationRequest.rows`.
 
         Raises:
             ModelError: A prompt leaves no room for a single new token.
@@ -160,6 +182,7 @@ class GenerationInterface(ABC):
         num_generations: int = 1,
         greedy: bool = False,
         sampling: SamplingConfig | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], GenerationResult]]:
         """Complete prompts, and yield each prompt as soon as all its completions have ended, in any order.
 
@@ -169,7 +192,9 @@ class GenerationInterface(ABC):
             Positions in `prompts`, and the completions of these prompts in that order. All parts together are what
             `generate` returns.
         """
-        result = self.generate(prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling)
+        result = self.generate(
+            prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling, rows=rows
+        )
         yield list(range(len(prompts["input_lengths"]))), result
 
     @abstractmethod

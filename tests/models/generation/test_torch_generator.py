@@ -90,6 +90,24 @@ def test_draws_are_independent_of_batch_splits(tiny) -> None:
     assert len(set(result.texts)) > len(TEXTS)  # copies of one prompt draw differently
 
 
+def test_rows_name_the_random_streams(tiny) -> None:
+    model = tiny("llama")
+    request = model.request(*TEXTS, seed=7)
+    generator = model.generator(max_new_tokens=10)
+    expected = generator.generate(request).texts
+    order = [4, 0, 2, 3, 1]
+    shuffled = dataclasses.replace(
+        request,
+        input_ids=request.input_ids[order],
+        input_lengths=request.input_lengths[order],
+        rows=tuple(order),
+    )
+    assert generator.generate(shuffled).texts == [expected[row] for row in order]
+    assert generator.generate(shuffled.part(1, 3)).texts == [expected[row] for row in order[1:3]]
+    with pytest.raises(ValueError, match="got 5 rows, 5 prompts and num_generations=2"):
+        dataclasses.replace(shuffled, num_generations=2)
+
+
 def test_repeated_request_is_bit_identical(tiny) -> None:
     model = tiny("qwen2")
     generator = model.generator(max_new_tokens=10)

@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from nemo_rl.models import onednn
@@ -69,13 +68,13 @@ class TorchGenerator(Generator):
         version, config = self.weights_version(), self.spec.config
         request.check_prompt_lengths(self.spec.max_sequence_length)
         sampler = Sampler(request.sampling or config, greedy=request.greedy)
-        first_row = request.first_prompt * request.num_generations
+        random_rows = request.random_rows()
         prompts = [prompt for prompt in request.prompts() for _ in range(request.num_generations)]
         batches: list[Completions] = []
         with torch.inference_mode():
             for start in range(0, len(prompts), config.max_batch_size):
                 batch = prompts[start : start + config.max_batch_size]
-                rows = np.arange(start, start + len(batch)) + first_row
+                rows = random_rows[start : start + len(batch)]
                 uniforms = row_uniforms(request.seed, rows, config.max_new_tokens)
                 batches.append(self._complete(batch, uniforms, sampler))
         completions = [completion for batch in batches for completion in batch.rows()]

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from nemo_rl.models.generation.interfaces import GenerationRequest
@@ -52,16 +51,15 @@ class Draws:
         weights_version: int,
         device: torch.device,
     ) -> None:
-        first_row = request.first_prompt * request.num_generations
-        num_rows = request.num_prompts * request.num_generations
+        rows = request.random_rows()
         # One extra token: an engine that plans ahead draws once more before it knows that a row has ended.
         width = num_tokens + 1
-        self._uniforms = row_uniforms(request.seed, np.arange(first_row, first_row + num_rows), width)
-        self._logprobs = torch.zeros(2, num_rows, width, device=device)
+        self._uniforms = row_uniforms(request.seed, rows, width)
+        self._logprobs = torch.zeros(2, len(rows), width, device=device)
         self._sampler = sampler
         # Version of the weights that draw now, and of those that drew each row's first token.
         self.weights_version = weights_version
-        self.first_versions = [weights_version] * num_rows
+        self.first_versions = [weights_version] * len(rows)
 
     def draw(self, logits: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
         """Draw token `columns[b]` of row `rows[b]` from logits [B, V] float32; returns [B] int64.
