@@ -74,7 +74,9 @@ class EpisodeHost:
     Example:
         >>> host = EpisodeHost("operator.eq", {})
         >>> host.submit([Request(0, "reset", {"answer": "4"}), Request(0, "step", "4")])
-        >>> replies = host.collect(timeout_s=10) + host.collect(timeout_s=10)
+        >>> replies = []
+        >>> while len(replies) < 2:
+        ...     replies += host.collect(timeout_s=10)
         >>> replies[-1].value["reward"]
         1.0
         >>> host.shutdown()
