@@ -31,6 +31,8 @@ class Rollout:
         truncated: [B] bool, True for completions that ended at the length limit.
         prompts, completions: B texts each.
         metrics: metrics of the environment, without a prefix.
+        failed: [B] bool, True for samples that the environment could not score. None: there are none.
+        episodes: of environments with turns: for each sample a record of its episode as JSON data. See `episodes`.
     """
 
     batch: BatchedDataDict
@@ -38,6 +40,13 @@ class Rollout:
     prompts: list[str]
     completions: list[str]
     metrics: dict[str, float]
+    failed: torch.Tensor | None = None
+    episodes: list[dict[str, Any]] | None = None
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """[B] bool, True for samples whose reward says how good they are."""
+        return torch.ones(len(self.completions), dtype=torch.bool) if self.failed is None else ~self.failed
 
     @property
     def rewards(self) -> torch.Tensor:
@@ -181,6 +190,8 @@ def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
         prompts=[text for r in rollouts for text in r.prompts],
         completions=[text for r in rollouts for text in r.completions],
         metrics=_weighted_mean([r.metrics for r in rollouts], sizes),
+        failed=None if rollouts[0].failed is None else ~torch.cat([r.scored for r in rollouts]),
+        episodes=None if rollouts[0].episodes is None else [e for r in rollouts for e in r.episodes or ()],
     )
 
 
@@ -194,6 +205,8 @@ def select(rollout: Rollout, rows: torch.Tensor) -> Rollout:
         prompts=[rollout.prompts[i] for i in selected],
         completions=[rollout.completions[i] for i in selected],
         metrics=rollout.metrics,
+        failed=None if rollout.failed is None else rollout.failed[indices],
+        episodes=None if rollout.episodes is None else [rollout.episodes[i] for i in selected],
     )
 
 

@@ -23,7 +23,8 @@ def collate(
 
     Returns:
         `input_ids` int64 [batch, longest prompt], `input_lengths` int64 [batch], `problem_index` int64 [batch], and the
-        lists `prompt` (the text that the model reads), `answer` and `metadata`.
+        lists `prompt` (the text that the model reads), `question` (the prompt before templates: text, or chat
+        messages), `answer` and `metadata`.
     """
     if not problems:
         raise ValueError("collate needs at least one problem.")
@@ -40,6 +41,7 @@ def collate(
         input_lengths=lengths,
         problem_index=torch.tensor([problem.problem.index for problem in problems]),
         prompt=[problem.text for problem in problems],
+        question=[problem.problem.prompt for problem in problems],
         answer=[problem.problem.answer for problem in problems],
         metadata=[problem.problem.metadata for problem in problems],
     )

@@ -17,7 +17,7 @@ class DatasetConfig(ConfigModel):
         None, description="JSONL or Parquet file, or a Hugging Face data set (local directory or hub name)."
     )
     kind: str = Field(
-        "auto", description="auto (by path), arithmetic, jsonl, parquet, huggingface, or a registered name."
+        "auto", description="auto (by path), arithmetic, seeds, jsonl, parquet, huggingface, or a registered name."
     )
     split: str | None = Field(None, description="Split of a Hugging Face data set.")
     name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")

@@ -152,9 +152,36 @@ class HuggingFaceDataset(TableDataset):
         return cls(rows, list(loaded.column_names), len(loaded), config, name)
 
 
+class SeedDataset(ProblemDataset):
+    """Problems that are only a seed, for environments that make their own tasks.
+
+    `data.*.max_num_problems` says how many there are (default: 4096 for training, 256 for validation). The seeds of
+    training count from 0 and those of validation from 2**31, so they have none in common.
+    """
+
+    def __init__(self, first: int, count: int) -> None:
+        self._first, self._count = first, count
+
+    @classmethod
+    def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
+        if role == "train":
+            return cls(0, config.max_num_problems or 4096)
+        return cls(2**31, config.max_num_problems or 256)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def problem(self, index: int) -> Problem:
+        return Problem("", "", index, {"seed": self._first + index})
+
+    def where(self, index: int) -> str:
+        return f"seed {self._first + index}"
+
+
 # To add a kind of data set, write one class and one line here (or set `data.train.kind: package.module:Class`).
 DATASETS: dict[str, type[ProblemDataset]] = {
     "arithmetic": ArithmeticDataset,
+    "seeds": SeedDataset,
     "jsonl": JsonlDataset,
     "parquet": ParquetDataset,
     "huggingface": HuggingFaceDataset,
@@ -164,7 +191,7 @@ DATASETS: dict[str, type[ProblemDataset]] = {
 def load_datasets(data: DataConfig) -> tuple[ProblemDataset, ProblemDataset | None]:
     """Open a job's train data and its validation data, if any.
 
-    Without a `validation` section, a job on the embedded generator uses the generator's validation split.
+    Without a `validation` section, a job on generated problems or seeds uses those of the validation split.
 
     Example:
         >>> from nemo_rl.data.config import DataConfig
@@ -173,7 +200,7 @@ def load_datasets(data: DataConfig) -> tuple[ProblemDataset, ProblemDataset | No
         (100, 10)
     """
     validation = data.validation
-    if validation is None and dataset_kind(data.train) == "arithmetic":
+    if validation is None and dataset_kind(data.train) in ("arithmetic", "seeds"):
         validation = data.train.model_copy(update={"max_num_problems": None})
     train = open_dataset(data.train, data, "train")
     return train, None if validation is None else open_dataset(validation, data, "validation")

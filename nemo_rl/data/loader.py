@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nemo_rl.data.collation import collate
@@ -128,6 +130,82 @@ class PromptLoader:
         if not self._shuffle:
             return np.arange(len(self._problems), dtype=np.int64)
         return permutation(len(self._problems), self._seed, epoch)
+
+
+class MixedLoader:
+    """Draws the problems of each batch from several loaders, in proportion to their weights.
+
+    The shares are exact: after any number of problems, each loader has given its share, rounded up or down (up to the
+    rounding of all others), because the next problem comes from the loader that is furthest behind.
+
+    Example:
+
+        loader = MixedLoader({"math": math, "nim": nim}, lambda batch: {"math": 3, "nim": 1}, pad_token_id=0)
+        loader.next_batch(8)["environment"]  # math six times, nim twice
+
+    Args:
+        loaders: The loaders, by the name of their environment.
+        weights: Returns the weights of all loaders for a batch, counted from 1. One of them must be above 0.
+        pad_token_id: See `collation.collate`.
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, PromptLoader],
+        weights: Callable[[int], Mapping[str, float]],
+        pad_token_id: int,
+    ) -> None:
+        self._loaders, self._weights, self._pad_token_id = dict(loaders), weights, pad_token_id
+        self._num_batches = 0
+        self._owed = dict.fromkeys(loaders, 0.0)
+
+    def next_batch(self, num_problems: int) -> BatchedDataDict | None:
+        """Return the next problems, with the list `environment`. None if a loader has no more."""
+        names = self._choose(num_problems)
+        parts, order = [], []
+        for name, loader in self._loaders.items():
+            rows = [row for row, chosen in enumerate(names) if chosen == name]
+            if not rows:
+                continue
+            part = loader.next_batch(len(rows))
+            if part is None:
+                return None
+            part["environment"] = [name] * len(rows)
+            parts.append(part)
+            order += rows
+        batch = BatchedDataDict.from_batches(parts, pad_value_dict={"input_ids": self._pad_token_id})
+        return batch.select_indices(torch.tensor(order).argsort())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain data."""
+        loaders = {name: loader.state_dict() for name, loader in self._loaders.items()}
+        return {"num_batches": self._num_batches, "owed": dict(self._owed), "loaders": loaders}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the position in `state`. Raises `CheckpointError` if it belongs to other environments."""
+        found = sorted(state.get("loaders", {}))
+        if found != sorted(self._loaders):
+            raise CheckpointError(
+                f"the checkpoint's data position belongs to the environments {found}, and the job has "
+                f"{sorted(self._loaders)}. Resume with the same environments, or start a new run"
+            )
+        for name, loader in self._loaders.items():
+            loader.load_state_dict(state["loaders"][name])
+        self._num_batches, self._owed = int(state["num_batches"]), dict(state["owed"])
+
+    def _choose(self, num_problems: int) -> list[str]:
+        """Return the loader of each problem of the next batch."""
+        self._num_batches += 1
+        weights = self._weights(self._num_batches)
+        total = sum(weights.values())
+        names = []
+        for _ in range(num_problems):
+            for name in self._owed:
+                self._owed[name] += weights[name] / total
+            chosen = max((name for name in self._owed if weights[name]), key=self._owed.__getitem__)
+            self._owed[chosen] -= 1.0
+            names.append(chosen)
+        return names
 
 
 def validation_batch(

@@ -25,7 +25,8 @@ class Problem:
     """One problem to solve.
 
     Attributes:
-        prompt: Text, or chat messages (`{"role": ..., "content": ...}`), oldest first.
+        prompt: Text, or chat messages (`{"role": ..., "content": ...}`), oldest first. Empty: the environment shows
+            its own.
         answer: The expected answer as text.
         index: Position in its data set.
         metadata: All other fields of the record.

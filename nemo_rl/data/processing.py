@@ -32,28 +32,37 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any: ...
+
     def apply_chat_template(
         self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **variables: Any
     ) -> Any: ...
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: Sequence[ChatMessage], now: datetime, *, what: str = "the prompt"
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    now: datetime,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    what: str = "the prompt",
 ) -> str:
     """Render messages by the tokenizer's chat template, up to the start of the model's turn.
 
     Args:
         tokenizer: The model's tokenizer.
         messages: The conversation.
+        tools: JSON schemas of the tools that the template shows to the model.
         now: See `PromptFormatter`.
         what: What the messages are, for the error.
 
     Raises:
         DataError: The chat template rejects the messages.
     """
+    variables: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, strftime_now=now.strftime
+            list(messages), tokenize=False, add_generation_prompt=True, strftime_now=now.strftime, **variables
         )
     except Exception as error:
         # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
@@ -99,13 +108,13 @@ class PromptFormatter:
                 "data.apply_chat_template=false"
             )
 
-    def text(self, problem: Problem, where: str) -> str:
-        """Return the full prompt; `where` names the record in messages.
+    def text(self, prompt: str | list[ChatMessage], where: str, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """Return the full prompt; `where` names the record in messages, and `tools` are for the chat template.
 
         Raises:
-            DataError: The prompt consists of chat messages, but there is no chat template or it rejects them.
+            DataError: The prompt consists of chat messages, but there is no chat template, or it rejects
+                them or does not show a tool.
         """
-        prompt = problem.prompt
         if isinstance(prompt, str):
             # Not str.format: problems and templates may contain braces, as in LaTeX.
             prompt = self._template.replace(PLACEHOLDER, prompt)
@@ -120,9 +129,13 @@ class PromptFormatter:
         if self._system_prompt is not None and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": self._system_prompt}, *prompt]
         try:
-            return render_chat(self._tokenizer, prompt, self._now)
+            text = render_chat(self._tokenizer, prompt, self._now, tools=tools)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        unseen = [name for name in map(_tool_name, tools) if name not in text]
+        if unseen:
+            raise DataError(f"{where}: the tokenizer's chat template does not show the tool {unseen[0]!r} to the model")
+        return text
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of each prompt, without tokens that the tokenizer appends behind a text.
@@ -212,7 +225,7 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
         longest = 0
         for start in range(0, len(dataset), _TOKENIZER_BATCH_SIZE):
             problems = dataset[start : start + _TOKENIZER_BATCH_SIZE]
-            texts = [self._formatter.text(problem, dataset.where(problem.index)) for problem in problems]
+            texts = [self._text(problem) for problem in problems]
             for problem, tokens in zip(problems, self._formatter.tokenize(texts)):
                 longest = max(longest, len(tokens))
                 if self._fits(len(tokens), problem.index, config):
@@ -231,8 +244,12 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
                 raise DataError(f"{what} (the longest has {longest}); raise data.max_prompt_length")
             logger.warning("%s and are dropped (the longest has %d)", what, longest)
 
+    def _text(self, problem: Problem) -> str:
+        """Return the full prompt. A problem without a prompt is for environments, which show their own."""
+        return self._formatter.text(problem.prompt, self._dataset.where(problem.index)) if problem.prompt else ""
+
     def _fits(self, length: int, index: int, config: DataConfig) -> bool:
-        if length == 0:
+        if length == 0 and self._dataset[index].prompt:
             raise DataError(f"{self._dataset.where(index)}: the prompt has no tokens")
         if length > config.max_prompt_length and config.overlong_prompts == "error":
             raise DataError(
@@ -256,8 +273,11 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
         if not 0 <= position < len(self):
             raise IndexError(f"problem {index} is out of range: there are {len(self)}")
         problem = self._dataset[int(self._kept[position])]
-        text = self._formatter.text(problem, self._dataset.where(problem.index))
-        return TokenizedProblem(problem, text, self._ids[self._offsets[position] : self._offsets[position + 1]])
+        return TokenizedProblem(problem, self._text(problem), self._ids[self._offsets[position] : self._offsets[position + 1]])
+
+
+def _tool_name(schema: dict[str, Any]) -> str:
+    return str(schema.get("function", schema).get("name"))
 
 
 def _read_template(value: str | None) -> str:

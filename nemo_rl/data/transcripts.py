@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
+from nemo_rl.data.config import DataConfig
 from nemo_rl.data.problem import ChatMessage
-from nemo_rl.data.processing import Tokenizer, render_chat
+from nemo_rl.data.processing import PromptFormatter, Tokenizer, render_chat
 from nemo_rl.errors import ConfigError, DataError
 
 # Letters only, so that no template trims, escapes or parses them, and no prompt contains them by chance.
@@ -106,6 +108,60 @@ class TurnRenderer:
 
     def _render(self, messages: Sequence[ChatMessage]) -> str:
         return render_chat(self._tokenizer, messages, self._now, what="the observation")
+
+
+class TranscriptRenderer:
+    """Renders all that a transcript holds beside the sampled tokens: its opening, and its continuations.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        config: The system prompt, and whether there is a chat template.
+        has_turns: Whether a transcript may continue after the first action. See `TurnRenderer` for what it requires.
+        keep_thinking, now: See `TurnRenderer`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        *,
+        has_turns: bool,
+        keep_thinking: bool = False,
+        now: datetime | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._formatter = PromptFormatter(tokenizer, config, now)
+        self._turns = (
+            TurnRenderer(tokenizer, is_chat=self._formatter.is_chat, keep_thinking=keep_thinking, now=now)
+            if has_turns
+            else None
+        )
+
+    def opening(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]], where: str) -> list[int]:
+        """Return the tokens that the model reads before its first action. Without a chat template: the joined texts.
+
+        Raises:
+            DataError: See `PromptFormatter.text`; or there are no tokens. The message begins with `where`.
+        """
+        if self._formatter.is_chat:
+            text = self._formatter.text(list(messages), where, tools)
+        elif tools:
+            raise DataError(f"{where}: tools need a chat template, and prompts are not rendered by one")
+        else:
+            text = "".join(str(message["content"]) for message in messages)
+        [tokens] = self._formatter.tokenize([text])
+        if not tokens:
+            raise DataError(f"{where}: the first observation has no tokens")
+        return list(tokens)
+
+    def continuation(self, messages: Sequence[ChatMessage], sampled: Sequence[int]) -> list[int]:
+        """See `TurnRenderer.continuation`."""
+        assert self._turns is not None, "this transcript has one turn"
+        return self._turns.continuation(messages, sampled)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return tokens as text, without special tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def _action(content: str) -> ChatMessage:

@@ -212,7 +212,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
                 faults[row] = "no answer"
             else:
                 problem = Problem(text, answer, row)
-                prompt = self._formatter.text(problem, f"row {row}")
+                prompt = self._formatter.text(problem.prompt, f"row {row}")
                 [ids] = self._formatter.tokenize([prompt])
                 if len(ids) < self._max_length:
                     prompts.append(TokenizedProblem(problem, prompt, np.asarray(ids, dtype=np.int32)))

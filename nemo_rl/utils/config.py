@@ -12,12 +12,13 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from nemo_rl.errors import ConfigError
@@ -40,10 +41,13 @@ class ConfigModel(BaseModel):
 
 
 class OpenSection(ConfigModel):
-    """Base class of sections whose keys depend on another key, which selects a subclass.
+    """Base class of sections whose keys are not all known beforehand.
 
-    The parent section converts the given values to the selected subclass when it is validated.
+    Either they depend on another key, which selects a subclass: the parent section converts the given values to the
+    selected subclass when it is validated. Or users name them, and each such key is a section of the class `entry`.
     """
+
+    entry: ClassVar[type[ConfigModel] | None] = None
 
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
@@ -111,11 +115,15 @@ def check_key(schema: type[ConfigModel], key: str, where: str) -> None:
     current: type[ConfigModel] | None = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if current is None or issubclass(current, OpenSection):  # the parent section validates its keys
+        if current is None:
             return
-        if part not in current.model_fields:
+        fields = _fields(current)
+        if part not in fields and issubclass(current, OpenSection):
+            current = current.entry  # without one, the parent section validates its keys
+            continue
+        if part not in fields:
             raise ConfigError(f"{where}: {_unknown(current, '.'.join(parts[:depth]), part)}")
-        annotation = current.model_fields[part].annotation
+        annotation = fields[part].annotation
         current = _section(annotation)
         if current is None and depth + 1 < len(parts) and not _is_mapping(annotation):
             raise ConfigError(f"{where}: {'.'.join(parts[: depth + 1])} is a value and has no key {parts[depth + 1]!r}")
@@ -133,7 +141,7 @@ class KeyInfo:
 
 def iter_keys(schema: type[ConfigModel], prefix: str = "") -> Iterator[KeyInfo]:
     """Yield all leaf keys of a schema, in the order of definition."""
-    for name, field in schema.model_fields.items():
+    for name, field in _fields(schema).items():
         dotted = f"{prefix}{name}"
         section = _section(field.annotation)
         optional = type(None) in typing.get_args(field.annotation)
@@ -150,6 +158,8 @@ def iter_keys(schema: type[ConfigModel], prefix: str = "") -> Iterator[KeyInfo]:
 def _section_keys(section: type[ConfigModel], prefix: str) -> Iterator[KeyInfo]:
     yield from iter_keys(section, prefix)
     if issubclass(section, OpenSection):
+        if section.entry is not None:
+            yield from iter_keys(section.entry, f"{prefix}<name>.")
         for choice, variant in section.variants():
             for key in iter_keys(variant, prefix):
                 yield replace(key, help=f"{key.help} Only with {choice}.")
@@ -213,7 +223,7 @@ def _explain(schema: type[ConfigModel], problem: Any) -> str:
 
 
 def _unknown(section: type[ConfigModel], prefix: str, name: str) -> str:
-    valid = list(section.model_fields)
+    valid = list(_fields(section))
     near = nearest_names(name, valid)
     dotted = f"{prefix}.{name}" if prefix else name
     hint = f"did you mean {f'{prefix}.' if prefix else ''}{near[0]}?" if near else f"known here: {', '.join(valid)}"
@@ -223,10 +233,19 @@ def _unknown(section: type[ConfigModel], prefix: str, name: str) -> str:
 def _descend(schema: type[ConfigModel], location: Sequence[str]) -> type[ConfigModel] | None:
     current: type[ConfigModel] | None = schema
     for part in location:
-        if current is None or part not in current.model_fields:
+        if current is None:
             return None
-        current = _section(current.model_fields[part].annotation)
+        field = _fields(current).get(part)
+        if field is not None:
+            current = _section(field.annotation)
+        else:
+            current = current.entry if issubclass(current, OpenSection) else None
     return current
+
+
+def _fields(section: type[ConfigModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a section by their keys. A key that is no Python name, such as `class`, is an alias."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _section(annotation: Any) -> type[ConfigModel] | None:

@@ -118,7 +118,7 @@ def test_chat_template_reads_the_time_of_the_run(chat_tokenizer, template):
 
     tokenizer = with_template(chat_tokenizer, template)
     formatter = PromptFormatter(tokenizer, DataConfig(), datetime(2026, 11, 28, 23, 59, 59))
-    assert formatter.text(Problem("1", "1", 0), "row 0") == "28 Nov 2026"
+    assert formatter.text("1", "row 0") == "28 Nov 2026"
     now = PromptFormatter(tokenizer, DataConfig())
     assert now.text(Problem("1", "1", 0), "row 0") == now._now.strftime("%d %b %Y")
 
