@@ -11,9 +11,9 @@ environments work on the actions of earlier waves, and those of the running one 
 delays its own episodes only. The next wave starts when no further observation is on its way, or when the first ready
 transcript has waited for a quarter of the time that the last wave took.
 
-A transcript is token ids. What was sampled stays as it was sampled (`data.transcripts`), and only sampled tokens are
-trained. The random stream of an action depends on the seed, the sample and the turn, not on the wave. (The rounding of
-sums depends on the batch, so environments with uneven latencies can still change a sampled token.)
+A transcript is token ids. What was sampled stays as it was sampled (`nemo_rl.data.transcripts`), and only it is trained.
+The random stream of an action depends on the seed, the sample and the turn, not on the wave. (The rounding of sums
+depends on the batch, so environments with uneven latencies can still change a sampled token.)
 
 A failure of an environment is never a reward. The episode is repeated from its seed, up to `max_retries` times, and
 then left out of the loss and of its group's baseline.
@@ -102,10 +102,8 @@ class _Episode:
 
     def begin(self) -> None:
         """Forget the attempt before, if there was one."""
-        for values in (self.tokens, self.sampled, self.logprobs, self.sampling_logprobs, self.turn_ends):
-            values.clear()
-        for values in (self.pending, self.messages, self.rewards):
-            values.clear()
+        self.tokens, self.sampled, self.logprobs, self.sampling_logprobs = [], [], [], []
+        self.turn_ends, self.pending, self.messages, self.rewards = [], [], [], []
         self.info = {}
         self.num_prompt_tokens, self.environment_s = 0, 0.0
         self.attempts += 1
@@ -205,8 +203,8 @@ class EpisodeCollector:
         """Play `num_generations` episodes of each problem.
 
         Args:
-            problems: N rows as `data.collation.collate` returns them, with the name of each problem's environment in
-                the list `environment`; without this list, there must be one environment.
+            problems: N rows as `nemo_rl.data.collation.collate` returns them, with the name of each problem's
+                environment in the list `environment`; without this list, there must be one environment.
             num_generations: Episodes per problem (G). Row n * G + g of the result is episode g of problem n.
             seed: Decides every sampled token.
             timer: Receives the phase "generation".

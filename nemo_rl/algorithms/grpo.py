@@ -35,6 +35,7 @@ from nemo_rl.observability.timer import Timer
 from nemo_rl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
+    from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.interfaces import GenerationInterface
@@ -49,6 +50,8 @@ class Recorder(Protocol):
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None: ...
+
+    def log_episodes(self, step: int, episodes: list[dict[str, Any]]) -> None: ...
 
 
 def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
@@ -88,7 +91,7 @@ class GRPO:
     config: MasterConfig
     policy: PolicyInterface
     generation: GenerationInterface
-    environment: EnvironmentInterface
+    environment: EnvironmentInterface | EpisodeCollector
     loader: PromptLoader
     validation: BatchedDataDict | None
     recorder: Recorder
@@ -174,6 +177,8 @@ class GRPO:
         metrics = {
             f"train/{name}": value for name, value in (result | logprob_metrics | _rollout_metrics(rollout)).items()
         }
+        if rollout.episodes is not None:
+            self.recorder.log_episodes(step, rollout.episodes)
         metrics |= {"train/num_rollouts": step_rollout.num_rollouts, "train/trajectory_age": age}
         timing = self._timing(step_rollout.seconds)
         metrics["perf/tokens_per_s"] = float(rollout.num_completion_tokens.sum()) / timing["step"]
@@ -326,11 +331,11 @@ class GRPO:
 
 
 def _rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    rewards, lengths = rollout.batch["rewards"], rollout.num_completion_tokens
-    signal = group_has_signal(rewards, rollout.batch["group"], rollout.batch["sample_mask"])
+    rewards, lengths = rollout.batch["rewards"][rollout.scored], rollout.num_completion_tokens
+    signal = group_has_signal(rollout.batch["rewards"], rollout.batch["group"], rollout.batch["sample_mask"])
     return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std(correction=0)),
+        "reward": float(rewards.mean()) if len(rewards) else 0.0,
+        "reward_std": float(rewards.std(correction=0)) if len(rewards) else 0.0,
         "groups_with_signal": float(signal.float().mean()),
         "completion_length": float(lengths.mean()),
         "truncated": float(rollout.truncated.float().mean()),
@@ -339,24 +344,35 @@ def _rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def _validation_metrics(rollout: Rollout, num_generations: int) -> dict[str, float]:
-    correct = (rollout.batch["rewards"] > 0).view(-1, num_generations).sum(dim=1).tolist()
+    """Compute the metrics of a validation. Samples that could not be scored are left out; pass@k needs k others."""
+    scored = rollout.scored
+    rewards = rollout.batch["rewards"][scored]
+    per_problem = (-1, num_generations)
+    correct = ((rollout.batch["rewards"] > 0) & scored).view(per_problem).sum(dim=1).tolist()
+    counts = scored.view(per_problem).sum(dim=1).tolist()
     metrics = {
-        "accuracy": sum(correct) / (len(correct) * num_generations),
-        "reward": float(rollout.batch["rewards"].mean()),
+        "accuracy": sum(correct) / max(sum(counts), 1),
+        "reward": float(rewards.mean()) if len(rewards) else 0.0,
         "completion_length": float(rollout.num_completion_tokens.mean()),
         "truncated": float(rollout.truncated.float().mean()),
         **{f"env_{name}": value for name, value in rollout.metrics.items()},
     }
     k = 1
     while num_generations > 1 and k <= num_generations:
-        metrics[f"pass@{k}"] = sum(rollouts.pass_at_k(num_generations, int(c), k) for c in correct) / len(correct)
+        estimates = [rollouts.pass_at_k(n, c, k) for n, c in zip(counts, correct, strict=True) if n >= k]
+        if estimates:
+            metrics[f"pass@{k}"] = sum(estimates) / len(estimates)
         k *= 2
     return metrics
 
 
 def _samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     rewards = rollout.batch["rewards"].tolist()
-    return [
-        {"prompt": rollout.prompts[i], "completion": rollout.completions[i], "reward": rewards[i]}
-        for i in range(min(count, len(rewards)))
-    ]
+    samples = []
+    for i in range(min(count, len(rewards))):
+        sample = {"prompt": rollout.prompts[i], "completion": rollout.completions[i], "reward": rewards[i]}
+        if rollout.episodes is not None:
+            episode = rollout.episodes[i]
+            sample |= {name: episode[name] for name in ("environment", "messages", "end", "outcome")}
+        samples.append(sample)
+    return samples

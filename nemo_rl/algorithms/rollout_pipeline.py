@@ -23,6 +23,7 @@ At most the two sets of weights are in GPU memory together, and only during the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ import torch
 from nemo_rl.algorithms import rollouts
 from nemo_rl.algorithms.advantages import group_has_signal
 from nemo_rl.algorithms.config import GRPOConfig
+from nemo_rl.algorithms.episodes import EpisodeCollector
 from nemo_rl.algorithms.rollouts import Rollout, draw_seed
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import WeightSyncError
@@ -111,7 +113,7 @@ class RolloutPipeline:
         self,
         config: GRPOConfig,
         generation: GenerationInterface,
-        environment: EnvironmentInterface,
+        environment: EnvironmentInterface | EpisodeCollector,
         loader: PromptLoader,
         pad_token_id: int,
         *,
@@ -176,10 +178,8 @@ class RolloutPipeline:
         def job() -> tuple[Rollout, dict[str, float]]:
             timer = Timer()
             with self._generation_turn(update, timer):
-                rollout = rollouts.collect(
+                rollout = self._collect(
                     problems,
-                    self._generation,
-                    self._environment,
                     num_generations=num_generations,
                     seed=draw_seed(self._config.seed, "validation"),
                     timer=timer,
@@ -225,7 +225,7 @@ class RolloutPipeline:
         if problems is None:
             return StepRollout(step, version, None, 0, {})
         with self._generation_turn(update, timer):
-            rollout, num_rollouts = self._collect(problems, step, timer)
+            rollout, num_rollouts = self._collect_for_step(problems, step, timer)
         return StepRollout(step, version, rollout, num_rollouts, timer.seconds())
 
     @contextmanager
@@ -271,7 +271,13 @@ class RolloutPipeline:
                 f"{update.digest}"
             )
 
-    def _collect(self, problems: BatchedDataDict, step: int, timer: Timer) -> tuple[Rollout, int]:
+    def _collect(self, problems: BatchedDataDict, *, streaming: bool = False, **options: Any) -> Rollout:
+        """Collect one rollout, from an environment that scores batches or from episodes."""
+        if isinstance(self._environment, EpisodeCollector):
+            return self._environment.collect(problems, **options)
+        return rollouts.collect(problems, self._generation, self._environment, streaming=streaming, **options)
+
+    def _collect_for_step(self, problems: BatchedDataDict, step: int, timer: Timer) -> tuple[Rollout, int]:
         """Collect the rollout of `problems`; return it and the number of rollouts it took.
 
         Dynamic sampling replaces groups without a learning signal by groups of further problems (Yu et al. 2025,
@@ -283,17 +289,15 @@ class RolloutPipeline:
         with_signal: list[Rollout] = []
         without_signal: list[Rollout] = []
         for attempt in range(limit):
-            rollout = rollouts.collect(
+            rollout = self._collect(
                 problems,
-                self._generation,
-                self._environment,
                 num_generations=config.num_generations_per_prompt,
                 seed=draw_seed(config.seed, "train", step, attempt),
                 timer=timer,
                 streaming=config.stream_rollouts,
             )
             if config.overlong_filtering:
-                rollout.batch["sample_mask"] = (~rollout.truncated).float()
+                rollout.batch["sample_mask"] = rollout.batch["sample_mask"] * ~rollout.truncated
             if limit == 1:
                 return rollout, 1
             signal = group_has_signal(rollout.batch["rewards"], rollout.batch["group"], rollout.batch["sample_mask"])
@@ -307,7 +311,12 @@ class RolloutPipeline:
             problems = next_problems
         parts = [r for r in (*with_signal, *without_signal) if r.completions]
         candidates = rollouts.concatenate(parts, self._pad_token_id)
-        return rollouts.select(candidates, torch.arange(num_samples)), attempt + 1
+        for record in (candidates.episodes or [])[num_samples:]:
+            record["outcome"] = "replaced: its group has no learning signal, or is not needed"
+        return (
+            dataclasses.replace(rollouts.select(candidates, torch.arange(num_samples)), episodes=candidates.episodes),
+            attempt + 1,
+        )
 
 
 def _to_plain(item: StepRollout) -> dict[str, Any]:
@@ -316,7 +325,10 @@ def _to_plain(item: StepRollout) -> dict[str, Any]:
     plain = {"step": item.step, "version": item.version, "num_rollouts": item.num_rollouts, "seconds": item.seconds}
     if rollout is None:
         return {**plain, "rollout": None}
-    fields = {name: getattr(rollout, name) for name in ("truncated", "prompts", "completions", "metrics")}
+    fields = {
+        name: getattr(rollout, name)
+        for name in ("truncated", "prompts", "completions", "metrics", "failed", "episodes")
+    }
     return {**plain, "rollout": {**fields, "batch": dict(rollout.batch.get_dict())}}
 
 

@@ -32,7 +32,8 @@ class Rollout:
         prompts, completions: B texts each.
         metrics: metrics of the environment, without a prefix.
         failed: [B] bool, True for samples that the environment could not score. None: there are none.
-        episodes: of environments with turns: for each sample a record of its episode as JSON data. See `episodes`.
+        episodes: of environments with turns: a record of each sample's episode as JSON data, and behind them the
+            records of episodes that dynamic sampling has replaced.
     """
 
     batch: BatchedDataDict

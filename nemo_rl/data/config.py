@@ -71,4 +71,9 @@ class DataConfig(ConfigModel):
         description="Template for text prompts: text that contains {problem}, or the path of a file with such text.",
     )
     system_prompt: str | None = Field(None, description="System message (chat models only).")
+    keep_thinking: bool = Field(
+        False,
+        description="Accept a chat template that removes the thinking of earlier turns; transcripts keep it, as it was "
+        "sampled.",
+    )
     apply_chat_template: bool = Field(True, description="Use the tokenizer's chat template if it has one.")

@@ -273,7 +273,9 @@ class TokenizedProblems(Sequence[TokenizedProblem]):
         if not 0 <= position < len(self):
             raise IndexError(f"problem {index} is out of range: there are {len(self)}")
         problem = self._dataset[int(self._kept[position])]
-        return TokenizedProblem(problem, self._text(problem), self._ids[self._offsets[position] : self._offsets[position + 1]])
+        return TokenizedProblem(
+            problem, self._text(problem), self._ids[self._offsets[position] : self._offsets[position + 1]]
+        )
 
 
 def _tool_name(schema: dict[str, Any]) -> str:

@@ -103,7 +103,7 @@ class TurnRenderer:
         if not keep_thinking and _THOUGHT not in thinking:
             raise ConfigError(
                 "the tokenizer's chat template removes the thinking of earlier turns, but a transcript keeps what "
-                "was sampled; set keep_thinking=true to train on such transcripts"
+                "was sampled; set data.keep_thinking=true to train on such transcripts"
             )
 
     def _render(self, messages: Sequence[ChatMessage]) -> str:

@@ -15,7 +15,6 @@ from nemo_rl.environments.answers import AnswerFormat
 from nemo_rl.utils.config import ConfigModel, OpenSection
 from nemo_rl.utils.names import did_you_mean
 
-
 Weight = float | dict[int, float]
 
 

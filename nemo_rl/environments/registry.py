@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 from importlib import metadata
 
-from nemo_rl.errors import ConfigError
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES, get_actor_python_env
+from nemo_rl.environments.config import EnvironmentEntry
+from nemo_rl.errors import ConfigError, UnregisteredActorError
 from nemo_rl.utils.names import did_you_mean
 
 ENTRY_POINT_GROUP = "nemo_rl.environments"
@@ -31,6 +33,23 @@ def environment_fqn(name: str) -> str:
             f"Unknown environment {name!r}.{hint} Known: {', '.join(sorted(known))}. Add yours to "
             f"nemo_rl.environments.registry.ENVIRONMENTS, or by an entry point of the group {ENTRY_POINT_GROUP!r}."
         ) from None
+
+
+def entry_fqn(entry: EnvironmentEntry) -> str:
+    """Return the class or function of a named environment. Raises `ConfigError` for an unknown name without dots."""
+    return entry.class_ if "." in entry.class_ else environment_fqn(entry.class_)
+
+
+def entry_python(entry: EnvironmentEntry) -> str:
+    """Return the py_executable of a named environment's workers: its own, the registered one, or the driver's."""
+    if entry.own_process:
+        return PY_EXECUTABLES.SYSTEM
+    if entry.py_executable is not None:
+        return entry.py_executable
+    try:
+        return get_actor_python_env(entry_fqn(entry))
+    except UnregisteredActorError:
+        return PY_EXECUTABLES.SYSTEM
 
 
 @functools.cache

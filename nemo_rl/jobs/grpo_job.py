@@ -21,12 +21,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.data.datasets import load_datasets
-from nemo_rl.data.problem import ProblemDataset
-from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.jobs.command_line import JobArguments, run_command
+from nemo_rl.jobs.job_environments import (
+    Problems,
+    load_problems,
+    make_collector,
+    make_loader,
+    make_renderer,
+    make_validation_batch,
+    start_environment,
+)
 from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model, prepare_model
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_venvs
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.observability.console import ConsoleView
@@ -40,10 +46,13 @@ from nemo_rl.utils.garbage import gc_paused
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from nemo_rl.data.loader import PromptLoader
+    from nemo_rl.algorithms.episodes import EpisodeCollector
+    from nemo_rl.data.loader import MixedLoader, PromptLoader
+    from nemo_rl.data.transcripts import TranscriptRenderer
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+    from nemo_rl.environments.environment_group import EnvironmentGroup
     from nemo_rl.environments.remote import RemoteEnvironment
     from nemo_rl.models.generation.generation import Generation
     from nemo_rl.models.policy.policy import Policy
@@ -53,7 +62,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INPUTS_THREAD = "driver: inputs"
-Problems = tuple[ProblemDataset, ProblemDataset | None]  # training, validation
 
 
 def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -74,10 +82,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
     check_weight_files(config.policy.model_name, "policy.model_name")
-    problems = load_datasets(config.data)  # loaded first, to report errors before anything is started
-    if config.env.name == "math":
-        for dataset in filter(None, problems):
-            check_answer_keys(dataset, config.env.math.max_answer_chars)
+    problems = load_problems(config)  # loaded first, to report errors before anything is started
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:
@@ -102,8 +107,9 @@ class _Inputs:
     """Holds the inputs that the second thread prepares."""
 
     pad_token_id: int
-    loader: PromptLoader
+    loader: PromptLoader | MixedLoader
     validation: BatchedDataDict | None
+    renderer: TranscriptRenderer | None
 
 
 @dataclass(frozen=True)
@@ -116,11 +122,17 @@ class _Clusters:
 
 @dataclass(frozen=True)
 class _Workers:
-    """Holds the started worker groups of the job."""
+    """Holds the started worker groups of the job.
+
+    Attributes:
+        environments: the workers, by the name of their role.
+        environment: what the loop collects rollouts from.
+    """
 
     policy: Policy
     generation: Generation
-    environment: RemoteEnvironment
+    environments: dict[str, RemoteEnvironment | EnvironmentGroup]
+    environment: RemoteEnvironment | EpisodeCollector
 
 
 @dataclass(frozen=True)
@@ -133,7 +145,7 @@ class _RunAttempt:
 
     config: MasterConfig
     roles: list[Role]
-    problems: Problems
+    problems: dict[str, Problems]
     run: RunDirectory
     view: ConsoleView
     timeline: Timeline
@@ -188,10 +200,10 @@ class _RunAttempt:
         with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline) as phases:
             from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 
-            ensure_venvs_on_each_node({role.fqn: role.py_executable for role in self.roles}, progress=phases)
+            ensure_venvs_on_each_node(role_venvs(self.roles), progress=phases)
         model_name = creating.result()
         with self.timeline.phase("start workers", waits=True):
-            workers = self._start_workers(model_name, clusters)
+            workers = self._start_workers(model_name, clusters, inputs)
         return inputs, workers
 
     def _prepare_inputs(self, checkpoint: Checkpoint | None) -> _Inputs:
@@ -201,24 +213,13 @@ class _RunAttempt:
             model = prepare_model(config.policy, use_gpus=config.cluster.for_generation.use_gpus)
         with self.timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.grpo import restore_data_position
-            from nemo_rl.data.loader import PromptLoader, validation_batch
-            from nemo_rl.data.processing import TokenizedProblems
 
-            train, validation = self.problems
-            loader = PromptLoader(
-                TokenizedProblems(train, model.tokenizer, config.data, started),
-                model.pad_token_id,
-                seed=config.grpo.seed,
-                shuffle=config.data.shuffle,
-                num_epochs=config.grpo.max_num_epochs,
-            )
+            loader = make_loader(config, self.problems, model, started)
             if checkpoint is not None:
                 restore_data_position(loader, checkpoint)  # `resume` does, too, but only when the workers run
-            batch = None
-            if validation is not None:
-                tokenized = TokenizedProblems(validation, model.tokenizer, config.data, started)
-                batch = validation_batch(tokenized, model.pad_token_id, config.grpo.validation.max_num_problems)
-        return _Inputs(model.pad_token_id, loader, batch)
+            validation = make_validation_batch(config, self.problems, model, started)
+            renderer = make_renderer(config, model, started)
+        return _Inputs(model.pad_token_id, loader, validation, renderer)
 
     def _create_model(self, preparing: Future[_Inputs]) -> str:
         preparing.result()
@@ -251,15 +252,21 @@ class _RunAttempt:
             generation = policy if config.generation is None else cluster_of(config.generation, "grpo generation")
         return _Clusters(policy, generation)
 
-    def _start_workers(self, model_name: str, clusters: _Clusters) -> _Workers:
+    def _start_workers(self, model_name: str, clusters: _Clusters, inputs: _Inputs) -> _Workers:
         """Start all worker groups, then wait for them. The first error ends the job."""
         from nemo_rl.environments.remote import RemoteEnvironment
         from nemo_rl.models.generation.generation import Generation
         from nemo_rl.models.policy.policy import Policy
 
         config = self.config
-        environment = RemoteEnvironment(config.env)
-        self.stack.callback(environment.shutdown)
+        environments: dict[str, RemoteEnvironment | EnvironmentGroup] = {}
+        groups: dict[str, EnvironmentGroup] = {}
+        for name, entry in config.env.entries().items():
+            environments[f"environment {name}"] = groups[name] = start_environment(name, entry)
+        if not groups:
+            environments["environment"] = RemoteEnvironment(config.env)
+        for started in environments.values():
+            self.stack.callback(started.shutdown)
         policy = Policy(
             clusters.policy,
             config.policy,
@@ -271,10 +278,15 @@ class _RunAttempt:
         self.stack.callback(policy.shutdown)
         generation = Generation(clusters.generation, config.policy, model_name)
         self.stack.callback(generation.shutdown)
-        for name, group in (("policy", policy), ("generation", generation), ("environment", environment)):
+        for name, group in {"policy": policy, "generation": generation, **environments}.items():
             with self.timeline.phase(f"{name} ready", waits=True):
                 group.wait_ready()
-        return _Workers(policy, generation, environment)
+        if inputs.renderer is None:
+            [environment] = environments.values()
+        else:
+            environment = make_collector(config, groups, generation, inputs.renderer, inputs.pad_token_id)
+            self.stack.callback(environment.close)
+        return _Workers(policy, generation, environments, environment)
 
 
 def _weight_route(chosen: str, clusters: _Clusters) -> Route:
@@ -296,7 +308,7 @@ def _attest(workers: _Workers) -> list[dict[str, Any]]:
     groups = {
         "policy": workers.policy.attestation(),
         "generation": workers.generation.attestation(),
-        "environment": workers.environment.attestation(),
+        **{name: environment.attestation() for name, environment in workers.environments.items()},
     }
     return [{"group": group, **record} for group, members in groups.items() for record in members]
 

@@ -18,7 +18,7 @@ from nemo_rl.jobs.model_files import (
     load_architecture,
     parameters_in_name,
 )
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, role_venvs
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import PolicyConfig
 
@@ -137,13 +137,14 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     roles = job_roles(config)
     check_weight_route(config)
     ray_nodes = _alive_nodes() if on_cluster else None
-    plans = {role.fqn: venvs.plan(role.py_executable) for role in roles}
+    names = role_venvs(roles)
+    plans = {name: venvs.plan(py_executable) for name, py_executable in names.items()}
     nodes = _forecasts(plans, ray_nodes)
     assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster)
     return JobPlan(
         roles=roles,
         placements=_placements(config, roles, assignment),
-        venvs=_venv_states(roles, plans, nodes),
+        venvs=_venv_states(roles, {names[name]: plan for name, plan in plans.items()}, nodes),
         nodes=nodes,
         memory=_estimate_memory(config),
         samples_per_step=config.num_samples_per_step,
@@ -249,7 +250,7 @@ def _venv_states(roles: list[Role], plans: dict[str, venvs.VenvPlan], nodes: lis
         by_python.setdefault(role.py_executable, []).append(role)
     states = []
     for py_executable, group in by_python.items():
-        plan, names = plans[group[0].fqn], [role.name for role in group]
+        plan, names = plans[py_executable], [role.name for role in group]
         if plan.is_interpreter:
             states.append(VenvState(names, py_executable, None, None, "interpreter"))
             continue

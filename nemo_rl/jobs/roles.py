@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
-from nemo_rl.environments.registry import environment_fqn
+from nemo_rl.environments.registry import entry_fqn, entry_python, environment_fqn
 from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.generation.replicas import replica_bundles
@@ -15,6 +16,7 @@ from nemo_rl.venvs import check_extras, parse_py_executable
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig
+    from nemo_rl.environments.config import EnvironmentConfig
     from nemo_rl.models.weights.routes import Place
 
 
@@ -23,7 +25,7 @@ class Role:
     """Describes one worker group of a job.
 
     Attributes:
-        name: "policy", "generation" or "environment".
+        name: "policy", "generation", or "environment" (with turns: "environment <name>").
         fqn: fully qualified name of the worker class, which is also the name of its venv.
         py_executable: the Python of its workers.
         num_workers: number of workers on all nodes.
@@ -60,15 +62,37 @@ def job_roles(config: MasterConfig) -> list[Role]:
         [part.workers_per_node] * part.num_nodes, generation.num_workers, generation.options.workers_per_replica
     )  # raises if the numbers do not fit
     share = 1 / num_colocated_groups(config)
-    environment = environment_fqn(config.env.name)
     roles = [
         Role("policy", trainer.fqn, policy_python, cluster.num_workers, share),
         Role("generation", generator.fqn, generation_python, num_generators, share),
-        Role("environment", environment, get_actor_python_env(environment), 1, 0.0),
+        *_environment_roles(config.env),
     ]
     for role in roles:
         check_extras(parse_py_executable(role.py_executable))
     return roles
+
+
+def _environment_roles(config: EnvironmentConfig) -> list[Role]:
+    entries = config.entries()
+    if not entries:
+        fqn = environment_fqn(config.name)
+        return [Role("environment", fqn, get_actor_python_env(fqn), 1, 0.0)]
+    return [
+        Role(f"environment {name}", entry_fqn(entry), entry_python(entry), entry.num_replicas, 0.0)
+        for name, entry in entries.items()
+    ]
+
+
+def role_venvs(roles: Sequence[Role]) -> dict[str, str]:
+    """Return the py_executable of each venv that the roles need, by the venv's name: the class that runs in it.
+
+    Two environments may run one class with different Pythons. The second venv is then named after its role, too.
+    """
+    venvs: dict[str, str] = {}
+    for role in roles:
+        taken = venvs.get(role.fqn, role.py_executable) != role.py_executable
+        venvs[f"{role.fqn}-{role.name.split()[-1]}" if taken else role.fqn] = role.py_executable
+    return venvs
 
 
 def check_weight_route(config: MasterConfig) -> None:

@@ -1,4 +1,4 @@
-"""Writes the metrics and samples of a run to `metrics.jsonl`, `samples.jsonl` and the enabled backends.
+"""Writes the metrics, samples and episodes of a run to JSON lines files, and the metrics to the enabled backends.
 
 ::
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+EPISODES_FILE = "episodes.jsonl"
 
 _MAX_QUEUED = 1000
 _CLOSE_TIMEOUT_S = 30.0
@@ -75,7 +76,8 @@ class Logger:
         """
         check_packages(config)
         self._metrics_path, self._samples_path = directory / METRICS_FILE, directory / SAMPLES_FILE
-        for path in (self._metrics_path, self._samples_path):
+        self._episodes_path = directory / EPISODES_FILE
+        for path in (self._metrics_path, self._samples_path, self._episodes_path):
             num_dropped = keep_lines(path, lambda record: _is_before(record, resume_step))
             if num_dropped:
                 logger.info("%s: dropped %d records that are newer than the checkpoint", path.name, num_dropped)
@@ -123,6 +125,14 @@ class Logger:
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Store completions for the report, one record each. Values must be JSON data."""
         append_text(self._samples_path, "".join(json.dumps({"step": step, **sample}) + "\n" for sample in samples))
+
+    def log_episodes(self, step: int, episodes: Sequence[Mapping[str, Any]]) -> None:
+        """Record what became of each episode of a training step: trained, masked or replaced, and why.
+
+        The records have no messages, so the file stays small.
+        """
+        records = [{"step": step, **{k: v for k, v in episode.items() if k != "messages"}} for episode in episodes]
+        append_text(self._episodes_path, "".join(json.dumps(record) + "\n" for record in records))
 
     def log_hyperparameters(self, config: Mapping[str, Any]) -> None:
         """Send the configuration (nested plain data) to the backends. Values that look like secrets are masked."""

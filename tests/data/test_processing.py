@@ -113,14 +113,13 @@ DATED = [
 
 @pytest.mark.parametrize("template", DATED)
 def test_chat_template_reads_the_time_of_the_run(chat_tokenizer, template):
-    from nemo_rl.data.problem import Problem
     from nemo_rl.data.processing import PromptFormatter
 
     tokenizer = with_template(chat_tokenizer, template)
     formatter = PromptFormatter(tokenizer, DataConfig(), datetime(2026, 11, 28, 23, 59, 59))
     assert formatter.text("1", "row 0") == "28 Nov 2026"
     now = PromptFormatter(tokenizer, DataConfig())
-    assert now.text(Problem("1", "1", 0), "row 0") == now._now.strftime("%d %b %Y")
+    assert now.text("1", "row 0") == now._now.strftime("%d %b %Y")
 
 
 def test_every_prompt_of_a_data_set_has_the_same_time(tokenize, chat_tokenizer):

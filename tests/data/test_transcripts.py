@@ -115,7 +115,7 @@ def test_without_a_template_the_text_is_appended() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (STRIPS_THINKING, "removes the thinking of earlier turns, .* set keep_thinking=true"),
+        (STRIPS_THINKING, "removes the thinking of earlier turns, .* set data.keep_thinking=true"),
         (NUMBERS_TURNS, "renders each action once and the turns before it unchanged"),
         (LAST_TURN_ONLY, "renders each action once"),
         (ONE_TURN, "rejects the observation: one message only"),
