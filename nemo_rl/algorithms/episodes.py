@@ -11,7 +11,7 @@ environments work on the actions of earlier waves, and those of the running one 
 delays its own episodes only. The next wave starts when no further observation is on its way, or when the first ready
 transcript has waited for a quarter of the time that the last wave took.
 
-A transcript is token ids. What was sampled stays as it was sampled (`nemo_rl.data.transcripts`), and only it is trained.
+A transcript is token ids. What was sampled stays as it was sampled (`nemo_rl.data.transcripts`); all else is masked.
 The random stream of an action depends on the seed, the sample and the turn, not on the wave. (The rounding of sums
 depends on the batch, so environments with uneven latencies can still change a sampled token.)
 
