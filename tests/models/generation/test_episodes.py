@@ -1,0 +1,109 @@
+"""Episodes with a real generator: log-probabilities of every turn, and draws that do not depend on the waves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_rl.algorithms.episodes import EpisodeCollector
+from nemo_rl.algorithms.rollouts import Rollout
+from nemo_rl.data.config import DataConfig
+from nemo_rl.data.transcripts import TranscriptRenderer
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.environments.config import EpisodeLimits
+from nemo_rl.environments.episode import Environment, Turn
+from nemo_rl.environments.episode_host import EpisodeHost
+from nemo_rl.models.generation.interfaces import GenerationRequest
+from nemo_rl.models.generation.torch.generator import TorchGenerator
+from nemo_rl.observability.timer import Timer
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class Echo(Environment):
+    """Repeats the length of each action; `delay_s` of the problem's number per step."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+
+    def reset(self, problem: dict[str, Any]) -> str:
+        self.seed, self.turn = problem["seed"], 0
+        return f"say {self.seed}"
+
+    def step(self, action: str) -> Turn:
+        time.sleep(self.delay_s * self.seed)
+        self.turn += 1
+        return Turn(float(len(action)), f"{len(action)} letters", done=self.turn > self.seed % 3)
+
+
+@dataclass
+class InProcess:
+    """The streaming interface of generation, on one engine in this process."""
+
+    generator: TorchGenerator
+
+    def stream(self, prompts: BatchedDataDict, *, rows: list[int], **options: Any) -> Iterator:
+        request = GenerationRequest(prompts["input_ids"], prompts["input_lengths"], rows=tuple(rows), **options)
+        yield from self.generator.stream(request)
+
+
+def collect(model: Any, *, chat: bool, delay_s: float = 0.0) -> Rollout:
+    model.tokenizer.chat_template = CHATML if chat else None
+    generator = model.generator(max_new_tokens=6, max_sequence_length=200)
+    host = EpisodeHost(f"{__name__}.Echo", {"delay_s": delay_s})
+    collector = EpisodeCollector(
+        {"echo": host},
+        {"echo": EpisodeLimits()},
+        InProcess(generator),
+        TranscriptRenderer(model.tokenizer, DataConfig(), has_turns=True),
+        max_sequence_length=200,
+        pad_token_id=0,
+    )
+    seeds = [1, 2, 3]
+    problems = BatchedDataDict(
+        input_ids=torch.zeros(3, 1, dtype=torch.int64),
+        input_lengths=torch.zeros(3, dtype=torch.int64),
+        problem_index=torch.tensor(seeds),
+        question=[""] * 3,
+        answer=[""] * 3,
+        metadata=[{"seed": seed} for seed in seeds],
+    )
+    try:
+        return collector.collect(problems, num_generations=2, seed=5, timer=Timer())
+    finally:
+        collector.close()
+        host.shutdown()
+        model.tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_logprobs_of_all_turns_match_one_forward_pass(tiny, name: str, chat: bool) -> None:
+    model = tiny(name)
+    batch = collect(model, chat=chat).batch
+    assert len(set(batch["input_lengths"].tolist())) > 1
+    for ids, length, mask, logprobs in zip(
+        batch["input_ids"], batch["input_lengths"], batch["token_mask"], batch["generation_logprobs"], strict=True
+    ):
+        ids, sampled = ids[:length], mask[:length].bool()
+        with torch.no_grad():
+            expected = model.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        expected = expected.gather(1, ids[1:, None])[:, 0][sampled[1:]]
+        torch.testing.assert_close(logprobs[:length][sampled], expected, atol=2e-4, rtol=0)
+
+
+def test_waves_do_not_change_the_draws(tiny) -> None:
+    """With slow steps the episodes of different problems are sampled in other waves."""
+    model = tiny("llama")
+    fast, slow = (collect(model, chat=True, delay_s=delay_s) for delay_s in (0.0, 0.1))
+    assert fast.completions == slow.completions
+    assert len(set(fast.completions)) > 3
+    torch.testing.assert_close(fast.batch["input_ids"], slow.batch["input_ids"])
