@@ -36,7 +36,7 @@ MAY_IMPORT = {
 # (importing package, imported package) -> names of the only modules that may be imported.
 INTERFACES = {
     ("algorithms", "models"): {"interfaces", "config"},
-    ("algorithms", "environments"): {"interfaces", "config"},
+    ("algorithms", "environments"): {"interfaces", "config", "episode_calls"},
 }
 # They run in a worker's process before this package can be imported there, so they set variables without `settings`.
 SET_ENVIRONMENT = {"distributed/workers/host.py", "distributed/cluster/setup_worker.py"}

@@ -25,47 +25,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from nemo_rl.distributed.workers.host import load_object
 from nemo_rl.environments.episode import Environment, Message, Turn
+from nemo_rl.environments.episode_calls import Reply, Request
 
 _MAX_SHOWN = 200
-
-
-@dataclass(frozen=True)
-class Request:
-    """Asks for one call of one episode.
-
-    Attributes:
-        episode: Id of the episode, chosen by the caller. `reset` begins it, `close` ends it.
-        method: The method to call.
-        argument: The problem for `reset`, the action for `step`, None for `close`.
-    """
-
-    episode: int
-    method: Literal["reset", "step", "close"]
-    argument: Any = None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Holds what a call of an episode returned, as plain data.
-
-    Attributes:
-        episode: Id of the episode.
-        value: Of `reset`: `messages` (None: the problem's prompt) and `tools`. Of `step`: the fields of a `Turn`, with
-            `messages` instead of `observation`. None after a failure.
-        seconds: Time that the call took, without the time in the queue.
-        failure: Why the call failed, as one sentence; None if it did not.
-        details: The traceback of the failure.
-    """
-
-    episode: int
-    value: dict[str, Any] | None
-    seconds: float
-    failure: str | None = None
-    details: str = ""
 
 
 class EpisodeHost:
