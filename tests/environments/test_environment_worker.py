@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,23 +21,6 @@ from nemo_rl.errors import EnvironmentFailure
 
 SAMPLES = Path(__file__).with_name("sample_environments.py")
 COMMANDS = "sample_environments.Commands"
-
-
-@pytest.fixture(scope="module")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return an interpreter without packages; of another version than this one's if there is one."""
-    return make_bare_python(tmp_path_factory.mktemp("bare") / "venv")
-
-
-def make_bare_python(venv: Path) -> str:
-    names = [f"python3.{minor}" for minor in (12, 13, 14, 10) if minor != sys.version_info.minor]
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    found = [str(path) for name in names for path in pyenv.glob(f"*/bin/{name}")]
-    found += [path for name in names if (path := shutil.which(name)) is not None]
-    for base in [*found, sys.executable]:
-        if subprocess.run([base, "-m", "venv", "--without-pip", str(venv)], capture_output=True).returncode == 0:
-            return str(venv / "bin" / "python")
-    raise AssertionError("no interpreter can make a venv")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from nemo_rl.distributed.workers.runtime_env import (
     require_programs_on_each_node,
     upload_local_files,
 )
-from nemo_rl.errors import WorkerStartError
+from nemo_rl.errors import RuntimeEnvError, WorkerStartError
 from nemo_rl.secrets import is_secret_variable
 from nemo_rl.venvs import UNSET_IN_VENV, DriverVersions, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
 from nemo_rl.venvs import plan as plan_venv
@@ -209,21 +209,24 @@ def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     return prepare_pythons({name: spec})[name]
 
 
-def prepare_child_python(fqn: str, py_executable: str, runtime_env: Mapping[str, Any] | None = None) -> str:
+def prepare_child_python(fqn: str, fields: Mapping[str, Any]) -> str:
     """Make a Python ready on every node that a worker starts as its child; return the path of its interpreter.
 
     Unlike the Python of a worker, it needs no ray and may have another version than the driver's.
 
     Args:
-        fqn: the class that runs in it; names the venv.
-        py_executable: a `uv run ...` string, or the path of an interpreter or of a script with inline metadata.
-        runtime_env: its fields `pip` and `uv` add packages. The others are those of the worker.
+        fqn: the class or function that runs in it; names the venv.
+        fields: a checked `runtime_env` with `py_executable`. `pip` and `uv` add packages. The others are the worker's.
 
     Raises:
         RuntimeEnvError: a field makes Ray choose the Python.
         InvalidPyExecutableError, NodeVenvError, VenvError: see `plan_launch`.
     """
-    fields = checked_runtime_env({**(runtime_env or {}), "py_executable": py_executable})
+    if ray_chooses_python(fields):
+        raise RuntimeEnvError(
+            f"{fqn} runs in a child process, whose Python Ray cannot create. Use pip, uv or py_executable instead of "
+            f"{', '.join(name for name in PYTHON_FIELDS if name in fields)}."
+        )
     name, spec = _named_spec(fqn, fields)
     return ensure_venvs_on_each_node({name: plan_venv(spec, expected=DriverVersions.any())}).python(name)
 
