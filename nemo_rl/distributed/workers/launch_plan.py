@@ -41,9 +41,10 @@ from nemo_rl.distributed.workers.runtime_env import (
     require_programs_on_each_node,
     upload_local_files,
 )
-from nemo_rl.errors import WorkerStartError
+from nemo_rl.errors import RuntimeEnvError, WorkerStartError
 from nemo_rl.secrets import is_secret_variable
-from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
+from nemo_rl.venvs import UNSET_IN_VENV, DriverVersions, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
+from nemo_rl.venvs import plan as plan_venv
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, read_manifest
 
 # Fields that the venv engine, not Ray, carries out.
@@ -206,6 +207,28 @@ def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
         return WorkerPython()
     name, spec = _named_spec(fqn, fields)
     return prepare_pythons({name: spec})[name]
+
+
+def prepare_child_python(fqn: str, fields: Mapping[str, Any]) -> str:
+    """Make a Python ready on every node that a worker starts as its child; return the path of its interpreter.
+
+    Unlike the Python of a worker, it needs no ray and may have another version than the driver's.
+
+    Args:
+        fqn: the class or function that runs in it; names the venv.
+        fields: a checked `runtime_env` with `py_executable`. `pip` and `uv` add packages. The others are the worker's.
+
+    Raises:
+        RuntimeEnvError: a field makes Ray choose the Python.
+        InvalidPyExecutableError, NodeVenvError, VenvError: see `plan_launch`.
+    """
+    if ray_chooses_python(fields):
+        raise RuntimeEnvError(
+            f"{fqn} runs in a child process, whose Python Ray cannot create. Use pip, uv or py_executable instead of "
+            f"{', '.join(name for name in PYTHON_FIELDS if name in fields)}."
+        )
+    name, spec = _named_spec(fqn, fields)
+    return ensure_venvs_on_each_node({name: plan_venv(spec, expected=DriverVersions.any())}).python(name)
 
 
 def prepare_venvs_of(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
