@@ -19,6 +19,7 @@ from nemo_rl.utils.names import suggest_or_list
 # A function, or a class that derives from `ToolSet`.
 TOOLS: dict[str, str] = {
     "calculator": "nemo_rl.environments.tools.calculator.calculator",
+    "mcp": "nemo_rl.environments.tools.mcp_tools.McpTools",
     "python": "nemo_rl.environments.tools.python_tool.PythonTool",
 }
 # A function `parse(text) -> list[ToolCall]`.
