@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # Fraction of the last wave's time that the first ready transcript waits for others.
 _PATIENCE = 0.25
+_FIRST_PATIENCE_S = 0.1
 _POLL_S = 0.5
 _MAX_REASONS = 3
 
@@ -180,6 +181,7 @@ class EpisodeCollector:
         self.max_tokens = {
             name: min(limit.max_tokens or max_sequence_length, max_sequence_length) for name, limit in limits.items()
         }
+        self.patience_s = _FIRST_PATIENCE_S
         self._pad_token_id, self._max_failed_fraction = pad_token_id, max_failed_fraction
         self._numbers = itertools.count()
         self._events: _Events = queue.SimpleQueue()
@@ -315,7 +317,7 @@ class _Loop:
         self._num_open = len(episodes)
         self._stopped = False
         self._is_sampling = False
-        self._wave_started, self._last_wave_s = 0.0, 0.0
+        self._wave_started = 0.0
         self.generation_s = 0.0
 
     def run(self) -> None:
@@ -353,7 +355,7 @@ class _Loop:
         if not self._is_sampling:
             since = [episode.ready_since for episode in self._episodes if episode.state == "ready"]
             if since:
-                wait = min(since) + _PATIENCE * self._last_wave_s - now
+                wait = min(since) + self._collector.patience_s - now
         for episode in self._episodes:
             limit = self._limits(episode).timeout_s
             if limit is not None and episode.state in ("environment", "ready"):
@@ -369,7 +371,7 @@ class _Loop:
             return
         now = time.monotonic()
         others_come = any(episode.state == "environment" for episode in self._episodes)
-        if others_come and now < min(episode.ready_since for episode in ready) + _PATIENCE * self._last_wave_s:
+        if others_come and now < min(episode.ready_since for episode in ready) + self._collector.patience_s:
             return
         for episode in ready:
             episode.state = "sampling"
@@ -398,8 +400,9 @@ class _Loop:
 
     def _on_wave_end(self) -> None:
         self._is_sampling = False
-        self._last_wave_s = time.monotonic() - self._wave_started
-        self.generation_s += self._last_wave_s
+        wave_s = time.monotonic() - self._wave_started
+        self.generation_s += wave_s
+        self._collector.patience_s = _PATIENCE * wave_s
 
     def _on_sampled(self, episodes: list[_Episode], result: GenerationResult) -> None:
         starts, ends = result.prompt_lengths.tolist(), result.output_lengths.tolist()

@@ -1,0 +1,111 @@
+"""Whole jobs on several environments: a crash and a resume, and environments that fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpo_jobs import SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
+
+SUMS = ("env.sums.class=episode_tasks.TwoSums", "env.sums.data.train.kind=seeds", "env.sums.max_turns=2")
+
+
+@pytest.fixture(autouse=True)
+def tasks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def ledger(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "episodes.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow  # runs the job three times
+@pytest.mark.parametrize("age", [0, 1])
+def test_killed_run_resumes_with_equal_metrics_and_ledger(tmp_path: Path, age: int) -> None:
+    arguments = (
+        *SMALL,
+        *SUMS,
+        "env.exact.class=episode_tasks.exact",
+        "env.math.weight=1",
+        "grpo.max_num_steps=5",
+        f"grpo.max_trajectory_age={age}",
+        "loss.importance_correction=token",
+    )
+    uninterrupted = run(*arguments, f"logger.log_dir={tmp_path / 'uninterrupted'}")
+    assert uninterrupted.returncode == 0, uninterrupted.stderr[-3000:]
+    directory = tmp_path / "run"
+    job = subprocess.Popen(
+        command(*arguments, f"logger.log_dir={directory}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    job.kill()
+    job.wait()
+    wait_for(lambda: not orphans(job.pid), None, seconds=300)
+    resumed = run(*arguments, f"logger.log_dir={directory}")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert ledger(directory) == ledger(tmp_path / "uninterrupted")
+    seen = Counter((record["step"], record["environment"]) for record in ledger(directory))
+    assert {environment for _, environment in seen} == {"math", "exact", "sums"}
+
+    pairs = zip(*(reproducible_metrics(metrics(d)) for d in (directory, tmp_path / "uninterrupted")), strict=True)
+    for found, expected in pairs:
+        untimed = {key for key in expected if not key.endswith(("step_s", "generation_busy"))}
+        # The time of replies decides which transcripts are sampled in one batch, and this how sums are rounded.
+        assert {key: found[key] for key in untimed} == pytest.approx({key: expected[key] for key in untimed}, abs=1e-3)
+
+
+@pytest.mark.slow  # restarts workers
+def test_failures_of_an_environment_are_contained(tmp_path: Path) -> None:
+    """A tenth of the steps fails, and workers die. Every episode is accounted for, and few are lost."""
+    kills = tmp_path / "kills"
+    kills.mkdir()
+    directory = tmp_path / "run"
+    stop = threading.Event()
+
+    def kill_workers() -> None:
+        while not stop.wait(3):
+            if (directory / "episodes.jsonl").exists() and (directory / "episodes.jsonl").stat().st_size:
+                (kills / "kill").touch()  # one at a time: kills must not add up while the workers start
+
+    killer = threading.Thread(target=kill_workers)
+    killer.start()
+    try:
+        job = run(
+            *SMALL,
+            *SUMS,
+            "env.sums.config.failure_rate=0.1",
+            f"env.sums.config.kill_dir={kills}",
+            "env.sums.num_replicas=2",
+            "env.max_retries=4",
+            "grpo.max_num_steps=6",
+            f"logger.log_dir={directory}",
+        )
+    finally:
+        stop.set()
+        killer.join()
+    assert job.returncode == 0, job.stderr[-3000:]
+    records = ledger(directory)
+    per_step = Counter(record["step"] for record in records)
+    assert sorted(per_step) == [1, 2, 3, 4, 5, 6]
+    assert len(set(per_step.values())) == 1
+    retried = [record for record in records if record["attempts"] > 1]
+    assert len(retried) > 0.05 * len(records)
+    assert all(record["failure"] for record in retried)
+    for record in records:
+        assert (record["end"] == "failed") == (record["reward"] is None)
+        assert record["outcome"] == ("masked" if record["end"] == "failed" else "trained")
+    assert sum(record["end"] == "failed" for record in records) < 0.1 * len(records)
+
+
+@pytest.mark.slow  # starts a job
+def test_environment_that_always_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    job = run(*SMALL, *SUMS, "env.sums.config.failure_rate=1", f"logger.log_dir={tmp_path / 'run'}")
+    assert job.returncode != 0
+    [line] = [line for line in job.stderr.splitlines() if line.startswith("error:")]
+    assert "env.max_failed_fraction=0.1" in line
+    assert "raised ConnectionError: the task server does not answer" in line
