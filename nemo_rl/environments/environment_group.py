@@ -139,7 +139,7 @@ class EnvironmentGroup:
         self.wait_ready()
         with self._lock:
             actors = [self._replicas[index].actor for index in sorted(self._replicas)]
-        records = []
+        records: list[dict[str, Any]] = []
         for actor in actors:
             with contextlib.suppress(*WORKER_DEATHS):  # it is being replaced
                 record, child = ray.get([getattr(actor, ATTEST_METHOD).remote(), actor.describe.remote()])
@@ -179,7 +179,7 @@ class EnvironmentGroup:
             if not self._stopped.is_set():
                 self._stopped.set()  # also stops a start
                 actors = [replica.actor for replica in self._replicas.values()]
-                closing = [actor.shutdown.remote() for actor in actors]
+                closing: list[ray.ObjectRef] = [actor.shutdown.remote() for actor in actors]
                 if closing:
                     ray.wait(closing, num_returns=len(closing), timeout=_SHUTDOWN_S)
                     kill_and_wait(actors)
@@ -320,7 +320,7 @@ class EnvironmentGroup:
 
     def _serve(self, replica: _Replica) -> tuple[str, bool]:
         """Receive the replies of a replica until it ends. Returns why, and whether its restart counts."""
-        poll = None
+        poll: ray.ObjectRef | None = None
         while not self._stopped.is_set():
             timeout_s = self._expire(replica)
             if replica.num_stuck >= self._concurrency:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,9 +192,39 @@ def test_shutdown_ends_the_worker(start) -> None:
     worker.wait(60)
 
 
-def test_own_process_with_another_python(start, bare_python: str) -> None:
-    group = start(own_process=True, py_executable=bare_python, max_restarts=1)
-    reset, python = call(group, Request(0, "reset", {}), Request(0, "step", "python"))
+def make_wheel(directory: Path, module: str) -> Path:
+    info = f"{module}-1.0.dist-info"
+    files = {
+        f"{module}.py": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    wheel = directory / f"{module}-1.0-py3-none-any.whl"
+    hashes = {
+        path: base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+        for path, content in files.items()
+    }
+    record = [f"{path},sha256={hashes[path]},{len(content)}" for path, content in files.items()]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{info}/RECORD", "\n".join([*record, f"{info}/RECORD,,"]) + "\n")
+    return wheel
+
+
+def test_own_process_with_another_python(
+    start, bare_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_RL_VENV_DIR", str(tmp_path / "venvs"))
+    wheel = make_wheel(tmp_path, "only_in_the_child")
+    runtime_env = {**SOURCES, "uv": [f"only_in_the_child @ {wheel.as_uri()}"]}
+    group = start(own_process=True, py_executable=bare_python, runtime_env=runtime_env, max_restarts=1)
+    reset, python, has_module, has_numpy = call(
+        group,
+        Request(0, "reset", {}),
+        *(Request(0, "step", action) for action in ("python", "has only_in_the_child", "has numpy")),
+    )
+    assert [has_module.value["reward"], has_numpy.value["reward"]] == [1.0, 0.0]
     (record,) = group.attestation()
     assert record["executable"] == sys.executable
     assert record["child"]["pid"] == process_of(reset)
