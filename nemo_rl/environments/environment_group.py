@@ -308,7 +308,7 @@ class EnvironmentGroup:
             memory_limit_mb=self._memory_limit_mb,
             runtime_env=fields,
         )
-        return builder(
+        actor = builder(
             None,
             -1,
             0,
@@ -317,6 +317,12 @@ class EnvironmentGroup:
             scheduling_strategy="SPREAD",
             stopped=self._stopped,
         )
+        try:
+            ray.get(actor.open.remote())
+        except RayTaskError as error:
+            kill_and_wait([actor])
+            raise EnvironmentFailure(f"{self.fqn}: {error.cause}") from error
+        return actor
 
     def _serve(self, replica: _Replica) -> tuple[str, bool]:
         """Receive the replies of a replica until it ends. Returns why, and whether its restart counts."""

@@ -28,11 +28,6 @@ class EnvironmentWorker:
         concurrency: Most calls at a time.
         child_python: Interpreter of a child process that runs the episodes; None to run them in this process.
         memory_limit_mb: Most memory, in MiB, that this process and its children may use; None for no limit.
-
-    Raises:
-        EnvironmentFailure: The environment needs more memory than the limit before its first episode, or the child
-            process does not start.
-        ImportError, TypeError: See `EpisodeHost`.
     """
 
     def __init__(
@@ -45,18 +40,31 @@ class EnvironmentWorker:
         memory_limit_mb: int | None = None,
     ) -> None:
         exit_with_parent()
-        self._name = name
+        self._name, self._config, self._concurrency = name, config, concurrency
+        self._child_python = child_python
         self._memory_limit_mb = memory_limit_mb
         self._memory_checked_at = time.monotonic()
-        self._runner: EpisodeHost | EpisodeProcess = (
-            EpisodeHost(name, config, concurrency=concurrency)
-            if child_python is None
-            else EpisodeProcess(child_python, name, config, concurrency=concurrency)
-        )
+        self._runner: EpisodeHost | EpisodeProcess
+
+    def open(self) -> None:
+        """Import the environment. Called once, before the other methods.
+
+        An error in the constructor would end this process, and Ray would print its stack.
+
+        Raises:
+            EnvironmentFailure: The environment needs more memory than the limit before its first episode, or the child
+                process does not start.
+            ImportError, TypeError: See `EpisodeHost`.
+        """
+        if self._child_python is None:
+            self._runner = EpisodeHost(self._name, self._config, concurrency=self._concurrency)
+        else:
+            self._runner = EpisodeProcess(self._child_python, self._name, self._config, concurrency=self._concurrency)
         used = resident_mb(os.getpid())
-        if memory_limit_mb is not None and used > memory_limit_mb:
+        if self._memory_limit_mb is not None and used > self._memory_limit_mb:
             raise EnvironmentFailure(
-                f"{name} uses {used:.0f} MiB before its first episode; memory_limit_mb={memory_limit_mb} is too low"
+                f"{self._name} uses {used:.0f} MiB before its first episode; "
+                f"memory_limit_mb={self._memory_limit_mb} is too low"
             )
 
     def describe(self) -> dict[str, Any]:
