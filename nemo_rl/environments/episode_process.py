@@ -125,7 +125,6 @@ class EpisodeProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        shutil.rmtree(self._search_path, ignore_errors=True)
 
     def _send(self, frame: bytes) -> None:
         # A child that has ended is reported by `collect`.
@@ -138,6 +137,8 @@ class EpisodeProcess:
         with self._process.stdout as pipe, contextlib.suppress(OSError, ValueError):
             while (frame := receive(pipe)) is not None:
                 self._frames.put(frame)
+        # Not only in `shutdown`: a worker whose child has died is killed.
+        shutil.rmtree(self._search_path, ignore_errors=True)
         self._frames.put(None)
 
     def _death(self) -> str:

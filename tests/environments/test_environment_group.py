@@ -126,10 +126,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_call_that_takes_too_long(start, tmp_path: Path) -> None:
-    group = start(step_timeout_s=1.0, concurrency=2)
+    group = start(step_timeout_s=3.0, concurrency=2)
     (reset,) = call(group, Request(0, "reset", {}))
     (late,) = call(group, Request(0, "step", "wait_for first"))
-    assert late.failure == f"{COMMANDS}.step took longer than env.game.step_timeout_s=1"
+    assert late.failure == f"{COMMANDS}.step took longer than env.game.step_timeout_s=3"
     (after,) = call(group, Request(0, "step", "echo x"))
     assert "an earlier call took too long" in str(after.failure)
 

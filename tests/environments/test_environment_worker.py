@@ -113,6 +113,7 @@ def test_death_of_the_child_raises(start, action: str, message: str) -> None:
     for _ in range(2):
         with pytest.raises(EnvironmentFailure, match=rf"the process of {COMMANDS} \(pid \d+\) {message}"):
             process.collect(timeout_s=60)
+    assert not os.path.exists(process._search_path)
 
 
 def test_shutdown_ends_the_child_and_its_children(start) -> None:
