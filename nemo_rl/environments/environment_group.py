@@ -321,7 +321,7 @@ class EnvironmentGroup:
             ray.get(actor.open.remote())
         except RayTaskError as error:
             kill_and_wait([actor])
-            raise EnvironmentFailure(f"{self.fqn}: {error.cause}") from error
+            raise EnvironmentFailure(f"env.{self.name}.class={self.fqn}: {error.cause}") from error
         return actor
 
     def _serve(self, replica: _Replica) -> tuple[str, bool]:
@@ -493,6 +493,6 @@ def _default_python(fqn: str) -> str:
 
 
 def _sentence(error: RayError) -> str:
-    """Return the text of Ray's error in one line, without its table of ids."""
+    """Return the text of Ray's error in one line, without its table of ids and its list of common causes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    return " ".join(lines) or repr(error)
+    return " ".join(lines).partition(" Some common causes include")[0] or repr(error)

@@ -164,6 +164,7 @@ def test_worker_over_its_memory_limit_ends() -> None:
         "from nemo_rl.environments.episode_calls import Request\n"
         "import os\n"
         f"worker = EnvironmentWorker({COMMANDS!r}, {{}}, memory_limit_mb=int(resident_mb(os.getpid())) + 100)\n"
+        "worker.open()\n"
         "worker.submit([Request(0, 'reset', {}), Request(0, 'step', 'fill 300')])\n"
         "try:\n"
         "    while True: worker.collect(60)\n"
@@ -179,7 +180,7 @@ def test_worker_over_its_memory_limit_ends() -> None:
 def test_memory_limit_below_the_start_is_refused() -> None:
     code = (
         "from nemo_rl.environments.environment_worker import EnvironmentWorker\n"
-        f"EnvironmentWorker({COMMANDS!r}, {{}}, memory_limit_mb=1)\n"
+        f"EnvironmentWorker({COMMANDS!r}, {{}}, memory_limit_mb=1).open()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(SAMPLES.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
