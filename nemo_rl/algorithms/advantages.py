@@ -112,6 +112,45 @@ def compute_advantages(
     return torch.where(counted, advantages, 0.0).to(dtype)
 
 
+def turn_advantages(
+    turn_rewards: torch.Tensor,
+    turn_index: torch.Tensor,
+    groups: torch.Tensor,
+    config: AdvantageConfig,
+    sample_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute one advantage for each turn of each episode.
+
+    The return of turn t is sum over k >= t of discount**(k - t) * reward k. It is compared with the returns of turn t
+    in the other episodes of the group that have such a turn, as rewards of episodes are compared: a baseline that
+    depends on the time step (Greensmith et al. 2004, "Variance Reduction Techniques for Gradient Estimates in
+    Reinforcement Learning", section 3). A turn that no other episode of its group has gets the advantage 0, unless the
+    baseline is "none".
+
+    Args:
+        turn_rewards: [B, K] the reward of each turn; those behind an episode's last turn are not read.
+        turn_index: [B, T] int64: the turn whose action the token belongs to, from 1; 0 for other tokens.
+        groups: [B] integer ids, equal for the episodes of one problem.
+        config: the discount, the baseline, and whether to divide by the standard deviation.
+        sample_mask: [B]; 0 excludes an episode. None counts all.
+
+    Returns:
+        [B, T] float32 (float64 for float64 rewards); 0 at tokens of no turn.
+    """
+    size, num_turns = turn_rewards.shape
+    exists = torch.arange(1, num_turns + 1, device=turn_index.device) <= turn_index.amax(dim=1, keepdim=True)
+    if sample_mask is not None:
+        exists &= sample_mask[:, None] > 0
+    rewards = torch.where(exists, turn_rewards.double(), 0.0)
+    returns = rewards.clone()
+    for turn in range(num_turns - 2, -1, -1):
+        returns[:, turn] += config.discount * returns[:, turn + 1]
+    ids = groups[:, None] * num_turns + torch.arange(num_turns, device=groups.device)
+    advantages = compute_advantages(returns.flatten(), ids.flatten(), config, exists.flatten().double())
+    padded = torch.cat([advantages.new_zeros(size, 1), advantages.view(size, num_turns)], dim=1)
+    return padded.gather(1, turn_index).to(turn_rewards.dtype)
+
+
 def _moments(values: torch.Tensor) -> tuple[float, float]:
     """Return the mean and the (Bessel-corrected) standard deviation; (0, 0) of nothing."""
     if not len(values):

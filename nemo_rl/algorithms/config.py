@@ -30,6 +30,15 @@ class AdvantageConfig(ConfigModel):
         "advantages and divide by their standard deviation.",
     )
 
+    level: Literal["episode", "turn"] = Field(
+        "episode",
+        description="One advantage for all tokens of an episode, or one for each turn, from the rewards of this turn "
+        "and of later ones.",
+    )
+    discount: float = Field(
+        1.0, ge=0, le=1, description="Factor per turn for the rewards of later turns, with level=turn."
+    )
+
 
 class OverlongPenaltyConfig(ConfigModel):
     """Configures the soft penalty on long completions of DAPO."""
@@ -256,6 +265,23 @@ class MasterConfig(ConfigModel):
             raise ValueError(
                 f"grpo.overlong_penalty.buffer_tokens={penalty.buffer_tokens} exceeds "
                 f"policy.generation.max_new_tokens={limit}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_environments(self) -> MasterConfig:
+        with_turns = bool(self.env.entries())
+        if self.grpo.advantage.level == "turn":
+            if not with_turns:
+                raise ValueError("grpo.advantage.level=turn needs environments with turns: env.<name>.class")
+            if self.loss.has_kl_in_reward:
+                raise ValueError(
+                    f"grpo.advantage.level=turn needs loss.kl_placement=loss, and it is {self.loss.kl_placement}"
+                )
+        if with_turns and self.grpo.overlong_penalty is not None:
+            raise ValueError(
+                "grpo.overlong_penalty is for completions with one turn; environments with turns have "
+                "env.<name>.max_tokens and env.<name>.truncated"
             )
         return self
 

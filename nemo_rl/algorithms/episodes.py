@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import torch
@@ -283,6 +284,14 @@ class EpisodeCollector:
             rewards=torch.tensor([sum(episode.rewards) for episode in episodes], dtype=torch.float32),
         )
         text = self.renderer.text
+        turn_index = torch.zeros(size, width, dtype=torch.int64)
+        turn_rewards = torch.zeros(size, max(max(episode.num_turns for episode in episodes), 1))
+        for row, episode in enumerate(episodes):
+            turn_rewards[row, : len(episode.rewards)] = torch.tensor(episode.rewards)
+            for turn, (start, end) in enumerate(pairwise([0, *episode.turn_ends]), start=1):
+                turn_index[row, start:end] = turn
+        batch["turn_index"] = turn_index * (token_mask > 0)
+        batch["turn_rewards"] = turn_rewards
         return Rollout(
             batch=batch,
             truncated=torch.tensor([episode.reason not in ("done", "failed") for episode in episodes]),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from nemo_rl.algorithms import rollouts
-from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal, overlong_penalties
+from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal, overlong_penalties, turn_advantages
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
@@ -168,9 +168,11 @@ class GRPO:
             if step_rollout.rollout is None:
                 return False
             rollout, batch = step_rollout.rollout, step_rollout.rollout.batch
+            # The policy receives neither.
+            turns = (batch.pop("turn_index"), batch.pop("turn_rewards")) if "turn_index" in batch else None
             age = self.step - step_rollout.version
             logprob_metrics = self._add_logprobs(batch, step, age)
-            batch["advantages"] = self._advantages(rollout)
+            batch["advantages"] = self._advantages(rollout, turns)
             with self.timer.phase("train"):
                 result = self._train(batch)
         self.step = step
@@ -231,9 +233,14 @@ class GRPO:
             self._logprobs_checked = True
         return metrics
 
-    def _advantages(self, rollout: Rollout) -> torch.Tensor:
-        """Compute the advantages: [B], or [B, T] with `loss.kl_placement` "reward_to_go"."""
+    def _advantages(self, rollout: Rollout, turns: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Compute the advantages: [B], or [B, T] with `loss.kl_placement` "reward_to_go" or one for each turn."""
         config, batch = self.config, rollout.batch
+        if turns is not None and config.grpo.advantage.level == "turn":
+            turn_index, turn_rewards = turns
+            return turn_advantages(
+                turn_rewards, turn_index, batch["group"], config.grpo.advantage, batch["sample_mask"]
+            )
         rewards, token_penalties = batch["rewards"], None
         if (penalty := config.grpo.overlong_penalty) is not None:
             limit = config.policy.generation.max_new_tokens

@@ -27,7 +27,8 @@ class Rollout:
 
     Attributes:
         batch: the training batch of `models.policy.interfaces` without `advantages` and policy log-probabilities, plus
-            `group` [B] int64 (index of the prompt in the rollout) and `rewards` [B] float32.
+            `group` [B] int64 (index of the prompt in the rollout) and `rewards` [B] float32. Of environments with
+            turns also `turn_index` [B, T] and `turn_rewards` [B, K], see `advantages.turn_advantages`.
         truncated: [B] bool, True for completions that ended at the length limit.
         prompts, completions: B texts each.
         metrics: metrics of the environment, without a prefix.

@@ -259,12 +259,13 @@ class _RunAttempt:
         from nemo_rl.models.policy.policy import Policy
 
         config = self.config
-        environments: dict[str, RemoteEnvironment | EnvironmentGroup] = {}
-        groups: dict[str, EnvironmentGroup] = {}
-        for name, entry in config.env.entries().items():
-            environments[f"environment {name}"] = groups[name] = start_environment(name, entry)
+        groups = {name: start_environment(name, entry) for name, entry in config.env.entries().items()}
+        environments: dict[str, RemoteEnvironment | EnvironmentGroup] = {
+            f"environment {name}": group for name, group in groups.items()
+        }
+        environment: RemoteEnvironment | EpisodeCollector
         if not groups:
-            environments["environment"] = RemoteEnvironment(config.env)
+            environment = environments["environment"] = RemoteEnvironment(config.env)
         for started in environments.values():
             self.stack.callback(started.shutdown)
         policy = Policy(
@@ -281,9 +282,7 @@ class _RunAttempt:
         for name, group in {"policy": policy, "generation": generation, **environments}.items():
             with self.timeline.phase(f"{name} ready", waits=True):
                 group.wait_ready()
-        if inputs.renderer is None:
-            [environment] = environments.values()
-        else:
+        if inputs.renderer is not None:
             environment = make_collector(config, groups, generation, inputs.renderer, inputs.pad_token_id)
             self.stack.callback(environment.close)
         return _Workers(policy, generation, environments, environment)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.algorithms.advantages import STD_EPSILON, compute_advantages, group_has_signal
+from nemo_rl.algorithms.advantages import STD_EPSILON, compute_advantages, group_has_signal, turn_advantages
 from nemo_rl.algorithms.config import AdvantageConfig
 from nemo_rl.errors import EnvironmentFailure
 
@@ -206,3 +206,44 @@ def test_mismatched_arguments_are_refused(
 def test_non_finite_reward_is_an_error(broken: float) -> None:
     with pytest.raises(EnvironmentFailure, match="sample 1"):
         compute_advantages(torch.tensor([0.0, broken]), 2, PLAIN_RLOO)
+
+
+def turns(discount: float = 1.0, baseline: str = "leave_one_out") -> AdvantageConfig:
+    return AdvantageConfig(level="turn", baseline=baseline, normalize_std=False, discount=discount)
+
+
+def test_advantage_of_each_turn() -> None:
+    """Three episodes with two, two and one turns; their tokens are those of the turns and one of an observation."""
+    rewards = torch.tensor([[1.0, 4.0], [3.0, 0.0], [5.0, 99.0]])
+    index = torch.tensor([[1, 0, 2, 2], [1, 0, 2, 0], [0, 1, 1, 0]])
+    groups = torch.zeros(3, dtype=torch.int64)
+    found = turn_advantages(rewards, index, groups, turns(discount=0.5))
+    # Returns of turn 1: 1 + 0.5 * 4 = 3, 3, 5. Of turn 2: 4, 0; the third episode has none.
+    first = [3 - (3 + 5) / 2, 3 - (3 + 5) / 2, 5 - 3]
+    second = [4.0, -4.0]
+    expected = [
+        [first[0], 0, second[0], second[0]],
+        [first[1], 0, second[1], 0],
+        [0, first[2], first[2], 0],
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    masked = turn_advantages(rewards, index, groups, turns(discount=0.5), torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(masked[:, 0], torch.tensor([0.0, 0.0, 0.0]))
+    assert not masked[2].any()
+
+
+def test_turn_without_others_has_no_advantage() -> None:
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    index = torch.tensor([[1, 2], [1, 0]])
+    groups = torch.zeros(2, dtype=torch.int64)
+    assert turn_advantages(rewards, index, groups, turns()).tolist() == [[1.0, 0.0], [-1.0, 0.0]]
+    assert turn_advantages(rewards, index, groups, turns(baseline="none")).tolist() == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.booleans())
+def test_one_turn_is_an_episode(rewards: list[float], normalize: bool) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    groups = torch.arange(len(rewards)) // 2
+    config = AdvantageConfig(normalize_std=normalize)
+    found = turn_advantages(values[:, None], torch.ones(len(rewards), 1, dtype=torch.int64), groups, config)
+    torch.testing.assert_close(found[:, 0], compute_advantages(values, groups, config))
