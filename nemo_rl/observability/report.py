@@ -20,16 +20,17 @@ from nemo_rl.observability import report_figures as figures
 from nemo_rl.observability.console import format_duration
 from nemo_rl.observability.critical_path import Segment, critical_path, startup_events
 from nemo_rl.observability.logger import METRICS_FILE, SAMPLES_FILE
+from nemo_rl.observability.rollout_files import ATTESTATION_FILE
 from nemo_rl.observability.timer import read_timeline
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.jsonl import read_jsonl
+from nemo_rl.utils.text import printable
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 REPORT_FILE = "report.html"
-ATTESTATION_FILE = "attestation.json"
 
 _MAX_SAMPLES = 24
 _MAX_SAMPLE_CHARS = 4000
@@ -198,7 +199,7 @@ def _completion(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _shown(text: str) -> str:
     """Replace unprintable characters and shorten long text. A completion may contain any character."""
-    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = printable(text)
     return text if len(text) <= _MAX_SAMPLE_CHARS else text[:_MAX_SAMPLE_CHARS] + " …"
 
 
