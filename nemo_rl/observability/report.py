@@ -19,13 +19,13 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.observability import report_figures as figures
 from nemo_rl.observability.console import format_duration
 from nemo_rl.observability.critical_path import Segment, critical_path, startup_events
-from nemo_rl.observability.logger import METRICS_FILE, SAMPLES_FILE
-from nemo_rl.observability.report_conversations import conversations, shortened
+from nemo_rl.observability.logger import EPISODES_FILE, METRICS_FILE, SAMPLES_FILE
+from nemo_rl.observability.report_conversations import accounts, conversations, shortened
 from nemo_rl.observability.rollout_files import ATTESTATION_FILE
 from nemo_rl.observability.timer import read_timeline
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.files import write_atomically
-from nemo_rl.utils.jsonl import read_jsonl
+from nemo_rl.utils.jsonl import iterate_jsonl, read_jsonl
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -80,6 +80,7 @@ def render(directory: Path) -> str:
         "status": _status(finished, metrics),
         "learning": figures.learning_curve(metrics),
         "environments": figures.environment_curves(metrics),
+        "accounts": accounts(iterate_jsonl(directory / EPISODES_FILE)),
         "phases": figures.phase_durations(metrics),
         "phase_summary": _phase_summary(metrics),
         "panels": figures.panels(metrics),

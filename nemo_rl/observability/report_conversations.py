@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_rl.observability.rollout_files import message_text
@@ -13,6 +14,7 @@ from nemo_rl.utils.text import printable
 _MAX_EPISODES = 24
 _MAX_MESSAGES = 60
 _MAX_CHARS = 4000
+_MAX_REASONS = 3
 _TOOL_CALL = re.compile(r"(<tool_call>.*?(?:</tool_call>|\Z))", re.DOTALL)
 _ENDS = {
     "done": "ended by the environment",
@@ -63,6 +65,37 @@ class Conversations:
     episodes: list[Episode]
 
 
+@dataclass
+class Account:
+    """Counts what became of the training episodes of one environment."""
+
+    environment: str
+    num_episodes: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    num_repeated: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def reasons_text(self) -> str:
+        """Why episodes were masked, the most frequent reasons first."""
+        return "; ".join(f"{reason} ({count:,})" for reason, count in self.reasons.most_common(_MAX_REASONS))
+
+
+def accounts(records: Iterable[Mapping[str, Any]]) -> list[Account]:
+    """Count the records of `Logger.log_episodes` by environment."""
+    by_name: dict[str, Account] = {}
+    for record in records:
+        name = _text_of(record, "environment")
+        account = by_name.setdefault(name, Account(name))
+        outcome = str(record.get("outcome", "")).partition(":")[0]
+        account.num_episodes += 1
+        account.outcomes[outcome] += 1
+        account.num_repeated += (record.get("attempts") or 1) > 1
+        if outcome == "masked":
+            account.reasons[_why_masked(record)] += 1
+    return [account for _, account in sorted(by_name.items())]
+
+
 def conversations(records: Sequence[Mapping[str, Any]]) -> list[Conversations]:
     """Return, by environment, the episodes of the first and the last step that logged some."""
     by_name: dict[str, list[Mapping[str, Any]]] = {}
@@ -91,18 +124,24 @@ def _text_of(record: Mapping[str, Any], key: str) -> str:
     return shortened(str(record.get(key) or ""))
 
 
-def _episode(record: Mapping[str, Any]) -> Episode:
+def _end(record: Mapping[str, Any]) -> str:
     end = _text_of(record, "end")
+    return _ENDS.get(end, end)
+
+
+def _why_masked(record: Mapping[str, Any]) -> str:
+    return (_text_of(record, "failure") if record.get("end") == "failed" else "") or _end(record)
+
+
+def _episode(record: Mapping[str, Any]) -> Episode:
+    end = str(record.get("end", ""))
     messages = [message for message in record["messages"] if isinstance(message, dict)]
-    masked = ""
-    if record.get("outcome") == "masked":
-        masked = f"masked: {_text_of(record, 'failure') or _ENDS.get(end, end)}"
     return Episode(
         step=record["step"],
         reward=None if end == "failed" else record.get("reward"),
         num_turns=sum(message.get("role") == "assistant" for message in messages),
-        end=_ENDS.get(end, end),
-        masked=masked,
+        end=_end(record),
+        masked=f"masked: {_why_masked(record)}" if record.get("outcome") == "masked" else "",
         messages=[_message(message) for message in messages[:_MAX_MESSAGES]],
         num_hidden=max(len(messages) - _MAX_MESSAGES, 0),
     )

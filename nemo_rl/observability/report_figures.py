@@ -97,15 +97,19 @@ def environment_curves(records: Sequence[Record]) -> str | None:
         return None
     columns = min(3, len(logged))
     rows = -(-len(logged) // columns)
-    with _figure(1.95 * rows + 0.25 * (1 + len(names) // 8)) as (figure, output):
+    with _figure(1.93 * rows + 0.27 * (1 + len(names) // 8)) as (figure, output):
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)  # type: ignore[union-attr, call-arg]
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, (key, title) in zip(grid.flat, logged):
+            lowest = 0.0
             for name, color in zip(names, itertools.cycle(PHASE_COLORS)):
                 train, val = (series(records, f"{part}/env_{name}/{key}") for part in ("train", "val"))
                 axes.plot(train.steps, train.values, color=color, linewidth=0.8, alpha=0.3)
                 axes.plot(train.steps, smoothed(train.values), color=color, linewidth=1.6, label=name)
                 axes.plot(val.steps, val.values, "o--", color=color, linewidth=1.2, markersize=3)
+                lowest = min([lowest, *train.values, *val.values])
+            if lowest == 0:
+                axes.set_ylim(bottom=0)
             axes.set_title(title, loc="left", fontsize=9.5, color=INK)
             _finish(axes, legend=False)
         for axes in list(grid.flat)[len(logged) :]:

@@ -14,9 +14,9 @@ import pytest
 
 from nemo_rl.errors import ConfigError
 from nemo_rl.observability import report
-from nemo_rl.observability.logger import METRICS_FILE, SAMPLES_FILE, Logger
+from nemo_rl.observability.logger import EPISODES_FILE, METRICS_FILE, SAMPLES_FILE, Logger
 from nemo_rl.observability.logger_config import LoggerConfig
-from nemo_rl.observability.report_conversations import conversations
+from nemo_rl.observability.report_conversations import accounts, conversations
 from nemo_rl.observability.report_figures import (
     environment_curves,
     environment_names,
@@ -25,6 +25,7 @@ from nemo_rl.observability.report_figures import (
     smoothed,
 )
 from nemo_rl.observability.timer import FIRST_STEP, Timeline
+from nemo_rl.utils.jsonl import read_jsonl
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[2J{{ 7*7 }}"
 
@@ -185,6 +186,10 @@ def make_run_with_environments(directory: Path) -> None:
                 }
             part = "val" if step % 10 == 0 else "train"
             log.log_metrics(step, {f"{part}/{name}": value for name, value in metrics.items()})
+        log.log_episodes(1, [episode("nim"), episode("nim", attempts=2, failure="a timeout")])
+        limit = episode("nim", outcome="masked", end="max_turns")
+        lost = episode("shop", outcome="masked", end="failed", failure=f"the server is gone {HOSTILE}", attempts=3)
+        log.log_episodes(2, [limit, limit, lost, episode("shop", outcome="replaced: its group has no signal")])
         log.log_samples(0, [episode("nim"), episode("shop", end="max_turns", outcome="masked")])
         log.log_samples(10, [episode("nim", messages=[{"role": "user", "content": "of a step in between"}])])
         failed = episode("shop", end="failed", outcome="masked", failure=f"the server is gone {HOSTILE}")
@@ -208,6 +213,7 @@ def test_conversations_of_every_environment(tmp_path: Path) -> None:
         "tool price 3.5",
         '[{"type": "text", "text": "Go."}]',
         "10 more messages",
+        "cut off at max_turns (2)",
     ):
         assert expected in text
     assert "of a step in between" not in text
@@ -227,6 +233,15 @@ def test_conversations_are_inert_but_for_the_search(tmp_path: Path) -> None:
     assert "\x1b" not in text
     assert "\x00" not in text
     assert 'class="search" hidden' in text  # until the script runs
+
+
+def test_accounts_of_training_episodes(tmp_path: Path) -> None:
+    make_run_with_environments(tmp_path)
+    nim, shop = accounts(read_jsonl(tmp_path / EPISODES_FILE))
+    assert (nim.environment, nim.num_episodes, nim.num_repeated) == ("nim", 4, 1)
+    assert (nim.outcomes, nim.reasons_text) == ({"trained": 2, "masked": 2}, "cut off at max_turns (2)")
+    assert (shop.num_episodes, shop.num_repeated, shop.outcomes) == (2, 1, {"masked": 1, "replaced": 1})
+    assert shop.reasons_text.startswith("the server is gone")
 
 
 def test_tool_calls_are_marked() -> None:
