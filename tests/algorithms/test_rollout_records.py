@@ -16,6 +16,7 @@ from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import select
 from nemo_rl.observability.logger import Logger
 from nemo_rl.observability.logger_config import LoggerConfig
+from nemo_rl.observability.rollout_files import RolloutFiles, find_rollouts, read_rollouts
 
 
 def test_trained_batch_is_kept(tmp_path: Path) -> None:
@@ -60,12 +61,13 @@ def test_advantages_of_tokens_are_kept() -> None:
     assert records[3]["token_advantages"].tolist() == batch["advantages"][3].tolist()
 
 
-def test_failed_and_replaced_episodes(collect) -> None:
+def test_failed_and_replaced_episodes(collect, tmp_path: Path) -> None:
     rollout = collect(problems(2, 3, 1), FailsOn, all_left, max_failed_fraction=0.5)
     rollout.batch["advantages"] = torch.zeros(3)
     kept = dataclasses.replace(select(rollout, torch.tensor([0, 1])), episodes=rollout.episodes)
     kept.episodes[2]["outcome"] = "replaced: not needed"
-    trained, failed, replaced = rollout_records(kept, weights_version=5, environment="unused")
+    records = rollout_records(kept, weights_version=5, environment="unused")
+    trained, failed, replaced = records
     assert trained["environment"] == "game"
     assert trained["tokens"].tolist() == rollout.batch["input_ids"][0, : trained["num_tokens"]].tolist()
     assert trained["messages"][1] == {"role": "assistant", "content": "2", "reward": 2.0}
@@ -74,6 +76,10 @@ def test_failed_and_replaced_episodes(collect) -> None:
     assert (trained["sample_mask"], failed["sample_mask"]) == (True, False)
     assert "the server is gone" in failed["failure"]
     assert (replaced["outcome"], replaced["tokens"], replaced.get("group")) == ("replaced: not needed", None, None)
+    RolloutFiles(tmp_path, limit_mb=1, resume_step=None).write(1, records)
+    rows = list(read_rollouts([*find_rollouts(tmp_path).values()], ["problem", "end", "messages", "num_tokens"]))
+    assert [row["messages"] for row in rows] == [record["messages"] for record in records]
+    assert [row["problem"] for row in rows] == ["2", "3", "1"]
 
 
 def test_samples_are_of_every_environment(collect) -> None:
