@@ -185,6 +185,8 @@ class Metrics:
 
     def log_episodes(self, step: int, episodes: list[dict[str, Any]]) -> None: ...
 
+    def log_rollouts(self, step: int, samples: list[dict[str, Any]]) -> None: ...
+
 
 def make_job(model: Path, config: MasterConfig, device: str) -> GRPO:
     """Create the training loop with its parts. `recorder` is a `Metrics`. The job does not validate or save."""

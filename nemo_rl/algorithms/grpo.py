@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal, 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
+from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import Rollout
 from nemo_rl.errors import CheckpointError, ConfigError, LogprobMismatchError, sentence
 from nemo_rl.observability.timer import Timer
@@ -52,6 +54,8 @@ class Recorder(Protocol):
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None: ...
 
     def log_episodes(self, step: int, episodes: list[dict[str, Any]]) -> None: ...
+
+    def log_rollouts(self, step: int, samples: list[dict[str, Any]]) -> None: ...
 
 
 def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
@@ -181,6 +185,9 @@ class GRPO:
         }
         if rollout.episodes is not None:
             self.recorder.log_episodes(step, rollout.episodes)
+        if self.config.logger.max_rollouts_mb:
+            records = rollout_records(rollout, weights_version=step_rollout.version, environment=self.config.env.name)
+            self.recorder.log_rollouts(step, records)
         metrics |= {"train/num_rollouts": step_rollout.num_rollouts, "train/trajectory_age": age}
         timing = self._timing(step_rollout.seconds)
         metrics["perf/tokens_per_s"] = float(rollout.num_completion_tokens.sum()) / timing["step"]
@@ -374,12 +381,16 @@ def _validation_metrics(rollout: Rollout, num_generations: int) -> dict[str, flo
 
 
 def _samples(rollout: Rollout, count: int) -> list[dict[str, Any]]:
-    rewards = rollout.batch["rewards"].tolist()
-    samples = []
-    for i in range(min(count, len(rewards))):
-        sample = {"prompt": rollout.prompts[i], "completion": rollout.completions[i], "reward": rewards[i]}
+    """Return the first `count` samples of each environment."""
+    samples: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    for i, reward in enumerate(rollout.rewards.tolist()):
+        sample = {"prompt": rollout.prompts[i], "completion": rollout.completions[i], "reward": reward}
         if rollout.episodes is not None:
             episode = rollout.episodes[i]
-            sample |= {name: episode[name] for name in ("environment", "messages", "end", "outcome")}
-        samples.append(sample)
+            sample |= {name: episode[name] for name in ("environment", "messages", "end", "outcome", "failure")}
+        environment = sample.get("environment", "")
+        counts[environment] += 1
+        if counts[environment] <= count:
+            samples.append(sample)
     return samples

@@ -3,7 +3,8 @@
     DIR/
       config.yaml        the resolved configuration
       started.json       when the run began
-      metrics.jsonl  samples.jsonl  timeline.jsonl  attestation.json
+      metrics.jsonl  samples.jsonl  episodes.jsonl  timeline.jsonl  attestation.json
+      rollouts/      the samples of each training step, within logger.max_rollouts_mb
       checkpoints/   tensorboard/   report.html
       finished.json      last step and reason, written when the run reaches its end
       run.lock           locked (flock) by the running driver

@@ -1,4 +1,4 @@
-"""Writes the metrics, samples and episodes of a run to JSON lines files, and the metrics to the enabled backends.
+"""Writes the metrics, samples, episodes and rollouts of a run to files, and the metrics to the enabled backends.
 
 ::
 
@@ -25,6 +25,7 @@ from typing import Any, Protocol, Self
 from nemo_rl.errors import ConfigError
 from nemo_rl.observability.logger_backends import BACKENDS, Backend, RunInfo, check_packages
 from nemo_rl.observability.logger_config import LoggerConfig
+from nemo_rl.observability.rollout_files import RolloutFiles
 from nemo_rl.secrets import flatten, mask_secrets
 from nemo_rl.utils.jsonl import append_text, keep_lines
 
@@ -81,6 +82,7 @@ class Logger:
             num_dropped = keep_lines(path, lambda record: _is_before(record, resume_step))
             if num_dropped:
                 logger.info("%s: dropped %d records that are newer than the checkpoint", path.name, num_dropped)
+        self._rollouts = RolloutFiles(directory, limit_mb=config.max_rollouts_mb, resume_step=resume_step)
         self._listeners = list(listeners)
         run = RunInfo(directory, config, resume_step)
         self._backends: list[_BackendThread] = []
@@ -133,6 +135,10 @@ class Logger:
         """
         records = [{"step": step, **{k: v for k, v in episode.items() if k != "messages"}} for episode in episodes]
         append_text(self._episodes_path, "".join(json.dumps(record) + "\n" for record in records))
+
+    def log_rollouts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the samples of a training step, with tokens and messages. See `RolloutFiles`."""
+        self._rollouts.write(step, samples)
 
     def log_hyperparameters(self, config: Mapping[str, Any]) -> None:
         """Send the configuration (nested plain data) to the backends. Values that look like secrets are masked."""

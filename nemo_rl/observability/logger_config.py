@@ -34,5 +34,13 @@ class LoggerConfig(ConfigModel):
     tensorboard: bool = Field(True, description="Write TensorBoard event files to log_dir/tensorboard.")
     wandb: WandbConfig = Field(default_factory=WandbConfig)
     mlflow: MlflowConfig = Field(default_factory=MlflowConfig)
-    num_samples: int = Field(8, ge=0, description="Completions per validation that are stored for the report.")
+    max_rollouts_mb: int = Field(
+        1024,
+        ge=0,
+        description="Size limit in MB of the rollouts kept in log_dir/rollouts, one Parquet file per training step. "
+        "Beyond it, the oldest are removed. 0: none are kept.",
+    )
+    num_samples: int = Field(
+        8, ge=0, description="Completions per validation and environment that are stored for the report."
+    )
     report: bool = Field(True, description="Write report.html at the end of the run.")

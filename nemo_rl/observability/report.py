@@ -19,26 +19,28 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.observability import report_figures as figures
 from nemo_rl.observability.console import format_duration
 from nemo_rl.observability.critical_path import Segment, critical_path, startup_events
-from nemo_rl.observability.logger import METRICS_FILE, SAMPLES_FILE
+from nemo_rl.observability.logger import EPISODES_FILE, METRICS_FILE, SAMPLES_FILE
+from nemo_rl.observability.report_conversations import accounts, conversations, shortened
+from nemo_rl.observability.rollout_files import ATTESTATION_FILE
 from nemo_rl.observability.timer import read_timeline
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.files import write_atomically
-from nemo_rl.utils.jsonl import read_jsonl
+from nemo_rl.utils.jsonl import iterate_jsonl, read_jsonl
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 REPORT_FILE = "report.html"
-ATTESTATION_FILE = "attestation.json"
 
 _MAX_SAMPLES = 24
-_MAX_SAMPLE_CHARS = 4000
 _SECTIONS = (
     ("learning", "Learning"),
+    ("environments", "Environments"),
     ("phases", "Time"),
     ("panels", "Health"),
     ("startup", "Start-up"),
     ("samples", "Completions"),
+    ("conversations", "Episodes"),
     ("workers", "Workers"),
     ("config", "Configuration"),
 )
@@ -70,19 +72,23 @@ def render(directory: Path) -> str:
     """Return the page as HTML."""
     metrics = [record for record in read_jsonl(directory / METRICS_FILE) if isinstance(record.get("step"), int)]
     finished = _read_json(directory / "finished.json")
+    samples = read_jsonl(directory / SAMPLES_FILE)
     context: dict[str, Any] = {
         "title": " / ".join(directory.resolve().parts[-2:]),
         "version": nemo_rl.__version__,
         "finished": bool(finished),
         "status": _status(finished, metrics),
         "learning": figures.learning_curve(metrics),
+        "environments": figures.environment_curves(metrics),
+        "accounts": accounts(iterate_jsonl(directory / EPISODES_FILE)),
         "phases": figures.phase_durations(metrics),
         "phase_summary": _phase_summary(metrics),
         "panels": figures.panels(metrics),
         "config": _config(directory / "config.yaml"),
         "workers": list(_workers(_read_json(directory / ATTESTATION_FILE))),
         **_startup(directory),
-        **_samples(read_jsonl(directory / SAMPLES_FILE)),
+        **_samples([record for record in samples if "messages" not in record]),
+        "conversations": conversations(samples),
     }
     context["tiles"] = _tiles(metrics, context["startup_s"])
     context["contents"] = [(_ANCHORS.get(key, key), name) for key, name in _SECTIONS if context[key]]
@@ -184,7 +190,7 @@ def _samples(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = [{str(r["prompt"]): r for r in reversed(usable) if r["step"] == step} for step in sorted({before, after})]
     prompts = list(dict.fromkeys(str(r["prompt"]) for r in usable if r["step"] in (before, after)))
     rows = [
-        {"prompt": _shown(prompt), "completions": [_completion(column.get(prompt)) for column in columns]}
+        {"prompt": shortened(prompt), "completions": [_completion(column.get(prompt)) for column in columns]}
         for prompt in prompts[:_MAX_SAMPLES]
     ]
     return {"samples": rows, "samples_before": before, "samples_after": after}
@@ -193,13 +199,7 @@ def _samples(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _completion(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if record is None:
         return None
-    return {"reward": record["reward"], "completion": _shown(str(record.get("completion", "")))}
-
-
-def _shown(text: str) -> str:
-    """Replace unprintable characters and shorten long text. A completion may contain any character."""
-    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= _MAX_SAMPLE_CHARS else text[:_MAX_SAMPLE_CHARS] + " …"
+    return {"reward": record["reward"], "completion": shortened(str(record.get("completion", "")))}
 
 
 def _workers(content: Any, group: str = "") -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,16 @@ PANELS = (
     ("train/groups_with_signal", "Groups with reward signal"),
     ("train/logprob_error", "Logprob error, generation vs policy, nats"),
     ("perf/tokens_per_s", "Tokens per second"),
+)
+
+
+# Metric of an environment, title.
+ENVIRONMENT_PANELS = (
+    ("reward", "Reward"),
+    ("turns", "Turns per episode"),
+    ("failed", "Failed episodes, fraction"),
+    ("cut_off", "Cut-off episodes, fraction"),
+    ("step_s", "Seconds per turn in the environment"),
 )
 
 
@@ -72,6 +83,46 @@ def learning_curve(records: Sequence[Record]) -> str | None:
             axes.set_ylim(0, 1.08)
         _finish(axes, xlabel="step")
     return output[0]
+
+
+def environment_curves(records: Sequence[Record]) -> str | None:
+    """Plot the metrics of environments with turns, a line per environment: solid in training, dashed in validation."""
+    names = environment_names(records)
+    logged = [
+        (key, title)
+        for key, title in ENVIRONMENT_PANELS
+        if any(series(records, f"{part}/env_{name}/{key}").steps for part in ("train", "val") for name in names)
+    ]
+    if not logged:
+        return None
+    columns = min(3, len(logged))
+    rows = -(-len(logged) // columns)
+    with _figure(1.93 * rows + 0.27 * (1 + len(names) // 8)) as (figure, output):
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)  # type: ignore[union-attr, call-arg]
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (key, title) in zip(grid.flat, logged):
+            lowest = 0.0
+            for name, color in zip(names, itertools.cycle(PHASE_COLORS)):
+                train, val = (series(records, f"{part}/env_{name}/{key}") for part in ("train", "val"))
+                axes.plot(train.steps, train.values, color=color, linewidth=0.8, alpha=0.3)
+                axes.plot(train.steps, smoothed(train.values), color=color, linewidth=1.6, label=name)
+                axes.plot(val.steps, val.values, "o--", color=color, linewidth=1.2, markersize=3)
+                lowest = min([lowest, *train.values, *val.values])
+            if lowest == 0:
+                axes.set_ylim(bottom=0)
+            axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+            _finish(axes, legend=False)
+        for axes in list(grid.flat)[len(logged) :]:
+            axes.set_visible(False)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=8, frameon=False, handlelength=1.2)
+    return output[0]
+
+
+def environment_names(records: Sequence[Record]) -> list[str]:
+    """Return the names of the environments whose metrics were logged, as train/env_NAME/METRIC."""
+    matches = (re.fullmatch(r"(?:train|val)/env_([^/]+)/[^/]+", key) for record in records for key in record)
+    return sorted({match[1] for match in matches if match})
 
 
 def phase_durations(records: Sequence[Record]) -> str | None:

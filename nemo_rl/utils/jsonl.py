@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ def append_text(path: Path, text: str) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file in order. Lines without a complete object are skipped; a missing file has none."""
     return [record for _, record in _lines(path) if record is not None]
+
+
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what `read_jsonl` returns, with one line in memory at a time."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from (record for line in file if (record := _record(line)) is not None)
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> int:
@@ -71,8 +78,12 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
     lines: list[tuple[str, dict[str, Any] | None]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if line:
-            record = None
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-            lines.append((line, record if isinstance(record, dict) else None))
+            lines.append((line, _record(line)))
     return lines
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    record = None
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+    return record if isinstance(record, dict) else None

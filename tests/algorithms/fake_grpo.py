@@ -131,12 +131,16 @@ class Recorder:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     episodes: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    rollouts: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
 
     def log_metrics(self, step, metrics):
         self.metrics.append({"step": step, **metrics})
 
     def log_episodes(self, step, episodes):
         self.episodes.append((step, episodes))
+
+    def log_rollouts(self, step, samples):
+        self.rollouts.append((step, samples))
 
     def log_samples(self, step, samples):
         self.samples.extend(samples)

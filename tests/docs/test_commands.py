@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.cli.app import app
 from nemo_rl.data.datasets import load_datasets
+from nemo_rl.observability.rollout_files import RolloutFiles
 from nemo_rl.utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -192,6 +193,7 @@ RUNNERS: dict[str, Callable[[list[str]], None]] = {
     "uv run examples/run_": dry_run_script,
     "nemo-rl doctor": run_command_line,
     "nemo-rl plan": run_command_line,
+    "nemo-rl rollouts": run_command_line,
     "nemo-rl submit": run_command_line,
     "nemo-rl venvs list": run_command_line,
 }
@@ -302,6 +304,23 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "results/grpo_math_embedded/001/checkpoints/step_000120/policy/model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
+    files = RolloutFiles(model.parents[3], limit_mb=1, resume_step=None)
+    files.write(
+        1,
+        [
+            {
+                "environment": "math",
+                "sample": 3,
+                "reward": 0.0,
+                "turns": 1,
+                "num_tokens": 5,
+                "end": "done",
+                "outcome": "trained",
+                "failure": "",
+                "messages": [{"role": "assistant", "content": "-1"}],
+            }
+        ],
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,10 +14,18 @@ import pytest
 
 from nemo_rl.errors import ConfigError
 from nemo_rl.observability import report
-from nemo_rl.observability.logger import METRICS_FILE, SAMPLES_FILE, Logger
+from nemo_rl.observability.logger import EPISODES_FILE, METRICS_FILE, SAMPLES_FILE, Logger
 from nemo_rl.observability.logger_config import LoggerConfig
-from nemo_rl.observability.report_figures import phase_names, series, smoothed
+from nemo_rl.observability.report_conversations import accounts, conversations
+from nemo_rl.observability.report_figures import (
+    environment_curves,
+    environment_names,
+    phase_names,
+    series,
+    smoothed,
+)
 from nemo_rl.observability.timer import FIRST_STEP, Timeline
+from nemo_rl.utils.jsonl import read_jsonl
 
 HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[2J{{ 7*7 }}"
 
@@ -24,7 +33,7 @@ HOSTILE = "</div><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[2
 class Page(HTMLParser):
     """Parses a page: its sections, its text outside SVG, and everything that a browser would fetch or run."""
 
-    VOID = frozenset({"meta", "br", "img", "link", "path", "use", "rect"})
+    VOID = frozenset({"meta", "br", "img", "link", "path", "use", "rect", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -62,7 +71,7 @@ class Page(HTMLParser):
             assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "svg" not in self._open and "style" not in self._open:
+        if not {"svg", "style", "script"} & set(self._open):
             self.text += data
 
 
@@ -149,6 +158,109 @@ def test_svg_ids_are_unique(tmp_path: Path) -> None:
     clip_paths = [line for line in text.splitlines() if "<clipPath" in line]
     assert clip_paths
     assert len(clip_paths) == len(set(clip_paths))
+
+
+def episode(environment: str, **values: Any) -> dict[str, Any]:
+    call = '<tool_call>{"name": "price", "arguments": {"item": "tea"}}</tool_call>'
+    messages = [
+        {"role": "system", "content": "You buy tea."},
+        {"role": "user", "content": [{"type": "text", "text": "Go."}]},
+        {"role": "assistant", "content": f"Let me see.\n{call}", "reward": 0.25},
+        {"role": "tool", "name": "price", "content": "3.5"},
+        {"role": "assistant", "content": "3.5", "reward": 1.0},
+    ]
+    known = {"environment": environment, "messages": messages, "end": "done", "outcome": "trained", "failure": ""}
+    return {"prompt": "all of it", "completion": "as text", "reward": 1.25, **known, **values}
+
+
+def make_run_with_environments(directory: Path) -> None:
+    """Write the files of a run with two environments with turns, as `nemo_rl.algorithms.grpo` logs them."""
+    with Logger(directory, LoggerConfig(tensorboard=False)) as log:
+        for step in range(21):
+            metrics = {}
+            for index, name in enumerate(("nim", "shop")):
+                metrics |= {
+                    f"env_{name}/reward": step / 20 + index,
+                    f"env_{name}/turns": 3.0,
+                    f"env_{name}/failed": 0.0,
+                }
+            part = "val" if step % 10 == 0 else "train"
+            log.log_metrics(step, {f"{part}/{name}": value for name, value in metrics.items()})
+        log.log_episodes(1, [episode("nim"), episode("nim", attempts=2, failure="a timeout")])
+        limit = episode("nim", outcome="masked", end="max_turns")
+        lost = episode("shop", outcome="masked", end="failed", failure=f"the server is gone {HOSTILE}", attempts=3)
+        log.log_episodes(2, [limit, limit, lost, episode("shop", outcome="replaced: its group has no signal")])
+        log.log_samples(0, [episode("nim"), episode("shop", end="max_turns", outcome="masked")])
+        log.log_samples(10, [episode("nim", messages=[{"role": "user", "content": "of a step in between"}])])
+        failed = episode("shop", end="failed", outcome="masked", failure=f"the server is gone {HOSTILE}")
+        hostile = [{"role": HOSTILE, "name": HOSTILE, "content": HOSTILE * 200}] * 70
+        log.log_samples(20, [failed, episode(HOSTILE, messages=hostile, end=HOSTILE), episode("nim", reward=-0.5)])
+
+
+def test_conversations_of_every_environment(tmp_path: Path) -> None:
+    make_run_with_environments(tmp_path)
+    page = Page(report.render(tmp_path))
+    assert {"environments", "conversations"} <= set(page.ids)
+    assert "samples" not in page.ids
+    assert page.num_svgs == 1
+    text = " ".join(page.text.split())
+    for expected in (
+        "1.25 nim, step 0: 2 turns, ended by the environment",
+        "1.25 shop, step 0: 2 turns, cut off at max_turns masked: cut off at max_turns",
+        "none shop, step 20: 2 turns, failed masked: the server is gone",
+        "-0.5 nim, step 20: 2 turns, ended by the environment",
+        'assistant 0.25 Let me see.<tool_call>{"name": "price", "arguments": {"item": "tea"}}</tool_call>',
+        "tool price 3.5",
+        '[{"type": "text", "text": "Go."}]',
+        "10 more messages",
+        "cut off at max_turns (2)",
+    ):
+        assert expected in text
+    assert "of a step in between" not in text
+    assert text.index("nim, step 0") < text.index("nim, step 20") < text.index("shop, step 0")
+
+
+def test_conversations_are_inert_but_for_the_search(tmp_path: Path) -> None:
+    make_run_with_environments(tmp_path)
+    text = report.render(tmp_path)
+    page = Page(text)
+    assert page.active == ["script"]
+    assert page.fetched == []
+    [script] = re.findall(r"<script>.*?</script>", text, re.DOTALL)
+    assert "alert" not in script
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}" in page.text
+    assert "\x1b" not in text
+    assert "\x00" not in text
+    assert 'class="search" hidden' in text  # until the script runs
+
+
+def test_accounts_of_training_episodes(tmp_path: Path) -> None:
+    make_run_with_environments(tmp_path)
+    nim, shop = accounts(read_jsonl(tmp_path / EPISODES_FILE))
+    assert (nim.environment, nim.num_episodes, nim.num_repeated) == ("nim", 4, 1)
+    assert (nim.outcomes, nim.reasons_text) == ({"trained": 2, "masked": 2}, "cut off at max_turns (2)")
+    assert (shop.num_episodes, shop.num_repeated, shop.outcomes) == (2, 1, {"masked": 1, "replaced": 1})
+    assert shop.reasons_text.startswith("the server is gone")
+
+
+def test_tool_calls_are_marked() -> None:
+    listed = {"role": "assistant", "content": None, "tool_calls": [{"name": "now"}]}
+    cut = {"role": "assistant", "content": '<tool_call>{"name"'}
+    quoted = {"role": "user", "content": "Write <tool_call>{}</tool_call>."}
+    [group] = conversations([{"step": 1, "environment": "a", "messages": [listed, cut, quoted]}])
+    parts = [[(part.text, part.is_call) for part in message.parts] for message in group.episodes[0].messages]
+    assert parts == [
+        [('{"name": "now"}', True)],
+        [('<tool_call>{"name"', True)],
+        [("Write <tool_call>{}</tool_call>.", False)],
+    ]
+
+
+def test_environment_names_in_metrics() -> None:
+    records = [{"train/env_b/reward": 1.0, "train/env_reward": 1.0}, {"val/env_a/turns": 1.0, "timing/env_c/x": 1.0}]
+    assert environment_names(records) == ["a", "b"]
+    assert environment_curves([{"step": 1, "train/env_reward": 1.0}]) is None
 
 
 SECTIONS_OF_FILE = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rl.utils.jsonl import append_text, keep_lines, read_jsonl
+from nemo_rl.utils.jsonl import append_text, iterate_jsonl, keep_lines, read_jsonl
 
 LINES = [b'{"step": 1}\n', b'{"step": 2}\n', b'{"step": 3}\n']
 
@@ -23,5 +23,10 @@ def test_file_is_read_up_to_the_last_complete_line(tmp_path: Path, tail: str) ->
         assert len(steps) >= size // len(LINES[0])
         append_text(path, '{"step": 9}\n')
         assert [record["step"] for record in read_jsonl(path)] == [*steps, 9]
+        assert list(iterate_jsonl(path)) == read_jsonl(path)
         keep_lines(path, lambda record: record["step"] != 9)
         assert path.read_bytes() == b"".join(LINES[: len(steps)])
+
+
+def test_missing_file_has_no_records(tmp_path: Path) -> None:
+    assert read_jsonl(tmp_path / "none.jsonl") == list(iterate_jsonl(tmp_path / "none.jsonl")) == []
