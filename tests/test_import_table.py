@@ -143,7 +143,7 @@ def test_no_module_imports_a_worker_module() -> None:
         f"{file}:{line} imports {module}"
         for file, tree in sources()
         for module, line in imported_modules(tree)
-        if module.endswith("_worker")
+        if _belongs_to_workers(module)
     ]
     assert broken == []
 
@@ -235,7 +235,12 @@ def imports_of(*modules: str) -> set[str]:
 
 def modules_of(*packages: str) -> list[str]:
     names = [module_name(file) for file, _ in sources() if Path(file).parts[0] in packages]
-    return [name for name in names if not name.endswith(("_worker", "__main__"))]
+    return [name for name in names if not name.endswith("__main__") and not _belongs_to_workers(name)]
+
+
+def _belongs_to_workers(module: str) -> bool:
+    """Return whether a module is imported only in a venv of its own."""
+    return module.endswith("_worker") or ".environments.adapters." in module
 
 
 def test_venvs_import_neither_ray_nor_torch() -> None:

@@ -298,6 +298,9 @@ class RolloutPipeline:
             )
             if config.overlong_filtering:
                 rollout.batch["sample_mask"] = rollout.batch["sample_mask"] * ~rollout.truncated
+                for record in rollout.episodes or ():
+                    if record["end"] != "done":
+                        record["outcome"] = "masked"
             if limit == 1:
                 return rollout, 1
             signal = group_has_signal(rollout.batch["rewards"], rollout.batch["group"], rollout.batch["sample_mask"])
