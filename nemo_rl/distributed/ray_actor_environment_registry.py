@@ -121,6 +121,7 @@ ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = _Registry(
         "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker": _Member("BASE"),
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": _Member("VLLM"),
         "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
+        "nemo_rl.environments.environment_worker.EnvironmentWorker": PY_EXECUTABLES.SYSTEM,
     }
 )
 

@@ -9,7 +9,8 @@ Requests and replies are plain data, so they can cross a pipe to a process with 
 module needs nothing but the standard library.
 
 An environment is named as `package.module.name`. It is a class with `reset` and `step` (see `episode.Environment`), or
-a function `score(completion, answer) -> float`, which is an environment with one turn.
+one with one turn: a function `score(completion, answer) -> float`, or a class that scores batches of completions (see
+`interfaces.EnvironmentInterface`), of which all episodes share one object.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class EpisodeHost:
         for episode in idle:
             with contextlib.suppress(Exception):
                 self._close(episode)
+        if isinstance(self._make, _BatchEpisodes):
+            self._make.shutdown()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
@@ -178,10 +181,44 @@ class _Scoring(Environment):
         return Turn(reward=float(self._score(action, self._answer, **self._config)), done=True)
 
 
+class _BatchEpisodes:
+    """Makes episodes with one turn of a class that scores batches, such as the math environment."""
+
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+        self.shutdown: Callable[[], None] = environment.shutdown
+
+    def __call__(self) -> Environment:
+        return _BatchEpisode(self._environment)
+
+
+class _BatchEpisode(Environment):
+    """A batch of one completion, with the same metadata as in `algorithms.rollouts`."""
+
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+        self._metadata: dict[str, Any] = {}
+
+    def reset(self, problem: dict[str, Any]) -> None:
+        self._metadata = {**problem, "ground_truth": problem.get("answer")}
+
+    def step(self, action: str) -> Turn:
+        result = self._environment.step([action], [self._metadata])
+        status = result.status[0]
+        return Turn(
+            reward=float(result.rewards[0]),
+            observation=None if result.observations is None else result.observations[0],
+            done=bool(result.terminated[0]),
+            info={f"fraction_{name}": float(status == name) for name in ("timeout", "unparseable")},
+        )
+
+
 def episode_maker(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     """Return a function that makes the object of a new episode of the environment `name`. See `EpisodeHost`."""
     target = load_object(name)
     if isinstance(target, type):
+        if hasattr(target, "global_post_process_and_metrics"):
+            return _BatchEpisodes(target(**config))
         missing = [method for method in ("reset", "step") if not callable(getattr(target, method, None))]
         if missing:
             raise TypeError(f"{name} is no environment: it has no method {' and no method '.join(missing)}")

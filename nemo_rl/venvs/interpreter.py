@@ -68,12 +68,17 @@ class DriverVersions:
     """Holds the versions that every worker of a job must have, because Ray refuses to mix versions.
 
     Attributes:
-        python: full version of Python.
-        ray: version of ray; None if the driver has no ray.
+        python: full version of Python; None to accept any.
+        ray: version of ray; None to accept any, also if the driver has no ray.
     """
 
-    python: str
+    python: str | None
     ray: str | None
+
+    @staticmethod
+    def any() -> DriverVersions:
+        """Return the versions for a Python that Ray does not start: every version is accepted."""
+        return DriverVersions(None, None)
 
     @staticmethod
     def of_this_process() -> DriverVersions:
@@ -92,7 +97,7 @@ class DriverVersions:
             ray: None is accepted.
             remedy: how to get the driver's Python; default: install it on this node.
         """
-        if python != self.python:
+        if self.python is not None and python != self.python:
             raise IncompatibleVenvError(
                 f"{what} has Python {python}, but the driver runs Python {self.python}, and Ray refuses to mix them. "
                 f"Start the driver with Python {python}, or {remedy or f'install Python {self.python} on this node'}."

@@ -43,7 +43,8 @@ from nemo_rl.distributed.workers.runtime_env import (
 )
 from nemo_rl.errors import WorkerStartError
 from nemo_rl.secrets import is_secret_variable
-from nemo_rl.venvs import UNSET_IN_VENV, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
+from nemo_rl.venvs import UNSET_IN_VENV, DriverVersions, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
+from nemo_rl.venvs import plan as plan_venv
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, read_manifest
 
 # Fields that the venv engine, not Ray, carries out.
@@ -206,6 +207,25 @@ def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
         return WorkerPython()
     name, spec = _named_spec(fqn, fields)
     return prepare_pythons({name: spec})[name]
+
+
+def prepare_child_python(fqn: str, py_executable: str, runtime_env: Mapping[str, Any] | None = None) -> str:
+    """Make a Python ready on every node that a worker starts as its child; return the path of its interpreter.
+
+    Unlike the Python of a worker, it needs no ray and may have another version than the driver's.
+
+    Args:
+        fqn: the class that runs in it; names the venv.
+        py_executable: a `uv run ...` string, or the path of an interpreter or of a script with inline metadata.
+        runtime_env: its fields `pip` and `uv` add packages. The others are those of the worker.
+
+    Raises:
+        RuntimeEnvError: a field makes Ray choose the Python.
+        InvalidPyExecutableError, NodeVenvError, VenvError: see `plan_launch`.
+    """
+    fields = checked_runtime_env({**(runtime_env or {}), "py_executable": py_executable})
+    name, spec = _named_spec(fqn, fields)
+    return ensure_venvs_on_each_node({name: plan_venv(spec, expected=DriverVersions.any())}).python(name)
 
 
 def prepare_venvs_of(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
