@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from nemo_rl import __version__, settings
-from nemo_rl.cli import doctor, jobs, project, submit, venvs
+from nemo_rl.cli import doctor, env, jobs, project, submit, venvs
 from nemo_rl.errors import NemoRLError, exit_code
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(venvs.app, name="venvs")
+app.add_typer(env.app, name="env")
 project.add_commands(app)
 jobs.add_commands(app)
 doctor.add_commands(app)

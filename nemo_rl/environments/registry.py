@@ -22,9 +22,14 @@ ENVIRONMENTS: dict[str, str] = {
 }
 
 
+def registered_environments() -> dict[str, str]:
+    """Return the class of each registered environment, by name: those of this package and of installed ones."""
+    return {**_entry_points(), **ENVIRONMENTS}
+
+
 def environment_fqn(name: str) -> str:
     """Return the actor class of the environment `name`. Raises `ConfigError` that names the nearest known name."""
-    known = {**_entry_points(), **ENVIRONMENTS}
+    known = registered_environments()
     try:
         return known[name]
     except KeyError:
