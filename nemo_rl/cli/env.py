@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_rl.cli.options import Json
-from nemo_rl.errors import ConfigError, EnvironmentFailure
+from nemo_rl.errors import ConfigError, EnvironmentFailure, VenvBuildError, VenvError
 
 if TYPE_CHECKING:
     from nemo_rl.cli.env_targets import EnvironmentTarget
@@ -191,6 +191,72 @@ def try_command(
     if stopped:
         display.note(f"nemo-rl: {stopped}")
         raise typer.Exit(1)
+
+
+@app.command()
+def add(
+    package: Annotated[
+        str, typer.Argument(metavar="PACKAGE", help="Requirement, such as textarena or 'textarena>=0.7'.")
+    ],
+    json: Json = False,
+) -> None:
+    """Add the package of an environment to the project as an extra of its own, build its venv, and print what to write.
+
+    The extra conflicts with those of other environments, so their packages may exclude one another. If the packages
+    cannot be locked, nothing is changed.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    from nemo_rl import settings
+    from nemo_rl.cli import display
+    from nemo_rl.cli.project_file import add_environment_extra, lock, restored_on_failure
+    from nemo_rl.distributed.ray_actor_environment_registry import uv_run
+    from nemo_rl.environments.registry import registered_in
+    from nemo_rl.venvs import ensure
+
+    try:
+        requirement = Requirement(package)
+    except InvalidRequirement as error:
+        raise ConfigError(f"{package!r} is not a requirement such as textarena>=0.7: {error}") from None
+    requirement.name = canonicalize_name(requirement.name)
+    project = settings.project_root()
+    with restored_on_failure(project):
+        extra, changes = add_environment_extra(project, requirement)
+        display.note(f"nemo-rl: uv lock resolves the packages of {project}")
+        try:
+            lock(project, retry="run the command again")
+        except VenvBuildError as error:
+            raise VenvError(
+                f"{error}\nIf {requirement.name} excludes the project's own packages, list it in a script with inline "
+                "metadata (PEP 723), and set py_executable to the script's path and own_process to true."
+            ) from error
+    python = f"uv run --locked --extra {extra}"
+    with _interruptible(), display.BuildView() as view:
+        venv = ensure(
+            uv_run("--extra", extra),
+            f"environment-{requirement.name}",
+            progress=lambda event: view.update(extra, event),
+        )
+    classes = registered_in(venv.python, requirement.name)
+    shown = classes or {requirement.name: "my_package.my_module.MyEnvironment"}
+    entries = {name: {"class": fqn, "py_executable": python} for name, fqn in shown.items()}
+    if json:
+        display.print_json({"project": str(project), "changes": changes, "registered": bool(classes), "env": entries})
+        return
+    display.print_line(f"{project / 'pyproject.toml'}: {'' if changes else 'nothing to add'}".rstrip())
+    for change in changes:
+        display.print_line(f"  {change}")
+    if not classes:
+        display.print_line(
+            f"\n{requirement.name} registers no environment. Write a class with reset and step that uses it, in the "
+            "project, and name it here:"
+        )
+    display.print_line("\nenv:")
+    for name, entry in entries.items():
+        display.print_line(f"  {name}:")
+        for key, value in entry.items():
+            display.print_line(f"    {key}: {value}")
 
 
 def _prepared(
