@@ -73,7 +73,7 @@ def list_command(
     if json:
         display.print_json(records)
         return
-    columns = ["name", "class", "python", "state", "source"]
+    columns = ["name", "class", "source", "python", "state"]
     display.print_table(columns, [[record[column] for column in columns] for record in records])
 
 

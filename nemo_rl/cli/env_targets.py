@@ -45,6 +45,11 @@ class EnvironmentTarget:
     source: str
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"env.{self.name}" if self.source == "configuration" else self.name
+
+    @property
     def py_executable(self) -> str:
         """The py_executable of its code; with `own_process`, of the child process of its workers."""
         return entry_python(self.entry.model_copy(update={"own_process": False}))
@@ -60,10 +65,10 @@ class EnvironmentTarget:
             return spec_from_runtime_env({}, self.py_executable)
         from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, ray_chooses_python
 
-        fields = checked_runtime_env(self.entry.runtime_env, f"env.{self.name}.runtime_env", self.entry.py_executable)
+        fields = checked_runtime_env(self.entry.runtime_env, f"runtime_env of {self.label}", self.entry.py_executable)
         if ray_chooses_python(fields):
             raise ConfigError(
-                f"env.{self.name}.runtime_env has {', '.join(fields)}: Ray creates this Python when a job starts, so "
+                f"runtime_env of {self.label} has {', '.join(fields)}: Ray creates this Python when a job starts, so "
                 "it cannot be used here. Use pip, uv or py_executable instead"
             )
         return spec_from_runtime_env(fields, fields.get("py_executable") or self.py_executable)
@@ -141,14 +146,14 @@ def prepare(target: EnvironmentTarget, progress: Callable[[str, Progress], None]
         VenvError: The venv cannot be built, or workers cannot run in it.
     """
     spec = target.spec()
-    option = f"Or set own_process=true for {target.name}: then its code runs in a child process of its workers."
+    option = f"Or set own_process=true for {target.label}: then its code runs in a child process of its workers."
     try:
         venv_plan = plan(spec, expected=target.expected)
         venv_plan.check_compatible()
     except IncompatibleVenvError as error:
         raise IncompatibleVenvError(f"{error} {option}") from None
     if target.expected is None and isinstance(spec, VenvSpec) and venv_plan.ray is None:
-        raise VenvError(f"the venv of {target.name} ({spec}) has no ray, which its workers need. Add ray. {option}")
+        raise VenvError(f"the venv of {target.label} ({spec}) has no ray, which its workers need. Add ray. {option}")
     name = f"environment-{target.name}"
 
     def report(event: Progress) -> None:
@@ -186,7 +191,7 @@ def started(target: EnvironmentTarget, python: str) -> Iterator[EpisodeProcess]:
 def _with_fix(sentence: str, target: EnvironmentTarget) -> str:
     if "ModuleNotFoundError" in sentence:
         return (
-            f"{sentence}. Add its package to the Python of {target.name} (py_executable: uv run --extra EXTRA, or "
+            f"{sentence}. Add its package to the Python of {target.label} (py_executable: uv run --extra EXTRA, or "
             "--with PACKAGE); a module that is not installed is found on PYTHONPATH"
         )
     return sentence

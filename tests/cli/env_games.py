@@ -89,6 +89,12 @@ class NoStep:
         return "start"
 
 
+class Variable(Guess):
+    def reset(self, problem: dict[str, Any]) -> str:
+        super().reset(problem)
+        return os.environ["GAME"]
+
+
 class NeedsAlpha(Guess):
     def reset(self, problem: dict[str, Any]) -> str:
         import_module("alpha")

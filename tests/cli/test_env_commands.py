@@ -68,7 +68,7 @@ def test_list_shows_registered_and_configured_environments(config: str) -> None:
     assert records["guess"] == {**guess, "source": "configuration"}
     assert records["sums"]["state"].startswith("cannot be resolved: ")
     table = env("list").output.splitlines()
-    assert table[0].split() == ["name", "class", "python", "state", "source"]
+    assert table[0].split() == ["name", "class", "source", "python", "state"]
     assert table[1].split()[:2] == ["math", "nemo_rl.environments.math_environment.MathEnvironment"]
 
 
@@ -130,6 +130,11 @@ def test_bad_input_is_one_sentence(arguments: list[str], error: type[Exception],
 def test_unknown_name_of_a_configuration_names_the_nearest(config: str) -> None:
     done = env("try", "gues", "--config", config)
     assert str(done.exception) == f"{config} has no environment 'gues' in its section env; did you mean 'guess'?"
+
+
+def test_variables_of_the_runtime_env_reach_the_environment() -> None:
+    done = env("try", "env_games.Variable", "runtime_env={env_vars: {GAME: chess}}", "--action", "")
+    assert "[user] chess" in done.stdout, done.exception
 
 
 def test_other_python_needs_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
