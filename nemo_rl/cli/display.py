@@ -105,11 +105,10 @@ class BuildView:
 
             # No refresh thread: builders are forked from this process, which must be single-threaded.
             self._live = Live(console=Console(stderr=True), auto_refresh=False)
-            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
+        if self._live is not None and self._live.is_started:
             self._live.update(self._table(), refresh=True)
             self._live.stop()
 
@@ -119,6 +118,8 @@ class BuildView:
             self._progress(name, event)
         elif isinstance(event, Outcome):
             self._outcome(name, event)
+        if self._live is not None and self._rows:
+            self._live.start()  # without rows there is nothing to show
         # uv may print hundreds of lines a second.
         if self._live is not None and time.monotonic() - self._refreshed > _REFRESH_S:
             self._refreshed = time.monotonic()

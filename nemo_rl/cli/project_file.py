@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tomlkit.items import Table
 
 _ARCHIVES = (".whl", ".tar.gz", ".zip")
+# The extra of an environment's package: `env-textarena = ["textarena"]`.
+_ENVIRONMENT_PREFIX = "env-"
 # Parts of uv's messages about an index that does not answer.
 _UNREACHABLE = ("error sending request", "Failed to fetch", "dns error", "network was disabled", "Could not connect")
 
@@ -168,6 +170,33 @@ def add_extras(project: Path, extras: Sequence[str], source: PackageSource | Non
     return changes
 
 
+def add_environment_extra(project: Path, package: Requirement) -> tuple[str, list[str]]:
+    """Add the package of an RL environment to a project's `pyproject.toml`, as an extra of its own.
+
+    The extra conflicts with those of other environments and with those of this package that need a venv of their own,
+    so uv may choose other versions for each.
+
+    Returns:
+        The extra, and one line per change.
+
+    Raises:
+        ConfigError: the file is no project.
+        VenvBuildError: uv refuses the requirement.
+    """
+    changes = add_extras(project, (), None)
+    path = project / "pyproject.toml"
+    document = _read(path)["project"]
+    extra = f"{_ENVIRONMENT_PREFIX}{canonicalize_name(package.name)}"
+    extras = document.get("optional-dependencies", {})
+    present: dict[str, Any] = {canonicalize_name(each): requirements for each, requirements in extras.items()}
+    with _edited(path) as uv:
+        changes += _declare_conflicts(uv, {*present, extra}, canonicalize_name(str(document["name"])))
+    if str(package) not in [str(parsed) for parsed in _parsed(present.get(extra, []))]:
+        _uv_add(project, "--optional", extra, str(package))
+        changes.append(f'extra {extra} = ["{package}"]')
+    return extra, changes
+
+
 def lock(project: Path, *, retry: str) -> None:
     """Run `uv lock` in a project.
 
@@ -245,11 +274,15 @@ def _edited(path: Path) -> Iterator[Table]:
 
 
 def _declare_conflicts(uv: Table, extras: set[str], project: str) -> list[str]:
-    """Declare the conflicts among the extras of a project in `tool.uv.conflicts`, in an existing set where one fits."""
+    """Declare the conflicts among the extras of a project in `tool.uv.conflicts`, in an existing set where one fits.
+
+    Extras of environments conflict with all that need a venv of their own.
+    """
     import tomlkit
 
     changes = []
-    for conflict in CONFLICTS:
+    for stacks in CONFLICTS:
+        conflict = (*stacks, *sorted(extra for extra in extras if extra.startswith(_ENVIRONMENT_PREFIX)))
         present = [extra for extra in conflict if extra in extras]
         declared = uv.get("conflicts", [])
         names = [{_extra_of(item, project) for item in items} for items in declared]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from packaging.utils import canonicalize_name
 
 from nemo_rl import settings
-from nemo_rl.errors import ConfigError, InvalidPyExecutableError
+from nemo_rl.errors import ConfigError, InvalidPyExecutableError, NemoRLError
 from nemo_rl.utils.names import nearest_names
+
+if TYPE_CHECKING:
+    from nemo_rl.venvs import DriverVersions, Spec
 
 BASE = "base"
 
@@ -87,3 +93,38 @@ def is_interpreter(py_executable: str) -> bool:
         return isinstance(parse_py_executable(py_executable), InterpreterSpec)
     except InvalidPyExecutableError:
         return False
+
+
+def venv_state(py_executable: str | Spec, expected: DriverVersions | None = None) -> tuple[str, str]:
+    """Return the state of a venv and the first 16 digits of its digest.
+
+    The state is `ready`, `not built`, `interpreter`, or `cannot be resolved: REASON`.
+    """
+    from nemo_rl.venvs import find_sealed, plan
+
+    digest = ""
+    try:
+        venv_plan = plan(py_executable, expected=expected)
+        digest = venv_plan.digest[:16]
+        if venv_plan.is_interpreter:
+            return "interpreter", digest
+        return "ready" if find_sealed(venv_plan.digest) is not None else "not built", digest
+    except NemoRLError as error:
+        return f"cannot be resolved: {str(error).partition(chr(10))[0]}", digest
+
+
+def short_python(py_executable: str) -> str:
+    """Return a py_executable without what all those of the project have in common.
+
+    Example:
+        >>> short_python(f"uv run --locked --extra openenv --project {settings.project_root()}")
+        'uv run --extra openenv'
+        >>> short_python(sys.executable)
+        "the driver's"
+    """
+    words = shlex.split(py_executable)
+    if words[:1] == [sys.executable]:
+        return " ".join(["the driver's", *words[1:]])
+    root = str(settings.project_root())
+    kept = [word for word in words if word not in ("--locked", "--project", root)]
+    return shlex.join(kept) if "--project" not in words or root in words else py_executable

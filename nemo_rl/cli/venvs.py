@@ -92,19 +92,9 @@ def _editable_packages(targets: Sequence[Target]) -> list[dict[str, str]]:
 
 
 def _worker_state(fqn: str, py_executable: str) -> dict[str, str]:
-    """Return the state of a worker's venv: `ready`, `not built`, `interpreter`, or `cannot be resolved: REASON`."""
-    from nemo_rl.venvs import find_sealed, plan
+    from nemo_rl.cli.targets import venv_state
 
-    digest = ""
-    try:
-        venv_plan = plan(py_executable)
-        digest = venv_plan.digest[:16]
-        if venv_plan.is_interpreter:
-            state = "interpreter"
-        else:
-            state = "ready" if find_sealed(venv_plan.digest) is not None else "not built"
-    except NemoRLError as error:
-        state = f"cannot be resolved: {str(error).partition(chr(10))[0]}"
+    state, digest = venv_state(py_executable)
     return {"worker": fqn, "state": state, "digest": digest, "py_executable": py_executable}
 
 

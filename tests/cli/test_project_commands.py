@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,57 @@ def test_add_keeps_comments_and_formatting(cli: Cli) -> None:
     again = cli("add", "VLLM_CPU", "mcore", cwd=project)
     assert "nothing to add" in again.stdout, again.stderr
     assert ((project / "pyproject.toml").read_bytes(), (project / "uv.lock").read_bytes()) == locked
+
+
+def add_entry_points(wheel: Path, text: str) -> None:
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/entry_points.txt", text)
+
+
+def test_env_add_gives_each_environment_an_extra_of_its_own(cli: Cli) -> None:
+    make_wheel(cli.folder / "wheels", "old_games", "1.0", requires=("alpha==1.0",))
+    registers = make_wheel(cli.folder / "wheels", "new_games", "1.0", requires=("alpha==2.0",))
+    add_entry_points(registers, "[nemo_rl.environments]\nchess = new_games.module_0:Chess\n[other]\nno = x:y\n")
+    project = cli.project(PLAIN)
+    venvs = {"NEMO_RL_VENV_DIR": str(cli.folder / "venvs")}
+    done = cli("add", "vllm", cwd=project)
+    assert done.returncode == 0, done.stderr
+    done = cli("env", "add", "old-games", cwd=project, **venvs)
+    assert done.returncode == 0, done.stderr
+    assert "old-games registers no environment. Write a class with reset and step that uses it" in done.stdout
+    assert done.stdout.endswith(
+        "env:\n  old-games:\n    class: my_package.my_module.MyEnvironment\n"
+        "    py_executable: uv run --locked --extra env-old-games\n"
+    )
+    done = cli("env", "add", "new_games>=1", "--json", cwd=project, **venvs)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["env"] == {
+        "chess": {"class": "new_games.module_0.Chess", "py_executable": "uv run --locked --extra env-new-games"}
+    }
+    extras = tomllib.loads((project / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert (extras["env-old-games"], extras["env-new-games"]) == (["old-games"], ["new-games>=1"])
+    (conflict,) = settings_of(project)["conflicts"]
+    assert {item["extra"] for item in conflict} == {"vllm", "env-old-games", "env-new-games"}
+    again = cli("env", "add", "new_games>=1", "--json", cwd=project, **venvs)
+    assert json.loads(again.stdout)["changes"] == []
+    done = cli("add", "mcore", cwd=project)  # conflicts with the environments, too
+    assert done.returncode == 0, done.stderr
+    assert len(settings_of(project)["conflicts"][0]) == 4
+
+
+def test_env_add_changes_nothing_if_the_packages_cannot_be_locked(cli: Cli) -> None:
+    make_wheel(cli.folder / "wheels", "games", "1.0", requires=("alpha==1.0",))
+    project = cli.project(PLAIN.replace('"nemo-rl",', '"nemo-rl", "alpha==2.0",'))
+    before = (project / "pyproject.toml").read_bytes()
+    done = cli("env", "add", "games", cwd=project)
+    assert done.returncode == 1, done.stdout
+    assert "If games excludes the project's own packages, list it in a script with inline metadata" in done.stderr
+    assert (project / "pyproject.toml").read_bytes() == before
+    assert not (project / "uv.lock").exists()
+    done = cli("env", "add", "./games", cwd=project)
+    assert done.returncode == 2
+    assert "'./games' is not a requirement such as textarena>=0.7" in done.stderr
 
 
 @pytest.mark.parametrize(
