@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.errors import ConfigError, ModelError
-from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ def check_model_name(config: PolicyConfig) -> None:
 
 def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
     """Raise `ConfigError`, which names the configuration `key`, if `name` looks like a path but does not exist."""
-    if name == EMBEDDED_MODEL:
+    if name in EMBEDDED_MODELS:
         return
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -114,10 +114,10 @@ def prepare_model(config: PolicyConfig, *, use_gpus: bool = False) -> ModelFiles
     from transformers import AutoTokenizer
 
     source = config.tokenizer_name or config.model_name
-    if source == EMBEDDED_MODEL:
+    if source in EMBEDDED_MODELS:
         from nemo_rl.models.embedded import make_tokenizer
 
-        tokenizer: PreTrainedTokenizerBase = make_tokenizer()
+        tokenizer: PreTrainedTokenizerBase = make_tokenizer(source)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -136,21 +136,21 @@ def prepare_model(config: PolicyConfig, *, use_gpus: bool = False) -> ModelFiles
 
 
 def ensure_model(config: PolicyConfig) -> str:
-    """Return the directory or hub name that the workers load. Creates the embedded model if it does not exist."""
-    if config.model_name != EMBEDDED_MODEL:
+    """Return the directory or hub name that the workers load. Creates an embedded model if it does not exist."""
+    if config.model_name not in EMBEDDED_MODELS:
         return config.model_name
     from nemo_rl.models.embedded import ensure_embedded_model
 
-    return str(ensure_embedded_model(config.embedded))
+    return str(ensure_embedded_model(config.embedded, config.model_name))
 
 
 def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
-    """Load the model's `config.json`. The embedded model need not exist. Raises the errors of `load_model_config`."""
-    if config.model_name != EMBEDDED_MODEL:
+    """Load the model's `config.json`. An embedded model need not exist. Raises the errors of `load_model_config`."""
+    if config.model_name not in EMBEDDED_MODELS:
         return load_model_config(config.model_name, local_only)
     from nemo_rl.models.embedded import architecture, make_tokenizer
 
-    return architecture(config.embedded, make_tokenizer())
+    return architecture(config.embedded, make_tokenizer(config.model_name))
 
 
 def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus: bool = False) -> None:

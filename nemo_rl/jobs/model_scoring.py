@@ -37,7 +37,7 @@ from nemo_rl.jobs.model_files import (
 from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.generation.config import GenerationConfig, GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest
-from nemo_rl.models.policy.config import EMBEDDED_MODEL, EmbeddedModelConfig
+from nemo_rl.models.policy.config import EMBEDDED_MODELS, EmbeddedModelConfig
 from nemo_rl.pipelines import DocumentBatch, ProcessingStage, Resources
 from nemo_rl.pipelines.stages.text import drop_rows
 from nemo_rl.utils.config import ConfigModel
@@ -177,7 +177,7 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
 
     def check_model(self) -> None:
         """Check the files of a model in a directory, before workers start. Raises `ConfigError`."""
-        if self.model != EMBEDDED_MODEL and Path(self.model).is_dir():
+        if self.model not in EMBEDDED_MODELS and Path(self.model).is_dir():
             check_weight_files(self.model, "scoring.model")
             self._check_fits(load_model_config(self.model))
 
@@ -193,11 +193,11 @@ class ModelPassRate(ProcessingStage[DocumentBatch, DocumentBatch]):
         return longest
 
     def _model_name(self) -> str:
-        if self.model != EMBEDDED_MODEL:
+        if self.model not in EMBEDDED_MODELS:
             return self.model
         from nemo_rl.models.embedded import ensure_embedded_model
 
-        return str(ensure_embedded_model(EmbeddedModelConfig()))
+        return str(ensure_embedded_model(EmbeddedModelConfig(), self.model))
 
     def _prompts(
         self, problems: Sequence[Any], answers: Sequence[Any]

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
 from nemo_rl.models import embedded
-from nemo_rl.models.embedded import ensure_embedded_model, make_model, make_tokenizer, warm_up
+from nemo_rl.models.embedded import ensure_embedded_model, make_model, make_tokenizer
+from nemo_rl.models.embedded.arithmetic import RECIPE
+from nemo_rl.models.embedded.recipe import warm_up
 from nemo_rl.models.policy.config import EmbeddedModelConfig
 
 SMALL = EmbeddedModelConfig(hidden_size=16, num_layers=1, num_attention_heads=2, warmup_steps=3)
@@ -109,7 +111,7 @@ def test_warm_up_ends_at_the_requested_accuracy() -> None:
     config = EmbeddedModelConfig(hidden_size=64, num_layers=2, warmup_accuracy=0.004, warmup_steps=300)
     tokenizer = make_tokenizer()
     model = make_model(config, tokenizer)
-    steps, accuracy = warm_up(model, tokenizer, config)
+    steps, accuracy = warm_up(model, tokenizer, config, RECIPE)
     assert 0 < steps < 300
     assert 0.004 <= accuracy < 0.05
     problem = ArithmeticDataset("train", 1).problem(0)

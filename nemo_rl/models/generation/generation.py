@@ -24,7 +24,7 @@ from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationRequest, GenerationResult
 from nemo_rl.models.generation.replicas import Replicas, replica_bundles
 from nemo_rl.models.generation.results import join
-from nemo_rl.models.policy.config import EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -48,18 +48,18 @@ class Generation(GenerationInterface):
     Args:
         cluster: Where the workers run.
         config: The policy's configuration. Its section `generation` describes sampling.
-        model_name: Hugging Face directory or hub name. None: `config.model_name`. For the embedded model, pass the
+        model_name: Hugging Face directory or hub name. None: `config.model_name`. For an embedded model, pass the
             directory that `ensure_embedded_model` returns.
 
     Raises:
         ConfigError: The backend is unknown, or there are more workers than the cluster has bundles.
-        ModelError: The model name is still `embedded`.
+        ModelError: The model name is still that of an embedded model.
     """
 
     def __init__(self, cluster: RayVirtualCluster, config: PolicyConfig, model_name: str | None = None) -> None:
         model_name = model_name or config.model_name
-        if model_name == EMBEDDED_MODEL:
-            raise ModelError("the embedded model must be built first: pass model_name=ensure_embedded_model(...)")
+        if model_name in EMBEDDED_MODELS:
+            raise ModelError("an embedded model must be built first: pass model_name=ensure_embedded_model(...)")
         size = config.generation.options.workers_per_replica
         bundles = replica_bundles(cluster.bundle_counts, config.generation.num_workers, size)
         self._max_sequence_length = config.max_sequence_length

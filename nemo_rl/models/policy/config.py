@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.named_sharding import NamedSharding
 
 EMBEDDED_MODEL = "embedded"
+EMBEDDED_CHAT_MODEL = "embedded-chat"
+EMBEDDED_MODELS = (EMBEDDED_MODEL, EMBEDDED_CHAT_MODEL)
 DATA_PARALLEL = "data_parallel"
 
 
@@ -59,7 +61,7 @@ class PolicyOptions(OpenSection):
 
 
 class EmbeddedModelConfig(ConfigModel):
-    """The tiny Llama that the project trains itself: `policy.model_name: embedded`."""
+    """The tiny Llamas that the project trains itself: `policy.model_name: embedded` or `embedded-chat`."""
 
     hidden_size: int = Field(128, ge=8, description="Width of the model.")
     num_layers: int = Field(2, ge=1, description="Transformer layers.")
@@ -121,7 +123,9 @@ class BatchingConfig(ConfigModel):
 class PolicyConfig(ConfigModel):
     """The model to train, its optimizer and its workers."""
 
-    model_name: str = Field(EMBEDDED_MODEL, description="Hugging Face directory or hub name, or `embedded`.")
+    model_name: str = Field(
+        EMBEDDED_MODEL, description="Hugging Face directory or hub name, `embedded`, or `embedded-chat`."
+    )
     tokenizer_name: str | None = Field(None, description="Hugging Face directory or hub name. Null: model_name.")
     embedded: EmbeddedModelConfig = Field(default_factory=EmbeddedModelConfig)
     backend: str = Field("torch", description="A name in nemo_rl.models.backends.POLICY_BACKENDS.")

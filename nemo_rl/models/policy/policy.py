@@ -25,7 +25,7 @@ from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
 from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
-from nemo_rl.models.policy.config import DATA_PARALLEL, EMBEDDED_MODEL, PolicyConfig
+from nemo_rl.models.policy.config import DATA_PARALLEL, EMBEDDED_MODELS, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
 from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
@@ -50,7 +50,7 @@ class Policy(PolicyInterface):
     Args:
         cluster: the cluster that the workers run on.
         config: the policy section.
-        model_name: Hugging Face directory or hub name; None takes `config.model_name`. For the embedded model, pass the
+        model_name: Hugging Face directory or hub name; None takes `config.model_name`. For an embedded model, pass the
             directory that `ensure_embedded_model` returns.
         total_steps: optimizer steps of the whole run, for schedules without a `total_steps` of their own.
         seed: seed of the run.
@@ -58,7 +58,7 @@ class Policy(PolicyInterface):
 
     Raises:
         ConfigError: the backend is unknown.
-        ModelError: the model name is `embedded`.
+        ModelError: the model name is still that of an embedded model.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Policy(PolicyInterface):
         if model_name is not None:
             tokenizer_name = config.tokenizer_name or model_name
             config = config.model_copy(update={"model_name": model_name, "tokenizer_name": tokenizer_name})
-        if config.model_name == EMBEDDED_MODEL:
-            raise ModelError("the embedded model has not been resolved: pass model_name=ensure_embedded_model(...)")
+        if config.model_name in EMBEDDED_MODELS:
+            raise ModelError("an embedded model has not been resolved: pass model_name=ensure_embedded_model(...)")
         self._config = config
         self._layout = config.options.layout(cluster.world_size())
         self._dp_size = self._layout.get_axis_size(DATA_PARALLEL)

@@ -1,0 +1,53 @@
+"""Problems of several turns that the embedded chat model can learn: a guessing game, and products of large numbers.
+
+A seed decides a problem. The environments (`environments.games`) and the warm-up of the embedded chat model use the
+same texts. The module needs nothing but the standard library, as environments do.
+"""
+
+from __future__ import annotations
+
+import random
+
+# The warm-up draws its problems from the seeds from here on. Data sets number theirs from 0.
+FIRST_WARMUP_SEED = 2**40
+
+HIGHER, LOWER = "Higher.", "Lower."
+_QUESTION, _RANGE = "Guess a number from ", "1 to "
+
+CALCULATOR, EXPRESSION = "calculator", "expression"
+# Their products have five digits.
+_FACTORS = (200, 999), (50, 99)
+
+# The texts that many dialogues contain. The embedded chat model has one token for each.
+PHRASES = (_QUESTION, _RANGE, HIGHER, LOWER, CALCULATOR, EXPRESSION)
+
+
+def guessing_prompt(highest: int) -> str:
+    """Return the first message of the game in which a number from 1 to `highest` is to be guessed."""
+    return f"{_QUESTION}{_RANGE}{highest}"
+
+
+def secret_number(seed: int, highest: int) -> int:
+    """Return the number to guess, from 1 to `highest`."""
+    return random.Random(seed).randint(1, highest)
+
+
+def num_guesses(highest: int) -> int:
+    """Return how many guesses a game has: one more than a player needs who always halves the range."""
+    return highest.bit_length() + 1
+
+
+def feedback(guess: int, secret: int) -> str:
+    """Return what a wrong guess is answered with."""
+    return HIGHER if guess < secret else LOWER
+
+
+def factors(seed: int) -> tuple[int, int]:
+    """Return a number of three digits and one of two, whose product no small model knows."""
+    draws = random.Random(seed)
+    return draws.randint(*_FACTORS[0]), draws.randint(*_FACTORS[1])
+
+
+def product_prompt(seed: int) -> str:
+    """Return the product to compute, such as `381*64`."""
+    return "{}*{}".format(*factors(seed))
