@@ -172,6 +172,11 @@ class EnvironmentConfig(OpenSection):
     @model_validator(mode="after")
     def _check_weights(self) -> EnvironmentConfig:
         entries = self.entries()
+        if entries and "name" in self.model_fields_set and self.name != "math":
+            raise ValueError(
+                f"env.name={self.name} is for a job with one environment; beside {', '.join(entries)}, "
+                f"write env.{self.name}.class={self.name}"
+            )
         if entries and not any(isinstance(e.weight, dict) or e.weight > 0 for e in entries.values()):
             raise ValueError("env: no environment has a weight above 0")
         return self

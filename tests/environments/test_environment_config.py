@@ -70,6 +70,7 @@ def test_python_of_an_environment() -> None:
         (["env.nim.weight=2"], r"env.nim: an environment needs the key class"),
         (["env.nim=2"], r"env.nim: an environment needs the key class"),
         ([NIM, "env.nim.max_turns=0"], r"env.nim.max_turns: input should be greater than or equal to 1, got 0"),
+        ([NIM, "env.name=reverse"], r"env.name=reverse is for a job with one .* write env.reverse.class=reverse"),
         (["grpo.advantage.level=turn"], r"level=turn needs environments with turns"),
         ([NIM, "grpo.overlong_penalty.factor=1"], r"overlong_penalty is for completions with one turn"),
         (["env.2x.class=a.B"], r"env.2x: the name of an environment consists of letters"),
