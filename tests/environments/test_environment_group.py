@@ -125,6 +125,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # restarts workers
 def test_call_that_takes_too_long(start, tmp_path: Path) -> None:
     group = start(step_timeout_s=3.0, concurrency=2)
     (reset,) = call(group, Request(0, "reset", {}))
@@ -149,6 +150,7 @@ def test_call_that_takes_too_long(start, tmp_path: Path) -> None:
     assert process_of(restarted) != process_of(reset)
 
 
+@pytest.mark.slow  # restarts workers
 def test_more_restarts_than_allowed(start) -> None:
     group = start(max_restarts=0)
     (reset,) = call(group, Request(0, "reset", {}))
@@ -159,6 +161,7 @@ def test_more_restarts_than_allowed(start) -> None:
     worker.wait(60)
 
 
+@pytest.mark.slow  # restarts workers
 def test_memory_limit_replaces_the_worker(start) -> None:
     group = start(max_restarts=0, memory_limit_mb=700)
     (reset,) = call(group, Request(0, "reset", {}))
@@ -185,6 +188,7 @@ def test_shutdown_during_the_start(start) -> None:
         group.wait_ready()
 
 
+@pytest.mark.slow  # restarts workers
 def test_shutdown_ends_the_worker(start) -> None:
     group = start()
     (reset,) = call(group, Request(0, "reset", {}))
