@@ -76,7 +76,14 @@ def generation(cluster: RayVirtualCluster, model: Path) -> Iterator[Generation]:
     generation.shutdown()
 
 
-@pytest.fixture(scope="module", params=["replicated", "fsdp", "fsdp, pairs"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("replicated", marks=pytest.mark.slow),
+        "fsdp",
+        pytest.param("fsdp, pairs", marks=pytest.mark.slow),  # each starts a policy group
+    ],
+)
 def both(
     request: pytest.FixtureRequest, cluster: RayVirtualCluster, model: Path, generation: Generation
 ) -> Iterator[tuple[Policy, Generation]]:
@@ -113,6 +120,7 @@ def test_offer_expires_when_the_policy_changes(both: tuple[Policy, Generation], 
         _ = old.digest
 
 
+@pytest.mark.slow  # starts a policy group
 def test_policy_without_a_route_publishes(cluster: RayVirtualCluster, model: Path) -> None:
     config = PolicyConfig(num_threads=1, max_sequence_length=64)
     policy = Policy(cluster, config, str(model), total_steps=20, seed=3)
