@@ -28,7 +28,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     files = [Path(argument.partition("::")[0]) for argument in config.args]
     if len(files) == 1 and files[0].is_file():
         return 0
-    return min((os.cpu_count() or 1) + 2, MAX_PROCESSES)
+    return min((os.cpu_count() or 1) + 1, MAX_PROCESSES)
 
 
 # Whole jobs first: if they came last, one process would run them while the others have nothing left to do.

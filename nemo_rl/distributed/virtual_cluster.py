@@ -327,6 +327,7 @@ class RayVirtualCluster:
                     _describe_held(),
                 )
         elapsed = time.monotonic() - start_time
+        nodes = alive_nodes()  # a busy head may have reported old numbers before the last try
         raise ResourceInsufficientError(
             f"{self._describe_request(nodes)} {_describe_held()}Gave up after {self._max_tries} attempts in "
             f"{elapsed:.0f} s. Request less, add nodes, end the worker groups or jobs that hold the resources, or "

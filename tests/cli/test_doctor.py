@@ -276,6 +276,7 @@ def test_plan_lists_builds_and_starts_nothing(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.glob(".store/*") if path.is_dir() and path.name != ".resolved"]
 
 
+@pytest.mark.slow  # starts the job's script again and again
 def test_plan_validates_overrides() -> None:
     overrides = ("grpo.num_prompts_per_step=3", "grpo.num_generations_per_prompt=5")
     assert json.loads(run("plan", str(CONFIG), *overrides, "--json").stdout)["samples_per_step"] == 15

@@ -206,6 +206,7 @@ def add_entry_points(wheel: Path, text: str) -> None:
         archive.writestr(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/entry_points.txt", text)
 
 
+@pytest.mark.slow  # resolves and builds
 def test_env_add_gives_each_environment_an_extra_of_its_own(cli: Cli) -> None:
     make_wheel(cli.folder / "wheels", "old_games", "1.0", requires=("alpha==1.0",))
     registers = make_wheel(cli.folder / "wheels", "new_games", "1.0", requires=("alpha==2.0",))

@@ -331,6 +331,7 @@ def test_cluster_that_another_name_holds_is_named_at_once(
         assert len(following.bundles()) == 6
 
 
+@pytest.mark.slow  # starts and stops groups
 def test_cell_with_cluster_and_group_runs_again(ray_local: str, sources: Path) -> None:
     """Both need all CPUs that are left. The second group ends the first, which held the first cluster."""
     names: dict[str, Any] = {"Cluster": RayVirtualCluster, "Group": RayWorkerGroup}
@@ -383,6 +384,7 @@ def test_one_cell_does_not_replace_its_own_groups(ray_local: str, sources: Path,
 # --- edited classes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # starts and stops groups
 def test_group_of_an_edited_class_runs_the_new_code(ray_local: str, sources: Path) -> None:
     """First the code changes, then a method, a variable of the class, and a module that it imports."""
     module, helper = sources / "changing_workers.py", sources / "changing_helper.py"
@@ -412,6 +414,7 @@ def test_group_of_an_edited_class_runs_the_new_code(ray_local: str, sources: Pat
 # --- several venvs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # starts and stops groups
 def test_prepare_venvs_builds_in_parallel(
     ray_local: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

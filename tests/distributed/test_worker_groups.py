@@ -379,6 +379,7 @@ def test_death_in_a_constructor_ends_the_group(cluster: RayVirtualCluster, how: 
     assert all_ended(worker_pids("DiesInConstructor"))
 
 
+@pytest.mark.slow  # waits for a timeout
 def test_start_timeout_names_the_workers(cluster: RayVirtualCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_WORKER_START_TIMEOUT_S", "6")
     with pytest.raises(

@@ -313,6 +313,7 @@ def test_verifier_that_does_not_start_is_a_failure(
         score(fresh_env, [(r"\sqrt{4}", "2")])
 
 
+@pytest.mark.slow  # waits for a starved process
 def test_starved_process_is_a_failure(fresh_env: MathEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_pool, "_STARVATION_FACTOR", 0.1)
     with send_signal_to_new(signal.SIGSTOP, limit=10) as hit, pytest.raises(EnvironmentFailure, match="overloaded"):

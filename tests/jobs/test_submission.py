@@ -197,6 +197,7 @@ def test_job_gets_files_and_variables_and_returns_its_code(cli: Cli, sources: Pa
     assert "FAILED with exit code 7" in done.stderr
 
 
+@pytest.mark.slow  # starts a job
 def test_secrets_reach_only_the_job(cli: Cli, sources: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "key"
     file.write_text("from a file")
@@ -212,6 +213,7 @@ def test_secrets_reach_only_the_job(cli: Cli, sources: Path, tmp_path: Path) -> 
     assert out.read_text() == "from a file"
 
 
+@pytest.mark.slow  # starts a job
 def test_missing_secret_fails_before_the_command(cli: Cli, sources: Path) -> None:
     done = cli("submit", "--secret", "MISSING_TOKEN", "--", "python", "job.py", cwd=sources)
     assert done.returncode not in (0, 7)
@@ -219,7 +221,7 @@ def test_missing_secret_fails_before_the_command(cli: Cli, sources: Path) -> Non
     assert "argument" not in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts a job
 def test_job_can_be_followed_and_stopped(cli: Cli, head: dict[str, str], sources: Path) -> None:
     (sources / "long.py").write_text(
         "import time\nprint('started', flush=True)\nwhile True:\n    time.sleep(0.2)\n    print('on', flush=True)\n"
@@ -257,6 +259,7 @@ def test_job_can_be_followed_and_stopped(cli: Cli, head: dict[str, str], sources
     ).items()
 
 
+@pytest.mark.slow  # starts a job
 def test_modules_from_directory_wheel_and_zip(cli: Cli, sources: Path, tmp_path: Path) -> None:
     package = tmp_path / "as_directory"
     package.mkdir()

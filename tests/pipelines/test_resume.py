@@ -97,7 +97,7 @@ def test_resume_after_two_sigkills(
     assert len(list(taken.iterdir())) - before == redone  # a finished run processes nothing
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # restarts a run
 def test_resume_keeps_finished_stages(tmp_path: Path) -> None:
     taken, late = tmp_path / "taken", tmp_path / "late"
     taken.mkdir()
@@ -117,7 +117,7 @@ def test_resume_keeps_finished_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.slow
+@pytest.mark.slow  # restarts a run
 def test_resume_runs_unfinished_inputs_only(tmp_path: Path) -> None:
     """The repeated tasks are the unfinished ones, and the task that succeeds is no longer listed as failed."""
     taken, seen = tmp_path / "taken", tmp_path / "seen"
@@ -222,6 +222,7 @@ def test_foreign_run_directory_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow  # restarts a run
 def test_gather_respools_input_after_a_kill(tmp_path: Path) -> None:
     class StopsAtFirst(KeepFirstOfEach):
         def process_all(self, tasks: Sequence[DocumentBatch]) -> Any:

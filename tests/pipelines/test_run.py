@@ -33,6 +33,7 @@ class DiesAfter(RayActorPoolExecutor):
         return results
 
 
+@pytest.mark.slow  # restarts workers
 def test_worker_deaths_restart_unfinished_inputs(tmp_path: Path) -> None:
     executor = DiesAfter(2)
     tasks = Pipeline("p", stages=[AddOne()]).run(executor, batches(10), run_dir=tmp_path)

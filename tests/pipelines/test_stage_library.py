@@ -136,6 +136,7 @@ def test_math_answers_with_two_sympy_versions() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow  # loads a model
 def test_language_filter(tmp_path: Path) -> None:
     rows = [
         {"text": "How much change does Anna get back when she pays with a note of ten?", "n": 1},

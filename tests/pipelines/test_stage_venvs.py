@@ -47,6 +47,7 @@ def test_equal_lists_share_one_overlay(shared_venvs: Path) -> None:
     assert installed == {"packaging-24.0.dist-info"}
 
 
+@pytest.mark.slow  # builds a project's venv
 def test_stage_in_another_project(tmp_path: Path) -> None:
     """A `py_executable` selects the lock and extra of that project, not an overlay over the base venv."""
     with_worker = [f"{name}=={metadata.version(name)}" for name in ("ray", "pandas", "pyarrow")]

@@ -209,6 +209,7 @@ def test_worker_of_another_distribution(tmp_path: Path, monkeypatch: pytest.Monk
 # --- descriptions --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # starts groups
 def test_edited_class_is_described_again(tmp_path: Path) -> None:
     source = tmp_path / "edited_workers.py"
     source.write_text("class Edited:\n    def old(self):\n        return 1\n")

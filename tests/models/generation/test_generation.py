@@ -119,7 +119,7 @@ def test_two_workers_match_one_process(cluster, tiny) -> None:
         generation.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts a group of its own
 def test_dead_worker_restarts_and_repeats_its_prompts(cluster, tiny) -> None:
     model: TinyModel = tiny("llama")
     sampling = GenerationConfig(max_new_tokens=9, num_threads=1, max_restarts=2)
@@ -162,6 +162,7 @@ def test_shutdown_stops_starting_workers(cluster, tiny) -> None:
         generation.wait_ready()
 
 
+@pytest.mark.slow  # starts a group of its own
 def test_driver_detects_a_wrong_digest(cluster, tiny, monkeypatch) -> None:
     fqn = "wrong_digest_worker.WrongDigestWorker"
     monkeypatch.setitem(GENERATION_BACKENDS, "wrong digest", Backend(fqn))

@@ -236,6 +236,7 @@ def test_non_finite_loss_changes_nothing(models: dict[str, Path], megatron_ranks
         pytest.param("cp2", "tp2_sequence", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow  # starts processes for every layout
 def test_resume_under_any_layout(
     models: dict[str, Path], megatron_ranks: RankProcesses, tmp_path: Path, saved: str, resumed: str
 ) -> None:
@@ -322,6 +323,7 @@ def test_unsupported_model_or_layout_is_refused(
     ],
     ids=str,
 )
+@pytest.mark.slow  # starts processes for every layout
 def test_megatron_offload_is_bit_exact(
     models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, config: dict[str, Any]
 ) -> None:

@@ -154,6 +154,7 @@ def test_unknown_backend_suggests_nearest() -> None:
         policy_backend("torsh")
 
 
+@pytest.mark.slow  # starts two policy groups
 def test_gpu_env_vars_are_set_before_imports(
     cluster: RayVirtualCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
