@@ -22,6 +22,7 @@ print(faults)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
 def test_freed_memory_is_reused_without_page_faults() -> None:
-    # Without the call the last step has 0 to 86,000 faults, depending on the block at the top of the heap.
+    # Without the call the last step has 0 to 86,000 faults, depending on the block at the top of the heap. With it, one
+    # of the 120 blocks (1,280 pages) was once placed elsewhere.
     answer = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True)
-    assert int(answer.stdout) < 100
+    assert int(answer.stdout) < 4000
