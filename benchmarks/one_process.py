@@ -134,17 +134,10 @@ class OneGenerator(GenerationInterface):
         sampling: Any = None,
         rows: Sequence[int] | None = None,
     ) -> GenerationResult:
-        return self.generator.generate(
-            GenerationRequest(
-                prompts["input_ids"],
-                prompts["input_lengths"],
-                seed,
-                num_generations,
-                greedy,
-                sampling,
-                rows=None if rows is None else tuple(rows),
-            )
+        request = GenerationRequest.for_prompts(
+            prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling, rows=rows
         )
+        return self.generator.generate(request)
 
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:
         assert isinstance(update, WeightUpdate)

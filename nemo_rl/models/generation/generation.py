@@ -110,7 +110,9 @@ class Generation(GenerationInterface):
         sampling: SamplingConfig | None = None,
         rows: Sequence[int] | None = None,
     ) -> GenerationResult:
-        request = _request(prompts, seed, num_generations, greedy, sampling, rows)
+        request = GenerationRequest.for_prompts(
+            prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling, rows=rows
+        )
         pieces = self._run(request, streamed=False)
         return join([piece for _, piece in sorted(pieces, key=lambda item: item[0][:1])])
 
@@ -125,7 +127,9 @@ class Generation(GenerationInterface):
         rows: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], GenerationResult]]:
         """See `GenerationInterface.stream`. Workers finish their calls even if the caller stops iterating."""
-        request = _request(prompts, seed, num_generations, greedy, sampling, rows)
+        request = GenerationRequest.for_prompts(
+            prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling, rows=rows
+        )
         return self._run(request, streamed=True)
 
     def _run(self, request: GenerationRequest, *, streamed: bool) -> Iterator[tuple[list[int], GenerationResult]]:
@@ -154,22 +158,3 @@ class Generation(GenerationInterface):
         self._stopped.set()
         if self._starting.exception() is None:  # waits for a start that is still running; it ends soon
             self._replicas.workers.shutdown(cleanup_method="shutdown")
-
-
-def _request(
-    prompts: BatchedDataDict,
-    seed: int,
-    num_generations: int,
-    greedy: bool,
-    sampling: SamplingConfig | None,
-    rows: Sequence[int] | None,
-) -> GenerationRequest:
-    return GenerationRequest(
-        prompts["input_ids"],
-        prompts["input_lengths"],
-        seed,
-        num_generations,
-        greedy,
-        sampling,
-        rows=None if rows is None else tuple(rows),
-    )

@@ -58,6 +58,15 @@ class GenerationRequest:
                 f"{self.num_prompts} prompts and num_generations={self.num_generations}"
             )
 
+    @classmethod
+    def for_prompts(
+        cls, prompts: BatchedDataDict, *, rows: Sequence[int] | None = None, **options: Any
+    ) -> GenerationRequest:
+        """Make the request of a call of `GenerationInterface`; `options` are the other attributes."""
+        return cls(
+            prompts["input_ids"], prompts["input_lengths"], rows=None if rows is None else tuple(rows), **options
+        )
+
     @property
     def num_prompts(self) -> int:
         """Number of prompts, N."""

@@ -51,8 +51,7 @@ class InProcess:
     generator: TorchGenerator
 
     def stream(self, prompts: BatchedDataDict, *, rows: list[int], **options: Any) -> Iterator:
-        request = GenerationRequest(prompts["input_ids"], prompts["input_lengths"], rows=tuple(rows), **options)
-        yield from self.generator.stream(request)
+        yield from self.generator.stream(GenerationRequest.for_prompts(prompts, rows=rows, **options))
 
 
 def collect(model: Any, *, chat: bool, delay_s: float = 0.0) -> Rollout:
