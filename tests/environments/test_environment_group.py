@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from episode_replies import next_replies
 
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.environments.environment_group import EnvironmentGroup
@@ -49,11 +50,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., EnvironmentGroup]]:
 
 def replies(group: EnvironmentGroup, count: int) -> dict[int, list[Reply]]:
     """Return the next replies by the id of their episode."""
-    arrived: list[Reply] = []
-    while len(arrived) < count:
-        some = group.collect(timeout_s=60)
-        assert some, f"only {arrived} arrived"
-        arrived += some
+    arrived = next_replies(group, count)
     assert len(arrived) == count
     found: dict[int, list[Reply]] = {}
     for reply in arrived:

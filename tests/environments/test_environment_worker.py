@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from episode_replies import next_replies
 
 from nemo_rl.environments.episode_calls import Reply, Request
 from nemo_rl.environments.episode_host import EpisodeHost
@@ -35,19 +36,10 @@ def start(bare_python: str) -> Iterator[Callable[..., EpisodeProcess]]:
         process.shutdown()
 
 
-def replies(runner: Any, count: int) -> list[Reply]:
-    found: list[Reply] = []
-    while len(found) < count:
-        some = runner.collect(timeout_s=60)
-        assert some, f"only {len(found)} of {count} replies arrived"
-        found += some
-    return found
-
-
 def play(runner: Any, *actions: str, episode: int = 0) -> list[Reply]:
     """Return the replies of the steps of a new episode."""
     runner.submit([Request(episode, "reset", {}), *(Request(episode, "step", action) for action in actions)])
-    return replies(runner, 1 + len(actions))[1:]
+    return next_replies(runner, 1 + len(actions))[1:]
 
 
 def text(reply: Reply) -> str:
@@ -73,7 +65,7 @@ def test_values_survive_the_pipe(start) -> None:
 def test_scoring_function_in_a_child(start) -> None:
     process = start("sample_environments.same")
     process.submit([Request(0, "reset", {"answer": "4"}), Request(0, "step", "4")])
-    assert replies(process, 2)[1].value["reward"] == 1.0
+    assert next_replies(process, 2)[1].value["reward"] == 1.0
 
 
 def test_output_of_the_environment_does_not_reach_the_pipe(start, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +88,7 @@ def test_failures_in_a_child_are_replies(start) -> None:
 def test_problem_that_is_not_json_is_a_failure(start) -> None:
     process = start()
     process.submit([Request(0, "reset", {"value": {1}})])
-    (reply,) = replies(process, 1)
+    (reply,) = next_replies(process, 1)
     assert reply.failure == (
         f"the argument of {COMMANDS}.reset is not JSON data: Object of type set is not JSON serializable"
     )
@@ -193,7 +185,7 @@ def test_batch_environment_is_an_episode_with_one_turn() -> None:
     problem = {"answer": "1/2", "seed": 0, "prompt": "?"}
     for episode, action in enumerate(["0.5", "2", "???"]):
         host.submit([Request(episode, "reset", problem), Request(episode, "step", action)])
-    steps = {reply.episode: reply.value for reply in replies(host, 6) if reply.value and "reward" in reply.value}
+    steps = {reply.episode: reply.value for reply in next_replies(host, 6) if reply.value and "reward" in reply.value}
     assert [steps[episode]["reward"] for episode in range(3)] == [1.0, 0.0, 0.0]
     assert [steps[episode]["info"]["fraction_unparseable"] for episode in range(3)] == [0.0, 0.0, 1.0]
     assert steps[0]["done"]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
+from episode_replies import next_replies
 
 from nemo_rl.environments.episode import Environment, Turn
-from nemo_rl.environments.episode_host import EpisodeHost, Reply, Request
+from nemo_rl.environments.episode_host import EpisodeHost, Request
 
 NAME = f"{__name__}."
 
@@ -102,22 +103,13 @@ def start() -> Iterator[Callable[..., EpisodeHost]]:
         host.shutdown()
 
 
-def replies(host: EpisodeHost, count: int) -> list[Reply]:
-    found: list[Reply] = []
-    while len(found) < count:
-        some = host.collect(timeout_s=60)
-        assert some, f"only {len(found)} of {count} replies arrived"
-        found += some
-    return found
-
-
 def test_calls_of_an_episode_run_in_order(start) -> None:
     host = start("Countdown", reward=0.5)
     actions = ["1", "2", "3"]
     for episode in range(8):
         host.submit([Request(episode, "reset", {"number": 6})])
         host.submit([Request(episode, "step", action) for action in actions])
-    found = replies(host, 32)
+    found = next_replies(host, 32)
     for episode in range(8):
         values = [reply.value for reply in found if reply.episode == episode]
         assert values == [
@@ -140,13 +132,13 @@ def test_calls_of_an_episode_run_in_order(start) -> None:
 def test_episodes_run_at_the_same_time(start) -> None:
     host = start("Meeting")
     host.submit([Request(episode, method, {}) for episode in range(2) for method in ("reset", "step")])
-    assert [reply.failure for reply in replies(host, 4)] == [None] * 4
+    assert [reply.failure for reply in next_replies(host, 4)] == [None] * 4
 
 
 def test_coroutines(start) -> None:
     host = start("Coroutines")
     host.submit([Request(episode, method, {}) for episode in range(6) for method in ("reset", "step")])
-    rewards = [reply.value["reward"] for reply in replies(host, 12) if "reward" in reply.value]
+    rewards = [reply.value["reward"] for reply in next_replies(host, 12) if "reward" in reply.value]
     assert rewards == [2.0] * 6
 
 
@@ -155,7 +147,7 @@ def test_close_and_a_second_reset_release_the_episode(start) -> None:
     Countdown.closed.clear()
     host.submit([Request(0, "reset", {"number": 6}), Request(0, "reset", {"number": 7}), Request(0, "close")])
     host.submit([Request(0, "step", "1")])
-    *_, last = replies(host, 3)
+    *_, last = next_replies(host, 3)
     assert last.failure is not None
     assert "step was called before reset" in last.failure
     assert Countdown.closed == [6, 7]
@@ -164,7 +156,7 @@ def test_close_and_a_second_reset_release_the_episode(start) -> None:
 def test_scoring_function(start) -> None:
     host = start("is_equal", ignore_case=True)
     host.submit([Request(0, "reset", {"answer": "Yes"}), Request(0, "step", "yES")])
-    reset, step = replies(host, 2)
+    reset, step = next_replies(host, 2)
     assert reset.value == {"messages": None, "tools": []}
     assert step.value["reward"] == 1.0
     assert step.value["done"]
@@ -173,7 +165,7 @@ def test_scoring_function(start) -> None:
 def test_base_class_is_optional(start) -> None:
     host = start("Bare")
     host.submit([Request(0, "reset", {}), Request(0, "step", "four"), Request(0, "close")])
-    assert replies(host, 2)[1].value["reward"] == 4.0
+    assert next_replies(host, 2)[1].value["reward"] == 4.0
 
 
 @pytest.mark.parametrize(
@@ -193,7 +185,7 @@ def test_base_class_is_optional(start) -> None:
 def test_invalid_turn_is_a_failure(start, turn: Any, message: str) -> None:
     host = start("Returns")
     host.submit([Request(0, "reset", {"turn": turn}), Request(0, "step", "x")])
-    reply = replies(host, 2)[1]
+    reply = next_replies(host, 2)[1]
     assert reply.value is None
     assert reply.failure is not None
     assert message in reply.failure
@@ -204,7 +196,7 @@ def test_invalid_turn_is_a_failure(start, turn: Any, message: str) -> None:
 def test_failure_does_not_end_other_episodes(start) -> None:
     host = start("Countdown", concurrency=1)
     host.submit([Request(0, "reset", {}), Request(1, "reset", {"number": 1}), Request(1, "step", "1")])
-    failed, _, step = replies(host, 3)
+    failed, _, step = next_replies(host, 3)
     assert failed.failure == f"{NAME}Countdown.reset raised KeyError: 'number'"
     assert step.value["done"]
 
