@@ -154,6 +154,7 @@ def _schema() -> pyarrow.Schema:
             "environment": pa.string(),
             "problem": pa.string(),
             "sample": pa.int32(),
+            "branch": pa.int32(),
             "group": pa.int32(),
             "tokens": pa.list_(pa.int32()),
             "token_mask": pa.list_(pa.bool_()),
