@@ -191,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(response)
 
     def _read_body(self) -> bytes:
+        if "Transfer-Encoding" in self.headers:
+            self.close_connection = True
+            raise RequestRefused("a body in chunks is not supported; send its Content-Length", 411)
         length = int(self.headers.get("Content-Length") or 0)
         if length > _MAX_BODY_BYTES:
             self.close_connection = True
