@@ -24,8 +24,15 @@ from ray import cloudpickle
 from tiny_generation import TinyModel, assert_same, reference_logprobs
 from vllm_groups import TEXTS, WIDE, batch, local_cluster, published, torch_results, vllm_generation
 
+from nemo_rl.algorithms.episodes import EpisodeCollector
+from nemo_rl.algorithms.rollouts import Rollout
+from nemo_rl.data.config import DataConfig
+from nemo_rl.data.transcripts import TranscriptRenderer
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.ray_private import connected_node
+from nemo_rl.environments.config import EpisodeLimits
+from nemo_rl.environments.episode import Environment, Turn
+from nemo_rl.environments.episode_host import EpisodeHost
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import SamplingConfig
 from nemo_rl.models.generation.generation import Generation
@@ -33,6 +40,7 @@ from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationRe
 from nemo_rl.models.generation.vllm.config import CPU_HEAD_SIZES
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
+from nemo_rl.observability.timer import Timer
 
 pytestmark = pytest.mark.slow  # the engine alone starts in most of a minute
 
@@ -395,6 +403,60 @@ def test_other_updates_wait_for_all_calls(generation: Generation, model: TinyMod
         assert {version for stream in streams for version in whole(stream)[2]} == {1}
         assert update.result(600)
         assert whole(late)[2] == [9] * 5
+
+
+class Game(Environment):
+    """One to three turns, which take the longer the higher the seed."""
+
+    def reset(self, problem: dict[str, Any]) -> str:
+        self.seed, self.turn = problem["seed"], 0
+        return f"{self.seed}="
+
+    def step(self, action: str) -> Turn:
+        time.sleep(0.02 * self.seed)
+        self.turn += 1
+        return Turn(float(len(action)), f"{len(action)}+", done=self.turn > self.seed % 3)
+
+
+@dataclass
+class OneAtATime:
+    """Runs one call of a generation at a time."""
+
+    generation: Generation
+    max_concurrent_calls = 1
+
+    def stream(self, *arguments: Any, **options: Any) -> Iterator:
+        return self.generation.stream(*arguments, **options)
+
+
+def test_overlapping_waves_do_not_change_the_draws(generation: Generation, model: TinyModel) -> None:
+    seeds = range(9)
+    problems = BatchedDataDict(
+        input_ids=torch.zeros(len(seeds), 1, dtype=torch.int64),
+        input_lengths=torch.zeros(len(seeds), dtype=torch.int64),
+        problem_index=torch.tensor(seeds),
+        question=[""] * len(seeds),
+        answer=[""] * len(seeds),
+        metadata=[{}] * len(seeds),
+    )
+
+    def collect(chosen: Any) -> Rollout:
+        host = EpisodeHost(f"{__name__}.Game", {})
+        renderer = TranscriptRenderer(model.tokenizer, DataConfig(), has_turns=True)
+        collector = EpisodeCollector(
+            {"game": host}, {"game": EpisodeLimits()}, chosen, renderer, max_sequence_length=64, pad_token_id=0
+        )
+        try:
+            return collector.collect(problems, num_generations=3, seed=5, timer=Timer())
+        finally:
+            collector.close()
+            host.shutdown()
+
+    overlapping, separate = collect(generation), collect(OneAtATime(generation))
+    assert overlapping.completions == separate.completions
+    assert len(set(overlapping.completions)) > 9
+    for key in ("input_ids", "turn_index", "generation_logprobs"):
+        torch.testing.assert_close(overlapping.batch[key], separate.batch[key])
 
 
 # --- HTTP ------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from nemo_rl.models.generation.config import GenerationOptions, GeneratorSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Calls that a worker runs at a time. Their rows share the engine's batches, so more calls do not mean larger batches:
-# a row that becomes ready while all of them run waits for the one that ends first.
-MAX_CONCURRENT_CALLS = 4
+# Streams that a worker runs at a time. Their rows share the engine's batches. In a simulation of 256 episodes with
+# uneven steps and completions, rollouts took 44 s with one, 30 s with 4, 28 s with 8 and 27 s without a limit.
+MAX_CONCURRENT_CALLS = 8
 # Head sizes of vLLM's attention on CPUs, in the version that uv.lock installs. (On GPUs, one of its kernels supports
 # any size.)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
