@@ -63,7 +63,7 @@ class EnvironmentTarget:
         """Return what its venv holds. Raises `ConfigError` or `RuntimeEnvError` if Ray would create its Python."""
         if not self.entry.runtime_env:
             return spec_from_runtime_env({}, self.py_executable)
-        from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, ray_chooses_python
+        from nemo_rl.distributed.workers.runtime_env_fields import checked_runtime_env, ray_chooses_python
 
         fields = checked_runtime_env(self.entry.runtime_env, f"runtime_env of {self.label}", self.entry.py_executable)
         if ray_chooses_python(fields):

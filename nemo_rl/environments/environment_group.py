@@ -31,7 +31,7 @@ from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES, g
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.distributed.workers.host import ATTEST_METHOD
 from nemo_rl.distributed.workers.launch_plan import prepare_child_python
-from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, ray_chooses_python
+from nemo_rl.distributed.workers.runtime_env_fields import checked_runtime_env, ray_chooses_python
 from nemo_rl.distributed.workers.startup import kill_and_wait
 from nemo_rl.environments.episode_calls import Reply, Request
 from nemo_rl.errors import EnvironmentFailure, UnregisteredActorError

@@ -22,11 +22,13 @@ from nemo_rl.distributed.workers.launch_plan import (
 from nemo_rl.distributed.workers.runtime_env import (
     ConfiguredWorker,
     WorkerOptions,
-    checked_env_vars,
-    checked_runtime_env,
     is_early,
     merged_runtime_env,
     scheduled,
+)
+from nemo_rl.distributed.workers.runtime_env_fields import (
+    checked_env_vars,
+    checked_runtime_env,
 )
 from nemo_rl.distributed.workers.startup import StaleDescription, StartingWorker, await_started, kill_and_wait
 from nemo_rl.errors import WorkerError, WorkerStartError
