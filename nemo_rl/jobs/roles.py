@@ -11,7 +11,7 @@ from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_
 from nemo_rl.environments.registry import entry_fqn, entry_python, environment_fqn
 from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.models.backends import generation_backend, policy_backend
-from nemo_rl.models.generation.replicas import replica_bundles
+from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import check_extras, parse_py_executable
 
 if TYPE_CHECKING:
