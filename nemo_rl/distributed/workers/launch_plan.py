@@ -43,7 +43,7 @@ from nemo_rl.distributed.workers.runtime_env_fields import (
     named_spec,
     ray_chooses_python,
 )
-from nemo_rl.errors import RuntimeEnvError, WorkerStartError
+from nemo_rl.errors import WorkerStartError
 from nemo_rl.secrets import is_secret_variable
 from nemo_rl.venvs import UNSET_IN_VENV, DriverVersions, InterpreterSpec, Spec, VenvPlan
 from nemo_rl.venvs import plan as plan_venv
@@ -208,26 +208,20 @@ def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     return prepare_pythons({name: spec})[name]
 
 
-def prepare_child_python(fqn: str, fields: Mapping[str, Any]) -> str:
-    """Make a Python ready on every node that a worker starts as its child; return the path of its interpreter.
+def prepare_child_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
+    """Make a Python ready on every node that a worker starts as its child.
 
     Unlike the Python of a worker, it needs no ray and may have another version than the driver's.
 
     Args:
         fqn: the class or function that runs in it; names the venv.
-        fields: a checked `runtime_env` with `py_executable`. `pip` and `uv` add packages. The others are the worker's.
+        fields: a checked `runtime_env` with `py_executable`, which `pip` and `uv` add packages to.
 
     Raises:
-        RuntimeEnvError: a field makes Ray choose the Python.
         InvalidPyExecutableError, NodeVenvError, VenvError: see `plan_launch`.
     """
-    if ray_chooses_python(fields):
-        raise RuntimeEnvError(
-            f"{fqn} runs in a child process, whose Python Ray cannot create. Use pip, uv or py_executable instead of "
-            f"{', '.join(name for name in PYTHON_FIELDS if name in fields)}."
-        )
     name, spec = named_spec(fqn, fields)
-    return ensure_venvs_on_each_node({name: plan_venv(spec, expected=DriverVersions.any())}).python(name)
+    return prepare_pythons({name: plan_venv(spec, expected=DriverVersions.any())})[name]
 
 
 def prepare_venvs_of(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
