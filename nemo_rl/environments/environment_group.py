@@ -267,7 +267,7 @@ class EnvironmentGroup:
         """Keep the replica `index` running until `shutdown`, or until it may not be restarted any more."""
         while True:
             try:
-                actor = self._start()
+                actor = self._start(index)
             except Exception as error:
                 if not self._ready[index].done():
                     self._ready[index].set_exception(error)
@@ -290,7 +290,7 @@ class EnvironmentGroup:
             if self._stopped.is_set() or not self._may_restart(index, reason, is_counted):
                 return
 
-    def _start(self) -> ActorHandle:
+    def _start(self, index: int) -> ActorHandle:
         """Start a worker. Raises what `RayWorkerBuilder` raises."""
         fields, child = dict(self._fields), WorkerPython()
         if self._own_process:
@@ -314,6 +314,7 @@ class EnvironmentGroup:
             max_concurrency=_THREADS,
             scheduling_strategy="SPREAD",
             stopped=self._stopped,
+            label=f"env.{self.name}-{index}",
         )
         try:
             ray.get(actor.open.remote())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
+from nemo_rl.environments.class_lookup import check_class
 from nemo_rl.environments.registry import WORKER_FQN, entry_fqn, environment_fqn, python_fields
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
-from nemo_rl.venvs import DriverVersions, Spec, VenvPlan, VenvSpec, check_extras, plan
+from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
 
 if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig
@@ -65,7 +68,7 @@ def job_roles(config: MasterConfig) -> list[Role]:
     """Return the roles of a job.
 
     Raises:
-        ConfigError: an unknown back end or environment.
+        ConfigError: an unknown back end or environment, or its class does not exist or does not accept its arguments.
         UnregisteredActorError: the class of an environment is not registered.
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
@@ -117,12 +120,21 @@ def _environment_role(name: str, entry: EnvironmentEntry) -> Role:
         own_process=entry.own_process,
     )
     fields = python_fields(role.key, role.fqn, entry.py_executable, entry.runtime_env, own_process=entry.own_process)
-    if ray_chooses_python(fields):
-        return role
-    with _naming(role.key):
-        # Named after the class that runs in it: the environment in a child process, or the worker.
-        venv, spec = named_spec(role.fqn if entry.own_process else WORKER_FQN, fields)
-    return replace(role, venv=venv, spec=spec)
+    if not ray_chooses_python(fields):
+        with _naming(role.key):
+            # Named after the class that runs in it: the environment in a child process, or the worker.
+            venv, spec = named_spec(role.fqn if entry.own_process else WORKER_FQN, fields)
+        role = replace(role, venv=venv, spec=spec)
+    if not {"working_dir", "py_modules"} & {*fields}:  # they may hold the class
+        search_path = fields.get("env_vars", {}).get("PYTHONPATH", "").split(os.pathsep)
+        check_class(
+            role.key,
+            role.fqn,
+            entry.config,
+            in_driver_python=role.spec == InterpreterSpec(PY_EXECUTABLES.SYSTEM),
+            search_path=[directory for directory in search_path if directory],
+        )
+    return role
 
 
 def role_plans(roles: Sequence[Role]) -> dict[str, VenvPlan]:

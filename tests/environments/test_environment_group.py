@@ -185,7 +185,7 @@ def test_shutdown_during_the_start(start) -> None:
     group = start()
     group.shutdown()
     group.shutdown()
-    with pytest.raises(WorkerStartError, match="was stopped while it started"):
+    with pytest.raises(WorkerStartError, match="worker env.game-0 was stopped while it started"):
         group.wait_ready()
 
 

@@ -134,6 +134,12 @@ def test_venvs_of_environments_are_planned_under_the_names_of_their_workers(over
         ("env.added.runtime_env={uv: [no-such==9]}", VenvError, "env.added: uv finds no versions of no-such==9 for"),
         ("env.twin.py_executable=uv run --extra nope", UnknownExtraError, "env.twin: .* has no extra 'nope'"),
         ("env.twin.py_executable=uv rnu", VenvError, "env.twin: py_executable 'uv rnu' is neither"),
+        (
+            "env.twin.class=nemo_rl.environments.games.Guess",
+            ConfigError,
+            r"games.py has no 'Guess'. Did you mean 'Gues",
+        ),
+        ("env.twin.config.high=3", ConfigError, r"env.twin.config.high: GuessNumber has no argument 'high'"),
         ("env.twin.runtime_env={conda: a, pip: [b]}", VenvError, "env.twin.runtime_env: 'conda' and 'pip' cannot both"),
     ],
 )
