@@ -130,6 +130,7 @@ ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = _Registry(
         "nemo_rl.environments.adapters.openenv.OpenEnv": _Member("OPENENV"),
         "nemo_rl.environments.adapters.reasoning_gym.ReasoningGym": _Member("REASONING_GYM"),
         "nemo_rl.environments.adapters.textarena.TextArena": _Member("TEXTARENA"),
+        "nemo_rl.environments.adapters.verifiers.Verifiers": _Member("VERIFIERS"),
     }
 )
 

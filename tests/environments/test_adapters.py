@@ -314,3 +314,131 @@ def test_openenv_refuses(openenv_module: Path) -> None:
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     lines = done.stdout.splitlines()
     assert [line.startswith(message) for line, (_, message) in zip(lines, REFUSED, strict=True)] == [True] * 5, lines
+
+
+# Tasks with one turn, or with a tool.
+SUMS = """
+import verifiers.v1 as vf
+from sums_tools import Calculator
+
+__all__ = ["Sums"]
+
+
+class SumConfig(vf.TaskConfig):
+    has_tool: bool = False
+
+
+class SumData(vf.TaskData):
+    answer: str
+
+
+class Sum(vf.Task[SumData, vf.State, SumConfig]):
+    @vf.reward(weight=2.0)
+    async def right(self, trace):
+        if trace.last_reply == "fail":
+            raise ValueError("no score")
+        return float(trace.last_reply == self.data.answer)
+
+    @vf.reward(weight=0.5)
+    async def brief(self, trace):
+        return float(len(trace.last_reply) < 5)
+
+    @vf.metric
+    async def length(self, trace):
+        return len(trace.last_reply)
+
+    @classmethod
+    def toolsets(cls, config):
+        return [Calculator(vf.ToolsetConfig())] if config.has_tool else []
+
+
+class SumsConfig(vf.TasksetConfig):
+    task: SumConfig = SumConfig()
+
+
+class Sums(vf.Taskset[Sum, SumsConfig]):
+    def load(self):
+        for number in range(10):
+            data = SumData(prompt=f"{number}+{number}", answer=str(2 * number), system_prompt="Add.")
+            yield Sum(data, self.config.task)
+"""
+
+SUMS_TOOLS = """
+import verifiers.v1 as vf
+
+
+class Calculator(vf.Toolset[vf.ToolsetConfig, vf.State]):
+    @vf.tool
+    async def add(self, a: int, b: int) -> int:
+        return a + b
+
+
+if __name__ == "__main__":
+    Calculator.run()
+"""
+
+
+@pytest.fixture
+def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a module with a taskset."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "sums_v1.py").write_text(SUMS)
+    (tmp_path / "sums_tools.py").write_text(SUMS_TOOLS)
+    return "sums_v1"
+
+
+@pytest.mark.slow  # builds a venv
+def test_verifiers_environment_of_several_turns(start) -> None:
+    game = ADAPTERS + "verifiers_game"
+    call = start("verifiers.Verifiers", {"taskset": game, "num_tasks": 30, "num_validation_tasks": 10})
+    games = [guess_by_halves(call, seed, seed, "{}") for seed in range(4)]
+    assert {texts[0] for texts, _ in games} == {"Guess a number from 1 to 20"}
+    for texts, turn in games:
+        assert (turn["reward"], turn["info"]) == (1.0, {"won": 1.0, "guesses": len(texts)})
+    # A game that is lost has a reward, too.
+    call(7, "reset", {"seed": 0})
+    turn = call(7, "step", "I do not know.")
+    assert (turn["reward"], turn["done"], turn["info"]) == (0.0, True, {"won": 0.0, "guesses": 1.0})
+
+
+@pytest.mark.slow  # builds a venv
+def test_verifiers_taskset(start, sums: str) -> None:
+    call = start("verifiers.Verifiers", {"taskset": sums, "num_validation_tasks": 3})
+    first = call(0, "reset", {"seed": 4})
+    assert first["messages"] == [{"role": "system", "content": "Add."}, {"role": "user", "content": "4+4"}]
+    turn = call(0, "step", "8")
+    assert (turn["reward"], turn["done"], turn["info"]) == (2.5, True, {"right": 2.0, "brief": 0.5, "length": 1.0})
+    # There are 7 tasks for training, and the last 3 are for validation.
+    prompts = [call(1, "reset", {"seed": seed})["messages"][1]["content"] for seed in (6, 7, 2**31, 2**31 + 5)]
+    assert prompts == ["6+6", "0+0", "7+7", "9+9"]
+    assert call(1, "step", "It is 18.")["reward"] == 0.0
+    call(2, "reset", {"seed": 4})
+    with pytest.raises(AssertionError, match="TaskError.*no score"):
+        call(2, "step", "fail")
+
+
+@pytest.mark.slow  # builds a venv
+def test_verifiers_tools(start, sums: str) -> None:
+    call = start("verifiers.Verifiers", {"taskset": {"id": sums, "task": {"has_tool": True}}})
+    first = call(0, "reset", {"seed": 4})
+    [tool] = first["tools"]
+    name = tool["function"]["name"]
+    turn = call(0, "step", f'<tool_call>{{"name": "{name}", "arguments": {{"a": 4, "b": 4}}}}</tool_call>')
+    [message] = turn["messages"]
+    assert (message["role"], message["content"], turn["continues"]) == ("tool", "8", 0)
+    assert call(0, "step", message["content"])["reward"] == 2.5
+
+
+@pytest.mark.slow  # builds a venv
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"taskset": "no_such_taskset"}, "taskset 'no_such_taskset' not found"),
+        ({"taskset": ADAPTERS + "verifiers_game"}, "is endless: set num_tasks"),
+        ({"taskset": "sums_v1", "num_validation_tasks": 10}, "has 10 tasks; leave at least one for training"),
+        ({"taskset": "sums_v1", "env": {"agent": {"max_turn": 3}}}, "max_turn"),
+    ],
+)
+def test_verifiers_refuses(config: dict[str, Any], message: str, start, sums: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        start("verifiers.Verifiers", config)(0, "reset", {"seed": 1})
