@@ -14,6 +14,7 @@ a request finds the action that its messages continue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
 import json
@@ -24,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_rl.environments.agent import Agent, ModelCall
+from nemo_rl.environments.agent import Agent, Model, ModelCall
 from nemo_rl.environments.agent_endpoint import AgentEndpoint, ChatRequest, Choice, RequestRefused, plain_message
 from nemo_rl.environments.episode import Environment, Message, Turn
 from nemo_rl.environments.tools.registry import load_call_format
@@ -56,17 +57,18 @@ class AgentEpisode(Environment):
         self._agent, self._endpoint = agent, endpoint
         self._parse = load_call_format(agent.call_format)
         # What the agent's threads send: completions to sample, then the end of the run.
-        self._events: queue.SimpleQueue[_Pending | Turn | BaseException] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Pending | Turn | Exception] = queue.SimpleQueue()
         self._pending: _Pending | None = None
         self._actions: dict[str, int] = {}  # digest of a conversation up to an action -> number of the action
         self._num_actions = 0
         self._ended = threading.Event()
+        self._model: Model | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def reset(self, problem: dict[str, Any]) -> ModelCall:  # type: ignore[override]
         """Start the agent, and return its first request. Raises what the agent raises."""
         self._model = self._endpoint.open_session(self._complete)
-        threading.Thread(target=self._run, args=[problem], name="agent", daemon=True).start()
+        threading.Thread(target=self._run, args=[problem, self._model], name="agent", daemon=True).start()
         event = self._next_event()
         if isinstance(event, Turn):
             raise RuntimeError("it ended without a request to the model")
@@ -94,17 +96,18 @@ class AgentEpisode(Environment):
     def close(self) -> None:
         """End the session. Later requests of the agent fail; a coroutine is cancelled."""
         self._ended.set()
-        if hasattr(self, "_model"):
+        if self._model is not None:
             self._endpoint.close_session(self._model)
         self._refuse(self._pending)
         while not self._events.empty():
             self._refuse(self._events.get())
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(_cancel_all, self._loop)
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(_cancel_all, self._loop)
 
     def _next_event(self) -> ModelCall | Turn:
         event = self._events.get()
-        if isinstance(event, BaseException):
+        if isinstance(event, Exception):
             raise event
         if isinstance(event, Turn):
             return event
@@ -124,15 +127,17 @@ class AgentEpisode(Environment):
 
     # --- in the threads of the agent and of its requests --------------------------------------------------------------
 
-    def _run(self, problem: dict[str, Any]) -> None:
+    def _run(self, problem: dict[str, Any], model: Model) -> None:
         try:
-            result = self._agent.run(problem, self._model)
+            result = self._agent.run(problem, model)
             if inspect.isawaitable(result):
                 result = self._run_coroutine(result)
             event: Any = result if isinstance(result, Turn) else Turn(reward=result)
             self._events.put(Turn(event.reward, None, not event.truncated, event.truncated, event.info))
-        except BaseException as error:
+        except Exception as error:
             self._events.put(error)
+        except BaseException as error:  # SystemExit, or the cancellation of a coroutine
+            self._events.put(RuntimeError(f"it ended with {error!r}"))
 
     def _run_coroutine(self, result: Any) -> Any:
         async def wait() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,6 +118,11 @@ class Raising(Agent):
     def run(self, problem: dict[str, Any], model: Model) -> float:
         ask(model, [user("?")])
         raise KeyError("no such page")
+
+
+class Exiting(Agent):
+    def run(self, problem: dict[str, Any], model: Model) -> float:
+        sys.exit(3)
 
 
 class Wrong(Agent):
@@ -241,12 +247,42 @@ def test_requests_of_coroutines_are_answered_one_by_one(host) -> None:
     assert replies[-1].value["reward"] == 1
 
 
+class Waiting(Agent):
+    """Asks, and would then wait forever."""
+
+    async def run(self, problem: dict[str, Any], model: Model) -> float:
+        async with openai.AsyncOpenAI(base_url=model.base_url, api_key=model.api_key) as api:
+            await api.chat.completions.create(model="m", messages=[user("?")])
+        try:
+            await asyncio.Event().wait()
+        finally:
+            SEEN["ended"].set()
+        return 0.0
+
+
+def test_coroutine_is_cancelled_at_the_end(host) -> None:
+    SEEN["ended"] = threading.Event()
+    runner = host(Waiting)
+    runner.submit([Request(0, "reset", {"seed": 0})])
+    next_replies(runner, 1)
+    episode = runner._episodes[0].environment
+    runner.submit([Request(0, "step", "!")])
+    while episode._num_actions == 0 or episode._loop is None:
+        time.sleep(0.01)
+    episode.close()  # as the host does after the call; here the call would never end
+    assert SEEN["ended"].wait(60)
+    [reply] = next_replies(runner, 1)
+    assert "it ended with CancelledError" in reply.failure
+
+
 def test_failures(host) -> None:
     [idle] = play(host(Idle), scripted())
     assert idle.failure.endswith("Idle.run raised RuntimeError: it ended without a request to the model")
     raising = play(host(Raising), scripted("?"))[-1]
     assert raising.failure.endswith("Raising.run raised KeyError: 'no such page'")
     assert "in run" in raising.details
+    [exiting] = play(host(Exiting), scripted())
+    assert exiting.failure.endswith("Exiting.run raised RuntimeError: it ended with SystemExit(3)")
 
 
 REFUSED = {
