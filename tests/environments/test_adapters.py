@@ -94,6 +94,11 @@ def test_textarena(start) -> None:
     assert len({len(game) for game in games}) > 1
     assert play(10, 3) == games[3]
 
+    short = {"game": "GuessTheNumber-v0", "prompt": "Guess a number from 1 to 20", "action_format": "[{}]"}
+    call = start("textarena.TextArena", short)
+    assert said(call(0, "reset", {"seed": 3})) == "Guess a number from 1 to 20"
+    assert said(call(0, "step", "10")) == games[3][1]
+
 
 SERVER = f"""
 import socket
@@ -283,6 +288,20 @@ def test_openenv_with_coroutines_and_with_mcp_tools(start, openenv_module: Path)
     turn = call(0, "step", '{"type": "call_tool", "tool_name": "add", "arguments": {"a": 17, "b": 4}}')
     assert json.loads(said(turn))["result"]["data"] == 21
     assert said(call(0, "step", '{"x": 1}')).startswith("Invalid action: x: Extra inputs are not permitted")
+
+    config = {"environment": "samples.Tools", "observation": "{text}", "call_format": "hermes"}
+    call = start("openenv.OpenEnv", config)
+    first = call(0, "reset", {"seed": 1})
+    assert said(first) == "add"
+    [tool] = first["tools"]
+    assert tool["function"]["name"] == "add"
+    assert tool["function"]["parameters"]["required"] == ["a", "b"]
+    add = '<tool_call>{"name": "add", "arguments": {"a": %s, "b": %s}}</tool_call>'
+    turn = call(0, "step", f"First {add % (17, 4)} then {add % (2, 3)}")
+    assert [(message["role"], message["content"]) for message in turn["messages"]] == [("tool", "21"), ("tool", "5")]
+    [message] = call(0, "step", add % (1, '"x"'))["messages"]
+    assert message["content"].startswith("Error: ")
+    assert said(call(0, "step", "21")) == "Invalid action: it calls no tool"
 
 
 REFUSED = [

@@ -17,6 +17,7 @@ from typing import Any
 
 import openenv.core.env_server.interfaces as openenv_interfaces
 from openenv.core.client_types import StepResult
+from openenv.core.env_server.mcp_types import CallToolAction, ListToolsAction
 from openenv.core.env_server.serialization import deserialize_action
 from openenv.core.env_server.types import Action, WSErrorCode
 from openenv.core.generic_client import GenericEnvClient
@@ -24,6 +25,8 @@ from pydantic import ValidationError
 
 from nemo_rl.distributed.workers.host import load_object
 from nemo_rl.environments.episode import Environment, Turn
+from nemo_rl.environments.tools.registry import load_call_format
+from nemo_rl.environments.tools.tool_calls import ToolCall
 
 _MAX_SEED = 2**32  # of numpy, which many environments use
 _SERVER_REFUSES = f"(code: {WSErrorCode.VALIDATION_ERROR.value})"
@@ -34,6 +37,9 @@ class OpenEnv(Environment):
 
     An action that is not valid costs a turn, and the model reads why. After `max_invalid_actions` of them the episode
     ends, with the rewards so far. The metric is `invalid_actions`.
+
+    With `call_format`, an action is one or more calls of the tools of an `MCPEnvironment`. The chat template shows the
+    tools to the model.
 
     Args:
         environment: `package.module.Class` of the environment, which then runs in this process. Each episode has an
@@ -50,6 +56,7 @@ class OpenEnv(Environment):
         reset: Further keyword arguments of the environment's `reset`. It always receives the problem's seed if it has
             the parameter `seed`.
         problem_fields: Fields of the problem that `reset` receives, too.
+        call_format: How the model writes calls, see `tools.tool_calls`; None for an environment without tools.
         max_invalid_actions: How many actions of an episode may be invalid.
 
     Raises:
@@ -69,13 +76,15 @@ class OpenEnv(Environment):
         instruction: str = "",
         reset: Mapping[str, Any] | None = None,
         problem_fields: Sequence[str] = (),
+        call_format: str | None = None,
         max_invalid_actions: int = 3,
     ) -> None:
         if (environment is None) == (url is None):
             raise ValueError("set either `environment`, the class of an openenv environment, or `url`, its server")
         self._action = None if action is None else load_object(action)
         if environment is not None:
-            self._action = self._action or _action_class(environment)
+            if self._action is None and call_format is None:
+                self._action = _action_class(environment)
             self._session: _InProcess | _OnServer = _InProcess(environment, options or {})
         else:
             assert url is not None
@@ -83,16 +92,23 @@ class OpenEnv(Environment):
         self._action_field = action_field or _only_field(self._action)
         self._observation, self._instruction = observation, instruction
         self._reset, self._problem_fields = reset or {}, problem_fields
+        self._parse_calls = None if call_format is None else load_call_format(call_format)
+        self._tools: list[dict[str, Any]] = []
         self._max_invalid, self._num_invalid = max_invalid_actions, 0
 
     async def reset(self, problem: dict[str, Any]) -> str:  # type: ignore[override]
         fields = {name: problem[name] for name in self._problem_fields}
         result = await self._session.reset(seed=problem["seed"] % _MAX_SEED, **self._reset, **fields)
+        if self._parse_calls is not None:
+            listing = await self._session.step(ListToolsAction())
+            self._tools = [_tool_schema(tool) for tool in listing.observation["tools"]]
         text = self._text(result.observation)
         return f"{self._instruction}\n{text}" if self._instruction and text else self._instruction or text
 
     async def step(self, action: str) -> Turn:  # type: ignore[override]
         try:
+            if self._parse_calls is not None:
+                return await self._call_tools(self._parse_calls(action))
             result = await self._session.step(self._parsed(action.strip()))
         except _InvalidActionError as error:
             self._num_invalid += 1
@@ -100,8 +116,26 @@ class OpenEnv(Environment):
             return Turn(0.0, f"Invalid action: {error}", done=ends, info=self._info())
         return Turn(float(result.reward or 0.0), self._text(result.observation), done=result.done, info=self._info())
 
+    def tools(self) -> list[dict[str, Any]]:
+        return self._tools
+
     async def close(self) -> None:  # type: ignore[override]
         await self._session.close()
+
+    async def _call_tools(self, calls: Sequence[ToolCall]) -> Turn:
+        """Run calls until one of them ends the episode. Raises `_InvalidActionError`."""
+        if not calls:
+            raise _InvalidActionError("it calls no tool")
+        reward, messages = 0.0, []
+        for call in calls:
+            if call.problem:
+                raise _InvalidActionError(call.problem)
+            result = await self._session.step(CallToolAction(tool_name=call.name, arguments=call.arguments))
+            reward += float(result.reward or 0.0)
+            messages.append({"role": "tool", "content": _tool_text(result.observation), "name": call.name})
+            if result.done:
+                break
+        return Turn(reward, messages, done=result.done, info=self._info())
 
     def _info(self) -> dict[str, float]:
         return {"invalid_actions": float(self._num_invalid)}
@@ -231,6 +265,21 @@ def _action_class(name: str) -> type[Action]:
 def _only_field(action: type[Action] | None) -> str | None:
     names = [] if action is None else [name for name in action.model_fields if name != "metadata"]
     return names[0] if len(names) == 1 else None
+
+
+def _tool_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": tool["name"], "description": tool["description"], "parameters": tool["input_schema"]}
+    return {"type": "function", "function": function}
+
+
+def _tool_text(observation: Mapping[str, Any]) -> str:
+    """Return the text of a `CallToolObservation`."""
+    if observation["error"] is not None:
+        return f"Error: {observation['error']['message']}"
+    result = observation["result"]
+    if isinstance(result, dict) and isinstance(result.get("content"), list):
+        return "\n".join(_shown(part.get("text", part)) for part in result["content"])
+    return _shown(result)
 
 
 def _shown(value: Any) -> str:

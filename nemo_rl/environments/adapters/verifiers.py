@@ -10,6 +10,7 @@ import importlib
 import itertools
 import json
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from nemo_rl.environments.episode import Turn
 
 _HARNESS = "nemo_rl.environments.adapters.verifiers_harness"
 _FIRST_VALIDATION_SEED = 2**31  # of the data sets of kind `seeds`
+_LOADING = threading.Lock()
 _numbers = itertools.count()
 
 
@@ -61,8 +63,9 @@ class Verifiers(Agent):
         self.call_format = call_format
         named = {"id": taskset} if isinstance(taskset, str) else dict(taskset)
         content = json.dumps({**(env or {}), "taskset": named}, sort_keys=True)
-        self._config = _env_config(content)
-        self._tasks = _tasks(content, num_tasks)
+        with _LOADING:  # the episodes of a worker begin at the same time
+            self._config = _env_config(content)
+            self._tasks = _tasks(content, num_tasks)
         self._num_validation = num_validation_tasks
         if not 0 <= num_validation_tasks < len(self._tasks):
             raise ValueError(
