@@ -247,7 +247,7 @@ def check_game(call: Call, action: str, invalid: dict[str, str]) -> None:
 def test_openenv_in_process(start) -> None:
     reason = "number: Input should be a valid integer"
     call = start("openenv.OpenEnv", {"environment": f"{GAME}.GuessNumber"})
-    check_game(call, " {}\n", {"ten": reason, "": reason, '{"number": 3}': reason})
+    check_game(call, "<think>1</think> {}\n", {"ten": reason, "": reason, '{"number": 3}': reason})
 
 
 @pytest.mark.slow  # builds a venv
@@ -302,6 +302,7 @@ def test_openenv_with_coroutines_and_with_mcp_tools(start, openenv_module: Path)
     [message] = call(0, "step", add % (1, '"x"'))["messages"]
     assert message["content"].startswith("Error: ")
     assert said(call(0, "step", "21")) == "Invalid action: it calls no tool"
+    assert said(call(0, "step", f"{add % (1, 2)}<tool_call>{{</tool_call>")).startswith("Invalid action: ")
 
 
 REFUSED = [

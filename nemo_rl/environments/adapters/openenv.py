@@ -28,6 +28,7 @@ from nemo_rl.environments.episode import Environment, Turn
 from nemo_rl.environments.tools.registry import load_call_format
 from nemo_rl.environments.tools.tool_calls import ToolCall
 
+_END_OF_THINKING = "</think>"  # what a model writes before it is no part of the action
 _MAX_SEED = 2**32  # of numpy, which many environments use
 _SERVER_REFUSES = f"(code: {WSErrorCode.VALIDATION_ERROR.value})"
 
@@ -35,8 +36,9 @@ _SERVER_REFUSES = f"(code: {WSErrorCode.VALIDATION_ERROR.value})"
 class OpenEnv(Environment):
     """One episode of an environment of openenv.
 
-    An action that is not valid costs a turn, and the model reads why. After `max_invalid_actions` of them the episode
-    ends, with the rewards so far. The metric is `invalid_actions`.
+    What the model writes before `</think>` is no part of the action. An action that is not valid costs a turn, and the
+    model reads why. After `max_invalid_actions` of them the episode ends, with the rewards so far. The metric is
+    `invalid_actions`.
 
     With `call_format`, an action is one or more calls of the tools of an `MCPEnvironment`. The chat template shows the
     tools to the model.
@@ -106,10 +108,11 @@ class OpenEnv(Environment):
         return f"{self._instruction}\n{text}" if self._instruction and text else self._instruction or text
 
     async def step(self, action: str) -> Turn:  # type: ignore[override]
+        text = action.rpartition(_END_OF_THINKING)[2].strip()
         try:
             if self._parse_calls is not None:
-                return await self._call_tools(self._parse_calls(action))
-            result = await self._session.step(self._parsed(action.strip()))
+                return await self._call_tools(self._parse_calls(text))
+            result = await self._session.step(self._parsed(text))
         except _InvalidActionError as error:
             self._num_invalid += 1
             ends = self._num_invalid >= self._max_invalid
@@ -124,12 +127,11 @@ class OpenEnv(Environment):
 
     async def _call_tools(self, calls: Sequence[ToolCall]) -> Turn:
         """Run calls until one of them ends the episode. Raises `_InvalidActionError`."""
-        if not calls:
-            raise _InvalidActionError("it calls no tool")
+        problems = [call.problem for call in calls if call.problem]
+        if not calls or problems:
+            raise _InvalidActionError(problems[0] if problems else "it calls no tool")
         reward, messages = 0.0, []
         for call in calls:
-            if call.problem:
-                raise _InvalidActionError(call.problem)
             result = await self._session.step(CallToolAction(tool_name=call.name, arguments=call.arguments))
             reward += float(result.reward or 0.0)
             messages.append({"role": "tool", "content": _tool_text(result.observation), "name": call.name})
