@@ -10,17 +10,23 @@ from pydantic import Field, field_validator
 from nemo_rl.utils.config import ConfigModel
 
 
-class DatasetConfig(ConfigModel):
-    """Where problems come from. Without a path: the embedded generator of arithmetic problems."""
+class RecordsConfig(ConfigModel):
+    """Where records come from."""
 
     path: str | None = Field(
         None, description="JSONL or Parquet file, or a Hugging Face data set (local directory or hub name)."
     )
+    kind: str = Field("auto", description="auto (by path), jsonl, parquet or huggingface.")
+    split: str | None = Field(None, description="Split of a Hugging Face data set.")
+    name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")
+
+
+class DatasetConfig(RecordsConfig):
+    """Where problems come from. Without a path: the embedded generator of arithmetic problems."""
+
     kind: str = Field(
         "auto", description="auto (by path), arithmetic, seeds, jsonl, parquet, huggingface, or a registered name."
     )
-    split: str | None = Field(None, description="Split of a Hugging Face data set.")
-    name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")
     prompt_key: str = Field("problem", description="Column with the prompt: text, or a list of chat messages.")
     answer_key: str = Field("answer", description="Column with the expected answer.")
     answer_pattern: str | None = Field(
