@@ -116,7 +116,7 @@ def open_dataset(config: DatasetConfig, data: DataConfig, role: Role) -> Problem
         DataError: The data set is missing or empty, or a record is invalid.
     """
     kind = dataset_kind(config)
-    dataset_class = find_dataset_class(kind, DATASETS, ProblemDataset, key=f"data.{role}.kind")
+    dataset_class = find_dataset_class(kind, DATASETS, ProblemDataset, key=f"data.{role}.kind")  # type: ignore[type-abstract]
     dataset = dataset_class.from_config(config, data, role)
     if not len(dataset):
         raise DataError(f"data.{role}: {config.path or config.kind} contains no problems")

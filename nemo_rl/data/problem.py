@@ -126,10 +126,10 @@ def _checked_prompt(value: Any, where: str) -> str | list[ChatMessage]:
             raise DataError(f"{where} is an empty prompt")
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be text or a list of chat messages, got {_shown(value)}")
+        raise DataError(f"{where} must be text or a list of chat messages, got {shown(value)}")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"{where}: a chat message must have the keys role and content, got {_shown(message)}")
+            raise DataError(f"{where}: a chat message must have the keys role and content, got {shown(message)}")
     return value
 
 
@@ -141,9 +141,9 @@ def _answer_text(value: Any, where: str) -> str:
     # In Python, bool is an int, but True is not a number that an answer can be compared with.
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise DataError(f"{where} must be a finite number, got {_shown(value)}")
+            raise DataError(f"{where} must be a finite number, got {shown(value)}")
         return f"{value:f}" if isinstance(value, Decimal) else str(value)
-    raise DataError(f"{where} must be text or a number, got {_shown(value)}")
+    raise DataError(f"{where} must be text or a number, got {shown(value)}")
 
 
 def _matched_answer(pattern: str, text: str, where: str) -> str:
@@ -151,10 +151,10 @@ def _matched_answer(pattern: str, text: str, where: str) -> str:
     answer = (match[1] or "").strip() if match else ""
     if not answer:
         problem = "matches an empty answer in" if match else "is not found in"
-        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {problem} {_shown(text)}")
+        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {problem} {shown(text)}")
     return answer
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
