@@ -1,4 +1,4 @@
-"""Derives the worker groups of a GRPO job from its configuration: class, Python and number of workers."""
+"""Derives the worker groups of a job from its configuration: class, Python and number of workers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.environments.registry import entry_fqn, entry_python, environment_fqn
 from nemo_rl.errors import ConfigError, WeightSyncError
+from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.generation.replicas import replica_bundles
 from nemo_rl.venvs import check_extras, parse_py_executable
@@ -44,7 +46,7 @@ def num_colocated_groups(config: MasterConfig) -> int:
     return 2 if config.cluster.generation is None else 1
 
 
-def job_roles(config: MasterConfig) -> list[Role]:
+def job_roles(config: JobConfig) -> list[Role]:
     """Return the roles of a job.
 
     Raises:
@@ -52,6 +54,8 @@ def job_roles(config: MasterConfig) -> list[Role]:
         UnregisteredActorError: the class of an environment is not registered.
         UnknownExtraError: the project lacks the extra of a role.
     """
+    if isinstance(config, SFTJobConfig):
+        return sft_roles(config)
     policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     policy_python = trainer.py_executable(policy.py_executable, use_gpus=cluster.use_gpus)
@@ -70,6 +74,14 @@ def job_roles(config: MasterConfig) -> list[Role]:
     for role in roles:
         check_extras(parse_py_executable(role.py_executable))
     return roles
+
+
+def sft_roles(config: SFTJobConfig) -> list[Role]:
+    """Return the role of a job for supervised fine-tuning: the policy. Raises the errors of `job_roles`."""
+    trainer = policy_backend(config.policy.backend)
+    python = trainer.py_executable(config.policy.py_executable, use_gpus=config.cluster.use_gpus)
+    check_extras(parse_py_executable(python))
+    return [Role("policy", trainer.fqn, python, config.cluster.num_workers, 1.0)]
 
 
 def _environment_roles(config: EnvironmentConfig) -> list[Role]:
