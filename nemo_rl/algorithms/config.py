@@ -217,7 +217,14 @@ class MasterConfig(ConfigModel):
     @model_validator(mode="before")
     @classmethod
     def _apply_recipe(cls, content: Any) -> Any:
-        return with_recipe(content) if isinstance(content, dict) else content
+        if not isinstance(content, dict):
+            return content
+        # A section made in Python has all keys; only those that were given override a recipe.
+        plain = {
+            name: section.model_dump(exclude_unset=True) if isinstance(section, GRPOConfig | LossConfig) else section
+            for name, section in content.items()
+        }
+        return with_recipe(plain)
 
     @property
     def num_samples_per_step(self) -> int:

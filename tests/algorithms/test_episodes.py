@@ -137,7 +137,7 @@ def collect() -> Iterator[Callable[..., Rollout]]:
     ) -> Rollout:
         if isinstance(environments, type):
             environments = {"game": environments}
-        hosts = {name: EpisodeHost(f"{__name__}.{cls.__name__}", {}) for name, cls in environments.items()}
+        hosts = {name: EpisodeHost(f"{cls.__module__}.{cls.__name__}", {}) for name, cls in environments.items()}
         renderer = TranscriptRenderer(TOKENIZER, DataConfig(), has_turns=True)
         generation = answer if isinstance(answer, Scripted) else Scripted(answer)
         collector = EpisodeCollector(
