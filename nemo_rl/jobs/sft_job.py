@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.algorithms.training_loop import checkpoint_remedies
 from nemo_rl.data.conversations import ConversationDataset, load_conversations
 from nemo_rl.errors import DataError
 from nemo_rl.jobs.attempt import Attempt, finish, open_attempt, print_dry_run
@@ -134,8 +135,6 @@ class _SFTAttempt:
 
     def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, Policy]:
         """Check the inputs while Ray starts, then build the venv, then start the policy."""
-        from nemo_rl.models.policy.policy import Policy
-
         config, attempt = self.config, self.attempt
         preparing = run_in_thread(lambda: self._prepare_inputs(checkpoint), "inputs")
         creating = run_in_thread(lambda: self._create_model(preparing), "model")
@@ -146,6 +145,8 @@ class _SFTAttempt:
         attempt.build_venvs(self.roles)
         model_name = creating.result()
         with attempt.timeline.phase("start workers", waits=True):
+            from nemo_rl.models.policy.policy import Policy
+
             policy = Policy(
                 cluster,
                 config.trained_policy,
@@ -162,7 +163,8 @@ class _SFTAttempt:
         with timeline.phase("model and tokenizer", INPUTS_THREAD):
             model = prepare_model(config.trained_policy)
             if checkpoint is not None:
-                check_checkpoint_model(checkpoint, config.policy)
+                with checkpoint_remedies(checkpoint):
+                    check_checkpoint_model(checkpoint, config.policy)
         with timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.sft import restore_data_position
             from nemo_rl.data.supervised import (

@@ -94,6 +94,15 @@ def test_game_is_won_in_time(seed: int) -> None:
     assert len(guesses) <= dialogues.num_guesses(dialogues.HIGHEST)
 
 
+def test_data_set_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    data, validation = load_conversations(SFTDataConfig(train={"kind": "test_supervised:Chats", "max_num_records": 3}))
+    assert [conversation.completion for conversation in data] == ["2", "22", "222"]
+    assert validation is None
+    with pytest.raises(ConfigError, match="is not a subclass of nemo_rl.data.conversations.ConversationDataset"):
+        load_conversations(SFTDataConfig(train={"kind": "nemo_rl.data.problem:Problem"}))
+
+
 def test_limit_of_records(tmp_path: Path) -> None:
     data = opened(write(tmp_path / "a.jsonl", [{"messages": CHAT}] * 5), max_num_records=2)
     assert len(data) == 2

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.data.conversations import load_conversations
 from nemo_rl.errors import CheckpointError, ConfigError, DataError, NemoRLError
 from nemo_rl.jobs.attempt import Attempt
+from nemo_rl.jobs.command_line import config_path
+from nemo_rl.jobs.job_config import load_job_config
+from nemo_rl.jobs.model_files import parameter_shapes
 from nemo_rl.jobs.roles import job_roles
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.jobs.sft_job import _Inputs, _SFTAttempt, main
@@ -105,30 +109,37 @@ def saved(config: SFTJobConfig, inputs: _Inputs, tmp_path: Path, shapes: dict[st
     return CheckpointStore(tmp_path / "run" / "checkpoints", config.checkpointing).save(1, state, {}, write)
 
 
-def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    from nemo_rl.jobs.model_files import parameter_shapes
+def shapes_of(width: int) -> dict[str, list[int]]:
+    tokenizer = make_tokenizer("embedded-chat")
+    return parameter_shapes(architecture(EmbeddedModelConfig(hidden_size=width), tokenizer))
 
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     config = job(tmp_path)
     inputs = prepare(config)
-    shapes = {
-        width: parameter_shapes(architecture(EmbeddedModelConfig(hidden_size=width), make_tokenizer("embedded-chat")))
-        for width in (128, 64)
-    }
-    prepare(config, saved(config, inputs, tmp_path, shapes[128]))
-    with pytest.raises(
-        CheckpointError, match=r"it is of another model: .* \[\d+, 64\] in the checkpoint and \[\d+, 128\]"
-    ):
-        prepare(config, saved(config, inputs, tmp_path, shapes[64]))
+    prepare(config, saved(config, inputs, tmp_path, shapes_of(128)))
+    message = r"it is of another model: .* \[\d+, 64\] in the checkpoint and \[\d+, 128\] in policy.model_name.* remove"
+    with pytest.raises(CheckpointError, match=message):
+        prepare(config, saved(config, inputs, tmp_path, shapes_of(64)))
 
 
-def test_changed_data_are_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     record = {"prompt": "1*1", "completion": "1"}
     config = job(tmp_path, data_file(tmp_path, *[record] * 40))
-    shapes: dict[str, list[int]] = {}
-    checkpoint = saved(config, prepare(config), tmp_path, shapes)
+    checkpoint = saved(config, prepare(config), tmp_path, shapes_of(128))
     data_file(tmp_path, *[record] * 39, {"prompt": "1*1", "completion": "2"})
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="belongs to other data: digest was"):
         prepare(config, checkpoint)
+
+
+def test_file_with_a_section_of_the_algorithm_is_loaded_as_its_job(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
+    parent.write_text("sft: {max_num_epochs: 2}")
+    child.write_text("defaults: parent.yaml\npolicy: {max_sequence_length: 64}")
+    config = load_job_config(child, ["sft.seed=1"])
+    assert isinstance(config, SFTJobConfig)
+    assert (config.sft.max_num_epochs, config.sft.seed) == (2, 1)
+    assert isinstance(load_job_config(config_path("grpo_math_embedded")), MasterConfig)
 
 
 def test_dry_run_plans_only_the_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
