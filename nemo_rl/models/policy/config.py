@@ -105,7 +105,7 @@ class SchedulerConfig(ConfigModel):
     kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     total_steps: int | None = Field(
-        None, ge=1, description="Steps until min_lr_ratio. Null: all optimizer steps of grpo.max_num_steps."
+        None, ge=1, description="Steps until min_lr_ratio. Null: all optimizer steps of the job."
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
 

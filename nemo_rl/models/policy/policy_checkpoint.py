@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,7 +127,7 @@ def load(directory: Path, state: TrainedState, group: ProcessGroup) -> None:
     source: _Source | None = None
     if reads:
         try:
-            trainer = _read_trainer(directory / TRAINER_FILE, state)
+            trainer = read_trainer(directory / TRAINER_FILE, state.shapes)
             source = _Source(directory, state)
         except (CheckpointError, ModelError, OSError, SafetensorError, KeyError, ValueError) as failure:
             error = str(failure)
@@ -244,19 +244,25 @@ def _write_trainer(path: Path, state: TrainedState, group: ProcessGroup) -> None
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _read_trainer(path: Path, state: TrainedState) -> dict[str, Any]:
+def read_trainer(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Read the `TRAINER_FILE` of a checkpoint for a model with parameters of these shapes.
+
+    Raises:
+        CheckpointError: it is of another model, or of another version of this package.
+        OSError, ValueError: it cannot be read.
+    """
     trainer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if trainer.get("format") != FORMAT:
         raise CheckpointError(
             f"{path.name} has the format {trainer.get('format')!r}; this version reads format {FORMAT}"
         )
-    shapes = {name: list(shape) for name, shape in state.shapes.items()}
+    expected = {name: list(shape) for name, shape in shapes.items()}
     saved = trainer["parameters"]
-    if saved != shapes:
-        name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    if saved != expected:
+        name = min(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
         raise CheckpointError(
             f"it is of another model: {name} has the shape {saved.get(name, 'none')} in the checkpoint and "
-            f"{shapes.get(name, 'none')} in policy.model_name"
+            f"{expected.get(name, 'none')} in policy.model_name"
         )
     return trainer
 
