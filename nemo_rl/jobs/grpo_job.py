@@ -32,7 +32,7 @@ from nemo_rl.jobs.job_environments import (
     start_environment,
 )
 from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model, prepare_model
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_venvs
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_plans
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.observability.console import ConsoleView
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from nemo_rl.models.policy.policy import Policy
     from nemo_rl.models.weights.routes import Route
     from nemo_rl.utils.checkpoint import Checkpoint
+    from nemo_rl.venvs import VenvPlan
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,10 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         console = Console()
         print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
         return
+    # Errors are reported before anything is started.
     check_weight_files(config.policy.model_name, "policy.model_name")
-    problems = load_problems(config)  # loaded first, to report errors before anything is started
+    plans = role_plans(roles)
+    problems = load_problems(config)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:
@@ -93,7 +96,7 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
         view = stack.enter_context(ConsoleView(arguments.name, config.grpo.max_num_steps))
         timeline = Timeline(run.path, view)
         timeline.record_process_start()
-        reason, step = _RunAttempt(config, roles, problems, run, view, timeline, stack).train()
+        reason, step = _RunAttempt(config, roles, plans, problems, run, view, timeline, stack).train()
     run.finish(step, reason)
     logger.info("finished after step %d: %s", step, reason)
     if config.logger.report:
@@ -140,11 +143,13 @@ class _RunAttempt:
     """Runs one attempt of a run, from an opened run directory to the end of the loop.
 
     Attributes:
+        plans: the venvs of the roles, by name.
         stack: receives a shutdown callback for everything that the attempt starts.
     """
 
     config: MasterConfig
     roles: list[Role]
+    plans: dict[str, VenvPlan]
     problems: dict[str, Problems]
     run: RunDirectory
     view: ConsoleView
@@ -197,10 +202,11 @@ class _RunAttempt:
         creating = run_in_thread(lambda: self._create_model(preparing), "model")
         clusters = self._start_clusters()
         inputs = preparing.result()  # users' mistakes are reported before a venv is built
-        with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline) as phases:
+        names = {venv: ", ".join(r.name for r in self.roles if r.venv == venv) for venv in self.plans}
+        with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline, names) as phases:
             from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 
-            ensure_venvs_on_each_node(role_venvs(self.roles), progress=phases)
+            ensure_venvs_on_each_node(self.plans, progress=phases)
         model_name = creating.result()
         with self.timeline.phase("start workers", waits=True):
             workers = self._start_workers(model_name, clusters, inputs)

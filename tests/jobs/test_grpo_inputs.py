@@ -47,7 +47,7 @@ def prepare(config: MasterConfig, checkpoint: Checkpoint | None = None) -> tuple
         stack.callback(run.close)
         view = stack.enter_context(ConsoleView("job", 1))
         timeline = Timeline(run.path, view)
-        attempt = _RunAttempt(config, job_roles(config), load_problems(config), run, view, timeline, stack)
+        attempt = _RunAttempt(config, job_roles(config), {}, load_problems(config), run, view, timeline, stack)
         return run, attempt._prepare_inputs(checkpoint)
 
 

@@ -22,7 +22,8 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationRequest, GenerationResult
-from nemo_rl.models.generation.replicas import Replicas, replica_bundles
+from nemo_rl.models.generation.replica_layout import replica_bundles
+from nemo_rl.models.generation.replicas import Replicas
 from nemo_rl.models.generation.results import join
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 
