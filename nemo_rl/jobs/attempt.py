@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from nemo_rl.jobs.job_config import JobConfig
-from nemo_rl.jobs.roles import Role, role_venvs
+from nemo_rl.jobs.roles import Role
 from nemo_rl.jobs.run_directory import RunDirectory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.observability.console import ConsoleView
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.utils.checkpoint import Checkpoint
+    from nemo_rl.venvs import VenvPlan
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,13 @@ class Attempt:
         self.stack.callback(cluster.shutdown)
         return cluster
 
-    def build_venvs(self, roles: Sequence[Role]) -> None:
-        """Build the venvs of all roles on all nodes, as far as they do not exist."""
-        with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline) as phases:
+    def build_venvs(self, roles: Sequence[Role], plans: Mapping[str, VenvPlan]) -> None:
+        """Build the venvs of all roles (see `role_plans`) on all nodes, as far as they do not exist."""
+        names = {venv: ", ".join(role.name for role in roles if role.venv == venv) for venv in plans}
+        with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline, names) as phases:
             from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
 
-            ensure_venvs_on_each_node(role_venvs(roles), progress=phases)
+            ensure_venvs_on_each_node(plans, progress=phases)
 
     def wait_ready(self, groups: Mapping[str, WorkerGroup]) -> None:
         """Wait until all groups, by the name of their role, have started. The first error ends the job."""

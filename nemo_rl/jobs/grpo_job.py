@@ -29,7 +29,7 @@ from nemo_rl.jobs.job_environments import (
     start_environment,
 )
 from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model, prepare_model
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.checkpoint import CheckpointStore
 from nemo_rl.utils.futures import run_in_thread
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from nemo_rl.models.policy.policy import Policy
     from nemo_rl.models.weights.routes import Route
     from nemo_rl.utils.checkpoint import Checkpoint
+    from nemo_rl.venvs import VenvPlan
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +69,17 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
     if arguments.dry_run:
         print_dry_run(config)
         return
+    # Errors are reported before anything is started.
     check_weight_files(config.policy.model_name, "policy.model_name")
-    problems = load_problems(config)  # loaded first, to report errors before anything is started
+    plans = role_plans(roles)
+    problems = load_problems(config)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:
         logger.info("%s is finished: %s. Increase grpo.max_num_steps to continue it", run.path, finished["reason"])
         return
     with open_attempt(run, arguments.name, config.grpo.max_num_steps) as attempt:
-        reason, step = _RunAttempt(config, roles, problems, attempt).train()
+        reason, step = _RunAttempt(config, roles, plans, problems, attempt).train()
     finish(run, config, step, reason)
 
 
@@ -115,10 +118,15 @@ class _Workers:
 
 @dataclass(frozen=True)
 class _RunAttempt:
-    """Starts the worker groups of an attempt and runs the loop."""
+    """Starts the worker groups of an attempt and runs the loop.
+
+    Attributes:
+        plans: the venvs of the roles, by name.
+    """
 
     config: MasterConfig
     roles: list[Role]
+    plans: dict[str, VenvPlan]
     problems: dict[str, Problems]
     attempt: Attempt
 
@@ -158,7 +166,7 @@ class _RunAttempt:
         creating = run_in_thread(lambda: self._create_model(preparing), "model")
         clusters = self._start_clusters()
         inputs = preparing.result()  # users' mistakes are reported before a venv is built
-        self.attempt.build_venvs(self.roles)
+        self.attempt.build_venvs(self.roles, self.plans)
         model_name = creating.result()
         with self.attempt.timeline.phase("start workers", waits=True):
             workers = self._start_workers(model_name, clusters, inputs)

@@ -187,6 +187,11 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
     try:
         config.options.check_model(model, config)
         config.generation.options.check_model(model, config.generator_spec(name, use_gpus=use_gpus))
+        if config.lora is not None:
+            from nemo_rl.models.policy.hf_loading import empty_model
+            from nemo_rl.models.policy.lora import check_target_modules
+
+            check_target_modules(empty_model(model), config.lora)
     except ModelError as error:
         raise ConfigError(str(error)) from error
 

@@ -30,7 +30,7 @@ from nemo_rl.jobs.model_files import (
     ensure_model,
     prepare_model,
 )
-from nemo_rl.jobs.roles import Role, sft_roles
+from nemo_rl.jobs.roles import Role, job_roles, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.checkpoint import CheckpointStore
 from nemo_rl.utils.files import write_atomically
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.models.policy.policy import Policy
     from nemo_rl.utils.checkpoint import Checkpoint
+    from nemo_rl.venvs import VenvPlan
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +61,21 @@ def run_sft(arguments: JobArguments[SFTJobConfig]) -> None:
     """Run a job for supervised fine-tuning, or print its plan with `--dry-run`."""
     config = arguments.config
     check_model_name(config.policy)
-    roles = sft_roles(config)
+    roles = job_roles(config)
     if arguments.dry_run:
         print_dry_run(config)
         return
+    # Errors are reported before anything is started.
     check_weight_files(config.policy.model_name, "policy.model_name")
-    train, validation = load_conversations(config.data)  # opened first, to report errors before anything is started
+    plans = role_plans(roles)
+    train, validation = load_conversations(config.data)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and _is_complete(config, finished["step"], finished["reason"]):
         logger.info("%s is finished: %s. Increase its limits to continue it", run.path, finished["reason"])
         return
     with open_attempt(run, arguments.name, config.sft.max_num_steps or 0) as attempt:
-        reason, step = _SFTAttempt(config, roles, train, validation, attempt).train()
+        reason, step = _SFTAttempt(config, roles, plans, train, validation, attempt).train()
     finish(run, config, step, reason)
 
 
@@ -98,10 +101,15 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _SFTAttempt:
-    """Starts the policy of an attempt and runs the loop."""
+    """Starts the policy of an attempt and runs the loop.
+
+    Attributes:
+        plans: the venv of the policy, by its name.
+    """
 
     config: SFTJobConfig
     roles: list[Role]
+    plans: dict[str, VenvPlan]
     train_data: ConversationDataset
     validation_data: ConversationDataset | None
     attempt: Attempt
@@ -142,7 +150,7 @@ class _SFTAttempt:
         cluster = attempt.make_cluster(config.cluster, "sft")
         inputs = preparing.result()  # users' mistakes are reported before a venv is built
         attempt.view.set_max_num_steps(inputs.num_steps)
-        attempt.build_venvs(self.roles)
+        attempt.build_venvs(self.roles, self.plans)
         model_name = creating.result()
         with attempt.timeline.phase("start workers", waits=True):
             from nemo_rl.models.policy.policy import Policy

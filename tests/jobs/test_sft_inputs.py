@@ -41,7 +41,7 @@ def prepare(config: SFTJobConfig, checkpoint: Checkpoint | None = None) -> _Inpu
         view = stack.enter_context(ConsoleView("job", 1))
         attempt = Attempt(run, view, Timeline(run.path, view), stack)
         data = load_conversations(config.data)
-        return _SFTAttempt(config, job_roles(config), *data, attempt)._prepare_inputs(checkpoint)
+        return _SFTAttempt(config, job_roles(config), {}, *data, attempt)._prepare_inputs(checkpoint)
 
 
 def data_file(tmp_path: Path, *records: object) -> str:
