@@ -86,7 +86,7 @@ class Attempt:
         return cluster
 
     def build_venvs(self, roles: Sequence[Role], plans: Mapping[str, VenvPlan]) -> None:
-        """Build the venvs of all roles on all nodes, as far as they do not exist; `plans` are those of the roles."""
+        """Build the venvs of all roles (see `role_plans`) on all nodes, as far as they do not exist."""
         names = {venv: ", ".join(role.name for role in roles if role.venv == venv) for venv in plans}
         with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline, names) as phases:
             from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node

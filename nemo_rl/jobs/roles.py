@@ -75,8 +75,15 @@ def job_roles(config: JobConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    if isinstance(config, SFTJobConfig):
-        return sft_roles(config)
+    roles = _sft_roles(config) if isinstance(config, SFTJobConfig) else _grpo_roles(config)
+    for role in roles:
+        if role.spec is not None:
+            with _naming(role.key):
+                check_extras(role.spec)
+    return roles
+
+
+def _grpo_roles(config: MasterConfig) -> list[Role]:
     policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     part = cluster.for_generation
@@ -89,24 +96,18 @@ def job_roles(config: JobConfig) -> list[Role]:
         policy_venv = _backend_venv(trainer, policy.py_executable, use_gpus=cluster.use_gpus)
     with _naming("policy.generation"):
         generation_venv = _backend_venv(generator, generation.py_executable, use_gpus=part.use_gpus)
-    roles = [
+    return [
         Role("policy", "policy", trainer.fqn, cluster.num_workers, share, *policy_venv),
         Role("generation", "policy.generation", generator.fqn, num_generators, share, *generation_venv),
         *_environment_roles(config.env),
     ]
-    for role in roles:
-        if role.spec is not None:
-            with _naming(role.key):
-                check_extras(role.spec)
-    return roles
 
 
-def sft_roles(config: SFTJobConfig) -> list[Role]:
-    """Return the role of a job for supervised fine-tuning: the policy. Raises the errors of `job_roles`."""
-    trainer, cluster = policy_backend(config.policy.backend), config.cluster
+def _sft_roles(config: SFTJobConfig) -> list[Role]:
+    policy, cluster = config.policy, config.cluster
+    trainer = policy_backend(policy.backend)
     with _naming("policy"):
-        venv = _backend_venv(trainer, config.policy.py_executable, use_gpus=cluster.use_gpus)
-        check_extras(venv[1])
+        venv = _backend_venv(trainer, policy.py_executable, use_gpus=cluster.use_gpus)
     return [Role("policy", "policy", trainer.fqn, cluster.num_workers, 1.0, *venv)]
 
 

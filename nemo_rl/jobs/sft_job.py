@@ -30,7 +30,7 @@ from nemo_rl.jobs.model_files import (
     ensure_model,
     prepare_model,
 )
-from nemo_rl.jobs.roles import Role, role_plans, sft_roles
+from nemo_rl.jobs.roles import Role, job_roles, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.checkpoint import CheckpointStore
 from nemo_rl.utils.files import write_atomically
@@ -61,7 +61,7 @@ def run_sft(arguments: JobArguments[SFTJobConfig]) -> None:
     """Run a job for supervised fine-tuning, or print its plan with `--dry-run`."""
     config = arguments.config
     check_model_name(config.policy)
-    roles = sft_roles(config)
+    roles = job_roles(config)
     if arguments.dry_run:
         print_dry_run(config)
         return
@@ -101,7 +101,11 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _SFTAttempt:
-    """Starts the policy of an attempt and runs the loop. `plans` are the venvs of the roles, by name."""
+    """Starts the policy of an attempt and runs the loop.
+
+    Attributes:
+        plans: the venv of the policy, by its name.
+    """
 
     config: SFTJobConfig
     roles: list[Role]

@@ -48,7 +48,8 @@ def prepare(config: MasterConfig, checkpoint: Checkpoint | None = None) -> tuple
         stack.callback(run.close)
         view = stack.enter_context(ConsoleView("job", 1))
         timeline = Timeline(run.path, view)
-        attempt = _RunAttempt(config, job_roles(config), {}, load_problems(config), Attempt(run, view, timeline, stack))
+        parts = Attempt(run, view, timeline, stack)
+        attempt = _RunAttempt(config, job_roles(config), {}, load_problems(config), parts)
         return run, attempt._prepare_inputs(checkpoint)
 
 
