@@ -1,4 +1,4 @@
-"""`nemo-rl grpo` and `nemo-rl curate` run the jobs of this package, like the scripts in examples/."""
+"""`nemo-rl grpo`, `nemo-rl eval` and `nemo-rl curate` run the jobs of this package, like the scripts in examples/."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def add_commands(app: typer.Typer) -> None:
     """Register the commands of this module in `app`."""
     app.command(context_settings=_PASS_ON)(grpo)
+    app.command("eval", context_settings=_PASS_ON)(evaluate)
     app.command(context_settings=_PASS_ON)(curate)
 
 
 def grpo(context: typer.Context) -> None:
     """Train a model with GRPO: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
     from nemo_rl.jobs.grpo_job import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
+
+
+def evaluate(context: typer.Context) -> None:
+    """Evaluate models and checkpoints: MODEL... [--data FILE] [--step N] [--config FILE|RECIPE] [key=value ...]."""
+    from nemo_rl.jobs.eval_job import main
 
     raise typer.Exit(main(context.args, program=context.command_path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,13 +228,18 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
 
 def count_parameters(model_config: PretrainedConfig) -> int:
     """Count the parameters without allocating them. Tied parameters count once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+
+
+def parameter_shapes(model_config: PretrainedConfig) -> dict[str, list[int]]:
+    """Return the shapes of the parameters without allocating them. Tied parameters appear once."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def parameters_in_name(name: str) -> int | None:

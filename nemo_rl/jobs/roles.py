@@ -65,14 +65,15 @@ def job_roles(config: MasterConfig) -> list[Role]:
     roles = [
         Role("policy", trainer.fqn, policy_python, cluster.num_workers, share),
         Role("generation", generator.fqn, generation_python, num_generators, share),
-        *_environment_roles(config.env),
+        *environment_roles(config.env),
     ]
     for role in roles:
         check_extras(parse_py_executable(role.py_executable))
     return roles
 
 
-def _environment_roles(config: EnvironmentConfig) -> list[Role]:
+def environment_roles(config: EnvironmentConfig) -> list[Role]:
+    """Return the roles of the environments. Raises the errors of `job_roles`."""
     entries = config.entries()
     if not entries:
         fqn = environment_fqn(config.name)
