@@ -103,7 +103,7 @@ def run_command(
             config, name = options.load(arguments)
         job(JobArguments(config, name, arguments.dry_run))
     except KeyboardInterrupt:
-        print("interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     except NemoRLError as error:
         if settings.TRACEBACK.get():

@@ -316,7 +316,7 @@ class _Evaluation:
             "seconds": timer.seconds(),
         }
         self.results.add(record, scores)
-        logger.info("%s: %s", label(name), summary_line(self.results.content["models"][-1]["scores"]))
+        logger.info("%s: %s", label(name), summary_line(self.results.content))
 
 
 def _sender(cluster: RayVirtualCluster) -> WeightSender:

@@ -46,7 +46,7 @@ def print_scores(content: Mapping[str, Any], console: Console) -> None:
     parts = [table]
     labels = {model["model"]: model["label"] for model in models}
     if content["differences"]:
-        table = _table(f"difference to {models[0]['label']}, by pairs of equal problems", "model", *metrics)
+        table = _table(f"difference to {models[0]['label']}", "model", *metrics)
         for pair in content["differences"]:
             scores = (score_text(pair["scores"].get(metric), signed=True) for metric in metrics)
             table.add_row(labels[pair["model"]], *scores)
@@ -63,9 +63,10 @@ def print_scores(content: Mapping[str, Any], console: Console) -> None:
     console.print(Group(*parts))
 
 
-def summary_line(scores: Mapping[str, Any]) -> str:
-    """Return the scores of a model in one line."""
-    return ", ".join(f"{metric} {score_text(score)}" for metric, score in scores.items())
+def summary_line(content: Mapping[str, Any]) -> str:
+    """Return the scores of the last model in one line."""
+    scores = content["models"][-1]["scores"]
+    return ", ".join(f"{name} {score_text(scores[name])}" for name in shown_metrics(content) if name in scores)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -92,7 +92,8 @@ def load_config(
     try:
         merged = OmegaConf.create({}) if path is None else _read(path, seen=())
         if convert is not None:
-            merged = OmegaConf.create(convert(OmegaConf.to_container(merged, resolve=True)))
+            plain: Any = OmegaConf.to_container(merged, resolve=True)
+            merged = OmegaConf.create(convert(plain))
         for key in dropped:
             _drop(merged, key.split("."))
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(assignments))

@@ -208,6 +208,13 @@ def test_subject_key_that_no_problem_has(model, tmp_path):
         inputs_of(config, tmp_path)
 
 
+def test_train_problems_are_not_read(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"problem": "1+1", "answer": "2"}\n')
+    config = EvalConfig(data={"train": {"path": "missing.jsonl"}, "validation": {"path": str(data)}})
+    assert len(load_problems(config)["math"]) == 1
+
+
 def test_number_of_problems_is_divided_among_the_environments(model, tmp_path):
     config = load_config(
         EvalConfig,
