@@ -95,8 +95,10 @@ def load_arguments(arguments: argparse.Namespace) -> tuple[EvalConfig, str]:
     Raises:
         ConfigError: there is no model, a model does not exist or is given twice, or the configuration is invalid.
     """
-    names = [argument for argument in arguments.overrides if "=" not in argument and not argument.startswith("~")]
+    names = [argument for argument in arguments.overrides if _names_a_model(argument)]
     overrides = [argument for argument in arguments.overrides if argument not in names]
+    if arguments.step is not None and not any((Path(name) / CONFIG_FILE).is_file() for name in names):
+        raise ConfigError(f"--step {arguments.step} chooses a checkpoint of a run; name the directory of a run")
     sources = [find_model(name, arguments.step) for name in names]
     path = _config_file(arguments.config, [source.run for source in sources if source.run is not None])
     if arguments.data is not None:
@@ -114,6 +116,11 @@ def load_arguments(arguments: argparse.Namespace) -> tuple[EvalConfig, str]:
             f"env.{next(iter(entries))}.data.validation.path"
         )
     return config.model_copy(update={"eval": config.eval.model_copy(update={"models": models})}), _RUNS
+
+
+def _names_a_model(argument: str) -> bool:
+    """Return whether an argument is a model, not an override; a directory may have an equals sign in its name."""
+    return not (argument.startswith("~") or "=" in argument) or Path(argument).is_dir()
 
 
 def _config_file(chosen: str | None, runs: Sequence[Path]) -> Path:

@@ -97,6 +97,11 @@ def test_data_replaces_the_validation_problems(run, loaded, tmp_path):
     assert (config.data.validation.kind, config.data.validation.prompt_key) == ("auto", "question")
 
 
+def test_directory_with_an_equals_sign_is_a_model(loaded, tmp_path):
+    model = save_model(tmp_path / "lr=0.1")
+    assert loaded(model, "eval.seed=3").eval.models == [str(model)]
+
+
 def test_default_configuration_is_that_of_the_embedded_job(loaded):
     config = loaded("embedded")
     assert (config.env.math.answer_format, config.policy.generation.max_new_tokens) == ("whole", 8)
@@ -107,6 +112,7 @@ def test_default_configuration_is_that_of_the_embedded_job(loaded):
     [
         ([], "name a model to evaluate"),
         (["embedded", "embedded"], "embedded is given twice"),
+        (["embedded", "--step", "3"], "--step 3 chooses a checkpoint of a run"),
         (["./missing"], "there is no directory ./missing"),
         (["embedded", "eval.num_generation=2"], "did you mean eval.num_generations"),
         (["embedded", "eval.k=[3]"], "pass@3 needs k from 1 to eval.num_generations=1"),
