@@ -149,7 +149,7 @@ def run_eval(arguments: JobArguments[EvalConfig]) -> None:
     roles = eval_roles(config)
     problems = load_problems(config)
     models = check_models(config)
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = Console() if Console().is_terminal else Console(width=200)
     if arguments.dry_run:
         print_tasks(config, roles, problems, console)
         return

@@ -10,6 +10,7 @@ DIR/
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from nemo_rl.utils.files import write_atomically
 SCORES_FILE = "scores.json"
 # Metrics in tokens or of little interest for a comparison: not in the tables.
 _HIDDEN = ("truncated",)
+# Equal to the accuracy if all rewards are 0 or 1, and if no sample has failed.
+_ACCURACIES = ("reward", "pass@1")
 _NOT_FRACTIONS = ("reward", "completion_length", *_HIDDEN)
 
 
@@ -75,11 +78,21 @@ def render(directory: Path, content: Mapping[str, Any], num_samples: int) -> str
 
 
 def shown_metrics(content: Mapping[str, Any]) -> list[str]:
-    """Return the metrics for tables: without the reward if it is the accuracy, because all rewards are 0 or 1."""
-    models = content["models"]
-    names = list(dict.fromkeys(metric for model in models for metric in model["scores"]))
-    same = all(model["scores"].get("reward") == model["scores"].get("accuracy") for model in models)
-    return [name for name in names if name not in _HIDDEN and not (name == "reward" and same)]
+    """Return the metrics for tables: without the reward and pass@1 if they equal the accuracy."""
+    scores = [model["scores"] for model in content["models"]]
+    names = list(dict.fromkeys(metric for metrics in scores for metric in metrics))
+    return [
+        name
+        for name in names
+        if name not in _HIDDEN and not (name in _ACCURACIES and all(_equals_accuracy(name, each) for each in scores))
+    ]
+
+
+def _equals_accuracy(name: str, scores: Mapping[str, Any]) -> bool:
+    ends = ("value", "low", "high", "num_problems")
+    return {*scores} >= {name, "accuracy"} and all(
+        math.isclose(scores[name][end] or 0.0, scores["accuracy"][end] or 0.0, abs_tol=1e-9) for end in ends
+    )
 
 
 def score_text(score: Mapping[str, Any] | None, *, signed: bool = False) -> str:
