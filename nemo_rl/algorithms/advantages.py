@@ -114,7 +114,7 @@ def compute_advantages(
 
 def turn_advantages(
     turn_rewards: torch.Tensor,
-    turn_index: torch.Tensor,
+    num_turns: torch.Tensor,
     groups: torch.Tensor,
     config: AdvantageConfig,
     sample_mask: torch.Tensor | None = None,
@@ -129,26 +129,39 @@ def turn_advantages(
 
     Args:
         turn_rewards: [B, K] the reward of each turn; those behind an episode's last turn are not read.
-        turn_index: [B, T] int64: the turn whose action the token belongs to, from 1; 0 for other tokens.
+        num_turns: [B] int64 turns of each episode.
         groups: [B] integer ids, equal for the episodes of one problem.
         config: the discount, the baseline, and whether to divide by the standard deviation.
         sample_mask: [B]; 0 excludes an episode. None counts all.
 
     Returns:
-        [B, T] float32 (float64 for float64 rewards); 0 at tokens of no turn.
+        [B, K] float32 (float64 for float64 rewards); 0 behind the last turn. `at_turns` assigns them to tokens.
     """
-    size, num_turns = turn_rewards.shape
-    exists = torch.arange(1, num_turns + 1, device=turn_index.device) <= turn_index.amax(dim=1, keepdim=True)
+    most_turns = turn_rewards.shape[1]
+    turns = torch.arange(most_turns, device=turn_rewards.device)
+    exists = turns < num_turns[:, None]
     if sample_mask is not None:
         exists &= sample_mask[:, None] > 0
     rewards = torch.where(exists, turn_rewards.double(), 0.0)
     returns = rewards.clone()
-    for turn in range(num_turns - 2, -1, -1):
+    for turn in range(most_turns - 2, -1, -1):
         returns[:, turn] += config.discount * returns[:, turn + 1]
-    ids = groups[:, None] * num_turns + torch.arange(num_turns, device=groups.device)
+    ids = groups[:, None] * most_turns + turns
     advantages = compute_advantages(returns.flatten(), ids.flatten(), config, exists.flatten().double())
-    padded = torch.cat([advantages.new_zeros(size, 1), advantages.view(size, num_turns)], dim=1)
-    return padded.gather(1, turn_index).to(turn_rewards.dtype)
+    return advantages.view_as(turn_rewards).to(turn_rewards.dtype)
+
+
+def at_turns(values: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:
+    """Assign the values of turns to the tokens of these turns.
+
+    Args:
+        values: [R, K] a value for each turn of each row.
+        turn_index: [R, T] int64 the turn whose action a token belongs to, from 1; 0 for other tokens.
+
+    Returns:
+        [R, T]; 0 at tokens of no turn.
+    """
+    return torch.cat([values.new_zeros(len(values), 1), values], dim=1).gather(1, turn_index)
 
 
 def _moments(values: torch.Tensor) -> tuple[float, float]:

@@ -14,11 +14,10 @@ with `grpo.max_trajectory_age` it produces rollouts while the policy trains.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,15 +25,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from nemo_rl.algorithms import rollouts
-from nemo_rl.algorithms.advantages import compute_advantages, group_has_signal, overlong_penalties, turn_advantages
+from nemo_rl.algorithms.advantages import (
+    at_turns,
+    compute_advantages,
+    group_has_signal,
+    overlong_penalties,
+    turn_advantages,
+)
+from nemo_rl.algorithms.branches import TrainingRows, training_rows
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import Rollout
-from nemo_rl.errors import CheckpointError, ConfigError, LogprobMismatchError, sentence
+from nemo_rl.algorithms.training_loop import MetricRecorder, check_metric_names, checkpoint_remedies
+from nemo_rl.errors import ConfigError, LogprobMismatchError
 from nemo_rl.observability.timer import Timer
-from nemo_rl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.episodes import EpisodeCollector
@@ -46,10 +52,8 @@ if TYPE_CHECKING:
     from nemo_rl.utils.checkpoint import Checkpoint, CheckpointStore
 
 
-class Recorder(Protocol):
+class Recorder(MetricRecorder, Protocol):
     """Receives the metrics and samples of a run."""
-
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None: ...
 
@@ -60,19 +64,8 @@ class Recorder(Protocol):
 
 def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
     """Move the loader to the position in a checkpoint. Raises `CheckpointError` if it belongs to other data."""
-    with _remedies(checkpoint):
+    with checkpoint_remedies(checkpoint):
         loader.load_state_dict(checkpoint.state()["rollouts"]["loader"])
-
-
-@contextlib.contextmanager
-def _remedies(checkpoint: Checkpoint) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{sentence(error)}. If the checkpoint is damaged, remove {checkpoint.path}: the run resumes from the "
-            "previous checkpoint. If it belongs to another run, set another checkpointing.checkpoint_dir"
-        ) from error
 
 
 @dataclass
@@ -126,7 +119,7 @@ class GRPO:
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
         """
-        with _remedies(checkpoint):
+        with checkpoint_remedies(checkpoint):
             state = checkpoint.state()
             self.policy.load_checkpoint(checkpoint.path / "policy")
             self._pipeline.load(checkpoint.path, state["rollouts"])
@@ -171,14 +164,18 @@ class GRPO:
                 step_rollout = self._pipeline.take()
             if step_rollout.rollout is None:
                 return False
-            rollout, batch = step_rollout.rollout, step_rollout.rollout.batch
-            # The policy receives neither.
-            turns = (batch.pop("turn_index"), batch.pop("turn_rewards")) if "turn_index" in batch else None
+            rollout = step_rollout.rollout
+            rows = training_rows(
+                rollout,
+                num_parts=self._num_parts(rollout),
+                multiple_of=self.policy.data_parallel_size,
+                pad_token_id=self.pad_token_id,
+            )
             age = self.step - step_rollout.version
-            logprob_metrics = self._add_logprobs(batch, step, age)
-            batch["advantages"] = self._advantages(rollout, turns)
+            logprob_metrics = self._add_logprobs(rows, step, age)
+            rows.batch["advantages"] = self._advantages(rollout, rows)
             with self.timer.phase("train"):
-                result = self._train(batch)
+                result = self._train(rows)
         self.step = step
         metrics = {
             f"train/{name}": value for name, value in (result | logprob_metrics | _rollout_metrics(rollout)).items()
@@ -186,7 +183,9 @@ class GRPO:
         if rollout.episodes is not None:
             self.recorder.log_episodes(step, rollout.episodes)
         if self.config.logger.max_rollouts_mb:
-            records = rollout_records(rollout, weights_version=step_rollout.version, environment=self.config.env.name)
+            records = rollout_records(
+                rollout, rows, weights_version=step_rollout.version, environment=self.config.env.name
+            )
             self.recorder.log_rollouts(step, records)
         metrics |= {"train/num_rollouts": step_rollout.num_rollouts, "train/trajectory_age": age}
         timing = self._timing(step_rollout.seconds)
@@ -194,6 +193,10 @@ class GRPO:
         metrics["perf/samples_per_s"] = len(rollout.completions) / timing["step"]
         self.recorder.log_metrics(step, metrics | {f"timing/{name}_s": seconds for name, seconds in timing.items()})
         return True
+
+    def _num_parts(self, rollout: Rollout) -> int:
+        """Return the number of optimizer steps that divide a rollout."""
+        return rollout.batch.size // (self.config.policy.train_global_batch_size or rollout.batch.size)
 
     def _timing(self, rollout_seconds: dict[str, float]) -> dict[str, float]:
         """Return seconds per phase. Asynchronous rollouts are reported apart; the step includes only the wait."""
@@ -212,18 +215,16 @@ class GRPO:
                 return self.policy.offer_weights(version, precision)
             return self.policy.publish_weights(version, precision)  # a copy, which outlives the next update
 
-    def _add_logprobs(self, batch: BatchedDataDict, step: int, age: int) -> dict[str, float]:
+    def _add_logprobs(self, rows: TrainingRows, step: int, age: int) -> dict[str, float]:
         """Add the policy's log-probabilities if the loss needs them; at check steps, compare them with generation's.
 
         With a single optimizer step per rollout, the policy before the step is the policy being trained. The loss then
         uses its own log-probabilities as the old ones, which saves a forward pass.
         """
-        config = self.config
+        config, batch = self.config, rows.batch
         # The comparison is valid only with the weights that generated the completions.
         check = age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
-        has_several_updates = (
-            config.grpo.num_updates_per_step > 1 or (config.policy.train_global_batch_size or batch.size) < batch.size
-        )
+        has_several_updates = config.grpo.num_updates_per_step > 1 or rows.num_parts > 1
         metrics = {}
         if not config.policy.generation.truncates:
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
@@ -240,15 +241,15 @@ class GRPO:
             self._logprobs_checked = True
         return metrics
 
-    def _advantages(self, rollout: Rollout, turns: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """Compute the advantages: [B], or [B, T] with `loss.kl_placement` "reward_to_go" or one for each turn."""
-        config, batch = self.config, rollout.batch
-        if turns is not None and config.grpo.advantage.level == "turn":
-            turn_index, turn_rewards = turns
-            return turn_advantages(
-                turn_rewards, turn_index, batch["group"], config.grpo.advantage, batch["sample_mask"]
-            )
-        rewards, token_penalties = batch["rewards"], None
+    def _advantages(self, rollout: Rollout, rows: TrainingRows) -> torch.Tensor:
+        """Compute the advantages of the rows: [R], or [R, T] with KL "reward_to_go" or one for each turn."""
+        config, batch, samples = self.config, rows.batch, rows.samples
+        groups, sample_mask = rollout.batch["group"], rollout.batch["sample_mask"]
+        if rows.turn_index is not None and config.grpo.advantage.level == "turn":
+            turns = rollout.batch["turn_rewards"], rollout.batch["num_turns"]
+            advantages = turn_advantages(*turns, groups, config.grpo.advantage, sample_mask)
+            return at_turns(advantages[samples], rows.turn_index)
+        rewards, token_penalties = rollout.rewards, None
         if (penalty := config.grpo.overlong_penalty) is not None:
             limit = config.policy.generation.max_new_tokens
             buffer = penalty.buffer_tokens or max(limit // 5, 1)
@@ -258,17 +259,23 @@ class GRPO:
             kl = config.loss.kl_coef * kl_estimates(log_ratio, config.loss.kl_estimator)
             kl = torch.where(batch["token_mask"] > 0, kl, 0.0)
             if config.loss.kl_placement == "reward":
-                rewards = rewards - kl.sum(dim=1)
-            else:
+                rewards = rewards - torch.zeros_like(rewards).index_add(0, samples, kl.sum(dim=1))
+            elif rollout.branches is None:
                 token_penalties = kl
-        return compute_advantages(
+            else:
+                raise ConfigError(
+                    "loss.kl_placement=reward_to_go needs episodes with one transcript, but an agent has left "
+                    "several in one episode; set loss.kl_placement=reward"
+                )
+        advantages = compute_advantages(
             rewards,
-            batch["group"],
+            groups,
             config.grpo.advantage,
-            batch["sample_mask"],
+            sample_mask,
             token_penalties=token_penalties,
             token_mask=batch["token_mask"],
         )
+        return advantages[samples]
 
     def _check_logprobs(self, batch: BatchedDataDict, logprobs: torch.Tensor, step: int) -> float:
         mask = batch["token_mask"]
@@ -283,10 +290,11 @@ class GRPO:
             )
         return mean
 
-    def _train(self, batch: BatchedDataDict) -> dict[str, float]:
+    def _train(self, rows: TrainingRows) -> dict[str, float]:
         loss_fn = ClippedPGLoss(self.config.resolved_loss)
         updates = self.config.grpo.num_updates_per_step
-        results = [self.policy.train(batch, loss_fn).metrics for _ in range(updates)]
+        batch_size = rows.batch.size // rows.num_parts
+        results = [self.policy.train(rows.batch, loss_fn, batch_size=batch_size).metrics for _ in range(updates)]
         return {name: sum(result[name] for result in results) / updates for name in results[0]}
 
     def _validate(self) -> None:
@@ -315,10 +323,7 @@ class GRPO:
         named = {"checkpointing.metric_name": self.config.checkpointing.metric_name}
         if self.config.grpo.early_stop is not None:
             named["grpo.early_stop.metric"] = self.config.grpo.early_stop.metric
-        for key, name in named.items():
-            if name not in measured:
-                hint = did_you_mean(name, measured)
-                raise ConfigError(f"{key}={name} is not measured.{hint} Measured: {', '.join(sorted(measured))}.")
+        check_metric_names(named, measured)
 
     def _save(self) -> None:
         if self.checkpoints is None:

@@ -332,11 +332,19 @@ def _to_plain(item: StepRollout) -> dict[str, Any]:
         name: getattr(rollout, name)
         for name in ("truncated", "prompts", "completions", "metrics", "failed", "episodes")
     }
-    return {**plain, "rollout": {**fields, "batch": dict(rollout.batch.get_dict())}}
+    branches = None if rollout.branches is None else dict(rollout.branches.get_dict())
+    return {**plain, "rollout": {**fields, "batch": dict(rollout.batch.get_dict()), "branches": branches}}
 
 
 def _from_plain(plain: Mapping[str, Any]) -> StepRollout:
     rollout = plain["rollout"]
     if rollout is not None:
-        rollout = Rollout(**{**rollout, "batch": BatchedDataDict(rollout["batch"])})
+        branches = rollout.get("branches")
+        rollout = Rollout(
+            **{
+                **rollout,
+                "batch": BatchedDataDict(rollout["batch"]),
+                "branches": None if branches is None else BatchedDataDict(branches),
+            }
+        )
     return StepRollout(**{**plain, "rollout": rollout})

@@ -7,49 +7,67 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from nemo_rl.algorithms.branches import TrainingRows
     from nemo_rl.algorithms.rollouts import Rollout
 
 
-def rollout_records(rollout: Rollout, *, weights_version: int, environment: str) -> list[dict[str, Any]]:
-    """Return a record per sample of a trained batch, then one per sample that dynamic sampling has replaced.
+def rollout_records(
+    rollout: Rollout, rows: TrainingRows, *, weights_version: int, environment: str
+) -> list[dict[str, Any]]:
+    """Return a record per transcript of a trained batch, then one per sample that dynamic sampling has replaced.
 
     Args:
-        rollout: its batch has `advantages`, [B] or [B, T].
+        rollout: the rollout.
+        rows: its training batch with `advantages`, [R] or [R, T].
         weights_version: version of the weights that sampled the tokens.
         environment: name of the environment, if it scores batches.
     """
-    batch = rollout.batch
+    batch = rows.batch
     tokens = batch["input_ids"].numpy().astype(np.int32)
     token_mask = batch["token_mask"].numpy() > 0
     logprobs = batch["generation_logprobs"].numpy()
     advantages = batch["advantages"].numpy()
-    groups, counted = batch["group"].tolist(), (batch["sample_mask"] > 0).tolist()
+    lengths, groups = batch["input_lengths"].tolist(), rollout.batch["group"].tolist()
+    counted = (rollout.batch["sample_mask"] > 0).tolist()
+    samples = list(rollout.episodes or _records_of_completions(rollout, environment))
+    rows_of: dict[int, list[int]] = {}
+    for row, sample in enumerate(rows.samples.tolist()):
+        if token_mask[row].any() or sample not in rows_of:  # else: padding
+            rows_of.setdefault(sample, []).append(row)
     records = []
-    for row, episode in enumerate(rollout.episodes or _records_of_completions(rollout, environment)):
-        end = episode["tokens"]
+    for sample, episode in enumerate(samples):
         record = {
             **episode,
             "problem": None if episode["problem"] is None else str(episode["problem"]),
-            "sample": row,
+            "sample": sample,
             "tokens": None,
-            "num_tokens": end,
+            "num_tokens": episode["tokens"],
             "sample_mask": False,
             "weights_version": weights_version,
         }
-        if row < len(groups):
-            record |= {
-                "group": groups[row],
+        if sample >= len(groups):
+            records.append(record)
+            continue
+        record |= {
+            "group": groups[sample],
+            "sample_mask": counted[sample],
+            "outcome": "trained" if counted[sample] else "masked",
+        }
+        for branch, row in enumerate(rows_of[sample]):
+            end = lengths[row]
+            record = {
+                **record,
+                "branch": branch,
                 "tokens": tokens[row, :end],
+                "num_tokens": end,
                 "token_mask": token_mask[row, :end],
                 "generation_logprobs": logprobs[row, :end],
-                "sample_mask": counted[row],
-                "outcome": "trained" if counted[row] else "masked",
             }
             if advantages.ndim == 1:
                 record["advantage"] = float(advantages[row])
             else:
                 record["token_advantages"] = advantages[row, :end]
-        records.append(record)
+            records.append(record)
     return records
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -28,13 +29,16 @@ class Rollout:
     Attributes:
         batch: the training batch of `models.policy.interfaces` without `advantages` and policy log-probabilities, plus
             `group` [B] int64 (index of the prompt in the rollout) and `rewards` [B] float32. Of environments with
-            turns also `turn_index` [B, T] and `turn_rewards` [B, K], see `advantages.turn_advantages`.
+            turns also `turn_index` [B, T] int64 (the turn of each trained token, from 1; else 0), `turn_rewards` [B, K]
+            and `num_turns` [B] int64.
         truncated: [B] bool, True for completions that ended at the length limit.
         prompts, completions: B texts each.
         metrics: metrics of the environment, without a prefix.
         failed: [B] bool, True for samples that the environment could not score. None: there are none.
         episodes: of environments with turns: a record of each sample's episode as JSON data, and behind them the
             records of episodes that dynamic sampling has replaced.
+        branches: further transcripts of the samples, as rows of a training batch with the row of their sample as
+            `sample` [R] int64. `branches.training_rows` joins them with `batch`. None: each sample has one transcript.
     """
 
     batch: BatchedDataDict
@@ -44,6 +48,7 @@ class Rollout:
     metrics: dict[str, float]
     failed: torch.Tensor | None = None
     episodes: list[dict[str, Any]] | None = None
+    branches: BatchedDataDict | None = None
 
     @property
     def scored(self) -> torch.Tensor:
@@ -57,8 +62,11 @@ class Rollout:
 
     @property
     def num_completion_tokens(self) -> torch.Tensor:
-        """Length of each completion in tokens, [B]."""
-        return self.batch["token_mask"].sum(dim=1)
+        """Sampled tokens of each sample, [B]."""
+        counts = self.batch["token_mask"].sum(dim=1)
+        if self.branches is not None:
+            counts = counts.index_add(0, self.branches["sample"], self.branches["token_mask"].sum(dim=1))
+        return counts
 
 
 class _GenerateOptions(TypedDict):
@@ -194,7 +202,18 @@ def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
         metrics=_weighted_mean([r.metrics for r in rollouts], sizes),
         failed=None if rollouts[0].failed is None else ~torch.cat([r.scored for r in rollouts]),
         episodes=None if rollouts[0].episodes is None else [e for r in rollouts for e in r.episodes or ()],
+        branches=_concatenate_branches(rollouts, sizes, pad_token_id),
     )
+
+
+def _concatenate_branches(rollouts: list[Rollout], sizes: list[int], pad_token_id: int) -> BatchedDataDict | None:
+    parts = []
+    for rollout, start in zip(rollouts, itertools.accumulate(sizes, initial=0)):
+        if rollout.branches is not None:
+            part = BatchedDataDict(dict(rollout.branches.get_dict()))
+            part["sample"] = part["sample"] + start
+            parts.append(part)
+    return BatchedDataDict.from_batches(parts, pad_value_dict={"input_ids": pad_token_id}) if parts else None
 
 
 def select(rollout: Rollout, rows: torch.Tensor) -> Rollout:
@@ -209,7 +228,22 @@ def select(rollout: Rollout, rows: torch.Tensor) -> Rollout:
         metrics=rollout.metrics,
         failed=None if rollout.failed is None else rollout.failed[indices],
         episodes=None if rollout.episodes is None else [rollout.episodes[i] for i in selected],
+        branches=_select_branches(rollout, indices),
     )
+
+
+def _select_branches(rollout: Rollout, indices: torch.Tensor) -> BatchedDataDict | None:
+    if rollout.branches is None:
+        return None
+    new_rows = torch.full((len(rollout.completions),), -1)
+    new_rows[indices] = torch.arange(len(indices))
+    samples = new_rows[rollout.branches["sample"]]
+    kept = (samples >= 0).nonzero().flatten()
+    if not len(kept):
+        return None
+    branches = rollout.branches.select_indices(kept)
+    branches["sample"] = samples[kept]
+    return branches
 
 
 def draw_seed(*parts: int | str) -> int:

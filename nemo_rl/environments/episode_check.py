@@ -32,7 +32,7 @@ _ODD_ACTIONS = (
     '<tool_call>\n{"name": "none", "arguments": {}}\n</tool_call>',
 )
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_NOT_THE_AUTHORS = ("/nemo_rl/environments/episode_", "/lib/python3")
+_NOT_THE_AUTHORS = ("/nemo_rl/environments/episode_", "/nemo_rl/environments/agent_", "/lib/python3")
 _MAX_SHOWN = 60
 
 

@@ -10,7 +10,8 @@ module needs nothing but the standard library.
 
 An environment is named as `package.module.name`. It is a class with `reset` and `step` (see `episode.Environment`), or
 one with one turn: a function `score(completion, answer) -> float`, or a class that scores batches of completions (see
-`interfaces.EnvironmentInterface`), of which all episodes share one object.
+`interfaces.EnvironmentInterface`), of which all episodes share one object; or an agent, which drives the model by
+itself (`agent.Agent`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_rl.distributed.workers.host import load_object
+from nemo_rl.environments.agent import Agent, ModelCall
+from nemo_rl.environments.agent_endpoint import AgentEndpoint
+from nemo_rl.environments.agent_episode import AgentEpisode
 from nemo_rl.environments.episode import Environment, Message, Turn
 from nemo_rl.environments.episode_calls import Reply, Request
 
@@ -95,7 +99,7 @@ class EpisodeHost:
         for episode in idle:
             with contextlib.suppress(Exception):
                 self._close(episode)
-        if isinstance(self._make, _BatchEpisodes):
+        if isinstance(self._make, _BatchEpisodes | _AgentEpisodes):
             self._make.shutdown()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -115,7 +119,8 @@ class EpisodeHost:
                 value = self._call(episode, request)
             except Exception as error:
                 seconds = time.perf_counter() - started
-                failure = f"{self.name}.{request.method} raised {type(error).__name__}: {error}"
+                method = "run" if isinstance(self._make, _AgentEpisodes) else request.method
+                failure = f"{self.name}.{method} raised {type(error).__name__}: {error}"
                 self._replies.put(Reply(number, None, seconds, failure, traceback.format_exc()))
             else:
                 if request.method != "close":
@@ -129,10 +134,14 @@ class EpisodeHost:
             self._close(episode)
             episode.environment = self._make()
             observation = self._result(episode.environment.reset(request.argument))
+            if isinstance(observation, ModelCall):
+                return _plain_call(observation)
             messages = None if observation is None else as_messages(observation, "reset")
             return {"messages": messages, "tools": list(self._result(episode.environment.tools()))}
         if episode.environment is None:
             raise RuntimeError("step was called before reset")
+        if isinstance(episode.environment, AgentEpisode):
+            return plain_turn(episode.environment.step(request.argument, request.usage))
         return plain_turn(self._result(episode.environment.step(request.argument)))
 
     def _close(self, episode: _Episode) -> None:
@@ -213,12 +222,34 @@ class _BatchEpisode(Environment):
         )
 
 
+class _AgentEpisodes:
+    """Makes the episodes of an agent, which share an endpoint."""
+
+    def __init__(self, make_agent: Callable[[], Agent]) -> None:
+        self._make_agent = make_agent
+        self._endpoint: AgentEndpoint | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Environment:
+        with self._lock:
+            if self._endpoint is None:
+                self._endpoint = AgentEndpoint()
+        return AgentEpisode(self._make_agent(), self._endpoint)
+
+    def shutdown(self) -> None:
+        with self._lock:
+            if self._endpoint is not None:
+                self._endpoint.close()
+
+
 def episode_maker(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     """Return a function that makes the object of a new episode of the environment `name`. See `EpisodeHost`."""
     target = load_object(name)
     if isinstance(target, type):
         if hasattr(target, "global_post_process_and_metrics"):
             return _BatchEpisodes(target(**config))
+        if issubclass(target, Agent):
+            return _AgentEpisodes(lambda: target(**config))
         missing = [method for method in ("reset", "step") if not callable(getattr(target, method, None))]
         if missing:
             raise TypeError(f"{name} is no environment: it has no method {' and no method '.join(missing)}")
@@ -259,13 +290,21 @@ def plain_turn(turn: object) -> dict[str, Any]:
     ended = bool(turn.done or turn.truncated)
     if turn.observation is None and not ended:
         raise TypeError("step returned a Turn without an observation that does not end the episode")
+    if isinstance(turn.observation, ModelCall):
+        read = _plain_call(turn.observation)
+    else:
+        read = {"messages": None if turn.observation is None else as_messages(turn.observation, "step")}
     return {
         "reward": reward,
-        "messages": None if turn.observation is None else as_messages(turn.observation, "step"),
+        **read,
         "done": bool(turn.done),
         "truncated": bool(turn.truncated),
         "info": {str(name): _number(value, f"info[{name!r}]") for name, value in turn.info.items()},
     }
+
+
+def _plain_call(call: ModelCall) -> dict[str, Any]:
+    return {"messages": list(call.messages), "tools": list(call.tools), "continues": call.continues}
 
 
 def _number(value: Any, what: str) -> float:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemo_rl import settings
+from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.jobs.model_files import (
     check_model_fits,
     check_model_name,
@@ -26,7 +28,6 @@ from nemo_rl.venvs import VenvPlan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
 
 _GIB = 2**30
@@ -127,7 +128,7 @@ class JobPlan:
     obstacle: str = ""
 
 
-def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
+def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
     """Plan a job. Raises the errors that the job would raise for invalid input.
 
     Args:
@@ -136,7 +137,8 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     """
     check_model_name(config.policy)
     roles = job_roles(config)
-    check_weight_route(config)
+    if isinstance(config, MasterConfig):
+        check_weight_route(config)
     ray_nodes = None
     if on_cluster:
         from nemo_rl.distributed.cluster.nodes import worker_nodes  # imports ray, which other plans do not need
@@ -156,15 +158,17 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     )
 
 
-def _placements(config: MasterConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
+def _placements(config: JobConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
     cluster = config.cluster
-    policy, generation = (role for role in roles if role.share)
+    in_bundles = [role for role in roles if role.share]
     if cluster.generation is None:
-        rows = _bundles(cluster, "", [policy, generation], assignment.policy)
+        rows = _bundles(cluster, "", in_bundles, assignment.policy)
     else:
+        policy, generation = in_bundles
         rows = _bundles(cluster, "", [policy], assignment.policy)
         rows += _bundles(cluster.generation, "generation ", [generation], assignment.generation)
-    rows.append(Placement("any node, no bundle", ", ".join(role.name for role in roles if not role.share)))
+    if outside := [role.name for role in roles if not role.share]:
+        rows.append(Placement("any node, no bundle", ", ".join(outside)))
     return rows
 
 
@@ -260,12 +264,14 @@ def _venv_states(roles: list[Role], plans: dict[str, VenvPlan], nodes: list[Node
     return states
 
 
-def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
-    policy = config.policy
+def _estimate_memory(config: JobConfig) -> MemoryEstimate | None:
+    policy = config.policy if isinstance(config, MasterConfig) else config.trained_policy
     model, count, source = _model_size(policy, use_gpus=config.cluster.for_generation.use_gpus)
     if count is None:
         return None
     training = policy.options.training_bytes(policy, count, config.cluster.num_workers)
+    if not isinstance(config, MasterConfig):
+        return MemoryEstimate(count, source, training, generation_weights=0, kv_cache=0)
     generation_bytes = _BYTES[policy.generation.precision or policy.precision]
     samples = config.num_samples_per_step
     workers = policy.generation.num_workers or config.cluster.for_generation.num_workers

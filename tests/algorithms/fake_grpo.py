@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class FakePolicy:
     skill: float = 0.3
     batches: list[BatchedDataDict] = field(default_factory=list)
     logprob_offset: float = 0.0
+    data_parallel_size: ClassVar[int] = 1
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
         return batch["generation_logprobs"] + self.logprob_offset * batch["token_mask"]
@@ -38,7 +39,7 @@ class FakePolicy:
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
         return torch.zeros_like(batch["generation_logprobs"])
 
-    def train(self, batch: BatchedDataDict, loss_fn: Any) -> TrainResult:
+    def train(self, batch: BatchedDataDict, loss_fn: Any, *, batch_size: int | None = None) -> TrainResult:
         self.batches.append(batch)
         self.skill += 0.01 * float(batch["advantages"].clamp(min=0).mean())
         return TrainResult({"loss": -self.skill, "grad_norm": 1.0})

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_rl.algorithms.advantages import STD_EPSILON, compute_advantages, group_has_signal, turn_advantages
+from nemo_rl.algorithms.advantages import STD_EPSILON, at_turns, compute_advantages, group_has_signal, turn_advantages
 from nemo_rl.algorithms.config import AdvantageConfig
 from nemo_rl.errors import EnvironmentFailure
 
@@ -217,7 +217,8 @@ def test_advantage_of_each_turn() -> None:
     rewards = torch.tensor([[1.0, 4.0], [3.0, 0.0], [5.0, 99.0]])
     index = torch.tensor([[1, 0, 2, 2], [1, 0, 2, 0], [0, 1, 1, 0]])
     groups = torch.zeros(3, dtype=torch.int64)
-    found = turn_advantages(rewards, index, groups, turns(discount=0.5))
+    num_turns = index.amax(dim=1)
+    found = at_turns(turn_advantages(rewards, num_turns, groups, turns(discount=0.5)), index)
     # Returns of turn 1: 1 + 0.5 * 4 = 3, 3, 5. Of turn 2: 4, 0; the third episode has none.
     first = [3 - (3 + 5) / 2, 3 - (3 + 5) / 2, 5 - 3]
     second = [4.0, -4.0]
@@ -227,17 +228,18 @@ def test_advantage_of_each_turn() -> None:
         [0, first[2], first[2], 0],
     ]
     torch.testing.assert_close(found, torch.tensor(expected))
-    masked = turn_advantages(rewards, index, groups, turns(discount=0.5), torch.tensor([1.0, 1.0, 0.0]))
+    mask = torch.tensor([1.0, 1.0, 0.0])
+    masked = turn_advantages(rewards, num_turns, groups, turns(discount=0.5), mask)
     torch.testing.assert_close(masked[:, 0], torch.tensor([0.0, 0.0, 0.0]))
     assert not masked[2].any()
 
 
 def test_turn_without_others_has_no_advantage() -> None:
     rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    index = torch.tensor([[1, 2], [1, 0]])
+    num_turns = torch.tensor([2, 1])
     groups = torch.zeros(2, dtype=torch.int64)
-    assert turn_advantages(rewards, index, groups, turns()).tolist() == [[1.0, 0.0], [-1.0, 0.0]]
-    assert turn_advantages(rewards, index, groups, turns(baseline="none")).tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert turn_advantages(rewards, num_turns, groups, turns()).tolist() == [[1.0, 0.0], [-1.0, 0.0]]
+    assert turn_advantages(rewards, num_turns, groups, turns(baseline="none")).tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
 @given(st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=2, max_size=6), st.booleans())
@@ -245,5 +247,5 @@ def test_one_turn_is_an_episode(rewards: list[float], normalize: bool) -> None:
     values = torch.tensor(rewards, dtype=torch.float64)
     groups = torch.arange(len(rewards)) // 2
     config = AdvantageConfig(normalize_std=normalize)
-    found = turn_advantages(values[:, None], torch.ones(len(rewards), 1, dtype=torch.int64), groups, config)
+    found = turn_advantages(values[:, None], torch.ones(len(rewards), dtype=torch.int64), groups, config)
     torch.testing.assert_close(found[:, 0], compute_advantages(values, groups, config))

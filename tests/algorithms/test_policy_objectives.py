@@ -12,7 +12,7 @@ import torch
 from test_loss_functions import Batch, apply, counts, make_batch
 
 from nemo_rl.algorithms.advantages import compute_advantages, overlong_penalties
-from nemo_rl.algorithms.config import AdvantageConfig, LossConfig, MasterConfig
+from nemo_rl.algorithms.config import AdvantageConfig, GRPOConfig, LossConfig, MasterConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES
 from nemo_rl.errors import ConfigError
@@ -259,6 +259,14 @@ def test_given_keys_override_the_recipe(tmp_path: Any) -> None:
 def test_invalid_combination_is_one_sentence(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(MasterConfig, None, overrides)
+
+
+def test_recipe_of_a_section_made_in_python() -> None:
+    config = MasterConfig(loss=LossConfig(recipe="dapo", clip_ratio_high=0.5), grpo=GRPOConfig(max_num_steps=7))
+    assert config.grpo.dynamic_sampling.enabled
+    assert (config.grpo.max_num_steps, config.loss.clip_ratio_high) == (7, 0.5)
+    assert config.loss.aggregation == "token"
+    assert MasterConfig(loss=LossConfig(kl_coef=0.5)).loss.kl_coef == 0.5
 
 
 def test_constant_length_defaults_to_the_completion_limit() -> None:

@@ -108,7 +108,7 @@ def record_calls(*overrides: str) -> list[str]:
             events.append("logprobs")
             return super().get_logprobs(batch)
 
-        def train(self, batch, loss_fn):
+        def train(self, batch, loss_fn, **options):
             events.append("train")
             return super().train(batch, loss_fn)
 

@@ -11,6 +11,7 @@ from fake_grpo import build
 from test_episodes import Countdown, FailsOn, all_left, one, problems
 from test_episodes import collect as collect  # a fixture
 
+from nemo_rl.algorithms.branches import training_rows
 from nemo_rl.algorithms.grpo import _samples
 from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import select
@@ -63,10 +64,11 @@ def test_advantages_of_tokens_are_kept() -> None:
 
 def test_failed_and_replaced_episodes(collect, tmp_path: Path) -> None:
     rollout = collect(problems(2, 3, 1), FailsOn, all_left, max_failed_fraction=0.5)
-    rollout.batch["advantages"] = torch.zeros(3)
     kept = dataclasses.replace(select(rollout, torch.tensor([0, 1])), episodes=rollout.episodes)
     kept.episodes[2]["outcome"] = "replaced: not needed"
-    records = rollout_records(kept, weights_version=5, environment="unused")
+    rows = training_rows(kept, num_parts=1, multiple_of=1, pad_token_id=0)
+    rows.batch["advantages"] = torch.zeros(2)
+    records = rollout_records(kept, rows, weights_version=5, environment="unused")
     trained, failed, replaced = records
     assert trained["environment"] == "game"
     assert trained["tokens"].tolist() == rollout.batch["input_ids"][0, : trained["num_tokens"]].tolist()

@@ -28,23 +28,34 @@ class TextArena(Environment):
     Args:
         game: Id of a game for one player, such as "GuessTheNumber-v0".
         options: Options of the game.
+        prompt: What the model reads first. None: the rules of the game, which are long.
+        action_format: What the game receives, with `{}` for the action: "[{}]" for a model that writes no brackets.
     """
 
-    def __init__(self, game: str, *, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        game: str,
+        *,
+        options: dict[str, Any] | None = None,
+        prompt: str | None = None,
+        action_format: str = "{}",
+    ) -> None:
         # Only the plain form tells each message once; others repeat the whole history in every observation.
         self._id = game if game.endswith("-raw") else f"{game}-raw"
         self._options = options or {}
+        self._prompt, self._action_format = prompt, action_format
         self._random_state: Any = None
 
     def reset(self, problem: dict[str, Any]) -> str:
         with self._own_random_numbers():
             self._game = textarena.make(self._id, **self._options)
             self._game.reset(num_players=1, seed=problem["seed"] % 2**32)
-            return self._observation()
+            rules = self._observation()
+        return rules if self._prompt is None else self._prompt
 
     def step(self, action: str) -> Turn:
         with self._own_random_numbers():
-            done, _ = self._game.step(action)
+            done, _ = self._game.step(self._action_format.format(action))
             if not done:
                 return Turn(observation=self._observation())
             rewards, _ = self._game.close()

@@ -99,9 +99,19 @@ class PolicyInterface(ABC):
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
         """Return log-probabilities under the initial weights of the run, which the first call loads."""
 
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of workers that a batch is divided among; the rows of an optimizer step are a multiple of it."""
+        return 1
+
     @abstractmethod
-    def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
-        """Take one optimizer step per `train_global_batch_size` samples of the batch, in the batch's order.
+    def train(self, batch: BatchedDataDict, loss_fn: LossFunction, *, batch_size: int | None = None) -> TrainResult:
+        """Take one optimizer step per `batch_size` rows of the batch, in the batch's order.
+
+        Args:
+            batch: the training batch.
+            loss_fn: the loss.
+            batch_size: rows per optimizer step. None: `policy.train_global_batch_size`, or all rows.
 
         Raises:
             NonFiniteError: a loss or gradient norm is not finite. The weights are as before that optimizer step.

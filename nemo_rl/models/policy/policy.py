@@ -139,9 +139,13 @@ class Policy(PolicyInterface):
         in_order[torch.tensor(order)] = logprobs
         return in_order
 
-    def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
+    @property
+    def data_parallel_size(self) -> int:
+        return self._dp_size
+
+    def train(self, batch: BatchedDataDict, loss_fn: LossFunction, *, batch_size: int | None = None) -> TrainResult:
         self._end_offer()
-        batch_size = self._config.train_global_batch_size or batch.size
+        batch_size = batch_size or self._config.train_global_batch_size or batch.size
         shards, _ = self._shard(batch, batch_size)
         local_batch_size = batch_size // self._dp_size
         results = self._on_shards("train", shards, loss_fn=loss_fn, local_batch_size=local_batch_size)

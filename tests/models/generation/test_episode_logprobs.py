@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import openai
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from nemo_rl.algorithms.rollouts import Rollout
 from nemo_rl.data.config import DataConfig
 from nemo_rl.data.transcripts import TranscriptRenderer
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.environments.agent import Agent, Model
 from nemo_rl.environments.config import EpisodeLimits
 from nemo_rl.environments.episode import Environment, Turn
 from nemo_rl.environments.episode_host import EpisodeHost
@@ -44,20 +46,48 @@ class Echo(Environment):
         return Turn(float(len(action)), f"{len(action)} letters", done=self.turn > self.seed % 3)
 
 
+class EchoAgent(Agent):
+    """The same game, played by requests to the model; asks two questions more, which branch off, if `branches`."""
+
+    def __init__(self, delay_s: float = 0.0, *, branches: bool = False) -> None:
+        self.game, self.branches = Echo(delay_s), branches
+
+    def run(self, problem: dict[str, Any], model: Model) -> float:
+        with openai.OpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0) as api:
+
+            def ask(messages: list[Any]) -> Any:
+                return api.chat.completions.create(model=model.name, messages=messages).choices[0].message
+
+            messages: list[Any] = [{"role": "user", "content": self.game.reset(problem)}]
+            messages.append(ask(messages))
+            first, reward, done = messages[:], 0.0, False
+            while not done:
+                turn = self.game.step(messages[-1].content)
+                reward, done = reward + turn.reward, turn.done
+                if not done:
+                    messages.append({"role": "user", "content": turn.observation})
+                    messages.append(ask(messages))
+            if self.branches:
+                ask([*first, {"role": "user", "content": "again"}])
+                ask([{"role": "user", "content": "summary"}])
+        return reward
+
+
 @dataclass
 class InProcess:
     """The streaming interface of generation, on one engine in this process."""
 
     generator: TorchGenerator
+    max_concurrent_calls = 1
 
     def stream(self, prompts: BatchedDataDict, *, rows: list[int], **options: Any) -> Iterator:
         yield from self.generator.stream(GenerationRequest.for_prompts(prompts, rows=rows, **options))
 
 
-def collect(model: Any, *, chat: bool, delay_s: float = 0.0) -> Rollout:
+def collect(model: Any, *, chat: bool, environment: type = Echo, **config: Any) -> Rollout:
     model.tokenizer.chat_template = CHATML if chat else None
     generator = model.generator(max_new_tokens=6, max_sequence_length=200)
-    host = EpisodeHost(f"{__name__}.Echo", {"delay_s": delay_s})
+    host = EpisodeHost(f"{__name__}.{environment.__name__}", config)
     collector = EpisodeCollector(
         {"echo": host},
         {"echo": EpisodeLimits()},
@@ -89,6 +119,11 @@ def test_logprobs_of_all_turns_match_one_forward_pass(tiny, name: str, chat: boo
     model = tiny(name)
     batch = collect(model, chat=chat).batch
     assert len(set(batch["input_lengths"].tolist())) > 1
+    assert_logprobs_match(model, batch)
+
+
+def assert_logprobs_match(model: Any, batch: BatchedDataDict) -> None:
+    """Compare the log-probabilities of generation with those of one forward pass over each row."""
     for ids, length, mask, logprobs in zip(
         batch["input_ids"], batch["input_lengths"], batch["token_mask"], batch["generation_logprobs"], strict=True
     ):
@@ -97,6 +132,29 @@ def test_logprobs_of_all_turns_match_one_forward_pass(tiny, name: str, chat: boo
             expected = model.model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
         expected = expected.gather(1, ids[1:, None])[:, 0][sampled[1:]]
         torch.testing.assert_close(logprobs[:length][sampled], expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_agent_plays_as_an_environment_does(tiny, chat: bool) -> None:
+    """Requests of an agent have the tokens, draws and log-probabilities of the same game as an environment."""
+    model = tiny("llama")
+    played, driven = collect(model, chat=chat), collect(model, chat=chat, environment=EchoAgent)
+    assert driven.completions == played.completions
+    assert driven.rewards.tolist() == played.rewards.tolist()
+    assert driven.branches is None
+    for key in ("input_ids", "token_mask", "turn_index", "generation_logprobs"):
+        torch.testing.assert_close(driven.batch[key], played.batch[key])
+
+
+def test_logprobs_of_branches_match_one_forward_pass(tiny) -> None:
+    model = tiny("llama")
+    rollout = collect(model, chat=True, environment=EchoAgent, branches=True)
+    assert rollout.branches is not None
+    # In a game with one turn, "again" follows the last action, so it is no branch.
+    assert rollout.branches["sample"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
+    assert (rollout.branches["token_mask"].sum(dim=1) > 0).all()
+    assert_logprobs_match(model, rollout.batch)
+    assert_logprobs_match(model, rollout.branches)
 
 
 def test_waves_do_not_change_the_draws(tiny) -> None:

@@ -21,6 +21,8 @@ def test_options_are_validated() -> None:
     options = load_config(MasterConfig, None, overrides).policy.generation.options
     assert isinstance(options, VllmOptions)
     assert options.workers_per_replica == 2
+    assert options.max_concurrent_calls == 1  # the ranks of a tied group must take the same steps
+    assert VllmOptions().max_concurrent_calls > 1
     with pytest.raises(ConfigError, match="did you mean tensor_parallel_size"):
         load_config(
             MasterConfig, None, ["policy.generation.backend=vllm", "policy.generation.options.tensor_paralel=2"]
