@@ -252,6 +252,11 @@ def test_command_line_and_registry_import_no_heavy_package(module: str) -> None:
     assert not {"ray", "torch", "transformers", "pydantic"} & imports_of(module)
 
 
+def test_job_is_checked_and_planned_without_ray_and_torch() -> None:
+    """A job imports them while Ray's processes start."""
+    assert not {"ray", "torch", "transformers"} & imports_of("nemo_rl.jobs.grpo_job", "nemo_rl.jobs.plan")
+
+
 def test_driver_imports_neither_vllm_nor_megatron() -> None:
     """The driver must not need them, even if its venv holds them."""
     loaded = imports_of(

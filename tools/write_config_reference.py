@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.jobs.curate_math import CurateConfig
 from nemo_rl.utils.config import ConfigModel, KeyInfo, iter_keys
 
@@ -19,7 +20,7 @@ HEAD = """\
 
 <!-- Written by tools/write_config_reference.py from the typed configuration: change that and run the tool. -->
 
-This page lists every configuration key of both jobs. A job reads a YAML file (`--config FILE`) and overrides
+This page lists every configuration key of all jobs. A job reads a YAML file (`--config FILE`) and overrides
 (`section.key=value`), which take precedence over the file. A file may extend another one with `defaults: other.yaml`,
 or several with `defaults: [a.yaml, b.yaml]`, where later files take precedence. Unknown keys and values of the wrong
 type are errors that name the key and the nearest valid one. `--help` prints the same list
@@ -37,6 +38,7 @@ policy:
 
 JOBS: list[tuple[str, str, type[ConfigModel]]] = [
     ("GRPO", "Keys of `examples/run_grpo_math.py`.", MasterConfig),
+    ("Supervised fine-tuning", "Keys of `examples/run_sft.py`.", SFTJobConfig),
     ("Curation", "Keys of `examples/run_curate_math.py`.", CurateConfig),
 ]
 # Subsections with a heading of their own.

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from nemo_rl.algorithms.batch_sizes import check_batch_sizes
 from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
 from nemo_rl.environments.config import EnvironmentConfig
-from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyConfig
+from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.observability.logger_config import LoggerConfig
 from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
@@ -311,26 +312,10 @@ class MasterConfig(ConfigModel):
                 f"data.max_prompt_length ({prompt}) + policy.generation.max_new_tokens ({new}) exceeds "
                 f"policy.max_sequence_length ({self.policy.max_sequence_length})"
             )
-        batching = self.policy.batching
-        longest = self.policy.max_sequence_length
-        if batching.mode == "packed":  # dynamic batching does not round beyond the width of the batch
-            longest = -(-longest // batching.length_multiple) * batching.length_multiple
-        if batching.mode != "fixed" and batching.max_tokens < longest:
-            raise ValueError(
-                f"policy.batching.max_tokens ({batching.max_tokens}) is less than one sequence of "
-                f"policy.max_sequence_length ({longest} tokens, in mode packed rounded up to "
-                "policy.batching.length_multiple)"
-            )
-        samples = self.num_samples_per_step
-        per_update = self.policy.train_global_batch_size or samples
-        if samples % per_update:
-            raise ValueError(
-                f"grpo.num_prompts_per_step x grpo.num_generations_per_prompt ({samples}) is not a multiple of "
-                f"policy.train_global_batch_size ({per_update})"
-            )
-        shards = self.policy.options.layout(self.cluster.num_workers).get_axis_size(DATA_PARALLEL)
-        if per_update % shards:
-            raise ValueError(
-                f"{per_update} samples per optimizer step cannot be split evenly over {shards} data-parallel workers"
-            )
+        check_batch_sizes(
+            self.policy,
+            self.num_samples_per_step,
+            self.cluster.num_workers,
+            key="grpo.num_prompts_per_step x grpo.num_generations_per_prompt",
+        )
         return self

@@ -7,6 +7,8 @@ replies arrive from other threads as events.
 from __future__ import annotations
 
 import contextlib
+import heapq
+import math
 import queue
 import threading
 import time
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationResult
 
-# Fraction of the last wave's time that the first ready transcript waits for others.
+# Where one wave runs at a time: fraction of the last one's time that the first ready transcript waits for others.
 _PATIENCE = 0.25
 
 
@@ -41,14 +43,15 @@ class Parts(Protocol):
     renderer: TranscriptRenderer
     max_tokens: dict[str, int]
     max_retries: int
-    patience_s: float
+    wave_s: float
 
 
 @dataclass(frozen=True)
 class WaveResult:
-    """Tells a loop what a wave has sampled; without a result, that the wave has ended."""
+    """Tells a loop what a wave, which has `started` then, has sampled; without a result, that the wave has ended."""
 
     loop: EpisodeLoop
+    started: float
     episodes: list[Episode] = field(default_factory=list)
     result: GenerationResult | None = None
 
@@ -76,7 +79,7 @@ class EpisodeLoop:
         numbers: Numbers that no episode has.
 
     Attributes:
-        generation_s: Seconds during which a wave ran.
+        generation_s: Seconds during which at least one wave ran.
     """
 
     def __init__(
@@ -91,17 +94,18 @@ class EpisodeLoop:
         self._events, self._numbers = events, numbers
         self._by_number = {episode.number: episode for episode in episodes}
         self._num_open = len(episodes)
+        self._ready: dict[int, Episode] = {}  # by row, the longest waiting first
+        self._num_sampling = 0
+        self._deadlines: list[tuple[float, int, int]] = []  # a heap of (time, row, attempt)
         self._stopped = False
-        self._is_sampling = False
-        self._wave_started = 0.0
+        self._num_waves = 0  # that run
+        self._last_start = self._busy_since = 0.0
         self.generation_s = 0.0
 
     def run(self) -> None:
         """Play all episodes to their end. Raises the first error of generation or of an environment's worker."""
-        for episode in self._episodes:
-            episode.begin()
         try:
-            self._submit(self._episodes, "reset")
+            self._begin(self._episodes)
             while self._num_open:
                 with contextlib.suppress(queue.Empty):
                     self._handle(self._events.get(timeout=self._time_to_wait()))
@@ -121,40 +125,53 @@ class EpisodeLoop:
             self._on_reply(event)
         elif event.loop is self:  # else: of a rollout that ended with an error
             if event.result is None:
-                self._on_wave_end()
+                self._on_wave_end(event.started)
             else:
                 self._on_sampled(event.episodes, event.result)
 
     def _time_to_wait(self) -> float:
         """Seconds until a wave may start or a time limit is reached."""
-        now, wait = time.monotonic(), 60.0
-        if not self._is_sampling:
-            since = [episode.ready_since for episode in self._episodes if episode.state == "ready"]
-            if since:
-                wait = min(since) + self._parts.patience_s - now
-        for episode in self._episodes:
-            limit = self._limits(episode).timeout_s
-            if limit is not None and episode.state in ("environment", "ready"):
-                wait = min(wait, episode.started + limit - now)
-        return max(wait, 0.0)
+        times = [time.monotonic() + 60.0]
+        if self._ready and self._num_waves < self._max_waves:
+            times.append(self._wave_time())
+        if self._deadlines:
+            times.append(self._deadlines[0][0])
+        return max(min(times) - time.monotonic(), 0.0)
 
     # --- generation --------------------------------------------------------------------------------------------------
 
+    @property
+    def _max_waves(self) -> int:
+        return self._parts.generation.max_concurrent_calls
+
+    def _wave_time(self) -> float:
+        """Return when the next wave may start, if others may still become ready."""
+        if self._max_waves == 1:
+            first = next(iter(self._ready.values()))
+            return first.ready_since + _PATIENCE * self._parts.wave_s
+        # Evenly spaced waves: the last of the calls is not taken before the first one ends.
+        return self._last_start + self._parts.wave_s / self._max_waves
+
     def _start_wave(self) -> None:
         """Sample the next actions if it is time to."""
-        ready = [episode for episode in self._episodes if episode.state == "ready"]
-        if self._is_sampling or not ready:
+        if not self._ready or self._num_waves >= self._max_waves:
             return
         now = time.monotonic()
-        others_come = any(episode.state == "environment" for episode in self._episodes)
-        if others_come and now < min(episode.ready_since for episode in ready) + self._parts.patience_s:
+        others_come = self._num_open > len(self._ready) + self._num_sampling
+        if others_come and now < self._wave_time():
             return
-        for episode in ready:
+        episodes = list(self._ready.values())
+        self._ready.clear()
+        for episode in episodes:
             episode.state = "sampling"
-        self._wave_started, self._is_sampling = now, True
-        threading.Thread(target=self._sample, args=[ready], name="episodes: wave", daemon=True).start()
+        self._num_sampling += len(episodes)
+        if not self._num_waves:
+            self._busy_since = now
+        self._num_waves += 1
+        self._last_start = now
+        threading.Thread(target=self._sample, args=[now, episodes], name="episodes: wave", daemon=True).start()
 
-    def _sample(self, episodes: list[Episode]) -> None:
+    def _sample(self, started: float, episodes: list[Episode]) -> None:
         """Run one wave, in a thread of its own."""
         try:
             transcripts = [episode.context() for episode in episodes]
@@ -168,19 +185,21 @@ class EpisodeLoop:
             for positions, result in self._parts.generation.stream(prompts, rows=rows, **self._options):
                 if self._stopped:
                     return
-                self._events.put(WaveResult(self, [episodes[position] for position in positions], result))
-            self._events.put(WaveResult(self))
+                self._events.put(WaveResult(self, started, [episodes[position] for position in positions], result))
+            self._events.put(WaveResult(self, started))
         except BaseException as error:
             if not self._stopped:
                 self._events.put(error)
 
-    def _on_wave_end(self) -> None:
-        self._is_sampling = False
-        wave_s = time.monotonic() - self._wave_started
-        self.generation_s += wave_s
-        self._parts.patience_s = _PATIENCE * wave_s
+    def _on_wave_end(self, started: float) -> None:
+        now = time.monotonic()
+        self._parts.wave_s = now - started
+        self._num_waves -= 1
+        if not self._num_waves:
+            self.generation_s += now - self._busy_since
 
     def _on_sampled(self, episodes: list[Episode], result: GenerationResult) -> None:
+        self._num_sampling -= len(episodes)
         starts, ends = result.prompt_lengths.tolist(), result.output_lengths.tolist()
         for index, episode in enumerate(episodes):
             end = min(ends[index], self._max_tokens(episode))
@@ -197,9 +216,21 @@ class EpisodeLoop:
                 "truncated": is_cut or bool(result.truncated[index]),
             }
             episode.state = "environment"
-        self._submit(episodes, "step")
+        now = time.monotonic()
+        late = [episode for episode in episodes if now >= self._deadline(episode)]
+        for episode in late:
+            self._end(episode, "timeout_s")
+        self._submit([episode for episode in episodes if episode.state == "environment"], "step")
 
     # --- environments ------------------------------------------------------------------------------------------------
+
+    def _begin(self, episodes: Sequence[Episode]) -> None:
+        for episode in episodes:
+            episode.begin()
+            deadline = self._deadline(episode)
+            if deadline < math.inf:
+                heapq.heappush(self._deadlines, (deadline, episode.row, episode.attempts))
+        self._submit(episodes, "reset")
 
     def _submit(self, episodes: Sequence[Episode], method: Literal["reset", "step", "close"]) -> None:
         requests: dict[str, list[Request]] = {}
@@ -230,8 +261,7 @@ class EpisodeLoop:
         if episode.attempts > self._parts.max_retries:
             self._end(episode, "failed")
             return
-        episode.begin()
-        self._submit([episode], "reset")
+        self._begin([episode])
 
     def _on_reset(self, episode: Episode, value: Mapping[str, Any]) -> None:
         messages, tools = value["messages"], value["tools"]
@@ -289,22 +319,33 @@ class EpisodeLoop:
     def _await_action(self, episode: Episode) -> None:
         episode.state = "ready"
         episode.ready_since = time.monotonic()
+        self._ready[episode.row] = episode
+
+    def _deadline(self, episode: Episode) -> float:
+        limit = self._limits(episode).timeout_s
+        return math.inf if limit is None else episode.started + limit
 
     def _end_late_episodes(self) -> None:
-        now = time.monotonic()
-        for episode in self._episodes:
-            limit = self._limits(episode).timeout_s
-            if limit is not None and episode.state in ("environment", "ready") and now >= episode.started + limit:
-                # Without an action there is nothing to train on, and nothing that the model could have done.
-                if episode.num_turns:
-                    self._end(episode, "timeout_s")
-                else:
-                    # A late reply must not be taken for one of the next attempt.
-                    self._submit([episode], "close")
-                    del self._by_number[episode.number]
-                    episode.number = next(self._numbers)
-                    self._by_number[episode.number] = episode
-                    self._on_failure(episode, f"env.{episode.environment}: no action within timeout_s={limit:g}")
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, row, attempt = heapq.heappop(self._deadlines)
+            episode = self._episodes[row]
+            # An episode whose action is being sampled ends when it has its action.
+            if episode.attempts == attempt and episode.state in ("environment", "ready"):
+                self._ready.pop(row, None)
+                self._on_late(episode)
+
+    def _on_late(self, episode: Episode) -> None:
+        # Without an action there is nothing to train on, and nothing that the model could have done.
+        if episode.num_turns:
+            self._end(episode, "timeout_s")
+            return
+        # A late reply must not be taken for one of the next attempt.
+        self._submit([episode], "close")
+        del self._by_number[episode.number]
+        episode.number = next(self._numbers)
+        self._by_number[episode.number] = episode
+        limit = self._limits(episode).timeout_s
+        self._on_failure(episode, f"env.{episode.environment}: no action within timeout_s={limit:g}")
 
     def _end(self, episode: Episode, reason: Reason) -> None:
         episode.state, episode.reason = "ended", reason

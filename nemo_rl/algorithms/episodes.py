@@ -8,8 +8,9 @@
 
 A wave is one call of generation that samples the next action of every transcript that is ready. While it runs, the
 environments work on the actions of earlier waves, and those of the running one as they arrive. So a slow environment
-delays its own episodes only. The next wave starts when no further observation is on its way, or when the first ready
-transcript has waited for a quarter of the time that the last wave took.
+delays its own episodes only. Waves overlap where generation runs several calls at a time (n): the next one starts when
+no further observation is on its way, or 1/n of a wave's time after the start of the last one. With n=1 it starts after
+the end of the last one, when the first ready transcript has waited for a quarter of the time that the last wave took.
 
 A transcript is token ids. What was sampled stays as it was sampled (`nemo_rl.data.transcripts`); all else is masked. An
 agent may have several transcripts in one episode, its branches (`nemo_rl.environments.agent`).
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.interfaces import GenerationInterface
     from nemo_rl.observability.timer import Timer
 
-_FIRST_PATIENCE_S = 0.1
+_FIRST_WAVE_S = 0.4
 _POLL_S = 0.5
 _MAX_REASONS = 3
 
@@ -90,7 +91,7 @@ class EpisodeCollector:
         self.max_tokens = {
             name: min(limit.max_tokens or max_sequence_length, max_sequence_length) for name, limit in limits.items()
         }
-        self.patience_s = _FIRST_PATIENCE_S
+        self.wave_s = _FIRST_WAVE_S  # the time that the last wave took
         self._pad_token_id, self._max_failed_fraction = pad_token_id, max_failed_fraction
         self._numbers = itertools.count()
         self._events: Events = queue.SimpleQueue()

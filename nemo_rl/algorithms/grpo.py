@@ -14,11 +14,10 @@ with `grpo.max_trajectory_age` it produces rollouts while the policy trains.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,9 +38,9 @@ from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import Rollout
-from nemo_rl.errors import CheckpointError, ConfigError, LogprobMismatchError, sentence
+from nemo_rl.algorithms.training_loop import MetricRecorder, check_metric_names, checkpoint_remedies
+from nemo_rl.errors import ConfigError, LogprobMismatchError
 from nemo_rl.observability.timer import Timer
-from nemo_rl.utils.names import did_you_mean
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.episodes import EpisodeCollector
@@ -53,10 +52,8 @@ if TYPE_CHECKING:
     from nemo_rl.utils.checkpoint import Checkpoint, CheckpointStore
 
 
-class Recorder(Protocol):
+class Recorder(MetricRecorder, Protocol):
     """Receives the metrics and samples of a run."""
-
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None: ...
 
@@ -67,19 +64,8 @@ class Recorder(Protocol):
 
 def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
     """Move the loader to the position in a checkpoint. Raises `CheckpointError` if it belongs to other data."""
-    with _remedies(checkpoint):
+    with checkpoint_remedies(checkpoint):
         loader.load_state_dict(checkpoint.state()["rollouts"]["loader"])
-
-
-@contextlib.contextmanager
-def _remedies(checkpoint: Checkpoint) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{sentence(error)}. If the checkpoint is damaged, remove {checkpoint.path}: the run resumes from the "
-            "previous checkpoint. If it belongs to another run, set another checkpointing.checkpoint_dir"
-        ) from error
 
 
 @dataclass
@@ -133,7 +119,7 @@ class GRPO:
         Raises:
             CheckpointError: the checkpoint cannot be loaded.
         """
-        with _remedies(checkpoint):
+        with checkpoint_remedies(checkpoint):
             state = checkpoint.state()
             self.policy.load_checkpoint(checkpoint.path / "policy")
             self._pipeline.load(checkpoint.path, state["rollouts"])
@@ -337,10 +323,7 @@ class GRPO:
         named = {"checkpointing.metric_name": self.config.checkpointing.metric_name}
         if self.config.grpo.early_stop is not None:
             named["grpo.early_stop.metric"] = self.config.grpo.early_stop.metric
-        for key, name in named.items():
-            if name not in measured:
-                hint = did_you_mean(name, measured)
-                raise ConfigError(f"{key}={name} is not measured.{hint} Measured: {', '.join(sorted(measured))}.")
+        check_metric_names(named, measured)
 
     def _save(self) -> None:
         if self.checkpoints is None:

@@ -273,6 +273,39 @@ class ClippedPGLoss:
         return weights, metrics, raw
 
 
+class NLLLoss:
+    """Computes the negative log-likelihood, averaged over all tokens in the loss of the optimizer batch.
+
+    The average counts every token of the batch once, as `transformers.Trainer` does with `num_items_in_batch`: neither
+    the number of workers nor the size of micro-batches, nor how tokens are distributed over samples, changes it.
+
+    Example:
+        >>> import torch
+        >>> batch = {"token_mask": torch.tensor([[0.0, 1.0, 1.0]]), "sample_mask": torch.ones(1)}
+        >>> loss, _ = NLLLoss()(torch.tensor([[0.0, -1.0, -3.0]]), batch, torch.tensor(2), torch.tensor(1))
+        >>> loss.item()
+        2.0
+    """
+
+    def __call__(
+        self,
+        logprobs: torch.Tensor,
+        batch: Mapping[str, Any],
+        global_num_tokens: torch.Tensor,
+        global_num_samples: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss of one micro-batch. See `LossFunction` for the arguments.
+
+        Raises:
+            ValueError: the batch lacks a mask, or a mask has the wrong shape.
+        """
+        mask = _field(batch, "token_mask", "the loss", logprobs.shape, logprobs)[:, 1:]
+        mask = mask * _field(batch, "sample_mask", "the loss", logprobs.shape[:1], logprobs)[:, None]
+        # Masked positions (padding may hold -inf) must reach neither the value nor the gradient.
+        losses = -torch.where(mask > 0, logprobs[:, 1:], 0.0)
+        return (losses * mask).sum() / torch.clamp(global_num_tokens.to(logprobs.device), min=1), {}
+
+
 def kl_estimates(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
     """Estimate KL(pi || pi_ref) of each token from samples of pi; see `ClippedPGLoss` for the formulas and bounds.
 

@@ -64,7 +64,7 @@ def doctor(cluster: Cluster = False, address: Address = None, json: Json = False
 
 def plan(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="YAML configuration of a GRPO job, or a recipe's name.")
+        str, typer.Argument(metavar="CONFIG", help="YAML configuration of a training job, or a recipe's name.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     cluster: Cluster = False,
@@ -74,14 +74,13 @@ def plan(
     """Show what a job would do without starting it: workers, venvs to build, placements, memory."""
     from rich.console import Console
 
-    from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.cli import display
     from nemo_rl.jobs.command_line import config_path
+    from nemo_rl.jobs.job_config import load_job_config
     from nemo_rl.jobs.plan import make_plan
     from nemo_rl.jobs.plan_view import print_plan
-    from nemo_rl.utils.config import load_config
 
-    checked = load_config(MasterConfig, config_path(config), overrides or [])
+    checked = load_job_config(config_path(config), overrides or [])
     with _quiet_standard_output(), contextlib.ExitStack() as stack:
         if cluster or address is not None:
             from nemo_rl.cli.cluster_checks import joined_cluster

@@ -15,15 +15,17 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.data.config import DataConfig
 from nemo_rl.data.datasets import open_dataset
 from nemo_rl.data.problem import ProblemDataset
+from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.config import EnvironmentEntry
 from nemo_rl.environments.episode_check import problem_record
 from nemo_rl.environments.episode_process import EpisodeProcess
-from nemo_rl.environments.registry import entry_fqn, entry_python, environment_fqn, registered_environments
-from nemo_rl.errors import ConfigError, EnvironmentFailure, IncompatibleVenvError, NemoRLError, VenvError
+from nemo_rl.environments.registry import entry_fqn, environment_fqn, python_fields, registered_environments
+from nemo_rl.errors import ConfigError, EnvironmentFailure, NemoRLError
 from nemo_rl.jobs.command_line import config_path
+from nemo_rl.jobs.roles import plan_python
 from nemo_rl.utils.config import ConfigModel, load_config
 from nemo_rl.utils.names import suggest_or_list
-from nemo_rl.venvs import DriverVersions, Progress, Spec, VenvSpec, ensure, plan, spec_from_runtime_env
+from nemo_rl.venvs import DriverVersions, Progress, Spec, ensure
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,22 @@ class EnvironmentTarget:
         return f"env.{self.name}" if self.source == "configuration" else self.name
 
     @property
-    def py_executable(self) -> str:
-        """The py_executable of its code; with `own_process`, of the child process of its workers."""
-        return entry_python(self.entry.model_copy(update={"own_process": False}))
-
-    @property
     def expected(self) -> DriverVersions | None:
         """The versions that its Python must have; None for those of this process."""
         return DriverVersions.any() if self.entry.own_process else None
 
     def spec(self) -> Spec:
         """Return what its venv holds. Raises `ConfigError` or `RuntimeEnvError` if Ray would create its Python."""
-        if not self.entry.runtime_env:
-            return spec_from_runtime_env({}, self.py_executable)
-        from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, ray_chooses_python
-
-        fields = checked_runtime_env(self.entry.runtime_env, f"runtime_env of {self.label}", self.entry.py_executable)
+        entry = self.entry
+        fields = python_fields(
+            self.label, self.fqn, entry.py_executable, entry.runtime_env, own_process=entry.own_process
+        )
         if ray_chooses_python(fields):
             raise ConfigError(
                 f"runtime_env of {self.label} has {', '.join(fields)}: Ray creates this Python when a job starts, so "
                 "it cannot be used here. Use pip, uv or py_executable instead"
             )
-        return spec_from_runtime_env(fields, fields.get("py_executable") or self.py_executable)
+        return named_spec(self.fqn, fields)[1]
 
     def problems(self) -> ProblemDataset:
         """Open its training problems. Raises `ConfigError` or `DataError`."""
@@ -145,15 +141,7 @@ def prepare(target: EnvironmentTarget, progress: Callable[[str, Progress], None]
     Raises:
         VenvError: The venv cannot be built, or workers cannot run in it.
     """
-    spec = target.spec()
-    option = f"Or set own_process=true for {target.label}: then its code runs in a child process of its workers."
-    try:
-        venv_plan = plan(spec, expected=target.expected)
-        venv_plan.check_compatible()
-    except IncompatibleVenvError as error:
-        raise IncompatibleVenvError(f"{error} {option}") from None
-    if target.expected is None and isinstance(spec, VenvSpec) and venv_plan.ray is None:
-        raise VenvError(f"the venv of {target.label} ({spec}) has no ray, which its workers need. Add ray. {option}")
+    venv_plan = plan_python(target.label, target.spec(), own_process=target.entry.own_process)
     name = f"environment-{target.name}"
 
     def report(event: Progress) -> None:
@@ -204,5 +192,5 @@ def state_of(target: EnvironmentTarget) -> tuple[str, str]:
     try:
         spec = target.spec()
     except NemoRLError as error:
-        return target.py_executable, f"not known: {error}"
+        return target.entry.py_executable or "", f"not known: {error}"
     return short_python(str(spec)), venv_state(spec, target.expected)[0]

@@ -1,4 +1,4 @@
-"""`nemo-rl grpo` and `nemo-rl curate` run the jobs of this package, like the scripts in examples/."""
+"""`nemo-rl grpo`, `nemo-rl sft` and `nemo-rl curate` run the jobs of this package, like the scripts in examples/."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def add_commands(app: typer.Typer) -> None:
     """Register the commands of this module in `app`."""
     app.command(context_settings=_PASS_ON)(grpo)
+    app.command(context_settings=_PASS_ON)(sft)
     app.command(context_settings=_PASS_ON)(curate)
 
 
 def grpo(context: typer.Context) -> None:
     """Train a model with GRPO: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
     from nemo_rl.jobs.grpo_job import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
+
+
+def sft(context: typer.Context) -> None:
+    """Fine-tune a model on conversations: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
+    from nemo_rl.jobs.sft_job import main
 
     raise typer.Exit(main(context.args, program=context.command_path))
 

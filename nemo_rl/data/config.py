@@ -10,17 +10,23 @@ from pydantic import Field, field_validator
 from nemo_rl.utils.config import ConfigModel
 
 
-class DatasetConfig(ConfigModel):
-    """Where problems come from. Without a path: the embedded generator of arithmetic problems."""
+class RecordsConfig(ConfigModel):
+    """Where records come from."""
 
     path: str | None = Field(
         None, description="JSONL or Parquet file, or a Hugging Face data set (local directory or hub name)."
     )
+    kind: str = Field("auto", description="auto (by path), jsonl, parquet or huggingface.")
+    split: str | None = Field(None, description="Split of a Hugging Face data set.")
+    name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")
+
+
+class DatasetConfig(RecordsConfig):
+    """Where problems come from. Without a path: the embedded generator of arithmetic problems."""
+
     kind: str = Field(
         "auto", description="auto (by path), arithmetic, seeds, jsonl, parquet, huggingface, or a registered name."
     )
-    split: str | None = Field(None, description="Split of a Hugging Face data set.")
-    name: str | None = Field(None, description="Configuration name of a Hugging Face data set.")
     prompt_key: str = Field("problem", description="Column with the prompt: text, or a list of chat messages.")
     answer_key: str = Field("answer", description="Column with the expected answer.")
     answer_pattern: str | None = Field(
@@ -77,3 +83,47 @@ class DataConfig(ConfigModel):
         "sampled.",
     )
     apply_chat_template: bool = Field(True, description="Use the tokenizer's chat template if it has one.")
+
+
+class ConversationsConfig(RecordsConfig):
+    """Where conversations come from. Without a path: the embedded generator of dialogues."""
+
+    kind: str = Field(
+        "auto", description="auto (by path), dialogues, jsonl, parquet, huggingface, or package.module:Class."
+    )
+    messages_key: str = Field("messages", description="Column with a conversation: a list of chat messages.")
+    prompt_key: str = Field(
+        "prompt",
+        description="Column with a prompt: text, or a list of chat messages. Read if there is no messages_key.",
+    )
+    completion_key: str = Field("completion", description="Column with its completion, in the form of the prompt.")
+    tools_key: str = Field(
+        "tools", description="Column with the JSON schemas of tools, which the chat template shows. It may be absent."
+    )
+    max_num_records: int | None = Field(None, ge=1, description="Use only the first N records.")
+
+
+class SFTDataConfig(ConfigModel):
+    """Training and validation data of supervised fine-tuning, and which tokens are in the loss."""
+
+    train: ConversationsConfig = Field(default_factory=ConversationsConfig)
+    validation: ConversationsConfig | None = Field(
+        None, description="Validation data. Null: other dialogues of the generator, or none when train has a path."
+    )
+    shuffle: bool = Field(True, description="Shuffle the records in every epoch.")
+    loss_on: Literal["assistant_turns", "last_turn"] = Field(
+        "assistant_turns",
+        description="Turns in the loss: all of the assistant (of a completion, if there is one), or the last of them.",
+    )
+    mask: Literal["auto", "markers", "rendering"] = Field(
+        "auto",
+        description="How the assistant's tokens are found: by the {% generation %} markers of the chat template, or by "
+        "rendering the conversation up to each turn. auto: by markers if the template has them.",
+    )
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="What to do with a record of more than policy.max_sequence_length tokens."
+    )
+    system_prompt: str | None = Field(None, description="System message of conversations that have none.")
+    apply_chat_template: bool = Field(
+        True, description="Render prompts and completions that are text as chat messages, if there is a chat template."
+    )

@@ -1,155 +1,57 @@
-"""Data sets from files and from Hugging Face, and the registry of all kinds of data sets."""
+"""Data sets of problems, and the registry of all their kinds."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import importlib
-import io
-import json
-import zlib
-from array import array
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from nemo_rl.data.arithmetic import ArithmeticDataset
-from nemo_rl.data.problem import Problem, ProblemDataset, Role, problem_from_record, without_nulls
+from nemo_rl.data.problem import Problem, ProblemDataset, Role, problem_from_record
+from nemo_rl.data.records import Records, open_records, records_kind
 from nemo_rl.errors import ConfigError, DataError
-from nemo_rl.utils.names import nearest_names, suggest_or_list
+from nemo_rl.utils.names import suggest_or_list
 
 if TYPE_CHECKING:
     from nemo_rl.data.config import DataConfig, DatasetConfig
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+ClassT = TypeVar("ClassT")
 
 
-class JsonlDataset(ProblemDataset):
-    """Reads one JSON object per line, plain or compressed (.gz, .zst). Empty lines are skipped.
-
-    Memory holds the offset of each line, and for a compressed file the decompressed bytes.
-    """
-
-    def __init__(self, path: Path, config: DatasetConfig) -> None:
-        self._path, self._config = path, config
-        self._offsets, self._line_numbers = array("q"), array("q")
-        self._file = _open_lines(path)
-        limit = config.max_num_problems
-        offset = 0
-        for line_number, line in enumerate(self._file, start=1):
-            if line_number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]  # a byte order mark that some editors write
-                offset = 3
-            if line.strip():
-                self._parsed(line, line_number, len(self._offsets))
-                self._offsets.append(offset)
-                self._line_numbers.append(line_number)
-                if len(self._offsets) == limit:
-                    break
-            offset += len(line)
-
-    @classmethod
-    def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
-        return cls(_existing_file(config), config)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def problem(self, index: int) -> Problem:
-        self._file.seek(self._offsets[index])
-        return self._parsed(self._file.readline(), self._line_numbers[index], index)
-
-    def where(self, index: int) -> str:
-        return f"{self._path}:{self._line_numbers[index]}"
-
-    def _parsed(self, line: bytes, line_number: int, index: int) -> Problem:
-        where = f"{self._path}:{line_number}"
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 text: {error}") from None
-        except ValueError as error:  # JSONDecodeError, and numbers with more digits than Python reads
-            raise DataError(f"{where}: not a JSON object on one line: {error}") from None
-        except RecursionError:
-            raise DataError(f"{where}: the JSON is nested too deeply") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: expected a JSON object such as {{...}}, got a {type(record).__name__}")
-        return problem_from_record(record, index, self._config, where)
-
-
-class TableDataset(ProblemDataset):
-    """Reads one record per row of an Arrow table; a row is converted to Python objects when it is read.
+class RecordDataset(ProblemDataset):
+    """Makes a problem of each record of a file or a Hugging Face data set.
 
     Args:
-        rows: `rows(start, stop)` returns a list of records. A null in a record means that it lacks the key.
-        columns: Names of the columns.
-        num_rows: Number of rows of the table.
-        config: Column names and limits.
-        name: Name of the table in messages.
+        records: The records.
+        config: Names of the keys.
     """
 
-    def __init__(self, rows: Any, columns: list[str], num_rows: int, config: DatasetConfig, name: str) -> None:
-        self._rows: Callable[[int, int], list[dict[str, Any]]] = rows
-        self._config, self._name = config, name
-        self._num_rows = min(num_rows, config.max_num_problems or num_rows)
+    def __init__(self, records: Records, config: DatasetConfig) -> None:
+        self._records, self._config = records, config
         for option, key in (("prompt_key", config.prompt_key), ("answer_key", config.answer_key)):
-            if key not in columns:
-                raise DataError(f"{name}: no column {key!r} (data.*.{option}){suggest_or_list(key, columns)}")
-        for start in range(0, self._num_rows, 1024):
-            for index, record in enumerate(self._rows(start, min(start + 1024, self._num_rows)), start=start):
-                self._problem(record, index)
+            if records.columns is not None and key not in records.columns:
+                hint = suggest_or_list(key, records.columns)
+                raise DataError(f"{records.name}: no column {key!r} (data.*.{option}){hint}")
+        for index, record in enumerate(records):
+            self._problem(record, index)
+
+    @classmethod
+    def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
+        # A required key stays even if it is null, so that the message says so.
+        keys = (config.prompt_key, config.answer_key)
+        return cls(open_records(config, config.max_num_problems, keep_nulls=keys), config)
 
     def __len__(self) -> int:
-        return self._num_rows
+        return len(self._records)
 
     def problem(self, index: int) -> Problem:
-        (record,) = self._rows(index, index + 1)
-        return self._problem(record, index)
-
-    def _problem(self, record: dict[str, Any], index: int) -> Problem:
-        required = {key: record[key] for key in (self._config.prompt_key, self._config.answer_key)}
-        # A required key stays even if it is null, so that the message says so.
-        return problem_from_record({**required, **without_nulls(record)}, index, self._config, self.where(index))
+        return self._problem(self._records.record(index), index)
 
     def where(self, index: int) -> str:
-        return f"{self._name} row {index}"
+        return self._records.where(index)
 
-
-class ParquetDataset(TableDataset):
-    """Reads a Parquet file."""
-
-    @classmethod
-    def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
-        # pyarrow takes a second to import, so only runs on Parquet import it.
-        import pyarrow
-        import pyarrow.parquet
-
-        path = _existing_file(config)
-        try:
-            table = pyarrow.parquet.read_table(path, memory_map=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-
-        def rows(start: int, stop: int) -> list[dict[str, Any]]:
-            return table.slice(start, stop - start).to_pylist()
-
-        return cls(rows, list(table.column_names), table.num_rows, config, str(path))
-
-
-class HuggingFaceDataset(TableDataset):
-    """Loads a data set with the `datasets` library: a saved directory, a directory of data files, or a hub name."""
-
-    @classmethod
-    def from_config(cls, config: DatasetConfig, data: DataConfig, role: Role) -> Self:
-        loaded = _load_hugging_face(config)
-        name = config.path or ""
-
-        def rows(start: int, stop: int) -> list[dict[str, Any]]:
-            columns = loaded[start:stop]
-            return [dict(zip(columns, values)) for values in zip(*columns.values())]
-
-        return cls(rows, list(loaded.column_names), len(loaded), config, name)
+    def _problem(self, record: dict[str, Any], index: int) -> Problem:
+        return problem_from_record(record, index, self._config, self.where(index))
 
 
 class SeedDataset(ProblemDataset):
@@ -182,9 +84,9 @@ class SeedDataset(ProblemDataset):
 DATASETS: dict[str, type[ProblemDataset]] = {
     "arithmetic": ArithmeticDataset,
     "seeds": SeedDataset,
-    "jsonl": JsonlDataset,
-    "parquet": ParquetDataset,
-    "huggingface": HuggingFaceDataset,
+    "jsonl": RecordDataset,
+    "parquet": RecordDataset,
+    "huggingface": RecordDataset,
 }
 
 
@@ -213,7 +115,9 @@ def open_dataset(config: DatasetConfig, data: DataConfig, role: Role) -> Problem
         ConfigError: `kind` is unknown.
         DataError: The data set is missing or empty, or a record is invalid.
     """
-    dataset = _dataset_class(dataset_kind(config), role).from_config(config, data, role)
+    kind = dataset_kind(config)
+    dataset_class = find_dataset_class(kind, DATASETS, ProblemDataset, key=f"data.{role}.kind")  # type: ignore[type-abstract]
+    dataset = dataset_class.from_config(config, data, role)
     if not len(dataset):
         raise DataError(f"data.{role}: {config.path or config.kind} contains no problems")
     return dataset
@@ -221,97 +125,26 @@ def open_dataset(config: DatasetConfig, data: DataConfig, role: Role) -> Problem
 
 def dataset_kind(config: DatasetConfig) -> str:
     """Return `config.kind`, with "auto" replaced by the kind that the path implies."""
-    if config.kind != "auto":
-        return config.kind
-    if config.path is None:
-        return "arithmetic"
-    name = config.path.lower()
-    for suffix in COMPRESSED_SUFFIXES:
-        name = name.removesuffix(suffix)
-    if name.endswith(JSONL_SUFFIXES):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "huggingface"
+    kind = records_kind(config)
+    return "arithmetic" if kind == "auto" else kind
 
 
-def _dataset_class(kind: str, role: Role) -> type[ProblemDataset]:
-    if kind in DATASETS:
-        return DATASETS[kind]
+def find_dataset_class(kind: str, known: Mapping[str, type[ClassT]], base: type[ClassT], *, key: str) -> type[ClassT]:
+    """Return the class of a kind of data set: one of `known`, or `package.module:Class`, a subclass of `base`.
+
+    Raises:
+        ConfigError: There is no such class; the message begins with the configuration `key`.
+    """
+    if kind in known:
+        return known[kind]
     module_name, colon, class_name = kind.partition(":")
     if not colon:
-        hint = suggest_or_list(kind, ["auto", *DATASETS])
-        raise ConfigError(
-            f"data.{role}.kind: unknown kind {kind!r}{hint} For your own class, use package.module:Class."
-        )
+        hint = suggest_or_list(kind, ["auto", *known])
+        raise ConfigError(f"{key}: unknown kind {kind!r}{hint} For your own class, use package.module:Class.")
     try:
         dataset_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"data.{role}.kind: {kind!r} cannot be imported: {error}") from error
-    if not (isinstance(dataset_class, type) and issubclass(dataset_class, ProblemDataset)):
-        raise ConfigError(f"data.{role}.kind: {kind!r} is not a subclass of nemo_rl.data.problem.ProblemDataset")
+        raise ConfigError(f"{key}: {kind!r} cannot be imported: {error}") from error
+    if not (isinstance(dataset_class, type) and issubclass(dataset_class, base)):
+        raise ConfigError(f"{key}: {kind!r} is not a subclass of {base.__module__}.{base.__qualname__}")
     return dataset_class
-
-
-def _existing_file(config: DatasetConfig) -> Path:
-    if config.path is None:
-        raise ConfigError(f"a data set of kind {config.kind!r} needs a path")
-    path = Path(config.path).expanduser()
-    if path.is_file():
-        return path
-    if path.exists():
-        raise DataError(f"{path} is a directory; name a file in it, or use kind=huggingface for a directory of files")
-    near = nearest_names(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else []
-    raise DataError(f"data file {path} does not exist{f'; did you mean {near[0]!r}?' if near else ''}")
-
-
-def _open_lines(path: Path) -> IO[bytes]:
-    """Open the file's decompressed bytes, seekable. A plain file is not copied into memory."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as stream:
-                return io.BytesIO(stream.read())
-        if path.suffix == ".zst":
-            # pyarrow, a dependency of `datasets`, contains zstd; Python 3.11 does not.
-            import pyarrow
-
-            with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd") as stream:
-                return io.BytesIO(stream.read())
-        return path.open("rb")
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _as_data_error(path: str) -> Iterator[None]:
-    import datasets
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"data set {path!r} cannot be loaded: {reason}") from error
-
-
-def _load_hugging_face(config: DatasetConfig) -> Any:
-    # `datasets` takes seconds to import, so only runs that use it import it.
-    import datasets
-
-    if config.path is None:
-        raise ConfigError("a data set of kind 'huggingface' needs a path: a directory or a hub name")
-    path = Path(config.path).expanduser()
-    saved = path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
-    with _as_data_error(config.path):
-        if saved:
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            # A split can also be a slice such as `train[:10%]`.
-            location = str(path) if path.is_dir() else config.path
-            loaded = datasets.load_dataset(location, config.name, split=config.split)
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    splits = list(loaded)
-    if config.split is None and len(splits) == 1:
-        return loaded[splits[0]]
-    if config.split not in splits:
-        what = "has several splits" if config.split is None else f"has no split {config.split!r}"
-        raise DataError(f"data set {config.path!r} {what}; set data.*.split to one of {splits}")
-    return loaded[config.split]

@@ -1,12 +1,14 @@
 """Problems of several turns that the embedded chat model can learn: a guessing game, and products of large numbers.
 
-A seed decides a problem. The environments (`environments.games`) and the warm-up of the embedded chat model use the
-same texts. The module needs nothing but the standard library, as environments do.
+A seed decides a problem. The environments (`environments.games`), the warm-up of the embedded chat model and the data
+of supervised fine-tuning (`nemo_rl.data.conversations`) use the same texts. The module needs nothing but the standard
+library, as environments do.
 """
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 # The warm-up draws its problems from the seeds from here on. Data sets number theirs from 0.
 FIRST_WARMUP_SEED = 2**40
@@ -15,6 +17,17 @@ HIGHER, LOWER = "Higher.", "Lower."
 _QUESTION, _RANGE = "Guess a number from ", "1 to "
 
 CALCULATOR, EXPRESSION = "calculator", "expression"
+# The part of the calculator's schema that a chat template shows.
+CALCULATOR_SCHEMA: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": CALCULATOR,
+        "description": "Computes an arithmetic expression.",
+        "parameters": {"type": "object", "properties": {EXPRESSION: {"type": "string"}}, "required": [EXPRESSION]},
+    },
+}
+# Highest number of the games that are generated as dialogues.
+HIGHEST = 20
 # Their products have five digits.
 _FACTORS = (200, 999), (50, 99)
 
@@ -51,3 +64,29 @@ def factors(seed: int) -> tuple[int, int]:
 def product_prompt(seed: int) -> str:
     """Return the product to compute, such as `381*64`."""
     return "{}*{}".format(*factors(seed))
+
+
+def halving_game(seed: int) -> list[dict[str, Any]]:
+    """Return a game, as chat messages, whose player always guesses the middle of the range that is left."""
+    secret = secret_number(seed, HIGHEST)
+    low, high = 1, HIGHEST
+    messages = [{"role": "user", "content": guessing_prompt(HIGHEST)}]
+    while True:
+        guess = (low + high) // 2
+        messages.append({"role": "assistant", "content": str(guess)})
+        if guess == secret:
+            return messages
+        messages.append({"role": "user", "content": feedback(guess, secret)})
+        low, high = (guess + 1, high) if guess < secret else (low, guess - 1)
+
+
+def computed_product(seed: int) -> list[dict[str, Any]]:
+    """Return the computation of a product by the calculator, as chat messages."""
+    prompt, (a, b) = product_prompt(seed), factors(seed)
+    call = {"type": "function", "function": {"name": CALCULATOR, "arguments": {EXPRESSION: prompt}}}
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": CALCULATOR, "content": str(a * b)},
+        {"role": "assistant", "content": str(a * b)},
+    ]

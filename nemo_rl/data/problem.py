@@ -92,7 +92,7 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
             raise DataError(f"{where}: no key {key!r} ({option}){suggest_or_list(key, record)}")
         rest.pop(key, None)
     for key, value in record.items():
-        _check_encodable(value, f"{where}: {key!r}")
+        check_encodable(value, f"{where}: {key!r}")
     prompt = _checked_prompt(record[config.prompt_key], f"{where}: {config.prompt_key!r}")
     where_answer = f"{where}: {config.answer_key!r}"
     answer = _answer_text(record[config.answer_key], where_answer)
@@ -101,38 +101,15 @@ def problem_from_record(record: dict[str, Any], index: int, config: DatasetConfi
     return Problem(prompt, answer, index, rest)
 
 
-def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a columnar format without the keys whose value is null, also within its lists and structs.
-
-    All rows of a column share the keys of its structs, so a null says that the row does not have the key, as in JSONL.
-    Only the content of a chat message stays, because every message must have it (a tool call has none).
-
-    Example:
-        >>> without_nulls({"messages": [{"role": "user", "name": None}], "tags": [1, None]})
-        {'messages': [{'role': 'user'}], 'tags': [1, None]}
-    """
-    return {
-        key: _without_nulls(value)
-        for key, value in record.items()
-        if value is not None or (key == "content" and "role" in record)
-    }
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return without_nulls(value)
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _check_encodable(value: Any, where: str) -> None:
+def check_encodable(value: Any, where: str) -> None:
     """Raise `DataError` for text with a lone surrogate, which JSON can express and no tokenizer or file can hold."""
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_encodable(key, where)
-            _check_encodable(item, where)
+            check_encodable(key, where)
+            check_encodable(item, where)
     elif isinstance(value, list | tuple):
         for item in value:
-            _check_encodable(item, where)
+            check_encodable(item, where)
     elif isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -149,10 +126,10 @@ def _checked_prompt(value: Any, where: str) -> str | list[ChatMessage]:
             raise DataError(f"{where} is an empty prompt")
         return value
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where} must be text or a list of chat messages, got {_shown(value)}")
+        raise DataError(f"{where} must be text or a list of chat messages, got {shown(value)}")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"{where}: a chat message must have the keys role and content, got {_shown(message)}")
+            raise DataError(f"{where}: a chat message must have the keys role and content, got {shown(message)}")
     return value
 
 
@@ -164,9 +141,9 @@ def _answer_text(value: Any, where: str) -> str:
     # In Python, bool is an int, but True is not a number that an answer can be compared with.
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise DataError(f"{where} must be a finite number, got {_shown(value)}")
+            raise DataError(f"{where} must be a finite number, got {shown(value)}")
         return f"{value:f}" if isinstance(value, Decimal) else str(value)
-    raise DataError(f"{where} must be text or a number, got {_shown(value)}")
+    raise DataError(f"{where} must be text or a number, got {shown(value)}")
 
 
 def _matched_answer(pattern: str, text: str, where: str) -> str:
@@ -174,10 +151,10 @@ def _matched_answer(pattern: str, text: str, where: str) -> str:
     answer = (match[1] or "").strip() if match else ""
     if not answer:
         problem = "matches an empty answer in" if match else "is not found in"
-        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {problem} {_shown(text)}")
+        raise DataError(f"{where}: the pattern {pattern!r} (data.*.answer_pattern) {problem} {shown(text)}")
     return answer
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

@@ -46,8 +46,9 @@ def render_chat(
     *,
     tools: Sequence[dict[str, Any]] = (),
     what: str = "the prompt",
+    opens_turn: bool = True,
 ) -> str:
-    """Render messages by the tokenizer's chat template, up to the start of the model's turn.
+    """Render messages by the tokenizer's chat template.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -55,6 +56,7 @@ def render_chat(
         tools: JSON schemas of the tools that the template shows to the model.
         now: See `PromptFormatter`.
         what: What the messages are, for the error.
+        opens_turn: Render up to the start of the model's next turn, not only to the end of the last message.
 
     Raises:
         DataError: The chat template rejects the messages.
@@ -62,7 +64,7 @@ def render_chat(
     variables: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
         text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, strftime_now=now.strftime, **variables
+            list(messages), tokenize=False, add_generation_prompt=opens_turn, strftime_now=now.strftime, **variables
         )
     except Exception as error:
         # A chat template is a program by the model's author. It may raise any error for unexpected roles or orders.
@@ -95,18 +97,14 @@ class PromptFormatter:
         self._system_prompt = config.system_prompt
         self._now = now or datetime.now()
         self.is_chat = config.apply_chat_template and bool(tokenizer.chat_template)
-        self._num_appended = 0 if self.is_chat else _num_appended(tokenizer)
+        self._num_appended = 0 if self.is_chat else num_appended(tokenizer)
         if self._system_prompt is not None and not self.is_chat:
             raise ConfigError(
                 "data.system_prompt needs a chat model, but the tokenizer has no chat template or "
                 "data.apply_chat_template is false; put the text into data.prompt_template instead"
             )
-        if self.is_chat and (drawn := _random_value(tokenizer.chat_template)):
-            raise ConfigError(
-                f"the tokenizer's chat template uses {drawn}, which returns another text at every rendering, so a "
-                "resumed run would have other prompts; remove it from the template, or set "
-                "data.apply_chat_template=false"
-            )
+        if self.is_chat:
+            check_template_is_stable(tokenizer.chat_template)
 
     def text(self, prompt: str | list[ChatMessage], where: str, tools: Sequence[dict[str, Any]] = ()) -> str:
         """Return the full prompt; `where` names the record in messages, and `tools` are for the chat template.
@@ -149,6 +147,16 @@ class PromptFormatter:
         return encoded
 
 
+def check_template_is_stable(chat_template: Any) -> None:
+    """Raise `ConfigError` for a chat template that draws random values."""
+    if drawn := _random_value(chat_template):
+        raise ConfigError(
+            f"the tokenizer's chat template uses {drawn}, which returns another text at every rendering, so a "
+            "resumed run would have other prompts; remove it from the template, or set "
+            "data.apply_chat_template=false"
+        )
+
+
 def _random_value(chat_template: Any) -> str | None:
     """Return the name of a Jinja filter or function that draws random values in a chat template, or None."""
     import jinja2
@@ -163,7 +171,7 @@ def _random_value(chat_template: Any) -> str | None:
     return None
 
 
-def _num_appended(tokenizer: Tokenizer) -> int:
+def num_appended(tokenizer: Tokenizer) -> int:
     """Return how many special tokens the tokenizer appends to every text."""
     [plain] = tokenizer(["1"], add_special_tokens=False)["input_ids"]
     [framed] = tokenizer(["1"], add_special_tokens=True)["input_ids"]

@@ -27,18 +27,18 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
-from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES, get_actor_python_env
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.distributed.workers.host import ATTEST_METHOD
-from nemo_rl.distributed.workers.launch_plan import prepare_child_python
-from nemo_rl.distributed.workers.runtime_env import checked_runtime_env, ray_chooses_python
+from nemo_rl.distributed.workers.launch_plan import WorkerPython, prepare_child_python
+from nemo_rl.distributed.workers.runtime_env_fields import VENV_FIELDS
 from nemo_rl.distributed.workers.startup import kill_and_wait
 from nemo_rl.environments.episode_calls import Reply, Request
-from nemo_rl.errors import EnvironmentFailure, UnregisteredActorError
+from nemo_rl.environments.registry import WORKER_FQN, python_fields
+from nemo_rl.errors import AttestationError, EnvironmentFailure
 
 logger = logging.getLogger(__name__)
 
-WORKER_FQN = "nemo_rl.environments.environment_worker.EnvironmentWorker"
 _POLL_S = 30.0  # a worker answers an empty poll after this time
 _SHUTDOWN_S = 10.0
 _THREADS = 4  # of a worker: one waits for replies, the others serve short calls
@@ -101,7 +101,7 @@ class EnvironmentGroup:
         self.name = name
         self.fqn = fqn
         self._config = dict(config)
-        self._fields = checked_runtime_env(runtime_env, f"env.{name}.runtime_env", py_executable)
+        self._fields = python_fields(f"env.{name}", fqn, py_executable, runtime_env, own_process=own_process)
         self._own_process = own_process
         self._num_cpus = num_cpus
         self._concurrency = concurrency
@@ -267,7 +267,7 @@ class EnvironmentGroup:
         """Keep the replica `index` running until `shutdown`, or until it may not be restarted any more."""
         while True:
             try:
-                actor = self._start()
+                actor = self._start(index)
             except Exception as error:
                 if not self._ready[index].done():
                     self._ready[index].set_exception(error)
@@ -290,21 +290,19 @@ class EnvironmentGroup:
             if self._stopped.is_set() or not self._may_restart(index, reason, is_counted):
                 return
 
-    def _start(self) -> ActorHandle:
+    def _start(self, index: int) -> ActorHandle:
         """Start a worker. Raises what `RayWorkerBuilder` raises."""
-        fields, child_python = dict(self._fields), None
-        if "py_executable" not in fields and not ray_chooses_python(fields):
-            fields["py_executable"] = _default_python(self.fqn)
+        fields, child = dict(self._fields), WorkerPython()
         if self._own_process:
-            child_python = prepare_child_python(self.fqn, fields)
-            fields = {name: value for name, value in fields.items() if name not in ("pip", "uv")}
+            child = prepare_child_python(self.fqn, fields)
+            fields = {name: value for name, value in fields.items() if name not in VENV_FIELDS}
             fields["py_executable"] = PY_EXECUTABLES.SYSTEM
         builder = RayWorkerBuilder(
             WORKER_FQN,
             self.fqn,
             self._config,
             concurrency=self._concurrency,
-            child_python=child_python,
+            child_python=child.python,
             memory_limit_mb=self._memory_limit_mb,
             runtime_env=fields,
         )
@@ -316,13 +314,27 @@ class EnvironmentGroup:
             max_concurrency=_THREADS,
             scheduling_strategy="SPREAD",
             stopped=self._stopped,
+            label=f"env.{self.name}-{index}",
         )
         try:
             ray.get(actor.open.remote())
+            self._check_child(ray.get(actor.describe.remote()), child)
         except RayTaskError as error:
             kill_and_wait([actor])
             raise EnvironmentFailure(f"env.{self.name}.class={self.fqn}: {error.cause}") from error
+        except AttestationError:
+            kill_and_wait([actor])
+            raise
         return actor
+
+    def _check_child(self, description: Mapping[str, Any], child: WorkerPython) -> None:
+        """Raise `AttestationError` if a child process runs in another venv than the planned one."""
+        if child.digest is not None and description["venv_digest"] != child.digest:
+            raise AttestationError(
+                f"the process of env.{self.name} (pid {description['pid']}) runs {description['executable']}: "
+                f"venv_digest: expected {child.digest}, found {description['venv_digest']}. Its venv was changed or "
+                "replaced while the job started; start the job again."
+            )
 
     def _serve(self, replica: _Replica) -> tuple[str, bool]:
         """Receive the replies of a replica until it ends. Returns why, and whether its restart counts."""
@@ -483,13 +495,6 @@ class _Replica:
     num_episodes: int = 0
     num_stuck: int = 0
     ended: str | None = None
-
-
-def _default_python(fqn: str) -> str:
-    try:
-        return get_actor_python_env(fqn)
-    except UnregisteredActorError:
-        return PY_EXECUTABLES.SYSTEM
 
 
 def _sentence(error: RayError) -> str:

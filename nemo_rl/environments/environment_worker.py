@@ -68,7 +68,7 @@ class EnvironmentWorker:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return `pid`, `executable` and `python` of the child process that runs the episodes; empty without one."""
+        """Return the `description` of the child process that runs the episodes; empty without one."""
         return self._runner.description if isinstance(self._runner, EpisodeProcess) else {}
 
     def submit(self, requests: Sequence[Request]) -> None:

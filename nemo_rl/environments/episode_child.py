@@ -1,7 +1,8 @@
 """The child's side of `episode_process`: serves an `EpisodeHost` over pipes. Python 3.10, standard library only.
 
 A frame is a JSON object after its length in 4 bytes. The first one of each side starts the environment:
-`{"name", "config", "concurrency", "search_path"}`, and `{"pid", "executable", "python"}` or `{"failure", "details"}`.
+`{"name", "config", "concurrency", "search_path"}`, and `{"pid", "executable", "python", "venv_digest"}` or
+`{"failure", "details"}`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import traceback
 from dataclasses import asdict
 from typing import IO, Any
 
+from nemo_rl.distributed.workers.host import venv_digest
 from nemo_rl.environments.episode_calls import Reply, Request
 from nemo_rl.environments.episode_host import EpisodeHost
 
@@ -66,7 +68,8 @@ def main() -> None:
     except Exception as error:
         send(encode({"failure": f"{type(error).__name__}: {error}", "details": traceback.format_exc()}))
         return
-    send(encode({"pid": os.getpid(), "executable": sys.executable, "python": platform.python_version()}))
+    version, digest = platform.python_version(), venv_digest()
+    send(encode({"pid": os.getpid(), "executable": sys.executable, "python": version, "venv_digest": digest}))
 
     def reply() -> None:
         while True:

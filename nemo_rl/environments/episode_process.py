@@ -51,7 +51,8 @@ class EpisodeProcess:
         name: See `EpisodeHost`, as the other arguments.
 
     Attributes:
-        description: The child's `pid`, `executable` and `python` (version).
+        description: The child's `pid`, `executable`, `python` (version) and `venv_digest` (None outside the engine's
+            venvs).
 
     Raises:
         EnvironmentFailure: The child does not start, or cannot load the environment.

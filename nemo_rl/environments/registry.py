@@ -10,14 +10,19 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES, get_actor_python_env
+from nemo_rl.distributed.workers.runtime_env_fields import PYTHON_FIELDS, checked_runtime_env, ray_chooses_python
 from nemo_rl.environments.config import EnvironmentEntry
-from nemo_rl.errors import ConfigError, EnvironmentFailure, UnregisteredActorError
+from nemo_rl.errors import ConfigError, EnvironmentFailure, RuntimeEnvError, UnregisteredActorError
 from nemo_rl.utils.names import did_you_mean
 
 ENTRY_POINT_GROUP = "nemo_rl.environments"
+# The actor class that runs environments with turns.
+WORKER_FQN = "nemo_rl.environments.environment_worker.EnvironmentWorker"
 
 _LIST_ENTRY_POINTS = """
 import json, sys
@@ -64,14 +69,39 @@ def entry_fqn(entry: EnvironmentEntry) -> str:
     return entry.class_ if "." in entry.class_ else environment_fqn(entry.class_)
 
 
-def entry_python(entry: EnvironmentEntry) -> str:
-    """Return the py_executable of a named environment's workers: its own, the registered one, or the driver's."""
-    if entry.own_process:
-        return PY_EXECUTABLES.SYSTEM
-    if entry.py_executable is not None:
-        return entry.py_executable
+def python_fields(
+    where: str,
+    fqn: str,
+    py_executable: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+    *,
+    own_process: bool = False,
+) -> dict[str, Any]:
+    """Return the checked `runtime_env` of an environment, with the Python of its code as the field `py_executable`.
+
+    It is the given one, the registered one of `fqn`, or the driver's. With `own_process`, it is that of the child
+    processes. If Ray creates the Python, because of a field such as `conda`, there is no `py_executable`.
+
+    Args:
+        where: what messages call the environment, such as "env.<name>".
+
+    Raises:
+        RuntimeEnvError: a field is wrong, or Ray would have to create the Python of a child process.
+    """
+    fields = checked_runtime_env(runtime_env, f"{where}.runtime_env", py_executable)
+    if ray_chooses_python(fields):
+        if own_process:
+            raise RuntimeEnvError(
+                f"{where} runs in a child process, whose Python Ray cannot create. Use pip, uv or py_executable "
+                f"instead of {', '.join(name for name in PYTHON_FIELDS if name in fields)}."
+            )
+        return fields
+    return {"py_executable": _default_python(fqn), **fields}
+
+
+def _default_python(fqn: str) -> str:
     try:
-        return get_actor_python_env(entry_fqn(entry))
+        return get_actor_python_env(fqn)
     except UnregisteredActorError:
         return PY_EXECUTABLES.SYSTEM
 

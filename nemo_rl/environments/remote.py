@@ -42,7 +42,13 @@ class RemoteEnvironment(EnvironmentInterface):
         driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._stopped = threading.Event()
         self._starting: Future[ActorHandle] = builder.create_worker_async(
-            None, -1, 0, num_cpus=0, scheduling_strategy=driver_node, stopped=self._stopped
+            None,
+            -1,
+            0,
+            num_cpus=0,
+            scheduling_strategy=driver_node,
+            stopped=self._stopped,
+            label=f"env.{config.name}",
         )
         self._is_shut_down = False
 

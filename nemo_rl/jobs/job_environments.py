@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.environments.config import EnvironmentEntry
-from nemo_rl.environments.registry import entry_fqn, entry_python
+from nemo_rl.environments.registry import entry_fqn
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -129,7 +129,7 @@ def start_environment(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
         name,
         entry_fqn(entry),
         entry.config,
-        py_executable=entry.py_executable if entry.own_process else entry_python(entry),
+        py_executable=entry.py_executable,
         runtime_env=entry.runtime_env,
         own_process=entry.own_process,
         num_replicas=entry.num_replicas,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl.errors import ConfigError, ModelError
+from nemo_rl.errors import CheckpointError, ConfigError, ModelError
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from nemo_rl.utils.checkpoint import Checkpoint
 
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -184,6 +187,11 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
     try:
         config.options.check_model(model, config)
         config.generation.options.check_model(model, config.generator_spec(name, use_gpus=use_gpus))
+        if config.lora is not None:
+            from nemo_rl.models.policy.hf_loading import empty_model
+            from nemo_rl.models.policy.lora import check_target_modules
+
+            check_target_modules(empty_model(model), config.lora)
     except ModelError as error:
         raise ConfigError(str(error)) from error
 
@@ -225,15 +233,31 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
         raise ConfigError(_cannot_load("model", name, error)) from error
 
 
+def check_checkpoint_model(checkpoint: Checkpoint, config: PolicyConfig) -> None:
+    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model."""
+    from nemo_rl.models.policy.policy_checkpoint import TRAINER_FILE, read_trainer
+
+    directory = checkpoint.path / "policy"
+    try:
+        read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
+    except (CheckpointError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
+
+
 def count_parameters(model_config: PretrainedConfig) -> int:
     """Count the parameters without allocating them. Tied parameters count once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(model_config).values())
+
+
+def parameter_shapes(model_config: PretrainedConfig) -> dict[str, list[int]]:
+    """Return the shapes of the parameters without allocating them. Tied parameters appear once."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def parameters_in_name(name: str) -> int | None:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nemo_rl import settings, venvs
+from nemo_rl import settings
+from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.jobs.model_files import (
     check_model_fits,
     check_model_name,
@@ -18,14 +20,14 @@ from nemo_rl.jobs.model_files import (
     load_architecture,
     parameters_in_name,
 )
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, role_venvs
+from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, role_plans
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.venvs import VenvPlan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
 
 _GIB = 2**30
@@ -41,9 +43,9 @@ class VenvState:
 
     Attributes:
         roles: names of the roles that run in the venv.
-        py_executable: the registered py_executable.
-        digest: digest of the venv; None for an interpreter such as the driver's.
-        num_packages: number of packages; None for an interpreter.
+        py_executable: the Python of these roles.
+        digest: digest of the venv; None for an interpreter such as the driver's, or a Python that Ray creates.
+        num_packages: number of packages; None without a digest.
         state: state of the venv, with the number of nodes per state if they differ.
     """
 
@@ -126,7 +128,7 @@ class JobPlan:
     obstacle: str = ""
 
 
-def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
+def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
     """Plan a job. Raises the errors that the job would raise for invalid input.
 
     Args:
@@ -135,16 +137,16 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     """
     check_model_name(config.policy)
     roles = job_roles(config)
-    check_weight_route(config)
+    if isinstance(config, MasterConfig):
+        check_weight_route(config)
     ray_nodes = _alive_nodes() if on_cluster else None
-    names = role_venvs(roles)
-    plans = {name: venvs.plan(py_executable) for name, py_executable in names.items()}
+    plans = role_plans(roles)
     nodes = _forecasts(plans, ray_nodes)
     assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster)
     return JobPlan(
         roles=roles,
         placements=_placements(config, roles, assignment),
-        venvs=_venv_states(roles, {names[name]: plan for name, plan in plans.items()}, nodes),
+        venvs=_venv_states(roles, plans, nodes),
         nodes=nodes,
         memory=_estimate_memory(config),
         samples_per_step=config.num_samples_per_step,
@@ -152,15 +154,17 @@ def make_plan(config: MasterConfig, on_cluster: bool = False) -> JobPlan:
     )
 
 
-def _placements(config: MasterConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
+def _placements(config: JobConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
     cluster = config.cluster
-    policy, generation = (role for role in roles if role.share)
+    in_bundles = [role for role in roles if role.share]
     if cluster.generation is None:
-        rows = _bundles(cluster, "", [policy, generation], assignment.policy)
+        rows = _bundles(cluster, "", in_bundles, assignment.policy)
     else:
+        policy, generation = in_bundles
         rows = _bundles(cluster, "", [policy], assignment.policy)
         rows += _bundles(cluster.generation, "generation ", [generation], assignment.generation)
-    rows.append(Placement("any node, no bundle", ", ".join(role.name for role in roles if not role.share)))
+    if outside := [role.name for role in roles if not role.share]:
+        rows.append(Placement("any node, no bundle", ", ".join(outside)))
     return rows
 
 
@@ -203,7 +207,7 @@ def _alive_nodes() -> list[NodeResources]:
     return [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]
 
 
-def _forecasts(plans: dict[str, venvs.VenvPlan], nodes: list[NodeResources] | None) -> list[NodeForecast]:
+def _forecasts(plans: dict[str, VenvPlan], nodes: list[NodeResources] | None) -> list[NodeForecast]:
     sizes = wheel_sizes_of(plans.values())
     if nodes is None:
         return [NodeForecast(THIS_MACHINE, forecast_venvs(plans, sizes, {}))]
@@ -244,29 +248,34 @@ def _from_source(venv: VenvForecast, node: NodeForecast, nodes: Sequence[NodeFor
     return replace(venv, state=RECEIVED, num_cached=0, num_unknown=0, download_bytes=0, seconds=0.0, basis=basis)
 
 
-def _venv_states(roles: list[Role], plans: dict[str, venvs.VenvPlan], nodes: list[NodeForecast]) -> list[VenvState]:
-    by_python: dict[str, list[Role]] = {}
+def _venv_states(roles: list[Role], plans: dict[str, VenvPlan], nodes: list[NodeForecast]) -> list[VenvState]:
+    groups: dict[tuple[str, str | None], list[Role]] = {}
     for role in roles:
-        by_python.setdefault(role.py_executable, []).append(role)
+        plan = plans.get(role.venv)
+        groups.setdefault((role.py_executable, None if plan is None else plan.digest), []).append(role)
     states = []
-    for py_executable, group in by_python.items():
-        plan, names = plans[py_executable], [role.name for role in group]
-        if plan.is_interpreter:
-            states.append(VenvState(names, py_executable, None, None, "interpreter"))
+    for (py_executable, digest), group in groups.items():
+        names = [f"{role.name} (child process)" if role.own_process else role.name for role in group]
+        plan = plans.get(group[0].venv)
+        if plan is None or plan.is_interpreter:
+            state = "when its workers start" if plan is None else "interpreter"
+            states.append(VenvState(names, py_executable, None, None, state))
             continue
-        counts = Counter(venv.state for node in nodes for venv in node.venvs if venv.digest == plan.digest)
+        counts = Counter(venv.state for node in nodes for venv in node.venvs if venv.digest == digest)
         counts.update("unknown" for node in nodes if node.problem)
         state = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{s} on {n} nodes" for s, n in counts.items())
-        states.append(VenvState(names, py_executable, plan.digest, len(plan.packages), state))
+        states.append(VenvState(names, py_executable, digest, len(plan.packages), state))
     return states
 
 
-def _estimate_memory(config: MasterConfig) -> MemoryEstimate | None:
-    policy = config.policy
+def _estimate_memory(config: JobConfig) -> MemoryEstimate | None:
+    policy = config.policy if isinstance(config, MasterConfig) else config.trained_policy
     model, count, source = _model_size(policy, use_gpus=config.cluster.for_generation.use_gpus)
     if count is None:
         return None
     training = policy.options.training_bytes(policy, count, config.cluster.num_workers)
+    if not isinstance(config, MasterConfig):
+        return MemoryEstimate(count, source, training, generation_weights=0, kv_cache=0)
     generation_bytes = _BYTES[policy.generation.precision or policy.precision]
     samples = config.num_samples_per_step
     workers = policy.generation.num_workers or config.cluster.for_generation.num_workers

@@ -24,8 +24,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.config import dump_yaml, load_config
 from nemo_rl.utils.files import write_atomically
@@ -37,6 +37,9 @@ CHANGEABLE = (
     "grpo.max_num_epochs",
     "grpo.max_time_s",
     "grpo.early_stop",
+    "sft.max_num_steps",
+    "sft.max_num_epochs",
+    "sft.max_time_s",
     "logger.",
     "checkpointing.",
 )
@@ -77,7 +80,7 @@ class RunDirectory:
         self._lock.close()
 
 
-def open_run_directory(config: MasterConfig, name: str, root: Path = Path("results")) -> RunDirectory:
+def open_run_directory(config: JobConfig, name: str, root: Path = Path("results")) -> RunDirectory:
     """Choose, create and lock the directory of a run, and save the configuration in it.
 
     Args:
@@ -148,7 +151,7 @@ def _check_writable(checkpoints: Path) -> None:
         ) from error
 
 
-def differing_keys(old: MasterConfig, new: MasterConfig) -> dict[str, tuple[Any, Any]]:
+def differing_keys(old: JobConfig, new: JobConfig) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys that may not change in a resumed run but differ, with both values."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return {
@@ -158,22 +161,22 @@ def differing_keys(old: MasterConfig, new: MasterConfig) -> dict[str, tuple[Any,
     }
 
 
-def _numbered(config: MasterConfig, parent: Path) -> Path:
+def _numbered(config: JobConfig, parent: Path) -> Path:
     numbers = sorted(int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit())
     if not numbers:
         return parent / "001"
     last = parent / f"{numbers[-1]:03d}"
     if _finished(last) is None and not _is_locked(last):
         try:
-            if not differing_keys(load_config(MasterConfig, last / _CONFIG), config):
+            if not differing_keys(load_config(type(config), last / _CONFIG), config):
                 return last
         except ConfigError:  # written by another version of this package, so it cannot be resumed
             pass
     return parent / f"{numbers[-1] + 1:03d}"
 
 
-def _check_same_run(path: Path, config: MasterConfig) -> None:
-    different = differing_keys(load_config(MasterConfig, path / _CONFIG), config)
+def _check_same_run(path: Path, config: JobConfig) -> None:
+    different = differing_keys(load_config(type(config), path / _CONFIG), config)
     if different:
         shown = mask_secrets({key: list(values) for key, values in different.items()})
         changes = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in shown.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,15 +16,19 @@ _MIN_PHASE_S = 0.1
 
 
 class VenvPhases:
-    """Shows the progress of `ensure_venvs_on_each_node` in the console and the timeline. A context manager."""
+    """Shows the progress of `ensure_venvs_on_each_node` in the console and the timeline. A context manager.
 
-    def __init__(self, view: ConsoleView, timeline: Timeline) -> None:
-        self._view, self._timeline = view, timeline
+    Args:
+        roles: The names of the roles that run in each venv, by the name of the venv.
+    """
+
+    def __init__(self, view: ConsoleView, timeline: Timeline, roles: Mapping[str, str]) -> None:
+        self._view, self._timeline, self._roles = view, timeline, roles
         self._open: set[tuple[str, str]] = set()
 
     def __call__(self, progress: NodeProgress) -> None:
         event = progress.event
-        key = (f"venv of {event.venv.rpartition('.')[2]}: {event.phase}", f"venvs on {progress.node}")
+        key = (f"venv of {self._roles[event.venv]}: {event.phase}", f"venvs on {progress.node}")
         if event.state == "started" and event.phase != "resolve":
             self._open.add(key)
             self._view.phase_started(*key)

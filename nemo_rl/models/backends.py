@@ -41,6 +41,7 @@ class Backend:
         streams_weights: policy workers have `send_weights` and `weight_endpoint`; the `update_weights` of generation
             workers accepts a `WeightStream`, as `receive` does.
         offloads: policy workers have `offload`, and every other method brings back the memory that it needs.
+        trains_lora: policy workers train the adapters of `policy.lora`.
         gpu_env_vars: variables for policy workers on GPUs that CUDA reads before a worker can set them.
     """
 
@@ -50,6 +51,7 @@ class Backend:
     gpu_python: str | None = None
     streams_weights: bool = False
     offloads: bool = False
+    trains_lora: bool = False
     gpu_env_vars: Mapping[str, str] = field(default_factory=dict)
 
     def options_class(self, default: type[OptionsT]) -> type[OptionsT]:
@@ -84,6 +86,7 @@ POLICY_BACKENDS: dict[str, Backend] = {
         "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker",
         streams_weights=True,
         offloads=True,
+        trains_lora=True,
     ),
     "megatron": Backend(
         "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker",

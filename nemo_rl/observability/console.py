@@ -29,6 +29,7 @@ _PHASE_BAR = 24
 # Rows of the panel: metric, label, format. Metrics that the run does not log have no row.
 _ROWS = (
     ("train/reward", "reward", "{:.3f}"),
+    ("train/loss", "loss", "{:.4f}"),
     ("train/env_accuracy", "accuracy", "{:.3f}"),
     ("train/completion_length", "length", "{:.1f} tokens"),
     ("train/truncated", "truncated", "{:.1%}"),
@@ -67,7 +68,7 @@ class ConsoleView:
         self._metrics: dict[str, float] = {}
         self._history: dict[str, deque[float]] = {}
         self._validation: tuple[int, dict[str, float]] | None = None
-        self._best_accuracy = float("-inf")
+        self._best_accuracy, self._best_loss = float("-inf"), float("inf")
         self._clock: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
@@ -86,6 +87,10 @@ class ConsoleView:
         for handler, stream in self._moved_handlers:
             handler.setStream(stream)
         self._moved_handlers = []
+
+    def set_max_num_steps(self, max_num_steps: int) -> None:
+        """Set the number of steps of the run, for a run that knows it only when its data are loaded."""
+        self._max_num_steps = max_num_steps
 
     def phase_started(self, name: str, process: str) -> None:
         """Show that a phase of the start-up has begun."""
@@ -107,6 +112,7 @@ class ConsoleView:
             if is_validation:
                 self._validation = (step, dict(metrics))
                 self._best_accuracy = max(self._best_accuracy, metrics.get("val/accuracy", float("-inf")))
+                self._best_loss = min(self._best_loss, metrics.get("val/loss", float("inf")))
             else:
                 self._step, self._metrics = step, dict(metrics)
                 for name, value in metrics.items():
@@ -140,8 +146,14 @@ class ConsoleView:
 
     def _step_line(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"step {step:>{len(str(self._max_num_steps))}}/{self._max_num_steps}"]
-        for name, label, form in _ROWS:
-            if name in metrics and name in ("train/reward", "train/completion_length", "train/kl", "perf/tokens_per_s"):
+        for name, label, form in _rows(metrics):
+            if name in metrics and name in (
+                "train/reward",
+                "train/loss",
+                "train/completion_length",
+                "train/kl",
+                "perf/tokens_per_s",
+            ):
                 text = form.format(metrics[name])
                 parts.append(text if name.startswith("perf/") else f"{label} {text.removesuffix(' tokens')}")
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in _phases(metrics)[:4])
@@ -154,7 +166,10 @@ class ConsoleView:
         values = "  ".join(
             f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items() if _is_headline(name)
         )
-        return f"validation at step {step}: {values}  (best {self._best_accuracy:.3f})"
+        return f"validation at step {step}: {values}  (best {self._best(metrics):.3f})"
+
+    def _best(self, metrics: Mapping[str, float]) -> float:
+        return self._best_accuracy if "val/accuracy" in metrics else self._best_loss
 
     def _render(self) -> RenderableType:
         with self._lock:
@@ -184,7 +199,7 @@ class ConsoleView:
 
     def _tables(self) -> RenderableType:
         metrics = Table.grid(padding=(0, 2))
-        for name, label, form in _ROWS:
+        for name, label, form in _rows(self._metrics):
             if name in self._metrics:
                 trend = sparkline(list(self._history[name])[-24:])
                 metrics.add_row(f"[dim]{label}", form.format(self._metrics[name]), f"[cyan]{trend}")
@@ -203,7 +218,7 @@ class ConsoleView:
         step, metrics = self._validation
         shown = [f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items() if _is_headline(name)]
         text = Text.assemble(("validation ", "bold"), (f"at step {step}: ", "dim"), "  ".join(shown))
-        return text.append(f"  (best {self._best_accuracy:.3f})", "dim")
+        return text.append(f"  (best {self._best(metrics):.3f})", "dim")
 
     def _startup(self) -> RenderableType:
         now = time.monotonic()
@@ -255,6 +270,11 @@ def format_duration(seconds: float) -> str:
     return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
 
 
+def _rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return the rows of the panel. The loss of reinforcement learning says nothing about its progress."""
+    return [row for row in _ROWS if row[0] != "train/loss" or "train/reward" not in metrics]
+
+
 def _phases(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     """Return the phases of a step with their seconds, longest first."""
     parts = [
@@ -266,4 +286,4 @@ def _phases(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _is_headline(name: str) -> bool:
-    return name in ("val/accuracy", "val/completion_length") or name.startswith("val/pass@")
+    return name in ("val/accuracy", "val/completion_length", "val/loss") or name.startswith("val/pass@")

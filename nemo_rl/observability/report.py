@@ -131,10 +131,14 @@ def _status(finished: Any, metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def _tiles(metrics: Sequence[Mapping[str, Any]], startup_s: float) -> list[Tile]:
     tiles = []
-    accuracy = figures.series(metrics, "val/accuracy").values
-    if accuracy:
-        change = f"{accuracy[0]:.3f} → {accuracy[-1]:.3f}" if len(accuracy) > 1 else f"{accuracy[0]:.3f}"
-        tiles.append(Tile(change, "validation accuracy"))
+    for name, label, form in (
+        ("val/accuracy", "validation accuracy", "{:.3f}"),
+        ("val/loss", "validation loss", "{:.3g}"),
+    ):
+        values = figures.series(metrics, name).values
+        if values:
+            ends = [values[0], values[-1]] if len(values) > 1 else values
+            tiles.append(Tile(" → ".join(map(form.format, ends)), label))
     steps = figures.series(metrics, "timing/step_s")
     if steps.steps:
         validation_s = sum(figures.series(metrics, "timing/validation_s").values)

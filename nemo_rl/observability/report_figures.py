@@ -64,10 +64,10 @@ def series(records: Sequence[Record], name: str) -> Series:
 
 
 def learning_curve(records: Sequence[Record]) -> str | None:
-    """Plot the reward of the training batches and the accuracy on the validation problems."""
+    """Plot the reward of the training batches and the accuracy on the validation problems, or the losses of both."""
     reward, accuracy = series(records, "train/reward"), series(records, "val/accuracy")
     if not reward.steps and not accuracy.steps:
-        return None
+        return _loss_curve(series(records, "train/loss"), series(records, "val/loss"))
     with _figure(3.5) as (figure, output):
         axes = figure.subplots()
         if reward.steps:
@@ -81,6 +81,25 @@ def learning_curve(records: Sequence[Record]) -> str | None:
         values = reward.values + accuracy.values
         if min(values) >= 0 and max(values) <= 1:
             axes.set_ylim(0, 1.08)
+        _finish(axes, xlabel="step")
+    return output[0]
+
+
+def _loss_curve(train: Series, validation: Series) -> str | None:
+    """Plot the loss of supervised training, on a logarithmic axis."""
+    if not train.steps and not validation.steps:
+        return None
+    with _figure(3.5) as (figure, output):
+        axes = figure.subplots()
+        axes.plot(train.steps, train.values, color=BLUE, linewidth=1.2, label="train loss, nats per token")
+        if validation.steps:
+            axes.plot(
+                validation.steps, validation.values, "o-", color=ORANGE, linewidth=2, markersize=4, label="validation"
+            )
+            for index in {0, len(validation.steps) - 1}:
+                _mark(axes, validation.steps[index], validation.values[index], f"{validation.values[index]:.3g}")
+        if min(train.values + validation.values) > 0:
+            axes.set_yscale("log")
         _finish(axes, xlabel="step")
     return output[0]
 

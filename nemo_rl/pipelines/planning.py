@@ -25,10 +25,12 @@ from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.distributed.workers.launch_plan import WorkerPython, activation, prepare_pythons, ray_runtime_env
 from nemo_rl.distributed.workers.runtime_env import (
     check_values,
-    checked_runtime_env,
     merged_runtime_env,
-    ray_chooses_python,
     require_programs_on_each_node,
+)
+from nemo_rl.distributed.workers.runtime_env_fields import (
+    checked_runtime_env,
+    ray_chooses_python,
 )
 from nemo_rl.errors import PipelineDefinitionError, ResourceInsufficientError, VenvError
 from nemo_rl.pipelines.executors.base import Cluster, PlannedStage, driver_search_path

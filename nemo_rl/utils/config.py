@@ -96,6 +96,11 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
     return validate(schema, content, where=str(path) if path else "command line")
 
 
+def sections_of(path: Path) -> set[str]:
+    """Return the top-level keys of a configuration file and of the files that it extends. Raises `ConfigError`."""
+    return {str(key) for key in _read(path, seen=())}
+
+
 def validate(schema: type[ConfigT], content: Any, where: str) -> ConfigT:
     """Validate plain data against a section. `where` names the source of the data in error messages."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -74,11 +75,22 @@ class Slow(Countdown):
         return super().step(action)
 
 
+class Late(Countdown):
+    """With the seed 4, begins after an event."""
+
+    go: ClassVar[threading.Event] = threading.Event()
+
+    def reset(self, problem: dict[str, Any]) -> str:
+        if problem["seed"] == 4:
+            assert self.go.wait(60)
+        return super().reset(problem)
+
+
 class Scripted:
     """Samples what a function answers to the text of a transcript. Log-probabilities tell row and token."""
 
-    def __init__(self, answer: Callable[[str], str]) -> None:
-        self.answer = answer
+    def __init__(self, answer: Callable[[str], str], max_concurrent_calls: int = 1) -> None:
+        self.answer, self.max_concurrent_calls = answer, max_concurrent_calls
         self.waves: list[list[int]] = []
 
     def stream(self, prompts: BatchedDataDict, *, seed: int, greedy: bool, sampling: Any, rows: list[int]) -> Iterator:
@@ -229,6 +241,16 @@ def test_time_limit(collect) -> None:
     assert rollout.truncated.tolist() == [False, True]
 
 
+def test_time_limit_while_an_action_is_sampled(collect) -> None:
+    def answer(text: str) -> str:
+        time.sleep(0.5)
+        return "1"
+
+    rollout = collect(problems(2), Countdown, answer, limits=EpisodeLimits(timeout_s=0.3))
+    [episode] = rollout.episodes
+    assert (episode["end"], episode["turns"], episode["reward"]) == ("timeout_s", 1, 0)
+
+
 def test_failed_episode_is_repeated(collect) -> None:
     Flaky.failed.clear()
     rollout = collect(problems(4, 5), Flaky, all_left)
@@ -278,6 +300,46 @@ def test_fast_episodes_do_not_wait_for_slow_ones(collect) -> None:
 
     rollout = collect(problems(4, 3), Slow, answer)
     assert rollout.batch["rewards"].tolist() == [4, 3]
+
+
+def test_ready_transcript_does_not_wait_for_the_running_wave(collect) -> None:
+    """The first wave ends after all actions of the other episode, which begins while this wave runs."""
+    Late.go.clear()
+    others_done = threading.Event()
+
+    def answer(text: str) -> str:
+        if text == "3 left\n":
+            Late.go.set()
+            assert others_done.wait(60)
+        if text.startswith("4 left") and text.endswith("\n1 left\n"):
+            others_done.set()
+        return "1"
+
+    generation = Scripted(answer, max_concurrent_calls=2)
+    rollout = collect(problems(3, 4), Late, generation)
+    assert rollout.batch["rewards"].tolist() == [3, 4]
+    assert generation.waves[:5] == [[0], [1], [3], [5], [7]]
+    assert 0 < rollout.metrics["generation_busy"] <= 1
+
+
+@pytest.mark.parametrize("max_concurrent_calls", [1, 3])
+def test_waves_are_limited(collect, max_concurrent_calls: int) -> None:
+    lock = threading.Lock()
+    running: list[int] = []
+
+    class Counting(Scripted):
+        def stream(self, *arguments: Any, **options: Any) -> Iterator:
+            with lock:
+                running.append(running[-1] + 1 if running else 1)
+            time.sleep(0.02)
+            yield from super().stream(*arguments, **options)
+            with lock:
+                running.append(running[-1] - 1)
+
+    generation = Counting(one, max_concurrent_calls)
+    rollout = collect(problems(*range(1, 9)), Countdown, generation, num_generations=4)
+    assert rollout.batch["rewards"].tolist() == [seed for seed in range(1, 9) for _ in range(4)]
+    assert max(running) <= max_concurrent_calls
 
 
 def test_environments_are_mixed_in_one_rollout(collect) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl.algorithms.config import LossConfig
-from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss, NLLLoss
 
 Batch = dict[str, torch.Tensor]
 # Clipping, dual clip and truncation all take effect on the batches below.
@@ -523,3 +523,30 @@ def test_truncated_sampling_weights_by_the_support() -> None:
     d = (logprobs - reference).detach()
     expected = (probabilities * (-rewards + 0.1 * d) * logprobs)[kept].sum()
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+
+
+def test_nll_is_the_mean_over_all_tokens_of_the_batch() -> None:
+    logprobs, batch = make_batch(6, 9, seed=3)
+    logprobs.requires_grad_()
+    loss, metrics = NLLLoss()(logprobs, batch, *counts(batch))
+    inside = (batch["token_mask"] * batch["sample_mask"][:, None]).bool()
+    inside[:, 0] = False
+    torch.testing.assert_close(loss, -logprobs[inside].mean(), rtol=1e-12, atol=0)
+    assert metrics == {}
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(gradient, -inside.double() / inside.sum(), rtol=1e-12, atol=0)
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(2), slice(2, 6))]
+    halves = [NLLLoss()(logprobs[rows], part, *counts(batch))[0] for rows, part in zip((slice(2), slice(2, 6)), parts)]
+    torch.testing.assert_close(sum(halves), loss, rtol=1e-12, atol=0)
+
+
+def test_nll_ignores_masked_infinities_and_batches_without_tokens() -> None:
+    logprobs, batch = make_batch(3, 5, seed=1)
+    inside = batch["token_mask"] * batch["sample_mask"][:, None] > 0
+    logprobs = torch.where(inside, logprobs, -math.inf).requires_grad_()
+    loss, _ = NLLLoss()(logprobs, batch, *counts(batch))
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert math.isfinite(loss.item())
+    assert bool(gradient.isfinite().all())
+    batch["sample_mask"] = torch.zeros(3, dtype=torch.float64)
+    assert NLLLoss()(logprobs, batch, *counts(batch))[0].item() == 0.0

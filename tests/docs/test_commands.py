@@ -22,7 +22,9 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.cli.app import app
+from nemo_rl.data.conversations import load_conversations
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.observability.rollout_files import RolloutFiles
 from nemo_rl.utils.config import load_config
@@ -178,6 +180,8 @@ def dry_run_script(words: list[str]) -> None:
     overrides = [argument for argument in arguments if argument.startswith("data.")]
     if overrides and script.endswith("run_grpo_math.py"):
         assert len(load_datasets(load_config(MasterConfig, None, overrides).data)[0])
+    if overrides and script.endswith("run_sft.py"):
+        assert load_conversations(load_config(SFTJobConfig, None, overrides).data)[0][0]
 
 
 def run_command_line(words: list[str]) -> None:
@@ -297,6 +301,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     row = {"problem": "1+1", "question": "1+1", "answer": "That is #### 2", "solution": "2"}
     for name in ("train.jsonl", "test.jsonl", "problems.jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
+    chat = {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]}
+    for name in ("chats.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text(json.dumps(chat) + "\n")
     curated = tmp_path / "results" / "curate_arithmetic"
     curated.mkdir(parents=True)
     for path in (tmp_path / "train.parquet", curated / "problems.parquet", curated / "held_out.parquet"):
@@ -304,6 +311,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "results/grpo_math_embedded/001/checkpoints/step_000120/policy/model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
+    tuned = tmp_path / "results/sft_embedded/001/checkpoints/step_000064/policy/model"
+    tuned.mkdir(parents=True)
+    (tuned / "config.json").write_text("{}")
     files = RolloutFiles(model.parents[3], limit_mb=1, resume_step=None)
     files.write(
         1,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.environments.config import EnvironmentConfig, EnvironmentEntry
-from nemo_rl.environments.registry import entry_fqn, entry_python
-from nemo_rl.errors import ConfigError
+from nemo_rl.environments.registry import entry_fqn, python_fields
+from nemo_rl.errors import ConfigError, RuntimeEnvError
 from nemo_rl.utils.config import dump_yaml, load_config
 
 NIM = "env.nim.class=my_package.games.Nim"
@@ -53,11 +55,19 @@ def test_configuration_is_read_back(tmp_path: Path) -> None:
 
 
 def test_python_of_an_environment() -> None:
-    def python(**options) -> str:
-        return entry_python(EnvironmentEntry(class_="my_package.games.Nim", **options))
+    def python(**options: Any) -> dict[str, Any]:
+        return python_fields("env.nim", "my_package.games.Nim", **options)
 
-    assert python() == python(own_process=True, py_executable="uv run --extra x")
-    assert python(py_executable="uv run --extra x") == "uv run --extra x"
+    driver = {"py_executable": PY_EXECUTABLES.SYSTEM}
+    assert python() == driver
+    assert python(py_executable="uv run --extra x", own_process=True) == {"py_executable": "uv run --extra x"}
+    assert python(runtime_env={"uv": ["a"]}) == {"uv": ["a"], **driver}
+    assert python(runtime_env={"py_executable": "/python"}) == {"py_executable": "/python"}
+    assert python(runtime_env={"conda": "base"}) == {"conda": "base"}
+    with pytest.raises(RuntimeEnvError, match=r"env.nim runs in a child process.* py_executable instead of conda"):
+        python(runtime_env={"conda": "base"}, own_process=True)
+    with pytest.raises(RuntimeEnvError, match=r"env.nim.runtime_env has an unknown field 'uvv'. Did you mean 'uv'"):
+        python(runtime_env={"uvv": ["a"]})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import ray
 from episode_replies import next_replies
 
 from nemo_rl.distributed.cluster.session import start_local_ray
+from nemo_rl.distributed.workers.launch_plan import WorkerPython, prepare_child_python
+from nemo_rl.environments import environment_group
 from nemo_rl.environments.environment_group import EnvironmentGroup
 from nemo_rl.environments.episode_calls import Reply, Request
-from nemo_rl.errors import EnvironmentFailure, RuntimeEnvError, WorkerStartError
+from nemo_rl.errors import AttestationError, EnvironmentFailure, RuntimeEnvError, WorkerStartError
+from nemo_rl.venvs import list_venvs
 
 COMMANDS = "sample_environments.Commands"
 SOURCES = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
@@ -181,7 +185,7 @@ def test_shutdown_during_the_start(start) -> None:
     group = start()
     group.shutdown()
     group.shutdown()
-    with pytest.raises(WorkerStartError, match="was stopped while it started"):
+    with pytest.raises(WorkerStartError, match="worker env.game-0 was stopped while it started"):
         group.wait_ready()
 
 
@@ -230,6 +234,8 @@ def test_own_process_with_another_python(
     (record,) = group.attestation()
     assert record["executable"] == sys.executable
     assert record["child"]["pid"] == process_of(reset)
+    [built] = list_venvs()
+    assert record["child"]["venv_digest"].startswith(built.digest)
     version = ".".join(record["child"]["python"].split(".")[:2])
     assert python.value["messages"][0]["content"] == f"{version} False"
     (killed,) = call(group, Request(0, "step", "kill"))
@@ -238,7 +244,16 @@ def test_own_process_with_another_python(
     assert process_of(retried) != process_of(reset)
 
 
-def test_python_of_ray_for_a_child_is_refused(start) -> None:
-    group = start(own_process=True, runtime_env={"conda": ["numpy"]})
-    with pytest.raises(RuntimeEnvError, match="Use pip, uv or py_executable instead of conda"):
+def test_child_in_another_venv_is_refused(start, bare_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(*arguments: Any) -> WorkerPython:
+        return replace(prepare_child_python(*arguments), digest="0" * 64)
+
+    monkeypatch.setattr(environment_group, "prepare_child_python", prepared)
+    group = start(own_process=True, py_executable=bare_python)
+    with pytest.raises(AttestationError, match=r"the process of env.game .* venv_digest: expected 0+, found None"):
         group.wait_ready()
+
+
+def test_python_of_ray_for_a_child_is_refused(start) -> None:
+    with pytest.raises(RuntimeEnvError, match="Use pip, uv or py_executable instead of conda"):
+        start(own_process=True, runtime_env={"conda": ["numpy"]})

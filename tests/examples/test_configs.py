@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.jobs.job_config import load_job_config
 from nemo_rl.utils.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -19,11 +20,14 @@ def header(config: Path) -> str:
     return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("grpo_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", sorted([*CONFIGS.glob("grpo_*.yaml"), *CONFIGS.glob("sft_*.yaml")]), ids=lambda path: path.stem
+)
 def test_configuration_and_its_overrides_are_valid(config: Path) -> None:
-    load_config(MasterConfig, config, [])
+    job = load_job_config(config)
+    assert hasattr(job, config.stem.partition("_")[0])
     for overrides in ON_ONE_GPU.findall(header(config)):
-        assert load_config(MasterConfig, config, overrides.split()).cluster.gpus_per_node == 1
+        assert load_job_config(config, overrides.split()).cluster.gpus_per_node == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs examples/run_grpo_math.py as a user does, in processes of its own."""
+"""Runs the scripts of examples/ as a user does, in processes of their own."""
 
 import json
 import os
@@ -21,12 +21,14 @@ SMALL = (
 )
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), *arguments]
+def command(*arguments: str, script: Path = SCRIPT) -> list[str]:
+    return [sys.executable, str(script), *arguments]
 
 
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=800, check=False, **options)
+def run(*arguments: str, script: Path = SCRIPT, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments, script=script), capture_output=True, text=True, timeout=800, check=False, **options
+    )
 
 
 def metrics(directory: Path) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,11 @@ from typing import Any
 
 import pytest
 from grpo_jobs import SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
+
+sys.path.append(str(Path(__file__).parent.parent / "venvs"))
+from sample_projects import make_wheel
+
+from nemo_rl.venvs import Store, list_venvs
 
 SUMS = ("env.sums.class=episode_tasks.TwoSums", "env.sums.data.train.kind=seeds", "env.sums.max_turns=2")
 
@@ -109,3 +115,41 @@ def test_environment_that_always_fails_ends_the_run_with_its_reason(tmp_path: Pa
     [line] = [line for line in job.stderr.splitlines() if line.startswith("error:")]
     assert "env.max_failed_fraction=0.1" in line
     assert "raised ConnectionError: the task server does not answer" in line
+
+
+@pytest.mark.slow  # starts a job
+def test_venvs_of_environments_are_built_together_before_a_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_RL_VENV_DIR", str(tmp_path / "venvs"))
+    monkeypatch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")  # of policy and generation
+
+    def with_package(name: str) -> str:
+        wheel = make_wheel(tmp_path, name, "1.0").as_uri()
+        return f"{{uv: ['{name} @ {wheel}'], env_vars: {{PYTHONPATH: {Path(__file__).parent}}}}}"
+
+    directory = tmp_path / "run"
+    job = run(
+        *SMALL,
+        *(f"env.{name}.class=episode_tasks.TwoSums" for name in ("added", "child", "other")),
+        *(f"env.{name}.data.train.kind=seeds" for name in ("added", "child", "other")),
+        "env.child.own_process=true",
+        *(f"env.{name}.runtime_env={with_package('alpha')}" for name in ("added", "child")),
+        f"env.other.runtime_env={with_package('beta')}",
+        "grpo.max_num_steps=1",
+        f"logger.log_dir={directory}",
+    )
+    assert job.returncode == 0, job.stderr[-3000:]
+    workers = {record["group"]: record for record in json.loads((directory / "attestation.json").read_text())}
+    digests = {
+        "added": workers["environment added"]["venv_digest"],
+        "child": workers["environment child"]["child"]["venv_digest"],
+        "other": workers["environment other"]["venv_digest"],
+    }
+    assert digests["added"] == digests["child"]  # equal packages are built once
+    venvs = list_venvs(Store(tmp_path / "venvs"))
+    assert {venv.digest for venv in venvs} == {digest[:16] for digest in digests.values()}
+    first_start = min(start for record in workers.values() for _, start, _ in record["phases"])
+    for venv in venvs:
+        assert venv.manifest is not None
+        assert venv.manifest.started_at + sum(venv.manifest.seconds.values()) < first_start

@@ -10,6 +10,7 @@ import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import CheckpointError
+from nemo_rl.jobs.attempt import Attempt
 from nemo_rl.jobs.grpo_job import _Inputs, _RunAttempt
 from nemo_rl.jobs.job_environments import load_problems
 from nemo_rl.jobs.roles import job_roles
@@ -47,7 +48,7 @@ def prepare(config: MasterConfig, checkpoint: Checkpoint | None = None) -> tuple
         stack.callback(run.close)
         view = stack.enter_context(ConsoleView("job", 1))
         timeline = Timeline(run.path, view)
-        attempt = _RunAttempt(config, job_roles(config), load_problems(config), run, view, timeline, stack)
+        attempt = _RunAttempt(config, job_roles(config), {}, load_problems(config), Attempt(run, view, timeline, stack))
         return run, attempt._prepare_inputs(checkpoint)
 
 

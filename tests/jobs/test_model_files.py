@@ -69,6 +69,7 @@ def test_tied_parameters_count_once():
     [
         (["policy.max_sequence_length=513"], "policy.max_sequence_length=513 exceeds the context of embedded, 512"),
         (["policy.generation.stop_token_ids=[7, 100]"], "embedded has no token 100; the last is 99"),
+        (["policy.lora.target_modules=[q_prj]"], "has no linear layer 'q_prj'. Did you mean 'q_proj'"),
         (
             ["policy.backend=megatron", "policy.options.tensor_parallel_size=3", "cluster.cpu_workers_per_node=3"],
             "tensor_parallel_size=3 must divide the 4 attention heads",

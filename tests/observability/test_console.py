@@ -47,6 +47,20 @@ def test_pipe_output_has_one_line_per_event(tmp_path: Path) -> None:
     assert lines[4] == "step 200/200  reward 1.000"
 
 
+def test_supervised_training_shows_its_losses() -> None:
+    stream = io.StringIO()
+    with ConsoleView("sft", 0, Console(file=stream)) as view:
+        view.set_max_num_steps(20)
+        view.log_metrics(0, {"val/loss": 0.5})
+        view.log_metrics(1, {"train/loss": 0.25, "train/grad_norm": 1.0})
+        view.log_metrics(1, {"val/loss": 0.75})
+    assert stream.getvalue().splitlines() == [
+        "validation at step 0: loss 0.500  (best 0.500)",
+        "step  1/20  loss 0.2500  ETA 0 s",
+        "validation at step 1: loss 0.750  (best 0.500)",
+    ]
+
+
 CODE = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="LOG %(message)s", stream=sys.stderr)

@@ -298,6 +298,16 @@ def test_single_step_can_be_plotted(tmp_path: Path) -> None:
     assert {"learning", "time"} <= set(page.ids)
 
 
+def test_supervised_training_is_reported_by_its_losses(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text(
+        '{"step": 0, "val/loss": 0.5}\n{"step": 1, "train/loss": 0.25}\n{"step": 1, "val/loss": 0.125}\n'
+    )
+    page = Page(report.render(tmp_path))
+    assert "learning" in page.ids
+    assert "0.5 → 0.125" in page.text
+    assert "validation loss" in page.text
+
+
 def test_report_command_line(tmp_path: Path) -> None:
     make_run(tmp_path)
     command = [sys.executable, "-m", "nemo_rl.observability.report"]

@@ -22,11 +22,13 @@ from nemo_rl.distributed.workers.launch_plan import (
 from nemo_rl.distributed.workers.runtime_env import (
     ConfiguredWorker,
     WorkerOptions,
-    checked_env_vars,
-    checked_runtime_env,
     is_early,
     merged_runtime_env,
     scheduled,
+)
+from nemo_rl.distributed.workers.runtime_env_fields import (
+    checked_env_vars,
+    checked_runtime_env,
 )
 from nemo_rl.distributed.workers.startup import StaleDescription, StartingWorker, await_started, kill_and_wait
 from nemo_rl.errors import WorkerError, WorkerStartError
@@ -120,6 +122,7 @@ class RayWorkerBuilder:
         bundle_indices: tuple[int, list[int]] | None = None,
         *,
         stopped: threading.Event | None = None,
+        label: str | None = None,
         **extra_options: Any,
     ) -> ActorHandle:
         """Start one worker and wait until its constructor has returned.
@@ -129,6 +132,7 @@ class RayWorkerBuilder:
             num_gpus: may be a fraction.
             bundle_indices: passed to the class's `configure_worker`.
             stopped: set it from another thread to abort the start.
+            label: what messages call the worker; default: its `name`, if it has one.
             **extra_options: `py_executable`, `runtime_env`, `num_gpus_per_node` (for `configure_worker`), or Ray's.
 
         Raises:
@@ -139,7 +143,7 @@ class RayWorkerBuilder:
         # For a fraction of a GPU, Ray would reserve a whole CPU and keep other workers out of the bundle.
         fractional_cpu = {"num_cpus": num_gpus} if 0 < num_gpus < 1 else {}
         request = WorkerRequest(
-            extra_options.get("name") or "without a name",
+            label or extra_options.get("name") or "without a name",
             placement_group,
             placement_group_bundle_index,
             ray_options={"num_gpus": num_gpus, **fractional_cpu, **extra_options},

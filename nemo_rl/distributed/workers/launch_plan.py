@@ -7,7 +7,6 @@ such as RANK. The worker host sets those instead. It also sets secrets, because 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,6 @@ from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.node_venvs import NodeProgressCallback, ensure_venv_on_node, ensure_venvs_on_each_node
 from nemo_rl.distributed.provisioning.source_sync import distribute_source, search_path
-from nemo_rl.distributed.ray_actor_environment_registry import get_actor_python_env
 from nemo_rl.distributed.workers import host as worker_host
 from nemo_rl.distributed.workers.class_description import (
     ClassDescription,
@@ -31,24 +29,25 @@ from nemo_rl.distributed.workers.class_description import (
     save_description,
 )
 from nemo_rl.distributed.workers.runtime_env import (
-    PYTHON_FIELDS,
     ConfiguredWorker,
-    check_conflicts,
-    checked_runtime_env,
     merged_runtime_env,
     needs_programs,
-    ray_chooses_python,
     require_programs_on_each_node,
     upload_local_files,
 )
-from nemo_rl.errors import RuntimeEnvError, WorkerStartError
+from nemo_rl.distributed.workers.runtime_env_fields import (
+    PYTHON_FIELDS,
+    VENV_FIELDS,
+    check_conflicts,
+    checked_runtime_env,
+    named_spec,
+    ray_chooses_python,
+)
+from nemo_rl.errors import WorkerStartError
 from nemo_rl.secrets import is_secret_variable
-from nemo_rl.venvs import UNSET_IN_VENV, DriverVersions, InterpreterSpec, Spec, VenvPlan, spec_from_runtime_env
+from nemo_rl.venvs import UNSET_IN_VENV, DriverVersions, InterpreterSpec, Spec, VenvPlan
 from nemo_rl.venvs import plan as plan_venv
 from nemo_rl.venvs.storage.manifest import BrokenManifestError, read_manifest
-
-# Fields that the venv engine, not Ray, carries out.
-_VENV_FIELDS = ("pip", "uv", "py_executable")
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -205,30 +204,24 @@ def prepare_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
     if ray_chooses_python(fields):
         distribute_source(alive_nodes())
         return WorkerPython()
-    name, spec = _named_spec(fqn, fields)
+    name, spec = named_spec(fqn, fields)
     return prepare_pythons({name: spec})[name]
 
 
-def prepare_child_python(fqn: str, fields: Mapping[str, Any]) -> str:
-    """Make a Python ready on every node that a worker starts as its child; return the path of its interpreter.
+def prepare_child_python(fqn: str, fields: Mapping[str, Any]) -> WorkerPython:
+    """Make a Python ready on every node that a worker starts as its child.
 
     Unlike the Python of a worker, it needs no ray and may have another version than the driver's.
 
     Args:
         fqn: the class or function that runs in it; names the venv.
-        fields: a checked `runtime_env` with `py_executable`. `pip` and `uv` add packages. The others are the worker's.
+        fields: a checked `runtime_env` with `py_executable`, which `pip` and `uv` add packages to.
 
     Raises:
-        RuntimeEnvError: a field makes Ray choose the Python.
         InvalidPyExecutableError, NodeVenvError, VenvError: see `plan_launch`.
     """
-    if ray_chooses_python(fields):
-        raise RuntimeEnvError(
-            f"{fqn} runs in a child process, whose Python Ray cannot create. Use pip, uv or py_executable instead of "
-            f"{', '.join(name for name in PYTHON_FIELDS if name in fields)}."
-        )
-    name, spec = _named_spec(fqn, fields)
-    return ensure_venvs_on_each_node({name: plan_venv(spec, expected=DriverVersions.any())}).python(name)
+    name, spec = named_spec(fqn, fields)
+    return prepare_pythons({name: plan_venv(spec, expected=DriverVersions.any())})[name]
 
 
 def prepare_venvs_of(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
@@ -240,16 +233,8 @@ def prepare_venvs_of(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     Raises:
         UnregisteredActorError, InvalidPyExecutableError, RuntimeEnvError, NodeVenvError, VenvError: see `plan_launch`.
     """
-    venvs = dict(_named_spec(fqn, fields) for fqn, fields in requests if not ray_chooses_python(fields))
+    venvs = dict(named_spec(fqn, fields) for fqn, fields in requests if not ray_chooses_python(fields))
     ensure_venvs_on_each_node(venvs)
-
-
-def _named_spec(fqn: str, fields: Mapping[str, Any]) -> tuple[str, Spec]:
-    """Return the name and the specification of a class's venv."""
-    spec = spec_from_runtime_env(fields, fields.get("py_executable") or get_actor_python_env(fqn))
-    # The name is a link that its latest user moves; groups of one class with different venvs must not share it.
-    is_default = not any(name in fields for name in _VENV_FIELDS)
-    return (fqn if is_default else f"{fqn}-{hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"), spec
 
 
 def _require_programs(fields: Mapping[str, Any]) -> None:
@@ -304,7 +289,7 @@ def ray_runtime_env(python: WorkerPython, fields: Mapping[str, Any]) -> tuple[di
     fields = upload_local_files(fields)
     result = {name: value for name, value in fields.items() if name != "env_vars"}
     if python.python is not None:
-        result = {name: value for name, value in result.items() if name not in _VENV_FIELDS}
+        result = {name: value for name, value in result.items() if name not in VENV_FIELDS}
         result["py_executable"] = python.python
     given = fields.get("env_vars") or {}
     by_ray = {name: value for name, value in given.items() if not is_secret_variable(name, value)}

@@ -4,9 +4,9 @@ Options are merged by precedence, from lowest to highest: the class's `@ray.remo
 result of the class's `configure_worker`; the placement that the builder sets. A `runtime_env` is merged per field, its
 `env_vars` per variable.
 
-Fields that Ray carries out are checked here first. Ray reports most mistakes only when the first worker starts, and
-some of them never: a worker whose node lacks `podman` simply does not appear. Ray also accepts local directories, and
-hooks that are functions, for whole jobs only; here they can be given per worker.
+Values of fields that Ray carries out are checked here first. Ray reports most mistakes only when the first worker
+starts, and some of them never: a worker whose node lacks `podman` simply does not appear. Ray also accepts local
+directories, and hooks that are functions, for whole jobs only; here they can be given per worker.
 """
 
 from __future__ import annotations
@@ -29,41 +29,19 @@ from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.provisioning.remote_calls import ask_nodes
 from nemo_rl.distributed.ray_private import upload_directories, upload_setup_hook
+from nemo_rl.distributed.workers.runtime_env_fields import (
+    COMPATIBLE_FIELDS,
+    PYTHON_FIELDS,
+    checked_env_vars,
+    checked_runtime_env,
+    ray_chooses_python,
+)
 from nemo_rl.errors import ClusterError, RuntimeEnvError, WorkerStartError
 from nemo_rl.secrets import mask_secrets
-from nemo_rl.utils.names import did_you_mean
 from nemo_rl.venvs import parse_py_executable, spec_from_runtime_env
 
 logger = logging.getLogger(__name__)
 
-RUNTIME_ENV_FIELDS = frozenset(
-    {
-        "pip",
-        "uv",
-        "conda",
-        "env_vars",
-        "working_dir",
-        "py_modules",
-        "excludes",
-        "worker_process_setup_hook",
-        "nsight",
-        "rocprof_sys",
-        "image_uri",
-        "container",
-        "config",
-        "py_executable",
-        "java_jars",
-    }
-)
-# `RuntimeEnv(nsight=...)` is a mapping that holds the field under this name.
-_RAY_SPELLING = {"_nsight": "nsight", "_rocprof_sys": "rocprof_sys"}
-# With these fields Ray, not the venv engine, chooses the Python.
-_RAY_CHOOSES_PYTHON = ("conda", "container", "image_uri")
-# Each of these fields chooses the Python, so any two conflict, except that `py_executable` is the base of pip and uv.
-PYTHON_FIELDS = (*_RAY_CHOOSES_PYTHON, "pip", "uv", "py_executable")
-_COMPATIBLE = ({"pip", "py_executable"}, {"uv", "py_executable"})
-# The fields that may be given together with a container.
-_CONTAINER_FIELDS = frozenset({"container", "image_uri", "config", "env_vars"})
 # Variables that the dynamic linker, the interpreter, Ray or CUDA reads before the first line of a worker's Python runs.
 # They must be in the runtime_env; the worker host sets all others.
 _EARLY_PREFIXES = ("LD_", "PYTHON", "RAY_", "CUDA_", "MALLOC_", "ASAN_", "GLIBC_")
@@ -79,67 +57,6 @@ _PROGRAM_TIMEOUT_S = 60.0
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------
-
-
-def checked_runtime_env(
-    runtime_env: Mapping[str, Any] | None, where: str = "runtime_env", py_executable: str | None = None
-) -> dict[str, Any]:
-    """Return a `runtime_env` as a plain dict without fields that are None.
-
-    Args:
-        runtime_env: a mapping or a Ray `RuntimeEnv`.
-        where: what messages call it.
-        py_executable: becomes the field `py_executable`.
-
-    Raises:
-        RuntimeEnvError: a field is unknown (names the nearest), `env_vars` is malformed, or two fields conflict.
-    """
-    if not isinstance(runtime_env, Mapping | None):
-        raise RuntimeEnvError(f"{where} must be a mapping or a ray RuntimeEnv, not {type(runtime_env).__name__}")
-    fields: dict[str, Any] = {}
-    for key, value in (runtime_env or {}).items():
-        name = _RAY_SPELLING.get(key, key)
-        if name.startswith("_") or value is None:
-            continue  # internal to Ray
-        if name not in RUNTIME_ENV_FIELDS:
-            hint = did_you_mean(str(name), RUNTIME_ENV_FIELDS)
-            raise RuntimeEnvError(f"{where} has an unknown field {name!r}.{hint} Known: {sorted(RUNTIME_ENV_FIELDS)}")
-        fields[name] = value
-    if "env_vars" in fields:
-        fields["env_vars"] = checked_env_vars(fields["env_vars"], f"{where}['env_vars']")
-    if py_executable is not None and fields.setdefault("py_executable", py_executable) != py_executable:
-        raise RuntimeEnvError(
-            f"py_executable={py_executable!r} and {where}['py_executable']={fields['py_executable']!r} cannot both be "
-            "given. Keep one."
-        )
-    check_conflicts(fields, where)
-    return fields
-
-
-def checked_env_vars(env_vars: Mapping[str, str] | None, where: str = "env_vars") -> dict[str, str]:
-    """Return a copy of `env_vars`. Raises `RuntimeEnvError`, without the value, unless all values are strings."""
-    if not isinstance(env_vars, Mapping | None):
-        raise RuntimeEnvError(f"{where} must map names to strings, not be a {type(env_vars).__name__}")
-    for name, value in (env_vars or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise RuntimeEnvError(f"{where}[{name!r}] must be a string, not {type(value).__name__}: write str(...)")
-    return dict(env_vars or {})
-
-
-def check_conflicts(runtime_env: Mapping[str, Any], where: str = "runtime_env") -> None:
-    """Raise `RuntimeEnvError`, naming both fields, if two fields cannot be given together."""
-    given = [name for name in PYTHON_FIELDS if runtime_env.get(name) is not None]
-    for index, first in enumerate(given):
-        for second in given[index + 1 :]:
-            if {first, second} not in _COMPATIBLE:
-                raise RuntimeEnvError(
-                    f"{where}: {first!r} and {second!r} cannot both be given: each decides which packages the worker "
-                    "has. Keep one."
-                )
-    container = next((name for name in ("container", "image_uri") if name in runtime_env), None)
-    others = sorted(set(runtime_env) - _CONTAINER_FIELDS)
-    if container and others:
-        raise RuntimeEnvError(f"{where}: {container!r} and {others[0]!r} cannot both be given: put it into the image.")
 
 
 def check_values(fields: Mapping[str, Any], where: str = "runtime_env") -> None:
@@ -162,11 +79,6 @@ def check_values(fields: Mapping[str, Any], where: str = "runtime_env") -> None:
             RuntimeEnv(**{name: value})
         except Exception as error:  # Ray raises ValueError, TypeError, jsonschema's errors and plain Exceptions
             raise RuntimeEnvError(f"{where}[{name!r}]: {str(error).splitlines()[0]}") from error
-
-
-def ray_chooses_python(fields: Mapping[str, Any]) -> bool:
-    """Return whether a field makes Ray, not the venv engine, choose the Python."""
-    return any(name in fields for name in _RAY_CHOOSES_PYTHON)
 
 
 def is_early(name: str) -> bool:
@@ -266,7 +178,7 @@ def merged_runtime_env(*layers: Mapping[str, Any] | None) -> dict[str, Any]:
         env_vars.update(fields.pop("env_vars", None) or {})
         choices = {name for name in PYTHON_FIELDS if name in fields}
         for lower in [name for name in PYTHON_FIELDS if name in result]:
-            if any(name != lower and {name, lower} not in _COMPATIBLE for name in choices):
+            if any(name != lower and {name, lower} not in COMPATIBLE_FIELDS for name in choices):
                 del result[lower]
         result.update(fields)
     if env_vars:

@@ -53,7 +53,6 @@ _TEMPLATE = """\
 {%- endif %}
 """
 
-_HIGHEST = 20
 # Largest distance of a guess from the middle of the range.
 _INACCURACY = 1
 _BATCH = 128
@@ -102,12 +101,12 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 def _game(draws: random.Random) -> _Dialogue:
     """Return a game whose player repeats the first guess, or roughly halves the range that is left."""
-    secret = dialogues.secret_number(dialogues.FIRST_WARMUP_SEED + draws.getrandbits(32), _HIGHEST)
+    secret = dialogues.secret_number(dialogues.FIRST_WARMUP_SEED + draws.getrandbits(32), dialogues.HIGHEST)
     listens = draws.random() < _SKILLED_SHARE
-    low, high = 1, _HIGHEST
+    low, high = 1, dialogues.HIGHEST
     guess = _near_middle(low, high, draws)
-    turns = [(_USER, dialogues.guessing_prompt(_HIGHEST)), (_ASSISTANT, str(guess))]
-    while guess != secret and len(turns) < 2 * dialogues.num_guesses(_HIGHEST):
+    turns = [(_USER, dialogues.guessing_prompt(dialogues.HIGHEST)), (_ASSISTANT, str(guess))]
+    while guess != secret and len(turns) < 2 * dialogues.num_guesses(dialogues.HIGHEST):
         low, high = (guess + 1, high) if guess < secret else (low, guess - 1)
         turns.append((_USER, dialogues.feedback(guess, secret)))
         guess = _near_middle(low, high, draws) if listens else guess

@@ -24,6 +24,11 @@ class GenerationOptions(OpenSection):
         return 1
 
     @property
+    def max_concurrent_calls(self) -> int:
+        """Number of streams that a worker runs at a time. If above 1, it has the method `stream_concurrently`."""
+        return 1
+
+    @property
     def sleeps(self) -> bool:
         """Whether `sleep` frees GPU memory."""
         return False

@@ -22,7 +22,8 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.generation.interfaces import GenerationInterface, GenerationRequest, GenerationResult
-from nemo_rl.models.generation.replicas import Replicas, replica_bundles
+from nemo_rl.models.generation.replica_layout import replica_bundles
+from nemo_rl.models.generation.replicas import Replicas
 from nemo_rl.models.generation.results import join
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 
@@ -63,6 +64,7 @@ class Generation(GenerationInterface):
         size = config.generation.options.workers_per_replica
         bundles = replica_bundles(cluster.bundle_counts, config.generation.num_workers, size)
         self._max_sequence_length = config.max_sequence_length
+        self._max_concurrent_calls = config.generation.options.max_concurrent_calls
         backend = generation_backend(config.generation.backend)
         builder = RayWorkerBuilder(
             backend.fqn,
@@ -86,7 +88,12 @@ class Generation(GenerationInterface):
                 env_vars={} if cluster.use_gpus else cpu_env_vars(),
                 stopped=self._stopped,
             )
-            return Replicas(workers, size=size, max_restarts=config.generation.max_restarts)
+            return Replicas(
+                workers,
+                size=size,
+                max_restarts=config.generation.max_restarts,
+                runs_concurrently=self._max_concurrent_calls > 1,
+            )
 
         threads = ThreadPoolExecutor(1, thread_name_prefix="start generation")
         self._starting: Future[Replicas] = threads.submit(start)
@@ -131,6 +138,10 @@ class Generation(GenerationInterface):
             prompts, seed=seed, num_generations=num_generations, greedy=greedy, sampling=sampling, rows=rows
         )
         return self._run(request, streamed=True)
+
+    @property
+    def max_concurrent_calls(self) -> int:
+        return self._max_concurrent_calls
 
     def _run(self, request: GenerationRequest, *, streamed: bool) -> Iterator[tuple[list[int], GenerationResult]]:
         request.check_prompt_lengths(self._max_sequence_length)

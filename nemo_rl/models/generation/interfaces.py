@@ -206,6 +206,11 @@ class GenerationInterface(ABC):
         )
         yield list(range(len(prompts["input_lengths"]))), result
 
+    @property
+    def max_concurrent_calls(self) -> int:
+        """Number of calls of `stream` that run at a time, from different threads. Further ones wait."""
+        return 1
+
     @abstractmethod
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool = False) -> str:
         """Load the policy's weights on every worker.

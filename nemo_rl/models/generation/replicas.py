@@ -11,16 +11,19 @@ A replica is one worker, or a tied group of workers that hold one copy of the mo
                                         └─ its part is requested again, unless all of it has been received
 
 The other replicas are not disturbed, and no position is yielded twice. Sampling depends only on the seed and the
-prompt's position, so a failed replica does not change the completions for given weights. Two threads may use the
-replicas: one
-generates while the other updates the weights.
+prompt's position, so a failed replica does not change the completions for given weights.
+
+Several threads may use the replicas: some generate while another updates the weights. Workers that run several streams
+at a time would run an update at once, too. So the driver waits for the streams before it sends an update that is not in
+flight, and before the other calls to all workers. New streams wait until those have returned.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS, Reference, worker_error
-from nemo_rl.errors import ConfigError, NodeLostError
+from nemo_rl.errors import NodeLostError
 from nemo_rl.models.generation.results import select
 from nemo_rl.models.weights.digest import check_digest
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
@@ -38,54 +41,6 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 
 logger = logging.getLogger(__name__)
-
-
-def replica_bundles(bundle_counts: Sequence[int], num_workers: int | None, size: int) -> list[tuple[int, list[int]]]:
-    """Return the node and local bundles of every replica, for `RayWorkerGroup`. A replica stays on one node.
-
-    Args:
-        bundle_counts: Bundles of each node.
-        num_workers: Workers over all nodes. None: one per bundle.
-        size: Workers of one replica.
-
-    Raises:
-        ConfigError: The workers cannot be divided into replicas, or outnumber the bundles.
-    """
-    counts = _replicas_per_node(bundle_counts, num_workers, size)
-    return [
-        (node, list(range(index * size, (index + 1) * size)))
-        for node, count in enumerate(counts)
-        for index in range(count)
-    ]
-
-
-def _replicas_per_node(bundle_counts: Sequence[int], num_workers: int | None, size: int) -> list[int]:
-    """Return the number of replicas per node: as many as fit, or `num_workers` distributed as evenly as possible."""
-    limits = [count // size for count in bundle_counts]
-    indivisible = num_workers % size if num_workers is not None else any(count % size for count in bundle_counts)
-    if indivisible:
-        what = (
-            f"policy.generation.num_workers={num_workers}"
-            if num_workers
-            else f"the workers that fit on the nodes, {list(bundle_counts)} per node,"
-        )
-        raise ConfigError(
-            f"{what} cannot be divided into replicas of {size} workers (policy.generation.options): change one of "
-            "them, or the workers per node (cluster.gpus_per_node or cluster.cpu_workers_per_node)"
-        )
-    if num_workers is None:
-        return limits
-    if num_workers > sum(limits) * size:
-        raise ConfigError(
-            f"policy.generation.num_workers={num_workers}, but only {sum(limits) * size} workers fit "
-            f"({[limit * size for limit in limits]} per node); lower it, or raise cluster.cpu_workers_per_node or "
-            "cluster.num_nodes"
-        )
-    counts = [0] * len(bundle_counts)
-    for _ in range(num_workers // size):
-        free = [node for node, limit in enumerate(limits) if counts[node] < limit]
-        counts[min(free, key=lambda node: counts[node])] += 1
-    return counts
 
 
 def even_parts(total: int, num_parts: int) -> list[tuple[int, int]]:
@@ -140,9 +95,14 @@ class Replicas:
         workers: The worker group.
         size: Workers of one replica. Ranks 0 to `size - 1` are the first replica.
         max_restarts: How many failed replicas may be restarted in total.
+        runs_concurrently: Whether a worker runs several streams at a time, by `stream_concurrently`. Otherwise it runs
+            all calls in the order in which they are sent.
     """
 
-    def __init__(self, workers: RayWorkerGroup, *, size: int, max_restarts: int) -> None:
+    def __init__(
+        self, workers: RayWorkerGroup, *, size: int, max_restarts: int, runs_concurrently: bool = False
+    ) -> None:
+        assert size == 1 or not runs_concurrently, "the workers of a tied group must take the same steps"
         self.workers = workers
         self._size = size
         self._restarts_left = max_restarts
@@ -150,7 +110,10 @@ class Replicas:
         self._incarnations = dict.fromkeys(range(workers.world_size // size), 0)
         self._update: WeightUpdate | WeightOffer | None = None
         self._reported_digest: str | None = None
-        self._changing = threading.RLock()  # held while weights are loaded or a replica is replaced
+        self._runs_concurrently = runs_concurrently
+        # Concurrent streams that may still run, by the reference that is ready when the stream has ended.
+        self._streams: dict[ray.ObjectRef, _Part] = {}
+        self._changing = threading.RLock()  # held while weights are loaded, a replica is replaced or calls are sent
 
     def run(self, request: GenerationRequest, *, streamed: bool) -> Iterator[tuple[list[int], GenerationResult]]:
         """Send a request to the replicas, in even parts. The calls start at once.
@@ -165,7 +128,9 @@ class Replicas:
         Raises:
             WorkerError: A replica died and may not be restarted any more.
         """
-        method = "stream" if streamed else "generate"
+        method = "generate"
+        if streamed:
+            method = "stream_concurrently" if self._runs_concurrently else "stream"
         return self._receive(request, method, self._send(request, method, 0, request.num_prompts))
 
     def update_weights(self, update: WeightUpdate | WeightOffer, *, in_flight: bool) -> str:
@@ -177,6 +142,8 @@ class Replicas:
         # The workers of a tied group must take the same steps, so their update comes between two calls.
         method = "update_weights_in_flight" if in_flight and self._size == 1 else "update_weights"
         with self._changing:
+            if not in_flight:
+                self._await_streams()
             self._update, self._reported_digest = update, None
             self._load(method, self._incarnations)
             assert self._reported_digest is not None, "no worker has loaded the weights"
@@ -267,6 +234,7 @@ class Replicas:
         """
         results: dict[int, Any] = {}
         with self._changing:
+            self._await_streams()
             calls = [(replica, self._call(replica, method, **kwargs)) for replica in self._incarnations]
             for replica, references in calls:
                 while True:
@@ -295,19 +263,35 @@ class Replicas:
         return {call(method, worker_idx=rank, **kwargs): rank for rank in self._ranks(replica)}
 
     def _send(self, request: GenerationRequest, method: str, start: int, end: int) -> list[_Part]:
-        """Send the prompts from `start` to `end` to the replicas, in even parts."""
+        """Send the prompts from `start` to `end` to the replicas, in even parts. The least busy ones come first."""
         parts = []
         with self._changing:
-            bounds = even_parts(end - start, len(self._incarnations))
-            for (replica, incarnation), (first, last) in zip(self._incarnations.items(), bounds):
+            self._await_streams(timeout_s=0.0)
+            busy = Counter[int]()
+            for stream in self._streams.values():
+                busy[stream.replica] += stream.end - stream.start
+            replicas = sorted(self._incarnations, key=busy.__getitem__)
+            for replica, (first, last) in zip(replicas, even_parts(end - start, len(replicas)), strict=True):
                 if first == last and first > 0:
                     continue
                 part: Any = request.part(start + first, start + last)
                 if self._size > 1:
                     part = ray.put(part)
                 references = self._call(replica, method, request=part)
-                parts.append(_Part(replica, incarnation, start + first, start + last, references))
+                sent = _Part(replica, self._incarnations[replica], start + first, start + last, references)
+                parts.append(sent)
+                for reference in references if self._runs_concurrently else ():
+                    if isinstance(reference, ray.ObjectRefGenerator):
+                        self._streams[reference.completed()] = sent
         return parts
+
+    def _await_streams(self, timeout_s: float | None = None) -> None:
+        """Wait until all streams have ended, and forget those that have. Those of a dead replica have ended."""
+        if self._streams:
+            waiting = list(self._streams)
+            ended, _ = ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s, fetch_local=False)
+            for reference in ended:
+                del self._streams[reference]
 
     def _receive(
         self, request: GenerationRequest, method: str, parts: list[_Part]

@@ -50,7 +50,8 @@ class PolicyOptions(OpenSection):
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
         """Estimate the bytes of weights, gradients and AdamW state in one worker, without activations."""
         # AdamW keeps two float32 moments besides the float32 master weight and its gradient.
-        return num_parameters * 16 // (num_workers if policy.sharding == "fsdp" else 1)
+        bytes_per_parameter = 16 if policy.lora is None else 4  # adapters are small
+        return num_parameters * bytes_per_parameter // (num_workers if policy.sharding == "fsdp" else 1)
 
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
@@ -104,7 +105,7 @@ class SchedulerConfig(ConfigModel):
     kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
     total_steps: int | None = Field(
-        None, ge=1, description="Steps until min_lr_ratio. Null: all optimizer steps of grpo.max_num_steps."
+        None, ge=1, description="Steps until min_lr_ratio. Null: all optimizer steps of the job."
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
 
@@ -118,6 +119,28 @@ class BatchingConfig(ConfigModel):
     )
     max_tokens: int = Field(8192, ge=1, description="Maximum tokens of a micro-batch in the modes dynamic and packed.")
     length_multiple: int = Field(1, ge=1, description="Micro-batch lengths are rounded up to a multiple of this.")
+
+
+class LoraConfig(ConfigModel):
+    """LoRA: low-rank adapters are trained instead of the model's weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(32, ge=1, description="Adapters are scaled by alpha / rank.")
+    scale_by_sqrt_rank: bool = Field(
+        False, description="Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."
+    )
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Names of the linear layers with adapters, such as q_proj; all-linear: all but the output layer.",
+    )
+    seed: int = Field(0, description="Seed of the adapters' initial values.")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_modules(cls, value: Literal["all-linear"] | list[str]) -> Literal["all-linear"] | list[str]:
+        if not value:
+            raise ValueError("name at least one linear layer, such as q_proj, or all-linear")
+        return value
 
 
 class PolicyConfig(ConfigModel):
@@ -136,6 +159,7 @@ class PolicyConfig(ConfigModel):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Compute dtype; master weights are float32."
     )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters. Null: train all weights.")
     sharding: Literal["ddp", "fsdp"] = Field(
         "ddp", description="Replicate the model on every worker, or shard it (FSDP2)."
     )
@@ -192,6 +216,8 @@ class PolicyConfig(ConfigModel):
     @model_validator(mode="after")
     def _options_fit(self) -> PolicyConfig:
         self.options.check(self)
+        if self.lora is not None and not policy_backend(self.backend).trains_lora:
+            raise ValueError(f"policy.lora is not supported by policy.backend={self.backend}")
         if self.offload and not policy_backend(self.backend).offloads:
             raise ValueError(f"policy.offload=true is not supported by policy.backend={self.backend}")
         return self

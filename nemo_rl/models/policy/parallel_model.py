@@ -37,6 +37,7 @@ class ParallelModel(ABC):
     Attributes:
         module: the model to call. Under FSDP every forward and backward pass is a collective.
         config: configuration of the Hugging Face model.
+        group: the ranks.
         bfloat16: whether matrices are multiplied in bfloat16 instead of float32.
     """
 
@@ -44,7 +45,7 @@ class ParallelModel(ABC):
         self.module = module
         self.config: PreTrainedConfig = module.config
         self.bfloat16 = bfloat16
-        self._group = group
+        self.group = group
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return Hugging Face names and parameters in the model's order, tied ones once. Sharded ones are DTensors."""
@@ -53,7 +54,7 @@ class ParallelModel(ABC):
     @property
     def device(self) -> torch.device:
         """The device of this rank."""
-        return self._group.device
+        return self.group.device
 
     @abstractmethod
     def precision(self) -> AbstractContextManager[Any]:
@@ -92,10 +93,10 @@ class ReplicatedModel(ParallelModel):
     def precision(self) -> AbstractContextManager[Any]:
         if not self.bfloat16:
             return nullcontext()
-        return torch.autocast(self._group.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.group.device.type, dtype=torch.bfloat16)
 
     def reduce_gradients(self) -> None:
-        if self._group.world_size == 1:
+        if self.group.world_size == 1:
             return
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -113,7 +114,7 @@ class ReplicatedModel(ParallelModel):
     def copy_from_rank_0(self, target: torch.Tensor, source: torch.Tensor | None) -> None:
         if source is not None:
             target.copy_(source)
-        if self._group.world_size > 1:
+        if self.group.world_size > 1:
             dist.broadcast(target.detach(), src=0)
 
 
@@ -150,9 +151,9 @@ class ShardedModel(ParallelModel):
             dist.broadcast(target, src=0)
             return
         if source is None:
-            full = torch.empty(target.shape, dtype=target.dtype, device=self._group.device)
+            full = torch.empty(target.shape, dtype=target.dtype, device=self.group.device)
         else:
-            full = source.to(self._group.device, target.dtype)
+            full = source.to(self.group.device, target.dtype)
         target.copy_(distribute_tensor(full, self._mesh, target.placements))
 
 
@@ -174,6 +175,8 @@ def load_parallel_model(policy: PolicyConfig, group: ProcessGroup, *, trained: b
         return _load_sharded(policy, config, group, trained=trained)
     module = load_model(policy.model_name, config)
     _prepare(module, policy, trained=trained)
+    add = _adapters(policy, trained=trained)
+    add(module)
     module.to(group.device)  # type: ignore[arg-type]
     _use_cpu_kernels(module, policy, group)
     return ReplicatedModel(module, group, bfloat16=policy.precision == "bfloat16")
@@ -188,6 +191,10 @@ def _load_sharded(
     if loaded is not None:
         module.generation_config = loaded.generation_config
     _prepare(module, policy, trained=trained)
+    add = _adapters(policy, trained=trained)
+    add(module)
+    if loaded is not None:
+        add(loaded)
     model = ShardedModel(module, group, bfloat16=policy.precision == "bfloat16")
     module.to_empty(device=group.device)
     module.tie_weights()  # `to_empty` has allocated tied parameters separately
@@ -198,6 +205,16 @@ def _load_sharded(
     for name, buffer in module.named_buffers():
         model.copy_from_rank_0(buffer, buffers.get(name))
     return model
+
+
+def _adapters(policy: PolicyConfig, *, trained: bool) -> Callable[[PreTrainedModel], None]:
+    """Return what adds the adapters of `policy.lora` to a model, and does nothing if there are none."""
+    lora = policy.lora
+    if lora is None or not trained:
+        return lambda module: None
+    from nemo_rl.models.policy.lora import add_adapters
+
+    return lambda module: add_adapters(module, lora)
 
 
 def _use_cpu_kernels(module: PreTrainedModel, policy: PolicyConfig, group: ProcessGroup) -> None:

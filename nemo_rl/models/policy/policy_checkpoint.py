@@ -5,6 +5,7 @@
     <directory>/
       model/                    a Hugging Face model in float32 with its tokenizer: from_pretrained() loads it
       optimizer-00000.safetensors, ...   "<parameter>/exp_avg", "<parameter>/exp_avg_sq", "<parameter>/step"
+      adapter/                  with LoRA, the adapters: peft loads them
       rng.safetensors           "<rank>/<generator>"
       trainer.json              optimizer steps, world size, names and shapes of the parameters
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +80,9 @@ class TrainedState(Protocol):
     def load(self, weight: TensorReader | None, moment: TensorReader | None) -> None:
         """Load weights by name and moments by key with rank 0's readers (None on other ranks). A collective."""
 
+    def extra_files(self) -> Callable[[Path], None]:
+        """Return what writes further files into a checkpoint on rank 0. A collective."""
+
 
 def save(directory: Path, state: TrainedState, group: ProcessGroup, tokenizer_name: str) -> None:
     """Create `directory` and write a checkpoint into it. A collective; all ranks return after it is written.
@@ -91,10 +95,12 @@ def save(directory: Path, state: TrainedState, group: ProcessGroup, tokenizer_na
     # An error on rank 0 must not stop gathering, because the other ranks wait in it.
     gathered = {name: tensor.cpu() for name, tensor in state.weights() if writes}
     random_states = _gather_random_states(group)
+    write_extra_files = state.extra_files()
     try:
         if writes:
             directory.mkdir(parents=True, exist_ok=True)
             _write_model(directory / MODEL_DIRECTORY, state, gathered, tokenizer_name)
+            write_extra_files(directory)
             save_file(random_states, directory / RNG_FILE)
             _write_trainer(directory / TRAINER_FILE, state, group)
     except (OSError, SafetensorError) as failure:
@@ -106,7 +112,7 @@ def save(directory: Path, state: TrainedState, group: ProcessGroup, tokenizer_na
                 save_file(tensors, directory / OPTIMIZER_FILES.replace("*", f"{index:05d}"))
         except (OSError, SafetensorError) as failure:
             error = str(failure)
-    _agree(group, error, f"cannot write the checkpoint {directory}")
+    agree(group, error, f"cannot write the checkpoint {directory}")
 
 
 def load(directory: Path, state: TrainedState, group: ProcessGroup) -> None:
@@ -121,11 +127,11 @@ def load(directory: Path, state: TrainedState, group: ProcessGroup) -> None:
     source: _Source | None = None
     if reads:
         try:
-            trainer = _read_trainer(directory / TRAINER_FILE, state)
+            trainer = read_trainer(directory / TRAINER_FILE, state.shapes)
             source = _Source(directory, state)
         except (CheckpointError, ModelError, OSError, SafetensorError, KeyError, ValueError) as failure:
             error = str(failure)
-    _agree(group, error, f"cannot load the checkpoint {directory}")
+    agree(group, error, f"cannot load the checkpoint {directory}")
     state.load(source.parameter if source else None, source.moment if source else None)
     num_steps, world_size = group.sum([float(trainer.get("num_steps", 0)), float(trainer.get("world_size", 0))])
     state.num_steps = int(num_steps)
@@ -179,6 +185,12 @@ class TorchState:
 
     def load(self, weight: TensorReader | None, moment: TensorReader | None) -> None:
         self._model.load_full_tensors(weight)
+        self._load_moments(moment)
+
+    def extra_files(self) -> Callable[[Path], None]:
+        return lambda directory: None
+
+    def _load_moments(self, moment: TensorReader | None) -> None:
         with torch.no_grad():
             for name in self._optimizer.names:
                 for key, state in self._optimizer.state(name).items():
@@ -232,19 +244,25 @@ def _write_trainer(path: Path, state: TrainedState, group: ProcessGroup) -> None
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _read_trainer(path: Path, state: TrainedState) -> dict[str, Any]:
+def read_trainer(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Read the `TRAINER_FILE` of a checkpoint for a model with parameters of these shapes.
+
+    Raises:
+        CheckpointError: it is of another model, or of another version of this package.
+        OSError, ValueError: it cannot be read.
+    """
     trainer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if trainer.get("format") != FORMAT:
         raise CheckpointError(
             f"{path.name} has the format {trainer.get('format')!r}; this version reads format {FORMAT}"
         )
-    shapes = {name: list(shape) for name, shape in state.shapes.items()}
+    expected = {name: list(shape) for name, shape in shapes.items()}
     saved = trainer["parameters"]
-    if saved != shapes:
-        name = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    if saved != expected:
+        name = min(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
         raise CheckpointError(
             f"it is of another model: {name} has the shape {saved.get(name, 'none')} in the checkpoint and "
-            f"{shapes.get(name, 'none')} in policy.model_name"
+            f"{expected.get(name, 'none')} in policy.model_name"
         )
     return trainer
 
@@ -291,7 +309,7 @@ def _scatter_random_states(states: dict[str, torch.Tensor] | None, group: Proces
     restore_random_state(restored, group.device)
 
 
-def _agree(group: ProcessGroup, error: str | None, what: str) -> None:
+def agree(group: ProcessGroup, error: str | None, what: str) -> None:
     """Raise on every rank if rank 0 has an error. A collective."""
     if not group.sum([float(error is not None)])[0]:
         return

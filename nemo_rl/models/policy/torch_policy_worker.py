@@ -21,19 +21,28 @@ class TorchPolicyWorker(PolicyWorker):
         config = self._config
         self._model = load_parallel_model(config, self._group, trained=True)
         self._forward = self._forward_of(self._model)
-        self._optimizer = PolicyOptimizer(
+        optimizer = PolicyOptimizer(
             self._model.parameters(),
             config.optimizer,
             config.scheduler,
             total_steps=total_steps,
             max_grad_norm=config.max_grad_norm,
         )
-        self._state = TorchState(self._model, self._optimizer)
+        self._optimizer = optimizer
+        self._state = self._trained_state(optimizer)
         self._memory = self._track_memory(
             self._model.module,
             lambda: self._model.parameters().values(),
             Scratch(release=self._optimizer.zero_grad),
         )
+
+    def _trained_state(self, optimizer: PolicyOptimizer) -> TorchState:
+        config = self._config
+        if config.lora is None:
+            return TorchState(self._model, optimizer)
+        from nemo_rl.models.policy.lora_state import LoraState
+
+        return LoraState(self._model, optimizer, config.lora, config.model_name)
 
     def _load_reference(self) -> LogprobForward:
         model = load_parallel_model(self._config, self._group, trained=False)

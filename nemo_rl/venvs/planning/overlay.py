@@ -21,7 +21,8 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from nemo_rl import settings
-from nemo_rl.errors import RuntimeEnvError
+from nemo_rl.errors import RuntimeEnvError, VenvBuildError
+from nemo_rl.secrets import mask_secrets
 from nemo_rl.venvs.planning.plan import (
     Package,
     Resolution,
@@ -42,6 +43,7 @@ _VENV_SCRIPTS = ("python", "activate", "deactivate", "pydoc", "pip")
 _HEAD_BYTES = 1024
 _HASH = re.compile(r"\s--hash[=\s](\S+)")
 _NAME = re.compile(r"[^A-Za-z0-9._-]")  # what ends the name of a requirement
+_NO_SOLUTION = re.compile(r"No solution found[^\n]*\n\W*(?:cause: )?(.+)", re.DOTALL)
 _DIST_INFO = re.compile(r"(.+)-([^-]+)\.(?:dist-info|egg-info)")
 
 
@@ -100,7 +102,14 @@ def _resolve(
         what = f"Resolving {', '.join(listed)} over `{base.spec}`"
         arguments += [*project, "--generate-hashes", "--no-header", "--quiet"]
         with BuildLog(store.new_log("resolve"), only_on_failure=True) as log:
-            run_uv(arguments, what=what, cwd=directory, extra_env=variables, log=log)
+            try:
+                run_uv(arguments, what=what, cwd=directory, extra_env=variables, log=log)
+            except VenvBuildError as error:
+                reason = _NO_SOLUTION.search(error.output_tail)
+                if reason is None:
+                    raise
+                text = f"uv finds no versions of {', '.join(listed)} for `{base.spec}`: {' '.join(reason[1].split())}"
+                raise VenvBuildError(mask_secrets(text), **vars(error)) from error
         entries = tomllib.loads(lock.read_text()).get("packages", [])
         packages = [_restricted(package_from_lock(entry, Path(directory)), lines) for entry in entries]
     return [package for package in packages if _differs(package, pins)]

@@ -78,6 +78,7 @@ class InProcess:
     """The streaming interface of generation, on one engine in this process."""
 
     generator: TorchGenerator
+    max_concurrent_calls = 1
 
     def stream(self, prompts: BatchedDataDict, *, rows: list[int], **options: Any) -> Iterator:
         yield from self.generator.stream(GenerationRequest.for_prompts(prompts, rows=rows, **options))

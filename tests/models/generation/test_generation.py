@@ -20,7 +20,7 @@ from nemo_rl.errors import ConfigError, ModelError, WeightSyncError, WorkerError
 from nemo_rl.models.backends import GENERATION_BACKENDS, Backend, generation_backend
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generation import Generation
-from nemo_rl.models.generation.replicas import even_parts, replica_bundles
+from nemo_rl.models.generation.replicas import even_parts
 from nemo_rl.models.generation.results import join, select
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.weights.sender import publish
@@ -32,29 +32,6 @@ def test_parts_are_consecutive_and_even() -> None:
     assert even_parts(5, 2) == [(0, 3), (3, 5)]
     assert even_parts(4, 2) == [(0, 2), (2, 4)]
     assert even_parts(1, 3) == [(0, 1), (1, 1), (1, 1)]
-
-
-def test_workers_are_distributed_evenly_over_nodes() -> None:
-    def per_node(*arguments: object) -> list[int]:
-        places = [node for node, _ in replica_bundles(*arguments, size=1)]
-        return [places.count(node) for node in (0, 1)]
-
-    assert per_node([2, 2], None) == [2, 2]
-    assert per_node([2, 2], 2) == [1, 1]
-    assert per_node([1, 4], 4) == [1, 3]
-    with pytest.raises(ConfigError, match="num_workers=5, but only 4 workers fit"):
-        replica_bundles([2, 2], 5, 1)
-
-
-def test_replica_stays_on_one_node() -> None:
-    assert replica_bundles([4, 2], None, 2) == [(0, [0, 1]), (0, [2, 3]), (1, [0, 1])]
-    assert replica_bundles([3, 3], 4, 2) == [(0, [0, 1]), (1, [0, 1])]
-    with pytest.raises(ConfigError, match=r"\[3, 3\] per node, cannot be divided into replicas of 2"):
-        replica_bundles([3, 3], None, 2)
-    with pytest.raises(ConfigError, match="num_workers=3 cannot be divided into replicas of 2"):
-        replica_bundles([4], 3, 2)
-    with pytest.raises(ConfigError, match="num_workers=8, but only 4 workers fit"):
-        replica_bundles([3, 3], 8, 2)
 
 
 def test_unknown_backend_names_the_nearest_one() -> None:

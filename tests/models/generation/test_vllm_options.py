@@ -13,6 +13,7 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.roles import job_roles
 from nemo_rl.models.generation.vllm.config import VllmOptions
 from nemo_rl.utils.config import load_config
+from nemo_rl.venvs import parse_py_executable
 
 
 def test_options_are_validated() -> None:
@@ -20,6 +21,8 @@ def test_options_are_validated() -> None:
     options = load_config(MasterConfig, None, overrides).policy.generation.options
     assert isinstance(options, VllmOptions)
     assert options.workers_per_replica == 2
+    assert options.max_concurrent_calls == 1  # the ranks of a tied group must take the same steps
+    assert VllmOptions().max_concurrent_calls > 1
     with pytest.raises(ConfigError, match="did you mean tensor_parallel_size"):
         load_config(
             MasterConfig, None, ["policy.generation.backend=vllm", "policy.generation.options.tensor_paralel=2"]
@@ -35,7 +38,7 @@ def test_nodes_without_gpus_use_the_cpu_build(monkeypatch, gpus: int, expected: 
     monkeypatch.delenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", raising=False)
     config = load_config(MasterConfig, None, ["policy.generation.backend=vllm", f"cluster.gpus_per_node={gpus}"])
     [generation] = [role for role in job_roles(config) if role.name == "generation"]
-    assert generation.py_executable == expected
+    assert generation.spec == parse_py_executable(expected)
 
 
 def test_worker_module_does_not_import_vllm() -> None:

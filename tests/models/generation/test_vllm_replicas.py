@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_generation import assert_same, reference_logprobs
@@ -50,18 +51,22 @@ def test_results_survive_scaling_and_a_worker_death(cluster, tiny) -> None:
         prompts = batch(model, *"abcdefghijklmnopqrstuvwxyz")
         undisturbed = generation.generate(prompts, seed=0, num_generations=64)
         survivor, victim = [record["pid"] for record in generation.attestation()]
-        pieces = generation.stream(prompts, seed=0, num_generations=64)
-        received = [next(pieces)]
+        streams = [generation.stream(prompts, seed=0, num_generations=64) for _ in range(2)]
+        started = [next(stream) for stream in streams]
         os.kill(victim, signal.SIGKILL)
-        received += pieces
+        with ThreadPoolExecutor(2) as threads:
+            remaining = list(threads.map(list, streams))
         after = [record["pid"] for record in generation.attestation()]
         assert after[0] == survivor
         assert after[1] != victim
-        positions = [position for part, _ in received for position in part]
-        assert sorted(positions) == list(range(26))
-        texts = [text for _, piece in received for text in piece.texts]
-        expected = [undisturbed.texts[position * 64 : (position + 1) * 64] for position in positions]
-        assert texts == [text for group in expected for text in group]
+        assert generation._replicas._restarts_left == 1
+        for first, others in zip(started, remaining, strict=True):
+            received = [first, *others]
+            positions = [position for part, _ in received for position in part]
+            assert sorted(positions) == list(range(26))
+            texts = [text for _, piece in received for text in piece.texts]
+            expected = [undisturbed.texts[position * 64 : (position + 1) * 64] for position in positions]
+            assert texts == [text for group in expected for text in group]
 
 
 @pytest.mark.parametrize("name", ["llama-tied-bias", "qwen3"])
@@ -73,8 +78,10 @@ def test_tensor_parallel_matches_one_worker(cluster, tiny, name: str) -> None:
         result = generation.generate(batch(model), seed=4, num_generations=3)
         assert_same(result, torch_results(model, seed=4, num_generations=3))
         assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
-        positions = [position for positions, _ in generation.stream(batch(model), seed=4) for position in positions]
-        assert sorted(positions) == list(range(5))
+        expected = [generation.generate(batch(model), seed=seed) for seed in (4, 5)]
+        for pieces, whole in zip([generation.stream(batch(model), seed=seed) for seed in (4, 5)], expected):
+            texts = {position: text for positions, piece in pieces for position, text in zip(positions, piece.texts)}
+            assert texts == dict(enumerate(whole.texts))
         update = published(model, version=2, scale=1.1)
         assert generation.update_weights(update, in_flight=True) == update.digest
         assert_same(generation.generate(batch(model), seed=3), torch_results(model, seed=3, scale=1.1))

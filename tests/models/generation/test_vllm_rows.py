@@ -28,8 +28,7 @@ def draws(seed: int, num_rows: int = 4) -> Draws:
     request = GenerationRequest(
         torch.ones(num_rows, 3, dtype=torch.int64), torch.full((num_rows,), 3), seed, num_generations=1
     )
-    sampler = Sampler(SamplingConfig(), greedy=False)
-    return Draws(request, num_tokens=5, sampler=sampler, weights_version=7, device=torch.device("cpu"))
+    return Draws(request, num_tokens=5, sampler=Sampler(SamplingConfig(), greedy=False))
 
 
 @given(st.none() | st.dictionaries(st.text() | st.just(ROW), JSON, max_size=3))

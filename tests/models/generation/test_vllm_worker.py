@@ -24,14 +24,23 @@ from ray import cloudpickle
 from tiny_generation import TinyModel, assert_same, reference_logprobs
 from vllm_groups import TEXTS, WIDE, batch, local_cluster, published, torch_results, vllm_generation
 
+from nemo_rl.algorithms.episodes import EpisodeCollector
+from nemo_rl.algorithms.rollouts import Rollout
+from nemo_rl.data.config import DataConfig
+from nemo_rl.data.transcripts import TranscriptRenderer
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.ray_private import connected_node
+from nemo_rl.environments.config import EpisodeLimits
+from nemo_rl.environments.episode import Environment, Turn
+from nemo_rl.environments.episode_host import EpisodeHost
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import SamplingConfig
 from nemo_rl.models.generation.generation import Generation
+from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 from nemo_rl.models.generation.vllm.config import CPU_HEAD_SIZES
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
+from nemo_rl.observability.timer import Timer
 
 pytestmark = pytest.mark.slow  # the engine alone starts in most of a minute
 
@@ -234,6 +243,222 @@ def test_caller_can_stop_iterating(generation: Generation, model: TinyModel) -> 
     assert_same(generation.generate(batch(model), seed=3), torch_results(model, seed=3))
 
 
+# --- several calls at a time ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_worker(generation: Generation) -> Callable[[Callable[[Any], Any]], Any]:
+    """Return a function that calls a function in the worker's process, with the worker."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the worker cannot import this module
+    [handle] = generation._replicas.workers.workers
+    return lambda function: ray.get(handle.__ray_call__.remote(function))
+
+
+def many_prompts(model: TinyModel) -> BatchedDataDict:
+    return batch(model, *(f"{number}+{number}=" for number in range(10, 90)))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _set_paused(worker: Any, paused: bool) -> None:
+    """Let calls arrive, but let no step run."""
+    with worker.generator.engine.turn():
+        worker.generator.engine.set_loaded(not paused)
+
+
+def _is_busy(worker: Any) -> bool:
+    with worker.generator.engine.turn():
+        return worker.generator.engine.is_busy
+
+
+def _num_calls(worker: Any) -> int:
+    return len(worker.generator._calls)
+
+
+@pytest.fixture
+def start_together(generation: Generation, in_worker) -> Iterator[Callable[..., list[Iterator]]]:
+    """Return a function that starts streams, given by prompts and seed, before the first step."""
+
+    def start(*calls: tuple[BatchedDataDict, int]) -> list[Iterator]:
+        in_worker(lambda worker: _set_paused(worker, True))
+        streams = [generation.stream(prompts, seed=seed) for prompts, seed in calls]
+        wait_until(lambda: in_worker(_num_calls) == len(calls))
+        return streams
+
+    yield start
+    in_worker(lambda worker: _set_paused(worker, False))
+
+
+def whole(pieces: Iterator, width: int = 64) -> tuple[list[str], torch.Tensor, list[int]]:
+    """Return the texts, log-probabilities and versions of a stream, in the order of its prompts."""
+    rows = []
+    for positions, piece in pieces:
+        logprobs = torch.nn.functional.pad(piece.logprobs, (0, width - piece.logprobs.shape[1]))
+        rows += [
+            (position, text, row, piece.weights_version)
+            for position, text, row in zip(positions, piece.texts, logprobs, strict=True)
+        ]
+    rows.sort(key=lambda row: row[0])
+    assert [position for position, *_ in rows] == list(range(len(rows)))
+    return [text for _, text, *_ in rows], torch.stack([row for _, _, row, _ in rows]), [row[-1] for row in rows]
+
+
+def assert_same_rows(pieces: Iterator, expected: GenerationResult) -> None:
+    texts, logprobs, _ = whole(pieces, expected.logprobs.shape[1])
+    assert texts == expected.texts
+    assert torch.allclose(logprobs, expected.logprobs, atol=1e-5)
+
+
+def numbers(model: TinyModel, *bounds: int) -> BatchedDataDict:
+    return batch(model, *map(str, range(*bounds)))
+
+
+def test_streams_at_a_time_return_what_they_return_alone(
+    generation: Generation, model: TinyModel, in_worker, start_together
+) -> None:
+    assert generation.max_concurrent_calls >= 3
+    calls = [(numbers(model, 40), 6), (numbers(model, 100, 130), 7), (numbers(model, 20), 6)]
+    alone = [generation.generate(prompts, seed=seed) for prompts, seed in calls]
+    streams = start_together(*calls)
+    in_worker(lambda worker: _set_paused(worker, False))
+    with ThreadPoolExecutor(len(calls)) as threads:
+        for pieces, expected in zip(threads.map(list, streams), alone, strict=True):
+            assert_same_rows(iter(pieces), expected)
+
+
+def test_cancelled_call_does_not_disturb_others(
+    generation: Generation, model: TinyModel, in_worker, start_together
+) -> None:
+    expected = generation.generate(numbers(model, 20), seed=6)
+    [stream] = start_together((numbers(model, 20), 6))
+    request = GenerationRequest.for_prompts(many_prompts(model), seed=1)
+
+    def start_and_cancel(worker: Any) -> bool:
+        pieces = worker.generator.stream(request)
+        with ThreadPoolExecutor(1) as thread:
+            first = thread.submit(next, pieces)
+            while _num_calls(worker) < 2:
+                time.sleep(0.01)
+            _set_paused(worker, False)
+            first.result()
+        pieces.close()
+        return _num_calls(worker) < 2
+
+    assert in_worker(start_and_cancel)
+    assert_same_rows(stream, expected)
+    assert not in_worker(_is_busy)
+
+
+def test_weights_in_flight_reach_all_calls(generation: Generation, model: TinyModel, in_worker, start_together) -> None:
+    """The first call fills 20 of the 32 places; most of the second one's rows start after the update."""
+    streams = start_together((numbers(model, 20), 6), (numbers(model, 60), 7))
+
+    def step(worker: Any) -> None:
+        with worker.generator.engine.turn():
+            for _ in range(3):
+                worker.generator.engine.step()
+
+    in_worker(step)
+    generation.update_weights(published(model, version=9, scale=1.1), in_flight=True)
+    (_, _, first), (texts, _, second) = map(whole, streams)
+    assert first == [1] * 20
+    assert second[:12] == [1] * 12
+    assert second[50:] == [9] * 10
+    after = generation.generate(numbers(model, 60), seed=7)
+    assert [text for text, version in zip(texts, second) if version == 9] == [
+        text for text, version in zip(after.texts, second) if version == 9
+    ]
+
+
+def test_failed_update_in_flight_ends_all_calls(generation: Generation, model: TinyModel, start_together) -> None:
+    streams = start_together((numbers(model, 20), 6), (numbers(model, 30), 7))
+    with pytest.raises(WeightSyncError, match="version 2 arrived damaged"):
+        generation.update_weights(_with_other_bytes(published(model, version=2)), in_flight=True)
+    for stream in streams:
+        with pytest.raises(WeightSyncError, match="lost its weights: an update during the call failed"):
+            list(stream)
+
+
+def test_other_updates_wait_for_all_calls(generation: Generation, model: TinyModel, in_worker, start_together) -> None:
+    streams = start_together((numbers(model, 20), 6), (numbers(model, 60), 7))
+
+    def is_updating() -> bool:
+        if generation._replicas._changing.acquire(blocking=False):
+            generation._replicas._changing.release()
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as thread:
+        update = thread.submit(generation.update_weights, published(model, version=9, scale=1.1))
+        try:
+            wait_until(is_updating)
+        finally:
+            in_worker(lambda worker: _set_paused(worker, False))
+        late = generation.stream(numbers(model, 5), seed=6)
+        assert {version for stream in streams for version in whole(stream)[2]} == {1}
+        assert update.result(600)
+        assert whole(late)[2] == [9] * 5
+
+
+class Game(Environment):
+    """One to three turns, which take the longer the higher the seed."""
+
+    def reset(self, problem: dict[str, Any]) -> str:
+        self.seed, self.turn = problem["seed"], 0
+        return f"{self.seed}="
+
+    def step(self, action: str) -> Turn:
+        time.sleep(0.02 * self.seed)
+        self.turn += 1
+        return Turn(float(len(action)), f"{len(action)}+", done=self.turn > self.seed % 3)
+
+
+@dataclass
+class OneAtATime:
+    """Runs one call of a generation at a time."""
+
+    generation: Generation
+    max_concurrent_calls = 1
+
+    def stream(self, *arguments: Any, **options: Any) -> Iterator:
+        return self.generation.stream(*arguments, **options)
+
+
+def test_overlapping_waves_do_not_change_the_draws(generation: Generation, model: TinyModel) -> None:
+    seeds = range(9)
+    problems = BatchedDataDict(
+        input_ids=torch.zeros(len(seeds), 1, dtype=torch.int64),
+        input_lengths=torch.zeros(len(seeds), dtype=torch.int64),
+        problem_index=torch.tensor(seeds),
+        question=[""] * len(seeds),
+        answer=[""] * len(seeds),
+        metadata=[{}] * len(seeds),
+    )
+
+    def collect(chosen: Any) -> Rollout:
+        host = EpisodeHost(f"{__name__}.Game", {})
+        renderer = TranscriptRenderer(model.tokenizer, DataConfig(), has_turns=True)
+        collector = EpisodeCollector(
+            {"game": host}, {"game": EpisodeLimits()}, chosen, renderer, max_sequence_length=64, pad_token_id=0
+        )
+        try:
+            return collector.collect(problems, num_generations=3, seed=5, timer=Timer())
+        finally:
+            collector.close()
+            host.shutdown()
+
+    overlapping, separate = collect(generation), collect(OneAtATime(generation))
+    assert overlapping.completions == separate.completions
+    assert len(set(overlapping.completions)) > 9
+    for key in ("input_ids", "turn_index", "generation_logprobs"):
+        torch.testing.assert_close(overlapping.batch[key], separate.batch[key])
+
+
 # --- HTTP ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,18 +491,6 @@ def client(generation: Generation, model: TinyModel) -> Client:
     [record] = generation.attestation()
     token = Path(record["http_token_file"]).read_text()
     return Client(record["http_url"].removesuffix("/v1"), str(model.directory), token)
-
-
-@pytest.fixture
-def in_worker(generation: Generation) -> Callable[[Callable[[Any], Any]], Any]:
-    """Return a function that calls a function in the worker's process, with the worker."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the worker cannot import this module
-    [handle] = generation._replicas.workers.workers
-    return lambda function: ray.get(handle.__ray_call__.remote(function))
-
-
-def many_prompts(model: TinyModel) -> BatchedDataDict:
-    return batch(model, *(f"{number}+{number}=" for number in range(10, 90)))
 
 
 def test_http_requests_work_while_the_job_generates(generation: Generation, model: TinyModel, client: Client) -> None:
@@ -372,18 +585,6 @@ def client_thread(generation: Generation, model: TinyModel) -> Iterator[ThreadPo
             generation.wake()
             generation.update_weights(published(model, version=1))
             raise
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _is_busy(worker: Any) -> bool:
-    with worker.generator.engine.turn():
-        return worker.generator.engine.is_busy
 
 
 def _start_and_sleep(worker: Any, level: int) -> int:

@@ -12,6 +12,9 @@ from nemo_rl.models.generation.config import GenerationOptions, GeneratorSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# Streams that a worker runs at a time. Their rows share the engine's batches. In a simulation of 256 episodes with
+# uneven steps and completions, rollouts took 44 s with one, 30 s with 4, 28 s with 8 and 27 s without a limit.
+MAX_CONCURRENT_CALLS = 8
 # Head sizes of vLLM's attention on CPUs, in the version that uv.lock installs. (On GPUs, one of its kernels supports
 # any size.)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -58,6 +61,10 @@ class VllmOptions(GenerationOptions):
     @property
     def workers_per_replica(self) -> int:
         return self.tensor_parallel_size
+
+    @property
+    def max_concurrent_calls(self) -> int:
+        return MAX_CONCURRENT_CALLS if self.tensor_parallel_size == 1 else 1
 
     @property
     def sleeps(self) -> bool:

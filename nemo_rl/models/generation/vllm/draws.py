@@ -38,34 +38,29 @@ class Draws:
         request: The rows to draw for, and the seed.
         num_tokens: Most tokens per row.
         sampler: Draws tokens.
-        weights_version: Version of the weights at the start.
-        device: Where tokens are drawn.
+
+    Attributes:
+        weights_version: Version of the weights that draw now. Whoever loads weights sets it.
+        first_versions: For each row, the version of the weights that drew its first token.
     """
 
-    def __init__(
-        self,
-        request: GenerationRequest,
-        *,
-        num_tokens: int,
-        sampler: Sampler,
-        weights_version: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, request: GenerationRequest, *, num_tokens: int, sampler: Sampler) -> None:
         rows = request.random_rows()
         # One extra token: an engine that plans ahead draws once more before it knows that a row has ended.
-        width = num_tokens + 1
-        self._uniforms = row_uniforms(request.seed, rows, width)
-        self._logprobs = torch.zeros(2, len(rows), width, device=device)
+        self._uniforms = row_uniforms(request.seed, rows, num_tokens + 1)
+        # On the device of the logits. On a GPU, it must be allocated by the thread that draws, in its CUDA stream.
+        self._logprobs: torch.Tensor | None = None
         self._sampler = sampler
-        # Version of the weights that draw now, and of those that drew each row's first token.
-        self.weights_version = weights_version
-        self.first_versions = [weights_version] * len(rows)
+        self.weights_version = 0
+        self.first_versions = [0] * len(rows)
 
     def draw(self, logits: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
         """Draw token `columns[b]` of row `rows[b]` from logits [B, V] float32; returns [B] int64.
 
         vLLM also asks for rows whose prompt is not fully read yet, and asks again later: the last draw counts.
         """
+        if self._logprobs is None:
+            self._logprobs = torch.zeros(2, *self._uniforms.shape, device=logits.device)
         row, column = torch.tensor(rows), torch.tensor(columns)
         uniforms = self._uniforms[row, column].to(logits.device, non_blocking=True)
         for row_index, column_index in zip(rows, columns, strict=True):
@@ -82,6 +77,7 @@ class Draws:
 
     def logprobs(self, row: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two log-probabilities of a row's first tokens, as in `GenerationResult`; [num_tokens] each."""
+        assert self._logprobs is not None, "no token has been drawn"
         logprobs, sampling_logprobs = self._logprobs[:, row, :num_tokens].cpu()
         return logprobs, sampling_logprobs
 

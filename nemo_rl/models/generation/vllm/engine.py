@@ -1,21 +1,24 @@
-"""vLLM's engine in this process, shared by several threads: every output reaches the listener of its request.
+"""vLLM's engine in this process, shared by several threads: one of them runs the steps.
 
 ::
 
-    thread that completes prompts ──add, step──┐                   ┌──► listener of each request
-    threads of the HTTP server ──add───────────┤                   │
-    its stepping thread ──wait, step───────────┼─► engine ──step───┤
-    thread that loads weights ──turn───────────┘  (one at a time)  └──► listener of each request
+    threads that complete prompts ──add──┐                 ┌──► listener: the outputs of a step for one call
+    threads of the HTTP server ─────add──┼─► engine ─step──┼──► listener
+    thread that loads weights ─────turn──┤                 └──► listener
+    the stepping thread ───────────step──┘  (one of them at a time)
 
-The thread that completes prompts adds its requests and steps until they have ended. Nobody waits in a step for the
-requests of HTTP clients: they are unattended, and the stepping thread sleeps until a step can compute one. They wait in
-the engine while it has no weights and while it sleeps.
+Requests of all threads join the same batches. They wait in the engine while it has no weights and while it sleeps. The
+stepping thread then sleeps, too.
+
+All steps run in one thread, because vLLM gives each thread that computes a CUDA stream of its own. Torch's allocator
+would keep separate memory for each of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -25,8 +28,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from nemo_rl.errors import ModelError
 
-# Called with each output of a request, or with the error of a failed step.
-Listener = Callable[[Any], None]
+logger = logging.getLogger(__name__)
+
+# Called once per step with the outputs of all requests that have this listener, or once with the error that ended them.
+Listener = Callable[[list[Any] | Exception], None]
 
 
 def start_error(error: Exception, *, on_cpu: bool) -> str:
@@ -41,7 +46,7 @@ def start_error(error: Exception, *, on_cpu: bool) -> str:
 
 
 class SharedEngine:
-    """Holds the engine and its requests. Hold the `turn` while you use any other method or attribute but `wait`.
+    """Holds the engine and its requests. Hold the `turn` while you use any other method or attribute.
 
     Attributes:
         is_asleep: Whether GPU memory of the engine is released; see `sleep`.
@@ -57,11 +62,11 @@ class SharedEngine:
         self._has_weights = False
         self.error: Exception | None = None
         self._listeners: dict[str, Listener] = {}
-        self._unattended: set[str] = set()
         self._numbers = itertools.count(1)
         self._queue, self._in_use = threading.Lock(), threading.Lock()
         # Set at the end of each turn, so that no change of what `needs_step` depends on can be missed.
         self._step_needed = threading.Event()
+        threading.Thread(target=self._step_forever, name="engine steps", daemon=True).start()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -77,14 +82,21 @@ class SharedEngine:
                 self._step_needed.clear()
             self._in_use.release()
 
-    def wait(self) -> None:
-        """Wait until `needs_step`. Check it again in your turn: another thread may have come first."""
-        self._step_needed.wait()
+    def _step_forever(self) -> None:
+        while True:
+            self._step_needed.wait()
+            with self.turn():
+                if not self.needs_step:
+                    continue
+                try:
+                    self.step()
+                except Exception:  # it has ended all requests, and `add` raises it
+                    logger.exception("a step of vLLM's engine failed")
 
     @property
     def needs_step(self) -> bool:
-        """Whether there are unattended requests, and a step can compute them now."""
-        return bool(self._unattended) and self._has_weights and not self.is_asleep and self.error is None
+        """Whether there are requests, and a step can compute them now."""
+        return self.is_busy and self._has_weights and not self.is_asleep and self.error is None
 
     @property
     def is_busy(self) -> bool:
@@ -95,7 +107,7 @@ class SharedEngine:
         """Say whether the model has weights to compute with. Initially it has none."""
         self._has_weights = loaded
 
-    def add(self, prompt: Any, params: SamplingParams, listener: Listener, *, attended: bool) -> str:
+    def add(self, prompt: Any, params: SamplingParams, listener: Listener) -> str:
         """Add a request; returns its id.
 
         The id is chosen here. HTTP clients choose theirs freely: two could be equal.
@@ -103,49 +115,56 @@ class SharedEngine:
         Args:
             prompt, params: See vLLM's `LLMEngine.add_request`.
             listener: Receives the request's outputs, in the thread that calls `step`.
-            attended: Whether the caller calls `step` until the request has ended.
+
+        Raises:
+            ModelError: A step has failed.
         """
         self._check()
         request_id = f"request {next(self._numbers)}"
         self.llm.add_request(request_id, prompt, params)
         self._listeners[request_id] = listener
-        if not attended:
-            self._unattended.add(request_id)
         return request_id
 
     def step(self) -> None:
         """Run one step for all requests. If it fails, all of them end with its error."""
         self._check()
         try:
-            outputs = self.llm.step()
+            outputs_of: dict[Listener, list[Any]] = {}
+            for output in self.llm.step():
+                outputs_of.setdefault(self._listeners[output.request_id], []).append(output)
+            for listener, outputs in outputs_of.items():
+                listener(outputs)
+                for output in outputs:
+                    if output.finished:
+                        del self._listeners[output.request_id]
         except Exception as error:
             self._end(error)
             raise
-        for output in outputs:
-            request_id = output.request_id
-            listener = self._remove(request_id) if output.finished else self._listeners[request_id]
-            listener(output)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Cancel those of the requests that have not ended."""
         running = [request_id for request_id in request_ids if request_id in self._listeners]
         for request_id in running:
-            self._remove(request_id)
+            del self._listeners[request_id]
         self.llm.abort_request(running)
 
     def _check(self) -> None:
         """Raise `ModelError` if a step has failed."""
         if self.error is not None:
-            raise ModelError(f"vLLM's engine has ended: {self.error}") from self.error
+            raise self.end_error()
+
+    def end_error(self) -> ModelError:
+        """Return an error that says why the engine has ended."""
+        ended = ModelError(f"vLLM's engine has ended: {self.error}")
+        ended.__cause__ = self.error
+        return ended
 
     def _end(self, error: Exception) -> None:
         self.error = error
-        for request_id in list(self._listeners):
-            self._remove(request_id)(error)
-
-    def _remove(self, request_id: str) -> Listener:
-        self._unattended.discard(request_id)
-        return self._listeners.pop(request_id)
+        listeners = set(self._listeners.values())
+        self._listeners.clear()
+        for listener in listeners:
+            listener(self.end_error())
 
     def drop_keys_and_values(self) -> bool:
         """Drop all keys and values that the previous weights have computed. Running requests compute theirs again.

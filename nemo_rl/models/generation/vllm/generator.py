@@ -4,14 +4,15 @@ update_weights ──► the model's own loaders, in place ──► digest over
 stream ──► one request per row ──► engine step ──► rows that ended ──► prompts whose rows have all ended ──► caller
                                    └── repeated until no row is left; rows that ended make room for waiting rows ──┘
 
-Two threads may use a generator: one completes prompts, the other loads weights between two steps. Running rows then
-continue with the new weights. (In a tied group all ranks must take the same steps, so one thread does both.)
+Several threads may call a generator: the rows of all running calls are in the same batches. Weights are loaded between
+two steps, and running rows continue with them. (In a tied group all ranks must take the same steps: one call at a
+time.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,38 @@ class _Row:
     weights_version: int
 
 
+class _Call:
+    """A running call. The engine's thread reports the rows that have ended, the caller's thread takes them.
+
+    Attributes:
+        draws: Draws the tokens of its rows.
+        rows: The rows that have not ended, by the id of the engine's request.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+        self.rows: dict[str, JobRow] = {}
+        self._reports: queue.SimpleQueue[list[_Row] | Exception] = queue.SimpleQueue()
+
+    def on_step(self, outputs: list[Any] | Exception) -> None:
+        """Receive the outputs of a step. vLLM returns those of rows that have ended."""
+        if isinstance(outputs, Exception):
+            self.fail(outputs)
+        else:
+            self._reports.put([_completed_row(self.rows.pop(output.request_id), output) for output in outputs])
+
+    def fail(self, error: Exception) -> None:
+        """Let the caller's thread raise an error."""
+        self._reports.put(error)
+
+    def next_rows(self) -> list[_Row]:
+        """Wait until a step ends rows of this call; returns them."""
+        report = self._reports.get()
+        if isinstance(report, Exception):
+            raise report
+        return report
+
+
 class VllmGenerator(Generator):
     """Completes prompts with vLLM: one model in this process, or one part of it in each process of a tied group.
 
@@ -92,7 +125,7 @@ class VllmGenerator(Generator):
             ) from error
         self._parameters = LocalParameters(self.engine.model)
         self._read_back_all = True  # at the first update
-        self._draws: Draws | None = None  # of the running call
+        self._calls: set[_Call] = set()  # that run; to be used in a turn of the engine
 
     def _engine_args(self, tied_group: TiedGroup | None) -> EngineArgs:
         spec, options, on_cpu = self.spec, self.options, not self.spec.use_gpu
@@ -140,20 +173,26 @@ class VllmGenerator(Generator):
             self._parameters.check([spec for bucket in update.buckets for spec in bucket.tensors])
         with self.engine.turn():
             self._set_version(None)
-            loaded = ReadBack(self._parameters, on_gpu=make_transport(update.transport).on_gpu)
-            weights = receive(update, device=self.spec.device, verify=False, on_loaded=loaded.read)
-            with contextlib.closing(weights):
-                self.engine.model.load_weights(self._parameters.checked(weights))
-            if not self.engine.drop_keys_and_values():
-                raise WeightSyncError(
-                    f"{self.spec.name} still holds keys and values from before version {update.version}"
-                )
-            digest = loaded.digest(again=self._read_back_all)
-            check_digest(version=update.version, expected=weights.digest, found=digest, where=self.spec.name)
-            self._read_back_all = False
-            self._set_version(update.version)
-            if self._draws is not None:
-                self._draws.weights_version = update.version
+            try:
+                return self._load(update)
+            except BaseException:
+                for call in self._calls:
+                    call.fail(WeightSyncError(f"{self.spec.name} lost its weights: an update during the call failed"))
+                raise
+
+    def _load(self, update: WeightUpdate | WeightStream) -> str:
+        loaded = ReadBack(self._parameters, on_gpu=make_transport(update.transport).on_gpu)
+        weights = receive(update, device=self.spec.device, verify=False, on_loaded=loaded.read)
+        with contextlib.closing(weights):
+            self.engine.model.load_weights(self._parameters.checked(weights))
+        if not self.engine.drop_keys_and_values():
+            raise WeightSyncError(f"{self.spec.name} still holds keys and values from before version {update.version}")
+        digest = loaded.digest(again=self._read_back_all)
+        check_digest(version=update.version, expected=weights.digest, found=digest, where=self.spec.name)
+        self._read_back_all = False
+        self._set_version(update.version)
+        for call in self._calls:
+            call.draws.weights_version = update.version
         return digest
 
     def _set_version(self, version: int | None) -> None:
@@ -163,8 +202,8 @@ class VllmGenerator(Generator):
     def sleep(self, level: int = 1) -> None:
         """Release GPU memory. Level 1 keeps the weights in host memory, level 2 drops them; the KV cache is dropped.
 
-        Requests of HTTP clients wait until `wake`, after level 2 also for the next weights. On CPUs, and when sleep
-        mode is off, this does nothing.
+        Running calls and requests of HTTP clients wait until `wake`, after level 2 also for the next weights. On CPUs,
+        and when sleep mode is off, this does nothing.
         """
         if self._can_sleep:
             with self.engine.turn():
@@ -209,50 +248,35 @@ class VllmGenerator(Generator):
                     yield positions, self._result(prompts, count, rows)
 
     def _decode(self, request: GenerationRequest) -> Iterator[list[_Row]]:
-        """Complete all rows of a request; yield rows as they end."""
+        """Complete all rows of a request; yield the rows that a step ends."""
         request.check_prompt_lengths(self.spec.max_sequence_length)
         rows = [prompt for prompt in request.prompts() for _ in range(request.num_generations)]
-        request_ids: list[str] = []
-        ended: list[_Row] = []
+        sampler = Sampler(request.sampling or self.spec.config, greedy=request.greedy)
+        call = _Call(Draws(request, num_tokens=self.spec.config.max_new_tokens, sampler=sampler))
         try:
-            with self.engine.turn():
-                self._check_ready()
-                draws = self._draws = self._new_draws(request)
+            with self.engine.turn():  # a single one: the ranks of a tied group must have the same rows at each step
+                call.draws.weights_version = self._ready_version()
+                self._calls.add(call)
                 for index, prompt in enumerate(rows):
-                    row = JobRow(draws, index)
+                    row = JobRow(call.draws, index)
                     params = self._request_params(row, len(prompt))
-                    listener = functools.partial(_record_row, ended, row)
-                    request_ids.append(self.engine.add(tokens_input(prompt), params, listener, attended=True))
+                    call.rows[self.engine.add(tokens_input(prompt), params, call.on_step)] = row
             num_live = len(rows)
             while num_live:
-                with self.engine.turn():
-                    self._check_ready()
-                    self.engine.step()
-                    just_ended = ended.copy()
-                    ended.clear()
-                num_live -= len(just_ended)
-                if just_ended:
-                    yield just_ended
+                ended = call.next_rows()
+                num_live -= len(ended)
+                yield ended
         finally:
             with self.engine.turn():
-                self.engine.cancel(request_ids)
-                self._draws = None
+                self.engine.cancel(call.rows)
+                self._calls.discard(call)
 
-    def _check_ready(self) -> None:
-        """Raise `WeightSyncError` if no step is possible now."""
-        self.weights_version()
+    def _ready_version(self) -> int:
+        """Return the version of the weights. Raises `WeightSyncError` if no call is possible now."""
+        version = self.weights_version()
         if self.engine.is_asleep:
             raise WeightSyncError(f"{self.spec.name} is asleep: call wake before generate")
-
-    def _new_draws(self, request: GenerationRequest) -> Draws:
-        config = self.spec.config
-        return Draws(
-            request,
-            num_tokens=config.max_new_tokens,
-            sampler=Sampler(request.sampling or config, greedy=request.greedy),
-            weights_version=self.weights_version(),
-            device=torch.device(self.spec.device),
-        )
+        return version
 
     def _request_params(self, row: JobRow, prompt_length: int) -> SamplingParams:
         return SamplingParams(
@@ -289,15 +313,13 @@ class VllmGenerator(Generator):
             self.engine.shutdown()
 
 
-def _record_row(ended: list[_Row], row: JobRow, output: Any) -> None:
-    """Append a row to `ended`, from the output that the engine returns when the row ends."""
-    if isinstance(output, Exception):
-        return  # the engine has failed: the next step raises
+def _completed_row(row: JobRow, output: Any) -> _Row:
+    """Make the result of a row from the output that vLLM returns when the row ends."""
     [completed] = output.outputs
     tokens = torch.tensor(completed.token_ids, dtype=torch.int64)
     logprobs, sampling_logprobs = row.draws.logprobs(row.index, len(tokens))
     completion = Completion(tokens, logprobs, sampling_logprobs, truncated=completed.finish_reason == "length")
-    ended.append(_Row(row.index, completion, row.draws.first_versions[row.index]))
+    return _Row(row.index, completion, row.draws.first_versions[row.index])
 
 
 def _inspect_in_process(architectures: list[str]) -> None:

@@ -23,7 +23,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from nemo_rl.distributed.cluster import ports
-from nemo_rl.errors import ConfigError, ModelError
+from nemo_rl.errors import ConfigError
 from nemo_rl.models.generation.vllm.access import AccessToken, TokenRequired
 from nemo_rl.models.generation.vllm.generator import VllmGenerator
 
@@ -111,23 +111,22 @@ class _Client:
         self.model_config = llm.model_config
         self.renderer = llm.renderer
         self.input_processor = llm.input_processor
-        threading.Thread(target=self._step_forever, name="http steps", daemon=True).start()
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **unused: Any
     ) -> AsyncIterator[Any]:
         """Yield the outputs of one request as the engine returns them. The client's `request_id` is not used."""
-        loop, outputs = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[list[Any] | Exception]()
         added: list[str] = []
         is_cancelled = False
 
-        def enqueue(output: Any) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, output)
+        def enqueue(outputs: list[Any] | Exception) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, outputs)
 
         def add() -> None:
             with self._engine.turn():
                 if not is_cancelled:
-                    added.append(self._engine.add(prompt, sampling_params, enqueue, attended=False))
+                    added.append(self._engine.add(prompt, sampling_params, enqueue))
 
         def cancel() -> None:
             nonlocal is_cancelled
@@ -139,25 +138,14 @@ class _Client:
             await asyncio.to_thread(add)
             finished = False
             while not finished:
-                output = await outputs.get()
-                if isinstance(output, Exception):
-                    raise self.dead_error from output
-                finished = output.finished
-                yield output
+                outputs = await steps.get()
+                if isinstance(outputs, Exception):
+                    raise outputs
+                for output in outputs:
+                    finished = output.finished
+                    yield output
         finally:
             await asyncio.to_thread(cancel)
-
-    def _step_forever(self) -> None:
-        """Run steps while there are requests of clients. A call of the job also runs steps; the two take turns."""
-        while True:
-            self._engine.wait()
-            with self._engine.turn():
-                if not self._engine.needs_step:
-                    continue
-                try:
-                    self._engine.step()
-                except Exception:  # the engine keeps it: it ends all requests, and the job's next call raises it
-                    logger.exception("%s: a step for HTTP requests failed", self._generator.spec.name)
 
     async def get_supported_tasks(self) -> tuple[Any, ...]:
         tasks: tuple[Any, ...] = self._engine.llm.get_supported_tasks()
@@ -174,7 +162,7 @@ class _Client:
 
     @property
     def dead_error(self) -> BaseException:
-        return ModelError(f"vLLM's engine has ended: {self._engine.error}")
+        return self._engine.end_error()
 
     async def is_tracing_enabled(self) -> bool:
         return False

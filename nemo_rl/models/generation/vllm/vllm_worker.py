@@ -6,27 +6,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from nemo_rl import settings
 from nemo_rl.models.generation.generator import GeneratorSpec
+from nemo_rl.models.generation.vllm.config import MAX_CONCURRENT_CALLS
 from nemo_rl.models.generation.vllm.environment import export_vllm_variables
 from nemo_rl.models.generation.worker import GenerationWorker
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 
 if TYPE_CHECKING:
+    from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
     from nemo_rl.models.generation.vllm.executor import TiedGroup
     from nemo_rl.models.generation.vllm.generator import VllmGenerator
     from nemo_rl.models.generation.vllm.http_server import HttpServer
 
 
-@ray.remote(concurrency_groups={"in_flight": 1})  # type: ignore[call-overload]
+@ray.remote(concurrency_groups={"streams": MAX_CONCURRENT_CALLS, "in_flight": 1})  # type: ignore[call-overload]
 class VllmGenerationWorker(GenerationWorker):
     """Completes prompts with a `VllmGenerator`, alone or together with the other workers of its tied group.
 
-    Calls run one after the other, except `update_weights_in_flight`, which has its own thread.
+    Calls run one after the other, except `stream_concurrently` and `update_weights_in_flight`, which have threads of
+    their own. These two are not for workers of tied groups.
     """
 
     def make_generator(self, spec: GeneratorSpec) -> VllmGenerator:
@@ -37,9 +41,14 @@ class VllmGenerationWorker(GenerationWorker):
         self._http = _serve_http(generator)
         return generator
 
+    @ray.method(concurrency_group="streams")
+    def stream_concurrently(self, request: GenerationRequest) -> Iterator[tuple[list[int], GenerationResult]]:
+        """Complete prompts as `stream` does, while other calls run."""
+        yield from self.generator.stream(request)
+
     @ray.method(concurrency_group="in_flight")
     def update_weights_in_flight(self, update: WeightUpdate | WeightStream) -> str:  # type: ignore[override]
-        """Load weights between two steps of the running call. Not for workers of tied groups."""
+        """Load weights between two steps of the running calls."""
         return self.generator.update_weights(update)
 
     def attestation(self) -> dict[str, Any]:

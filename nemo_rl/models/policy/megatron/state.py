@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,6 +89,9 @@ class MegatronState:
         self._scatter(WEIGHT, weight)
         for key in MOMENTS:
             self._scatter(key, None if moment is None else _with_suffix(moment, key))
+
+    def extra_files(self) -> Callable[[Path], None]:
+        return lambda directory: None
 
     def _scatter(self, key: str, read: TensorReader | None) -> None:
         self._exchange.scatter(read, lambda parameter, value: self._optimizer.write(parameter, key, value))

@@ -1,0 +1,144 @@
+"""What every training job does around its loop: run directory, console, Ray, venvs, attestation, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+
+from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.roles import Role
+from nemo_rl.jobs.run_directory import RunDirectory
+from nemo_rl.jobs.venv_phases import VenvPhases
+from nemo_rl.observability.console import ConsoleView
+from nemo_rl.observability.logger import Logger
+from nemo_rl.observability.timer import Timeline, TimelineEvent
+from nemo_rl.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from nemo_rl.distributed.config import BundlesConfig
+    from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+    from nemo_rl.utils.checkpoint import Checkpoint
+    from nemo_rl.venvs import VenvPlan
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerGroup(Protocol):
+    """A group of workers that starts in the background, such as a `Policy`."""
+
+    def wait_ready(self) -> None: ...
+
+    def attestation(self) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of a run, from an opened run directory to the end of the loop.
+
+    Attributes:
+        stack: receives a shutdown callback for everything that the attempt starts.
+    """
+
+    run: RunDirectory
+    view: ConsoleView
+    timeline: Timeline
+    stack: ExitStack
+
+    def open_recorder(self, config: JobConfig, checkpoint: Checkpoint | None) -> Logger:
+        """Open the logging back ends. A missing one is reported before anything is started."""
+        return self.stack.enter_context(
+            Logger(
+                self.run.path,
+                config.logger,
+                resume_step=checkpoint.step if checkpoint else None,
+                listeners=[self.view],
+            )
+        )
+
+    def join_ray(self) -> None:
+        """Join or start Ray."""
+        with self.timeline.phase("Ray"):
+            import ray
+
+            from nemo_rl.distributed.virtual_cluster import init_ray
+
+            self.stack.callback(ray.shutdown)
+            init_ray(log_dir=str(self.run.path))
+
+    def make_cluster(self, part: BundlesConfig, name: str, num_groups: int = 1) -> RayVirtualCluster:
+        """Describe a cluster that `num_groups` worker groups share, without reserving resources."""
+        from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+
+        cluster = RayVirtualCluster(
+            [part.workers_per_node] * part.num_nodes,
+            use_gpus=part.use_gpus,
+            num_gpus_per_node=max(part.gpus_per_node, 1),
+            max_colocated_worker_groups=num_groups,
+            name=name,
+        )
+        self.stack.callback(cluster.shutdown)
+        return cluster
+
+    def build_venvs(self, roles: Sequence[Role], plans: Mapping[str, VenvPlan]) -> None:
+        """Build the venvs of all roles on all nodes, as far as they do not exist; `plans` are those of the roles."""
+        names = {venv: ", ".join(role.name for role in roles if role.venv == venv) for venv in plans}
+        with self.timeline.phase("venvs"), VenvPhases(self.view, self.timeline, names) as phases:
+            from nemo_rl.distributed.node_venvs import ensure_venvs_on_each_node
+
+            ensure_venvs_on_each_node(plans, progress=phases)
+
+    def wait_ready(self, groups: Mapping[str, WorkerGroup]) -> None:
+        """Wait until all groups, by the name of their role, have started. The first error ends the job."""
+        for name, group in groups.items():
+            with self.timeline.phase(f"{name} ready", waits=True):
+                group.wait_ready()
+
+    def attest(self, groups: Mapping[str, WorkerGroup]) -> None:
+        """Write one record per worker of the job: node, venv, versions and startup phases."""
+        records = [{"group": name, **record} for name, group in groups.items() for record in group.attestation()]
+        self.timeline.extend(_worker_events(records))
+        write_atomically(self.run.path / "attestation.json", json.dumps(records, indent=1))
+
+
+@contextmanager
+def open_attempt(run: RunDirectory, title: str, max_num_steps: int) -> Iterator[Attempt]:
+    """Show the progress of an attempt. What it starts is stopped at the end of the block, in reverse order."""
+    run.reopen()
+    with ExitStack() as stack:
+        view = stack.enter_context(ConsoleView(title, max_num_steps))
+        timeline = Timeline(run.path, view)
+        timeline.record_process_start()
+        yield Attempt(run, view, timeline, stack)
+
+
+def finish(run: RunDirectory, config: JobConfig, step: int, reason: str) -> None:
+    """Mark a run as finished, and write its report if it is configured."""
+    run.finish(step, reason)
+    logger.info("finished after step %d: %s", step, reason)
+    if config.logger.report:
+        from nemo_rl.observability.report import write_report
+
+        logger.info("report: %s", write_report(run.path))
+
+
+def print_dry_run(config: JobConfig) -> None:
+    """Print what a job would do. Raises the errors that the job would raise for invalid input."""
+    from nemo_rl.jobs.plan import make_plan
+    from nemo_rl.jobs.plan_view import print_plan
+
+    console = Console()
+    print_plan(make_plan(config), console if console.is_terminal else Console(width=160))
+
+
+def _worker_events(records: list[dict[str, Any]]) -> list[TimelineEvent]:
+    return [
+        TimelineEvent(name, record.get("name", record["group"]), record["hostname"], start, end)
+        for record in records
+        for name, start, end in record["phases"]
+    ]
