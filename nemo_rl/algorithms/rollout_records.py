@@ -18,7 +18,7 @@ def rollout_records(
 
     Args:
         rollout: the rollout.
-        rows: its training batch with `advantages`, [R] or [R, T].
+        rows: its training batch with `advantages`, [R] or [R, T]; without them, those of the records are null.
         weights_version: version of the weights that sampled the tokens.
         environment: name of the environment, if it scores batches.
     """
@@ -26,7 +26,7 @@ def rollout_records(
     tokens = batch["input_ids"].numpy().astype(np.int32)
     token_mask = batch["token_mask"].numpy() > 0
     logprobs = batch["generation_logprobs"].numpy()
-    advantages = batch["advantages"].numpy()
+    advantages = batch["advantages"].numpy() if "advantages" in batch else None
     lengths, groups = batch["input_lengths"].tolist(), rollout.batch["group"].tolist()
     counted = (rollout.batch["sample_mask"] > 0).tolist()
     samples = list(rollout.episodes or _records_of_completions(rollout, environment))
@@ -63,9 +63,9 @@ def rollout_records(
                 "token_mask": token_mask[row, :end],
                 "generation_logprobs": logprobs[row, :end],
             }
-            if advantages.ndim == 1:
+            if advantages is not None and advantages.ndim == 1:
                 record["advantage"] = float(advantages[row])
-            else:
+            elif advantages is not None:
                 record["token_advantages"] = advantages[row, :end]
             records.append(record)
     return records

@@ -39,6 +39,7 @@ class Rollout:
             records of episodes that dynamic sampling has replaced.
         branches: further transcripts of the samples, as rows of a training batch with the row of their sample as
             `sample` [R] int64. `branches.training_rows` joins them with `batch`. None: each sample has one transcript.
+        answers: of environments that score batches: the extracted answer of each sample, or None.
     """
 
     batch: BatchedDataDict
@@ -49,6 +50,7 @@ class Rollout:
     failed: torch.Tensor | None = None
     episodes: list[dict[str, Any]] | None = None
     branches: BatchedDataDict | None = None
+    answers: list[str | None] | None = None
 
     @property
     def scored(self) -> torch.Tensor:
@@ -143,6 +145,7 @@ def collect(
         prompts=[text for text in problems["prompt"] for _ in range(num_generations)],
         completions=_concatenate_lists([result.texts for result in results], order),
         metrics=metrics,
+        answers=graded.answers,
     )
 
 
@@ -203,6 +206,7 @@ def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:
         failed=None if rollouts[0].failed is None else ~torch.cat([r.scored for r in rollouts]),
         episodes=None if rollouts[0].episodes is None else [e for r in rollouts for e in r.episodes or ()],
         branches=_concatenate_branches(rollouts, sizes, pad_token_id),
+        answers=None if rollouts[0].answers is None else [answer for r in rollouts for answer in r.answers or ()],
     )
 
 
@@ -229,6 +233,7 @@ def select(rollout: Rollout, rows: torch.Tensor) -> Rollout:
         failed=None if rollout.failed is None else rollout.failed[indices],
         episodes=None if rollout.episodes is None else [rollout.episodes[i] for i in selected],
         branches=_select_branches(rollout, indices),
+        answers=None if rollout.answers is None else [rollout.answers[i] for i in selected],
     )
 
 

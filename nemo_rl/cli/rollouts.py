@@ -18,10 +18,15 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run, 
 Step = Annotated[int | None, typer.Option("--step", help="Only this training step.")]
 Environment = Annotated[str | None, typer.Option("--environment", metavar="NAME", help="Only this environment.")]
 Outcome = Annotated[
-    str | None, typer.Option("--outcome", metavar="trained|masked|replaced", help="Only samples with this outcome.")
+    str | None,
+    typer.Option(
+        "--outcome",
+        metavar="trained|masked|replaced|scored|failed",
+        help="Only samples with this outcome; scored and failed are those of evaluations.",
+    ),
 ]
 
-_OUTCOMES = ("trained", "masked", "replaced")
+_OUTCOMES = ("trained", "masked", "replaced", "scored", "failed")
 _PLACE = ("step", "environment", "sample")
 _ABOUT = (
     *_PLACE,

@@ -101,11 +101,16 @@ def load_datasets(data: DataConfig) -> tuple[ProblemDataset, ProblemDataset | No
         >>> len(train), len(validation)
         (100, 10)
     """
+    train = open_dataset(data.train, data, "train")
+    return train, open_validation(data)
+
+
+def open_validation(data: DataConfig) -> ProblemDataset | None:
+    """Open a job's validation data as `load_datasets` does, without the train data. None: there are none."""
     validation = data.validation
     if validation is None and dataset_kind(data.train) in ("arithmetic", "seeds"):
         validation = data.train.model_copy(update={"max_num_problems": None})
-    train = open_dataset(data.train, data, "train")
-    return train, None if validation is None else open_dataset(validation, data, "validation")
+    return None if validation is None else open_dataset(validation, data, "validation")
 
 
 def open_dataset(config: DatasetConfig, data: DataConfig, role: Role) -> ProblemDataset:

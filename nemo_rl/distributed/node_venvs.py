@@ -25,7 +25,7 @@ from dataclasses import replace
 import ray
 
 from nemo_rl import settings
-from nemo_rl.distributed.cluster.nodes import alive_nodes
+from nemo_rl.distributed.cluster.nodes import alive_nodes, worker_nodes
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.session import init_ray, job_name
 from nemo_rl.distributed.provisioning.coordinator import ProvisioningCoordinator
@@ -106,8 +106,7 @@ def ensure_venvs_on_each_node(
         print(report.python("a.Worker"))
     """
     init_ray()
-    nodes = [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]
-    return _ensure(venvs, nodes, progress)
+    return _ensure(venvs, worker_nodes(), progress)
 
 
 def ensure_venv_on_node(

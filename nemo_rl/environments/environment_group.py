@@ -25,6 +25,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
@@ -32,15 +33,17 @@ from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.distributed.workers.host import ATTEST_METHOD
 from nemo_rl.distributed.workers.launch_plan import WorkerPython, prepare_child_python
 from nemo_rl.distributed.workers.runtime_env_fields import VENV_FIELDS
-from nemo_rl.distributed.workers.startup import kill_and_wait
+from nemo_rl.distributed.workers.startup import all_dead, kill_and_wait
 from nemo_rl.environments.episode_calls import Reply, Request
 from nemo_rl.environments.registry import WORKER_FQN, python_fields
+from nemo_rl.environments.replica_nodes import ReplicaNodes
 from nemo_rl.errors import AttestationError, EnvironmentFailure
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 30.0  # a worker answers an empty poll after this time
 _SHUTDOWN_S = 10.0
+_NODE_LOSS_S = 60.0  # Ray declares a node lost sooner
 _THREADS = 4  # of a worker: one waits for replies, the others serve short calls
 _MAX_REASONS = 3
 
@@ -48,7 +51,7 @@ _MAX_REASONS = 3
 class EnvironmentGroup:
     """Runs the episodes of one environment in several workers. Thread-safe.
 
-    The workers take no bundle of the job, and Ray distributes them over the nodes. The constructor returns at once:
+    The workers take no bundle of the job, and are distributed evenly over the nodes. The constructor returns at once:
     `wait_ready` waits for the workers, and calls that are submitted before they have started are queued.
 
     If the environment raises, the worker dies, or the call takes longer than `step_timeout_s`, the reply has a
@@ -76,7 +79,8 @@ class EnvironmentGroup:
             replaced. None for no limit.
         memory_limit_mb: A worker that uses more memory, in MiB and with its child processes, is replaced. None for no
             limit.
-        max_restarts: Most restarts of all workers together. Those because of `memory_limit_mb` do not count.
+        max_restarts: Most restarts of all workers together. Those because of `memory_limit_mb` or the loss of a node do
+            not count.
 
     Raises:
         RuntimeEnvError: `runtime_env` is wrong.
@@ -108,6 +112,7 @@ class EnvironmentGroup:
         self._step_timeout_s = step_timeout_s
         self._memory_limit_mb = memory_limit_mb
         self._max_restarts = max_restarts
+        self._nodes = ReplicaNodes()
 
         self._lock = threading.RLock()  # guards everything below
         self._numbers = itertools.count()
@@ -269,11 +274,12 @@ class EnvironmentGroup:
             try:
                 actor = self._start(index)
             except Exception as error:
-                if not self._ready[index].done():
+                is_lost = self._nodes.is_lost(index)
+                if not self._ready[index].done() and not is_lost:
                     self._ready[index].set_exception(error)
                     self._fail(f"env.{self.name} cannot be started: {error}", error)
                     return
-                reason, is_counted = f"it cannot be started: {error}", True
+                reason, is_counted = f"it cannot be started: {error}", not is_lost
             else:
                 replica = _Replica(index, actor)
                 with self._lock:
@@ -284,11 +290,23 @@ class EnvironmentGroup:
                         self._dispatch()
                 if not self._ready[index].done():
                     self._ready[index].set_result(None)
-                reason, is_counted = self._serve(replica)
-                self._end(replica, reason)
+                ending = self._serve(replica)
+                self._end(replica, ending.reason)
+                if ending.has_died:
+                    self._await_death(actor)
                 kill_and_wait([actor])
+                reason, is_counted = ending.reason, ending.is_counted and not self._nodes.is_lost(index)
             if self._stopped.is_set() or not self._may_restart(index, reason, is_counted):
                 return
+
+    def _await_death(self, actor: ActorHandle) -> None:
+        """Wait until Ray has found out whether a worker or its node has died, so that a lost node gets no replacement.
+
+        This takes some seconds, in which the node does not answer.
+        """
+        deadline = time.monotonic() + _NODE_LOSS_S
+        while not all_dead([actor], timeout_s=1.0) and not self._stopped.is_set() and time.monotonic() < deadline:
+            pass
 
     def _start(self, index: int) -> ActorHandle:
         """Start a worker. Raises what `RayWorkerBuilder` raises."""
@@ -312,13 +330,15 @@ class EnvironmentGroup:
             0,
             num_cpus=self._num_cpus,
             max_concurrency=_THREADS,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy=self._strategy(index),
             stopped=self._stopped,
             label=f"env.{self.name}-{index}",
         )
         try:
             ray.get(actor.open.remote())
-            self._check_child(ray.get(actor.describe.remote()), child)
+            record, description = ray.get([getattr(actor, ATTEST_METHOD).remote(), actor.describe.remote()])
+            self._nodes.record(index, record["node_id"])
+            self._check_child(description, child)
         except RayTaskError as error:
             kill_and_wait([actor])
             raise EnvironmentFailure(f"env.{self.name}.class={self.fqn}: {error.cause}") from error
@@ -326,6 +346,12 @@ class EnvironmentGroup:
             kill_and_wait([actor])
             raise
         return actor
+
+    def _strategy(self, index: int) -> Any:
+        if self._num_cpus > 0:
+            return "SPREAD"  # over the nodes with free CPUs
+        # Not soft: Ray 2.60 ignores a soft affinity of an actor without CPUs.
+        return NodeAffinitySchedulingStrategy(self._nodes.choose(index), soft=False)
 
     def _check_child(self, description: Mapping[str, Any], child: WorkerPython) -> None:
         """Raise `AttestationError` if a child process runs in another venv than the planned one."""
@@ -336,13 +362,13 @@ class EnvironmentGroup:
                 "replaced while the job started; start the job again."
             )
 
-    def _serve(self, replica: _Replica) -> tuple[str, bool]:
-        """Receive the replies of a replica until it ends. Returns why, and whether its restart counts."""
+    def _serve(self, replica: _Replica) -> _Ending:
+        """Receive the replies of a replica until it ends."""
         poll: ray.ObjectRef | None = None
         while not self._stopped.is_set():
             timeout_s = self._expire(replica)
             if replica.num_stuck >= self._concurrency:
-                return f"all of its {self._concurrency} calls took longer than step_timeout_s", True
+                return _Ending(f"all of its {self._concurrency} calls took longer than step_timeout_s")
             if poll is None:
                 poll = replica.actor.collect.remote(_POLL_S)
             # A process that is frozen does not answer, but its calls must time out.
@@ -354,9 +380,9 @@ class EnvironmentGroup:
             except RayTaskError as error:
                 cause = error.cause
                 is_expected = isinstance(cause, EnvironmentFailure | MemoryError)
-                return str(cause) if is_expected else repr(cause), not isinstance(cause, MemoryError)
+                return _Ending(str(cause) if is_expected else repr(cause), not isinstance(cause, MemoryError))
             except RayError as error:
-                return _sentence(error), True
+                return _Ending(_sentence(error), has_died=True)
             poll = None
             with self._lock:
                 for reply in replies:
@@ -368,7 +394,7 @@ class EnvironmentGroup:
                     else:
                         self._finish(call, reply)
                 self._dispatch()
-        return "it was shut down", False
+        return _Ending("it was shut down", is_counted=False)
 
     def _expire(self, replica: _Replica) -> float:
         """Fail the calls that have taken too long. Returns after how many seconds to call this again."""
@@ -495,6 +521,21 @@ class _Replica:
     num_episodes: int = 0
     num_stuck: int = 0
     ended: str | None = None
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How a replica has ended.
+
+    Attributes:
+        reason: Why.
+        is_counted: Whether its restart counts.
+        has_died: Whether its process or its node does not answer any more.
+    """
+
+    reason: str
+    is_counted: bool = True
+    has_died: bool = False
 
 
 def _sentence(error: RayError) -> str:

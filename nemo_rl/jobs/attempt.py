@@ -1,4 +1,4 @@
-"""What every training job does around its loop: run directory, console, Ray, venvs, attestation, report."""
+"""What every job does around its loop: run directory, console, Ray, venvs, attestation, report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from nemo_rl.jobs.run_directory import RunDirectory
 from nemo_rl.jobs.venv_phases import VenvPhases
 from nemo_rl.observability.console import ConsoleView
 from nemo_rl.observability.logger import Logger
+from nemo_rl.observability.rollout_files import ATTESTATION_FILE
 from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.files import write_atomically
 
@@ -99,11 +100,12 @@ class Attempt:
             with self.timeline.phase(f"{name} ready", waits=True):
                 group.wait_ready()
 
-    def attest(self, groups: Mapping[str, WorkerGroup]) -> None:
-        """Write one record per worker of the job: node, venv, versions and startup phases."""
+    def attest(self, groups: Mapping[str, WorkerGroup]) -> list[dict[str, Any]]:
+        """Write and return one record per worker of the job: node, venv, versions and startup phases."""
         records = [{"group": name, **record} for name, group in groups.items() for record in group.attestation()]
         self.timeline.extend(_worker_events(records))
-        write_atomically(self.run.path / "attestation.json", json.dumps(records, indent=1))
+        write_atomically(self.run.path / ATTESTATION_FILE, json.dumps(records, indent=1))
+        return records
 
 
 @contextmanager

@@ -33,6 +33,21 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
+class CommandOptions(Generic[ConfigT]):
+    """Extends the command line of a job that takes more than a configuration.
+
+    Attributes:
+        usage: arguments of the command, for its help.
+        add: adds options to the parser. Positional arguments arrive in `overrides`.
+        load: returns the configuration of the parsed arguments, and its name.
+    """
+
+    usage: str
+    add: Callable[[argparse.ArgumentParser], None]
+    load: Callable[[argparse.Namespace], tuple[ConfigT, str]]
+
+
+@dataclass(frozen=True)
 class JobArguments(Generic[ConfigT]):
     """Holds the arguments of a job.
 
@@ -54,6 +69,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     program: str | None = None,
+    options: CommandOptions[ConfigT] | None = None,
 ) -> int:
     """Parse the command line and run the job. Report an error as one sentence and an exit code.
 
@@ -67,19 +83,27 @@ def run_command(
         job: called with the parsed arguments.
         argv: the command line; None uses `sys.argv`.
         program: name of the command in its help; None uses `sys.argv`.
+        options: further arguments of this job.
 
     Returns:
         The exit code (see the top of this module).
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    arguments = _parser(schema, default_config, program).parse_intermixed_args(argv)
+    parser = _parser(schema, default_config, program)
+    if options is not None:
+        parser.usage = f"%(prog)s {options.usage}"
+        options.add(parser)
+    arguments = parser.parse_intermixed_args(argv)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        path = config_path(arguments.config)
-        config = load_config(schema, path, arguments.overrides)
-        job(JobArguments(config, path.stem, arguments.dry_run))
+        if options is None:
+            path = config_path(arguments.config)
+            config, name = load_config(schema, path, arguments.overrides), path.stem
+        else:
+            config, name = options.load(arguments)
+        job(JobArguments(config, name, arguments.dry_run))
     except KeyboardInterrupt:
-        print("interrupted; run the same command to resume from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     except NemoRLError as error:
         if settings.TRACEBACK.get():

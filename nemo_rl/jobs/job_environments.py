@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.algorithms.episodes import EpisodeCollector
+    from nemo_rl.algorithms.eval_config import EvalConfig
     from nemo_rl.data.loader import MixedLoader, PromptLoader
     from nemo_rl.data.problem import ProblemDataset
     from nemo_rl.data.transcripts import TranscriptRenderer
@@ -101,7 +102,7 @@ def make_validation_batch(
     return BatchedDataDict.from_batches(batches, pad_value_dict={"input_ids": model.pad_token_id})
 
 
-def make_renderer(config: MasterConfig, model: ModelFiles, started: datetime) -> TranscriptRenderer | None:
+def make_renderer(config: MasterConfig | EvalConfig, model: ModelFiles, started: datetime) -> TranscriptRenderer | None:
     """Return what renders the observations of environments with turns; None if there are no such environments.
 
     Raises:
@@ -142,7 +143,7 @@ def start_environment(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
 
 
 def make_collector(
-    config: MasterConfig,
+    config: MasterConfig | EvalConfig,
     groups: Mapping[str, EnvironmentGroup],
     generation: GenerationInterface,
     renderer: TranscriptRenderer,

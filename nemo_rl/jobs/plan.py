@@ -139,7 +139,11 @@ def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
     roles = job_roles(config)
     if isinstance(config, MasterConfig):
         check_weight_route(config)
-    ray_nodes = _alive_nodes() if on_cluster else None
+    ray_nodes = None
+    if on_cluster:
+        from nemo_rl.distributed.cluster.nodes import worker_nodes  # imports ray, which other plans do not need
+
+        ray_nodes = worker_nodes()
     plans = role_plans(roles)
     nodes = _forecasts(plans, ray_nodes)
     assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster)
@@ -197,14 +201,6 @@ def assign_nodes(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> Node
                 free[node][name] -= amount * part.workers_per_node
         addresses[index] = [nodes[node].address for node in assigned]
     return NodeAssignment(addresses[0], addresses[1])
-
-
-def _alive_nodes() -> list[NodeResources]:
-    from nemo_rl.distributed.cluster.nodes import (
-        alive_nodes,
-    )  # imports ray, which a plan for this machine does not need
-
-    return [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]
 
 
 def _forecasts(plans: dict[str, VenvPlan], nodes: list[NodeResources] | None) -> list[NodeForecast]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
@@ -26,6 +27,7 @@ from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvS
 if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.environments.config import EnvironmentConfig, EnvironmentEntry
+    from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.weights.routes import Place
 
 _OLDEST_PYTHON = Version("3.10")  # of `environments.episode_child`
@@ -66,8 +68,8 @@ def num_colocated_groups(config: MasterConfig) -> int:
     return 2 if config.cluster.generation is None else 1
 
 
-def job_roles(config: JobConfig) -> list[Role]:
-    """Return the roles of a job.
+def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
+    """Return the roles of a training job or of an evaluation.
 
     Raises:
         ConfigError: an unknown back end or environment, or its class does not exist or does not accept its arguments.
@@ -75,7 +77,10 @@ def job_roles(config: JobConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    roles = _sft_roles(config) if isinstance(config, SFTJobConfig) else _grpo_roles(config)
+    if isinstance(config, SFTJobConfig):
+        roles = _sft_roles(config)
+    else:
+        roles = _eval_roles(config) if isinstance(config, EvalConfig) else _grpo_roles(config)
     for role in roles:
         if role.spec is not None:
             with _naming(role.key):
@@ -84,22 +89,15 @@ def job_roles(config: JobConfig) -> list[Role]:
 
 
 def _grpo_roles(config: MasterConfig) -> list[Role]:
-    policy, generation, cluster = config.policy, config.policy.generation, config.cluster
-    trainer, generator = policy_backend(policy.backend), generation_backend(generation.backend)
-    part = cluster.for_generation
-    num_generators = generation.num_workers or part.num_workers
-    replica_bundles(
-        [part.workers_per_node] * part.num_nodes, generation.num_workers, generation.options.workers_per_replica
-    )  # raises if the numbers do not fit
+    policy, cluster = config.policy, config.cluster
+    trainer = policy_backend(policy.backend)
     share = 1 / num_colocated_groups(config)
     with _naming("policy"):
         policy_venv = _backend_venv(trainer, policy.py_executable, use_gpus=cluster.use_gpus)
-    with _naming("policy.generation"):
-        generation_venv = _backend_venv(generator, generation.py_executable, use_gpus=part.use_gpus)
     return [
         Role("policy", "policy", trainer.fqn, cluster.num_workers, share, *policy_venv),
-        Role("generation", "policy.generation", generator.fqn, num_generators, share, *generation_venv),
-        *_environment_roles(config.env),
+        _generation_role(policy.generation, cluster.for_generation, share),
+        *environment_roles(config.env),
     ]
 
 
@@ -111,12 +109,29 @@ def _sft_roles(config: SFTJobConfig) -> list[Role]:
     return [Role("policy", "policy", trainer.fqn, cluster.num_workers, 1.0, *venv)]
 
 
+def _eval_roles(config: EvalConfig) -> list[Role]:
+    generation = config.policy.generation
+    return [_generation_role(generation, config.cluster, 1.0), *environment_roles(config.env)]
+
+
+def _generation_role(generation: GenerationConfig, part: BundlesConfig, share: float) -> Role:
+    backend = generation_backend(generation.backend)
+    replica_bundles(
+        [part.workers_per_node] * part.num_nodes, generation.num_workers, generation.options.workers_per_replica
+    )  # raises if the numbers do not fit
+    with _naming("policy.generation"):
+        venv = _backend_venv(backend, generation.py_executable, use_gpus=part.use_gpus)
+    num_workers = generation.num_workers or part.num_workers
+    return Role("generation", "policy.generation", backend.fqn, num_workers, share, *venv)
+
+
 def _backend_venv(backend: Backend, chosen: str | None, *, use_gpus: bool) -> tuple[str, Spec]:
     override = backend.py_executable_override(chosen, use_gpus=use_gpus)
     return named_spec(backend.fqn, {} if override is None else {"py_executable": override})
 
 
-def _environment_roles(config: EnvironmentConfig) -> list[Role]:
+def environment_roles(config: EnvironmentConfig) -> list[Role]:
+    """Return the roles of the environments. Raises the errors of `job_roles`."""
     entries = config.entries()
     if not entries:
         fqn = environment_fqn(config.name)

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.secrets import mask_secrets
@@ -80,7 +81,7 @@ class RunDirectory:
         self._lock.close()
 
 
-def open_run_directory(config: JobConfig, name: str, root: Path = Path("results")) -> RunDirectory:
+def open_run_directory(config: JobConfig | EvalConfig, name: str, root: Path = Path("results")) -> RunDirectory:
     """Choose, create and lock the directory of a run, and save the configuration in it.
 
     Args:
@@ -151,7 +152,7 @@ def _check_writable(checkpoints: Path) -> None:
         ) from error
 
 
-def differing_keys(old: JobConfig, new: JobConfig) -> dict[str, tuple[Any, Any]]:
+def differing_keys(old: JobConfig | EvalConfig, new: JobConfig | EvalConfig) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys that may not change in a resumed run but differ, with both values."""
     before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return {
@@ -161,7 +162,7 @@ def differing_keys(old: JobConfig, new: JobConfig) -> dict[str, tuple[Any, Any]]
     }
 
 
-def _numbered(config: JobConfig, parent: Path) -> Path:
+def _numbered(config: JobConfig | EvalConfig, parent: Path) -> Path:
     numbers = sorted(int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit())
     if not numbers:
         return parent / "001"
@@ -175,7 +176,7 @@ def _numbered(config: JobConfig, parent: Path) -> Path:
     return parent / f"{numbers[-1] + 1:03d}"
 
 
-def _check_same_run(path: Path, config: JobConfig) -> None:
+def _check_same_run(path: Path, config: JobConfig | EvalConfig) -> None:
     different = differing_keys(load_config(type(config), path / _CONFIG), config)
     if different:
         shown = mask_secrets({key: list(values) for key, values in different.items()})

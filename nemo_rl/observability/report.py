@@ -95,8 +95,8 @@ def render(directory: Path) -> str:
     return report_template("nemo_rl.observability").render(context)
 
 
-def report_template(package: str) -> Template:
-    """Load `report_template.html` of a package. It may extend `report_page.html`, the frame of all reports."""
+def report_template(package: str, name: str = "report_template.html") -> Template:
+    """Load a template of a package. It may extend `report_page.html`, the frame of all reports."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -105,7 +105,7 @@ def report_template(package: str) -> Template:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template("report_template.html")
+    return environment.get_template(name)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -138,6 +138,37 @@ def environment_curves(records: Sequence[Record]) -> str | None:
     return output[0]
 
 
+def score_bars(names: Sequence[str], models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str | None:
+    """Plot scores as horizontal bars with their confidence intervals: a group for each name, a bar for each model.
+
+    Args:
+        names: metrics or subjects, from the top.
+        models: by label of a model, its scores by name: `value`, `low` and `high`.
+    """
+    if not names or not models:
+        return None
+    with _figure(0.55 + len(names) * (0.2 + 0.2 * len(models))) as (figure, output):
+        axes = figure.subplots()
+        height = 0.8 / len(models)
+        for index, ((label, scores), color) in enumerate(zip(models.items(), itertools.cycle(PHASE_COLORS))):
+            shift = (index - (len(models) - 1) / 2) * height
+            for row, score in enumerate(map(scores.get, names)):
+                if score is None:
+                    continue
+                value, low, high = score["value"], score["low"], score["high"]
+                axes.barh(row + shift, value, height * 0.9, color=color, alpha=0.85, label=label)
+                label = "_"  # one entry of the legend per model
+                if low is not None:
+                    axes.plot([low, high], [row + shift] * 2, color=INK, linewidth=1.2, marker="|", markersize=5)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        _finish(axes)
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+    return output[0]
+
+
 def environment_names(records: Sequence[Record]) -> list[str]:
     """Return the names of the environments whose metrics were logged, as train/env_NAME/METRIC."""
     matches = (re.fullmatch(r"(?:train|val)/env_([^/]+)/[^/]+", key) for record in records for key in record)

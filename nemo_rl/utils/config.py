@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -58,7 +58,13 @@ class OpenSection(ConfigModel):
 ConfigT = TypeVar("ConfigT", bound=ConfigModel)
 
 
-def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    schema: type[ConfigT],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> ConfigT:
     """Load and validate a configuration.
 
     Args:
@@ -85,6 +91,9 @@ def load_config(schema: type[ConfigT], path: Path | None = None, overrides: Sequ
         check_key(schema, key.removeprefix("~").strip(), where=f"override {override!r}")
     try:
         merged = OmegaConf.create({}) if path is None else _read(path, seen=())
+        if convert is not None:
+            plain: Any = OmegaConf.to_container(merged, resolve=True)
+            merged = OmegaConf.create(convert(plain))
         for key in dropped:
             _drop(merged, key.split("."))
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(assignments))

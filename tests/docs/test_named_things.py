@@ -18,10 +18,12 @@ from pydantic.fields import FieldInfo
 
 from nemo_rl import settings
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.cli.app import app
 from nemo_rl.jobs.command_line import _parser
 from nemo_rl.jobs.curate_math import CurateConfig
+from nemo_rl.jobs.eval_job import _add_options
 from nemo_rl.utils.config import ConfigModel, OpenSection, _section
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +32,7 @@ PAGES = [
     REPOSITORY / "benchmarks" / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-SCHEMAS: tuple[type[ConfigModel], ...] = (MasterConfig, SFTJobConfig, CurateConfig)
+SCHEMAS: tuple[type[ConfigModel], ...] = (MasterConfig, SFTJobConfig, EvalConfig, CurateConfig)
 _ROOTS = "|".join(sorted({name for schema in SCHEMAS for name in schema.model_fields}))
 # `section.key`, `section.*.key` or `section.key=value`, but no file name, address or attribute.
 _KEY = re.compile(rf"(?<![\w./$-])((?:{_ROOTS})(?:\.(?:[a-z]\w*|\*))+)(?![\w(/:…]|\.\w)(?:=('[^'\n]*'|[^\s`;,)|]+))?")
@@ -154,7 +156,9 @@ def unknown_in_command(line: str) -> str | None:
             group = group.commands[name]
     known = {option for parameter in group.params for option in parameter.opts}
     if group.context_settings.get("ignore_unknown_options"):  # the job parses them
-        known |= {option for action in _parser(MasterConfig, "x")._actions for option in action.option_strings}
+        parser = _parser(MasterConfig, "x")
+        _add_options(parser)
+        known |= {option for action in parser._actions for option in action.option_strings}
     options = [word.strip("[].,)").partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
     return next((option for option in options if option.startswith("-") and option not in known), None)
 

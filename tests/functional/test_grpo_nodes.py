@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +100,38 @@ def test_loss_of_a_policy_node_stops_the_job_which_can_resume(nodes: Cluster, tm
     code, errors = finish(start(tmp_path / "run", nodes, *layout))
     assert code == 0, errors[-3000:]
     assert_same_steps(tmp_path / "run", tmp_path / "uninterrupted")
+
+
+def test_episodes_of_a_lost_node_are_repeated(nodes: Cluster, tmp_path: Path) -> None:
+    """One of two workers of an environment is lost with its node. Every episode of every step is trained on."""
+    directory, steps = tmp_path / "run", tmp_path / "steps"
+    steps.mkdir()
+    job = start(
+        directory,
+        nodes,
+        "env.sums.class=episode_tasks.TwoSums",
+        "env.sums.config.step_s=2",
+        f"env.sums.config.step_dir={steps}",
+        "env.sums.data.train.kind=seeds",
+        f"env.sums.runtime_env={{env_vars: {{PYTHONPATH: {Path(__file__).parent}}}}}",
+        "env.sums.num_replicas=2",
+        "env.sums.max_restarts=0",  # the loss of a node does not count
+    )
+    wait_for_checkpoint(directory, 1, job)
+    workers = [r for r in json.loads((directory / "attestation.json").read_text()) if r["group"] == "environment sums"]
+    assert len({worker["node_id"] for worker in workers}) == 2
+    [lost] = [worker["pid"] for worker in workers if worker["node_id"] == nodes.second.node_id]
+    (steps / str(lost)).unlink()
+    while not (steps / str(lost)).exists():  # a step on the second node has begun
+        assert job.poll() is None, f"the job ended early: {job.communicate()[1][-3000:]}"
+        time.sleep(0.05)
+    nodes.remove_node(nodes.second, allow_graceful=False)
+    code, errors = finish(job)
+    assert code == 0, errors[-3000:]
+    records = [json.loads(line) for line in (directory / "episodes.jsonl").read_text().splitlines()]
+    assert Counter(record["step"] for record in records) == dict.fromkeys((1, 2, 3, 4), 16)
+    assert {(record["end"], record["outcome"]) for record in records} == {("done", "trained")}
+    repeated = [record for record in records if record["attempts"] > 1]
+    assert repeated
+    assert {record["attempts"] for record in repeated} == {2}
+    assert all("the worker of episode_tasks.TwoSums" in record["failure"] for record in repeated)

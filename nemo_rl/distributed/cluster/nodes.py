@@ -18,3 +18,8 @@ def alive_nodes() -> list[NodeResources]:
         if node["Alive"]
     ]
     return sorted(nodes, key=lambda node: (node.node_id != driver_node_id, natural_order(node.address), node.node_id))
+
+
+def worker_nodes() -> list[NodeResources]:
+    """Return the alive nodes that can run workers, in the same order. The others have neither CPUs nor GPUs."""
+    return [node for node in alive_nodes() if node.total.get("CPU", 0) > 0 or node.total.get("GPU", 0) > 0]

@@ -55,7 +55,8 @@ def model(tiny) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def worker(model: TinyModel) -> Iterator[Generation]:
-    with local_cluster(1) as cluster, vllm_generation(cluster, model, options=OPTIONS) as generation:
+    # Two threads, although Ray sets OMP_NUM_THREADS to 1: the engine's thread must use torch's number.
+    with local_cluster(1) as cluster, vllm_generation(cluster, model, options=OPTIONS, num_threads=2) as generation:
         yield generation
 
 
@@ -77,7 +78,7 @@ def test_worker_runs_vllm_in_the_cpu_venv(generation: Generation) -> None:
     assert record["device"] == "cpu"
     assert record["prefix"] != sys.prefix
     assert record["weights_version"] == 1
-    assert record["num_threads"] == 1
+    assert record["num_threads"] == 2
 
 
 def test_driver_knows_the_head_sizes_of_vllm(generation: Generation) -> None:
@@ -282,12 +283,14 @@ def _num_calls(worker: Any) -> int:
 
 @pytest.fixture
 def start_together(generation: Generation, in_worker) -> Iterator[Callable[..., list[Iterator]]]:
-    """Return a function that starts streams, given by prompts and seed, before the first step."""
+    """Return a function that starts streams, given by prompts and seed, in this order and before the first step."""
 
     def start(*calls: tuple[BatchedDataDict, int]) -> list[Iterator]:
         in_worker(lambda worker: _set_paused(worker, True))
-        streams = [generation.stream(prompts, seed=seed) for prompts, seed in calls]
-        wait_until(lambda: in_worker(_num_calls) == len(calls))
+        streams: list[Iterator] = []
+        for prompts, seed in calls:
+            streams.append(generation.stream(prompts, seed=seed))
+            wait_until(lambda: in_worker(_num_calls) == len(streams))
         return streams
 
     yield start

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from vllm import EngineArgs, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -83,6 +84,9 @@ class SharedEngine:
             self._in_use.release()
 
     def _step_forever(self) -> None:
+        # OpenMP keeps a number of threads for each thread that computes, and this call sets it to torch's. Without it,
+        # torch does so within the first step, and vLLM's attention on CPUs fails because the number has changed.
+        torch.get_num_threads()
         while True:
             self._step_needed.wait()
             with self.turn():

@@ -1,0 +1,302 @@
+"""Evaluates models and checkpoints: starts generation and the environments once, and loads one model after another.
+
+::
+
+    driver       publish the weights of model 1 ─► digest      publish model 2 ─► ...
+                        │                                           │
+    generation   load, compare digest ─► completions ─┐        load ─► ...
+    environment                                       └─► rewards ─► scores.json, problems/, rollouts/, report.html
+
+The models must differ in their weights only, so the workers and the tokenized problems serve all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+import nemo_rl
+from nemo_rl.algorithms.eval_config import EvalConfig, from_training
+from nemo_rl.errors import ConfigError
+from nemo_rl.jobs.attempt import Attempt, open_attempt
+from nemo_rl.jobs.command_line import CommandOptions, JobArguments, config_path, run_command
+from nemo_rl.jobs.eval_inputs import (
+    CheckedModels,
+    EvalInputs,
+    check_models,
+    load_problems,
+    prepare_inputs,
+    sample_records,
+)
+from nemo_rl.jobs.eval_results import EvalResults
+from nemo_rl.jobs.eval_view import print_scores, print_tasks, summary_line
+from nemo_rl.jobs.job_environments import make_collector, start_environment
+from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model
+from nemo_rl.jobs.model_sources import CONFIG_FILE, find_model, label
+from nemo_rl.jobs.roles import Role, job_roles, role_plans
+from nemo_rl.jobs.run_directory import open_run_directory
+from nemo_rl.observability.eval_report import write_eval_report
+from nemo_rl.observability.rollout_files import RolloutFiles
+from nemo_rl.observability.timer import Timer
+from nemo_rl.utils.config import load_config
+
+if TYPE_CHECKING:
+    from nemo_rl.algorithms.episodes import EpisodeCollector
+    from nemo_rl.data.problem import ProblemDataset
+    from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+    from nemo_rl.environments.environment_group import EnvironmentGroup
+    from nemo_rl.environments.remote import RemoteEnvironment
+    from nemo_rl.models.generation.generation import Generation
+    from nemo_rl.models.weights.sender import WeightSender
+    from nemo_rl.venvs import VenvPlan
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = "grpo_math_embedded"
+_RUNS = "eval"  # runs without logger.log_dir are numbered in results/eval
+_ALL_SAMPLES_MB = 2**40
+
+
+def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Run the command line of an evaluation and return its exit code; see `run_command`."""
+    options = CommandOptions(
+        "MODEL [MODEL ...] [--data FILE] [--step N] [--config FILE] [--dry-run] [section.key=value ...]",
+        _add_options,
+        load_arguments,
+    )
+    return run_command(EvalConfig, DEFAULT_CONFIG, run_eval, argv, program=program, options=options)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "MODEL is a Hugging Face directory or hub name, embedded, embedded-chat, a checkpoint, or the directory of a "
+        "run, which stands for its best checkpoint. Without --config, the configuration is that of the first run."
+    )
+    parser.set_defaults(config=None)
+    parser.add_argument("--data", metavar="FILE", help="problems: JSONL, Parquet or a Hugging Face data set")
+    parser.add_argument("--step", type=int, metavar="N", help="of runs, the checkpoint of this step")
+
+
+def load_arguments(arguments: argparse.Namespace) -> tuple[EvalConfig, str]:
+    """Return the configuration of a parsed command line, with the models that it names.
+
+    Raises:
+        ConfigError: there is no model, a model does not exist or is given twice, or the configuration is invalid.
+    """
+    names = [argument for argument in arguments.overrides if _names_a_model(argument)]
+    overrides = [argument for argument in arguments.overrides if argument not in names]
+    if arguments.step is not None and not any((Path(name) / CONFIG_FILE).is_file() for name in names):
+        raise ConfigError(f"--step {arguments.step} chooses a checkpoint of a run; name the directory of a run")
+    sources = [find_model(name, arguments.step) for name in names]
+    path = _config_file(arguments.config, [source.run for source in sources if source.run is not None])
+    if arguments.data is not None:
+        overrides += ["data.validation.kind=auto", f"data.validation.path={arguments.data}"]
+    config = load_config(EvalConfig, path, overrides, convert=from_training)
+    models = [source.name for source in sources] or [find_model(name).name for name in config.eval.models]
+    if not models:
+        raise ConfigError("name a model to evaluate: a directory, a hub name, a checkpoint, or the directory of a run")
+    if repeated := [name for name in models if models.count(name) > 1]:
+        raise ConfigError(f"{label(repeated[0])} is given twice; name each model once")
+    entries = config.env.entries()
+    if arguments.data is not None and entries and all(entry.data is not None for entry in entries.values()):
+        raise ConfigError(
+            f"--data {arguments.data} has no effect: every environment has its own problems; set "
+            f"env.{next(iter(entries))}.data.validation.path"
+        )
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"models": models})}), _RUNS
+
+
+def _names_a_model(argument: str) -> bool:
+    """Return whether an argument is a model, not an override; a directory may have an equals sign in its name."""
+    return not (argument.startswith("~") or "=" in argument) or Path(argument).is_dir()
+
+
+def _config_file(chosen: str | None, runs: Sequence[Path]) -> Path:
+    """Return the chosen configuration, else that of the first run, else the default one."""
+    if chosen is not None:
+        return config_path(chosen)
+    if not runs:
+        return config_path(DEFAULT_CONFIG)
+    import yaml
+
+    path = runs[0] / CONFIG_FILE
+    if "grpo" not in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
+        raise ConfigError(
+            f"{path} is not the configuration of a GRPO job, so it does not say how to evaluate; name a configuration, "
+            f"for example --config {DEFAULT_CONFIG}"
+        )
+    return path
+
+
+def run_eval(arguments: JobArguments[EvalConfig]) -> None:
+    """Run an evaluation, or print what it would do with `--dry-run`."""
+    config = arguments.config
+    for name in config.eval.models:
+        check_model_name(config.policy.of_model(name))
+        check_weight_files(name, label(name))
+    roles = job_roles(config)
+    problems = load_problems(config)
+    models = check_models(config)
+    console = Console() if Console().is_terminal else Console(width=200)
+    if arguments.dry_run:
+        print_tasks(config, roles, problems, console)
+        return
+    run = open_run_directory(config, arguments.name)
+    results = EvalResults(run.path)
+    if run.finished() is None:
+        plans = role_plans(roles)
+        num_models = len(config.eval.models) - len(results.finished)
+        with open_attempt(run, "evaluation", num_models) as attempt:
+            _Evaluation(config, roles, plans, problems, models, results, attempt).run_models()
+        run.finish(len(config.eval.models), f"all {len(config.eval.models)} models are evaluated")
+    else:
+        logger.info("%s is finished; set another logger.log_dir to evaluate again", run.path)
+    if config.logger.report:
+        logger.info("report: %s", write_eval_report(run.path, config.logger.num_samples))
+    print_scores(results.content, console)
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """Holds what evaluates a model: where its weights go, and what completes and scores."""
+
+    sender: WeightSender
+    generation: Generation
+    environments: Mapping[str, RemoteEnvironment | EnvironmentGroup]
+    environment: RemoteEnvironment | EpisodeCollector
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Runs one attempt of an evaluation.
+
+    Attributes:
+        plans: the venvs of the roles, by name.
+    """
+
+    config: EvalConfig
+    roles: list[Role]
+    plans: dict[str, VenvPlan]
+    problems: dict[str, ProblemDataset]
+    models: CheckedModels
+    results: EvalResults
+    attempt: Attempt
+
+    def run_models(self) -> None:
+        """Evaluate the models that are not finished, in their order."""
+        names = [name for name in self.config.eval.models if name not in self.results.finished]
+        if not names:
+            return
+        run, timeline = self.attempt.run, self.attempt.timeline
+        with timeline.phase("problems"):
+            inputs = prepare_inputs(self.config, self.problems, self.models, run.started)
+            self.results.check_problems(inputs.digests)
+        with timeline.phase("create model"):
+            directories = {name: self._directory(name) for name in names}
+        workers = self._start(directories[names[0]], inputs)
+        venvs = self._attest(workers)
+        files = RolloutFiles(run.path, limit_mb=_ALL_SAMPLES_MB, resume_step=len(self.results.finished))
+        for name in names:
+            self._evaluate(name, directories[name], inputs, workers, files, venvs)
+
+    def _directory(self, name: str) -> str:
+        """Return what the workers load. They may have another working directory."""
+        created = ensure_model(self.config.policy.of_model(name))
+        path = Path(created).expanduser()
+        return str(path.absolute()) if path.is_dir() else created
+
+    def _start(self, model: str, inputs: EvalInputs) -> _Workers:
+        """Start Ray, build the venvs, and start all workers. The first error ends the job."""
+        config, attempt = self.config, self.attempt
+        attempt.join_ray()
+        cluster = attempt.make_cluster(config.cluster, "evaluation")
+        attempt.build_venvs(self.roles, self.plans)
+        with attempt.timeline.phase("start workers", waits=True):
+            from nemo_rl.environments.remote import RemoteEnvironment
+            from nemo_rl.models.generation.generation import Generation
+
+            groups = {name: start_environment(name, entry) for name, entry in config.env.entries().items()}
+            environments: dict[str, RemoteEnvironment | EnvironmentGroup] = {
+                f"environment {name}": group for name, group in groups.items()
+            }
+            environment: RemoteEnvironment | EpisodeCollector
+            if not groups:
+                environment = environments["environment"] = RemoteEnvironment(config.env)
+            for started in environments.values():
+                attempt.stack.callback(started.shutdown)
+            generation = Generation(cluster, config.policy.of_model(model), model)
+            attempt.stack.callback(generation.shutdown)
+            attempt.wait_ready({"generation": generation, **environments})
+        if inputs.renderer is not None:
+            environment = make_collector(config, groups, generation, inputs.renderer, inputs.pad_token_id)
+            attempt.stack.callback(environment.close)
+        return _Workers(_sender(cluster), generation, environments, environment)
+
+    def _attest(self, workers: _Workers) -> dict[str, list[str | None]]:
+        """Write one record per worker; return the venv digests of each group (None: the driver's Python)."""
+        groups = {"generation": workers.generation, **workers.environments}
+        records = self.attempt.attest(groups)
+        digests: dict[str, list[str | None]] = {name: [] for name in groups}
+        for record in records:
+            if record.get("venv_digest") not in digests[record["group"]]:
+                digests[record["group"]].append(record.get("venv_digest"))
+        return digests
+
+    def _evaluate(
+        self,
+        name: str,
+        directory: str,
+        inputs: EvalInputs,
+        workers: _Workers,
+        files: RolloutFiles,
+        venvs: dict[str, list[str | None]],
+    ) -> None:
+        """Load one model into the workers, evaluate it, and write its samples and scores."""
+        from nemo_rl.algorithms.evaluation import collect_samples, score_problems
+        from nemo_rl.models.weights.saved_weights import saved_weights
+
+        config, step, timer = self.config, len(self.results.finished) + 1, Timer()
+        count = inputs.batch.size * config.eval.num_generations
+        logger.info("evaluating %s on %d problems, %d samples", label(name), inputs.batch.size, count)
+        with timer.phase("load weights"):
+            precision = config.policy.generation.precision or config.policy.precision
+            tensors = saved_weights(directory, self.models.shapes)
+            digest = workers.generation.update_weights(workers.sender.publish(tensors, version=step, dtype=precision))
+        rollout = collect_samples(config, inputs.batch, workers.generation, workers.environment, timer)
+        scores = score_problems(rollout, inputs.batch, config)
+        files.write(step, sample_records(rollout, inputs, config.env.name, step))
+        record = {
+            "model": name,
+            "label": label(name),
+            "step": step,
+            "weights_digest": digest,
+            "precision": precision,
+            "venv_digests": venvs,
+            "nemo_rl": nemo_rl.__version__,
+            "num_problems": inputs.batch.size,
+            "num_samples": count,
+            "num_failed": int((~rollout.scored).sum()),
+            "environment_metrics": rollout.metrics,
+            "seconds": timer.seconds(),
+        }
+        self.results.add(record, scores)
+        logger.info("%s: %s", label(name), summary_line(self.results.content))
+
+
+def _sender(cluster: RayVirtualCluster) -> WeightSender:
+    """Return what publishes weights of this process to the workers of a cluster."""
+    import ray
+
+    from nemo_rl.models.weights.routes import Place, choose_route
+    from nemo_rl.models.weights.sender import WeightSender
+
+    node = ray.get_runtime_context().get_node_id()
+    workers = [Place.of(bundle) for bundle in cluster.bundles()]
+    route = choose_route("auto", policy=[Place(node)], generation=workers, driver_node_id=node)
+    return WeightSender(route.published)
