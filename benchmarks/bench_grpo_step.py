@@ -27,10 +27,8 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +164,7 @@ def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tup
         config.write_text(json.dumps(job_config(settings, directory)), encoding="utf-8")  # JSON is YAML
         command = [sys.executable, str(JOB), "--config", str(config), *overrides]
         started = time.perf_counter()
-        with watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
+        with harness.watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
             # A separate cluster: an existing one may run other work.
             harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
         lines = Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -221,35 +219,6 @@ def job_config(settings: Settings, log_dir: str) -> dict[str, Any]:
         "checkpointing": {"enabled": False},
         "logger": {"log_dir": log_dir, "tensorboard": False, "report": False},
     }
-
-
-@contextmanager
-def watched_lines(path: Path) -> Iterator[list[float]]:
-    """Yield a list of the times at which lines appear in a file, within 10 ms. The file need not exist yet."""
-    arrivals: list[float] = []
-    ended = threading.Event()
-
-    def watch() -> None:
-        position = 0
-        while True:
-            last = ended.is_set()
-            if path.exists() and path.stat().st_size > position:
-                with path.open("rb") as file:
-                    file.seek(position)
-                    new = file.read()
-                position += len(new)
-                arrivals.extend([time.perf_counter()] * new.count(b"\n"))
-            if last:
-                return
-            ended.wait(0.01)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield arrivals
-    finally:
-        ended.set()
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -358,3 +359,32 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("expected a positive number")
     return value
+
+
+@contextlib.contextmanager
+def watched_lines(path: Path) -> Iterator[list[float]]:
+    """Yield a list of the times at which lines appear in a file, within 10 ms. The file need not exist yet."""
+    arrivals: list[float] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        position = 0
+        while True:
+            last = ended.is_set()
+            if path.exists() and path.stat().st_size > position:
+                with path.open("rb") as file:
+                    file.seek(position)
+                    new = file.read()
+                position += len(new)
+                arrivals.extend([time.perf_counter()] * new.count(b"\n"))
+            if last:
+                return
+            ended.wait(0.01)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield arrivals
+    finally:
+        ended.set()
+        thread.join()

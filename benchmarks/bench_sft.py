@@ -1,0 +1,230 @@
+"""Compares supervised fine-tuning by examples/run_sft.py with TRL's SFTTrainer: losses of all steps, tokens per second.
+
+    uv run benchmarks/bench_sft.py                  # 3 rounds, 2 threads
+    uv run benchmarks/bench_sft.py --cases ours trl --repeats 1
+
+Both sides train the same Llama with 3.6 M parameters and random weights, from the same directory, on the same generated
+chats (guessing games, and products with tool calls) in the same order: 60 steps of 32 conversations, float32, AdamW,
+loss on the assistant's turns by the markers of the chat template. The benchmark compares the work of both sides (steps,
+tokens, tokens in the loss), and rejects the result if it differs or if a loss of one of the first 50 steps differs by
+more than 1e-4.
+
+`ours, packed` lays the conversations of a step end to end; TRL pads them. `trl, passive` is TRL with
+OMP_WAIT_POLICY=PASSIVE, which helps if other processes compute on the same cores. Take the faster of the two as the
+baseline. TRL also computes the entropy and the accuracy of tokens in each step, which cannot be switched off.
+
+Our side runs as users run it, with a worker in its venv behind Ray. TRL runs in one process, in an environment that
+`uv run --with` creates. `tokens_per_s` is the number of tokens without padding of the counted steps, divided by the
+wall-clock time from the end of the last warm-up step to the end of the last step.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+from harness import Case, Metrics, Ratio
+
+from nemo_rl.data.config import SFTDataConfig
+from nemo_rl.data.conversations import load_conversations
+from nemo_rl.models.embedded import make_model, make_tokenizer
+from nemo_rl.models.policy.config import EMBEDDED_CHAT_MODEL, EmbeddedModelConfig
+
+TRL = "trl==1.16.0"
+BASELINE = Path(__file__).parent / "baselines" / "trl_sft.py"
+JOB = harness.REPOSITORY / "examples" / "run_sft.py"
+OURS = {
+    "ours": (),
+    "ours, packed": ("policy.batching.mode=packed", "policy.batching.max_tokens=2048"),
+}
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+BASELINES: dict[str, Mapping[str, str]] = {"trl": {}, "trl, passive": PASSIVE}
+CASES = (*OURS, *BASELINES)
+# Facts that must be equal for a comparison.
+FACTS = ("steps", "tokens", "loss_tokens")
+NUM_COMPARED, TOLERANCE = 50, 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Holds the settings of both sides. The baseline reads them as JSON."""
+
+    model: str
+    data: str
+    num_threads: int
+    num_steps: int
+    num_warmup_steps: int
+    num_records: int = 32
+    max_length: int = 64
+    learning_rate: float = 5e-4
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="threads that compute at the same time (default: 2)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of one run (default: 60)")
+    parser.add_argument("--warmup-steps", type=int, default=10, help="of these, untimed steps (default: 10)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration of our side")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    facts: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="nemo_rl_bench_") as directory:
+        model, data = Path(directory, "model"), Path(directory, "chats.jsonl")
+        write_model(model)
+        settings = Settings(str(model), str(data), arguments.threads, arguments.steps, arguments.warmup_steps)
+        write_conversations(data, settings.num_steps * settings.num_records)
+
+        def ours(name: str) -> Callable[[], Metrics]:
+            def run() -> Metrics:
+                metrics, facts[name] = run_ours(settings, Path(directory), [*OURS[name], *arguments.overrides])
+                return metrics
+
+            return run
+
+        def baseline(name: str) -> Callable[[], Metrics]:
+            def run() -> Metrics:
+                metrics, facts[name] = run_trl(settings, BASELINES[name])
+                return metrics
+
+            return run
+
+        runs = {name: ours(name) for name in OURS} | {name: baseline(name) for name in BASELINES}
+        results = harness.measure([Case(name, runs[name]) for name in arguments.cases], arguments.repeats)
+    pairs = [(one, other) for one in arguments.cases if one in OURS for other in arguments.cases if other in BASELINES]
+    differences = {f"{one} / {other}": check_equal(facts[one], facts[other]) for one, other in pairs}
+    work = {side: {name: values[name] for name in FACTS} for side, values in facts.items()}
+    harness.report(
+        "sft",
+        results,
+        [Ratio("tokens_per_s", one, other) for one, other in pairs],
+        arguments.json,
+        title=f"Supervised fine-tuning, {settings.num_records} conversations per step",
+        notes=[f"work of {side}: {json.dumps(done)}" for side, done in work.items()]
+        + [
+            f"largest difference of the first {NUM_COMPARED} losses, {pair}: {d:.2e}" for pair, d in differences.items()
+        ],
+        details={
+            "settings": {**asdict(settings), "model": "3.6 M parameters", "data": "generated dialogues"},
+            "overrides": arguments.overrides,
+            "facts": facts,
+            "differences": differences,
+        },
+    )
+
+
+def check_equal(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> float:
+    """Return the largest difference of a loss. Exit if it is too large, or if the two sides did different work."""
+    unequal = [name for name in FACTS if ours[name] != baseline[name]]
+    if unequal:
+        values = [{name: side[name] for name in FACTS} for side in (ours, baseline)]
+        raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps(values)}")
+    pairs = list(zip(ours["losses"], baseline["losses"], strict=True))[:NUM_COMPARED]
+    largest = max(abs(one - other) for one, other in pairs)
+    if not largest <= TOLERANCE:
+        raise SystemExit(f"the losses differ by up to {largest:.2e}: {pairs}")
+    return largest
+
+
+def write_model(directory: Path) -> None:
+    """Write a Llama with random weights, and the tokenizer of the embedded chat model with markers in its template."""
+    tokenizer = make_tokenizer(EMBEDDED_CHAT_MODEL)
+    config = EmbeddedModelConfig(hidden_size=256, num_layers=4, num_attention_heads=8)
+    make_model(config, tokenizer).save_pretrained(directory)
+    tokenizer.chat_template = with_markers(tokenizer.chat_template)
+    tokenizer.save_pretrained(directory)
+
+
+def with_markers(template: str) -> str:
+    """Enclose the assistant's turns of the embedded template in the markers that transformers knows."""
+    start = "{{- '<|' + message.role + '|>' + (message.content or '') }}"
+    end = "    {{- '<|end|>' }}\n{%- endfor %}"
+    assert template.count(start) == template.count(end) == 1
+    head, _, rest = template.partition(start)
+    turn, _, tail = rest.partition(end)
+    body = f"{{{{- message.content or '' }}}}{turn}    {{{{- '<|end|>' }}}}"
+    marked = f"{{%- generation %}}{body}{{%- endgeneration %}}"
+    role = "{{- '<|' + message.role + '|>' }}"
+    choice = f"{{%- if message.role == 'assistant' %}}{marked}{{%- else %}}{body}{{%- endif %}}"
+    return f"{head}{role}{choice}\n{{%- endfor %}}{tail}"
+
+
+def write_conversations(path: Path, count: int) -> None:
+    """Write generated dialogues as JSON lines."""
+    train, _ = load_conversations(SFTDataConfig(train={"max_num_records": count}))
+    with path.open("w", encoding="utf-8") as file:
+        for conversation in train:
+            # As text, because a table has the same columns in all rows.
+            tools = json.dumps(conversation.tools) if conversation.tools else None
+            file.write(json.dumps({"messages": conversation.completion, "tools": tools}) + "\n")
+
+
+def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run TRL with further environment variables. Returns its metrics and the facts about its work."""
+    command = [harness.uv(), "run", "--quiet", "--no-project", "--python", sys.executable, "--with", TRL]
+    for package in ("torch", "transformers"):
+        command += ["--with", f"{package}=={importlib.metadata.version(package)}"]
+    command += ["python", str(BASELINE), json.dumps(asdict(settings))]
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | dict(variables)
+    answer = harness.run_json(command, env=environment)
+    return {name: answer.pop(name) for name in ("tokens_per_s", "startup_s")}, answer
+
+
+def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run our job. Returns its metrics and the facts about its work."""
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="run_") as directory:
+        config = scratch / "bench_sft.yaml"
+        config.write_text(json.dumps(job_config(settings, directory)), encoding="utf-8")  # JSON is YAML
+        command = [sys.executable, str(JOB), "--config", str(config), *overrides]
+        started = time.perf_counter()
+        with harness.watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
+            # A separate cluster: an existing one may run other work.
+            harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
+        steps = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text("utf-8").splitlines()]
+        data = json.loads(Path(directory, "data.json").read_text("utf-8"))["train"]
+    tokens = [round(step["perf/tokens_per_s"] * step["timing/step_s"]) for step in steps]
+    skip = settings.num_warmup_steps
+    metrics = {
+        "tokens_per_s": sum(tokens[skip:]) / (arrivals[-1] - arrivals[skip - 1]),
+        "startup_s": arrivals[0] - started,
+    }
+    facts = {
+        "losses": [step["train/loss"] for step in steps],
+        "steps": len(steps),
+        "tokens": data["tokens"],
+        "loss_tokens": data["loss_tokens"],
+    }
+    return metrics, facts
+
+
+def job_config(settings: Settings, log_dir: str) -> dict[str, Any]:
+    """Return the configuration of our side: defaults, except for the settings of the baseline."""
+    return {
+        "sft": {
+            "max_num_epochs": 1,
+            "num_records_per_step": settings.num_records,
+        },
+        "policy": {
+            "model_name": settings.model,
+            "num_threads": settings.num_threads,
+            "max_sequence_length": settings.max_length,
+            "train_micro_batch_size": settings.num_records,
+            "optimizer": {"lr": settings.learning_rate, "betas": [0.9, 0.95]},
+        },
+        "data": {"train": {"path": settings.data}, "shuffle": False, "mask": "markers"},
+        "checkpointing": {"enabled": False},
+        "logger": {"log_dir": log_dir, "tensorboard": False, "report": False},
+    }
+
+
+if __name__ == "__main__":
+    main()
