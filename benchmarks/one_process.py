@@ -84,8 +84,8 @@ class OneWorkerPolicy(PolicyInterface):
         )
         self._batching = config.batching
 
-    def _single_shard(self, batch: BatchedDataDict) -> SlicedDataDict:
-        shards = batch.shard_by_batch_size(1, None, **sharding_args(self._batching))
+    def _single_shard(self, batch: BatchedDataDict, batch_size: int | None = None) -> SlicedDataDict:
+        shards = batch.shard_by_batch_size(1, batch_size, **sharding_args(self._batching))
         return (shards[0] if isinstance(shards, tuple) else shards)[0]
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
@@ -94,8 +94,8 @@ class OneWorkerPolicy(PolicyInterface):
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
         return self.worker.get_reference_policy_logprobs(self._single_shard(batch))
 
-    def train(self, batch: BatchedDataDict, loss_fn: LossFunction) -> TrainResult:
-        return self.worker.train(self._single_shard(batch), loss_fn)
+    def train(self, batch: BatchedDataDict, loss_fn: LossFunction, *, batch_size: int | None = None) -> TrainResult:
+        return self.worker.train(self._single_shard(batch, batch_size), loss_fn, batch_size)
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
         update = self.worker.publish_weights(version, dtype)
