@@ -68,6 +68,12 @@ class EnvironmentEntry(EpisodeLimits):
     )
     num_replicas: int = Field(1, ge=1, description="Number of workers.")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each worker.")
+    num_gpus: float = Field(
+        0.0, ge=0, description="GPUs that Ray reserves for each worker, beside those of policy and generation."
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Further resources that Ray reserves for each worker, by their names."
+    )
     concurrency: int = Field(16, ge=1, description="Most episodes that run in a worker at the same time.")
     step_timeout_s: float | None = Field(
         300.0, gt=0, description="A call that takes more seconds has failed. Null: no limit."

@@ -27,6 +27,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
@@ -37,7 +38,7 @@ from nemo_rl.distributed.workers.startup import all_dead, kill_and_wait
 from nemo_rl.environments.episode_calls import Reply, Request
 from nemo_rl.environments.registry import WORKER_FQN, python_fields
 from nemo_rl.environments.replica_nodes import ReplicaNodes
-from nemo_rl.errors import AttestationError, EnvironmentFailure
+from nemo_rl.errors import AttestationError, EnvironmentFailure, ResourceInsufficientError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class EnvironmentGroup:
         own_process: Run the environment in a child process of each worker. Then its Python needs no ray and may have
             another version than the driver's.
         num_replicas: Number of workers.
-        num_cpus: CPUs that Ray reserves for each worker.
+        num_cpus, num_gpus, resources: What Ray reserves for each worker.
         concurrency: Most calls of a worker at a time.
         step_timeout_s: A call that takes longer fails. If all places of a worker are taken by such calls, the worker is
             replaced. None for no limit.
@@ -97,6 +98,8 @@ class EnvironmentGroup:
         own_process: bool = False,
         num_replicas: int = 1,
         num_cpus: float = 0.0,
+        num_gpus: float = 0.0,
+        resources: Mapping[str, float] | None = None,
         concurrency: int = 16,
         step_timeout_s: float | None = None,
         memory_limit_mb: int | None = None,
@@ -107,7 +110,8 @@ class EnvironmentGroup:
         self._config = dict(config)
         self._fields = python_fields(f"env.{name}", fqn, py_executable, runtime_env, own_process=own_process)
         self._own_process = own_process
-        self._num_cpus = num_cpus
+        amounts = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}
+        self._resources = {resource: amount for resource, amount in amounts.items() if amount > 0}
         self._concurrency = concurrency
         self._step_timeout_s = step_timeout_s
         self._memory_limit_mb = memory_limit_mb
@@ -309,7 +313,13 @@ class EnvironmentGroup:
             pass
 
     def _start(self, index: int) -> ActorHandle:
-        """Start a worker. Raises what `RayWorkerBuilder` raises."""
+        """Start a worker.
+
+        Raises:
+            ResourceInsufficientError: No node has the resources of a worker.
+            Exception: What `RayWorkerBuilder` raises.
+        """
+        self._check_resources()
         fields, child = dict(self._fields), WorkerPython()
         if self._own_process:
             child = prepare_child_python(self.fqn, fields)
@@ -324,11 +334,13 @@ class EnvironmentGroup:
             memory_limit_mb=self._memory_limit_mb,
             runtime_env=fields,
         )
+        further = {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")}
         actor = builder(
             None,
             -1,
-            0,
-            num_cpus=self._num_cpus,
+            self._resources.get("GPU", 0),
+            num_cpus=self._resources.get("CPU", 0),
+            resources=further,
             max_concurrency=_THREADS,
             scheduling_strategy=self._strategy(index),
             stopped=self._stopped,
@@ -347,9 +359,22 @@ class EnvironmentGroup:
             raise
         return actor
 
+    def _check_resources(self) -> None:
+        """Raise `ResourceInsufficientError` if no node has the resources of a worker; Ray would wait forever."""
+        if not self._resources:
+            return
+        for node in alive_nodes():
+            if all(node.total.get(name, 0) >= amount for name, amount in self._resources.items()):
+                return
+        needed = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
+        raise ResourceInsufficientError(
+            f"a worker needs {needed} on one node, and no node of the cluster has that; lower num_cpus, num_gpus or "
+            f"resources of env.{self.name}, or add a node"
+        )
+
     def _strategy(self, index: int) -> Any:
-        if self._num_cpus > 0:
-            return "SPREAD"  # over the nodes with free CPUs
+        if self._resources:
+            return "SPREAD"  # over the nodes where they are free
         # Not soft: Ray 2.60 ignores a soft affinity of an actor without CPUs.
         return NodeAffinitySchedulingStrategy(self._nodes.choose(index), soft=False)
 

@@ -135,6 +135,8 @@ def start_environment(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
         own_process=entry.own_process,
         num_replicas=entry.num_replicas,
         num_cpus=entry.num_cpus,
+        num_gpus=entry.num_gpus,
+        resources=entry.resources,
         concurrency=entry.concurrency,
         step_timeout_s=entry.step_timeout_s,
         memory_limit_mb=entry.memory_limit_mb,

@@ -24,7 +24,13 @@ from nemo_rl.distributed.workers.launch_plan import WorkerPython, prepare_child_
 from nemo_rl.environments import environment_group
 from nemo_rl.environments.environment_group import EnvironmentGroup
 from nemo_rl.environments.episode_calls import Reply, Request
-from nemo_rl.errors import AttestationError, EnvironmentFailure, RuntimeEnvError, WorkerStartError
+from nemo_rl.errors import (
+    AttestationError,
+    EnvironmentFailure,
+    ResourceInsufficientError,
+    RuntimeEnvError,
+    WorkerStartError,
+)
 from nemo_rl.venvs import list_venvs
 
 COMMANDS = "sample_environments.Commands"
@@ -72,6 +78,19 @@ def call(group: EnvironmentGroup, *requests: Request) -> list[Reply]:
 def process_of(reset: Reply) -> int:
     assert reset.value is not None, reset.failure
     return int(reset.value["messages"][0]["content"].removeprefix("process "))
+
+
+def test_resources_that_no_node_has(start) -> None:
+    for options, needed in (({"num_gpus": 1}, "1 GPU"), ({"num_cpus": 1, "resources": {"tpu": 0.5}}, "1 CPU, 0.5 tpu")):
+        group = start(**options)
+        with pytest.raises(ResourceInsufficientError, match=f"needs {needed} on one node, and no node"):
+            group.wait_ready()
+
+
+def test_resources_are_reserved(start) -> None:
+    start(num_cpus=1).wait_ready()
+    while ray.available_resources().get("CPU") != 1:  # Ray counts with a delay
+        time.sleep(0.1)
 
 
 def test_two_replicas(start, tmp_path: Path) -> None:
