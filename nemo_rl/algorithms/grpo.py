@@ -38,7 +38,7 @@ from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import Rollout
-from nemo_rl.algorithms.training_loop import MetricRecorder, check_metric_names, checkpoint_remedies
+from nemo_rl.algorithms.training_loop import MetricRecorder, TrainingLoop, check_metric_names, checkpoint_remedies
 from nemo_rl.errors import ConfigError, LogprobMismatchError
 from nemo_rl.observability.timer import Timer
 
@@ -69,7 +69,7 @@ def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
 
 
 @dataclass
-class GRPO:
+class GRPO(TrainingLoop):
     """Runs the GRPO training loop.
 
     Example::
@@ -81,8 +81,6 @@ class GRPO:
     Attributes:
         validation: validation problems as one batch, or None.
         checkpoints: where checkpoints are written; None writes no checkpoints.
-        step: number of completed training steps.
-        on_first_step: called once, before the first step of this process.
     """
 
     config: MasterConfig
@@ -128,31 +126,15 @@ class GRPO:
 
     def run(self) -> str:
         """Train until a limit is reached; return the reason for the end as a short phrase."""
+        config = self.config
         try:
-            return self._train_until_limit()
+            return self.train_until_limit(
+                config.grpo.validation,
+                save_period=config.checkpointing.save_period,
+                num_epochs=config.grpo.max_num_epochs,
+            )
         finally:
             self._pipeline.close()
-
-    def _train_until_limit(self) -> str:
-        config, started = self.config.grpo, time.monotonic()
-        if self.step == 0 and config.validation.at_start:
-            self._validate()
-        self.on_first_step()
-        while (reason := self._reason_to_stop(started)) is None:
-            if not self._train_step():
-                reason = f"all {config.max_num_epochs} epochs are done"
-                break
-            if config.validation.period and self.step % config.validation.period == 0:
-                self._validate()
-            if self.step % self.config.checkpointing.save_period == 0:
-                self._save()
-        unsaved = self.step % self.config.checkpointing.save_period != 0
-        if config.validation.at_end and self._last_validation.get("step") != self.step:
-            self._validate()
-            unsaved = True  # otherwise a restart before `finished.json` is written would record it again
-        if unsaved:
-            self._save()
-        return reason
 
     def _train_step(self) -> bool:
         """Run one step; return False if there are no more problems."""

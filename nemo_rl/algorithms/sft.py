@@ -16,7 +16,7 @@ import torch
 
 from nemo_rl.algorithms.loss_functions import NLLLoss
 from nemo_rl.algorithms.sft_config import SFTJobConfig
-from nemo_rl.algorithms.training_loop import MetricRecorder, check_metric_names, checkpoint_remedies
+from nemo_rl.algorithms.training_loop import MetricRecorder, TrainingLoop, check_metric_names, checkpoint_remedies
 from nemo_rl.observability.timer import Timer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def restore_data_position(loader: ConversationLoader, checkpoint: Checkpoint) ->
 
 
 @dataclass
-class SFT:
+class SFT(TrainingLoop):
     """Runs the training loop of supervised fine-tuning.
 
     Example::
@@ -44,8 +44,6 @@ class SFT:
     Attributes:
         validation: validation records as one batch, whose rows can be divided among the workers, or None.
         checkpoints: where checkpoints are written; None writes no checkpoints.
-        step: number of completed training steps.
-        on_first_step: called once, before the first step of this process.
     """
 
     config: SFTJobConfig
@@ -70,25 +68,10 @@ class SFT:
 
     def run(self) -> str:
         """Train until a limit is reached; return the reason for the end as a short phrase."""
-        config, started = self.config.sft, time.monotonic()
-        if self.step == 0 and config.validation.at_start:
-            self._validate()
-        self.on_first_step()
-        while (reason := self._reason_to_stop(started)) is None:
-            if not self._train_step():
-                reason = epochs_done(config.max_num_epochs)
-                break
-            if config.validation.period and self.step % config.validation.period == 0:
-                self._validate()
-            if self.step % self.config.checkpointing.save_period == 0:
-                self._save()
-        unsaved = self.step % self.config.checkpointing.save_period != 0
-        if config.validation.at_end and self._last_validation.get("step") != self.step:
-            self._validate()
-            unsaved = True  # otherwise a restart before `finished.json` is written would record it again
-        if unsaved:
-            self._save()
-        return reason
+        config = self.config
+        return self.train_until_limit(
+            config.sft.validation, save_period=config.checkpointing.save_period, num_epochs=config.sft.max_num_epochs
+        )
 
     def _train_step(self) -> bool:
         """Run one step; return False if there are no more records."""
@@ -149,8 +132,3 @@ class SFT:
         if config.max_time_s is not None and time.monotonic() - started >= config.max_time_s:
             return f"sft.max_time_s={config.max_time_s:g} is reached"
         return None
-
-
-def epochs_done(num_epochs: int | None) -> str:
-    """Return the reason for the end of a run that has used all of its data."""
-    return f"all {num_epochs} epochs are done" if num_epochs != 1 else "the epoch is done"

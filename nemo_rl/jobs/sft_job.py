@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.sft_config import SFTJobConfig
-from nemo_rl.algorithms.training_loop import checkpoint_remedies
+from nemo_rl.algorithms.training_loop import checkpoint_remedies, epochs_done
 from nemo_rl.data.conversations import ConversationDataset, load_conversations
 from nemo_rl.errors import DataError
 from nemo_rl.jobs.attempt import Attempt, finish, open_attempt, print_dry_run
@@ -80,8 +80,6 @@ def run_sft(arguments: JobArguments[SFTJobConfig]) -> None:
 
 
 def _is_complete(config: SFTJobConfig, step: int, reason: str) -> bool:
-    from nemo_rl.algorithms.sft import epochs_done
-
     is_last_step = config.sft.max_num_steps is not None and step >= config.sft.max_num_steps
     return is_last_step or reason == epochs_done(config.sft.max_num_epochs)
 

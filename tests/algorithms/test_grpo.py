@@ -127,7 +127,7 @@ def test_unusable_checkpoint_error_names_the_fix(tmp_path):
 
 def test_epochs_limit_the_run():
     job = build("grpo.max_num_epochs=1", loader=FakeLoader(length=8))
-    assert job.run() == "all 1 epochs are done"
+    assert job.run() == "the epoch is done"
     assert job.step == 2
 
 

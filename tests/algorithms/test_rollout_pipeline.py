@@ -68,7 +68,7 @@ def test_resumed_run_reuses_the_rollouts_ahead(tmp_path, killed_after):
 
 def test_rollouts_ahead_stop_after_the_last_epoch():
     job = build(*AHEAD, "grpo.max_num_epochs=1", loader=FakeLoader(length=8))
-    assert job.run() == "all 1 epochs are done"
+    assert job.run() == "the epoch is done"
     assert job.step == 2
 
 
