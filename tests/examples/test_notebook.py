@@ -120,6 +120,7 @@ class Terminal:
         )
         os.close(child)
         self.shown = ""
+        self._num_read = 0  # characters up to the end of the last match
 
     def send(self, text: str) -> None:
         """Type text."""
@@ -130,15 +131,13 @@ class Terminal:
         self._process.send_signal(2)
 
     def wait_for(self, pattern: str, timeout_s: float = 600) -> re.Match[str]:
-        """Wait until new output matches, and return the match."""
+        """Wait until the output behind the last match matches, and return the match."""
         deadline = time.monotonic() + timeout_s
-        new = ""
-        while (match := re.search(pattern, new)) is None:
+        while (match := re.compile(pattern).search(self.shown, self._num_read)) is None:
             assert time.monotonic() < deadline, self.shown
             if select.select([self._end], [], [], 1.0)[0]:
-                text = os.read(self._end, 65536).decode(errors="replace")
-                new += text
-                self.shown += text
+                self.shown += os.read(self._end, 65536).decode(errors="replace")
+        self._num_read = match.end()
         return match
 
     def close(self) -> None:
