@@ -21,24 +21,21 @@ steps.
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import json
-import os
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import harness
 import tiny_llama
-from harness import Case, Metrics, Ratio
+from harness import Ratio
 from transformers import AutoTokenizer
+from trl_comparison import BASELINES, Run, case, job_run, parse_arguments, run_trl
 
-TRL = "trl==1.16.0"
 BASELINE = Path(__file__).parent / "baselines" / "trl_grpo.py"
 JOB = harness.REPOSITORY / "examples" / "run_grpo_math.py"
 NUM_PROBLEMS = 64
@@ -49,8 +46,7 @@ OURS = {
     "ours, 2 workers": (*ONE_THREAD, "cluster.cpu_workers_per_node=2", "policy.train_micro_batch_size=32"),
     "ours, async": (*ONE_THREAD, "grpo.max_trajectory_age=1", "cluster.generation.cpu_workers_per_node=1"),
 }
-CASES = (*OURS, "trl", "trl, passive")
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+CASES = (*OURS, *BASELINES)
 # Facts that must be equal for a comparison.
 FACTS = ("num_parameters", "prompt_length", "completion_length_mean", "steps")
 
@@ -77,14 +73,7 @@ class Settings:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads that compute at the same time (default: 2)")
-    parser.add_argument("--steps", type=int, default=40, help="steps of one run (default: 40)")
-    parser.add_argument("--warmup-steps", type=int, default=10, help="of these, uncounted steps (default: 10)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration of our side")
-    arguments = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    arguments = parse_arguments(__doc__, CASES, steps=40)
     facts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="nemo_rl_bench_") as directory:
         model, problems = Path(directory, "model"), Path(directory, "problems.jsonl")
@@ -92,29 +81,17 @@ def main() -> None:
         tiny_llama.write_problems(problems, NUM_PROBLEMS)
         settings = Settings(str(model), str(problems), arguments.threads, arguments.steps, arguments.warmup_steps)
 
-        def ours(name: str) -> Callable[[], Metrics]:
-            def run() -> Metrics:
-                overrides = [*OURS[name], *arguments.overrides]
-                metrics, facts[name] = run_ours(settings, Path(directory), overrides)
-                facts[name]["num_parameters"] = num_parameters
-                return metrics
-
-            return run
-
-        def baseline(name: str, variables: Mapping[str, str]) -> Callable[[], Metrics]:
-            def run() -> Metrics:
-                metrics, facts[name] = run_trl(settings, variables)
-                return metrics
-
-            return run
-
-        runs = {name: ours(name) for name in OURS} | {
-            "trl": baseline("trl", {}),
-            "trl, passive": baseline("trl, passive", PASSIVE),
+        runs: dict[str, Run] = {
+            name: functools.partial(run_ours, settings, Path(directory), [*overrides, *arguments.overrides])
+            for name, overrides in OURS.items()
         }
-        results = harness.measure([Case(name, runs[name]) for name in arguments.cases], arguments.repeats)
+        runs |= {name: functools.partial(run_baseline, settings, variables) for name, variables in BASELINES.items()}
+        cases = [case(name, runs[name], facts) for name in arguments.cases]
+        results = harness.measure(cases, arguments.repeats)
     ours_cases = [name for name in arguments.cases if name in OURS]
-    pairs = [(name, baseline) for baseline in arguments.cases if baseline not in OURS for name in ours_cases]
+    for name in ours_cases:
+        facts[name]["num_parameters"] = num_parameters
+    pairs = [(name, baseline) for baseline in arguments.cases if baseline in BASELINES for name in ours_cases]
     pairs += [(name, "ours") for name in ours_cases if name != "ours" and "ours" in ours_cases]
     for name, baseline in pairs:
         check_equal_work(facts[name], facts[baseline])
@@ -143,14 +120,9 @@ def check_equal_work(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> No
         raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps([ours, baseline])}")
 
 
-def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run TRL with further environment variables. Returns its metrics and the facts about its work."""
-    command = [harness.uv(), "run", "--quiet", "--no-project", "--python", sys.executable, "--with", TRL]
-    for package in ("torch", "transformers"):
-        command += ["--with", f"{package}=={importlib.metadata.version(package)}"]
-    command += ["python", str(BASELINE), json.dumps(asdict(settings))]
-    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | dict(variables)
-    answer = harness.run_json(command, env=environment)
+def run_baseline(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run TRL. Returns its metrics and the facts about its work."""
+    answer = run_trl(BASELINE, asdict(settings), variables)
     metrics = {name: answer[name] for name in ("samples_per_s", "step_s", "startup_s")}
     metrics |= {f"phase {name}": answer[name] for name in ("generation_s", "reward_s", "rest_s")}
     facts = {name: value for name, value in answer.items() if not name.endswith("_s")}
@@ -159,16 +131,8 @@ def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str,
 
 def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Run our job. Returns its metrics and the facts about its work."""
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="run_") as directory:
-        config = scratch / "bench_grpo_step.yaml"
-        config.write_text(json.dumps(job_config(settings, directory)), encoding="utf-8")  # JSON is YAML
-        command = [sys.executable, str(JOB), "--config", str(config), *overrides]
-        started = time.perf_counter()
-        with harness.watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
-            # A separate cluster: an existing one may run other work.
-            harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
-        lines = Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    with job_run(JOB, functools.partial(job_config, settings), scratch, overrides) as job:
+        steps, arrivals = job.steps, job.arrivals
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     problems = [json.loads(line)["problem"] for line in Path(settings.problems).read_text("utf-8").splitlines()]
     counted = steps[settings.num_warmup_steps :]
@@ -179,7 +143,7 @@ def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tup
     metrics = {
         "samples_per_s": settings.num_samples * len(counted) / wall,
         "step_s": step_s,
-        "startup_s": arrivals[0] - started,
+        "startup_s": job.startup_s,
         **{f"phase {name.removeprefix('timing/')}": seconds for name, seconds in phases.items()},
     }
     # The time between the phases of a step, and between steps.

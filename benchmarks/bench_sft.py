@@ -20,34 +20,29 @@ wall-clock time from the end of the last warm-up step to the end of the last ste
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import json
-import os
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import harness
-from harness import Case, Metrics, Ratio
+from harness import Ratio
+from trl_comparison import BASELINES, Run, case, job_run, parse_arguments, run_trl
 
 from nemo_rl.data.config import SFTDataConfig
 from nemo_rl.data.conversations import load_conversations
 from nemo_rl.models.embedded import make_model, make_tokenizer
 from nemo_rl.models.policy.config import EMBEDDED_CHAT_MODEL, EmbeddedModelConfig
 
-TRL = "trl==1.16.0"
 BASELINE = Path(__file__).parent / "baselines" / "trl_sft.py"
 JOB = harness.REPOSITORY / "examples" / "run_sft.py"
 OURS = {
     "ours": (),
     "ours, packed": ("policy.batching.mode=packed", "policy.batching.max_tokens=2048"),
 }
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-BASELINES: dict[str, Mapping[str, str]] = {"trl": {}, "trl, passive": PASSIVE}
 CASES = (*OURS, *BASELINES)
 # Facts that must be equal for a comparison.
 FACTS = ("steps", "tokens", "loss_tokens")
@@ -69,14 +64,7 @@ class Settings:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="threads that compute at the same time (default: 2)")
-    parser.add_argument("--steps", type=int, default=60, help="steps of one run (default: 60)")
-    parser.add_argument("--warmup-steps", type=int, default=10, help="of these, untimed steps (default: 10)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="further configuration of our side")
-    arguments = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    arguments = parse_arguments(__doc__, CASES, steps=60)
     facts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="nemo_rl_bench_") as directory:
         model, data = Path(directory, "model"), Path(directory, "chats.jsonl")
@@ -84,22 +72,13 @@ def main() -> None:
         settings = Settings(str(model), str(data), arguments.threads, arguments.steps, arguments.warmup_steps)
         write_conversations(data, settings.num_steps * settings.num_records)
 
-        def ours(name: str) -> Callable[[], Metrics]:
-            def run() -> Metrics:
-                metrics, facts[name] = run_ours(settings, Path(directory), [*OURS[name], *arguments.overrides])
-                return metrics
-
-            return run
-
-        def baseline(name: str) -> Callable[[], Metrics]:
-            def run() -> Metrics:
-                metrics, facts[name] = run_trl(settings, BASELINES[name])
-                return metrics
-
-            return run
-
-        runs = {name: ours(name) for name in OURS} | {name: baseline(name) for name in BASELINES}
-        results = harness.measure([Case(name, runs[name]) for name in arguments.cases], arguments.repeats)
+        runs: dict[str, Run] = {
+            name: functools.partial(run_ours, settings, Path(directory), [*overrides, *arguments.overrides])
+            for name, overrides in OURS.items()
+        }
+        runs |= {name: functools.partial(run_baseline, settings, variables) for name, variables in BASELINES.items()}
+        cases = [case(name, runs[name], facts) for name in arguments.cases]
+        results = harness.measure(cases, arguments.repeats)
     pairs = [(one, other) for one in arguments.cases if one in OURS for other in arguments.cases if other in BASELINES]
     differences = {f"{one} / {other}": check_equal(facts[one], facts[other]) for one, other in pairs}
     work = {side: {name: values[name] for name in FACTS} for side, values in facts.items()}
@@ -168,34 +147,22 @@ def write_conversations(path: Path, count: int) -> None:
             file.write(json.dumps({"messages": conversation.completion, "tools": tools}) + "\n")
 
 
-def run_trl(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run TRL with further environment variables. Returns its metrics and the facts about its work."""
-    command = [harness.uv(), "run", "--quiet", "--no-project", "--python", sys.executable, "--with", TRL]
-    for package in ("torch", "transformers"):
-        command += ["--with", f"{package}=={importlib.metadata.version(package)}"]
-    command += ["python", str(BASELINE), json.dumps(asdict(settings))]
-    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | dict(variables)
-    answer = harness.run_json(command, env=environment)
+def run_baseline(settings: Settings, variables: Mapping[str, str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run TRL. Returns its metrics and the facts about its work."""
+    answer = run_trl(BASELINE, asdict(settings), variables)
     return {name: answer.pop(name) for name in ("tokens_per_s", "startup_s")}, answer
 
 
 def run_ours(settings: Settings, scratch: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Run our job. Returns its metrics and the facts about its work."""
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="run_") as directory:
-        config = scratch / "bench_sft.yaml"
-        config.write_text(json.dumps(job_config(settings, directory)), encoding="utf-8")  # JSON is YAML
-        command = [sys.executable, str(JOB), "--config", str(config), *overrides]
-        started = time.perf_counter()
-        with harness.watched_lines(Path(directory, "metrics.jsonl")) as arrivals:
-            # A separate cluster: an existing one may run other work.
-            harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
-        steps = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text("utf-8").splitlines()]
-        data = json.loads(Path(directory, "data.json").read_text("utf-8"))["train"]
+    with job_run(JOB, functools.partial(job_config, settings), scratch, overrides) as job:
+        steps, arrivals = job.steps, job.arrivals
+        data = json.loads((job.directory / "data.json").read_text("utf-8"))["train"]
     tokens = [round(step["perf/tokens_per_s"] * step["timing/step_s"]) for step in steps]
     skip = settings.num_warmup_steps
     metrics = {
         "tokens_per_s": sum(tokens[skip:]) / (arrivals[-1] - arrivals[skip - 1]),
-        "startup_s": arrivals[0] - started,
+        "startup_s": job.startup_s,
     }
     facts = {
         "losses": [step["train/loss"] for step in steps],
