@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_rl.environments.agent import Agent, Model, ModelCall
-from nemo_rl.environments.agent_endpoint import AgentEndpoint, ChatRequest, Choice, RequestRefused, plain_message
+from nemo_rl.environments.agent_endpoint import AgentEndpoint
+from nemo_rl.environments.agent_requests import ChatRequest, Choice, RequestRefused, plain_message
 from nemo_rl.environments.episode import Environment, Message, Turn
 from nemo_rl.environments.tools.registry import load_call_format
 from nemo_rl.environments.tools.tool_calls import ToolCall

@@ -25,27 +25,21 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.futures import WORKER_DEATHS
-from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
-from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.distributed.workers.host import ATTEST_METHOD
-from nemo_rl.distributed.workers.launch_plan import WorkerPython, prepare_child_python
-from nemo_rl.distributed.workers.runtime_env_fields import VENV_FIELDS
 from nemo_rl.distributed.workers.startup import all_dead, kill_and_wait
 from nemo_rl.environments.episode_calls import Reply, Request
-from nemo_rl.environments.registry import WORKER_FQN, python_fields
+from nemo_rl.environments.registry import python_fields
 from nemo_rl.environments.replica_nodes import ReplicaNodes
-from nemo_rl.errors import AttestationError, EnvironmentFailure, ResourceInsufficientError
+from nemo_rl.environments.replica_start import ReplicaStarter
+from nemo_rl.errors import EnvironmentFailure
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 30.0  # a worker answers an empty poll after this time
 _SHUTDOWN_S = 10.0
 _NODE_LOSS_S = 60.0  # Ray declares a node lost sooner
-_THREADS = 4  # of a worker: one waits for replies, the others serve short calls
 _MAX_REASONS = 3
 
 
@@ -107,16 +101,22 @@ class EnvironmentGroup:
     ) -> None:
         self.name = name
         self.fqn = fqn
-        self._config = dict(config)
-        self._fields = python_fields(f"env.{name}", fqn, py_executable, runtime_env, own_process=own_process)
-        self._own_process = own_process
-        amounts = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}
-        self._resources = {resource: amount for resource, amount in amounts.items() if amount > 0}
         self._concurrency = concurrency
         self._step_timeout_s = step_timeout_s
-        self._memory_limit_mb = memory_limit_mb
         self._max_restarts = max_restarts
         self._nodes = ReplicaNodes()
+        amounts = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}
+        self._starter = ReplicaStarter(
+            name,
+            fqn,
+            dict(config),
+            fields=python_fields(f"env.{name}", fqn, py_executable, runtime_env, own_process=own_process),
+            own_process=own_process,
+            resources={resource: amount for resource, amount in amounts.items() if amount > 0},
+            concurrency=concurrency,
+            memory_limit_mb=memory_limit_mb,
+            nodes=self._nodes,
+        )
 
         self._lock = threading.RLock()  # guards everything below
         self._numbers = itertools.count()
@@ -276,7 +276,7 @@ class EnvironmentGroup:
         """Keep the replica `index` running until `shutdown`, or until it may not be restarted any more."""
         while True:
             try:
-                actor = self._start(index)
+                actor = self._starter.start(index, self._stopped)
             except Exception as error:
                 is_lost = self._nodes.is_lost(index)
                 if not self._ready[index].done() and not is_lost:
@@ -311,81 +311,6 @@ class EnvironmentGroup:
         deadline = time.monotonic() + _NODE_LOSS_S
         while not all_dead([actor], timeout_s=1.0) and not self._stopped.is_set() and time.monotonic() < deadline:
             pass
-
-    def _start(self, index: int) -> ActorHandle:
-        """Start a worker.
-
-        Raises:
-            ResourceInsufficientError: No node has the resources of a worker.
-            Exception: What `RayWorkerBuilder` raises.
-        """
-        self._check_resources()
-        fields, child = dict(self._fields), WorkerPython()
-        if self._own_process:
-            child = prepare_child_python(self.fqn, fields)
-            fields = {name: value for name, value in fields.items() if name not in VENV_FIELDS}
-            fields["py_executable"] = PY_EXECUTABLES.SYSTEM
-        builder = RayWorkerBuilder(
-            WORKER_FQN,
-            self.fqn,
-            self._config,
-            concurrency=self._concurrency,
-            child_python=child.python,
-            memory_limit_mb=self._memory_limit_mb,
-            runtime_env=fields,
-        )
-        further = {name: amount for name, amount in self._resources.items() if name not in ("CPU", "GPU")}
-        actor = builder(
-            None,
-            -1,
-            self._resources.get("GPU", 0),
-            num_cpus=self._resources.get("CPU", 0),
-            resources=further,
-            max_concurrency=_THREADS,
-            scheduling_strategy=self._strategy(index),
-            stopped=self._stopped,
-            label=f"env.{self.name}-{index}",
-        )
-        try:
-            ray.get(actor.open.remote())
-            record, description = ray.get([getattr(actor, ATTEST_METHOD).remote(), actor.describe.remote()])
-            self._nodes.record(index, record["node_id"])
-            self._check_child(description, child)
-        except RayTaskError as error:
-            kill_and_wait([actor])
-            raise EnvironmentFailure(f"env.{self.name}.class={self.fqn}: {error.cause}") from error
-        except AttestationError:
-            kill_and_wait([actor])
-            raise
-        return actor
-
-    def _check_resources(self) -> None:
-        """Raise `ResourceInsufficientError` if no node has the resources of a worker; Ray would wait forever."""
-        if not self._resources:
-            return
-        for node in alive_nodes():
-            if all(node.total.get(name, 0) >= amount for name, amount in self._resources.items()):
-                return
-        needed = ", ".join(f"{amount:g} {name}" for name, amount in self._resources.items())
-        raise ResourceInsufficientError(
-            f"a worker needs {needed} on one node, and no node of the cluster has that; lower num_cpus, num_gpus or "
-            f"resources of env.{self.name}, or add a node"
-        )
-
-    def _strategy(self, index: int) -> Any:
-        if self._resources:
-            return "SPREAD"  # over the nodes where they are free
-        # Not soft: Ray 2.60 ignores a soft affinity of an actor without CPUs.
-        return NodeAffinitySchedulingStrategy(self._nodes.choose(index), soft=False)
-
-    def _check_child(self, description: Mapping[str, Any], child: WorkerPython) -> None:
-        """Raise `AttestationError` if a child process runs in another venv than the planned one."""
-        if child.digest is not None and description["venv_digest"] != child.digest:
-            raise AttestationError(
-                f"the process of env.{self.name} (pid {description['pid']}) runs {description['executable']}: "
-                f"venv_digest: expected {child.digest}, found {description['venv_digest']}. Its venv was changed or "
-                "replaced while the job started; start the job again."
-            )
 
     def _serve(self, replica: _Replica) -> _Ending:
         """Receive the replies of a replica until it ends."""

@@ -36,8 +36,8 @@ class Reply:
     Attributes:
         episode: Id of the episode.
         value: Of `reset`: `messages` (None: the problem's prompt) and `tools`. Of `step`: the fields of a `Turn`, with
-            `messages` instead of `observation`. Of an agent, which may go back to an earlier action or begin anew, also
-            `tools` and `continues` (see `agent.ModelCall`). None after a failure.
+            `messages` instead of `observation`; of an agent also `tools` and `continues` (see `agent.ModelCall`). None
+            after a failure.
         seconds: Time that the call took, without the time in the queue.
         failure: Why the call failed, as one sentence; None if it did not.
         details: The traceback of the failure.

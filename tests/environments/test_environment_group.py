@@ -21,7 +21,7 @@ from episode_replies import next_replies
 
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.distributed.workers.launch_plan import WorkerPython, prepare_child_python
-from nemo_rl.environments import environment_group
+from nemo_rl.environments import replica_start
 from nemo_rl.environments.environment_group import EnvironmentGroup
 from nemo_rl.environments.episode_calls import Reply, Request
 from nemo_rl.errors import (
@@ -267,7 +267,7 @@ def test_child_in_another_venv_is_refused(start, bare_python: str, monkeypatch: 
     def prepared(*arguments: Any) -> WorkerPython:
         return replace(prepare_child_python(*arguments), digest="0" * 64)
 
-    monkeypatch.setattr(environment_group, "prepare_child_python", prepared)
+    monkeypatch.setattr(replica_start, "prepare_child_python", prepared)
     group = start(own_process=True, py_executable=bare_python)
     with pytest.raises(AttestationError, match=r"the process of env.game .* venv_digest: expected 0+, found None"):
         group.wait_ready()
