@@ -1,8 +1,17 @@
-"""Checks that the samples of a step can be divided into optimizer steps, workers and micro-batches."""
+"""Checks the length of a sample, and that a step can be divided into optimizer steps, workers and micro-batches."""
 
 from __future__ import annotations
 
 from nemo_rl.models.policy.config import DATA_PARALLEL, PolicyConfig
+
+
+def check_sample_length(max_prompt_length: int, max_new_tokens: int, max_sequence_length: int) -> None:
+    """Raise `ValueError` if a prompt and its completion may be longer than a sequence, all in tokens."""
+    if max_prompt_length + max_new_tokens > max_sequence_length:
+        raise ValueError(
+            f"data.max_prompt_length ({max_prompt_length}) + policy.generation.max_new_tokens ({max_new_tokens}) "
+            f"exceeds policy.max_sequence_length ({max_sequence_length})"
+        )
 
 
 def check_batch_sizes(policy: PolicyConfig, samples_per_step: int, num_workers: int, *, key: str) -> None:

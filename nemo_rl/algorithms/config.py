@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from nemo_rl.algorithms.batch_sizes import check_batch_sizes
+from nemo_rl.algorithms.batch_sizes import check_batch_sizes, check_sample_length
 from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
@@ -306,12 +306,8 @@ class MasterConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> MasterConfig:
-        prompt, new = self.data.max_prompt_length, self.policy.generation.max_new_tokens
-        if prompt + new > self.policy.max_sequence_length:
-            raise ValueError(
-                f"data.max_prompt_length ({prompt}) + policy.generation.max_new_tokens ({new}) exceeds "
-                f"policy.max_sequence_length ({self.policy.max_sequence_length})"
-            )
+        policy = self.policy
+        check_sample_length(self.data.max_prompt_length, policy.generation.max_new_tokens, policy.max_sequence_length)
         check_batch_sizes(
             self.policy,
             self.num_samples_per_step,

@@ -29,11 +29,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_rl.algorithms import episode_state
+from nemo_rl.algorithms import episode_state, rollouts
 from nemo_rl.algorithms.episode_loop import EpisodeLoop, Events, Options
 from nemo_rl.algorithms.episode_state import Episode, Transcript
 from nemo_rl.algorithms.rollouts import Rollout
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from nemo_rl.data.transcripts import TranscriptRenderer
     from nemo_rl.environments.config import EpisodeLimits
     from nemo_rl.environments.episode_calls import EpisodeRunner
+    from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationInterface
     from nemo_rl.observability.timer import Timer
@@ -235,6 +236,26 @@ class EpisodeCollector:
         if episode.reason in ("done", "failed"):
             return episode.reason == "done"
         return self.limits[episode.environment].truncated == "count"
+
+
+def collect_rollout(
+    problems: BatchedDataDict,
+    generation: GenerationInterface,
+    environment: EnvironmentInterface | EpisodeCollector,
+    *,
+    streaming: bool = False,
+    **options: Any,
+) -> Rollout:
+    """Collect one rollout, from an environment that scores batches or from episodes.
+
+    Args:
+        problems, generation, environment: See `rollouts.collect` and `EpisodeCollector`.
+        streaming: See `rollouts.collect`; episodes are always streamed.
+        options: What both functions accept: `num_generations`, `seed`, `timer`, `greedy` and `sampling`.
+    """
+    if isinstance(environment, EpisodeCollector):
+        return environment.collect(problems, **options)
+    return rollouts.collect(problems, generation, environment, streaming=streaming, **options)
 
 
 def _too_many(failed: list[Episode], count: int, allowed: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from nemo_rl.algorithms.batch_sizes import check_sample_length
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import BundlesConfig
 from nemo_rl.environments.config import EnvironmentConfig
@@ -99,12 +100,8 @@ class EvalConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> EvalConfig:
-        prompt, new = self.data.max_prompt_length, self.policy.generation.max_new_tokens
-        if prompt + new > self.policy.max_sequence_length:
-            raise ValueError(
-                f"data.max_prompt_length ({prompt}) + policy.generation.max_new_tokens ({new}) exceeds "
-                f"policy.max_sequence_length ({self.policy.max_sequence_length})"
-            )
+        policy = self.policy
+        check_sample_length(self.data.max_prompt_length, policy.generation.max_new_tokens, policy.max_sequence_length)
         return self
 
 

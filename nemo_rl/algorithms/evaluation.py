@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING
 
-from nemo_rl.algorithms import rollouts
-from nemo_rl.algorithms.episodes import EpisodeCollector
-from nemo_rl.algorithms.rollouts import draw_seed, pass_at_k
+from nemo_rl.algorithms.episodes import collect_rollout
+from nemo_rl.algorithms.rollouts import pass_at_k, validation_options
 
 if TYPE_CHECKING:
+    from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.algorithms.eval_config import EvalConfig
     from nemo_rl.algorithms.rollouts import Rollout
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -79,23 +79,8 @@ def collect_samples(
 
     With the seed and the problems of a training run, the samples are those of its validation.
     """
-    count, sampling = config.eval.num_generations, config.policy.generation.validation
-    seed = draw_seed(config.eval.seed, "validation")
-    greedy = count == 1 and sampling is None
-    if isinstance(environment, EpisodeCollector):
-        return environment.collect(
-            problems, num_generations=count, seed=seed, timer=timer, greedy=greedy, sampling=sampling
-        )
-    return rollouts.collect(
-        problems,
-        generation,
-        environment,
-        num_generations=count,
-        seed=seed,
-        timer=timer,
-        greedy=greedy,
-        sampling=sampling,
-    )
+    options = validation_options(config.eval.seed, config.eval.num_generations, config.policy.generation.validation)
+    return collect_rollout(problems, generation, environment, timer=timer, **options)
 
 
 def score_problems(rollout: Rollout, problems: BatchedDataDict, config: EvalConfig) -> list[ProblemScore]:

@@ -38,14 +38,15 @@ import torch
 from nemo_rl.algorithms import rollouts
 from nemo_rl.algorithms.advantages import group_has_signal
 from nemo_rl.algorithms.config import GRPOConfig
-from nemo_rl.algorithms.episodes import EpisodeCollector
-from nemo_rl.algorithms.rollouts import Rollout, draw_seed
+from nemo_rl.algorithms.episodes import collect_rollout
+from nemo_rl.algorithms.rollouts import Rollout, draw_seed, validation_options
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import WeightSyncError
 from nemo_rl.observability.timer import Timer
 from nemo_rl.utils.futures import completed
 
 if TYPE_CHECKING:
+    from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.config import SamplingConfig
     from nemo_rl.models.generation.interfaces import GenerationInterface
@@ -179,12 +180,7 @@ class RolloutPipeline:
             timer = Timer()
             with self._generation_turn(update, timer):
                 rollout = self._collect(
-                    problems,
-                    num_generations=num_generations,
-                    seed=draw_seed(self._config.seed, "validation"),
-                    timer=timer,
-                    greedy=num_generations == 1 and sampling is None,
-                    sampling=sampling,
+                    problems, timer=timer, **validation_options(self._config.seed, num_generations, sampling)
                 )
             return rollout, timer.seconds()
 
@@ -271,11 +267,8 @@ class RolloutPipeline:
                 f"{update.digest}"
             )
 
-    def _collect(self, problems: BatchedDataDict, *, streaming: bool = False, **options: Any) -> Rollout:
-        """Collect one rollout, from an environment that scores batches or from episodes."""
-        if isinstance(self._environment, EpisodeCollector):
-            return self._environment.collect(problems, **options)
-        return rollouts.collect(problems, self._generation, self._environment, streaming=streaming, **options)
+    def _collect(self, problems: BatchedDataDict, **options: Any) -> Rollout:
+        return collect_rollout(problems, self._generation, self._environment, **options)
 
     def _collect_for_step(self, problems: BatchedDataDict, step: int, timer: Timer) -> tuple[Rollout, int]:
         """Collect the rollout of `problems`; return it and the number of rollouts it took.

@@ -251,6 +251,31 @@ def _select_branches(rollout: Rollout, indices: torch.Tensor) -> BatchedDataDict
     return branches
 
 
+class ValidationOptions(TypedDict):
+    """How a validation samples; options of `collect`."""
+
+    num_generations: int
+    seed: int
+    greedy: bool
+    sampling: SamplingConfig | None
+
+
+def validation_options(seed: int, num_generations: int, sampling: SamplingConfig | None) -> ValidationOptions:
+    """Return how a validation samples. One completion per problem is greedy unless sampling is configured.
+
+    Args:
+        seed: Seed of the run.
+        num_generations: Completions per problem.
+        sampling: The configured sampling of validations, or None.
+    """
+    return {
+        "num_generations": num_generations,
+        "seed": draw_seed(seed, "validation"),
+        "greedy": num_generations == 1 and sampling is None,
+        "sampling": sampling,
+    }
+
+
 def draw_seed(*parts: int | str) -> int:
     """Derive a 63-bit seed from `parts` alone, so that a restart needs no saved generator state.
 

@@ -66,6 +66,14 @@ class TrainingLoop(ABC):
     on_first_step: Callable[[], None]
     _last_validation: dict[str, float]
 
+    @abstractmethod
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint instead of from the start. Raises `CheckpointError` if it cannot be loaded."""
+
+    @abstractmethod
+    def run(self) -> str:
+        """Train until a limit is reached; return the reason for the end as a short phrase."""
+
     def train_until_limit(self, validation: ValidationSchedule, *, save_period: int, num_epochs: int | None) -> str:
         """Train, and return the reason for the end as a short phrase.
 

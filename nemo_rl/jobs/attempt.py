@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 
 from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.model_files import ensure_model
 from nemo_rl.jobs.roles import Role
 from nemo_rl.jobs.run_directory import RunDirectory
 from nemo_rl.jobs.venv_phases import VenvPhases
@@ -22,12 +23,19 @@ from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.files import write_atomically
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from nemo_rl.algorithms.training_loop import TrainingLoop
     from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+    from nemo_rl.models.policy.config import PolicyConfig
     from nemo_rl.utils.checkpoint import Checkpoint
     from nemo_rl.venvs import VenvPlan
 
 logger = logging.getLogger(__name__)
+
+# The timeline's row for the thread that prepares the inputs while Ray starts.
+INPUTS_THREAD = "driver: inputs"
 
 
 class WorkerGroup(Protocol):
@@ -99,6 +107,20 @@ class Attempt:
         for name, group in groups.items():
             with self.timeline.phase(f"{name} ready", waits=True):
                 group.wait_ready()
+
+    def create_model(self, policy: PolicyConfig, checked: Future[Any]) -> str:
+        """Return the model that the workers load. An embedded one is created if need be, after `checked` has ended."""
+        checked.result()
+        with self.timeline.phase("create model", INPUTS_THREAD):
+            return ensure_model(policy)
+
+    def run_loop(self, loop: TrainingLoop, checkpoint: Checkpoint | None) -> tuple[str, int]:
+        """Run a loop from a checkpoint, or from the start; returns the reason for the end and the last step."""
+        if checkpoint is not None:
+            logger.info("resuming from %s", checkpoint.path)
+            with self.timeline.phase("load checkpoint"):
+                loop.resume(checkpoint)
+        return loop.run(), loop.step
 
     def attest(self, groups: Mapping[str, WorkerGroup]) -> list[dict[str, Any]]:
         """Write and return one record per worker of the job: node, venv, versions and startup phases."""

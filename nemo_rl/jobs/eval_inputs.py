@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.data.datasets import open_validation
 from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.errors import ConfigError, ModelError
-from nemo_rl.jobs.job_environments import make_renderer
+from nemo_rl.jobs.job_environments import data_sections, join_problems, make_renderer
 from nemo_rl.jobs.model_files import ModelFiles, load_architecture, parameter_shapes, prepare_model
 from nemo_rl.jobs.model_sources import label
 from nemo_rl.models.generation.stop import end_of_sequence_ids
@@ -68,13 +68,8 @@ def load_problems(config: EvalConfig) -> dict[str, ProblemDataset]:
         ConfigError: an environment has no validation problems, or the kind of a data set is unknown.
         DataError: a data set is missing or empty, or a record is invalid.
     """
-    entries = config.env.entries()
     problems: dict[str, ProblemDataset] = {}
-    for name, entry in entries.items() or {config.env.name: None}.items():
-        data, key = config.data, "data"
-        if entry is not None and entry.data is not None:
-            key = f"env.{name}.data"
-            data = data.model_copy(update={"train": entry.data.train, "validation": entry.data.validation})
+    for name, (key, data) in data_sections(config).items():
         dataset = open_validation(data)
         if dataset is None:
             raise ConfigError(
@@ -151,21 +146,16 @@ def prepare_inputs(
         ConfigError: no problem has the field `eval.subject_key`, or a template is not supported.
         DataError: a prompt is too long.
     """
-    from nemo_rl.data.loader import validation_batch
     from nemo_rl.data.processing import TokenizedProblems
-    from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 
     pad, limit = models.files.pad_token_id, config.eval.max_num_problems
+    tokenized = {
+        name: TokenizedProblems(dataset, models.files.tokenizer, config.data, started)
+        for name, dataset in problems.items()
+    }
+    digests = {name: dataset.digest for name, dataset in tokenized.items()}
     count = None if limit is None else max(limit // len(problems), 1)
-    batches, digests = [], {}
-    for name, dataset in problems.items():
-        tokenized = TokenizedProblems(dataset, models.files.tokenizer, config.data, started)
-        digests[name] = tokenized.digest
-        batch = validation_batch(tokenized, pad, count)
-        if config.env.entries():
-            batch["environment"] = [name] * batch.size
-        batches.append(batch)
-    joined = BatchedDataDict.from_batches(batches, pad_value_dict={"input_ids": pad})
+    joined = join_problems(config.env, tokenized, pad, count)
     _check_subject_key(config.eval.subject_key, joined["metadata"])
     return EvalInputs(pad, joined, make_renderer(config, models.files, started), digests)
 

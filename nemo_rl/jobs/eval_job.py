@@ -36,7 +36,7 @@ from nemo_rl.jobs.eval_inputs import (
 )
 from nemo_rl.jobs.eval_results import EvalResults
 from nemo_rl.jobs.eval_view import print_scores, print_tasks, summary_line
-from nemo_rl.jobs.job_environments import make_collector, start_environment
+from nemo_rl.jobs.job_environments import rollout_environment, start_environments
 from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model
 from nemo_rl.jobs.model_sources import CONFIG_FILE, find_model, label
 from nemo_rl.jobs.roles import Role, job_roles, role_plans
@@ -218,24 +218,15 @@ class _Evaluation:
         cluster = attempt.make_cluster(config.cluster, "evaluation")
         attempt.build_venvs(self.roles, self.plans)
         with attempt.timeline.phase("start workers", waits=True):
-            from nemo_rl.environments.remote import RemoteEnvironment
             from nemo_rl.models.generation.generation import Generation
 
-            groups = {name: start_environment(name, entry) for name, entry in config.env.entries().items()}
-            environments: dict[str, RemoteEnvironment | EnvironmentGroup] = {
-                f"environment {name}": group for name, group in groups.items()
-            }
-            environment: RemoteEnvironment | EpisodeCollector
-            if not groups:
-                environment = environments["environment"] = RemoteEnvironment(config.env)
-            for started in environments.values():
-                attempt.stack.callback(started.shutdown)
+            environments = start_environments(config.env, attempt.stack)
             generation = Generation(cluster, config.policy.of_model(model), model)
             attempt.stack.callback(generation.shutdown)
             attempt.wait_ready({"generation": generation, **environments})
-        if inputs.renderer is not None:
-            environment = make_collector(config, groups, generation, inputs.renderer, inputs.pad_token_id)
-            attempt.stack.callback(environment.close)
+        environment = rollout_environment(
+            config, environments, generation, inputs.renderer, inputs.pad_token_id, attempt.stack
+        )
         return _Workers(_sender(cluster), generation, environments, environment)
 
     def _attest(self, workers: _Workers) -> dict[str, list[str | None]]:

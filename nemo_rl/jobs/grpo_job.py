@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.jobs.attempt import Attempt, finish, open_attempt, print_dry_run
+from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, finish, open_attempt, print_dry_run
 from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.job_environments import (
     Problems,
     load_problems,
-    make_collector,
     make_loader,
     make_renderer,
     make_validation_batch,
-    start_environment,
+    rollout_environment,
+    start_environments,
 )
-from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model, prepare_model
+from nemo_rl.jobs.model_files import check_model_name, check_weight_files, prepare_model
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.checkpoint import CheckpointStore
@@ -36,8 +36,6 @@ from nemo_rl.utils.futures import run_in_thread
 from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.data.loader import MixedLoader, PromptLoader
     from nemo_rl.data.transcripts import TranscriptRenderer
@@ -52,8 +50,6 @@ if TYPE_CHECKING:
     from nemo_rl.venvs import VenvPlan
 
 logger = logging.getLogger(__name__)
-
-INPUTS_THREAD = "driver: inputs"
 
 
 def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -154,16 +150,12 @@ class _RunAttempt:
             pad_token_id=inputs.pad_token_id,
             on_first_step=attempt.timeline.mark_first_step,
         )
-        if checkpoint is not None:
-            logger.info("resuming from %s", checkpoint.path)
-            with attempt.timeline.phase("load checkpoint"):
-                loop.resume(checkpoint)
-        return loop.run(), loop.step
+        return attempt.run_loop(loop, checkpoint)
 
     def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, _Workers]:
         """Check the inputs while Ray starts, then build the venvs, then start all worker groups."""
         preparing = run_in_thread(lambda: self._prepare_inputs(checkpoint), "inputs")
-        creating = run_in_thread(lambda: self._create_model(preparing), "model")
+        creating = run_in_thread(lambda: self.attempt.create_model(self.config.policy, preparing), "model")
         clusters = self._start_clusters()
         inputs = preparing.result()  # users' mistakes are reported before a venv is built
         self.attempt.build_venvs(self.roles, self.plans)
@@ -187,11 +179,6 @@ class _RunAttempt:
             renderer = make_renderer(config, model, started)
         return _Inputs(model.pad_token_id, loader, validation, renderer)
 
-    def _create_model(self, preparing: Future[_Inputs]) -> str:
-        preparing.result()
-        with self.attempt.timeline.phase("create model", INPUTS_THREAD):
-            return ensure_model(self.config.policy)
-
     def _start_clusters(self) -> _Clusters:
         """Join or start Ray and describe the clusters of the worker groups, without reserving resources."""
         config, num_groups = self.config.cluster, num_colocated_groups(self.config)
@@ -203,20 +190,11 @@ class _RunAttempt:
 
     def _start_workers(self, model_name: str, clusters: _Clusters, inputs: _Inputs) -> _Workers:
         """Start all worker groups, then wait for them. The first error ends the job."""
-        from nemo_rl.environments.remote import RemoteEnvironment
         from nemo_rl.models.generation.generation import Generation
         from nemo_rl.models.policy.policy import Policy
 
-        config = self.config
-        groups = {name: start_environment(name, entry) for name, entry in config.env.entries().items()}
-        environments: dict[str, RemoteEnvironment | EnvironmentGroup] = {
-            f"environment {name}": group for name, group in groups.items()
-        }
-        environment: RemoteEnvironment | EpisodeCollector
-        if not groups:
-            environment = environments["environment"] = RemoteEnvironment(config.env)
-        for started in environments.values():
-            self.attempt.stack.callback(started.shutdown)
+        config, stack = self.config, self.attempt.stack
+        environments = start_environments(config.env, stack)
         policy = Policy(
             clusters.policy,
             config.policy,
@@ -225,13 +203,11 @@ class _RunAttempt:
             seed=config.grpo.seed,
             route=_weight_route(config.policy.weight_transport, clusters),
         )
-        self.attempt.stack.callback(policy.shutdown)
+        stack.callback(policy.shutdown)
         generation = Generation(clusters.generation, config.policy, model_name)
-        self.attempt.stack.callback(generation.shutdown)
+        stack.callback(generation.shutdown)
         self.attempt.wait_ready({"policy": policy, "generation": generation, **environments})
-        if inputs.renderer is not None:
-            environment = make_collector(config, groups, generation, inputs.renderer, inputs.pad_token_id)
-            self.attempt.stack.callback(environment.close)
+        environment = rollout_environment(config, environments, generation, inputs.renderer, inputs.pad_token_id, stack)
         return _Workers(policy, generation, environments, environment)
 
 

@@ -1,8 +1,9 @@
-"""The environments with turns of a GRPO job: their problems, their loaders and their workers."""
+"""The environments of a job: their problems, their loaders and their workers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
     from nemo_rl.algorithms.config import MasterConfig
     from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.algorithms.eval_config import EvalConfig
+    from nemo_rl.data.config import DataConfig
     from nemo_rl.data.loader import MixedLoader, PromptLoader
     from nemo_rl.data.problem import ProblemDataset
+    from nemo_rl.data.processing import TokenizedProblems
     from nemo_rl.data.transcripts import TranscriptRenderer
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+    from nemo_rl.environments.config import EnvironmentConfig
     from nemo_rl.environments.environment_group import EnvironmentGroup
+    from nemo_rl.environments.remote import RemoteEnvironment
     from nemo_rl.jobs.model_files import ModelFiles
     from nemo_rl.models.generation.interfaces import GenerationInterface
 
@@ -34,6 +39,18 @@ class Problems:
     validation: ProblemDataset | None
 
 
+def data_sections(config: MasterConfig | EvalConfig) -> dict[str, tuple[str, DataConfig]]:
+    """Return the key and the section of the problems of each environment, by its name."""
+    sections = {}
+    for name, entry in config.env.entries().items() or {config.env.name: None}.items():
+        key, data = "data", config.data
+        if entry is not None and entry.data is not None:
+            key = f"env.{name}.data"
+            data = data.model_copy(update={"train": entry.data.train, "validation": entry.data.validation})
+        sections[name] = (key, data)
+    return sections
+
+
 def load_problems(config: MasterConfig) -> dict[str, Problems]:
     """Open the data sets of a job, by the name of the environment that they are for.
 
@@ -41,12 +58,8 @@ def load_problems(config: MasterConfig) -> dict[str, Problems]:
         ConfigError: The kind of a data set is unknown.
         DataError: A data set is missing or empty, or a record is invalid.
     """
-    entries = config.env.entries()
     problems = {}
-    for name, entry in entries.items() or {config.env.name: None}.items():
-        data = config.data
-        if entry is not None and entry.data is not None:
-            data = data.model_copy(update={"train": entry.data.train, "validation": entry.data.validation})
+    for name, (_, data) in data_sections(config).items():
         problems[name] = Problems(*load_datasets(data))
         if name == "math":
             for dataset in filter(None, (problems[name].train, problems[name].validation)):
@@ -84,22 +97,40 @@ def make_validation_batch(
     config: MasterConfig, problems: Mapping[str, Problems], model: ModelFiles, started: datetime
 ) -> BatchedDataDict | None:
     """Tokenize the validation problems, an equal number for each environment. None if there are none."""
-    from nemo_rl.data.loader import validation_batch
     from nemo_rl.data.processing import TokenizedProblems
+
+    tokenized = {
+        name: TokenizedProblems(parts.validation, model.tokenizer, config.data, started)
+        for name, parts in problems.items()
+        if parts.validation is not None
+    }
+    if not tokenized:
+        return None
+    count = max(config.grpo.validation.max_num_problems // len(tokenized), 1)
+    return join_problems(config.env, tokenized, model.pad_token_id, count)
+
+
+def join_problems(
+    config: EnvironmentConfig, problems: Mapping[str, TokenizedProblems], pad_token_id: int, count: int | None
+) -> BatchedDataDict:
+    """Return the first `count` problems of each environment (None: all), with the list `environment` if it is needed.
+
+    Args:
+        config: The environments.
+        problems: Their problems, by the name of the environment.
+        pad_token_id: See `collation.collate`.
+        count: Problems per environment.
+    """
+    from nemo_rl.data.loader import validation_batch
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 
-    datasets = {name: parts.validation for name, parts in problems.items() if parts.validation is not None}
-    if not datasets:
-        return None
-    count = max(config.grpo.validation.max_num_problems // len(datasets), 1)
     batches = []
-    for name, dataset in datasets.items():
-        tokenized = TokenizedProblems(dataset, model.tokenizer, config.data, started)
-        batch = validation_batch(tokenized, model.pad_token_id, count)
-        if config.env.entries():
+    for name, tokenized in problems.items():
+        batch = validation_batch(tokenized, pad_token_id, count)
+        if config.entries():
             batch["environment"] = [name] * batch.size
         batches.append(batch)
-    return BatchedDataDict.from_batches(batches, pad_value_dict={"input_ids": model.pad_token_id})
+    return BatchedDataDict.from_batches(batches, pad_value_dict={"input_ids": pad_token_id})
 
 
 def make_renderer(config: MasterConfig | EvalConfig, model: ModelFiles, started: datetime) -> TranscriptRenderer | None:
@@ -122,8 +153,26 @@ def make_renderer(config: MasterConfig | EvalConfig, model: ModelFiles, started:
     )
 
 
-def start_environment(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
-    """Start the workers of one environment; the group's `wait_ready` waits for them."""
+def start_environments(config: EnvironmentConfig, stack: ExitStack) -> dict[str, RemoteEnvironment | EnvironmentGroup]:
+    """Start the workers of all environments; returns them by the name of their role. `wait_ready` waits for them.
+
+    Args:
+        config: The environments.
+        stack: Receives a shutdown callback for each of them.
+    """
+    from nemo_rl.environments.remote import RemoteEnvironment
+
+    started: dict[str, RemoteEnvironment | EnvironmentGroup] = {
+        f"environment {name}": _start_group(name, entry) for name, entry in config.entries().items()
+    }
+    if not started:
+        started["environment"] = RemoteEnvironment(config)
+    for environment in started.values():
+        stack.callback(environment.shutdown)
+    return started
+
+
+def _start_group(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
     from nemo_rl.environments.environment_group import EnvironmentGroup
 
     return EnvironmentGroup(
@@ -144,17 +193,35 @@ def start_environment(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
     )
 
 
-def make_collector(
+def rollout_environment(
     config: MasterConfig | EvalConfig,
-    groups: Mapping[str, EnvironmentGroup],
+    started: Mapping[str, RemoteEnvironment | EnvironmentGroup],
     generation: GenerationInterface,
-    renderer: TranscriptRenderer,
+    renderer: TranscriptRenderer | None,
     pad_token_id: int,
-) -> EpisodeCollector:
-    """Return what collects the episodes of the job's environments."""
+    stack: ExitStack,
+) -> RemoteEnvironment | EpisodeCollector:
+    """Return what rollouts are collected from: the environment that scores batches, or the episodes of all others.
+
+    Args:
+        config: The job's configuration.
+        started: See `start_environments`.
+        generation: Samples the actions of episodes.
+        renderer: See `make_renderer`.
+        pad_token_id: Fills the rows of a batch.
+        stack: Receives a callback that closes it.
+    """
+    from nemo_rl.environments.remote import RemoteEnvironment
+
+    groups: dict[str, EnvironmentGroup] = {}
+    for role, environment in started.items():
+        if isinstance(environment, RemoteEnvironment):
+            return environment
+        groups[role.removeprefix("environment ")] = environment
+    assert renderer is not None, "environments with turns need a renderer"
     from nemo_rl.algorithms.episodes import EpisodeCollector
 
-    return EpisodeCollector(
+    collector = EpisodeCollector(
         groups,
         config.env.entries(),
         generation,
@@ -164,3 +231,5 @@ def make_collector(
         max_retries=config.env.max_retries,
         max_failed_fraction=config.env.max_failed_fraction,
     )
+    stack.callback(collector.close)
+    return collector

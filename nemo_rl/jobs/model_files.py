@@ -251,12 +251,9 @@ def count_parameters(model_config: PretrainedConfig) -> int:
 
 def parameter_shapes(model_config: PretrainedConfig) -> dict[str, list[int]]:
     """Return the shapes of the parameters without allocating them. Tied parameters appear once."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from nemo_rl.models.policy.hf_loading import empty_model
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    model.tie_weights()
+    model = empty_model(model_config)
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 

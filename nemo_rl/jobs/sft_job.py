@@ -21,13 +21,12 @@ from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.algorithms.training_loop import checkpoint_remedies, epochs_done
 from nemo_rl.data.conversations import ConversationDataset, load_conversations
 from nemo_rl.errors import DataError
-from nemo_rl.jobs.attempt import Attempt, finish, open_attempt, print_dry_run
+from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, finish, open_attempt, print_dry_run
 from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.model_files import (
     check_checkpoint_model,
     check_model_name,
     check_weight_files,
-    ensure_model,
     prepare_model,
 )
 from nemo_rl.jobs.roles import Role, job_roles, role_plans
@@ -38,8 +37,6 @@ from nemo_rl.utils.futures import run_in_thread
 from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from nemo_rl.data.supervised import ConversationLoader, TokenizedConversations
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.models.policy.policy import Policy
@@ -48,7 +45,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INPUTS_THREAD = "driver: inputs"
 DATA_FILE = "data.json"
 
 
@@ -133,17 +129,13 @@ class _SFTAttempt:
             checkpoints=checkpoints if config.checkpointing.enabled else None,
             on_first_step=attempt.timeline.mark_first_step,
         )
-        if checkpoint is not None:
-            logger.info("resuming from %s", checkpoint.path)
-            with attempt.timeline.phase("load checkpoint"):
-                loop.resume(checkpoint)
-        return loop.run(), loop.step
+        return attempt.run_loop(loop, checkpoint)
 
     def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, Policy]:
         """Check the inputs while Ray starts, then build the venv, then start the policy."""
         config, attempt = self.config, self.attempt
         preparing = run_in_thread(lambda: self._prepare_inputs(checkpoint), "inputs")
-        creating = run_in_thread(lambda: self._create_model(preparing), "model")
+        creating = run_in_thread(lambda: self.attempt.create_model(self.config.policy, preparing), "model")
         attempt.join_ray()
         cluster = attempt.make_cluster(config.cluster, "sft")
         inputs = preparing.result()  # users' mistakes are reported before a venv is built
@@ -215,8 +207,3 @@ class _SFTAttempt:
                 f"{config.num_records_per_step}; lower sft.num_records_per_step or raise sft.max_num_epochs"
             )
         return min(limit for limit in (config.max_num_steps, of_epochs) if limit is not None)
-
-    def _create_model(self, preparing: Future[_Inputs]) -> str:
-        preparing.result()
-        with self.attempt.timeline.phase("create model", INPUTS_THREAD):
-            return ensure_model(self.config.policy)

@@ -36,13 +36,13 @@ def user(text: str) -> dict[str, Any]:
 
 
 class Tree(Agent):
-    """With an odd seed: goes on from its first answer twice, and begins a second conversation. The reward is the seed.
+    """With an odd seed: continues its first answer twice, and begins a second conversation. The reward is the seed.
 
     ::
 
         start: ── 1 ── a: ── 2
                   └─── b: ── 3
-        anew: ── 4
+        fresh: ── 4
     """
 
     def run(self, problem: dict[str, Any], model: Model) -> float:
@@ -51,12 +51,12 @@ class Tree(Agent):
         ask(model, [*start, first, user("a:")])
         if problem["seed"] % 2:
             ask(model, [*start, first, user("b:")])
-            ask(model, [user("anew:")])
+            ask(model, [user("fresh:")])
         return float(problem["seed"])
 
 
 def numbered() -> Scripted:
-    return Scripted(lambda text: {"start:": "1", "a:": "2", "b:": "3", "anew:": "4"}[text.split("1")[-1]])
+    return Scripted(lambda text: {"start:": "1", "a:": "2", "b:": "3", "fresh:": "4"}[text.split("1")[-1]])
 
 
 def texts(batch: BatchedDataDict) -> list[tuple[str, str]]:
@@ -68,7 +68,7 @@ def texts(batch: BatchedDataDict) -> list[tuple[str, str]]:
 def test_each_action_is_trained_once(collect) -> None:
     rollout = collect(problems(3, 2), Tree, numbered())
     assert texts(rollout.batch) == [("start:1<eos>a:2<eos>", "1<eos>2<eos>")] * 2
-    assert texts(rollout.branches) == [("start:1<eos>b:3<eos>", "3<eos>"), ("anew:4<eos>", "4<eos>")]
+    assert texts(rollout.branches) == [("start:1<eos>b:3<eos>", "3<eos>"), ("fresh:4<eos>", "4<eos>")]
     assert rollout.branches["sample"].tolist() == [0, 0]
     assert rollout.branches["turn_index"].max(dim=1).values.tolist() == [3, 4]
     assert rollout.batch["num_turns"].tolist() == [4, 2]

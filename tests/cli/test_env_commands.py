@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent.parent / "venvs"))
-from sample_projects import make_wheel, uv
+from sample_projects import lock_project_without_ray
 
 from nemo_rl.cli.app import app
 from nemo_rl.errors import ConfigError, EnvironmentFailure, IncompatibleVenvError, UnknownExtraError, VenvError
@@ -150,23 +150,7 @@ def test_other_python_needs_its_own_process(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_venv_without_ray_is_built_for_a_child_process(tmp_path: Path) -> None:
-    make_wheel(tmp_path / "wheels", "alpha", "1.0")
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "pyproject.toml").write_text(
-        """
-[project]
-name = "project"
-version = "0.1"
-requires-python = ">=3.11"
-dependencies = ["alpha"]
-[tool.uv]
-package = false
-no-index = true
-find-links = ["../wheels"]
-"""
-    )
-    uv("lock", "--offline", cwd=project)
+    project = lock_project_without_ray(tmp_path)
     arguments = ["check", "env_games.NeedsAlpha", f"py_executable=uv run --locked --project {project}"]
     done = env(*arguments)
     assert isinstance(done.exception, VenvError)

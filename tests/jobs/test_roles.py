@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "venvs"))
-from sample_projects import make_wheel, uv
+from sample_projects import lock_project_without_ray
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
@@ -73,23 +73,8 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a job whose environments need the driver's Python, packages on top of it, and a project without ray."""
     monkeypatch.setenv("NEMO_RL_VENV_DIR", str(tmp_path / "venvs"))
     monkeypatch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")  # of policy and generation
-    wheel = make_wheel(tmp_path / "wheels", "alpha", "1.0")
-    project = tmp_path / "project"
-    project.mkdir()
-    (project / "pyproject.toml").write_text(
-        """
-[project]
-name = "project"
-version = "0.1"
-requires-python = ">=3.11"
-dependencies = ["alpha"]
-[tool.uv]
-package = false
-no-index = true
-find-links = ["../wheels"]
-"""
-    )
-    uv("lock", "--offline", cwd=project)
+    project = lock_project_without_ray(tmp_path)
+    [wheel] = (tmp_path / "wheels").iterdir()
     return [
         *(f"env.{name}.class={GAME}" for name in ("plain", "twin", "added", "child")),
         f"env.added.runtime_env={{uv: ['alpha @ {wheel.as_uri()}']}}",

@@ -88,6 +88,28 @@ class Project:
         return " ".join(["uv run --locked --project", str(self.root), *options])
 
 
+def lock_project_without_ray(directory: Path) -> Path:
+    """Write and lock a project in `directory` that needs only `alpha`, of the wheels beside it; returns it."""
+    make_wheel(directory / "wheels", "alpha", "1.0")
+    project = directory / "project"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(
+        textwrap.dedent("""
+            [project]
+            name = "project"
+            version = "0.1"
+            requires-python = ">=3.11"
+            dependencies = ["alpha"]
+            [tool.uv]
+            package = false
+            no-index = true
+            find-links = ["../wheels"]
+        """)
+    )
+    uv("lock", "--offline", cwd=project)
+    return project
+
+
 def write_files(root: Path, files: Mapping[str, str | None], **values: str) -> None:
     """Write texts by relative path, with `{name}` replaced by its value; None removes the file."""
     for path, text in files.items():

@@ -40,7 +40,11 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
     """Raise `ModelError` if a layer in `config.target_modules` does not exist. The model may be on the meta device."""
     if config.target_modules == "all-linear":
         return
-    names = {name for name, part in module.named_modules() if is_adaptable(part)}
+    names = {
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) or type(part).__name__ == _TRANSPOSED
+    }
     known = sorted({name.rpartition(".")[2] for name in names})
     for target in config.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -50,11 +54,6 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
                 f"policy.lora.target_modules: {type(module).__name__} has no linear layer {target!r}.{hint} It has: "
                 f"{', '.join(known)}"
             )
-
-
-def is_adaptable(part: nn.Module) -> bool:
-    """Whether peft can adapt a layer."""
-    return isinstance(part, nn.Linear) or type(part).__name__ == _TRANSPOSED
 
 
 def peft_config(config: LoraConfig, **options: Any) -> Any:
