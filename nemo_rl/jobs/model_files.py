@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+_CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -145,6 +146,29 @@ def ensure_model(config: PolicyConfig) -> str:
     from nemo_rl.models.embedded import ensure_embedded_model
 
     return str(ensure_embedded_model(config.embedded, config.model_name))
+
+
+def model_digest(config: PolicyConfig) -> str:
+    """Return what identifies the weights of a model: a digest of a directory's weight files, or the hub's commit.
+
+    An embedded model is identified by its section, which decides its weights. Raises `ConfigError` if there is no such
+    model.
+    """
+    name = config.model_name
+    if name in EMBEDDED_MODELS:
+        return f"{name} {config.embedded.model_dump_json()}"
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        return f"{name} {getattr(load_architecture(config), '_commit_hash', None)}"
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for suffix in ("safetensors", "bin") for path in directory.glob(f"*.{suffix}")):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:

@@ -41,6 +41,9 @@ class LossFunction(Protocol):
     The worker sums losses and gradients over micro-batches and ranks and never averages them. So a loss divides by the
     *global* counts that it gets, and the result depends neither on the micro-batch size nor on the number of workers.
 
+    A loss with an attribute `rows_per_group` gets that many successive rows of the batch in one micro-batch, in order:
+    a loss on pairs of rows has 2. `policy.train_micro_batch_size` must be a multiple of it.
+
     Example:
         The policy gradient, averaged over tokens::
 
@@ -70,6 +73,11 @@ class LossFunction(Protocol):
             micro-batches and ranks. A metric whose name ends in `_max` or `_min` takes the maximum or minimum.
         """
         ...
+
+
+def rows_per_group(loss_fn: LossFunction) -> int:
+    """Return how many successive rows a loss needs in one micro-batch; see `LossFunction`."""
+    return getattr(loss_fn, "rows_per_group", 1)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,12 @@ def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict
     )
 
 
-def shard_of(batch: BatchedDataDict, rank: int, num_ranks: int, **config: Any) -> BatchedDataDict:
+def shard_of(
+    batch: BatchedDataDict, rank: int, num_ranks: int, rows_per_group: int = 1, **config: Any
+) -> BatchedDataDict:
     """Return a data-parallel rank's rows, with a plan of micro-batches if the mode of `config` needs one."""
-    result = batch.shard_by_batch_size(num_ranks, None, **sharding_args(BatchingConfig(**config.get("batching", {}))))
+    batching = BatchingConfig(**config.get("batching", {}))
+    result = batch.shard_by_batch_size(num_ranks, None, rows_per_group=rows_per_group, **sharding_args(batching))
     return (result[0] if isinstance(result, tuple) else result)[rank]
 
 
