@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.dpo_config import DPOConfig
+    from nemo_rl.algorithms.reward_model_config import RewardModelConfig
 
 _ROWS_PER_PAIR = 2
 
@@ -93,6 +94,52 @@ class DPOLoss:
             "rejected_logprob": mean(rejected_logprobs),
         }
         return mean(losses).to(logprobs.dtype), metrics
+
+
+class BradleyTerryLoss:
+    """Computes the loss of a reward model r: -log sigmoid(r(chosen) - r(rejected) - margin).
+
+    The probability that an answer is better is that of Bradley and Terry (1952). Ouyang et al. (2022), "Training
+    language models to follow instructions with human feedback", arXiv:2203.02155, equation 1, with one pair per prompt.
+    The margin of a pair, which is 0 if the data have none, is that of Touvron et al. (2023), "Llama 2",
+    arXiv:2307.09288, equation 2. `centering` c adds c (r(chosen) + r(rejected))^2, so that rewards are around 0:
+    Eisenstein et al. (2023), "Helping or Herding?", arXiv:2312.09244, equation 2.
+
+    Example:
+        >>> import torch
+        >>> from nemo_rl.algorithms.reward_model_config import RewardModelConfig
+        >>> batch = {"margin": torch.zeros(2), "sample_mask": torch.ones(2)}
+        >>> scores = torch.tensor([1.0, -1.0])
+        >>> loss, metrics = BradleyTerryLoss(RewardModelConfig())(scores, batch, torch.tensor(0), torch.tensor(2))
+        >>> round(loss.item(), 4), metrics["reward_accuracy"].item()
+        (0.1269, 1.0)
+
+    Metrics (means over pairs): those of `DPOLoss`, without log-probabilities.
+    """
+
+    rows_per_group = _ROWS_PER_PAIR
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        self.centering = config.centering
+
+    def __call__(
+        self,
+        scores: torch.Tensor,
+        batch: Mapping[str, Any],
+        global_num_tokens: torch.Tensor,
+        global_num_samples: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute the loss of one micro-batch from the rewards [b] of its rows. The batch has `margin` [b].
+
+        Raises:
+            ValueError: the rows are not pairs.
+        """
+        rewards = scores.double()
+        chosen, rejected = _answers(rewards)
+        margin, _ = _answers(batch["margin"].to(rewards))
+        losses = -logsigmoid(chosen - rejected - margin) + self.centering * (chosen + rejected).square()
+        mean = _PairMean(batch, global_num_samples)
+        return mean(losses).to(scores.dtype), _reward_metrics(rewards.detach(), mean)
 
 
 def answer_logprobs(logprobs: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -77,7 +77,7 @@ class RecordJobConfig(ConfigModel):
     activity: ClassVar[str]
 
     if TYPE_CHECKING:
-        policy: RecordPolicyConfig
+        policy: PolicyConfig
         data: SFTDataConfig | PreferenceDataConfig
         cluster: ClusterConfig
         logger: LoggerConfig

@@ -66,6 +66,10 @@ class RecordTraining(TrainingLoop, Generic[ConfigT]):
         """Return what the loss takes of the policy, without gradient."""
         return self.policy.get_logprobs(batch)
 
+    def _batch_metrics(self, batch: BatchedDataDict) -> dict[str, float]:
+        """Return metrics of a batch itself."""
+        return {"train/loss_tokens": float(batch["token_mask"].sum())}
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint instead of from the start. Raises `CheckpointError` if it cannot be loaded."""
         restore_data_position(self.loader, checkpoint)
@@ -101,7 +105,7 @@ class RecordTraining(TrainingLoop, Generic[ConfigT]):
             {
                 **{f"train/{name}": value for name, value in result.metrics.items()},
                 "train/epoch": self.loader.epoch,
-                "train/loss_tokens": float(batch["token_mask"].sum()),
+                **self._batch_metrics(batch),
                 "perf/tokens_per_s": result.num_tokens / timing["step"],
                 "perf/samples_per_s": batch.size / timing["step"],
                 **{f"timing/{name}_s": seconds for name, seconds in timing.items()},

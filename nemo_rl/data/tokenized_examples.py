@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from nemo_rl.data.conversation_encoder import ConversationEncoder, TokenizedConversation
 from nemo_rl.data.examples import ExampleDataset
@@ -129,6 +130,10 @@ class TokenizedExamples(Sequence[ItemT], Generic[ExampleT, ItemT]):
             "tokens": self.num_tokens,
             "loss_tokens": self.num_loss_tokens,
         }
+
+    def last_tokens(self) -> NDArray[np.int32]:
+        """Return the last token of each row."""
+        return self._ids[self._offsets[1:] - 1]
 
     def __len__(self) -> int:
         return (len(self._offsets) - 1) // self._rows_per_example

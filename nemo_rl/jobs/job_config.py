@@ -9,6 +9,7 @@ from typing import TypeAlias
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.record_config import RecordJobConfig
+from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.utils.config import load_config, sections_of
 
@@ -16,11 +17,11 @@ from nemo_rl.utils.config import load_config, sections_of
 JobConfig: TypeAlias = MasterConfig | RecordJobConfig
 
 # The configuration of a job is known by the section of its algorithm.
-RECORD_JOBS: tuple[type[RecordJobConfig], ...] = (SFTJobConfig, DPOJobConfig)
+RECORD_JOBS: tuple[type[RecordJobConfig], ...] = (SFTJobConfig, DPOJobConfig, RewardModelJobConfig)
 
 
 def load_job_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Load the configuration of any training job, by its section: `sft`, `dpo`, else GRPO.
+    """Load the configuration of any training job, by its section: `sft`, `dpo`, `reward_model`, else GRPO.
 
     Raises:
         ConfigError: See `load_config`.

@@ -172,12 +172,31 @@ def model_digest(config: PolicyConfig) -> str:
 
 
 def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
-    """Load the model's `config.json`. An embedded model need not exist. Raises the errors of `load_model_config`."""
-    if config.model_name not in EMBEDDED_MODELS:
-        return load_model_config(config.model_name, local_only)
-    from nemo_rl.models.embedded import architecture, make_tokenizer
+    """Load the model's `config.json`. An embedded model need not exist.
 
-    return architecture(config.embedded, make_tokenizer(config.model_name))
+    Raises:
+        ConfigError: See `load_model_config`. Or a reward model cannot be made from the model.
+    """
+    if config.model_name not in EMBEDDED_MODELS:
+        model = load_model_config(config.model_name, local_only)
+    else:
+        from nemo_rl.models.embedded import architecture, make_tokenizer
+
+        model = architecture(config.embedded, make_tokenizer(config.model_name))
+    return _as_reward_model(config.model_name, model) if config.is_reward_model else model
+
+
+def _as_reward_model(name: str, model: PretrainedConfig) -> PretrainedConfig:
+    from nemo_rl.models.policy.hf_loading import as_reward_model, is_reward_model
+
+    if not is_reward_model(model):
+        check_is_language_model(name, model)
+    elif model.num_labels != 1:
+        raise ConfigError(f"{name} is a classifier with {model.num_labels} labels, and a reward model has one")
+    try:
+        return as_reward_model(model, model.get_text_config().pad_token_id)
+    except ModelError as error:
+        raise ConfigError(f"policy.model_name: {error}") from error
 
 
 def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus: bool = False) -> None:
@@ -193,7 +212,8 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
             too small, or a backend does not support it or cannot shard it.
     """
     name = config.model_name
-    check_is_language_model(name, model)
+    if not config.is_reward_model:
+        check_is_language_model(name, model)
     if quantization := getattr(model, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(

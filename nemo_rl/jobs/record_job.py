@@ -68,6 +68,7 @@ class RecordInputs:
     """
 
     records: Mapping[SplitRole, TokenizedExamples[Any, Any]]
+    pad_token_id: int
     collate: Callable[[Sequence[Any]], BatchedDataDict]
     loader: ExampleLoader[Any]
     validation: BatchedDataDict | None
@@ -191,7 +192,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
             validation = None
             if "validation" in records:
                 validation = collate(records["validation"][: training.validation.max_num_records])
-        return RecordInputs(records, collate, loader, validation, num_steps)
+        return RecordInputs(records, model.pad_token_id, collate, loader, validation, num_steps)
 
     def _num_steps(self, loader: ExampleLoader[Any], records: TokenizedExamples[Any, Any]) -> int:
         training, section = self.config.training, self.config.section

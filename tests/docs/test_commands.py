@@ -184,7 +184,7 @@ def dry_run_script(words: list[str]) -> None:
         assert len(load_datasets(load_config(MasterConfig, None, overrides).data)[0])
     if overrides and script.endswith("run_sft.py"):
         assert load_conversations(load_config(SFTJobConfig, None, overrides).data)[0][0]
-    if overrides and script.endswith("run_dpo.py"):
+    if overrides and script.endswith(("run_dpo.py", "run_reward_model.py")):
         assert load_preferences(load_config(DPOJobConfig, None, overrides).data)[0][0]
 
 

@@ -22,7 +22,9 @@ def header(config: Path) -> str:
 
 @pytest.mark.parametrize(
     "config",
-    sorted(path for algorithm in ("grpo", "sft", "dpo") for path in CONFIGS.glob(f"{algorithm}_*.yaml")),
+    sorted(
+        path for algorithm in ("grpo", "sft", "dpo", "reward_model") for path in CONFIGS.glob(f"{algorithm}_*.yaml")
+    ),
     ids=lambda path: path.stem,
 )
 def test_configuration_and_its_overrides_are_valid(config: Path) -> None:

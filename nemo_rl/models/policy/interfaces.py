@@ -59,11 +59,12 @@ class LossFunction(Protocol):
         batch: Mapping[str, Any],
         global_num_tokens: torch.Tensor,
         global_num_samples: torch.Tensor,
+        /,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return loss and metrics of one micro-batch.
 
         Args:
-            logprobs: [b, T] float32 with gradient, of the policy being trained.
+            logprobs: [b, T] float32 with gradient, of the policy being trained. Of a reward model: the rewards, [b].
             batch: the micro-batch, in the layout above.
             global_num_tokens: scalar; `(token_mask[:, 1:] * sample_mask[:, None]).sum()` over the optimizer batch.
             global_num_samples: scalar; `sample_mask.sum()` over the optimizer batch.
@@ -106,6 +107,10 @@ class PolicyInterface(ABC):
     @abstractmethod
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
         """Return log-probabilities under the initial weights of the run, which the first call loads."""
+
+    def get_scores(self, batch: BatchedDataDict) -> torch.Tensor:
+        """Return the rewards of the conversations in `input_ids`, [B] float32. Only of a policy with a reward model."""
+        raise NotImplementedError(f"{type(self).__name__} has no reward model")
 
     @property
     def data_parallel_size(self) -> int:

@@ -123,20 +123,24 @@ class Policy(PolicyInterface):
         return self._starting.result()
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_logprobs", batch)
+        return self._outputs("get_logprobs", batch)
 
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_reference_policy_logprobs", batch)
+        return self._outputs("get_reference_policy_logprobs", batch)
 
-    def _logprobs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+    def get_scores(self, batch: BatchedDataDict) -> torch.Tensor:
+        return self._outputs("get_scores", batch)
+
+    def _outputs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+        """Return what a method of the workers computes for each row, in the order of the batch."""
         inputs = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
         shards, order = self._shard(inputs, batch_size=None)
         results = self._on_shards(method, shards)
-        logprobs = torch.cat(results)
+        outputs = torch.cat(results)
         if order is None:
-            return logprobs
-        in_order = torch.empty_like(logprobs)
-        in_order[torch.tensor(order)] = logprobs
+            return outputs
+        in_order = torch.empty_like(outputs)
+        in_order[torch.tensor(order)] = outputs
         return in_order
 
     @property
