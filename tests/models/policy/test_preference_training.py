@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import RankProcesses
-from tiny_policy import EPS, VOCABULARY, make_worker, shard_of
+from tiny_policy import EPS, PAIRS, make_worker, pairs_batch, shard_of
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.algorithms.dpo_config import DPOConfig
 from nemo_rl.algorithms.preference_losses import DPOLoss
-from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 
-PAIRS, WIDTH, STEPS = 6, 14, 4
+WIDTH, STEPS = 14, 4
 LR, MAX_NORM = 1e-2, 0.5
 POLICY: dict[str, Any] = {
     "optimizer": {"lr": LR, "weight_decay": 0.0, "eps": EPS},
@@ -27,26 +26,6 @@ MODES: dict[str, dict[str, Any]] = {
     "dynamic": {"batching": {"mode": "dynamic", "max_tokens": 2 * WIDTH + 10}},
     "packed": {"batching": {"mode": "packed", "max_tokens": 2 * WIDTH + 10}},
 }
-
-
-def pairs_batch(seed: int) -> BatchedDataDict:
-    """Return pairs of answers of different lengths to random prompts; the second pair is excluded."""
-    draws = torch.Generator().manual_seed(seed)
-    rows = 2 * PAIRS
-    prompts = torch.randint(2, 5, (PAIRS,), generator=draws).repeat_interleave(2)
-    lengths = torch.randint(6, WIDTH + 1, (rows,), generator=draws)
-    position = torch.arange(WIDTH)
-    inside = position < lengths[:, None]
-    sample_mask = torch.ones(rows)
-    sample_mask[2:4] = 0.0
-    return BatchedDataDict(
-        input_ids=torch.randint(1, VOCABULARY, (rows, WIDTH), generator=draws) * inside,
-        input_lengths=lengths,
-        token_mask=(inside & (position >= prompts[:, None])).float(),
-        sample_mask=sample_mask,
-        reference_logprobs=-30 * torch.rand(rows, generator=draws, dtype=torch.float64),
-        margin=torch.zeros(rows),
-    )
 
 
 def train_in_float64(model: Path, config: DPOConfig) -> list[dict[str, float]]:

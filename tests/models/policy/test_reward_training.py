@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import RankProcesses
-from test_preference_training import LR, MAX_NORM, MODES, PAIRS, POLICY, STEPS, assert_close, pairs_batch
-from tiny_policy import EPS, make_model, shard_of
+from test_preference_training import LR, MAX_NORM, MODES, POLICY, STEPS, assert_close
+from tiny_policy import EPS, PAIRS, make_model, pairs_batch, shard_of
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from nemo_rl.algorithms.preference_losses import BradleyTerryLoss
