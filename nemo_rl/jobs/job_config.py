@@ -7,19 +7,27 @@ from pathlib import Path
 from typing import TypeAlias
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.dpo_config import DPOJobConfig
+from nemo_rl.algorithms.record_config import RecordJobConfig
+from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.utils.config import load_config, sections_of
 
 # They share the sections `policy`, `cluster`, `logger` and `checkpointing`.
-JobConfig: TypeAlias = MasterConfig | SFTJobConfig
+JobConfig: TypeAlias = MasterConfig | RecordJobConfig
+
+# The configuration of a job is known by the section of its algorithm.
+RECORD_JOBS: tuple[type[RecordJobConfig], ...] = (SFTJobConfig, DPOJobConfig, RewardModelJobConfig)
 
 
 def load_job_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Load the configuration of any training job: with a section `sft`, of supervised fine-tuning, else of GRPO.
+    """Load the configuration of any training job, by its section: `sft`, `dpo`, `reward_model`, else GRPO.
 
     Raises:
         ConfigError: See `load_config`.
     """
-    if "sft" in sections_of(path):
-        return load_config(SFTJobConfig, path, overrides)
+    sections = sections_of(path)
+    for schema in RECORD_JOBS:
+        if schema.section in sections:
+            return load_config(schema, path, overrides)
     return load_config(MasterConfig, path, overrides)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+_CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -147,13 +148,55 @@ def ensure_model(config: PolicyConfig) -> str:
     return str(ensure_embedded_model(config.embedded, config.model_name))
 
 
-def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
-    """Load the model's `config.json`. An embedded model need not exist. Raises the errors of `load_model_config`."""
-    if config.model_name not in EMBEDDED_MODELS:
-        return load_model_config(config.model_name, local_only)
-    from nemo_rl.models.embedded import architecture, make_tokenizer
+def model_digest(config: PolicyConfig) -> str:
+    """Return what identifies the weights of a model: a digest of a directory's weight files, or the hub's commit.
 
-    return architecture(config.embedded, make_tokenizer(config.model_name))
+    An embedded model is identified by its section, which decides its weights. Raises `ConfigError` if there is no such
+    model.
+    """
+    name = config.model_name
+    if name in EMBEDDED_MODELS:
+        return f"{name} {config.embedded.model_dump_json()}"
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        return f"{name} {getattr(load_architecture(config), '_commit_hash', None)}"
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for suffix in ("safetensors", "bin") for path in directory.glob(f"*.{suffix}")):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
+    """Load the model's `config.json`. An embedded model need not exist.
+
+    Raises:
+        ConfigError: See `load_model_config`. Or a reward model cannot be made from the model.
+    """
+    if config.model_name not in EMBEDDED_MODELS:
+        model = load_model_config(config.model_name, local_only)
+    else:
+        from nemo_rl.models.embedded import architecture, make_tokenizer
+
+        model = architecture(config.embedded, make_tokenizer(config.model_name))
+    return _as_reward_model(config.model_name, model) if config.is_reward_model else model
+
+
+def _as_reward_model(name: str, model: PretrainedConfig) -> PretrainedConfig:
+    from nemo_rl.models.policy.hf_loading import as_reward_model, is_reward_model
+
+    if not is_reward_model(model):
+        check_is_language_model(name, model)
+    elif model.num_labels != 1:
+        raise ConfigError(f"{name} is a classifier with {model.num_labels} labels, and a reward model has one")
+    try:
+        return as_reward_model(model, model.get_text_config().pad_token_id)
+    except ModelError as error:
+        raise ConfigError(f"policy.model_name: {error}") from error
 
 
 def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus: bool = False) -> None:
@@ -169,7 +212,8 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
             too small, or a backend does not support it or cannot shard it.
     """
     name = config.model_name
-    check_is_language_model(name, model)
+    if not config.is_reward_model:
+        check_is_language_model(name, model)
     if quantization := getattr(model, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
-from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.class_lookup import check_class
@@ -77,8 +77,8 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    if isinstance(config, SFTJobConfig):
-        roles = _sft_roles(config)
+    if isinstance(config, RecordJobConfig):
+        roles = _record_roles(config)
     else:
         roles = _eval_roles(config) if isinstance(config, EvalConfig) else _grpo_roles(config)
     for role in roles:
@@ -101,7 +101,7 @@ def _grpo_roles(config: MasterConfig) -> list[Role]:
     ]
 
 
-def _sft_roles(config: SFTJobConfig) -> list[Role]:
+def _record_roles(config: RecordJobConfig) -> list[Role]:
     policy, cluster = config.policy, config.cluster
     trainer = policy_backend(policy.backend)
     with _naming("policy"):

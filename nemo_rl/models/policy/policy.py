@@ -26,7 +26,7 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.policy.config import DATA_PARALLEL, EMBEDDED_MODELS, PolicyConfig
-from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
+from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult, rows_per_group
 from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
@@ -123,20 +123,24 @@ class Policy(PolicyInterface):
         return self._starting.result()
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_logprobs", batch)
+        return self._outputs("get_logprobs", batch)
 
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_reference_policy_logprobs", batch)
+        return self._outputs("get_reference_policy_logprobs", batch)
 
-    def _logprobs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+    def get_scores(self, batch: BatchedDataDict) -> torch.Tensor:
+        return self._outputs("get_scores", batch)
+
+    def _outputs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+        """Return what a method of the workers computes for each row, in the order of the batch."""
         inputs = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
         shards, order = self._shard(inputs, batch_size=None)
         results = self._on_shards(method, shards)
-        logprobs = torch.cat(results)
+        outputs = torch.cat(results)
         if order is None:
-            return logprobs
-        in_order = torch.empty_like(logprobs)
-        in_order[torch.tensor(order)] = logprobs
+            return outputs
+        in_order = torch.empty_like(outputs)
+        in_order[torch.tensor(order)] = outputs
         return in_order
 
     @property
@@ -146,7 +150,7 @@ class Policy(PolicyInterface):
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction, *, batch_size: int | None = None) -> TrainResult:
         self._end_offer()
         batch_size = batch_size or self._config.train_global_batch_size or batch.size
-        shards, _ = self._shard(batch, batch_size)
+        shards, _ = self._shard(batch, batch_size, rows_per_group(loss_fn))
         local_batch_size = batch_size // self._dp_size
         results = self._on_shards("train", shards, loss_fn=loss_fn, local_batch_size=local_batch_size)
         result: TrainResult = results[0]
@@ -192,9 +196,13 @@ class Policy(PolicyInterface):
         if self._starting.exception() is None:  # waits for a start that is still running; it ends soon
             self._workers.shutdown(cleanup_method="shutdown")
 
-    def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:
+    def _shard(
+        self, batch: BatchedDataDict, batch_size: int | None, rows_per_group: int = 1
+    ) -> tuple[list[SlicedDataDict], list[int] | None]:
         """Return one shard per data-parallel rank, and the batch index of each of their rows (None: in order)."""
-        result = batch.shard_by_batch_size(self._dp_size, batch_size, **sharding_args(self._config.batching))
+        result = batch.shard_by_batch_size(
+            self._dp_size, batch_size, rows_per_group=rows_per_group, **sharding_args(self._config.batching)
+        )
         return result if isinstance(result, tuple) else (result, None)
 
     def _on_shards(self, method: str, shards: list[SlicedDataDict], **common: Any) -> list[Any]:

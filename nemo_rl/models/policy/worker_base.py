@@ -11,7 +11,7 @@ A backend adds the model: how it is built and divided over the ranks, its forwar
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -225,17 +225,20 @@ class PolicyWorker(ABC):
         return self._logprobs(self._reference, shard)
 
     def _logprobs(self, forward: PolicyForward, shard: BatchedDataDict) -> torch.Tensor:
-        inputs = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
-        inputs.microbatch_plan = shard.microbatch_plan
-        parts = microbatches(inputs, self._config.logprob_batch_size, self._config.batching.length_multiple)
-        result = torch.zeros(inputs["input_ids"].shape, dtype=torch.float32)
+        result = torch.zeros(shard["input_ids"].shape, dtype=torch.float32)
         row = 0
-        for logprobs in forward.logprobs(parts):
+        for logprobs in forward.logprobs(self._input_parts(shard)):
             rows, width = logprobs.shape
             result[row : row + rows, :width] = logprobs.to("cpu")
             row += rows
         complete: torch.Tensor = self._on_all_ranks(result)
         return complete
+
+    def _input_parts(self, shard: BatchedDataDict) -> Iterator[BatchedDataDict]:
+        """Return the micro-batches of a pass without gradient, with their inputs only."""
+        inputs = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
+        inputs.microbatch_plan = shard.microbatch_plan
+        return microbatches(inputs, self._config.logprob_batch_size, self._config.batching.length_multiple)
 
     @borrows(Part.WEIGHTS)
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
