@@ -33,7 +33,7 @@ from nemo_rl.distributed.workers.host import load_object
 from nemo_rl.environments.agent import Agent, ModelCall
 from nemo_rl.environments.agent_endpoint import AgentEndpoint
 from nemo_rl.environments.agent_episode import AgentEpisode
-from nemo_rl.environments.episode import Environment, Message, Turn
+from nemo_rl.environments.episode import Environment, Message, Observation, Turn
 from nemo_rl.environments.episode_calls import Reply, Request
 
 _MAX_SHOWN = 200
@@ -255,7 +255,7 @@ def episode_maker(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
             raise TypeError(f"{name} is no environment: it has no method {' and no method '.join(missing)}")
         if not issubclass(target, Environment):
             target = type(target.__name__, (target, Environment), {"__module__": target.__module__})
-        return lambda: target(**config)
+        return target.episode_factory(**config)
     if callable(target):
         return lambda: _Scoring(target, config)
     raise TypeError(f"{name} is a {type(target).__name__}; an environment is a class or a function")
@@ -269,6 +269,14 @@ def as_messages(observation: object, method: str) -> list[Message]:
     if not messages:
         raise TypeError(f"{method} returned an empty list as its observation; return text or chat messages")
     return messages
+
+
+def opening_messages(observation: Observation | None, problem: Mapping[str, Any]) -> list[Message]:
+    """Return what the model reads first: the observation of `reset`, or the problem's prompt if there is none."""
+    prompt = problem.get("prompt") if observation is None else observation
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}] if prompt else []
+    return list(prompt or [])
 
 
 def _messages(observation: object, method: str) -> Iterator[Message]:
