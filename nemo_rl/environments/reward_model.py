@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from nemo_rl.environments.scoring import Conversation, Score, ScoredEpisode
 from nemo_rl.environments.scoring_config import RewardModelConfig
@@ -52,6 +53,7 @@ class RewardModelScorer:
     """
 
     def __init__(self, config: RewardModelConfig) -> None:
+        transformers_logging.disable_progress_bar()
         self._config = config
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from episode_replies import next_replies
+from judge_server import Answer, JudgeServer, completion, refusal
 
 from nemo_rl.environments.config import EnvironmentConfig, EnvironmentEntry
 from nemo_rl.environments.episode_calls import Reply, Request
@@ -28,68 +26,38 @@ PROBLEM = {"seed": 40, "prompt": "What is 5 + 3?", "answer": "8"}
 TEMPLATE = '{problem} | {answer} | {reference} | answer as {"score": 0.5}'
 
 
-class Server:
-    """Answers requests in turn with the scripted answers: (status, content, headers); then with the last one."""
+class Script:
+    """Answers requests in turn with `answers`; when one is left, with this one."""
 
     def __init__(self) -> None:
-        self.answers: list[tuple[int, Any, dict[str, str]]] = []
-        self.requests: list[dict[str, Any]] = []
-        self.authorizations: list[str | None] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                assert self.path == "/v1/chat/completions"
-                server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                server.authorizations.append(self.headers["Authorization"])
-                status, content, headers = server.answers.pop(0) if server.answers[1:] else server.answers[0]
-                if status == 0:  # close the connection without an answer
-                    self.close_connection = True
-                    return
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.answers: list[Answer] = []
+        self.server = JudgeServer(lambda request: self.answers.pop(0) if self.answers[1:] else self.answers[0])
+        self.requests = self.server.requests
 
     def says(self, *texts: str) -> None:
-        for text in texts:
-            message = {"role": "assistant", "content": text}
-            self.answers.append((200, {"choices": [{"index": 0, "message": message}]}, {}))
-
-    def refuses(self, status: int, message: str = "busy") -> None:
-        """Answer with an error, after which the client may try again at once."""
-        self.answers.append((status, {"error": {"message": message}}, {"retry-after-ms": "1"}))
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.answers = [completion(text) for text in texts]
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
+def script() -> Iterator[Script]:
+    script = Script()
+    yield script
+    script.server.close()
 
 
 @pytest.fixture
-def play(server: Server) -> Iterator[Callable[..., Reply]]:
+def play(script: Script) -> Iterator[Callable[..., Reply]]:
     """Return a function that judges one answer."""
     hosts: list[EpisodeHost] = []
 
     def judge(answer: str, problem: dict[str, Any] = PROBLEM, **config: Any) -> Reply:
-        settings = {"base_url": server.url, "model": "gpt", "template": TEMPLATE, "json_field": "score", **config}
+        settings = {
+            "base_url": script.server.url,
+            "model": "gpt",
+            "template": TEMPLATE,
+            "json_field": "score",
+            **config,
+        }
         hosts.append(EpisodeHost(JUDGE, settings))
         hosts[-1].submit([Request(0, "reset", problem), Request(0, "step", answer)])
         return next_replies(hosts[-1], 2)[1]
@@ -99,57 +67,52 @@ def play(server: Server) -> Iterator[Callable[..., Reply]]:
         host.shutdown()
 
 
-def test_judge_reads_the_template_and_its_score_is_the_reward(server: Server, play) -> None:
-    server.says('I think {"score": 0.1}. No: {"score": 0.75, "why": "right"}')
+def test_judge_reads_the_template_and_its_score_is_the_reward(script: Script, play) -> None:
+    script.says('I think {"score": 0.1}. No: {"score": 0.75, "why": "right"}')
     reply = play("<think>5 + 3</think> It is {reference}.", options={"temperature": 0}, scale=2.0)
     assert reply.value is not None, reply.details
     assert (reply.value["reward"], reply.value["done"]) == (1.5, True)
     assert reply.value["info"] == {"asks": 1.0, "score": 0.75}
     assert [message["role"] for message in reply.value["messages"]] == ["judge"]
     assert "No: " in reply.value["messages"][0]["content"]
-    [request] = server.requests
+    [request] = script.requests
     [message] = request.pop("messages")
     assert message["content"] == 'What is 5 + 3? | It is {reference}. | 8 | answer as {"score": 0.5}'
     assert request == {"model": "gpt", "seed": 40, "temperature": 0}
 
 
-def test_unreadable_answers_are_asked_again_and_never_a_reward(server: Server, play) -> None:
-    server.says("It is right.", '{"score": 7}', '{"score": 1}')
+def test_unreadable_answers_are_asked_again_and_never_a_reward(script: Script, play) -> None:
+    script.says("It is right.", '{"score": 7}', '{"score": 1}')
     reply = play("8")
     assert reply.value is not None, reply.details
     assert (reply.value["reward"], reply.value["info"]["asks"]) == (1.0, 3.0)
-    assert [request["seed"] for request in server.requests] == [40, 41, 42]
-    server.answers.clear()
-    server.says('{"score": 7}')
+    assert [request["seed"] for request in script.requests] == [40, 41, 42]
+    script.says('{"score": 7}')
     reply = play("8", max_asks=2)
     assert reply.value is None
     assert str(reply.failure).endswith("the judge gpt gave no score in 2 answers: 7 is outside of score_range, 0 to 1")
-    assert len(server.requests) == 5
+    assert len(script.requests) == 5
 
 
-def test_busy_servers_and_lost_connections_are_tried_again(server: Server, play) -> None:
-    server.refuses(429)
-    server.refuses(503)
-    server.answers.append((0, None, {}))
-    server.says('{"score": 1}')
+def test_busy_servers_and_lost_connections_are_tried_again(script: Script, play) -> None:
+    script.answers = [refusal(429), refusal(503), (0, None, {}), completion('{"score": 1}')]
     reply = play("8")
     assert reply.value is not None, reply.details
-    assert (reply.value["reward"], reply.value["info"]["asks"], len(server.requests)) == (1.0, 1.0, 4)
+    assert (reply.value["reward"], reply.value["info"]["asks"], len(script.requests)) == (1.0, 1.0, 4)
 
 
-def test_refusal_of_the_server_is_a_failure_without_the_key(server: Server, play, monkeypatch) -> None:
+def test_refusal_of_the_server_is_a_failure_without_the_key(script: Script, play, monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    server.refuses(401, f"the key {KEY} is not valid")
+    script.answers = [refusal(401, f"the key {KEY} is not valid")]
     reply = play("8", api_key_variable="JUDGE_KEY")
-    assert server.authorizations == [f"Bearer {KEY}"]  # and no second try
+    assert script.server.authorizations == [f"Bearer {KEY}"]  # and no second try
     assert reply.value is None
-    assert f"the judge at {server.url} does not answer: Error code: 401" in str(reply.failure)
+    assert f"the judge at {script.server.url} does not answer: Error code: 401" in str(reply.failure)
     assert "the key ******** is not valid" in str(reply.failure)
     assert KEY not in f"{reply.failure}{reply.details}"
-    server.answers.clear()
-    server.refuses(500)
+    script.answers = [refusal(500)]
     assert "Error code: 500" in str(play("8", max_retries=1).failure)
-    assert len(server.requests) == 3
+    assert len(script.requests) == 3
 
 
 def test_server_that_does_not_exist_is_a_failure(play) -> None:
@@ -157,8 +120,8 @@ def test_server_that_does_not_exist_is_a_failure(play) -> None:
     assert "the judge at http://127.0.0.1:9/v1 does not answer: Connection error." in failure
 
 
-def test_conversation_of_another_environment(server: Server, play) -> None:
-    server.says("Verdict: No", "Verdict: Yes")
+def test_conversation_of_another_environment(script: Script, play) -> None:
+    script.says("Verdict: No", "Verdict: Yes")
     config = {"template": "{conversation}", "json_field": None, "pattern": r"Verdict: (\w+)"}
     verdicts = {"yes": 1.0, "no": -1.0}
     environment = {"class": "nemo_rl.environments.games.GuessNumber", "config": {"max_guesses": 1}}
@@ -166,17 +129,17 @@ def test_conversation_of_another_environment(server: Server, play) -> None:
     assert reply.value is not None, reply.details
     assert reply.value["reward"] == -1.0
     assert reply.value["info"] == {"won": 0.0, "guesses": 1.0, "asks": 1.0, "score": -1.0, "environment_reward": 0.0}
-    [request] = server.requests
+    [request] = script.requests
     assert request["messages"][0]["content"] == "user: Guess a number from 1 to 20\n\nassistant: ten"
     assert "seed" not in request
     assert play("8", **config, verdicts=verdicts).value["reward"] == 1.0
 
 
-def test_reference_that_is_missing_is_a_failure(server: Server, play) -> None:
-    server.says('{"score": 1}')
+def test_reference_that_is_missing_is_a_failure(script: Script, play) -> None:
+    script.says('{"score": 1}')
     reply = play("8", {"seed": 1, "prompt": "5 + 3"})
     assert "the template has {reference}, but the problem has no expected answer" in str(reply.failure)
-    assert server.requests == []
+    assert script.requests == []
 
 
 def judge_config(**keys: Any) -> JudgeConfig:
