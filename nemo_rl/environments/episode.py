@@ -31,6 +31,8 @@ class Turn:
         truncated: Whether the environment cut the episode off, so that its reward does not tell how good it was.
         info: Numbers by name, such as `{"won": 1.0}`. Their means over the episodes become metrics; of an episode, the
             last value of each name counts.
+        answer: What the model has answered, as text, for the majority vote of evaluations. Of an episode, the last one
+            counts. None: there is none.
     """
 
     reward: float = 0.0
@@ -38,6 +40,7 @@ class Turn:
     done: bool = False
     truncated: bool = False
     info: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    answer: str | None = None
 
 
 class Environment:

@@ -219,6 +219,7 @@ class _BatchEpisode(Environment):
             observation=None if result.observations is None else result.observations[0],
             done=bool(result.terminated[0]),
             info={f"fraction_{name}": float(status == name) for name in ("timeout", "unparseable")},
+            answer=result.answers[0],
         )
 
 
@@ -308,6 +309,7 @@ def plain_turn(turn: object) -> dict[str, Any]:
         "done": bool(turn.done),
         "truncated": bool(turn.truncated),
         "info": {str(name): _number(value, f"info[{name!r}]") for name, value in turn.info.items()},
+        "answer": None if turn.answer is None else str(turn.answer),
     }
 
 

@@ -138,7 +138,8 @@ class ScoredEpisode(Environment):
         if self._environment is not None:
             info["environment_reward"] = self._environment_reward
         comment = [*observed, *score.comment]
-        return Turn(own + self._config.reward(score.value), comment or None, True, turn.truncated, info)
+        reward = own + self._config.reward(score.value)
+        return dataclasses.replace(turn, reward=reward, observation=comment or None, info=info)
 
     def close(self) -> None:
         """Close the episode of the environment."""
