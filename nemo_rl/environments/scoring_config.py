@@ -132,7 +132,8 @@ class JudgeConfig(ScoringConfig):
         None, description="Field with the score, of the last JSON object in the judge's answer that has it."
     )
     verdicts: dict[str, float] | None = Field(
-        None, description="Scores of words such as {yes: 1, no: 0}, if the judge answers with words. Null: numbers."
+        None,
+        description='Scores of words such as {"yes": 1, "no": 0}, if the judge answers with words. Null: numbers.',
     )
     score_range: Range = Field(
         (0.0, 1.0), description="Lowest and highest number. A score outside of it counts as unreadable."
@@ -179,6 +180,14 @@ class JudgeConfig(ScoringConfig):
         if num_groups != 1:
             raise ValueError(f"it has {num_groups} groups; put the score, and only it, into parentheses")
         return pattern
+
+    @field_validator("verdicts", mode="before")
+    @classmethod
+    def _check_words(cls, verdicts: Any) -> Any:
+        for word in verdicts if isinstance(verdicts, Mapping) else ():
+            if not isinstance(word, str):
+                raise ValueError(f'the word {word} is no text; write it in quotes, as "yes" and "no", which YAML changes')
+        return verdicts
 
     @field_validator("score_range")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import yaml
 from episode_replies import next_replies
 from judge_server import Answer, JudgeServer, completion, refusal
 
@@ -181,6 +182,7 @@ RIGHT = {"base_url": "http://localhost/v1", "model": "judge", "template": "{answ
         ({"template": "{problem}"}, "template: it has neither {answer} nor {conversation}"),
         ({"pattern": "(.", "json_field": None}, "pattern: it is no regular expression: missing ), unterminated"),
         ({"pattern": "."}, "pattern: it has 0 groups; put the score, and only it, into parentheses"),
+        ({"verdicts": yaml.safe_load("{yes: 1, no: 0}")}, "verdicts: the word True is no text; write it in quotes"),
         ({"json_field": "score"}, "set either pattern or json_field"),
         ({"base_url": "localhost:8000"}, "base_url: an address begins with http:// or https://"),
         ({"score_range": [1, 1]}, "score_range: give two finite numbers, the lower one first"),
