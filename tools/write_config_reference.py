@@ -13,6 +13,7 @@ from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.environments.scoring_config import JudgeConfig, RewardModelConfig
 from nemo_rl.jobs.curate_math import CurateConfig
 from nemo_rl.utils.config import ConfigModel, KeyInfo, iter_keys
 
@@ -47,6 +48,11 @@ JOBS: list[tuple[str, str, type[ConfigModel]]] = [
     ("Evaluation", "Keys of `examples/run_eval.py`.", EvalConfig),
     ("Curation", "Keys of `examples/run_curate_math.py`.", CurateConfig),
 ]
+# What `env.<name>.config` holds for the environments that declare it.
+ENVIRONMENTS: list[tuple[str, str, type[ConfigModel]]] = [
+    ("Reward model", "Keys of `env.<name>.config` with the class `reward_model`.", RewardModelConfig),
+    ("Judge", "Keys of `env.<name>.config` with the class `judge`.", JudgeConfig),
+]
 # Subsections with a heading of their own.
 LARGE_SECTIONS = ("policy.generation", "policy.options", "policy.embedded", "scoring.generation")
 
@@ -54,7 +60,7 @@ LARGE_SECTIONS = ("policy.generation", "policy.options", "policy.embedded", "sco
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
-    for title, description, schema in JOBS:
+    for title, description, schema in [*JOBS, *ENVIRONMENTS]:
         parts.append(f"\n## {title}\n\n{description}\n")
         sections: dict[str, list[KeyInfo]] = {"": []}
         for key in iter_keys(schema):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl.errors import CheckpointError, ConfigError, ModelError
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
+from nemo_rl.utils import model_paths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -45,15 +46,9 @@ def check_model_name(config: PolicyConfig) -> None:
 
 
 def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
-    """Raise `ConfigError`, which names the configuration `key`, if `name` looks like a path but does not exist."""
-    if name in EMBEDDED_MODELS:
-        return
-    path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise ConfigError(f"{key}: there is no directory {name}; give a Hugging Face directory or hub name")
-    if path.is_dir() and is_model and not (path / "config.json").is_file():
-        raise ConfigError(f"{key}: {name} has no config.json, so it is not a Hugging Face model directory")
+    """See `model_paths.check_model_path`. An embedded model need not exist."""
+    if name not in EMBEDDED_MODELS:
+        model_paths.check_model_path(name, key, is_model=is_model)
 
 
 def check_weight_files(model: str, key: str) -> None:

@@ -17,7 +17,14 @@ from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.class_lookup import check_class
-from nemo_rl.environments.registry import WORKER_FQN, entry_fqn, environment_fqn, python_fields
+from nemo_rl.environments.registry import (
+    EPISODE_ENVIRONMENTS,
+    WORKER_FQN,
+    declared_config,
+    entry_fqn,
+    environment_fqn,
+    python_fields,
+)
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
 from nemo_rl.jobs.job_config import JobConfig
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend
@@ -135,6 +142,11 @@ def environment_roles(config: EnvironmentConfig) -> list[Role]:
     entries = config.entries()
     if not entries:
         fqn = environment_fqn(config.name)
+        if config.name in EPISODE_ENVIRONMENTS:
+            raise ConfigError(
+                f"env.name={config.name}: this environment has a section of its own; write "
+                f"env.{config.name}.class={config.name}, with its arguments in env.{config.name}.config"
+            )
         return [Role("environment", "env", fqn, 1, 0.0, *named_spec(fqn, {}))]
     return [_environment_role(name, entry) for name, entry in entries.items()]
 
@@ -163,6 +175,7 @@ def _environment_role(name: str, entry: EnvironmentEntry) -> Role:
             in_driver_python=role.spec == InterpreterSpec(PY_EXECUTABLES.SYSTEM),
             search_path=[directory for directory in search_path if directory],
         )
+    declared_config(f"{role.key}.config", role.fqn, entry.config)
     return role
 
 
