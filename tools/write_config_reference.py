@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.jobs.curate_math import CurateConfig
@@ -40,6 +41,7 @@ policy:
 JOBS: list[tuple[str, str, type[ConfigModel]]] = [
     ("GRPO", "Keys of `examples/run_grpo_math.py`.", MasterConfig),
     ("Supervised fine-tuning", "Keys of `examples/run_sft.py`.", SFTJobConfig),
+    ("Distillation", "Keys of `examples/run_distillation.py`.", DistillationJobConfig),
     ("Evaluation", "Keys of `examples/run_eval.py`.", EvalConfig),
     ("Curation", "Keys of `examples/run_curate_math.py`.", CurateConfig),
 ]

@@ -41,6 +41,10 @@ CHANGEABLE = (
     "sft.max_num_steps",
     "sft.max_num_epochs",
     "sft.max_time_s",
+    "distillation.max_num_steps",
+    "distillation.max_num_epochs",
+    "distillation.max_time_s",
+    "distillation.early_stop",
     "logger.",
     "checkpointing.",
 )

@@ -21,7 +21,9 @@ def header(config: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "config", sorted([*CONFIGS.glob("grpo_*.yaml"), *CONFIGS.glob("sft_*.yaml")]), ids=lambda path: path.stem
+    "config",
+    sorted(path for name in ("grpo", "sft", "distillation") for path in CONFIGS.glob(f"{name}_*.yaml")),
+    ids=lambda path: path.stem,
 )
 def test_configuration_and_its_overrides_are_valid(config: Path) -> None:
     job = load_job_config(config)

@@ -23,7 +23,7 @@ from nemo_rl.models.policy import policy_checkpoint
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.microbatching import global_batches, microbatches
-from nemo_rl.models.policy.model_worker import ModelWorker, copy_rows
+from nemo_rl.models.policy.model_worker_base import ModelWorker, copy_rows
 from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, Tensors, borrows, needs
 from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.policy.reductions import GlobalCounts, MetricSums

@@ -7,7 +7,7 @@ import torch
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.logprob_forward import LogprobForward
-from nemo_rl.models.policy.model_worker import ModelWorker, copy_rows
+from nemo_rl.models.policy.model_worker_base import ModelWorker, copy_rows
 from nemo_rl.models.policy.offload import Part, PolicyMemory, StoredTensors, borrows
 from nemo_rl.models.policy.parallel_model import load_parallel_model
 from nemo_rl.utils.garbage import freeze_modules, gc_paused

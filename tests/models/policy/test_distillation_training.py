@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +130,8 @@ def with_rest(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected(llama: Path, teacher: Path) -> Iterator[dict[str, list[dict[str, float]]]]:
-    yield {objective: train_in_float64(llama, teacher, objective) for objective in OBJECTIVES}
+def expected(llama: Path, teacher: Path) -> dict[str, list[dict[str, float]]]:
+    return {objective: train_in_float64(llama, teacher, objective) for objective in OBJECTIVES}
 
 
 def assert_close(steps: list[Any], expected: list[dict[str, float]]) -> None:
