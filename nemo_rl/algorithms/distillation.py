@@ -39,6 +39,9 @@ class Distillation(OnPolicyLoop):
     config: DistillationJobConfig
     teacher: TeacherInterface = field(kw_only=True)
 
+    def _needs_prev_logprobs(self, rows: TrainingRows) -> bool:
+        return self.config.distillation.objective == "sampled" and super()._needs_prev_logprobs(rows)
+
     def _add_signal(self, rollout: Rollout, rows: TrainingRows) -> None:
         config, batch = self.config.distillation, rows.batch
         with self.timer.phase("teacher"):

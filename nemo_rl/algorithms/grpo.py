@@ -171,6 +171,11 @@ class OnPolicyLoop(TrainingLoop):
         self.recorder.log_metrics(step, metrics | {f"timing/{name}_s": seconds for name, seconds in timing.items()})
         return True
 
+    def _needs_prev_logprobs(self, rows: TrainingRows) -> bool:
+        """Return whether the loss needs the log-probabilities under the policy before the step."""
+        has_several_updates = self.config.algorithm.num_updates_per_step > 1 or rows.num_parts > 1
+        return has_several_updates or self.config.loss.has_kl_in_reward
+
     @abstractmethod
     def _add_signal(self, rollout: Rollout, rows: TrainingRows) -> None:
         """Add to the training batch what the policy learns from, such as `advantages`."""
@@ -209,12 +214,11 @@ class OnPolicyLoop(TrainingLoop):
         config, batch = self.config, rows.batch
         # The comparison is valid only with the weights that generated the completions.
         check = age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
-        has_several_updates = config.algorithm.num_updates_per_step > 1 or rows.num_parts > 1
         metrics = {}
         if not config.policy.generation.truncates:
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
         with self.timer.phase("logprobs"):
-            needs_prev_logprobs = has_several_updates or config.loss.has_kl_in_reward
+            needs_prev_logprobs = self._needs_prev_logprobs(rows)
             if check or needs_prev_logprobs:
                 logprobs = self.policy.get_logprobs(batch)
                 if needs_prev_logprobs:

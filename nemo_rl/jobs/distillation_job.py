@@ -14,6 +14,8 @@ from nemo_rl.jobs.model_files import ensure_model
 from nemo_rl.jobs.teacher_files import check_teacher, num_tokens, with_resolved_teacher
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from nemo_rl.algorithms.grpo import OnPolicyLoop
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.jobs.grpo_job import _Inputs
@@ -38,6 +40,11 @@ class _DistillationAttempt(OnPolicyAttempt):
 
     def _check_others(self, model: ModelFiles) -> None:
         check_teacher(self.config, model.tokenizer)
+
+    def _create_models(self, checked: Future[_Inputs]) -> str:
+        student = super()._create_models(checked)
+        self.attempt.create_model(self.config.teacher.as_policy(self.config.policy), checked)
+        return student
 
     def _start_others(self, cluster: RayVirtualCluster, inputs: _Inputs) -> dict[str, WorkerGroup]:
         from nemo_rl.models.teacher.teacher import Teacher

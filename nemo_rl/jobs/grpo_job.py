@@ -37,6 +37,8 @@ from nemo_rl.utils.futures import run_in_thread
 from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.algorithms.grpo import OnPolicyLoop
     from nemo_rl.data.loader import MixedLoader, PromptLoader
@@ -170,6 +172,10 @@ class OnPolicyAttempt(ABC):
     def _make_loop(self, others: dict[str, WorkerGroup], **parts: Any) -> OnPolicyLoop:
         """Return the training loop of these parts."""
 
+    def _create_models(self, checked: Future[_Inputs]) -> str:
+        """Return the model that the policy's workers load; see `Attempt.create_model`."""
+        return self.attempt.create_model(self.config.policy, checked)
+
     def _check_others(self, model: ModelFiles) -> None:  # noqa: B027 - optional
         """Raise for other models that do not fit the policy's, before a venv is built."""
 
@@ -180,7 +186,7 @@ class OnPolicyAttempt(ABC):
     def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, _Workers]:
         """Check the inputs while Ray starts, then build the venvs, then start all worker groups."""
         preparing = run_in_thread(lambda: self._prepare_inputs(checkpoint), "inputs")
-        creating = run_in_thread(lambda: self.attempt.create_model(self.config.policy, preparing), "model")
+        creating = run_in_thread(lambda: self._create_models(preparing), "model")
         clusters = self._start_clusters()
         inputs = preparing.result()  # users' mistakes are reported before a venv is built
         self.attempt.build_venvs(self.roles, self.plans)

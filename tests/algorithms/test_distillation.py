@@ -13,11 +13,12 @@ from fake_grpo import PAD, FakeEnvironment, FakeGeneration, FakeLoader, FakePoli
 from nemo_rl.algorithms.distillation import Distillation
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.distillation_losses import SampledTokensLoss, TopTokensLoss
+from nemo_rl.algorithms.eval_config import EvalConfig, from_training
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ConfigError, WorkerError
 from nemo_rl.models.policy.interfaces import TrainResult
 from nemo_rl.utils.checkpoint import CheckpointStore
-from nemo_rl.utils.config import load_config
+from nemo_rl.utils.config import dump_yaml, load_config
 
 
 @dataclass
@@ -95,11 +96,13 @@ def test_top_k_asks_the_teacher_for_its_most_probable_tokens() -> None:
     assert isinstance(distillation.policy.losses[0], TopTokensLoss)
 
 
-def test_several_updates_have_the_log_probabilities_before_the_first() -> None:
-    distillation = loop(job("distillation.num_updates_per_step=2", "distillation.max_num_steps=1"))
+@pytest.mark.parametrize(("objective", "needed"), [("sampled", True), ("top_k", False)])
+def test_several_updates_have_the_log_probabilities_before_the_first(objective: str, needed: bool) -> None:
+    updates = ("distillation.num_updates_per_step=2", "distillation.max_num_steps=1")
+    distillation = loop(job(*updates, f"distillation.objective={objective}"))
     distillation.run()
     assert len(distillation.policy.batches) == 2
-    assert all("prev_logprobs" in batch for batch in distillation.policy.batches)
+    assert all(("prev_logprobs" in batch) == needed for batch in distillation.policy.batches)
 
 
 @pytest.mark.parametrize("age", [0, 1])
@@ -153,3 +156,10 @@ def test_invalid_configuration_is_refused(overrides: list[str], message: str) ->
 
 def test_sampled_tokens_work_with_a_megatron_student() -> None:
     assert job("policy.backend=megatron").policy.backend == "megatron"
+
+
+def test_run_says_how_to_evaluate_its_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(job("distillation.seed=7", "distillation.validation.num_generations=4")))
+    config = load_config(EvalConfig, path, convert=from_training)
+    assert (config.eval.seed, config.eval.num_generations) == (7, 4)

@@ -12,6 +12,8 @@ from nemo_rl.models.policy.config import EmbeddedModelConfig
 
 SCRIPT = ROOT / "examples" / "run_distillation.py"
 SMALL = (
+    "distillation.objective=sampled",
+    "policy.train_global_batch_size=null",
     "distillation.max_num_steps=4",
     "distillation.num_prompts_per_step=8",
     "distillation.validation.period=2",
