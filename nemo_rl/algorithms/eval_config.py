@@ -1,10 +1,10 @@
-"""Root of the configuration of an evaluation."""
+"""Root of the configuration of an evaluation, and the section `eval` of training jobs."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nemo_rl.algorithms.batch_sizes import check_sample_length
 from nemo_rl.data.config import DataConfig
@@ -16,13 +16,9 @@ from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
 
 
-class EvaluationConfig(ConfigModel):
-    """Configures what is evaluated, and how often each problem is completed."""
+class ScoringConfig(ConfigModel):
+    """Configures which problems are completed how often, and the scores."""
 
-    models: list[str] = Field(
-        default=[],
-        description="Hugging Face directories, hub names or embedded models; the command's arguments.",
-    )
     num_generations: int = Field(
         1, ge=1, description="Completions per problem. One is greedy unless policy.generation.validation is set."
     )
@@ -45,11 +41,69 @@ class EvaluationConfig(ConfigModel):
         return [1 << power for power in range(self.num_generations.bit_length())]
 
     @model_validator(mode="after")
-    def _check_k(self) -> EvaluationConfig:
+    def _check_k(self) -> ScoringConfig:
         for k in self.k or ():
             if not 1 <= k <= self.num_generations:
                 raise ValueError(f"pass@{k} needs k from 1 to eval.num_generations={self.num_generations}")
         return self
+
+
+class EvaluationConfig(ScoringConfig):
+    """Configures what is evaluated, and how often each problem is completed."""
+
+    models: list[str] = Field(
+        default=[],
+        description="Hugging Face directories, hub names or embedded models; the command's arguments.",
+    )
+
+
+class BackgroundEvaluationConfig(ScoringConfig):
+    """Configures the evaluation that runs beside training, on workers of its own.
+
+    Example:
+        >>> config = BackgroundEvaluationConfig(period=10)
+        >>> [step for step in range(25) if config.is_due(step)]
+        [0, 10, 20]
+    """
+
+    period: int = Field(0, ge=0, description="Evaluate the weights of every Nth step in the background. 0: off.")
+    at_start: bool = Field(True, description="Evaluate the weights before the first step, too.")
+    at_end: bool = Field(True, description="Evaluate the weights of the last step, too.")
+    cluster: BundlesConfig | None = Field(
+        None, description="Bundles of its generation. Null: one GPU, or one CPU if the policy runs on CPUs."
+    )
+    generation: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of policy.generation that differ for the evaluation. num_workers is not that of "
+        "policy.generation; with another backend, nor are options and py_executable.",
+    )
+    data: DataConfig | None = Field(
+        None, description="Its problems. Null: those of the job; without such, the embedded arithmetic problems."
+    )
+    env: EnvironmentConfig | None = Field(
+        None, description="Its environments, with their workers. Null: those of the job; without such, math."
+    )
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _needs_no_train_data(cls, content: Any) -> Any:
+        """Environments may have validation problems only, because an evaluation reads no others."""
+        if not isinstance(content, dict):
+            return content
+        return {name: _with_train_data(entry) for name, entry in content.items()}
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the weights after `step` steps are evaluated, apart from those of the last step."""
+        if not self.period:
+            return False
+        return self.at_start if step == 0 else step % self.period == 0
+
+
+def _with_train_data(entry: Any) -> Any:
+    data = entry.get("data") if isinstance(entry, dict) else None
+    if not isinstance(data, dict) or "validation" not in data:
+        return entry
+    return {**entry, "data": {"train": data["validation"], **data}}
 
 
 class EvaluatedPolicyConfig(ConfigModel):
@@ -62,6 +116,11 @@ class EvaluatedPolicyConfig(ConfigModel):
     )
     max_sequence_length: int = Field(128, ge=2, description="Longest prompt plus completion in tokens.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+
+    @property
+    def generation_precision(self) -> str:
+        """The data type to generate in."""
+        return self.generation.precision or self.precision
 
     def of_model(self, name: str) -> PolicyConfig:
         """Return the section `policy` of a job with this model."""
@@ -106,18 +165,23 @@ class EvalConfig(ConfigModel):
 
 
 def from_training(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert the content of a GRPO job's configuration file: its validation becomes the evaluation.
+    """Convert the content of a training job's configuration file to that of an evaluation.
 
-    What only training needs is left out, and so is the section `logger`, which names the directory of the training run.
-    Other content is returned as it is.
+    It is the evaluation in the background, if the job has one, else the validation of a GRPO job. What only training
+    needs is left out, and so is the section `logger`, which names the directory of the training run. Other content is
+    returned as it is.
 
     Example:
         >>> from_training({"grpo": {"seed": 7}, "loss": {"kl_coef": 0.1}, "logger": {"log_dir": "results/x"}})["eval"]
         {'seed': 7}
+        >>> from_training({"sft": {}, "eval": {"period": 10, "k": [1]}})["eval"]
+        {'k': [1]}
     """
+    if (content.get("eval") or {}).get("period"):
+        return _from_background(content)
     if "grpo" not in content:
         return content
-    grpo, policy, cluster = (content.get(name) or {} for name in ("grpo", "policy", "cluster"))
+    grpo, cluster = (content.get(name) or {} for name in ("grpo", "cluster"))
     validation = grpo.get("validation") or {}
     taken = {key: validation[key] for key in ("num_generations", "max_num_problems") if key in validation}
     if "seed" in grpo:
@@ -125,6 +189,31 @@ def from_training(content: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: content[name] for name in ("data", "env") if name in content},
         "eval": taken,
-        "policy": {key: value for key, value in policy.items() if key in EvaluatedPolicyConfig.model_fields},
+        "policy": _evaluated_policy(content),
         "cluster": cluster.get("generation") or {key: cluster[key] for key in cluster if key != "generation"},
     }
+
+
+def _from_background(content: dict[str, Any]) -> dict[str, Any]:
+    section, policy = content["eval"], _evaluated_policy(content)
+    inherited, changed = dict(policy.get("generation") or {}), section.get("generation") or {}
+    backend = inherited.get("backend", GenerationConfig.model_fields["backend"].default)
+    of_backend = ("options", "py_executable") if changed.get("backend", backend) != backend else ()
+    for key in ("num_workers", *of_backend):
+        inherited.pop(key, None)
+    policy["generation"] = inherited | changed
+    # The data of supervised fine-tuning are conversations, not problems.
+    of_job = content if "grpo" in content else {}
+    parts = {name: section.get(name) or of_job.get(name) for name in ("data", "env")}
+    gpus = (content.get("cluster") or {}).get("gpus_per_node", 0)
+    return {
+        **{name: part for name, part in parts.items() if part is not None},
+        "eval": {key: section[key] for key in ScoringConfig.model_fields if key in section},
+        "policy": policy,
+        "cluster": section.get("cluster") or {"gpus_per_node": min(gpus, 1)},
+    }
+
+
+def _evaluated_policy(content: dict[str, Any]) -> dict[str, Any]:
+    policy = content.get("policy") or {}
+    return {key: value for key, value in policy.items() if key in EvaluatedPolicyConfig.model_fields}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from nemo_rl.algorithms.batch_sizes import check_batch_sizes, num_shards
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
 from nemo_rl.data.config import SFTDataConfig
 from nemo_rl.distributed.config import ClusterConfig
 from nemo_rl.models.generation.config import GenerationConfig
@@ -45,7 +46,7 @@ class SFTConfig(ConfigModel):
 
 
 class SFTPolicyConfig(PolicyConfig):
-    """The model to train, its optimizer and its workers. Generation does not run, so its keys have no effect."""
+    """The model to train, its optimizer and its workers. Only an evaluation in the background generates."""
 
     model_name: str = Field(
         EMBEDDED_CHAT_MODEL, description="Hugging Face directory or hub name, `embedded`, or `embedded-chat`."
@@ -73,6 +74,7 @@ class SFTJobConfig(ConfigModel):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: SFTCheckpointingConfig = Field(default_factory=SFTCheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)
 
     @property
     def num_samples_per_step(self) -> int:

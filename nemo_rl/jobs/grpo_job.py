@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.config import MasterConfig
-from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, finish, open_attempt, print_dry_run
+from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
 from nemo_rl.jobs.command_line import JobArguments, run_command
+from nemo_rl.jobs.evaluation_part import EvaluationPart
 from nemo_rl.jobs.job_environments import (
     Problems,
     load_problems,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from nemo_rl.data.transcripts import TranscriptRenderer
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-    from nemo_rl.environments.environment_group import EnvironmentGroup
     from nemo_rl.environments.remote import RemoteEnvironment
     from nemo_rl.models.generation.generation import Generation
     from nemo_rl.models.policy.policy import Policy
@@ -69,13 +69,14 @@ def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
     check_weight_files(config.policy.model_name, "policy.model_name")
     plans = role_plans(roles)
     problems = load_problems(config)
+    evaluation = EvaluationPart.of(config)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.grpo.max_num_steps:
         logger.info("%s is finished: %s. Increase grpo.max_num_steps to continue it", run.path, finished["reason"])
         return
     with open_attempt(run, arguments.name, config.grpo.max_num_steps) as attempt:
-        reason, step = _RunAttempt(config, roles, plans, problems, attempt).train()
+        reason, step = _RunAttempt(config, roles, plans, problems, attempt, evaluation).train()
     finish(run, config, step, reason)
 
 
@@ -102,13 +103,13 @@ class _Workers:
     """Holds the started worker groups of the job.
 
     Attributes:
-        environments: the workers, by the name of their role.
+        groups: all groups, by the names of their roles.
         environment: what the loop collects rollouts from.
     """
 
     policy: Policy
     generation: Generation
-    environments: dict[str, RemoteEnvironment | EnvironmentGroup]
+    groups: dict[str, WorkerGroup]
     environment: RemoteEnvironment | EpisodeCollector
 
 
@@ -118,6 +119,7 @@ class _RunAttempt:
 
     Attributes:
         plans: the venvs of the roles, by name.
+        evaluation: the evaluation in the background, if it is on.
     """
 
     config: MasterConfig
@@ -125,6 +127,7 @@ class _RunAttempt:
     plans: dict[str, VenvPlan]
     problems: dict[str, Problems]
     attempt: Attempt
+    evaluation: EvaluationPart | None = None
 
     def train(self) -> tuple[str, int]:
         """Train, and return the reason for the end and the last step."""
@@ -135,7 +138,7 @@ class _RunAttempt:
         with gc_paused():
             inputs, workers = self._start(checkpoint)
         recorder.log_hyperparameters(config.model_dump(mode="json"))
-        attempt.attest({"policy": workers.policy, "generation": workers.generation, **workers.environments})
+        attestation = attempt.attest(workers.groups)
         from nemo_rl.algorithms.grpo import GRPO
 
         loop = GRPO(
@@ -150,7 +153,10 @@ class _RunAttempt:
             pad_token_id=inputs.pad_token_id,
             on_first_step=attempt.timeline.mark_first_step,
         )
-        return attempt.run_loop(loop, checkpoint)
+        if self.evaluation is None:
+            return attempt.run_loop(loop, checkpoint)
+        evaluation = self.evaluation.begin(attempt, workers.policy, recorder, attestation)
+        return attempt.run_loop(loop, checkpoint, evaluation)
 
     def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, _Workers]:
         """Check the inputs while Ray starts, then build the venvs, then start all worker groups."""
@@ -177,6 +183,8 @@ class _RunAttempt:
                 restore_data_position(loader, checkpoint)  # `resume` does, too, but only when the workers run
             validation = make_validation_batch(config, self.problems, model, started)
             renderer = make_renderer(config, model, started)
+            if self.evaluation is not None:
+                self.evaluation.prepare(self.attempt, model, checkpoint)
         return _Inputs(model.pad_token_id, loader, validation, renderer)
 
     def _start_clusters(self) -> _Clusters:
@@ -195,20 +203,28 @@ class _RunAttempt:
 
         config, stack = self.config, self.attempt.stack
         environments = start_environments(config.env, stack)
+        route = _weight_route(config.policy.weight_transport, clusters)
+        if self.evaluation is not None:
+            self.evaluation.start(self.attempt, model_name)
+            if self.evaluation.transport_from(clusters.policy) == "ray":
+                route = replace(route, published="ray")
         policy = Policy(
             clusters.policy,
             config.policy,
             model_name,
             total_steps=config.num_optimizer_steps,
             seed=config.grpo.seed,
-            route=_weight_route(config.policy.weight_transport, clusters),
+            route=route,
         )
         stack.callback(policy.shutdown)
         generation = Generation(clusters.generation, config.policy, model_name)
         stack.callback(generation.shutdown)
-        self.attempt.wait_ready({"policy": policy, "generation": generation, **environments})
+        groups: dict[str, WorkerGroup] = {"policy": policy, "generation": generation, **environments}
+        if self.evaluation is not None:
+            groups |= self.evaluation.groups
+        self.attempt.wait_ready(groups)
         environment = rollout_environment(config, environments, generation, inputs.renderer, inputs.pad_token_id, stack)
-        return _Workers(policy, generation, environments, environment)
+        return _Workers(policy, generation, groups, environment)
 
 
 def _weight_route(chosen: str, clusters: _Clusters) -> Route:

@@ -1,4 +1,4 @@
-"""The configurations of all training jobs."""
+"""The configurations of all training jobs, and of the evaluation in their background."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.eval_config import EvalConfig, from_training
 from nemo_rl.algorithms.sft_config import SFTJobConfig
-from nemo_rl.utils.config import load_config, sections_of
+from nemo_rl.utils.config import load_config, sections_of, validate
 
-# They share the sections `policy`, `cluster`, `logger` and `checkpointing`.
+# They share the sections `policy`, `cluster`, `logger`, `checkpointing` and `eval`.
 JobConfig: TypeAlias = MasterConfig | SFTJobConfig
 
 
@@ -23,3 +24,16 @@ def load_job_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     if "sft" in sections_of(path):
         return load_config(SFTJobConfig, path, overrides)
     return load_config(MasterConfig, path, overrides)
+
+
+def evaluation_of(config: JobConfig) -> EvalConfig | None:
+    """Return the evaluation in the background of a training job; None without `eval.period`.
+
+    It is what `nemo-rl eval` makes of the job's configuration, so both return the same scores of the same weights.
+
+    Raises:
+        ConfigError: a key of `eval.generation` is unknown, or the sections do not fit.
+    """
+    if not config.eval.period:
+        return None
+    return validate(EvalConfig, from_training(config.model_dump(mode="json")), where="evaluation in the background")

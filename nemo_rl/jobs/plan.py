@@ -12,7 +12,7 @@ from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.jobs.model_files import (
     check_model_fits,
     check_model_name,
@@ -20,7 +20,7 @@ from nemo_rl.jobs.model_files import (
     load_architecture,
     parameters_in_name,
 )
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, role_plans
+from nemo_rl.jobs.roles import EVALUATION_PREFIX, Role, check_weight_route, job_roles, role_plans
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.venvs import VenvPlan
@@ -103,11 +103,13 @@ class NodeAssignment:
     Attributes:
         policy: address of each node of the policy's cluster.
         generation: address of each node of the generation cluster, if it is separate.
+        evaluation: address of each node of the evaluation in the background, if there is one.
         obstacle: why a node could not be assigned; empty if all are.
     """
 
     policy: Sequence[str] = ()
     generation: Sequence[str] = ()
+    evaluation: Sequence[str] = ()
     obstacle: str = ""
 
 
@@ -146,10 +148,12 @@ def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
         ray_nodes = worker_nodes()
     plans = role_plans(roles)
     nodes = _forecasts(plans, ray_nodes)
-    assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster)
+    evaluation = evaluation_of(config)
+    bundles = None if evaluation is None else evaluation.cluster
+    assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster, bundles)
     return JobPlan(
         roles=roles,
-        placements=_placements(config, roles, assignment),
+        placements=_placements(config, bundles, roles, assignment),
         venvs=_venv_states(roles, plans, nodes),
         nodes=nodes,
         memory=_estimate_memory(config),
@@ -158,15 +162,20 @@ def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
     )
 
 
-def _placements(config: JobConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
+def _placements(
+    config: JobConfig, evaluation: BundlesConfig | None, roles: list[Role], assignment: NodeAssignment
+) -> list[Placement]:
     cluster = config.cluster
-    in_bundles = [role for role in roles if role.share]
+    evaluates = [role for role in roles if role.share and role.name.startswith(EVALUATION_PREFIX)]
+    in_bundles = [role for role in roles if role.share and role not in evaluates]
     if cluster.generation is None:
         rows = _bundles(cluster, "", in_bundles, assignment.policy)
     else:
         policy, generation = in_bundles
         rows = _bundles(cluster, "", [policy], assignment.policy)
         rows += _bundles(cluster.generation, "generation ", [generation], assignment.generation)
+    if evaluation is not None:
+        rows += _bundles(evaluation, EVALUATION_PREFIX, evaluates, assignment.evaluation)
     if outside := [role.name for role in roles if not role.share]:
         rows.append(Placement("any node, no bundle", ", ".join(outside)))
     return rows
@@ -183,11 +192,15 @@ def _bundles(part: BundlesConfig, prefix: str, roles: list[Role], addresses: Seq
     return rows
 
 
-def assign_nodes(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> NodeAssignment:
+def assign_nodes(
+    nodes: Sequence[NodeResources], cluster: ClusterConfig, evaluation: BundlesConfig | None = None
+) -> NodeAssignment:
     """Assign the nodes of a job to nodes of a cluster, from their free resources."""
-    addresses: list[Sequence[str]] = [(), ()]
+    assignment = NodeAssignment()
     free = [dict(node.free) for node in nodes]
-    for index, part in enumerate([cluster] if cluster.generation is None else [cluster, cluster.generation]):
+    for name, part in {"policy": cluster, "generation": cluster.generation, "evaluation": evaluation}.items():
+        if part is None:
+            continue
         bundle = {"GPU": 1.0, "CPU": 1.0} if part.use_gpus else {"CPU": 1.0}
         capacities = [placement.capacity(resources, bundle) for resources in free]
         assigned = placement.plan(capacities, [part.workers_per_node] * part.num_nodes, "SPREAD")
@@ -195,12 +208,13 @@ def assign_nodes(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> Node
             kind = "GPUs" if part.use_gpus else "CPUs"
             available = ", ".join(f"{node.address} {count}" for node, count in zip(nodes, capacities, strict=True))
             request = f"the job needs {part.num_nodes} nodes with {part.workers_per_node} {kind} each"
-            return NodeAssignment(addresses[0], addresses[1], f"{request}; free: {available or 'no node'}.")
+            return replace(assignment, obstacle=f"{request}; free: {available or 'no node'}.")
         for node in assigned:
-            for name, amount in bundle.items():
-                free[node][name] -= amount * part.workers_per_node
-        addresses[index] = [nodes[node].address for node in assigned]
-    return NodeAssignment(addresses[0], addresses[1])
+            for resource, amount in bundle.items():
+                free[node][resource] -= amount * part.workers_per_node
+        addresses = [nodes[node].address for node in assigned]
+        assignment = replace(assignment, **{name: addresses})  # type: ignore[arg-type]
+    return assignment
 
 
 def _forecasts(plans: dict[str, VenvPlan], nodes: list[NodeResources] | None) -> list[NodeForecast]:

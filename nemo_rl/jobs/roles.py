@@ -19,7 +19,7 @@ from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_choos
 from nemo_rl.environments.class_lookup import check_class
 from nemo_rl.environments.registry import WORKER_FQN, entry_fqn, environment_fqn, python_fields
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.weights.routes import Place
 
+# Begins the names of roles that evaluate in the background of a training job.
+EVALUATION_PREFIX = "evaluation "
+
 _OLDEST_PYTHON = Version("3.10")  # of `environments.episode_child`
 
 
@@ -38,7 +41,8 @@ class Role:
     """Describes one worker group of a job.
 
     Attributes:
-        name: "policy", "generation", or "environment" (with turns: "environment <name>").
+        name: "policy", "generation", or "environment" (with turns: "environment <name>"). Those of an evaluation in the
+            background begin with `EVALUATION_PREFIX`.
         key: its section in the configuration, such as "env.<name>", for messages.
         fqn: fully qualified name of the worker class; with turns, of the environment.
         num_workers: number of workers on all nodes.
@@ -77,10 +81,12 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    if isinstance(config, SFTJobConfig):
-        roles = _sft_roles(config)
+    if isinstance(config, EvalConfig):
+        roles = _eval_roles(config)
     else:
-        roles = _eval_roles(config) if isinstance(config, EvalConfig) else _grpo_roles(config)
+        roles = _sft_roles(config) if isinstance(config, SFTJobConfig) else _grpo_roles(config)
+        if (evaluation := evaluation_of(config)) is not None:
+            roles += [replace(role, name=f"{EVALUATION_PREFIX}{role.name}") for role in _eval_roles(evaluation)]
     for role in roles:
         if role.spec is not None:
             with _naming(role.key):

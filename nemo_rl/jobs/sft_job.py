@@ -6,7 +6,8 @@ report.
     main thread     Ray ───────────────────┬─► venv on every node ─┬─► policy ─► SFT.run ─► report
     second thread   model, tokenizer, data ┴─► embedded model ─────┘
 
-No generation and no environment is started. However the job ends, it stops everything it started, in reverse order.
+Generation and environments are started only for an evaluation in the background. However the job ends, it stops
+everything it started, in reverse order.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.algorithms.training_loop import checkpoint_remedies, epochs_done
 from nemo_rl.data.conversations import ConversationDataset, load_conversations
 from nemo_rl.errors import DataError
-from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, finish, open_attempt, print_dry_run
+from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
 from nemo_rl.jobs.command_line import JobArguments, run_command
+from nemo_rl.jobs.evaluation_part import EvaluationPart
 from nemo_rl.jobs.model_files import (
     check_checkpoint_model,
     check_model_name,
@@ -65,13 +67,14 @@ def run_sft(arguments: JobArguments[SFTJobConfig]) -> None:
     check_weight_files(config.policy.model_name, "policy.model_name")
     plans = role_plans(roles)
     train, validation = load_conversations(config.data)
+    evaluation = EvaluationPart.of(config)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and _is_complete(config, finished["step"], finished["reason"]):
         logger.info("%s is finished: %s. Increase its limits to continue it", run.path, finished["reason"])
         return
     with open_attempt(run, arguments.name, config.sft.max_num_steps or 0) as attempt:
-        reason, step = _SFTAttempt(config, roles, plans, train, validation, attempt).train()
+        reason, step = _SFTAttempt(config, roles, plans, train, validation, attempt, evaluation).train()
     finish(run, config, step, reason)
 
 
@@ -98,7 +101,8 @@ class _SFTAttempt:
     """Starts the policy of an attempt and runs the loop.
 
     Attributes:
-        plans: the venv of the policy, by its name.
+        plans: the venvs of the roles, by name.
+        evaluation: the evaluation in the background, if it is on.
     """
 
     config: SFTJobConfig
@@ -107,6 +111,7 @@ class _SFTAttempt:
     train_data: ConversationDataset
     validation_data: ConversationDataset | None
     attempt: Attempt
+    evaluation: EvaluationPart | None = None
 
     def train(self) -> tuple[str, int]:
         """Train, and return the reason for the end and the last step."""
@@ -117,7 +122,7 @@ class _SFTAttempt:
         with gc_paused():
             inputs, policy = self._start(checkpoint)
         recorder.log_hyperparameters(config.model_dump(mode="json"))
-        attempt.attest({"policy": policy})
+        attestation = attempt.attest(self._groups(policy))
         from nemo_rl.algorithms.sft import SFT
 
         loop = SFT(
@@ -129,7 +134,13 @@ class _SFTAttempt:
             checkpoints=checkpoints if config.checkpointing.enabled else None,
             on_first_step=attempt.timeline.mark_first_step,
         )
-        return attempt.run_loop(loop, checkpoint)
+        if self.evaluation is None:
+            return attempt.run_loop(loop, checkpoint)
+        evaluation = self.evaluation.begin(attempt, policy, recorder, attestation)
+        return attempt.run_loop(loop, checkpoint, evaluation)
+
+    def _groups(self, policy: Policy) -> dict[str, WorkerGroup]:
+        return {"policy": policy, **({} if self.evaluation is None else self.evaluation.groups)}
 
     def _start(self, checkpoint: Checkpoint | None) -> tuple[_Inputs, Policy]:
         """Check the inputs while Ray starts, then build the venv, then start the policy."""
@@ -144,16 +155,22 @@ class _SFTAttempt:
         model_name = creating.result()
         with attempt.timeline.phase("start workers", waits=True):
             from nemo_rl.models.policy.policy import Policy
+            from nemo_rl.models.weights.routes import Route
 
+            route = None
+            if self.evaluation is not None:
+                self.evaluation.start(attempt, model_name)
+                route = Route(self.evaluation.transport_from(cluster))
             policy = Policy(
                 cluster,
                 config.trained_policy,
                 model_name,
                 total_steps=config.num_optimizer_steps(inputs.num_steps),
                 seed=config.sft.seed,
+                route=route,
             )
             attempt.stack.callback(policy.shutdown)
-            attempt.wait_ready({"policy": policy})
+            attempt.wait_ready(self._groups(policy))
         return inputs, policy
 
     def _prepare_inputs(self, checkpoint: Checkpoint | None) -> _Inputs:
@@ -196,6 +213,8 @@ class _SFTAttempt:
                 rows = tokenized[: config.sft.validation.max_num_records]
                 validation = collate_conversations(rows, model.pad_token_id, row_multiple=config.num_shards)
             write_atomically(self.attempt.run.path / DATA_FILE, json.dumps(counts, indent=1))
+            if self.evaluation is not None:
+                self.evaluation.prepare(self.attempt, model, checkpoint)
         return _Inputs(loader, validation, num_steps)
 
     def _num_steps(self, loader: ConversationLoader, num_conversations: int) -> int:
