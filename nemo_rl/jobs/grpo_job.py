@@ -29,7 +29,12 @@ from nemo_rl.jobs.job_environments import (
     rollout_environment,
     start_environments,
 )
-from nemo_rl.jobs.model_files import check_model_name, check_weight_files, prepare_model
+from nemo_rl.jobs.model_files import (
+    check_checkpoint_model,
+    check_model_name,
+    check_weight_files,
+    prepare_model,
+)
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.checkpoint import CheckpointStore
@@ -175,6 +180,8 @@ class _RunAttempt:
         with self.attempt.timeline.phase("model and tokenizer", INPUTS_THREAD):
             check_weight_route(config)
             model = prepare_model(config.policy, use_gpus=config.cluster.for_generation.use_gpus)
+            if checkpoint is not None:
+                check_checkpoint_model(checkpoint, config.policy)
         with self.attempt.timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.grpo import restore_data_position
 

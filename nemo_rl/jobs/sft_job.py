@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.sft_config import SFTJobConfig
-from nemo_rl.algorithms.training_loop import checkpoint_remedies, epochs_done
+from nemo_rl.algorithms.training_loop import epochs_done
 from nemo_rl.data.conversations import ConversationDataset, load_conversations
 from nemo_rl.errors import DataError
 from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
@@ -178,8 +178,7 @@ class _SFTAttempt:
         with timeline.phase("model and tokenizer", INPUTS_THREAD):
             model = prepare_model(config.trained_policy)
             if checkpoint is not None:
-                with checkpoint_remedies(checkpoint):
-                    check_checkpoint_model(checkpoint, config.policy)
+                check_checkpoint_model(checkpoint, config.policy)
         with timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.sft import restore_data_position
             from nemo_rl.data.supervised import (
