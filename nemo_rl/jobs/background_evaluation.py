@@ -96,7 +96,7 @@ class BackgroundEvaluation:
         if self._failed:
             first, reason = next(iter(self._failed.items()))
             steps = ", ".join(map(str, self._failed))
-            logger.error("%d evaluations have failed (steps %s). Step %d: %s", len(self._failed), steps, first, reason)
+            logger.error("evaluations in the background have failed: steps %s. Step %d: %s", steps, first, reason)
 
     def stop(self) -> None:
         """Drop weights that wait. An evaluation that runs ends with the error that it gets when its workers end."""
@@ -161,13 +161,10 @@ class BackgroundEvaluation:
             return taken
 
     def _record_failure(self, step: int, error: Exception) -> None:
-        reason = sentence(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
-        logger.error(
-            "the evaluation of step %d has failed, and the training continues: %s",
-            step,
-            reason,
-            exc_info=not isinstance(error, NemoRLError),
-        )
+        is_known = isinstance(error, NemoRLError)
+        text = sentence(error) if isinstance(error, NemoRLError) else f"{type(error).__name__}: {error}"
+        logger.error("the evaluation of step %d has failed, training continues: %s", step, text, exc_info=not is_known)
+        reason = text.partition("\n")[0]  # Ray appends details of a dead worker, which the log has
         self._failed[step] = reason
         self._leave_out(step, f"failed: {reason}")
 

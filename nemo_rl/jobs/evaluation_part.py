@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.errors import EnvironmentFailure
 from nemo_rl.jobs.background_evaluation import BackgroundEvaluation, metrics_of
 from nemo_rl.jobs.eval_inputs import EvalInputs, load_problems, prepare_inputs
 from nemo_rl.jobs.evaluator import EvaluationWorkers, Evaluator
@@ -20,6 +21,7 @@ from nemo_rl.utils.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.eval_config import EvalConfig
+    from nemo_rl.algorithms.evaluation import ProblemScore
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.jobs.attempt import Attempt, WorkerGroup
     from nemo_rl.jobs.model_files import ModelFiles
@@ -130,8 +132,12 @@ class EvaluationPart:
         self._complete_records(attempt, recorder)
         precision = self._config.policy.generation_precision
 
-        def evaluate(step: int, update: WeightUpdate) -> Any:
-            return evaluator.evaluate(f"step_{step:06d}", f"step {step}", step, lambda: update)
+        def evaluate(step: int, update: WeightUpdate) -> tuple[dict[str, Any], list[ProblemScore]]:
+            try:
+                return evaluator.evaluate(f"step_{step:06d}", f"step {step}", step, lambda: update)
+            except EnvironmentFailure:
+                evaluator.restart_environment(attempt.stack)  # for the next evaluation
+                raise
 
         self._running = BackgroundEvaluation(
             self._job.eval,

@@ -58,7 +58,7 @@ class EvaluationWorkers:
         return {"generation": self.generation, **self.environments}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluator:
     """Evaluates weights on the problems of an evaluation.
 
@@ -104,6 +104,19 @@ class Evaluator:
         )
         files = RolloutFiles(directory, limit_mb=_ALL_SAMPLES_MB, resume_step=resume_step)
         return cls(config, inputs, generation, environment, files, venv_digests(attestation))
+
+    def restart_environment(self, stack: ExitStack) -> None:
+        """Restart an environment that scores batches, in the background. Those with turns restart their own workers.
+
+        Args:
+            stack: receives a callback that stops it.
+        """
+        from nemo_rl.environments.remote import RemoteEnvironment
+
+        if isinstance(self.environment, RemoteEnvironment):
+            self.environment.shutdown()
+            self.environment = RemoteEnvironment(self.config.env)
+            stack.callback(self.environment.shutdown)
 
     def evaluate(
         self, name: str, label: str, step: int, publish: Callable[[], WeightUpdate]

@@ -105,7 +105,7 @@ def test_failed_evaluation_is_reported_and_the_next_one_runs(tmp_path, caplog):
     evaluation.finish(2)
     assert evaluation.results.content["not_evaluated"] == [{"step": 1, "reason": "failed: another digest"}]
     assert [*evaluation.metrics] == [2]
-    assert "1 evaluations have failed (steps 1). Step 1: another digest" in caplog.text
+    assert "evaluations in the background have failed: steps 1. Step 1: another digest" in caplog.text
 
 
 def test_weights_that_cannot_be_published_do_not_end_the_training(tmp_path):
