@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NEWS_S = 5.0  # between two messages while the training has ended and an evaluation runs
+_NEWS_S = 30.0  # between two messages while the training has ended and an evaluation runs
 
 
 class BackgroundEvaluation:
@@ -87,12 +87,12 @@ class BackgroundEvaluation:
         """
         if self._config.at_end or self._config.is_due(step):
             self._submit(step)
-        started = time.monotonic()
+        started, news_s = time.monotonic(), 0.0
         with self._changed:
-            while not self._changed.wait_for(lambda: self._running is None and self._waiting is None, _NEWS_S):
-                seconds = time.monotonic() - started
-                waits = "" if self._waiting is None else f", and that of step {self._waiting[0]} follows"
-                logger.info("waiting for the evaluation of step %s since %.0f s%s", self._running, seconds, waits)
+            while not self._changed.wait_for(lambda: not self._pending(), news_s):
+                steps = " and ".join(map(str, self._pending()))
+                logger.info("waiting for the evaluation of step %s: %.0f s so far", steps, time.monotonic() - started)
+                news_s = _NEWS_S
         if self._failed:
             first, reason = next(iter(self._failed.items()))
             steps = ", ".join(map(str, self._failed))
@@ -110,17 +110,17 @@ class BackgroundEvaluation:
 
     def _submit(self, step: int) -> None:
         with self._changed:
-            waits = None if self._waiting is None else self._waiting[0]
-            if step in self._results.steps or step in (self._running, waits):
+            if step in self._results.steps or step in self._pending():
                 return
+            skipped = None if self._waiting is None else self._waiting[0]
             self._waiting = None  # frees its memory before more is published
-        if waits is not None:
+        if skipped is not None:
             logger.warning(
-                "the evaluation of step %d is skipped: that of step %s still runs, and step %d is due; raise "
+                "the evaluation of step %d is skipped: an earlier one still runs, and step %d is due; raise "
                 "eval.period, or give eval.cluster more workers",
-                *(waits, self._running, step),
+                *(skipped, step),
             )
-            self._leave_out(waits, "skipped: an earlier evaluation was still running when the next one was due")
+            self._leave_out(skipped, "skipped: an earlier evaluation was still running when the next one was due")
         try:
             update = self._publish(step)
         except Exception as error:  # the training may continue without it; if not, its next step raises, too
@@ -129,6 +129,11 @@ class BackgroundEvaluation:
         with self._changed:
             self._waiting = (step, update)
             self._changed.notify_all()
+
+    def _pending(self) -> list[int]:
+        """Return the steps that are being evaluated or wait."""
+        waiting = None if self._waiting is None else self._waiting[0]
+        return [step for step in (self._running, waiting) if step is not None]
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
@@ -180,8 +185,9 @@ def metrics_of(model: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics `eval/...` of a model in `scores.json`: its scores, also per environment if it has several.
 
     Example:
-        >>> metrics_of({"scores": {"accuracy": {"value": 0.5}}, "environments": {"math": {}}, "num_failed": 0})
-        {'eval/accuracy': 0.5, 'eval/num_failed': 0}
+        >>> scores, of_math = {"accuracy": {"value": 0.5}}, {"accuracy": {"value": 0.25}}
+        >>> metrics_of({"scores": scores, "environments": {"math": of_math, "nim": {}}, "num_failed": 0})
+        {'eval/accuracy': 0.5, 'eval/env_math/accuracy': 0.25, 'eval/num_failed': 0}
     """
     metrics = {f"eval/{name}": score["value"] for name, score in model["scores"].items()}
     if len(model["environments"]) > 1:

@@ -52,6 +52,8 @@ class EvalResults:
         for name in ("models", "not_evaluated"):
             content[name] = [record for record in content[name] if step is not None and record["step"] <= step]
         content["differences"] = [pair for pair in content["differences"] if pair["model"] in self.finished]
+        if (self._directory / SCORES_FILE).exists():
+            self._write()
 
     def leave_out(self, step: int, reason: str) -> None:
         """Record why the weights of a training step are not evaluated."""

@@ -87,7 +87,7 @@ def test_newest_weights_wait_and_older_ones_are_skipped(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for step in (2, 3, 4):
             evaluation.running.offer(step)
-    assert "the evaluation of step 2 is skipped: that of step 1 still runs" in caplog.text
+    assert "the evaluation of step 2 is skipped: an earlier one still runs, and step 3 is due" in caplog.text
     evaluation.finish(4)
     assert [model["step"] for model in evaluation.results.content["models"]] == [1, 4]
     assert [skipped["step"] for skipped in evaluation.results.content["not_evaluated"]] == [2, 3]
