@@ -16,6 +16,7 @@ from tiny_policy import EPS, advantage_loss, make_batch, nan_loss, shard_of
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ModelError, NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
 from nemo_rl.models.policy.offload import Part
 from nemo_rl.models.weights.digest import digest_tensors
@@ -79,6 +80,16 @@ def logprobs(rank: int, model: Path, config: dict[str, Any], single: bool = Fals
             return actual, torch.equal(actual, worker.get_reference_policy_logprobs(shard)), worker.attestation()
     finally:
         os.environ["WORLD_SIZE"] = world_size
+
+
+def train_with_losses(
+    rank: int, model: Path, config: dict[str, Any], batch: BatchedDataDict, losses: list[LossFunction]
+) -> tuple[list[TrainResult], State]:
+    """Train one step with each loss on the same batch; returns the results, and the state on rank 0."""
+    with megatron_worker(model, **config) as worker:
+        data = worker._grid.data
+        shard = shard_of(batch, data.rank, data.world_size)
+        return [worker.train(shard, loss) for loss in losses], state_of(worker)
 
 
 def train(
