@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from nemo_rl.algorithms.batch_sizes import check_sample_length
 from nemo_rl.data.config import DataConfig
@@ -77,33 +77,21 @@ class BackgroundEvaluationConfig(ScoringConfig):
         description="Keys of policy.generation that differ for the evaluation. num_workers is not that of "
         "policy.generation; with another backend, nor are options and py_executable.",
     )
-    data: DataConfig | None = Field(
-        None, description="Its problems. Null: those of the job; without such, the embedded arithmetic problems."
+    data: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of data that differ, such as validation. Of supervised fine-tuning: keys of the section data "
+        "of GRPO; by default the embedded arithmetic problems.",
     )
-    env: EnvironmentConfig | None = Field(
-        None, description="Its environments, with their workers. Null: those of the job; without such, math."
+    env: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Its environments, as in the section env of GRPO. Empty: those of the job; without such, math.",
     )
-
-    @field_validator("env", mode="before")
-    @classmethod
-    def _needs_no_train_data(cls, content: Any) -> Any:
-        """Environments may have validation problems only, because an evaluation reads no others."""
-        if not isinstance(content, dict):
-            return content
-        return {name: _with_train_data(entry) for name, entry in content.items()}
 
     def is_due(self, step: int) -> bool:
         """Return whether the weights after `step` steps are evaluated, apart from those of the last step."""
         if not self.period:
             return False
         return self.at_start if step == 0 else step % self.period == 0
-
-
-def _with_train_data(entry: Any) -> Any:
-    data = entry.get("data") if isinstance(entry, dict) else None
-    if not isinstance(data, dict) or "validation" not in data:
-        return entry
-    return {**entry, "data": {"train": data["validation"], **data}}
 
 
 class EvaluatedPolicyConfig(ConfigModel):
@@ -204,14 +192,23 @@ def _from_background(content: dict[str, Any]) -> dict[str, Any]:
     policy["generation"] = inherited | changed
     # The data of supervised fine-tuning are conversations, not problems.
     of_job = content if "grpo" in content else {}
-    parts = {name: section.get(name) or of_job.get(name) for name in ("data", "env")}
+    environments = section.get("env") or of_job.get("env") or {}
     gpus = (content.get("cluster") or {}).get("gpus_per_node", 0)
     return {
-        **{name: part for name, part in parts.items() if part is not None},
+        "data": (of_job.get("data") or {}) | (section.get("data") or {}),
+        "env": {name: _without_train_data(entry) for name, entry in environments.items()},
         "eval": {key: section[key] for key in ScoringConfig.model_fields if key in section},
         "policy": policy,
         "cluster": section.get("cluster") or {"gpus_per_node": min(gpus, 1)},
     }
+
+
+def _without_train_data(entry: Any) -> Any:
+    """Return an environment whose section `data` may lack the train problems, which an evaluation does not read."""
+    data = entry.get("data") if isinstance(entry, dict) else None
+    if not isinstance(data, dict) or "validation" not in data:
+        return entry
+    return {**entry, "data": {"train": data["validation"], **data}}
 
 
 def _evaluated_policy(content: dict[str, Any]) -> dict[str, Any]:

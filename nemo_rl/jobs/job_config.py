@@ -32,8 +32,8 @@ def evaluation_of(config: JobConfig) -> EvalConfig | None:
     It is what `nemo-rl eval` makes of the job's configuration, so both return the same scores of the same weights.
 
     Raises:
-        ConfigError: a key of `eval.generation` is unknown, or the sections do not fit.
+        ConfigError: a key in `eval.generation`, `eval.data` or `eval.env` is unknown, or the sections do not fit.
     """
     if not config.eval.period:
         return None
-    return validate(EvalConfig, from_training(config.model_dump(mode="json")), where="evaluation in the background")
+    return validate(EvalConfig, from_training(config.model_dump(mode="json")), where="eval")

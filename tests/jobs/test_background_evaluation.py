@@ -155,6 +155,7 @@ def test_evaluation_inherits_the_job_and_changes_what_is_configured():
             "eval.num_generations=4",
             "eval.generation.num_threads=1",
             "eval.data.validation.path=test.jsonl",
+            "data.prompt_template='{problem}='",
             "policy.generation.max_new_tokens=20",
             "policy.generation.num_workers=2",
             "cluster.cpu_workers_per_node=2",
@@ -166,6 +167,7 @@ def test_evaluation_inherits_the_job_and_changes_what_is_configured():
     generation = evaluation.policy.generation
     assert (generation.max_new_tokens, generation.num_threads, generation.num_workers) == (20, 1, None)
     assert (evaluation.eval.num_generations, evaluation.data.validation.path) == (4, "test.jsonl")
+    assert evaluation.data.prompt_template == "{problem}="
     assert (evaluation.env.math.answer_format, evaluation.cluster.num_workers) == ("whole", 1)
     assert evaluation_of(MasterConfig()) is None
 
@@ -203,6 +205,8 @@ def test_evaluation_data_need_no_train_problems():
         ("eval.generation.bakcend=vllm", "did you mean policy.generation.backend"),
         ("eval.generation.max_new_tokens=200", "exceeds policy.max_sequence_length"),
         ("eval.generation.num_workers=3", "only 1 workers fit"),
+        ("eval.data.validaton.path=x.jsonl", "eval: unknown key data.validaton; did you mean data.validation"),
+        ("eval.env.nim.clas=a.b", "env.nim: an environment needs the key class"),
     ],
 )
 def test_invalid_evaluation_is_refused_before_a_job_starts(override, message):
