@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
 from nemo_rl.algorithms.record_config import (
     RecordCheckpointingConfig,
     RecordJobConfig,
@@ -57,3 +58,4 @@ class DPOJobConfig(RecordJobConfig):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: RecordCheckpointingConfig = Field(default_factory=RecordCheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)

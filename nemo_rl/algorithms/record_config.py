@@ -13,6 +13,7 @@ from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
 
 if TYPE_CHECKING:
+    from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
     from nemo_rl.data.config import PreferenceDataConfig, SFTDataConfig
     from nemo_rl.distributed.config import ClusterConfig
     from nemo_rl.observability.logger_config import LoggerConfig
@@ -49,7 +50,7 @@ class RecordTrainingConfig(ConfigModel):
 
 
 class RecordPolicyConfig(PolicyConfig):
-    """The model to train, its optimizer and its workers. Generation does not run, so its keys have no effect."""
+    """The model to train, its optimizer and its workers. Only an evaluation in the background generates."""
 
     model_name: str = Field(
         EMBEDDED_CHAT_MODEL, description="Hugging Face directory or hub name, `embedded`, or `embedded-chat`."
@@ -82,6 +83,7 @@ class RecordJobConfig(ConfigModel):
         cluster: ClusterConfig
         logger: LoggerConfig
         checkpointing: RecordCheckpointingConfig
+        eval: BackgroundEvaluationConfig  # not of reward models, which do not generate
 
     @property
     def training(self) -> RecordTrainingConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
 from nemo_rl.algorithms.record_config import (
     RecordCheckpointingConfig,
     RecordJobConfig,
@@ -36,3 +37,4 @@ class SFTJobConfig(RecordJobConfig):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: RecordCheckpointingConfig = Field(default_factory=RecordCheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.algorithms.training_loop import checkpoint_remedies
 from nemo_rl.errors import CheckpointError, ConfigError, ModelError
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 from nemo_rl.utils import model_paths
@@ -278,14 +279,20 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
 
 
 def check_checkpoint_model(checkpoint: Checkpoint, config: PolicyConfig) -> None:
-    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model."""
+    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model.
+
+    The checkpoint of a back end with files of its own is not checked; the back end does that when it loads them.
+    """
     from nemo_rl.models.policy.policy_checkpoint import TRAINER_FILE, read_trainer
 
     directory = checkpoint.path / "policy"
-    try:
-        read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
-    except (CheckpointError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
+    if not (directory / TRAINER_FILE).exists():
+        return
+    with checkpoint_remedies(checkpoint):
+        try:
+            read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
 
 
 def count_parameters(model_config: PretrainedConfig) -> int:

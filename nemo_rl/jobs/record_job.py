@@ -5,7 +5,8 @@
     main thread     Ray ───────────────────┬─► venv on every node ─┬─► policy ─► loop ─► report
     second thread   model, tokenizer, data ┴─► embedded model ─────┘
 
-No generation and no environment is started. However a job ends, it stops everything it started, in reverse order.
+Generation and environments are started only for an evaluation in the background. However a job ends, it stops
+everything it started, in reverse order.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nemo_rl.algorithms.record_config import RecordJobConfig
-from nemo_rl.algorithms.training_loop import checkpoint_remedies, epochs_done
+from nemo_rl.algorithms.training_loop import epochs_done
 from nemo_rl.errors import DataError
-from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, finish, open_attempt, print_dry_run
+from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
 from nemo_rl.jobs.command_line import JobArguments
+from nemo_rl.jobs.evaluation_part import EvaluationPart
 from nemo_rl.jobs.model_files import (
     check_checkpoint_model,
     check_model_name,
@@ -81,8 +83,9 @@ class RecordAttempt(ABC, Generic[ConfigT]):
     """Starts the policy of an attempt and runs the loop. A subclass is one algorithm.
 
     Attributes:
-        plans: the venv of the policy, by its name.
+        plans: the venvs of the roles, by name.
         datasets: training and validation data.
+        evaluation: the evaluation in the background, if it is on.
     """
 
     config: ConfigT
@@ -90,6 +93,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
     plans: dict[str, VenvPlan]
     datasets: Datasets
     attempt: Attempt
+    evaluation: EvaluationPart | None = None
 
     @staticmethod
     @abstractmethod
@@ -119,7 +123,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
         with gc_paused():
             inputs, policy = self._start(checkpoint)
         recorder.log_hyperparameters(config.model_dump(mode="json"))
-        attempt.attest({"policy": policy})
+        attestation = attempt.attest(self._groups(policy))
         loop = self.loop_class()(
             config=config,
             policy=policy,
@@ -130,7 +134,13 @@ class RecordAttempt(ABC, Generic[ConfigT]):
             on_first_step=attempt.timeline.mark_first_step,
             **inputs.loop_options,
         )
-        return attempt.run_loop(loop, checkpoint)
+        if self.evaluation is None:
+            return attempt.run_loop(loop, checkpoint)
+        evaluation = self.evaluation.begin(attempt, policy, recorder, attestation)
+        return attempt.run_loop(loop, checkpoint, evaluation)
+
+    def _groups(self, policy: Policy) -> dict[str, WorkerGroup]:
+        return {"policy": policy, **({} if self.evaluation is None else self.evaluation.groups)}
 
     def _start(self, checkpoint: Checkpoint | None) -> tuple[RecordInputs, Policy]:
         """Check the inputs while Ray starts, then build the venv, then start the policy."""
@@ -145,16 +155,22 @@ class RecordAttempt(ABC, Generic[ConfigT]):
         model_name = creating.result()
         with attempt.timeline.phase("start workers", waits=True):
             from nemo_rl.models.policy.policy import Policy
+            from nemo_rl.models.weights.routes import Route
 
+            route = None
+            if self.evaluation is not None:
+                self.evaluation.start(attempt, model_name)
+                route = Route(self.evaluation.transport_from(cluster))
             policy = Policy(
                 cluster,
                 config.trained_policy,
                 model_name,
                 total_steps=config.num_optimizer_steps(inputs.num_steps),
                 seed=config.training.seed,
+                route=route,
             )
             attempt.stack.callback(policy.shutdown)
-            attempt.wait_ready({"policy": policy})
+            attempt.wait_ready(self._groups(policy))
         return inputs, policy
 
     def prepare_inputs(self, checkpoint: Checkpoint | None) -> RecordInputs:
@@ -163,8 +179,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
         with timeline.phase("model and tokenizer", INPUTS_THREAD):
             model = prepare_model(config.trained_policy)
             if checkpoint is not None:
-                with checkpoint_remedies(checkpoint):
-                    check_checkpoint_model(checkpoint, config.policy)
+                check_checkpoint_model(checkpoint, config.policy)
         with timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.record_training import restore_data_position
             from nemo_rl.data.conversation_encoder import ConversationEncoder
@@ -192,6 +207,8 @@ class RecordAttempt(ABC, Generic[ConfigT]):
             validation = None
             if "validation" in records:
                 validation = collate(records["validation"][: training.validation.max_num_records])
+            if self.evaluation is not None:
+                self.evaluation.prepare(self.attempt, model, checkpoint)
         return RecordInputs(records, model.pad_token_id, collate, loader, validation, num_steps)
 
     def _num_steps(self, loader: ExampleLoader[Any], records: TokenizedExamples[Any, Any]) -> int:
@@ -218,13 +235,14 @@ def run_record_job(kind: type[RecordAttempt[ConfigT]], arguments: JobArguments[C
     check_weight_files(config.policy.model_name, "policy.model_name")
     plans = role_plans(roles)
     datasets = kind.load_data(config.data)
+    evaluation = EvaluationPart.of(config)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and _is_complete(config, finished["step"], finished["reason"]):
         logger.info("%s is finished: %s. Increase its limits to continue it", run.path, finished["reason"])
         return
     with open_attempt(run, arguments.name, config.training.max_num_steps or 0) as attempt:
-        reason, step = kind(config, roles, plans, datasets, attempt).train()
+        reason, step = kind(config, roles, plans, datasets, attempt, evaluation).train()
     finish(run, config, step, reason)
 
 

@@ -27,7 +27,7 @@ from nemo_rl.environments.registry import (
     python_fields,
 )
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend, teacher_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.weights.routes import Place
 
+# Begins the names of roles that evaluate in the background of a training job.
+EVALUATION_PREFIX = "evaluation "
+
 _OLDEST_PYTHON = Version("3.10")  # of `environments.episode_child`
 
 
@@ -46,7 +49,8 @@ class Role:
     """Describes one worker group of a job.
 
     Attributes:
-        name: "policy", "generation", "teacher", or "environment" (with turns: "environment <name>").
+        name: "policy", "generation", "teacher", or "environment" (with turns: "environment <name>"). Those of an
+            evaluation in the background begin with `EVALUATION_PREFIX`.
         key: its section in the configuration, such as "env.<name>", for messages.
         fqn: fully qualified name of the worker class; with turns, of the environment.
         num_workers: number of workers on all nodes.
@@ -86,10 +90,12 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    if isinstance(config, RecordJobConfig):
-        roles = _record_roles(config)
+    if isinstance(config, EvalConfig):
+        roles = _eval_roles(config)
     else:
-        roles = _eval_roles(config) if isinstance(config, EvalConfig) else _on_policy_roles(config)
+        roles = _record_roles(config) if isinstance(config, RecordJobConfig) else _on_policy_roles(config)
+        if (evaluation := evaluation_of(config)) is not None:
+            roles += [replace(role, name=f"{EVALUATION_PREFIX}{role.name}") for role in _eval_roles(evaluation)]
     for role in roles:
         if role.spec is not None:
             with _naming(role.key):

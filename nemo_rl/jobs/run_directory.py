@@ -6,6 +6,7 @@
       metrics.jsonl  samples.jsonl  episodes.jsonl  timeline.jsonl  attestation.json
       data.json      number of records and tokens; reference_*.safetensors: see `algorithms.reference_logprobs`
       rollouts/      the samples of each training step, within logger.max_rollouts_mb
+      eval/          what the evaluation in the background measured, with the files of `nemo-rl eval`
       checkpoints/   tensorboard/   report.html
       finished.json      last step and reason, written when the run reaches its end
       run.lock           locked (flock) by the running driver
