@@ -30,6 +30,8 @@ _PHASE_BAR = 24
 _ROWS = (
     ("train/reward", "reward", "{:.3f}"),
     ("train/loss", "loss", "{:.4f}"),
+    ("train/reward_accuracy", "reward accuracy", "{:.3f}"),
+    ("train/reward_margin", "reward margin", "{:.3f}"),
     ("train/env_accuracy", "accuracy", "{:.3f}"),
     ("train/completion_length", "length", "{:.1f} tokens"),
     ("train/truncated", "truncated", "{:.1%}"),
@@ -41,6 +43,8 @@ _ROWS = (
     ("perf/tokens_per_s", "speed", "{:,.0f} tokens/s"),
 )
 _TOTALS = ("step", "validation")
+# Metrics that are shown after a validation, besides pass@k.
+_HEADLINES = ("val/accuracy", "val/completion_length", "val/loss", "val/reward_accuracy")
 
 
 class ConsoleView:
@@ -286,4 +290,4 @@ def _phases(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _is_headline(name: str) -> bool:
-    return name in ("val/accuracy", "val/completion_length", "val/loss") or name.startswith("val/pass@")
+    return name in _HEADLINES or name.startswith("val/pass@")
