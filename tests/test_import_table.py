@@ -259,6 +259,7 @@ def test_job_is_checked_and_planned_without_ray_and_torch() -> None:
         "nemo_rl.jobs.sft_job",
         "nemo_rl.jobs.dpo_job",
         "nemo_rl.jobs.reward_model_job",
+        "nemo_rl.jobs.distillation_job",
         "nemo_rl.jobs.plan",
     )
 

@@ -15,6 +15,9 @@ from nemo_rl.models.policy.config import EmbeddedModelConfig, PolicyConfig
 from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
 
+# Sections of the algorithms whose jobs validate by generating and scoring completions.
+ON_POLICY_SECTIONS = ("grpo", "distillation")
+
 
 class EvaluationConfig(ConfigModel):
     """Configures what is evaluated, and how often each problem is completed."""
@@ -106,7 +109,7 @@ class EvalConfig(ConfigModel):
 
 
 def from_training(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert the content of a GRPO job's configuration file: its validation becomes the evaluation.
+    """Convert the content of the configuration file of GRPO or distillation: its validation becomes the evaluation.
 
     What only training needs is left out, and so is the section `logger`, which names the directory of the training run.
     Other content is returned as it is.
@@ -115,13 +118,14 @@ def from_training(content: dict[str, Any]) -> dict[str, Any]:
         >>> from_training({"grpo": {"seed": 7}, "loss": {"kl_coef": 0.1}, "logger": {"log_dir": "results/x"}})["eval"]
         {'seed': 7}
     """
-    if "grpo" not in content:
+    name = next((name for name in ON_POLICY_SECTIONS if name in content), None)
+    if name is None:
         return content
-    grpo, policy, cluster = (content.get(name) or {} for name in ("grpo", "policy", "cluster"))
-    validation = grpo.get("validation") or {}
+    algorithm, policy, cluster = (content.get(section) or {} for section in (name, "policy", "cluster"))
+    validation = algorithm.get("validation") or {}
     taken = {key: validation[key] for key in ("num_generations", "max_num_problems") if key in validation}
-    if "seed" in grpo:
-        taken["seed"] = grpo["seed"]
+    if "seed" in algorithm:
+        taken["seed"] = algorithm["seed"]
     return {
         **{name: content[name] for name in ("data", "env") if name in content},
         "eval": taken,

@@ -13,6 +13,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command(context_settings=_PASS_ON)(sft)
     app.command(context_settings=_PASS_ON)(dpo)
     app.command("reward-model", context_settings=_PASS_ON)(reward_model)
+    app.command(context_settings=_PASS_ON)(distill)
     app.command("eval", context_settings=_PASS_ON)(evaluate)
     app.command(context_settings=_PASS_ON)(curate)
 
@@ -41,6 +42,13 @@ def dpo(context: typer.Context) -> None:
 def reward_model(context: typer.Context) -> None:
     """Train a reward model on preference pairs: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
     from nemo_rl.jobs.reward_model_job import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
+
+
+def distill(context: typer.Context) -> None:
+    """Train a student on a teacher's scores of its samples: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
+    from nemo_rl.jobs.distillation_job import main
 
     raise typer.Exit(main(context.args, program=context.command_path))
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 import nemo_rl
-from nemo_rl.algorithms.eval_config import EvalConfig, from_training
+from nemo_rl.algorithms.eval_config import ON_POLICY_SECTIONS, EvalConfig, from_training
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.attempt import Attempt, open_attempt
 from nemo_rl.jobs.command_line import CommandOptions, JobArguments, config_path, run_command
@@ -126,10 +126,10 @@ def _config_file(chosen: str | None, runs: Sequence[Path]) -> Path:
     import yaml
 
     path = runs[0] / CONFIG_FILE
-    if "grpo" not in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
+    if not {*ON_POLICY_SECTIONS} & {*(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}:
         raise ConfigError(
-            f"{path} is not the configuration of a GRPO job, so it does not say how to evaluate; name a configuration, "
-            f"for example --config {DEFAULT_CONFIG}"
+            f"{path} is not the configuration of a job of GRPO or distillation, so it does not say how to evaluate; "
+            f"name a configuration, for example --config {DEFAULT_CONFIG}"
         )
     return path
 

@@ -40,6 +40,10 @@ CHANGEABLE = (
     "grpo.max_time_s",
     "grpo.early_stop",
     *(f"{job.section}.max_{limit}" for job in RECORD_JOBS for limit in ("num_steps", "num_epochs", "time_s")),
+    "distillation.max_num_steps",
+    "distillation.max_num_epochs",
+    "distillation.max_time_s",
+    "distillation.early_stop",
     "logger.",
     "checkpointing.",
 )

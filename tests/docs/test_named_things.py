@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from nemo_rl import settings
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
@@ -38,6 +39,7 @@ SCHEMAS: tuple[type[ConfigModel], ...] = (
     MasterConfig,
     SFTJobConfig,
     DPOJobConfig,
+    DistillationJobConfig,
     RewardModelJobConfig,
     EvalConfig,
     CurateConfig,

@@ -23,7 +23,9 @@ def header(config: Path) -> str:
 @pytest.mark.parametrize(
     "config",
     sorted(
-        path for algorithm in ("grpo", "sft", "dpo", "reward_model") for path in CONFIGS.glob(f"{algorithm}_*.yaml")
+        path
+        for algorithm in ("grpo", "sft", "dpo", "reward_model", "distillation")
+        for path in CONFIGS.glob(f"{algorithm}_*.yaml")
     ),
     ids=lambda path: path.stem,
 )

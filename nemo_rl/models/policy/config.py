@@ -224,6 +224,11 @@ class PolicyConfig(ConfigModel):
             raise ValueError(f"policy.offload=true is not supported by policy.backend={self.backend}")
         return self
 
+    @property
+    def trains_top_k(self) -> bool:
+        """Whether a loss can get the log-probabilities of `top_ids`; see `LossFunction`."""
+        return policy_backend(self.backend).trains_top_k
+
     def generator_spec(self, model_name: str, *, use_gpus: bool) -> GeneratorSpec:
         """Return what the generators of this policy are made from.
 

@@ -12,6 +12,10 @@ Layout of a training batch (`BatchedDataDict`) with B samples, padded on the rig
     prev_logprobs                [B, T] float32  of the policy before the step; absent in the first update on a
                                                  batch, where they equal those of the policy being trained
     reference_policy_logprobs    [B, T] float32  only with a KL term
+    teacher_logprobs             [B, T] float32  of a teacher; distillation on sampled tokens only
+    top_ids                      [B, T, K] int32 K tokens at each position; distillation on top-k only. The loss then
+                                                 gets the log-probabilities of these tokens (see `LossFunction`)
+    teacher_top_logprobs         [B, T, K + 1] float32  of a teacher: of these tokens, and of all others together
 
 The log-probability at [b, t] is that of token t given the tokens before it, under softmax(logits / temperature) with
 the temperature of generation (`policy.generation.temperature`): training optimises the distribution that was sampled
@@ -64,7 +68,8 @@ class LossFunction(Protocol):
         """Return loss and metrics of one micro-batch.
 
         Args:
-            logprobs: [b, T] float32 with gradient, of the policy being trained. Of a reward model: the rewards, [b].
+            logprobs: [b, T] float32 with gradient, of the policy being trained. If the batch has `top_ids`:
+                [b, T, K + 1], of these tokens, and of all other tokens together. Of a reward model: the rewards, [b].
             batch: the micro-batch, in the layout above.
             global_num_tokens: scalar; `(token_mask[:, 1:] * sample_mask[:, None]).sum()` over the optimizer batch.
             global_num_samples: scalar; `sample_mask.sum()` over the optimizer batch.

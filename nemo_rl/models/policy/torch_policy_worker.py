@@ -61,7 +61,9 @@ class TorchPolicyWorker(PolicyWorker):
     def get_scores(self, shard: BatchedDataDict) -> torch.Tensor:
         """Return the rewards of this rank's rows, [b] float32 on the CPU, in the shard's order."""
         assert isinstance(self._forward, ScoreForward), "the policy has no reward model"
-        return torch.cat([scores.cpu() for scores in self._forward.scores(self._input_parts(shard))])
+        return torch.cat(
+            [scores.cpu() for scores in self._forward.scores(self._microbatches(shard, ("input_ids", "input_lengths")))]
+        )
 
     def _forward_of(self, model: ParallelModel) -> LogprobForward | ScoreForward:
         config = self._config
