@@ -119,7 +119,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
         config, attempt = self.config, self.attempt
         checkpoints = CheckpointStore(attempt.run.checkpoint_dir, config.checkpointing)
         checkpoint = checkpoints.latest()
-        recorder = attempt.open_recorder(config, checkpoint)  # type: ignore[arg-type]
+        recorder = attempt.open_recorder(config, checkpoint)
         with gc_paused():
             inputs, policy = self._start(checkpoint)
         recorder.log_hyperparameters(config.model_dump(mode="json"))

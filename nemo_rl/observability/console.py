@@ -30,6 +30,8 @@ _PHASE_BAR = 24
 _ROWS = (
     ("train/reward", "reward", "{:.3f}"),
     ("train/loss", "loss", "{:.4f}"),
+    ("train/reward_accuracy", "reward accuracy", "{:.3f}"),
+    ("train/reward_margin", "reward margin", "{:.3f}"),
     ("train/env_accuracy", "accuracy", "{:.3f}"),
     ("train/completion_length", "length", "{:.1f} tokens"),
     ("train/truncated", "truncated", "{:.1%}"),
@@ -302,7 +304,7 @@ def _phases(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
 def _headline(metrics: Mapping[str, float], prefix: str) -> str:
     """Return the most important metrics that begin with a prefix, such as "val/"."""
     values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-    shown = ("accuracy", "completion_length", "loss")
+    shown = ("accuracy", "completion_length", "loss", "reward_accuracy")
     return "  ".join(
         f"{name} {value:.3f}" for name, value in values.items() if name in shown or name.startswith(("pass@", "maj@"))
     )

@@ -140,6 +140,7 @@ def _tiles(metrics: Sequence[Mapping[str, Any]], startup_s: float) -> list[Tile]
     for name, label, form in (
         ("val/accuracy", "validation accuracy", "{:.3f}"),
         ("val/loss", "validation loss", "{:.3g}"),
+        ("val/reward_accuracy", "validation reward accuracy", "{:.3f}"),
         ("eval/accuracy", "evaluation accuracy", "{:.3f}"),
     ):
         values = figures.series(metrics, name).values
