@@ -15,6 +15,9 @@ from nemo_rl.models.policy.config import EmbeddedModelConfig, PolicyConfig
 from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
 
+# Sections of the algorithms whose jobs validate by generating and scoring completions.
+ON_POLICY_SECTIONS = ("grpo", "distillation")
+
 
 class ScoringConfig(ConfigModel):
     """Configures which problems are completed how often, and the scores."""
@@ -79,8 +82,8 @@ class BackgroundEvaluationConfig(ScoringConfig):
     )
     data: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys of data that differ, such as validation. Of supervised fine-tuning: keys of the section data "
-        "of GRPO; by default the embedded arithmetic problems.",
+        description="Keys of data that differ, such as validation. Of jobs that train on conversations: keys of the "
+        "section data of GRPO; by default the embedded arithmetic problems.",
     )
     env: dict[str, Any] = Field(
         default_factory=dict,
@@ -155,9 +158,9 @@ class EvalConfig(ConfigModel):
 def from_training(content: dict[str, Any]) -> dict[str, Any]:
     """Convert the content of a training job's configuration file to that of an evaluation.
 
-    It is the evaluation in the background, if the job has one, else the validation of a GRPO job. What only training
-    needs is left out, and so is the section `logger`, which names the directory of the training run. Other content is
-    returned as it is.
+    It is the evaluation in the background, if the job has one, else the validation of GRPO or distillation. What only
+    training needs is left out, and so is the section `logger`, which names the directory of the training run. Other
+    content is returned as it is.
 
     Example:
         >>> from_training({"grpo": {"seed": 7}, "loss": {"kl_coef": 0.1}, "logger": {"log_dir": "results/x"}})["eval"]
@@ -167,13 +170,14 @@ def from_training(content: dict[str, Any]) -> dict[str, Any]:
     """
     if (content.get("eval") or {}).get("period"):
         return _from_background(content)
-    if "grpo" not in content:
+    name = next((name for name in ON_POLICY_SECTIONS if name in content), None)
+    if name is None:
         return content
-    grpo, cluster = (content.get(name) or {} for name in ("grpo", "cluster"))
-    validation = grpo.get("validation") or {}
+    algorithm, cluster = (content.get(section) or {} for section in (name, "cluster"))
+    validation = algorithm.get("validation") or {}
     taken = {key: validation[key] for key in ("num_generations", "max_num_problems") if key in validation}
-    if "seed" in grpo:
-        taken["seed"] = grpo["seed"]
+    if "seed" in algorithm:
+        taken["seed"] = algorithm["seed"]
     return {
         **{name: content[name] for name in ("data", "env") if name in content},
         "eval": taken,
@@ -190,8 +194,8 @@ def _from_background(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("num_workers", *of_backend):
         inherited.pop(key, None)
     policy["generation"] = inherited | changed
-    # The data of supervised fine-tuning are conversations, not problems.
-    of_job = content if "grpo" in content else {}
+    # Other algorithms train on conversations, not on problems.
+    of_job = content if {*ON_POLICY_SECTIONS} & {*content} else {}
     environments = section.get("env") or of_job.get("env") or {}
     gpus = (content.get("cluster") or {}).get("gpus_per_node", 0)
     return {

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from nemo_rl.algorithms.eval_config import EvalConfig, from_training
+from nemo_rl.algorithms.eval_config import ON_POLICY_SECTIONS, EvalConfig, from_training
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.attempt import Attempt, open_attempt
 from nemo_rl.jobs.command_line import CommandOptions, JobArguments, config_path, run_command
@@ -120,10 +120,10 @@ def _config_file(chosen: str | None, runs: Sequence[Path]) -> Path:
 
     path = runs[0] / CONFIG_FILE
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if "grpo" not in content and not (content.get("eval") or {}).get("period"):
+    if not {*ON_POLICY_SECTIONS} & {*content} and not (content.get("eval") or {}).get("period"):
         raise ConfigError(
-            f"{path} is neither the configuration of a GRPO job nor of one with eval.period, so it does not say how to "
-            f"evaluate; name a configuration, for example --config {DEFAULT_CONFIG}"
+            f"{path} is neither the configuration of GRPO or distillation nor of a job with eval.period, so it does "
+            f"not say how to evaluate; name a configuration, for example --config {DEFAULT_CONFIG}"
         )
     return path
 

@@ -11,16 +11,24 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.config import OnPolicyJobConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
-from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.class_lookup import check_class
-from nemo_rl.environments.registry import WORKER_FQN, entry_fqn, environment_fqn, python_fields
+from nemo_rl.environments.registry import (
+    EPISODE_ENVIRONMENTS,
+    WORKER_FQN,
+    declared_config,
+    entry_fqn,
+    environment_fqn,
+    python_fields,
+)
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
 from nemo_rl.jobs.job_config import JobConfig, evaluation_of
-from nemo_rl.models.backends import Backend, generation_backend, policy_backend
+from nemo_rl.models.backends import Backend, generation_backend, policy_backend, teacher_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
 
@@ -41,8 +49,8 @@ class Role:
     """Describes one worker group of a job.
 
     Attributes:
-        name: "policy", "generation", or "environment" (with turns: "environment <name>"). Those of an evaluation in the
-            background begin with `EVALUATION_PREFIX`.
+        name: "policy", "generation", "teacher", or "environment" (with turns: "environment <name>"). Those of an
+            evaluation in the background begin with `EVALUATION_PREFIX`.
         key: its section in the configuration, such as "env.<name>", for messages.
         fqn: fully qualified name of the worker class; with turns, of the environment.
         num_workers: number of workers on all nodes.
@@ -67,9 +75,10 @@ class Role:
         return "created by Ray" if self.spec is None else str(self.spec)
 
 
-def num_colocated_groups(config: MasterConfig) -> int:
+def num_colocated_groups(config: OnPolicyJobConfig) -> int:
     """Return the number of worker groups that share the policy's bundles."""
-    return 2 if config.cluster.generation is None else 1
+    has_teacher = isinstance(config, DistillationJobConfig) and config.teacher.cluster is None
+    return 1 + (config.cluster.generation is None) + has_teacher
 
 
 def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
@@ -84,7 +93,7 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
     if isinstance(config, EvalConfig):
         roles = _eval_roles(config)
     else:
-        roles = _sft_roles(config) if isinstance(config, SFTJobConfig) else _grpo_roles(config)
+        roles = _record_roles(config) if isinstance(config, RecordJobConfig) else _on_policy_roles(config)
         if (evaluation := evaluation_of(config)) is not None:
             roles += [replace(role, name=f"{EVALUATION_PREFIX}{role.name}") for role in _eval_roles(evaluation)]
     for role in roles:
@@ -94,7 +103,7 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
     return roles
 
 
-def _grpo_roles(config: MasterConfig) -> list[Role]:
+def _on_policy_roles(config: OnPolicyJobConfig) -> list[Role]:
     policy, cluster = config.policy, config.cluster
     trainer = policy_backend(policy.backend)
     share = 1 / num_colocated_groups(config)
@@ -102,12 +111,23 @@ def _grpo_roles(config: MasterConfig) -> list[Role]:
         policy_venv = _backend_venv(trainer, policy.py_executable, use_gpus=cluster.use_gpus)
     return [
         Role("policy", "policy", trainer.fqn, cluster.num_workers, share, *policy_venv),
-        _generation_role(policy.generation, cluster.for_generation, share),
+        _generation_role(policy.generation, cluster.for_generation, share if cluster.generation is None else 1.0),
+        *([_teacher_role(config, share)] if isinstance(config, DistillationJobConfig) else []),
         *environment_roles(config.env),
     ]
 
 
-def _sft_roles(config: SFTJobConfig) -> list[Role]:
+def _teacher_role(config: DistillationJobConfig, share: float) -> Role:
+    teacher = config.teacher
+    part = teacher.cluster or config.cluster
+    backend = teacher_backend(teacher.backend)
+    with _naming("teacher"):
+        venv = _backend_venv(backend, teacher.py_executable, use_gpus=part.use_gpus)
+    share = share if teacher.cluster is None else 1.0
+    return Role("teacher", "teacher", backend.fqn, part.num_workers, share, *venv)
+
+
+def _record_roles(config: RecordJobConfig) -> list[Role]:
     policy, cluster = config.policy, config.cluster
     trainer = policy_backend(policy.backend)
     with _naming("policy"):
@@ -141,6 +161,11 @@ def environment_roles(config: EnvironmentConfig) -> list[Role]:
     entries = config.entries()
     if not entries:
         fqn = environment_fqn(config.name)
+        if config.name in EPISODE_ENVIRONMENTS:
+            raise ConfigError(
+                f"env.name={config.name}: this environment has a section of its own; write "
+                f"env.{config.name}.class={config.name}, with its arguments in env.{config.name}.config"
+            )
         return [Role("environment", "env", fqn, 1, 0.0, *named_spec(fqn, {}))]
     return [_environment_role(name, entry) for name, entry in entries.items()]
 
@@ -169,6 +194,7 @@ def _environment_role(name: str, entry: EnvironmentEntry) -> Role:
             in_driver_python=role.spec == InterpreterSpec(PY_EXECUTABLES.SYSTEM),
             search_path=[directory for directory in search_path if directory],
         )
+    declared_config(f"{role.key}.config", role.fqn, entry.config)
     return role
 
 
@@ -241,7 +267,7 @@ def _naming(key: str) -> Iterator[None]:
         raise
 
 
-def check_weight_route(config: MasterConfig) -> None:
+def check_weight_route(config: OnPolicyJobConfig) -> None:
     """Raise `ConfigError` for a `policy.weight_transport` that is unknown or cannot reach all workers.
 
     The nodes are not known yet, so the check assumes that policy, generation and driver share nodes.

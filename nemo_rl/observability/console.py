@@ -33,6 +33,7 @@ _ROWS = (
     ("train/env_accuracy", "accuracy", "{:.3f}"),
     ("train/completion_length", "length", "{:.1f} tokens"),
     ("train/truncated", "truncated", "{:.1%}"),
+    ("train/kl_to_teacher", "KL to teacher", "{:.4f}"),
     ("train/kl", "KL to reference", "{:.5f}"),
     ("train/approx_kl", "KL of the step", "{:.5f}"),
     ("train/entropy_estimate", "entropy", "{:.3f}"),
@@ -162,6 +163,7 @@ class ConsoleView:
                 "train/reward",
                 "train/loss",
                 "train/completion_length",
+                "train/kl_to_teacher",
                 "train/kl",
                 "perf/tokens_per_s",
             ):

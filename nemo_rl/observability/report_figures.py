@@ -27,6 +27,8 @@ WIDTH_IN = 9.6
 
 # Metric, title. Metrics that the run did not log have no panel.
 PANELS = (
+    ("train/kl_to_teacher", "KL to the teacher, nats per token"),
+    ("train/teacher_logprob", "Log-probability under the teacher, nats per token"),
     ("train/kl", "KL to the reference"),
     ("train/approx_kl", "KL of one step"),
     ("train/completion_length", "Completion length, tokens"),
