@@ -82,8 +82,8 @@ class BackgroundEvaluationConfig(ScoringConfig):
     )
     data: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys of data that differ, such as validation. Of supervised fine-tuning: keys of the section data "
-        "of GRPO; by default the embedded arithmetic problems.",
+        description="Keys of data that differ, such as validation. Of jobs that train on conversations: keys of the "
+        "section data of GRPO; by default the embedded arithmetic problems.",
     )
     env: dict[str, Any] = Field(
         default_factory=dict,
@@ -158,9 +158,9 @@ class EvalConfig(ConfigModel):
 def from_training(content: dict[str, Any]) -> dict[str, Any]:
     """Convert the content of a training job's configuration file to that of an evaluation.
 
-    It is the evaluation in the background, if the job has one, else the validation of a job of GRPO or distillation.
-    What only training needs is left out, and so is the section `logger`, which names the directory of the training run.
-    Other content is returned as it is.
+    It is the evaluation in the background, if the job has one, else the validation of GRPO or distillation. What only
+    training needs is left out, and so is the section `logger`, which names the directory of the training run. Other
+    content is returned as it is.
 
     Example:
         >>> from_training({"grpo": {"seed": 7}, "loss": {"kl_coef": 0.1}, "logger": {"log_dir": "results/x"}})["eval"]
@@ -170,7 +170,7 @@ def from_training(content: dict[str, Any]) -> dict[str, Any]:
     """
     if (content.get("eval") or {}).get("period"):
         return _from_background(content)
-    name = _on_policy_section(content)
+    name = next((name for name in ON_POLICY_SECTIONS if name in content), None)
     if name is None:
         return content
     algorithm, cluster = (content.get(section) or {} for section in (name, "cluster"))
@@ -198,8 +198,8 @@ def _from_background(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("num_workers", *of_backend):
         inherited.pop(key, None)
     policy["generation"] = inherited | changed
-    # The data of other jobs, such as supervised fine-tuning, are not problems.
-    of_job = {} if _on_policy_section(content) is None else content
+    # Other algorithms train on conversations, not on problems.
+    of_job = content if {*ON_POLICY_SECTIONS} & {*content} else {}
     environments = section.get("env") or of_job.get("env") or {}
     gpus = (content.get("cluster") or {}).get("gpus_per_node", 0)
     return {

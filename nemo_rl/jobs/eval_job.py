@@ -122,8 +122,8 @@ def _config_file(chosen: str | None, runs: Sequence[Path]) -> Path:
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not {*ON_POLICY_SECTIONS} & {*content} and not (content.get("eval") or {}).get("period"):
         raise ConfigError(
-            f"{path} is neither the configuration of a job of GRPO or distillation nor of one with eval.period, so it "
-            f"does not say how to evaluate; name a configuration, for example --config {DEFAULT_CONFIG}"
+            f"{path} is neither the configuration of GRPO or distillation nor of a job with eval.period, so it does "
+            f"not say how to evaluate; name a configuration, for example --config {DEFAULT_CONFIG}"
         )
     return path
 

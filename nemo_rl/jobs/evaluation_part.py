@@ -10,7 +10,7 @@ from nemo_rl.errors import EnvironmentFailure
 from nemo_rl.jobs.background_evaluation import BackgroundEvaluation, metrics_of
 from nemo_rl.jobs.eval_inputs import EvalInputs, load_problems, prepare_inputs
 from nemo_rl.jobs.evaluator import EvaluationWorkers, Evaluator
-from nemo_rl.jobs.job_config import JobConfig, evaluation_of
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of, evaluation_section
 from nemo_rl.jobs.model_files import check_model_fits, load_architecture
 from nemo_rl.jobs.roles import EVALUATION_PREFIX
 from nemo_rl.observability.logger import METRICS_FILE
@@ -53,7 +53,7 @@ class EvaluationPart:
 
     def __init__(self, job: JobConfig, config: EvalConfig) -> None:
         """Open the problems. Raises the errors of `load_problems`."""
-        self._job = job
+        self._schedule, self._model = evaluation_section(job), job.policy.model_name
         self._config = config
         self._problems = load_problems(config)
         self._running: BackgroundEvaluation | None = None
@@ -77,7 +77,7 @@ class EvaluationPart:
         """
         from nemo_rl.jobs.eval_results import EvalResults  # imports torch
 
-        policy = self._config.policy.of_model(self._job.policy.model_name)
+        policy = self._config.policy.of_model(self._model)
         check_model_fits(policy, load_architecture(policy), use_gpus=self._config.cluster.use_gpus)
         self._inputs: EvalInputs = prepare_inputs(self._config, self._problems, files, attempt.run.started)
         self._directory = attempt.run.path / EVALUATION_DIRECTORY
@@ -140,7 +140,7 @@ class EvaluationPart:
                 raise
 
         self._running = BackgroundEvaluation(
-            self._job.eval,
+            self._schedule,
             self._results,
             publish=lambda step: policy.publish_weights(step, precision),
             evaluate=evaluate,
@@ -156,7 +156,7 @@ class EvaluationPart:
         results = self._results
         known = results.steps | {record["step"] for record in results.content["not_evaluated"]}
         for step in range(self._resume_step):  # the loop evaluates the weights of the step itself
-            if self._job.eval.is_due(step) and step not in known:
+            if self._schedule.is_due(step) and step not in known:
                 results.leave_out(step, "skipped: the run was interrupted before it was finished")
         logged = {
             record["step"]

@@ -123,8 +123,8 @@ class _Workers:
     """Holds the started worker groups of the job.
 
     Attributes:
-        others: further groups of the algorithm, by the names of their roles.
-        groups: all groups, by the names of their roles.
+        others: further groups of the algorithm, by the name of their role.
+        groups: all groups, by the name of their role.
         environment: what the loop collects rollouts from.
     """
 
@@ -211,9 +211,9 @@ class OnPolicyAttempt(ABC):
         with self.attempt.timeline.phase("model and tokenizer", INPUTS_THREAD):
             check_weight_route(config)
             model = prepare_model(config.policy, use_gpus=config.cluster.for_generation.use_gpus)
-            self._check_others(model)
             if checkpoint is not None:
                 check_checkpoint_model(checkpoint, config.policy)
+            self._check_others(model)
         with self.attempt.timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.grpo import restore_data_position
 

@@ -9,13 +9,13 @@ from typing import TypeAlias
 from nemo_rl.algorithms.config import MasterConfig, OnPolicyJobConfig
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.dpo_config import DPOJobConfig
-from nemo_rl.algorithms.eval_config import EvalConfig, from_training
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig, EvalConfig, from_training
 from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.utils.config import load_config, sections_of, validate
 
-# They share the sections `policy`, `cluster`, `logger` and `checkpointing`, and all but reward models `eval`.
+# They share the sections `policy`, `cluster`, `logger` and `checkpointing`, and most have a section `eval`.
 JobConfig: TypeAlias = OnPolicyJobConfig | RecordJobConfig
 
 # The configuration of a job is known by the section of its algorithm.
@@ -37,6 +37,12 @@ def load_job_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     return load_config(MasterConfig, path, overrides)
 
 
+def evaluation_section(config: JobConfig) -> BackgroundEvaluationConfig:
+    """Return the section `eval`; switched off for a job without it, whose model generates nothing."""
+    section: BackgroundEvaluationConfig = getattr(config, "eval", BackgroundEvaluationConfig())
+    return section
+
+
 def evaluation_of(config: JobConfig) -> EvalConfig | None:
     """Return the evaluation in the background of a training job; None without `eval.period`.
 
@@ -45,6 +51,6 @@ def evaluation_of(config: JobConfig) -> EvalConfig | None:
     Raises:
         ConfigError: a key in `eval.generation`, `eval.data` or `eval.env` is unknown, or the sections do not fit.
     """
-    if isinstance(config, RewardModelJobConfig) or not config.eval.period:
+    if not evaluation_section(config).period:
         return None
     return validate(EvalConfig, from_training(config.model_dump(mode="json")), where="eval")

@@ -194,7 +194,7 @@ def clusters_of(config: JobConfig) -> dict[str, BundlesConfig]:
     if isinstance(config, DistillationJobConfig) and config.teacher.cluster is not None:
         clusters["teacher"] = config.teacher.cluster
     if (evaluation := evaluation_of(config)) is not None:
-        clusters[_EVALUATION] = evaluation.cluster
+        clusters[f"{EVALUATION_PREFIX}generation"] = evaluation.cluster
     return clusters
 
 

@@ -136,8 +136,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
         )
         if self.evaluation is None:
             return attempt.run_loop(loop, checkpoint)
-        evaluation = self.evaluation.begin(attempt, policy, recorder, attestation)
-        return attempt.run_loop(loop, checkpoint, evaluation)
+        return attempt.run_loop(loop, checkpoint, self.evaluation.begin(attempt, policy, recorder, attestation))
 
     def _groups(self, policy: Policy) -> dict[str, WorkerGroup]:
         return {"policy": policy, **({} if self.evaluation is None else self.evaluation.groups)}
