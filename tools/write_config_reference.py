@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
+from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
+from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.environments.scoring_config import JudgeConfig, RewardModelConfig
 from nemo_rl.jobs.curate_math import CurateConfig
@@ -41,6 +44,9 @@ policy:
 JOBS: list[tuple[str, str, type[ConfigModel]]] = [
     ("GRPO", "Keys of `examples/run_grpo_math.py`.", MasterConfig),
     ("Supervised fine-tuning", "Keys of `examples/run_sft.py`.", SFTJobConfig),
+    ("Direct preference optimization", "Keys of `examples/run_dpo.py`.", DPOJobConfig),
+    ("Reward models", "Keys of `examples/run_reward_model.py`.", RewardModelJobConfig),
+    ("Distillation", "Keys of `examples/run_distillation.py`.", DistillationJobConfig),
     ("Evaluation", "Keys of `examples/run_eval.py`.", EvalConfig),
     ("Curation", "Keys of `examples/run_curate_math.py`.", CurateConfig),
 ]

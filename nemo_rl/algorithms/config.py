@@ -1,13 +1,17 @@
-"""Root of the configuration of a GRPO job, with the sections of the algorithm."""
+"""Root of the configuration of a GRPO job, with the sections of the algorithm.
+
+`OnPolicyConfig` and `OnPolicyJobConfig` are what GRPO shares with other algorithms that train on the policy's samples.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from nemo_rl.algorithms.batch_sizes import check_batch_sizes, check_sample_length
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
 from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
@@ -149,8 +153,8 @@ class LogprobCheckConfig(ConfigModel):
     max_mean_error: float = Field(0.02, gt=0, description="Maximum mean absolute difference per token, in nats.")
 
 
-class GRPOConfig(ConfigModel):
-    """Configures group relative policy optimisation (GRPO)."""
+class OnPolicyConfig(ConfigModel):
+    """Configures the training on samples of the policy: their number, their age, limits, checks and validation."""
 
     seed: int = Field(42, ge=0, description="Seed of all random numbers of the run.")
     max_num_steps: int = Field(100, ge=1, description="Training steps.")
@@ -173,21 +177,17 @@ class GRPOConfig(ConfigModel):
         description="Grade the completions of a problem while others are generated, if the generation backend streams.",
     )
     overlong_filtering: bool = Field(False, description="Exclude completions that hit the length limit from the loss.")
-    overlong_penalty: OverlongPenaltyConfig | None = Field(None, description="Soft penalty on length. Null: none.")
-    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
-    dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     early_stop: EarlyStopConfig | None = Field(None, description="Early stopping. Null runs all steps.")
     logprob_check: LogprobCheckConfig = Field(default_factory=LogprobCheckConfig)
 
-    @model_validator(mode="after")
-    def _check_group_size(self) -> GRPOConfig:
-        if self.advantage.baseline == "leave_one_out" and self.num_generations_per_prompt < 2:
-            raise ValueError("advantage.baseline=leave_one_out needs num_generations_per_prompt of at least 2")
-        return self
+    @property
+    def max_rollouts_per_step(self) -> int:
+        """Rollouts of a step, above 1 if groups without a learning signal are replaced."""
+        return 1
 
     @model_validator(mode="after")
-    def _check_in_flight_updates(self) -> GRPOConfig:
+    def _check_in_flight_updates(self) -> OnPolicyConfig:
         if self.in_flight_weight_updates and not self.max_trajectory_age:
             raise ValueError(
                 "in_flight_weight_updates=true needs max_trajectory_age of at least 1: with 0, no rollout is running "
@@ -196,7 +196,117 @@ class GRPOConfig(ConfigModel):
         return self
 
 
-class MasterConfig(ConfigModel):
+class GRPOConfig(OnPolicyConfig):
+    """Configures group relative policy optimisation (GRPO)."""
+
+    overlong_penalty: OverlongPenaltyConfig | None = Field(None, description="Soft penalty on length. Null: none.")
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+    dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)
+
+    @property
+    def max_rollouts_per_step(self) -> int:
+        """See `OnPolicyConfig`."""
+        return self.dynamic_sampling.max_generation_batches if self.dynamic_sampling.enabled else 1
+
+    @model_validator(mode="after")
+    def _check_group_size(self) -> GRPOConfig:
+        if self.advantage.baseline == "leave_one_out" and self.num_generations_per_prompt < 2:
+            raise ValueError("advantage.baseline=leave_one_out needs num_generations_per_prompt of at least 2")
+        return self
+
+
+class OnPolicyJobConfig(ConfigModel):
+    """The root of a job that trains on the policy's samples.
+
+    Attributes:
+        algorithm_key: name of the algorithm's section.
+    """
+
+    algorithm_key: ClassVar[str]
+
+    if TYPE_CHECKING:  # each root declares the sections itself, in the order of its help
+        loss: LossConfig
+        policy: PolicyConfig
+        data: DataConfig
+        env: EnvironmentConfig
+        cluster: ClusterConfig
+        logger: LoggerConfig
+        checkpointing: CheckpointingConfig
+        eval: BackgroundEvaluationConfig
+
+    @property
+    def algorithm(self) -> OnPolicyConfig:
+        """The section of the algorithm."""
+        section: OnPolicyConfig = getattr(self, self.algorithm_key)
+        return section
+
+    @property
+    def num_samples_per_step(self) -> int:
+        """Number of completions in one training step."""
+        return self.algorithm.num_prompts_per_step * self.algorithm.num_generations_per_prompt
+
+    @property
+    def resolved_loss(self) -> LossConfig:
+        """The section `loss` with the default of `constant_length`, which depends on the length of completions."""
+        length = self.loss.constant_length or self.policy.generation.max_new_tokens
+        return self.loss.model_copy(update={"constant_length": length})
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Maximum number of optimizer steps of the run."""
+        section, per_update = self.algorithm, self.policy.train_global_batch_size or self.num_samples_per_step
+        return section.max_num_steps * section.num_updates_per_step * (self.num_samples_per_step // per_update)
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether policy and generation take turns on the same GPUs."""
+        return self.cluster.use_gpus and self.cluster.generation is None and self.algorithm.max_trajectory_age == 0
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> OnPolicyJobConfig:
+        age = self.algorithm.max_trajectory_age
+        if self.policy.offload and age:
+            raise ValueError(
+                f"policy.offload=true: with {self.algorithm_key}.max_trajectory_age={age} the policy trains while "
+                "generation runs, so it must keep its memory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_importance_correction(self) -> OnPolicyJobConfig:
+        age = self.algorithm.max_trajectory_age
+        if age and self.loss.importance_correction == "none":
+            raise ValueError(
+                f"{self.algorithm_key}.max_trajectory_age={age} trains on completions of older weights and needs "
+                "loss.importance_correction=token or sequence"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> OnPolicyJobConfig:
+        generation, correction = self.policy.generation, self.loss.importance_correction
+        if generation.truncates and correction != "token":
+            raise ValueError(
+                f"policy.generation.top_p={generation.top_p:g} and top_k={generation.top_k} draw tokens from another "
+                "distribution than the policy's; only the weights of loss.importance_correction=token correct that, "
+                f"and it is {correction}. Set it to token, or policy.generation.top_p=1 and top_k=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> OnPolicyJobConfig:
+        policy = self.policy
+        check_sample_length(self.data.max_prompt_length, policy.generation.max_new_tokens, policy.max_sequence_length)
+        check_batch_sizes(
+            self.policy,
+            self.num_samples_per_step,
+            self.cluster.num_workers,
+            key=f"{self.algorithm_key}.num_prompts_per_step x {self.algorithm_key}.num_generations_per_prompt",
+        )
+        return self
+
+
+class MasterConfig(OnPolicyJobConfig):
     """Configures a GRPO job.
 
     Example:
@@ -204,6 +314,8 @@ class MasterConfig(ConfigModel):
         >>> config.num_samples_per_step
         256
     """
+
+    algorithm_key: ClassVar[str] = "grpo"
 
     grpo: GRPOConfig = Field(default_factory=GRPOConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
@@ -213,6 +325,7 @@ class MasterConfig(ConfigModel):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)
 
     @model_validator(mode="before")
     @classmethod
@@ -225,46 +338,6 @@ class MasterConfig(ConfigModel):
             for name, section in content.items()
         }
         return with_recipe(plain)
-
-    @property
-    def num_samples_per_step(self) -> int:
-        """Number of completions in one training step."""
-        return self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
-
-    @property
-    def resolved_loss(self) -> LossConfig:
-        """The section `loss` with the default of `constant_length`, which depends on the length of completions."""
-        length = self.loss.constant_length or self.policy.generation.max_new_tokens
-        return self.loss.model_copy(update={"constant_length": length})
-
-    @property
-    def num_optimizer_steps(self) -> int:
-        """Maximum number of optimizer steps of the run."""
-        per_update = self.policy.train_global_batch_size or self.num_samples_per_step
-        return self.grpo.max_num_steps * self.grpo.num_updates_per_step * (self.num_samples_per_step // per_update)
-
-    @property
-    def shares_gpus(self) -> bool:
-        """Whether policy and generation take turns on the same GPUs."""
-        return self.cluster.use_gpus and self.cluster.generation is None and self.grpo.max_trajectory_age == 0
-
-    @model_validator(mode="after")
-    def _check_offload(self) -> MasterConfig:
-        if self.policy.offload and self.grpo.max_trajectory_age:
-            raise ValueError(
-                f"policy.offload=true: with grpo.max_trajectory_age={self.grpo.max_trajectory_age} the policy trains "
-                "while generation runs, so it must keep its memory"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_importance_correction(self) -> MasterConfig:
-        if self.grpo.max_trajectory_age and self.loss.importance_correction == "none":
-            raise ValueError(
-                f"grpo.max_trajectory_age={self.grpo.max_trajectory_age} trains on completions of older weights and "
-                "needs loss.importance_correction=token or sequence"
-            )
-        return self
 
     @model_validator(mode="after")
     def _check_overlong_penalty(self) -> MasterConfig:
@@ -291,27 +364,4 @@ class MasterConfig(ConfigModel):
                 "grpo.overlong_penalty is for completions with one turn; environments with turns have "
                 "env.<name>.max_tokens and env.<name>.truncated"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_truncation(self) -> MasterConfig:
-        generation, correction = self.policy.generation, self.loss.importance_correction
-        if generation.truncates and correction != "token":
-            raise ValueError(
-                f"policy.generation.top_p={generation.top_p:g} and top_k={generation.top_k} draw tokens from another "
-                "distribution than the policy's; only the weights of loss.importance_correction=token correct that, "
-                f"and it is {correction}. Set it to token, or policy.generation.top_p=1 and top_k=null"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> MasterConfig:
-        policy = self.policy
-        check_sample_length(self.data.max_prompt_length, policy.generation.max_new_tokens, policy.max_sequence_length)
-        check_batch_sizes(
-            self.policy,
-            self.num_samples_per_step,
-            self.cluster.num_workers,
-            key="grpo.num_prompts_per_step x grpo.num_generations_per_prompt",
-        )
         return self

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from nemo_rl.algorithms.advantages import (
     turn_advantages,
 )
 from nemo_rl.algorithms.branches import TrainingRows, training_rows
-from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.config import MasterConfig, OnPolicyJobConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss, kl_estimates
 from nemo_rl.algorithms.rollout_pipeline import PromptLoader, RolloutPipeline
 from nemo_rl.algorithms.rollout_records import rollout_records
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.environments.interfaces import EnvironmentInterface
     from nemo_rl.models.generation.interfaces import GenerationInterface
-    from nemo_rl.models.policy.interfaces import PolicyInterface
+    from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface
     from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
     from nemo_rl.utils.checkpoint import Checkpoint, CheckpointStore
 
@@ -69,21 +70,15 @@ def restore_data_position(loader: PromptLoader, checkpoint: Checkpoint) -> None:
 
 
 @dataclass
-class GRPO(TrainingLoop):
-    """Runs the GRPO training loop.
-
-    Example::
-
-        grpo = GRPO(config=config, policy=policy, generation=generation, environment=environment, loader=loader,
-                    validation=None, recorder=recorder, checkpoints=None, pad_token_id=tokenizer.pad_token_id)
-        reason = grpo.run()
+class OnPolicyLoop(TrainingLoop):
+    """Trains a policy on its own samples. A subclass says what it learns from them.
 
     Attributes:
         validation: validation problems as one batch, or None.
         checkpoints: where checkpoints are written; None writes no checkpoints.
     """
 
-    config: MasterConfig
+    config: OnPolicyJobConfig
     policy: PolicyInterface
     generation: GenerationInterface
     environment: EnvironmentInterface | EpisodeCollector
@@ -102,7 +97,7 @@ class GRPO(TrainingLoop):
         shares_gpus = self.config.shares_gpus
         offloads = self.config.policy.offloads(shares_gpus=shares_gpus)
         self._pipeline = RolloutPipeline(
-            self.config.grpo,
+            self.config.algorithm,
             self.generation,
             self.environment,
             self.loader,
@@ -129,9 +124,9 @@ class GRPO(TrainingLoop):
         config = self.config
         try:
             return self.train_until_limit(
-                config.grpo.validation,
+                config.algorithm.validation,
                 save_period=config.checkpointing.save_period,
-                num_epochs=config.grpo.max_num_epochs,
+                num_epochs=config.algorithm.max_num_epochs,
             )
         finally:
             self._pipeline.close()
@@ -155,7 +150,7 @@ class GRPO(TrainingLoop):
             )
             age = self.step - step_rollout.version
             logprob_metrics = self._add_logprobs(rows, step, age)
-            rows.batch["advantages"] = self._advantages(rollout, rows)
+            self._add_signal(rollout, rows)
             with self.timer.phase("train"):
                 result = self._train(rows)
         self.step = step
@@ -176,6 +171,19 @@ class GRPO(TrainingLoop):
         self.recorder.log_metrics(step, metrics | {f"timing/{name}_s": seconds for name, seconds in timing.items()})
         return True
 
+    def _needs_prev_logprobs(self, rows: TrainingRows) -> bool:
+        """Return whether the loss needs the log-probabilities under the policy before the step."""
+        has_several_updates = self.config.algorithm.num_updates_per_step > 1 or rows.num_parts > 1
+        return has_several_updates or self.config.loss.has_kl_in_reward
+
+    @abstractmethod
+    def _add_signal(self, rollout: Rollout, rows: TrainingRows) -> None:
+        """Add to the training batch what the policy learns from, such as `advantages`."""
+
+    @abstractmethod
+    def _loss_function(self) -> LossFunction:
+        """Return the loss of the training batch."""
+
     def _num_parts(self, rollout: Rollout) -> int:
         """Return the number of optimizer steps that divide a rollout."""
         return rollout.batch.size // (self.config.policy.train_global_batch_size or rollout.batch.size)
@@ -184,7 +192,7 @@ class GRPO(TrainingLoop):
         """Return seconds per phase. Asynchronous rollouts are reported apart; the step includes only the wait."""
         seconds = self.timer.seconds()
         wait = seconds.pop("rollout")
-        if self.config.grpo.max_trajectory_age == 0:
+        if self.config.algorithm.max_trajectory_age == 0:
             for name, value in rollout_seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
             return seconds
@@ -193,7 +201,7 @@ class GRPO(TrainingLoop):
     def _publish_weights(self, version: int) -> WeightUpdate | WeightOffer:
         with self.timer.phase("weight_sync"):
             precision = self.config.policy.generation.precision or self.config.policy.precision
-            if self.config.grpo.max_trajectory_age == 0:
+            if self.config.algorithm.max_trajectory_age == 0:
                 return self.policy.offer_weights(version, precision)
             return self.policy.publish_weights(version, precision)  # a copy, which outlives the next update
 
@@ -206,12 +214,11 @@ class GRPO(TrainingLoop):
         config, batch = self.config, rows.batch
         # The comparison is valid only with the weights that generated the completions.
         check = age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
-        has_several_updates = config.grpo.num_updates_per_step > 1 or rows.num_parts > 1
         metrics = {}
         if not config.policy.generation.truncates:
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
         with self.timer.phase("logprobs"):
-            needs_prev_logprobs = has_several_updates or config.loss.has_kl_in_reward
+            needs_prev_logprobs = self._needs_prev_logprobs(rows)
             if check or needs_prev_logprobs:
                 logprobs = self.policy.get_logprobs(batch)
                 if needs_prev_logprobs:
@@ -222,6 +229,98 @@ class GRPO(TrainingLoop):
             metrics["logprob_error"] = self._check_logprobs(batch, logprobs, step)
             self._logprobs_checked = True
         return metrics
+
+    def _check_logprobs(self, batch: BatchedDataDict, logprobs: torch.Tensor, step: int) -> float:
+        mask = batch["token_mask"]
+        difference = (logprobs - batch["generation_logprobs"]).abs() * mask
+        mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())
+        bound = self.config.algorithm.logprob_check.max_mean_error
+        if not mean <= bound:
+            raise LogprobMismatchError(
+                f"step {step}: the log-probabilities of generation and policy differ by {mean:.4g} nats per token on "
+                f"average (maximum {largest:.4g}), more than {self.config.algorithm_key}.logprob_check.max_mean_error="
+                f"{bound}. They do not compute the same model: check precision, attention kernels and weight sync "
+                "before raising the bound"
+            )
+        return mean
+
+    def _train(self, rows: TrainingRows) -> dict[str, float]:
+        loss_fn, updates = self._loss_function(), self.config.algorithm.num_updates_per_step
+        batch_size = rows.batch.size // rows.num_parts
+        results = [self.policy.train(rows.batch, loss_fn, batch_size=batch_size).metrics for _ in range(updates)]
+        return {name: sum(result[name] for result in results) / updates for name in results[0]}
+
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        count = self.config.algorithm.validation.num_generations
+        self.timer.reset()
+        with self.timer.phase("validation"):
+            rollout, seconds = self._pipeline.validate(
+                self.validation,
+                self.step,
+                self._publish_weights,
+                num_generations=count,
+                sampling=self.config.policy.generation.validation,
+            )
+        metrics = {f"val/{name}": value for name, value in _validation_metrics(rollout, count).items()}
+        if not self._last_validation:
+            self._check_metric_names(metrics)
+        self._last_validation = {"step": self.step, **metrics}
+        timing = {f"timing/{name}_s": value for name, value in (self.timer.seconds() | seconds).items()}
+        self.recorder.log_metrics(self.step, metrics | timing)
+        self.recorder.log_samples(self.step, _samples(rollout, self.config.logger.num_samples))
+
+    def _check_metric_names(self, measured: dict[str, float]) -> None:
+        """Raise `ConfigError` if a configured metric is not a validation metric."""
+        named = {"checkpointing.metric_name": self.config.checkpointing.metric_name}
+        if (early_stop := self.config.algorithm.early_stop) is not None:
+            named[f"{self.config.algorithm_key}.early_stop.metric"] = early_stop.metric
+        check_metric_names(named, measured)
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        state = {"step": self.step, "validation": self._last_validation}
+        # A metric ranks only the weights that it was measured on.
+        measured = self._last_validation if self._last_validation.get("step") == self.step else {}
+
+        def write(directory: Path) -> None:
+            state["rollouts"] = self._pipeline.save(directory)
+            self.policy.save_checkpoint(directory / "policy")
+
+        self.checkpoints.save(self.step, state, measured, write)
+
+    def _reason_to_stop(self, started: float) -> str | None:
+        config, early = self.config.algorithm, self.config.algorithm.early_stop
+        if self.step >= config.max_num_steps:
+            return f"all {config.max_num_steps} steps are done"
+        if config.max_time_s is not None and time.monotonic() - started >= config.max_time_s:
+            return f"{self.config.algorithm_key}.max_time_s={config.max_time_s:g} is reached"
+        if early is not None and self._last_validation.get(early.metric, -math.inf) >= early.threshold:
+            return f"{early.metric} reached {self._last_validation[early.metric]:.3f}"
+        return None
+
+
+class GRPO(OnPolicyLoop):
+    """Runs the GRPO training loop.
+
+    Example::
+
+        grpo = GRPO(config=config, policy=policy, generation=generation, environment=environment, loader=loader,
+                    validation=None, recorder=recorder, checkpoints=None, pad_token_id=tokenizer.pad_token_id)
+        reason = grpo.run()
+
+    Attributes: see `OnPolicyLoop`.
+    """
+
+    config: MasterConfig
+
+    def _add_signal(self, rollout: Rollout, rows: TrainingRows) -> None:
+        rows.batch["advantages"] = self._advantages(rollout, rows)
+
+    def _loss_function(self) -> LossFunction:
+        return ClippedPGLoss(self.config.resolved_loss)
 
     def _advantages(self, rollout: Rollout, rows: TrainingRows) -> torch.Tensor:
         """Compute the advantages of the rows: [R], or [R, T] with KL "reward_to_go" or one for each turn."""
@@ -258,77 +357,6 @@ class GRPO(TrainingLoop):
             token_mask=batch["token_mask"],
         )
         return advantages[samples]
-
-    def _check_logprobs(self, batch: BatchedDataDict, logprobs: torch.Tensor, step: int) -> float:
-        mask = batch["token_mask"]
-        difference = (logprobs - batch["generation_logprobs"]).abs() * mask
-        mean, largest = float(difference.sum() / mask.sum().clamp(min=1)), float(difference.max())
-        bound = self.config.grpo.logprob_check.max_mean_error
-        if not mean <= bound:
-            raise LogprobMismatchError(
-                f"step {step}: the log-probabilities of generation and policy differ by {mean:.4g} nats per token on "
-                f"average (maximum {largest:.4g}), more than grpo.logprob_check.max_mean_error={bound}. They do not "
-                "compute the same model: check precision, attention kernels and weight sync before raising the bound"
-            )
-        return mean
-
-    def _train(self, rows: TrainingRows) -> dict[str, float]:
-        loss_fn = ClippedPGLoss(self.config.resolved_loss)
-        updates = self.config.grpo.num_updates_per_step
-        batch_size = rows.batch.size // rows.num_parts
-        results = [self.policy.train(rows.batch, loss_fn, batch_size=batch_size).metrics for _ in range(updates)]
-        return {name: sum(result[name] for result in results) / updates for name in results[0]}
-
-    def _validate(self) -> None:
-        if self.validation is None:
-            return
-        count = self.config.grpo.validation.num_generations
-        self.timer.reset()
-        with self.timer.phase("validation"):
-            rollout, seconds = self._pipeline.validate(
-                self.validation,
-                self.step,
-                self._publish_weights,
-                num_generations=count,
-                sampling=self.config.policy.generation.validation,
-            )
-        metrics = {f"val/{name}": value for name, value in _validation_metrics(rollout, count).items()}
-        if not self._last_validation:
-            self._check_metric_names(metrics)
-        self._last_validation = {"step": self.step, **metrics}
-        timing = {f"timing/{name}_s": value for name, value in (self.timer.seconds() | seconds).items()}
-        self.recorder.log_metrics(self.step, metrics | timing)
-        self.recorder.log_samples(self.step, _samples(rollout, self.config.logger.num_samples))
-
-    def _check_metric_names(self, measured: dict[str, float]) -> None:
-        """Raise `ConfigError` if a configured metric is not a validation metric."""
-        named = {"checkpointing.metric_name": self.config.checkpointing.metric_name}
-        if self.config.grpo.early_stop is not None:
-            named["grpo.early_stop.metric"] = self.config.grpo.early_stop.metric
-        check_metric_names(named, measured)
-
-    def _save(self) -> None:
-        if self.checkpoints is None:
-            return
-        state = {"step": self.step, "validation": self._last_validation}
-        # A metric ranks only the weights that it was measured on.
-        measured = self._last_validation if self._last_validation.get("step") == self.step else {}
-
-        def write(directory: Path) -> None:
-            state["rollouts"] = self._pipeline.save(directory)
-            self.policy.save_checkpoint(directory / "policy")
-
-        self.checkpoints.save(self.step, state, measured, write)
-
-    def _reason_to_stop(self, started: float) -> str | None:
-        config, early = self.config.grpo, self.config.grpo.early_stop
-        if self.step >= config.max_num_steps:
-            return f"all {config.max_num_steps} steps are done"
-        if config.max_time_s is not None and time.monotonic() - started >= config.max_time_s:
-            return f"grpo.max_time_s={config.max_time_s:g} is reached"
-        if early is not None and self._last_validation.get(early.metric, -math.inf) >= early.threshold:
-            return f"{early.metric} reached {self._last_validation[early.metric]:.3f}"
-        return None
 
 
 def _rollout_metrics(rollout: Rollout) -> dict[str, float]:

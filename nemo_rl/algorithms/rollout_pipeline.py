@@ -37,7 +37,7 @@ import torch
 
 from nemo_rl.algorithms import rollouts
 from nemo_rl.algorithms.advantages import group_has_signal
-from nemo_rl.algorithms.config import GRPOConfig
+from nemo_rl.algorithms.config import OnPolicyConfig
 from nemo_rl.algorithms.episodes import collect_rollout
 from nemo_rl.algorithms.rollouts import Rollout, draw_seed, validation_options
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -112,7 +112,7 @@ class RolloutPipeline:
 
     def __init__(
         self,
-        config: GRPOConfig,
+        config: OnPolicyConfig,
         generation: GenerationInterface,
         environment: EnvironmentInterface | EpisodeCollector,
         loader: PromptLoader,
@@ -278,7 +278,7 @@ class RolloutPipeline:
         """
         config = self._config
         num_samples = problems.size * config.num_generations_per_prompt
-        limit = config.dynamic_sampling.max_generation_batches if config.dynamic_sampling.enabled else 1
+        limit = config.max_rollouts_per_step
         with_signal: list[Rollout] = []
         without_signal: list[Rollout] = []
         for attempt in range(limit):

@@ -165,7 +165,7 @@ class PromptLoader:
         if self._num_epochs is not None and num_problems > self._num_epochs * len(self._problems):
             raise DataError(
                 f"{len(self._problems)} problems in {self._num_epochs} epochs do not make one batch of "
-                f"{num_problems}; lower grpo.num_prompts_per_step or raise grpo.max_num_epochs"
+                f"{num_problems}; lower num_prompts_per_step or raise max_num_epochs"
             )
         drawn = self._order.draw(num_problems)
         if drawn is None:

@@ -125,6 +125,7 @@ ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = _Registry(
     {
         "nemo_rl.models.policy.torch_policy_worker.TorchPolicyWorker": _Member("BASE"),
         "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker": _Member("MCORE"),
+        "nemo_rl.models.teacher.torch_teacher_worker.TorchTeacherWorker": _Member("BASE"),
         "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker": _Member("BASE"),
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": _Member("VLLM"),
         "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,

@@ -15,7 +15,7 @@ from nemo_rl.environments.registry import entry_fqn, entry_runtime_env
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from nemo_rl.algorithms.config import MasterConfig
+    from nemo_rl.algorithms.config import OnPolicyJobConfig
     from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.algorithms.eval_config import EvalConfig
     from nemo_rl.data.config import DataConfig
@@ -39,7 +39,7 @@ class Problems:
     validation: ProblemDataset | None
 
 
-def data_sections(config: MasterConfig | EvalConfig) -> dict[str, tuple[str, DataConfig]]:
+def data_sections(config: OnPolicyJobConfig | EvalConfig) -> dict[str, tuple[str, DataConfig]]:
     """Return the key and the section of the problems of each environment, by its name."""
     sections = {}
     for name, entry in config.env.entries().items() or {config.env.name: None}.items():
@@ -51,7 +51,7 @@ def data_sections(config: MasterConfig | EvalConfig) -> dict[str, tuple[str, Dat
     return sections
 
 
-def load_problems(config: MasterConfig) -> dict[str, Problems]:
+def load_problems(config: OnPolicyJobConfig) -> dict[str, Problems]:
     """Open the data sets of a job, by the name of the environment that they are for.
 
     Raises:
@@ -68,7 +68,7 @@ def load_problems(config: MasterConfig) -> dict[str, Problems]:
 
 
 def make_loader(
-    config: MasterConfig, problems: Mapping[str, Problems], model: ModelFiles, started: datetime
+    config: OnPolicyJobConfig, problems: Mapping[str, Problems], model: ModelFiles, started: datetime
 ) -> PromptLoader | MixedLoader:
     """Tokenize the training problems and return the loader of all environments. Raises `DataError`."""
     from nemo_rl.data.loader import MixedLoader, PromptLoader
@@ -78,9 +78,9 @@ def make_loader(
         name: PromptLoader(
             TokenizedProblems(parts.train, model.tokenizer, config.data, started),
             model.pad_token_id,
-            seed=config.grpo.seed,
+            seed=config.algorithm.seed,
             shuffle=config.data.shuffle,
-            num_epochs=config.grpo.max_num_epochs,
+            num_epochs=config.algorithm.max_num_epochs,
         )
         for name, parts in problems.items()
     }
@@ -94,7 +94,7 @@ def make_loader(
 
 
 def make_validation_batch(
-    config: MasterConfig, problems: Mapping[str, Problems], model: ModelFiles, started: datetime
+    config: OnPolicyJobConfig, problems: Mapping[str, Problems], model: ModelFiles, started: datetime
 ) -> BatchedDataDict | None:
     """Tokenize the validation problems, an equal number for each environment. None if there are none."""
     from nemo_rl.data.processing import TokenizedProblems
@@ -106,7 +106,7 @@ def make_validation_batch(
     }
     if not tokenized:
         return None
-    count = max(config.grpo.validation.max_num_problems // len(tokenized), 1)
+    count = max(config.algorithm.validation.max_num_problems // len(tokenized), 1)
     return join_problems(config.env, tokenized, model.pad_token_id, count)
 
 
@@ -133,7 +133,9 @@ def join_problems(
     return BatchedDataDict.from_batches(batches, pad_value_dict={"input_ids": pad_token_id})
 
 
-def make_renderer(config: MasterConfig | EvalConfig, model: ModelFiles, started: datetime) -> TranscriptRenderer | None:
+def make_renderer(
+    config: OnPolicyJobConfig | EvalConfig, model: ModelFiles, started: datetime
+) -> TranscriptRenderer | None:
     """Return what renders the observations of environments with turns; None if there are no such environments.
 
     Raises:
@@ -194,7 +196,7 @@ def _start_group(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
 
 
 def rollout_environment(
-    config: MasterConfig | EvalConfig,
+    config: OnPolicyJobConfig | EvalConfig,
     started: Mapping[str, RemoteEnvironment | EnvironmentGroup],
     generation: GenerationInterface,
     renderer: TranscriptRenderer | None,

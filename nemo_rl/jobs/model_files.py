@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.algorithms.training_loop import checkpoint_remedies
 from nemo_rl.errors import CheckpointError, ConfigError, ModelError
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 from nemo_rl.utils import model_paths
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+_CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -108,29 +110,33 @@ def prepare_model(config: PolicyConfig, *, use_gpus: bool = False) -> ModelFiles
     """
     model = load_architecture(config)
     check_model_fits(config, model, use_gpus=use_gpus)
-    # The import takes two seconds, so it follows the checks.
-    from transformers import AutoTokenizer
-
     source = config.tokenizer_name or config.model_name
-    if source in EMBEDDED_MODELS:
-        from nemo_rl.models.embedded import make_tokenizer
-
-        tokenizer: PreTrainedTokenizerBase = make_tokenizer(source)
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(_cannot_load("tokenizer", source, error)) from error
+    tokenizer = load_tokenizer(source)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ConfigError(f"the tokenizer of {source} has neither a padding nor an end-of-sequence token")
-    size = _vocabulary_size(model)
+    size = vocabulary_size(model)
     if size is not None and pad >= size:
         raise ConfigError(
             f"the padding token of {source} is {pad}, but the last token of {config.model_name} is {size - 1}; set "
             "policy.tokenizer_name to the tokenizer of the model"
         )
     return ModelFiles(tokenizer, int(pad))
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, which may be an embedded one. Raises `ConfigError` on failure."""
+    if source in EMBEDDED_MODELS:
+        from nemo_rl.models.embedded import make_tokenizer
+
+        return make_tokenizer(source)
+    from transformers import AutoTokenizer  # takes two seconds
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("tokenizer", source, error)) from error
+    return tokenizer
 
 
 def ensure_model(config: PolicyConfig) -> str:
@@ -142,13 +148,55 @@ def ensure_model(config: PolicyConfig) -> str:
     return str(ensure_embedded_model(config.embedded, config.model_name))
 
 
-def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
-    """Load the model's `config.json`. An embedded model need not exist. Raises the errors of `load_model_config`."""
-    if config.model_name not in EMBEDDED_MODELS:
-        return load_model_config(config.model_name, local_only)
-    from nemo_rl.models.embedded import architecture, make_tokenizer
+def model_digest(config: PolicyConfig) -> str:
+    """Return what identifies the weights of a model: a digest of a directory's weight files, or the hub's commit.
 
-    return architecture(config.embedded, make_tokenizer(config.model_name))
+    An embedded model is identified by its section, which decides its weights. Raises `ConfigError` if there is no such
+    model.
+    """
+    name = config.model_name
+    if name in EMBEDDED_MODELS:
+        return f"{name} {config.embedded.model_dump_json()}"
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        return f"{name} {getattr(load_architecture(config), '_commit_hash', None)}"
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for suffix in ("safetensors", "bin") for path in directory.glob(f"*.{suffix}")):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
+    """Load the model's `config.json`. An embedded model need not exist.
+
+    Raises:
+        ConfigError: See `load_model_config`. Or a reward model cannot be made from the model.
+    """
+    if config.model_name not in EMBEDDED_MODELS:
+        model = load_model_config(config.model_name, local_only)
+    else:
+        from nemo_rl.models.embedded import architecture, make_tokenizer
+
+        model = architecture(config.embedded, make_tokenizer(config.model_name))
+    return _as_reward_model(config.model_name, model) if config.is_reward_model else model
+
+
+def _as_reward_model(name: str, model: PretrainedConfig) -> PretrainedConfig:
+    from nemo_rl.models.policy.hf_loading import as_reward_model, is_reward_model
+
+    if not is_reward_model(model):
+        check_is_language_model(name, model)
+    elif model.num_labels != 1:
+        raise ConfigError(f"{name} is a classifier with {model.num_labels} labels, and a reward model has one")
+    try:
+        return as_reward_model(model, model.get_text_config().pad_token_id)
+    except ModelError as error:
+        raise ConfigError(f"policy.model_name: {error}") from error
 
 
 def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus: bool = False) -> None:
@@ -164,7 +212,8 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
             too small, or a backend does not support it or cannot shard it.
     """
     name = config.model_name
-    check_is_language_model(name, model)
+    if not config.is_reward_model:
+        check_is_language_model(name, model)
     if quantization := getattr(model, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
@@ -176,7 +225,7 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
         raise ConfigError(
             f"policy.max_sequence_length={config.max_sequence_length} exceeds the context of {name}, {context} tokens"
         )
-    size = _vocabulary_size(model)
+    size = vocabulary_size(model)
     if size is not None and (beyond := [token for token in config.generation.stop_token_ids if token >= size]):
         raise ConfigError(f"policy.generation.stop_token_ids: {name} has no token {beyond[0]}; the last is {size - 1}")
     try:
@@ -214,7 +263,8 @@ def context_length(model: PretrainedConfig) -> int | None:
     return longest
 
 
-def _vocabulary_size(model: PretrainedConfig) -> int | None:
+def vocabulary_size(model: PretrainedConfig) -> int | None:
+    """Return the number of tokens that the model has logits for, padding included; None if it does not say."""
     return getattr(model.get_text_config(), "vocab_size", None)
 
 
@@ -229,14 +279,20 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
 
 
 def check_checkpoint_model(checkpoint: Checkpoint, config: PolicyConfig) -> None:
-    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model."""
+    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model.
+
+    The checkpoint of a back end with files of its own is not checked; the back end does that when it loads them.
+    """
     from nemo_rl.models.policy.policy_checkpoint import TRAINER_FILE, read_trainer
 
     directory = checkpoint.path / "policy"
-    try:
-        read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
-    except (CheckpointError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
+    if not (directory / TRAINER_FILE).exists():
+        return
+    with checkpoint_remedies(checkpoint):
+        try:
+            read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
 
 
 def count_parameters(model_config: PretrainedConfig) -> int:
@@ -271,5 +327,5 @@ def _cannot_load(what: str, name: str, error: Exception) -> str:
     reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     return (
         f"the {what} {name} cannot be loaded: {reason}. Check the name, the network and HF_TOKEN, "
-        "or download it and set policy.model_name to its directory"
+        "or download it and name its directory instead"
     )

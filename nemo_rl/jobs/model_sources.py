@@ -31,7 +31,7 @@ class ModelSource:
     run: Path | None = None
 
 
-def find_model(name: str, step: int | None = None) -> ModelSource:
+def find_model(name: str, step: int | None = None, *, key: str = "MODEL") -> ModelSource:
     """Return the model of a Hugging Face directory or hub name, an embedded model, a checkpoint, or a run.
 
     Of a run it is the best checkpoint by the run's `checkpointing.metric_name`, or the latest if none has the metric.
@@ -39,13 +39,14 @@ def find_model(name: str, step: int | None = None) -> ModelSource:
     Args:
         name: the model, or the directory of the checkpoint or run.
         step: of a run, the checkpoint of this step instead.
+        key: what messages call a name that does not exist.
 
     Raises:
         ConfigError: the directory is none of these, or the run has no such checkpoint.
     """
     path = Path(name).expanduser()
     if name in EMBEDDED_MODELS or not path.is_dir() or (path / "config.json").is_file():
-        check_model_path(name, "MODEL")
+        check_model_path(name, key)
         return ModelSource(str(path) if path.is_dir() and name not in EMBEDDED_MODELS else name)
     if (path / CONFIG_FILE).is_file():
         return ModelSource(str(_checkpoint_of_run(path, step).path / _MODEL), path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nemo_rl import settings
-from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.config import OnPolicyJobConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.jobs.model_files import (
     check_model_fits,
     check_model_name,
@@ -20,7 +21,8 @@ from nemo_rl.jobs.model_files import (
     load_architecture,
     parameters_in_name,
 )
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, role_plans
+from nemo_rl.jobs.model_sources import find_model
+from nemo_rl.jobs.roles import EVALUATION_PREFIX, Role, check_weight_route, job_roles, role_plans
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.venvs import VenvPlan
@@ -28,13 +30,15 @@ from nemo_rl.venvs import VenvPlan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
+    from nemo_rl.distributed.config import BundlesConfig
 
 _GIB = 2**30
 _NODE_TIMEOUT_S = 120.0
 THIS_MACHINE = "this machine"
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+# Name of the bundles of an evaluation in the background.
+_EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,12 @@ class MemoryEstimate:
     training: int
     generation_weights: int
     kv_cache: int | None
+    teacher_weights: int = 0
 
     @property
     def total(self) -> int:
         """Sum of the known parts."""
-        return self.training + self.generation_weights + (self.kv_cache or 0)
+        return self.training + self.generation_weights + (self.kv_cache or 0) + self.teacher_weights
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,11 @@ class NodeAssignment:
     """Assigns the nodes of a job to nodes of the running cluster.
 
     Attributes:
-        policy: address of each node of the policy's cluster.
-        generation: address of each node of the generation cluster, if it is separate.
+        addresses: address of each node of each separate cluster (see `clusters_of`), as far as they were assigned.
         obstacle: why a node could not be assigned; empty if all are.
     """
 
-    policy: Sequence[str] = ()
-    generation: Sequence[str] = ()
+    addresses: Mapping[str, Sequence[str]] = field(default_factory=dict)
     obstacle: str = ""
 
 
@@ -137,8 +140,10 @@ def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
     """
     check_model_name(config.policy)
     roles = job_roles(config)
-    if isinstance(config, MasterConfig):
+    if isinstance(config, OnPolicyJobConfig):
         check_weight_route(config)
+    if isinstance(config, DistillationJobConfig):
+        find_model(config.teacher.model_name, key="teacher.model_name")
     ray_nodes = None
     if on_cluster:
         from nemo_rl.distributed.cluster.nodes import worker_nodes  # imports ray, which other plans do not need
@@ -146,7 +151,7 @@ def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
         ray_nodes = worker_nodes()
     plans = role_plans(roles)
     nodes = _forecasts(plans, ray_nodes)
-    assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, config.cluster)
+    assignment = NodeAssignment() if ray_nodes is None else assign_nodes(ray_nodes, clusters_of(config))
     return JobPlan(
         roles=roles,
         placements=_placements(config, roles, assignment),
@@ -159,14 +164,11 @@ def make_plan(config: JobConfig, on_cluster: bool = False) -> JobPlan:
 
 
 def _placements(config: JobConfig, roles: list[Role], assignment: NodeAssignment) -> list[Placement]:
-    cluster = config.cluster
-    in_bundles = [role for role in roles if role.share]
-    if cluster.generation is None:
-        rows = _bundles(cluster, "", in_bundles, assignment.policy)
-    else:
-        policy, generation = in_bundles
-        rows = _bundles(cluster, "", [policy], assignment.policy)
-        rows += _bundles(cluster.generation, "generation ", [generation], assignment.generation)
+    clusters = clusters_of(config)
+    rows = []
+    for name, part in clusters.items():
+        hosted = [role for role in roles if role.share and _cluster_of(role, clusters) == name]
+        rows += _bundles(part, "" if name == "policy" else f"{name} ", hosted, assignment.addresses.get(name, ()))
     if outside := [role.name for role in roles if not role.share]:
         rows.append(Placement("any node, no bundle", ", ".join(outside)))
     return rows
@@ -183,11 +185,30 @@ def _bundles(part: BundlesConfig, prefix: str, roles: list[Role], addresses: Seq
     return rows
 
 
-def assign_nodes(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> NodeAssignment:
+def clusters_of(config: JobConfig) -> dict[str, BundlesConfig]:
+    """Return the bundles of the policy, and of each role that has bundles of its own, by the name of the role;
+    those of an evaluation in the background by "evaluation"."""
+    clusters: dict[str, BundlesConfig] = {"policy": config.cluster}
+    if config.cluster.generation is not None:
+        clusters["generation"] = config.cluster.generation
+    if isinstance(config, DistillationJobConfig) and config.teacher.cluster is not None:
+        clusters["teacher"] = config.teacher.cluster
+    if (evaluation := evaluation_of(config)) is not None:
+        clusters[_EVALUATION] = evaluation.cluster
+    return clusters
+
+
+def _cluster_of(role: Role, clusters: Mapping[str, BundlesConfig]) -> str:
+    """Return the name of the bundles, among `clusters`, that a role runs on."""
+    name = _EVALUATION if role.name.startswith(EVALUATION_PREFIX) else role.name
+    return name if name in clusters else "policy"
+
+
+def assign_nodes(nodes: Sequence[NodeResources], clusters: Mapping[str, BundlesConfig]) -> NodeAssignment:
     """Assign the nodes of a job to nodes of a cluster, from their free resources."""
-    addresses: list[Sequence[str]] = [(), ()]
+    addresses: dict[str, Sequence[str]] = {}
     free = [dict(node.free) for node in nodes]
-    for index, part in enumerate([cluster] if cluster.generation is None else [cluster, cluster.generation]):
+    for name, part in clusters.items():
         bundle = {"GPU": 1.0, "CPU": 1.0} if part.use_gpus else {"CPU": 1.0}
         capacities = [placement.capacity(resources, bundle) for resources in free]
         assigned = placement.plan(capacities, [part.workers_per_node] * part.num_nodes, "SPREAD")
@@ -195,12 +216,12 @@ def assign_nodes(nodes: Sequence[NodeResources], cluster: ClusterConfig) -> Node
             kind = "GPUs" if part.use_gpus else "CPUs"
             available = ", ".join(f"{node.address} {count}" for node, count in zip(nodes, capacities, strict=True))
             request = f"the job needs {part.num_nodes} nodes with {part.workers_per_node} {kind} each"
-            return NodeAssignment(addresses[0], addresses[1], f"{request}; free: {available or 'no node'}.")
+            return NodeAssignment(addresses, f"{request}; free: {available or 'no node'}.")
         for node in assigned:
-            for name, amount in bundle.items():
-                free[node][name] -= amount * part.workers_per_node
-        addresses[index] = [nodes[node].address for node in assigned]
-    return NodeAssignment(addresses[0], addresses[1])
+            for resource, amount in bundle.items():
+                free[node][resource] -= amount * part.workers_per_node
+        addresses[name] = [nodes[node].address for node in assigned]
+    return NodeAssignment(addresses)
 
 
 def _forecasts(plans: dict[str, VenvPlan], nodes: list[NodeResources] | None) -> list[NodeForecast]:
@@ -265,12 +286,12 @@ def _venv_states(roles: list[Role], plans: dict[str, VenvPlan], nodes: list[Node
 
 
 def _estimate_memory(config: JobConfig) -> MemoryEstimate | None:
-    policy = config.policy if isinstance(config, MasterConfig) else config.trained_policy
+    policy = config.policy if isinstance(config, OnPolicyJobConfig) else config.trained_policy
     model, count, source = _model_size(policy, use_gpus=config.cluster.for_generation.use_gpus)
     if count is None:
         return None
     training = policy.options.training_bytes(policy, count, config.cluster.num_workers)
-    if not isinstance(config, MasterConfig):
+    if not isinstance(config, OnPolicyJobConfig):
         return MemoryEstimate(count, source, training, generation_weights=0, kv_cache=0)
     generation_bytes = _BYTES[policy.generation.precision or policy.precision]
     samples = config.num_samples_per_step
@@ -279,7 +300,17 @@ def _estimate_memory(config: JobConfig) -> MemoryEstimate | None:
     cache = (
         None if model is None else _kv_numbers_per_token(model) * generation_bytes * rows * policy.max_sequence_length
     )
-    return MemoryEstimate(count, source, training, count * generation_bytes, cache)
+    teacher = _teacher_weights(config) if isinstance(config, DistillationJobConfig) else 0
+    return MemoryEstimate(count, source, training, count * generation_bytes, cache, teacher)
+
+
+def _teacher_weights(config: DistillationJobConfig) -> int:
+    """Estimate the bytes of the teacher's weights in one of its workers; 0 if its size is unknown."""
+    policy = config.teacher.as_policy(config.policy)
+    policy = policy.model_copy(update={"model_name": find_model(policy.model_name).name})
+    part = config.teacher.cluster or config.cluster
+    _, count, _ = _model_size(policy, use_gpus=part.use_gpus)
+    return 4 * (count or 0) // (part.num_workers if policy.sharding == "fsdp" else 1)
 
 
 def _model_size(policy: PolicyConfig, *, use_gpus: bool) -> tuple[PretrainedConfig | None, int | None, str]:

@@ -81,8 +81,9 @@ def _memory_lines(plan: JobPlan) -> list[Text]:
     cache = "unknown" if memory.kv_cache is None else f"{memory.kv_cache / _GIB:.2f} GiB"
     training, weights = memory.training / _GIB, memory.generation_weights / _GIB
     generation = f", generation {weights:.2f}, KV cache {cache}" if memory.generation_weights else ""
+    teacher = f", teacher {memory.teacher_weights / _GIB:.2f}" if memory.teacher_weights else ""
     return [
         Text(f"memory per worker, without activations: {memory.total / _GIB:.2f} GiB"),
-        Text(f"  training {training:.2f} (weights, gradients, AdamW){generation}"),
+        Text(f"  training {training:.2f} (weights, gradients, AdamW){generation}{teacher}"),
         Text(f"  {memory.num_parameters / 1e6:,.1f} M parameters ({memory.source})"),
     ]

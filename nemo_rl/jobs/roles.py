@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.config import OnPolicyJobConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
-from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.class_lookup import check_class
@@ -26,8 +27,8 @@ from nemo_rl.environments.registry import (
     python_fields,
 )
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
-from nemo_rl.jobs.job_config import JobConfig
-from nemo_rl.models.backends import Backend, generation_backend, policy_backend
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
+from nemo_rl.models.backends import Backend, generation_backend, policy_backend, teacher_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.weights.routes import Place
 
+# Begins the names of roles that evaluate in the background of a training job.
+EVALUATION_PREFIX = "evaluation "
+
 _OLDEST_PYTHON = Version("3.10")  # of `environments.episode_child`
 
 
@@ -45,7 +49,8 @@ class Role:
     """Describes one worker group of a job.
 
     Attributes:
-        name: "policy", "generation", or "environment" (with turns: "environment <name>").
+        name: "policy", "generation", "teacher", or "environment" (with turns: "environment <name>"). Those of an
+            evaluation in the background begin with `EVALUATION_PREFIX`.
         key: its section in the configuration, such as "env.<name>", for messages.
         fqn: fully qualified name of the worker class; with turns, of the environment.
         num_workers: number of workers on all nodes.
@@ -70,9 +75,10 @@ class Role:
         return "created by Ray" if self.spec is None else str(self.spec)
 
 
-def num_colocated_groups(config: MasterConfig) -> int:
+def num_colocated_groups(config: OnPolicyJobConfig) -> int:
     """Return the number of worker groups that share the policy's bundles."""
-    return 2 if config.cluster.generation is None else 1
+    has_teacher = isinstance(config, DistillationJobConfig) and config.teacher.cluster is None
+    return 1 + (config.cluster.generation is None) + has_teacher
 
 
 def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
@@ -84,10 +90,12 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    if isinstance(config, SFTJobConfig):
-        roles = _sft_roles(config)
+    if isinstance(config, EvalConfig):
+        roles = _eval_roles(config)
     else:
-        roles = _eval_roles(config) if isinstance(config, EvalConfig) else _grpo_roles(config)
+        roles = _record_roles(config) if isinstance(config, RecordJobConfig) else _on_policy_roles(config)
+        if (evaluation := evaluation_of(config)) is not None:
+            roles += [replace(role, name=f"{EVALUATION_PREFIX}{role.name}") for role in _eval_roles(evaluation)]
     for role in roles:
         if role.spec is not None:
             with _naming(role.key):
@@ -95,7 +103,7 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
     return roles
 
 
-def _grpo_roles(config: MasterConfig) -> list[Role]:
+def _on_policy_roles(config: OnPolicyJobConfig) -> list[Role]:
     policy, cluster = config.policy, config.cluster
     trainer = policy_backend(policy.backend)
     share = 1 / num_colocated_groups(config)
@@ -103,12 +111,23 @@ def _grpo_roles(config: MasterConfig) -> list[Role]:
         policy_venv = _backend_venv(trainer, policy.py_executable, use_gpus=cluster.use_gpus)
     return [
         Role("policy", "policy", trainer.fqn, cluster.num_workers, share, *policy_venv),
-        _generation_role(policy.generation, cluster.for_generation, share),
+        _generation_role(policy.generation, cluster.for_generation, share if cluster.generation is None else 1.0),
+        *([_teacher_role(config, share)] if isinstance(config, DistillationJobConfig) else []),
         *environment_roles(config.env),
     ]
 
 
-def _sft_roles(config: SFTJobConfig) -> list[Role]:
+def _teacher_role(config: DistillationJobConfig, share: float) -> Role:
+    teacher = config.teacher
+    part = teacher.cluster or config.cluster
+    backend = teacher_backend(teacher.backend)
+    with _naming("teacher"):
+        venv = _backend_venv(backend, teacher.py_executable, use_gpus=part.use_gpus)
+    share = share if teacher.cluster is None else 1.0
+    return Role("teacher", "teacher", backend.fqn, part.num_workers, share, *venv)
+
+
+def _record_roles(config: RecordJobConfig) -> list[Role]:
     policy, cluster = config.policy, config.cluster
     trainer = policy_backend(policy.backend)
     with _naming("policy"):
@@ -248,7 +267,7 @@ def _naming(key: str) -> Iterator[None]:
         raise
 
 
-def check_weight_route(config: MasterConfig) -> None:
+def check_weight_route(config: OnPolicyJobConfig) -> None:
     """Raise `ConfigError` for a `policy.weight_transport` that is unknown or cannot reach all workers.
 
     The nodes are not known yet, so the check assumes that policy, generation and driver share nodes.

@@ -1,7 +1,7 @@
-"""The registry of policy and generation backends: a name in the configuration -> its worker class and its options.
+"""The registry of backends: a name in the configuration -> its worker class and its options.
 
-A backend is one worker class, an optional section of options, and one line in `POLICY_BACKENDS` or
-`GENERATION_BACKENDS`; see docs/adding-a-backend.md. Classes are named by string: worker classes are imported in their
+A backend is one worker class, an optional section of options, and one line in `POLICY_BACKENDS`, `GENERATION_BACKENDS`
+or `TEACHER_BACKENDS`; see docs/adding-a-backend.md. Classes are named by string: worker classes are imported in their
 own venvs, and sections of options when a configuration chooses them. No other module names a backend.
 """
 
@@ -42,6 +42,8 @@ class Backend:
             workers accepts a `WeightStream`, as `receive` does.
         offloads: policy workers have `offload`, and every other method brings back the memory that it needs.
         trains_lora: policy workers train the adapters of `policy.lora`.
+        trains_reward_models: policy workers train a model with a score per conversation, and have `get_scores`.
+        trains_top_k: policy workers give a loss the log-probabilities of `top_ids`; see `LossFunction`.
         gpu_env_vars: variables for policy workers on GPUs that CUDA reads before a worker can set them.
     """
 
@@ -52,6 +54,8 @@ class Backend:
     streams_weights: bool = False
     offloads: bool = False
     trains_lora: bool = False
+    trains_reward_models: bool = False
+    trains_top_k: bool = False
     gpu_env_vars: Mapping[str, str] = field(default_factory=dict)
 
     def options_class(self, default: type[OptionsT]) -> type[OptionsT]:
@@ -87,6 +91,8 @@ POLICY_BACKENDS: dict[str, Backend] = {
         streams_weights=True,
         offloads=True,
         trains_lora=True,
+        trains_reward_models=True,
+        trains_top_k=True,
     ),
     "megatron": Backend(
         "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker",
@@ -114,6 +120,11 @@ GENERATION_BACKENDS: dict[str, Backend] = {
     ),
 }
 
+# A worker class accepts the arguments of `models.teacher.teacher.Teacher`, and has the methods of `TorchTeacherWorker`.
+TEACHER_BACKENDS: dict[str, Backend] = {
+    "torch": Backend("nemo_rl.models.teacher.torch_teacher_worker.TorchTeacherWorker"),
+}
+
 
 def policy_backend(name: str) -> Backend:
     """Return the policy backend `name`. Raises `ConfigError` with the nearest known name if it is unknown."""
@@ -123,6 +134,11 @@ def policy_backend(name: str) -> Backend:
 def generation_backend(name: str) -> Backend:
     """Return the generation backend `name`. Raises `ConfigError` with the nearest known name if it is unknown."""
     return _find(GENERATION_BACKENDS, name, key="policy.generation.backend", registry="GENERATION_BACKENDS")
+
+
+def teacher_backend(name: str) -> Backend:
+    """Return the teacher backend `name`. Raises `ConfigError` with the nearest known name if it is unknown."""
+    return _find(TEACHER_BACKENDS, name, key="teacher.backend", registry="TEACHER_BACKENDS")
 
 
 def _find(backends: Mapping[str, Backend], name: str, *, key: str, registry: str) -> Backend:

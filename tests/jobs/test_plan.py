@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_rl.distributed.cluster.placement import NodeResources
-from nemo_rl.distributed.config import BundlesConfig, ClusterConfig
+from nemo_rl.distributed.config import BundlesConfig
 from nemo_rl.jobs.plan import NodeForecast, assign_nodes, assign_sources
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast
 
@@ -14,22 +14,23 @@ def nodes(**gpus: int) -> list[NodeResources]:
 
 
 def test_nodes_are_assigned_to_free_nodes() -> None:
-    plan = assign_nodes(nodes(a=8, b=8, c=4), ClusterConfig(num_nodes=2, gpus_per_node=8))
-    assert (list(plan.policy), list(plan.generation), plan.obstacle) == (["a", "b"], [], "")
+    plan = assign_nodes(nodes(a=8, b=8, c=4), {"policy": BundlesConfig(num_nodes=2, gpus_per_node=8)})
+    assert (plan.addresses, plan.obstacle) == ({"policy": ["a", "b"]}, "")
+
+
+CLUSTERS = {"policy": BundlesConfig(gpus_per_node=8), "generation": BundlesConfig(num_nodes=2, gpus_per_node=4)}
 
 
 def test_generation_uses_remaining_nodes() -> None:
-    cluster = ClusterConfig(gpus_per_node=8, generation=BundlesConfig(num_nodes=2, gpus_per_node=4))
-    plan = assign_nodes(nodes(a=8, b=4, c=4), cluster)
-    assert (list(plan.policy), list(plan.generation), plan.obstacle) == (["a"], ["b", "c"], "")
+    plan = assign_nodes(nodes(a=8, b=4, c=4), CLUSTERS)
+    assert (plan.addresses, plan.obstacle) == ({"policy": ["a"], "generation": ["b", "c"]}, "")
 
 
 def test_obstacle_lists_free_resources() -> None:
-    cluster = ClusterConfig(gpus_per_node=8, generation=BundlesConfig(num_nodes=2, gpus_per_node=4))
-    plan = assign_nodes(nodes(a=8, b=4), cluster)
-    assert (list(plan.policy), list(plan.generation)) == (["a"], [])
+    plan = assign_nodes(nodes(a=8, b=4), CLUSTERS)
+    assert plan.addresses == {"policy": ["a"]}
     assert plan.obstacle == "the job needs 2 nodes with 4 GPUs each; free: a 0, b 4."
-    assert "free: no node." in assign_nodes([], cluster).obstacle
+    assert "free: no node." in assign_nodes([], CLUSTERS).obstacle
 
 
 def forecasts(**states: str) -> list[NodeForecast]:

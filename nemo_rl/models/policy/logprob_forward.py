@@ -48,22 +48,55 @@ class LogprobForward:
 
         Args:
             parts: micro-batches, on any device.
-            loss: computes the loss from the [b, T] log-probabilities and the micro-batch.
+            loss: computes the loss from the log-probabilities and the micro-batch; see `LossFunction`.
         """
         for part in parts:
             part = part.to(self._model.device)
-            loss(self._run(model_inputs(part, packed=self._packed, only_loss_tokens=True)), part).backward()
+            inputs = model_inputs(part, packed=self._packed, only_loss_tokens=True)
+            loss(self._run(inputs, part.get("top_ids")), part).backward()
         self._model.reduce_gradients()
 
     def logprobs(self, parts: Iterable[BatchedDataDict]) -> Iterator[torch.Tensor]:
-        """Yield the [b, T] float32 log-probabilities of each micro-batch, without gradient."""
+        """Yield the [b, T] float32 log-probabilities of each micro-batch, without gradient.
+
+        A batch with a `token_mask` needs only those of its tokens; the others may be 0.
+        """
         for part in parts:
             with torch.no_grad():
-                inputs = model_inputs(part.to(self._model.device), packed=self._packed, only_loss_tokens=False)
-                result = self._run(inputs)
+                result = self._run(self._inputs(part))
             yield result
 
-    def _run(self, inputs: ModelInputs) -> torch.Tensor:
+    def top_logprobs(
+        self, parts: Iterable[BatchedDataDict], k: int, num_tokens: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the `k` most probable of the first `num_tokens` tokens of the vocabulary, without gradient.
+
+        Yields:
+            For each micro-batch their ids [b, T, k] int32, and [b, T, k + 1] float32, see `group_logprobs`. Positions
+            are those of `logprobs`.
+        """
+        for part in parts:
+            with torch.no_grad():
+                inputs = self._inputs(part)
+                logits = self._logits(inputs)
+                ids = torch.cat([logits[rows, :num_tokens].topk(k).indices for rows in row_chunks(logits)])
+                logprobs = group_logprobs(logits, ids, self._temperature)
+                result = inputs.scatter(ids.int()), inputs.scatter(logprobs)
+            yield result
+
+    def _inputs(self, part: BatchedDataDict) -> ModelInputs:
+        part = part.to(self._model.device)
+        return model_inputs(part, packed=self._packed, only_loss_tokens="token_mask" in part)
+
+    def _run(self, inputs: ModelInputs, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [b, T] log-probabilities of the tokens, or with `ids` [b, T, K] those of `group_logprobs`."""
+        logits = self._logits(inputs)
+        if ids is None:
+            return inputs.scatter(token_logprobs(logits, inputs.tokens, self._temperature))
+        return inputs.scatter(group_logprobs(logits, inputs.gather(ids).long(), self._temperature))
+
+    def _logits(self, inputs: ModelInputs) -> torch.Tensor:
+        """Return the [R * K, V] logits that are needed."""
         options: dict[str, int | torch.Tensor] = {}
         if inputs.position_ids is not None:
             options["position_ids"] = inputs.position_ids
@@ -74,27 +107,39 @@ class LogprobForward:
         if not self._keeps_logits:
             kept = inputs.logits_to_keep
             logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
-        return inputs.scatter(token_logprobs(logits.flatten(0, 1), inputs.tokens, self._temperature))
+        return logits.flatten(0, 1)
 
     def _check_packing(self) -> None:
-        """Check that transformers derives the attention mask from positions, which not every architecture does."""
-        device = self._model.device
-        vocabulary = self._model.config.get_text_config().vocab_size
-        ids = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]], device=device) % vocabulary
-        batch = BatchedDataDict(input_ids=ids, input_lengths=torch.tensor([6, 4], device=device))
-        with torch.no_grad():
-            padded, packed = (
-                self._run(model_inputs(batch, packed=packed, only_loss_tokens=False)) for packed in (False, True)
-            )
-        error = float((padded - packed).abs().max()) * self._temperature  # rounding errors grow as 1 / temperature
-        bfloat16 = self._model.bfloat16
-        if not error <= _PACKING_TOLERANCE[bfloat16]:
-            attention = self._model.config._attn_implementation
-            raise ModelError(
-                f"{type(self._model.module).__name__} with policy.attn_implementation={attention} lets packed "
-                f"sequences attend to each other (log-probabilities differ by {error:.3g}): set "
-                "policy.batching.mode to dynamic or fixed"
-            )
+        # Rounding errors grow as 1 / temperature.
+        check_packing(
+            self._model,
+            lambda batch, packed: (
+                self._temperature * self._run(model_inputs(batch, packed=packed, only_loss_tokens=False))
+            ),
+        )
+
+
+def check_packing(model: ParallelModel, outputs: Callable[[BatchedDataDict, bool], torch.Tensor]) -> None:
+    """Check that transformers derives the attention mask from positions, which not every architecture does.
+
+    Args:
+        model: the model.
+        outputs: returns log-probabilities, or what is as large, of a batch, packed or not.
+
+    Raises:
+        ModelError: packed sequences attend to each other.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]], device=model.device) % vocabulary
+    batch = BatchedDataDict(input_ids=ids, input_lengths=torch.tensor([6, 4], device=model.device))
+    with torch.no_grad():
+        error = float((outputs(batch, False) - outputs(batch, True)).abs().max())
+    if not error <= _PACKING_TOLERANCE[model.bfloat16]:
+        attention = model.config._attn_implementation
+        raise ModelError(
+            f"{type(model.module).__name__} with policy.attn_implementation={attention} lets packed sequences attend "
+            f"to each other (its outputs differ by {error:.3g}): set policy.batching.mode to dynamic or fixed"
+        )
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -144,6 +189,61 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk = scaled(logits[rows].float(), ctx.temperature) - normalizers[rows, None]
             chunk = chunk.exp_().mul_(-weight)
             logits_gradient[rows] = chunk.scatter_add_(-1, tokens[rows, None], weight)
+        return logits_gradient, None, None
+
+
+def group_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Compute log-probabilities of K tokens, and of all other tokens together, in float32.
+
+    The probability of the others is summed over their logits. It would be lost to rounding if it were computed as
+    1 minus that of the K tokens, which is often almost 1. Memory is as in `token_logprobs`, but three chunks are held
+    in float32 at a time.
+
+    Example:
+        >>> group_logprobs(torch.zeros(1, 4), torch.tensor([[0, 3]])).exp()
+        tensor([[0.2500, 0.2500, 0.5000]])
+
+    Args:
+        logits: [N, V], any floating dtype.
+        ids: [N, K] int64, different tokens in each row; K < V.
+        temperature: greater than 0.
+
+    Returns:
+        [N, K + 1] float32, the last column for the other tokens; differentiable with respect to `logits`.
+    """
+    result: torch.Tensor = _GroupLogprobs.apply(logits, ids, temperature)
+    return result
+
+
+class _GroupLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+        num_rows, count = ids.shape
+        logprobs = torch.empty(num_rows, count + 1, dtype=torch.float32, device=logits.device)
+        normalizers = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        for rows in row_chunks(logits):
+            chunk = scaled(logits[rows].float(), temperature)
+            logprobs[rows, :count] = chunk.gather(-1, ids[rows])
+            logprobs[rows, count] = torch.logsumexp(chunk.scatter(-1, ids[rows], -torch.inf), dim=-1)
+            normalizers[rows] = torch.logsumexp(chunk, dim=-1)
+        ctx.save_for_backward(logits, ids, normalizers, logprobs[:, count].clone())
+        ctx.temperature = temperature
+        return logprobs.sub_(normalizers[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, ids, normalizers, of_others = ctx.saved_tensors
+        (gradient,) = gradients
+        logits_gradient = torch.empty_like(logits)
+        for rows in row_chunks(logits):
+            # For one of the K tokens: d logprob / d logits = (onehot - softmax(logits / temperature)) / temperature.
+            # For the others, onehot is replaced by their share of the probability of all others.
+            weight = scaled(gradient[rows], ctx.temperature)
+            chunk = scaled(logits[rows].float(), ctx.temperature)
+            shares = (chunk - of_others[rows, None]).scatter_(-1, ids[rows], -torch.inf).exp_()
+            total = (chunk - normalizers[rows, None]).exp_().mul_(-weight.sum(dim=-1, keepdim=True))
+            total.addcmul_(shares, weight[:, -1:])
+            logits_gradient[rows] = total.scatter_add_(-1, ids[rows], weight[:, :-1])
         return logits_gradient, None, None
 
 

@@ -103,14 +103,21 @@ class ModelInputs:
     valid: torch.Tensor
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """Scatter [R * K] log-probabilities to [b, T], with 0 elsewhere. Differentiable."""
-        batch_size, width = self.valid.shape
+        """Scatter [R * K] log-probabilities to [b, T], with 0 elsewhere; [R * K, D] to [b, T, D]. Differentiable."""
+        (batch_size, width), sizes = self.valid.shape, logprobs.shape[1:]
         if self.rows is not None and self.positions is not None:
-            result = logprobs.new_zeros(batch_size, width).index_put((self.rows, self.positions), logprobs)
+            result = logprobs.new_zeros(batch_size, width, *sizes).index_put((self.rows, self.positions), logprobs)
         else:
-            columns = logprobs.view(batch_size, -1)
-            result = F.pad(columns, (self.first, width - self.first - columns.shape[1]))
-        return result.masked_fill(~self.valid, 0.0)
+            columns = logprobs.view(batch_size, -1, *sizes)
+            result = F.pad(columns, (0, 0) * len(sizes) + (self.first, width - self.first - columns.shape[1]))
+        return result.masked_fill(~self.valid.view(batch_size, width, *(1 for _ in sizes)), 0)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values at the tokens to score: of [b, T, D], the [R * K, D] that `scatter` would put there."""
+        if self.rows is not None and self.positions is not None:
+            return values[self.rows, self.positions]
+        assert isinstance(self.logits_to_keep, int), "padded inputs keep the last columns"
+        return values[:, self.first : self.first + self.logits_to_keep].flatten(0, 1)
 
 
 def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool) -> ModelInputs:

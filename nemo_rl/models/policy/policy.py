@@ -1,10 +1,4 @@
-"""The policy on the driver: shards batches over the workers and merges their results.
-
-::
-
-    batch ──shard──► one object per data-parallel rank ──► workers (collectives among themselves)
-      ▲                                                      │
-      └──────── results in the order of the batch ◄──────────┘
+"""The policy on the driver: its workers train on shards of a batch, and send their weights to generation.
 
 This module imports no worker: `models.backends` names the worker class, which is imported in its own venv.
 """
@@ -12,28 +6,26 @@ This module imports no worker: `models.backends` names the worker class, which i
 from __future__ import annotations
 
 import functools
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.distributed.worker_groups import RayWorkerBuilder, RayWorkerGroup
+from nemo_rl.distributed.worker_groups import RayWorkerBuilder
 from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
-from nemo_rl.models.policy.config import DATA_PARALLEL, EMBEDDED_MODELS, PolicyConfig
-from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
-from nemo_rl.models.policy.microbatching import sharding_args
+from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
+from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult, rows_per_group
+from nemo_rl.models.policy.model_group import ModelGroup, join_rows
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 from nemo_rl.models.weights.routes import Route
 
 
-class Policy(PolicyInterface):
+class Policy(ModelGroup, PolicyInterface):
     """Runs a policy with one worker on each bundle of a cluster.
 
     The constructor returns immediately and the workers start in the background. `wait_ready`, or the first call, waits
@@ -77,9 +69,6 @@ class Policy(PolicyInterface):
         if config.model_name in EMBEDDED_MODELS:
             raise ModelError("an embedded model has not been resolved: pass model_name=ensure_embedded_model(...)")
         self._config = config
-        self._layout = config.options.layout(cluster.world_size())
-        self._dp_size = self._layout.get_axis_size(DATA_PARALLEL)
-        self._replicated = [axis for axis in self._layout.names if axis != DATA_PARALLEL]
         backend = policy_backend(config.backend)
         generation = generation_backend(config.generation.backend)
         route = route or Route()
@@ -99,54 +88,35 @@ class Policy(PolicyInterface):
             **stream_options,
             py_executable=backend.py_executable_override(config.py_executable, use_gpus=cluster.use_gpus),
         )
-        cluster.bundles()  # reserves them before the threads of several groups do
         self._offer: PolicyWeights | None = None
-        self._stopped = threading.Event()
-        threads = ThreadPoolExecutor(1, thread_name_prefix="start policy")
-        self._starting: Future[RayWorkerGroup] = threads.submit(
-            RayWorkerGroup,
+        super().__init__(
             cluster,
             builder,
-            name_prefix="policy",
-            sharding_annotations=self._layout,
-            env_vars=dict(backend.gpu_env_vars) if cluster.use_gpus else cpu_env_vars(),
-            stopped=self._stopped,
+            config.options.layout(cluster.world_size()),
+            config.batching,
+            name="policy",
+            env_vars=backend.gpu_env_vars if cluster.use_gpus else cpu_env_vars(),
         )
-        threads.shutdown(wait=False)
-
-    def wait_ready(self) -> None:
-        """Wait until every worker holds the model. Raises the error that made the start fail."""
-        self._starting.result()
-
-    @property
-    def _workers(self) -> RayWorkerGroup:
-        return self._starting.result()
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_logprobs", batch)
+        return self._outputs("get_logprobs", batch)
 
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_reference_policy_logprobs", batch)
+        return self._outputs("get_reference_policy_logprobs", batch)
 
-    def _logprobs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+    def get_scores(self, batch: BatchedDataDict) -> torch.Tensor:
+        return self._outputs("get_scores", batch)
+
+    def _outputs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+        """Return what a method of the workers computes for each row, in the order of the batch."""
         inputs = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
         shards, order = self._shard(inputs, batch_size=None)
-        results = self._on_shards(method, shards)
-        logprobs = torch.cat(results)
-        if order is None:
-            return logprobs
-        in_order = torch.empty_like(logprobs)
-        in_order[torch.tensor(order)] = logprobs
-        return in_order
-
-    @property
-    def data_parallel_size(self) -> int:
-        return self._dp_size
+        return join_rows(self._on_shards(method, shards), order)
 
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction, *, batch_size: int | None = None) -> TrainResult:
         self._end_offer()
         batch_size = batch_size or self._config.train_global_batch_size or batch.size
-        shards, _ = self._shard(batch, batch_size)
+        shards, _ = self._shard(batch, batch_size, rows_per_group(loss_fn))
         local_batch_size = batch_size // self._dp_size
         results = self._on_shards("train", shards, loss_fn=loss_fn, local_batch_size=local_batch_size)
         result: TrainResult = results[0]
@@ -182,33 +152,3 @@ class Policy(PolicyInterface):
     def load_checkpoint(self, directory: Path) -> None:
         self._end_offer()
         self._on_all("load_checkpoint", directory=str(directory.absolute()))
-
-    def attestation(self) -> list[dict[str, Any]]:
-        reports = self._on_all("attestation")
-        return [launched | reported for launched, reported in zip(self._workers.attestation, reports)]
-
-    def shutdown(self) -> None:
-        self._stopped.set()
-        if self._starting.exception() is None:  # waits for a start that is still running; it ends soon
-            self._workers.shutdown(cleanup_method="shutdown")
-
-    def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:
-        """Return one shard per data-parallel rank, and the batch index of each of their rows (None: in order)."""
-        result = batch.shard_by_batch_size(self._dp_size, batch_size, **sharding_args(self._config.batching))
-        return result if isinstance(result, tuple) else (result, None)
-
-    def _on_shards(self, method: str, shards: list[SlicedDataDict], **common: Any) -> list[Any]:
-        workers = self._workers
-        future = workers.run_all_workers_sharded_data(
-            method,
-            in_sharded_axes=[DATA_PARALLEL],
-            replicate_on_axes=self._replicated,
-            output_is_replicated=self._replicated,
-            common_kwargs=common,
-            shard=shards,
-        )
-        return workers.get_all_worker_results(future)
-
-    def _on_all(self, method: str, **kwargs: Any) -> list[Any]:
-        workers = self._workers
-        return workers.get_all_worker_results(workers.run_all_workers_single_data(method, **kwargs))

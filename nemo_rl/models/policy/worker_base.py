@@ -10,33 +10,29 @@ A backend adds the model: how it is built and divided over the ranks, its forwar
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-import transformers
 from torch import nn
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.models import onednn
 from nemo_rl.models.policy import policy_checkpoint
-from nemo_rl.models.policy.allocator import keep_freed_memory
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.microbatching import global_batches, microbatches
+from nemo_rl.models.policy.model_worker_base import ModelWorker, copy_rows
 from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, Tensors, borrows, needs
-from nemo_rl.models.policy.process_group import ProcessGroup, join_process_group, seed_everything
+from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.policy.reductions import GlobalCounts, MetricSums
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.weights.stream import Endpoint, WeightStreamer
-from nemo_rl.models.worker_process import process_facts, take_cpu_share
 from nemo_rl.utils.garbage import freeze_modules, gc_paused
 
-# Log-probabilities [b, T] of a micro-batch, and the micro-batch -> a scalar loss with gradient.
+# Log-probabilities of a micro-batch (see `LossFunction`), and the micro-batch -> a scalar loss with gradient.
 MicrobatchLoss = Callable[[torch.Tensor, BatchedDataDict], torch.Tensor]
 
 
@@ -63,7 +59,7 @@ class Optimizer(Protocol):
     def state_tensors(self) -> Iterable[torch.Tensor]: ...
 
 
-class PolicyWorker(ABC):
+class PolicyWorker(ModelWorker):
     """Trains a Hugging Face causal language model on its shard of every batch.
 
     A worker runs with or without Ray: a process with `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` set is one
@@ -89,7 +85,6 @@ class PolicyWorker(ABC):
     _forward: PolicyForward
     _optimizer: Optimizer
     _state: policy_checkpoint.TrainedState
-    _memory: PolicyMemory
 
     @gc_paused()
     def __init__(
@@ -103,22 +98,11 @@ class PolicyWorker(ABC):
         weight_transport: str = "ray",
         weight_stream_transport: str = "shared_memory",
     ) -> None:
-        self._config = config
-        self._check_config()
         self._sender = WeightSender(weight_transport, config.weight_bucket_mib << 20)
         self._streamer = WeightStreamer(weight_stream_transport, config.weight_stream_bucket_bytes)
-        self._group = join_process_group(device_type=device_type, needs_collectives=self._needs_collectives)
-        self._prepare_process(num_local_workers or self._group.world_size, seed)
+        super().__init__(config, seed=seed, num_local_workers=num_local_workers, device_type=device_type)
         self._reference: PolicyForward | None = None
         self._build(total_steps)
-
-    def _check_config(self) -> None:  # noqa: B027 - optional
-        """Raise for a configuration that this backend does not support, before the ranks meet."""
-
-    @property
-    @abstractmethod
-    def _needs_collectives(self) -> bool:
-        """Whether the backend needs an initialized `torch.distributed` even for a single process."""
 
     @property
     def _data_ranks(self) -> ProcessGroup:
@@ -137,18 +121,6 @@ class PolicyWorker(ABC):
         """Broadcast a result from the ranks that hold it, such as the last pipeline stage, to all ranks. A
         collective."""
         return result
-
-    def _prepare_process(self, num_local_workers: int, seed: int) -> None:
-        """Take this worker's share of the node's CPUs, seed the generators, keep progress bars out of the log."""
-        if self._group.device.type == "cpu":
-            take_cpu_share(self._config.num_threads, num_local_workers)
-            keep_freed_memory()
-            # Moments of weights with almost no gradient become denormal numbers, which make AdamW 20 times slower.
-            # Threads inherit this setting from the thread that starts them, so it precedes the first computation.
-            torch.set_flush_denormal(True)
-        onednn.warn_if_emulated(self._group.device.type, getattr(torch, self._config.precision))
-        seed_everything(seed, self._group.rank)
-        transformers.utils.logging.disable_progress_bar()
 
     def _track_memory(self, model: nn.Module, weights: Tensors, gradients: Scratch) -> PolicyMemory:
         """Create the `PolicyMemory` with the parts that `offload` moves. Calling `model` raises `ModelError` while its
@@ -225,15 +197,10 @@ class PolicyWorker(ABC):
         return self._logprobs(self._reference, shard)
 
     def _logprobs(self, forward: PolicyForward, shard: BatchedDataDict) -> torch.Tensor:
-        inputs = BatchedDataDict({key: shard[key] for key in ("input_ids", "input_lengths")})
-        inputs.microbatch_plan = shard.microbatch_plan
-        parts = microbatches(inputs, self._config.logprob_batch_size, self._config.batching.length_multiple)
-        result = torch.zeros(inputs["input_ids"].shape, dtype=torch.float32)
+        result = torch.zeros(shard["input_ids"].shape, dtype=torch.float32)
         row = 0
-        for logprobs in forward.logprobs(parts):
-            rows, width = logprobs.shape
-            result[row : row + rows, :width] = logprobs.to("cpu")
-            row += rows
+        for logprobs in forward.logprobs(self._microbatches(shard, ("input_ids", "input_lengths"))):
+            row = copy_rows([result], row, [logprobs])
         complete: torch.Tensor = self._on_all_ranks(result)
         return complete
 
@@ -275,33 +242,8 @@ class PolicyWorker(ABC):
         """
         policy_checkpoint.load(Path(directory), self._state, self._group)
 
-    def offload(self, keep_weights: bool = False) -> None:
-        """Free the device's memory: drop gradients, move optimizer state and weights (unless kept) to the host.
-
-        Every other method brings back what it needs.
-
-        Raises:
-            TrainingError: the host has not enough memory.
-        """
-        self._memory.offload(keep_weights=keep_weights)
-
-    def attestation(self) -> dict[str, Any]:
-        """Describe this worker: its process, its software, its device and its model."""
-        device = self._group.device
-        return {
-            **process_facts(),
-            "rank": self._group.rank,
-            "world_size": self._group.world_size,
-            "transformers": transformers.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "model": type(self._state.module).__name__,
-            "num_parameters": sum(shape.numel() for shape in self._state.shapes.values()),
-        }
-
-    def shutdown(self) -> None:
-        """Leave the process group. Idempotent."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def _describe_model(self) -> tuple[str, int]:
+        return type(self._state.module).__name__, sum(shape.numel() for shape in self._state.shapes.values())
 
 
 def _exhaust(tensors: Iterable[Any]) -> None:

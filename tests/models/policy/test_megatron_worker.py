@@ -16,14 +16,17 @@ from tiny_policy import (
     make_batch,
     make_model,
     make_worker,
+    pairs_batch,
     shard_of,
     weights,
 )
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.algorithms.config import LossConfig
+from nemo_rl.algorithms.dpo_config import DPOConfig
 from nemo_rl.algorithms.loss_functions import ClippedPGLoss
 from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
+from nemo_rl.algorithms.preference_losses import DPOLoss
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.interfaces import TrainResult
 
@@ -142,6 +145,23 @@ def test_ten_steps_match_torch(
     for key, tolerance in (("", 1e-4), ("/exp_avg", 1e-3), ("/exp_avg_sq", 1e-3)):
         chosen = {name for name in state if name.endswith(key) and ("/" in name) == bool(key)}
         assert_close({n: results[0][1][n] for n in chosen}, {n: state[n] for n in chosen}, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batching"),
+    [("dp2", {"mode": "packed", "max_tokens": 40}), ("pp2", {"mode": "dynamic", "max_tokens": 60})],
+)
+def test_megatron_trains_on_pairs_like_torch(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, batching: dict[str, Any]
+) -> None:
+    loss_fn = DPOLoss(DPOConfig())
+    config = {"options": LAYOUTS[layout], "batching": batching}
+    results = megatron_ranks.run("tiny_megatron.train_on_pairs", models["qwen3"], config, loss_fn)
+    worker = make_worker(models["qwen3"])
+    expected = [worker.train(pairs_batch(), loss_fn).metrics for _ in range(3)]
+    for steps in results:
+        for one, other in zip(steps, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["tp2_sequence", "cp2", "dp2", "dp2_plain"])
