@@ -186,9 +186,7 @@ class JudgeConfig(ScoringConfig):
     def _check_words(cls, verdicts: Any) -> Any:
         for word in verdicts if isinstance(verdicts, Mapping) else ():
             if not isinstance(word, str):
-                raise ValueError(
-                    f'the word {word} is no text; write it in quotes, as "yes" and "no", which YAML changes'
-                )
+                raise ValueError(f"the word {word} is no text; write it in quotes, because YAML changes yes and no")
         return verdicts
 
     @field_validator("score_range")
