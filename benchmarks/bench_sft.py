@@ -30,12 +30,10 @@ from typing import Any
 
 import harness
 from harness import Ratio
-from trl_comparison import BASELINES, Run, case, job_run, parse_arguments, run_trl
+from trl_comparison import BASELINES, Run, case, job_run, largest_difference, parse_arguments, run_trl, write_model
 
 from nemo_rl.data.config import SFTDataConfig
 from nemo_rl.data.conversations import load_conversations
-from nemo_rl.models.embedded import make_model, make_tokenizer
-from nemo_rl.models.policy.config import EMBEDDED_CHAT_MODEL, EmbeddedModelConfig
 
 BASELINE = Path(__file__).parent / "baselines" / "trl_sft.py"
 JOB = harness.REPOSITORY / "examples" / "run_sft.py"
@@ -80,7 +78,10 @@ def main() -> None:
         cases = [case(name, runs[name], facts) for name in arguments.cases]
         results = harness.measure(cases, arguments.repeats)
     pairs = [(one, other) for one in arguments.cases if one in OURS for other in arguments.cases if other in BASELINES]
-    differences = {f"{one} / {other}": check_equal(facts[one], facts[other]) for one, other in pairs}
+    differences = {
+        f"{one} / {other}": largest_difference(facts[one], facts[other], FACTS, "losses", NUM_COMPARED, TOLERANCE)
+        for one, other in pairs
+    }
     work = {side: {name: values[name] for name in FACTS} for side, values in facts.items()}
     harness.report(
         "sft",
@@ -99,42 +100,6 @@ def main() -> None:
             "differences": differences,
         },
     )
-
-
-def check_equal(ours: Mapping[str, Any], baseline: Mapping[str, Any]) -> float:
-    """Return the largest difference of a loss. Exit if it is too large, or if the two sides did different work."""
-    unequal = [name for name in FACTS if ours[name] != baseline[name]]
-    if unequal:
-        values = [{name: side[name] for name in FACTS} for side in (ours, baseline)]
-        raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps(values)}")
-    pairs = list(zip(ours["losses"], baseline["losses"], strict=True))[:NUM_COMPARED]
-    largest = max(abs(one - other) for one, other in pairs)
-    if not largest <= TOLERANCE:
-        raise SystemExit(f"the losses differ by up to {largest:.2e}: {pairs}")
-    return largest
-
-
-def write_model(directory: Path) -> None:
-    """Write a Llama with random weights, and the tokenizer of the embedded chat model with markers in its template."""
-    tokenizer = make_tokenizer(EMBEDDED_CHAT_MODEL)
-    config = EmbeddedModelConfig(hidden_size=256, num_layers=4, num_attention_heads=8)
-    make_model(config, tokenizer).save_pretrained(directory)
-    tokenizer.chat_template = with_markers(tokenizer.chat_template)
-    tokenizer.save_pretrained(directory)
-
-
-def with_markers(template: str) -> str:
-    """Enclose the assistant's turns of the embedded template in the markers that transformers knows."""
-    start = "{{- '<|' + message.role + '|>' + (message.content or '') }}"
-    end = "    {{- '<|end|>' }}\n{%- endfor %}"
-    assert template.count(start) == template.count(end) == 1
-    head, _, rest = template.partition(start)
-    turn, _, tail = rest.partition(end)
-    body = f"{{{{- message.content or '' }}}}{turn}    {{{{- '<|end|>' }}}}"
-    marked = f"{{%- generation %}}{body}{{%- endgeneration %}}"
-    role = "{{- '<|' + message.role + '|>' }}"
-    choice = f"{{%- if message.role == 'assistant' %}}{marked}{{%- else %}}{body}{{%- endif %}}"
-    return f"{head}{role}{choice}\n{{%- endfor %}}{tail}"
 
 
 def write_conversations(path: Path, count: int) -> None:

@@ -21,6 +21,9 @@ from typing import Any
 import harness
 from harness import Case, Metrics
 
+from nemo_rl.models.embedded import make_model, make_tokenizer
+from nemo_rl.models.policy.config import EMBEDDED_CHAT_MODEL, EmbeddedModelConfig
+
 TRL = "trl==1.16.0"
 # Environment variables of TRL, by case. Passive: waiting threads sleep instead of spinning.
 BASELINES: dict[str, Mapping[str, str]] = {"trl": {}, "trl, passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
@@ -30,9 +33,24 @@ Facts = dict[str, Any]
 Run = Callable[[], tuple[Metrics, Facts]]
 
 
-def parse_arguments(description: str | None, cases: Sequence[str], *, steps: int) -> argparse.Namespace:
-    """Parse the command line, and restrict this process and its children to the given number of cores."""
+def parse_arguments(
+    description: str | None,
+    cases: Sequence[str],
+    *,
+    steps: int,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> argparse.Namespace:
+    """Parse the command line, and restrict this process and its children to the given number of cores.
+
+    Args:
+        description: text for the help.
+        cases: names of all cases.
+        steps: default number of steps.
+        options: further options, with their arguments of `add_argument`.
+    """
     parser = harness.parser(description)
+    for option, settings in (options or {}).items():
+        parser.add_argument(option, **settings)
     parser.add_argument("--threads", type=int, default=2, help="threads that compute at the same time (default: 2)")
     parser.add_argument("--steps", type=int, default=steps, help=f"steps of one run (default: {steps})")
     parser.add_argument("--warmup-steps", type=int, default=10, help="of these, untimed steps (default: 10)")
@@ -103,3 +121,50 @@ def job_run(
             harness.run(command, cwd=scratch, env=os.environ | {"RAY_ADDRESS": "local"})
         steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         yield JobRun(Path(directory), steps, arrivals, arrivals[0] - started)
+
+
+def largest_difference(
+    ours: Facts, baseline: Facts, equal: Sequence[str], values: str, count: int, tolerance: float
+) -> float:
+    """Return the largest difference of the first `count` values of each step. Exit if both sides are not comparable.
+
+    Args:
+        ours: facts of our side.
+        baseline: facts of TRL.
+        equal: names of facts that must be equal.
+        values: name of the fact with a value per step.
+        count: number of steps to compare.
+        tolerance: largest allowed difference.
+    """
+    unequal = [name for name in equal if ours[name] != baseline[name]]
+    if unequal:
+        both = [{name: side[name] for name in equal} for side in (ours, baseline)]
+        raise SystemExit(f"not comparable, {', '.join(unequal)} differ: {json.dumps(both)}")
+    pairs = list(zip(ours[values], baseline[values], strict=True))[:count]
+    largest = max(abs(one - other) for one, other in pairs)
+    if not largest <= tolerance:
+        raise SystemExit(f"the {values} differ by up to {largest:.2e}: {pairs}")
+    return largest
+
+
+def write_model(directory: Path) -> None:
+    """Write a Llama with random weights, and the tokenizer of the embedded chat model with markers in its template."""
+    tokenizer = make_tokenizer(EMBEDDED_CHAT_MODEL)
+    config = EmbeddedModelConfig(hidden_size=256, num_layers=4, num_attention_heads=8)
+    make_model(config, tokenizer).save_pretrained(directory)
+    tokenizer.chat_template = with_markers(tokenizer.chat_template)
+    tokenizer.save_pretrained(directory)
+
+
+def with_markers(template: str) -> str:
+    """Enclose the assistant's turns of the embedded template in the markers that transformers knows."""
+    start = "{{- '<|' + message.role + '|>' + (message.content or '') }}"
+    end = "    {{- '<|end|>' }}\n{%- endfor %}"
+    assert template.count(start) == template.count(end) == 1
+    head, _, rest = template.partition(start)
+    turn, _, tail = rest.partition(end)
+    body = f"{{{{- message.content or '' }}}}{turn}    {{{{- '<|end|>' }}}}"
+    marked = f"{{%- generation %}}{body}{{%- endgeneration %}}"
+    role = "{{- '<|' + message.role + '|>' }}"
+    choice = f"{{%- if message.role == 'assistant' %}}{marked}{{%- else %}}{body}{{%- endif %}}"
+    return f"{head}{role}{choice}\n{{%- endfor %}}{tail}"

@@ -255,7 +255,12 @@ def test_command_line_and_registry_import_no_heavy_package(module: str) -> None:
 def test_job_is_checked_and_planned_without_ray_and_torch() -> None:
     """A job imports them while Ray's processes start."""
     assert not {"ray", "torch", "transformers"} & imports_of(
-        "nemo_rl.jobs.grpo_job", "nemo_rl.jobs.sft_job", "nemo_rl.jobs.distillation_job", "nemo_rl.jobs.plan"
+        "nemo_rl.jobs.grpo_job",
+        "nemo_rl.jobs.sft_job",
+        "nemo_rl.jobs.dpo_job",
+        "nemo_rl.jobs.reward_model_job",
+        "nemo_rl.jobs.distillation_job",
+        "nemo_rl.jobs.plan",
     )
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
+from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
+from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.environments.scoring_config import JudgeConfig, RewardModelConfig
 from nemo_rl.jobs.curate_math import CurateConfig
 from nemo_rl.utils.config import ConfigModel, KeyInfo, iter_keys
 
@@ -41,9 +44,16 @@ policy:
 JOBS: list[tuple[str, str, type[ConfigModel]]] = [
     ("GRPO", "Keys of `examples/run_grpo_math.py`.", MasterConfig),
     ("Supervised fine-tuning", "Keys of `examples/run_sft.py`.", SFTJobConfig),
+    ("Direct preference optimization", "Keys of `examples/run_dpo.py`.", DPOJobConfig),
+    ("Reward models", "Keys of `examples/run_reward_model.py`.", RewardModelJobConfig),
     ("Distillation", "Keys of `examples/run_distillation.py`.", DistillationJobConfig),
     ("Evaluation", "Keys of `examples/run_eval.py`.", EvalConfig),
     ("Curation", "Keys of `examples/run_curate_math.py`.", CurateConfig),
+]
+# What `env.<name>.config` holds for the environments that declare it.
+ENVIRONMENTS: list[tuple[str, str, type[ConfigModel]]] = [
+    ("Reward model", "Keys of `env.<name>.config` with the class `reward_model`.", RewardModelConfig),
+    ("Judge", "Keys of `env.<name>.config` with the class `judge`.", JudgeConfig),
 ]
 # Subsections with a heading of their own.
 LARGE_SECTIONS = ("policy.generation", "policy.options", "policy.embedded", "scoring.generation")
@@ -52,7 +62,7 @@ LARGE_SECTIONS = ("policy.generation", "policy.options", "policy.embedded", "sco
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
-    for title, description, schema in JOBS:
+    for title, description, schema in [*JOBS, *ENVIRONMENTS]:
         parts.append(f"\n## {title}\n\n{description}\n")
         sections: dict[str, list[KeyInfo]] = {"": []}
         for key in iter_keys(schema):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nemo_rl.algorithms.batch_sizes import check_batch_sizes, check_sample_length
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
 from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
@@ -231,6 +232,7 @@ class OnPolicyJobConfig(ConfigModel):
         cluster: ClusterConfig
         logger: LoggerConfig
         checkpointing: CheckpointingConfig
+        eval: BackgroundEvaluationConfig
 
     @property
     def algorithm(self) -> OnPolicyConfig:
@@ -323,6 +325,7 @@ class MasterConfig(OnPolicyJobConfig):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)
 
     @model_validator(mode="before")
     @classmethod

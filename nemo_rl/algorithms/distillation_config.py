@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from nemo_rl.algorithms.config import LossConfig, OnPolicyConfig, OnPolicyJobConfig
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
 from nemo_rl.data.config import DataConfig
 from nemo_rl.distributed.config import ClusterConfig
 from nemo_rl.environments.config import EnvironmentConfig
@@ -54,6 +55,7 @@ class DistillationJobConfig(OnPolicyJobConfig):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
     checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)
 
     @property
     def teacher_shares_gpus(self) -> bool:

@@ -292,6 +292,8 @@ class EpisodeLoop:
         episode.rewards.append(value["reward"])
         episode.messages[-1]["reward"] = value["reward"]
         episode.info.update(value["info"])
+        if value["answer"] is not None:
+            episode.answer = value["answer"]
         messages = value["messages"] or []
         if value["done"] or value["truncated"] or episode.num_turns >= self._limits(episode).max_turns:
             episode.messages += messages

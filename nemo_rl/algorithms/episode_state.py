@@ -73,6 +73,7 @@ class Episode:
         pending: Tokens that the model has to read before its next action: an observation, which joins the last
             transcript with this action.
         messages: The conversation as text, for people.
+        answer: The last `Turn.answer`.
         usage: See `Request.usage`, of the last action.
         attempts: How often it has begun.
     """
@@ -89,6 +90,7 @@ class Episode:
     messages: list[dict[str, Any]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     info: dict[str, float] = field(default_factory=dict)
+    answer: str | None = None
     usage: dict[str, int] = field(default_factory=dict)
     environment_s: float = 0.0
     attempts: int = 0
@@ -110,7 +112,7 @@ class Episode:
         """Forget the attempt before, if there was one."""
         self.transcripts = [Transcript()]
         self.actions, self.pending, self.messages, self.rewards = [], [], [], []
-        self.info = {}
+        self.info, self.answer = {}, None
         self.environment_s = 0.0
         self.attempts += 1
         self.started = time.monotonic()

@@ -193,6 +193,7 @@ class EpisodeCollector:
             failed=torch.tensor([episode.reason == "failed" for episode in episodes]),
             episodes=[episode_state.record(episode, counted) for episode, counted in zip(episodes, counts)],
             branches=self._branches(episodes),
+            answers=[episode.answer for episode in episodes],
         )
 
     def _branches(self, episodes: Sequence[Episode]) -> BatchedDataDict | None:

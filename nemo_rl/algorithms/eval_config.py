@@ -1,4 +1,4 @@
-"""Root of the configuration of an evaluation."""
+"""Root of the configuration of an evaluation, and the section `eval` of training jobs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,9 @@ from nemo_rl.utils.config import ConfigModel
 ON_POLICY_SECTIONS = ("grpo", "distillation")
 
 
-class EvaluationConfig(ConfigModel):
-    """Configures what is evaluated, and how often each problem is completed."""
+class ScoringConfig(ConfigModel):
+    """Configures which problems are completed how often, and the scores."""
 
-    models: list[str] = Field(
-        default=[],
-        description="Hugging Face directories, hub names or embedded models; the command's arguments.",
-    )
     num_generations: int = Field(
         1, ge=1, description="Completions per problem. One is greedy unless policy.generation.validation is set."
     )
@@ -48,11 +44,57 @@ class EvaluationConfig(ConfigModel):
         return [1 << power for power in range(self.num_generations.bit_length())]
 
     @model_validator(mode="after")
-    def _check_k(self) -> EvaluationConfig:
+    def _check_k(self) -> ScoringConfig:
         for k in self.k or ():
             if not 1 <= k <= self.num_generations:
                 raise ValueError(f"pass@{k} needs k from 1 to eval.num_generations={self.num_generations}")
         return self
+
+
+class EvaluationConfig(ScoringConfig):
+    """Configures what is evaluated, and how often each problem is completed."""
+
+    models: list[str] = Field(
+        default=[],
+        description="Hugging Face directories, hub names or embedded models; the command's arguments.",
+    )
+
+
+class BackgroundEvaluationConfig(ScoringConfig):
+    """Configures the evaluation that runs beside training, on workers of its own.
+
+    Example:
+        >>> config = BackgroundEvaluationConfig(period=10)
+        >>> [step for step in range(25) if config.is_due(step)]
+        [0, 10, 20]
+    """
+
+    period: int = Field(0, ge=0, description="Evaluate the weights of every Nth step in the background. 0: off.")
+    at_start: bool = Field(True, description="Evaluate the weights before the first step, too.")
+    at_end: bool = Field(True, description="Evaluate the weights of the last step, too.")
+    cluster: BundlesConfig | None = Field(
+        None, description="Bundles of its generation. Null: one GPU, or one CPU if the policy runs on CPUs."
+    )
+    generation: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of policy.generation that differ for the evaluation. num_workers is not that of "
+        "policy.generation; with another backend, nor are options and py_executable.",
+    )
+    data: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of data that differ, such as validation. Of supervised fine-tuning: keys of the section data "
+        "of GRPO; by default the embedded arithmetic problems.",
+    )
+    env: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Its environments, as in the section env of GRPO. Empty: those of the job; without such, math.",
+    )
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the weights after `step` steps are evaluated, apart from those of the last step."""
+        if not self.period:
+            return False
+        return self.at_start if step == 0 else step % self.period == 0
 
 
 class EvaluatedPolicyConfig(ConfigModel):
@@ -65,6 +107,11 @@ class EvaluatedPolicyConfig(ConfigModel):
     )
     max_sequence_length: int = Field(128, ge=2, description="Longest prompt plus completion in tokens.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
+
+    @property
+    def generation_precision(self) -> str:
+        """The data type to generate in."""
+        return self.generation.precision or self.precision
 
     def of_model(self, name: str) -> PolicyConfig:
         """Return the section `policy` of a job with this model."""
@@ -109,19 +156,24 @@ class EvalConfig(ConfigModel):
 
 
 def from_training(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert the content of the configuration file of GRPO or distillation: its validation becomes the evaluation.
+    """Convert the content of a training job's configuration file to that of an evaluation.
 
+    It is the evaluation in the background, if the job has one, else the validation of a job of GRPO or distillation.
     What only training needs is left out, and so is the section `logger`, which names the directory of the training run.
     Other content is returned as it is.
 
     Example:
         >>> from_training({"grpo": {"seed": 7}, "loss": {"kl_coef": 0.1}, "logger": {"log_dir": "results/x"}})["eval"]
         {'seed': 7}
+        >>> from_training({"sft": {}, "eval": {"period": 10, "k": [1]}})["eval"]
+        {'k': [1]}
     """
-    name = next((name for name in ON_POLICY_SECTIONS if name in content), None)
+    if (content.get("eval") or {}).get("period"):
+        return _from_background(content)
+    name = _on_policy_section(content)
     if name is None:
         return content
-    algorithm, policy, cluster = (content.get(section) or {} for section in (name, "policy", "cluster"))
+    algorithm, cluster = (content.get(section) or {} for section in (name, "cluster"))
     validation = algorithm.get("validation") or {}
     taken = {key: validation[key] for key in ("num_generations", "max_num_problems") if key in validation}
     if "seed" in algorithm:
@@ -129,6 +181,44 @@ def from_training(content: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: content[name] for name in ("data", "env") if name in content},
         "eval": taken,
-        "policy": {key: value for key, value in policy.items() if key in EvaluatedPolicyConfig.model_fields},
+        "policy": _evaluated_policy(content),
         "cluster": cluster.get("generation") or {key: cluster[key] for key in cluster if key != "generation"},
     }
+
+
+def _on_policy_section(content: dict[str, Any]) -> str | None:
+    return next((name for name in ON_POLICY_SECTIONS if name in content), None)
+
+
+def _from_background(content: dict[str, Any]) -> dict[str, Any]:
+    section, policy = content["eval"], _evaluated_policy(content)
+    inherited, changed = dict(policy.get("generation") or {}), section.get("generation") or {}
+    backend = inherited.get("backend", GenerationConfig.model_fields["backend"].default)
+    of_backend = ("options", "py_executable") if changed.get("backend", backend) != backend else ()
+    for key in ("num_workers", *of_backend):
+        inherited.pop(key, None)
+    policy["generation"] = inherited | changed
+    # The data of other jobs, such as supervised fine-tuning, are not problems.
+    of_job = {} if _on_policy_section(content) is None else content
+    environments = section.get("env") or of_job.get("env") or {}
+    gpus = (content.get("cluster") or {}).get("gpus_per_node", 0)
+    return {
+        "data": (of_job.get("data") or {}) | (section.get("data") or {}),
+        "env": {name: _without_train_data(entry) for name, entry in environments.items()},
+        "eval": {key: section[key] for key in ScoringConfig.model_fields if key in section},
+        "policy": policy,
+        "cluster": section.get("cluster") or {"gpus_per_node": min(gpus, 1)},
+    }
+
+
+def _without_train_data(entry: Any) -> Any:
+    """Return an environment whose section `data` may lack the train problems, which an evaluation does not read."""
+    data = entry.get("data") if isinstance(entry, dict) else None
+    if not isinstance(data, dict) or "validation" not in data:
+        return entry
+    return {**entry, "data": {"train": data["validation"], **data}}
+
+
+def _evaluated_policy(content: dict[str, Any]) -> dict[str, Any]:
+    policy = content.get("policy") or {}
+    return {key: value for key, value in policy.items() if key in EvaluatedPolicyConfig.model_fields}

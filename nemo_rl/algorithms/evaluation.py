@@ -87,11 +87,15 @@ def score_problems(rollout: Rollout, problems: BatchedDataDict, config: EvalConf
     """Return the values of every problem, in the order of `problems`. Samples that could not be scored are left out.
 
     The metrics are accuracy (a reward above 0 is correct), reward, completion_length in tokens, truncated, pass@k
-    for each k of `eval.k`, and maj@n for an environment that returns answers.
+    for each k of `eval.k`, and maj@n for the environments that have returned an answer.
     """
     count = config.eval.num_generations
     names = problems.get("environment") or [config.env.name] * problems.size
     rewards, scored = rollout.rewards.tolist(), rollout.scored.tolist()
+    answers = rollout.answers or []
+    # Environments that score batches return answers, also if they have found none. Of the others, that is not known.
+    scores_batches = rollout.episodes is None
+    answering = {names[i // count] for i, answer in enumerate(answers) if scores_batches or answer is not None}
     lengths, truncated = rollout.num_completion_tokens.tolist(), rollout.truncated.tolist()
     scores = []
     for row, (name, index) in enumerate(zip(names, problems["problem_index"].tolist(), strict=True)):
@@ -104,8 +108,8 @@ def score_problems(rollout: Rollout, problems: BatchedDataDict, config: EvalConf
                 "reward": fmean(rewards[i] for i in samples),
                 **{f"pass@{k}": pass_at_k(len(samples), sum(correct), k) for k in config.eval.ks if k <= len(samples)},
             }
-            if rollout.answers is not None and count > 1:
-                values[f"maj@{count}"] = majority_vote([rollout.answers[i] for i in samples], correct)
+            if name in answering and count > 1:
+                values[f"maj@{count}"] = majority_vote([answers[i] for i in samples], correct)
             values["completion_length"] = fmean(lengths[i] for i in samples)
             values["truncated"] = fmean(truncated[i] for i in samples)
         key = config.eval.subject_key

@@ -39,7 +39,8 @@ class Rollout:
             records of episodes that dynamic sampling has replaced.
         branches: further transcripts of the samples, as rows of a training batch with the row of their sample as
             `sample` [R] int64. `branches.training_rows` joins them with `batch`. None: each sample has one transcript.
-        answers: of environments that score batches: the extracted answer of each sample, or None.
+        answers: the answer of each sample as its environment has read it; None for a sample without one. None: the
+            environment returns no answers.
     """
 
     batch: BatchedDataDict

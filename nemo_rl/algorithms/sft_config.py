@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from nemo_rl.algorithms.batch_sizes import check_batch_sizes, num_shards
+from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
+from nemo_rl.algorithms.record_config import (
+    RecordCheckpointingConfig,
+    RecordJobConfig,
+    RecordPolicyConfig,
+    RecordTrainingConfig,
+)
 from nemo_rl.data.config import SFTDataConfig
 from nemo_rl.distributed.config import ClusterConfig
-from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.policy.config import EMBEDDED_CHAT_MODEL, PolicyConfig
 from nemo_rl.observability.logger_config import LoggerConfig
-from nemo_rl.utils.checkpoint import CheckpointingConfig
-from nemo_rl.utils.config import ConfigModel
 
 
-class SFTValidationConfig(ConfigModel):
-    """Configures when the loss on the validation data is measured."""
-
-    period: int = Field(
-        10, ge=0, description="Validate every N steps. 0 validates only at start and end, as configured."
-    )
-    at_start: bool = Field(True, description="Validate before the first step.")
-    at_end: bool = Field(True, description="Validate after the last step.")
-    max_num_records: int = Field(256, ge=1, description="Number of validation records.")
-
-
-class SFTConfig(ConfigModel):
+class SFTConfig(RecordTrainingConfig):
     """Configures supervised fine-tuning (SFT)."""
 
-    seed: int = Field(42, ge=0, description="Seed of all random numbers of the run.")
-    max_num_steps: int | None = Field(None, ge=1, description="Training steps. Null: all of max_num_epochs.")
-    max_num_epochs: int | None = Field(
-        1, ge=1, description="Stop after this many passes over the training data. Null: after max_num_steps."
-    )
-    max_time_s: float | None = Field(None, gt=0, description="Stop after this many seconds of training.")
-    num_records_per_step: int = Field(32, ge=1, description="Records per step.")
-    validation: SFTValidationConfig = Field(default_factory=SFTValidationConfig)
 
-    @model_validator(mode="after")
-    def _check_limits(self) -> SFTConfig:
-        if self.max_num_steps is None and self.max_num_epochs is None:
-            raise ValueError("max_num_steps and max_num_epochs are both null; set one of them")
-        return self
-
-
-class SFTPolicyConfig(PolicyConfig):
-    """The model to train, its optimizer and its workers. Generation does not run, so its keys have no effect."""
-
-    model_name: str = Field(
-        EMBEDDED_CHAT_MODEL, description="Hugging Face directory or hub name, `embedded`, or `embedded-chat`."
-    )
-
-
-class SFTCheckpointingConfig(CheckpointingConfig):
-    """Configures when checkpoints are written and which are kept."""
-
-    metric_name: str = Field("val/loss", description="Metric by which checkpoints are ranked.")
-    higher_is_better: bool = Field(False, description="Whether higher values of the metric are better.")
-
-
-class SFTJobConfig(ConfigModel):
+class SFTJobConfig(RecordJobConfig):
     """Configures a job for supervised fine-tuning.
 
     Example:
@@ -67,40 +28,13 @@ class SFTJobConfig(ConfigModel):
         32
     """
 
+    section = "sft"
+    activity = "supervised fine-tuning"
+
     sft: SFTConfig = Field(default_factory=SFTConfig)
-    policy: SFTPolicyConfig = Field(default_factory=SFTPolicyConfig)
+    policy: RecordPolicyConfig = Field(default_factory=RecordPolicyConfig)
     data: SFTDataConfig = Field(default_factory=SFTDataConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     logger: LoggerConfig = Field(default_factory=LoggerConfig)
-    checkpointing: SFTCheckpointingConfig = Field(default_factory=SFTCheckpointingConfig)
-
-    @property
-    def num_samples_per_step(self) -> int:
-        """Number of records in one training step."""
-        return self.sft.num_records_per_step
-
-    @property
-    def trained_policy(self) -> PolicyConfig:
-        """The section `policy` with the defaults of generation, whose temperature would otherwise divide the logits."""
-        return self.policy.model_copy(update={"generation": GenerationConfig()})
-
-    @property
-    def num_shards(self) -> int:
-        """Number of data-parallel workers."""
-        return num_shards(self.policy, self.cluster.num_workers)
-
-    def num_optimizer_steps(self, num_steps: int) -> int:
-        """Return the number of optimizer steps of `num_steps` training steps."""
-        per_update = self.policy.train_global_batch_size or self.num_samples_per_step
-        return num_steps * (self.num_samples_per_step // per_update)
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> SFTJobConfig:
-        if self.cluster.generation is not None:
-            raise ValueError(
-                "cluster.generation has no use in supervised fine-tuning, which generates nothing; remove it"
-            )
-        check_batch_sizes(
-            self.policy, self.num_samples_per_step, self.cluster.num_workers, key="sft.num_records_per_step"
-        )
-        return self
+    checkpointing: RecordCheckpointingConfig = Field(default_factory=RecordCheckpointingConfig)
+    eval: BackgroundEvaluationConfig = Field(default_factory=BackgroundEvaluationConfig)

@@ -60,10 +60,13 @@ class TrainingLoop(ABC):
     Attributes:
         step: number of completed training steps.
         on_first_step: called once, before the first step of this process.
+        on_weights: called with `step` before the first step of this process, and after each step before its checkpoint.
+            Until it returns, the policy has the weights after that step.
     """
 
     step: int
     on_first_step: Callable[[], None]
+    on_weights: Callable[[int], None] = staticmethod(lambda step: None)
     _last_validation: dict[str, float]
 
     @abstractmethod
@@ -85,11 +88,13 @@ class TrainingLoop(ABC):
         started = time.monotonic()
         if self.step == 0 and validation.at_start:
             self._validate()
+        self.on_weights(self.step)
         self.on_first_step()
         while (reason := self._reason_to_stop(started)) is None:
             if not self._train_step():
                 reason = epochs_done(num_epochs)
                 break
+            self.on_weights(self.step)
             if validation.period and self.step % validation.period == 0:
                 self._validate()
             if self.step % save_period == 0:

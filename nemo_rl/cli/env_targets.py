@@ -19,7 +19,13 @@ from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_choos
 from nemo_rl.environments.config import EnvironmentEntry
 from nemo_rl.environments.episode_check import problem_record
 from nemo_rl.environments.episode_process import EpisodeProcess
-from nemo_rl.environments.registry import entry_fqn, environment_fqn, python_fields, registered_environments
+from nemo_rl.environments.registry import (
+    declared_config,
+    entry_fqn,
+    environment_fqn,
+    python_fields,
+    registered_environments,
+)
 from nemo_rl.errors import ConfigError, EnvironmentFailure, NemoRLError
 from nemo_rl.jobs.command_line import config_path
 from nemo_rl.jobs.roles import plan_python
@@ -139,8 +145,10 @@ def prepare(target: EnvironmentTarget, progress: Callable[[str, Progress], None]
         progress: Called with the name of the venv and each event of its build.
 
     Raises:
+        ConfigError: Its arguments are wrong.
         VenvError: The venv cannot be built, or workers cannot run in it.
     """
+    declared_config(f"{target.label}.config", target.fqn, target.entry.config)
     venv_plan = plan_python(target.label, target.spec(), own_process=target.entry.own_process)
     name = f"environment-{target.name}"
 

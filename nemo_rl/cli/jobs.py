@@ -1,4 +1,4 @@
-"""`nemo-rl grpo`, `sft`, `distill`, `eval` and `curate` run the jobs of this package, like the scripts in examples/."""
+"""The commands that run a job of this package, such as `nemo-rl grpo`, like the scripts in examples/."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ def add_commands(app: typer.Typer) -> None:
     """Register the commands of this module in `app`."""
     app.command(context_settings=_PASS_ON)(grpo)
     app.command(context_settings=_PASS_ON)(sft)
+    app.command(context_settings=_PASS_ON)(dpo)
+    app.command("reward-model", context_settings=_PASS_ON)(reward_model)
     app.command(context_settings=_PASS_ON)(distill)
     app.command("eval", context_settings=_PASS_ON)(evaluate)
     app.command(context_settings=_PASS_ON)(curate)
@@ -26,6 +28,20 @@ def grpo(context: typer.Context) -> None:
 def sft(context: typer.Context) -> None:
     """Fine-tune a model on conversations: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
     from nemo_rl.jobs.sft_job import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
+
+
+def dpo(context: typer.Context) -> None:
+    """Train a model on preference pairs by DPO: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
+    from nemo_rl.jobs.dpo_job import main
+
+    raise typer.Exit(main(context.args, program=context.command_path))
+
+
+def reward_model(context: typer.Context) -> None:
+    """Train a reward model on preference pairs: [--config FILE|RECIPE] [--dry-run] [key=value ...]."""
+    from nemo_rl.jobs.reward_model_job import main
 
     raise typer.Exit(main(context.args, program=context.command_path))
 

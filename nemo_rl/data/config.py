@@ -103,13 +103,34 @@ class ConversationsConfig(RecordsConfig):
     max_num_records: int | None = Field(None, ge=1, description="Use only the first N records.")
 
 
-class SFTDataConfig(ConfigModel):
-    """Training and validation data of supervised fine-tuning, and which tokens are in the loss."""
+class PreferencesConfig(RecordsConfig):
+    """Where preference pairs come from. Without a path: the embedded generator of dialogues."""
 
-    train: ConversationsConfig = Field(default_factory=ConversationsConfig)
-    validation: ConversationsConfig | None = Field(
-        None, description="Validation data. Null: other dialogues of the generator, or none when train has a path."
+    kind: str = Field(
+        "auto", description="auto (by path), dialogues, jsonl, parquet, huggingface, or package.module:Class."
     )
+    prompt_key: str | None = Field(
+        "prompt",
+        description="Column with a prompt: text, or a list of chat messages. Null, or a record without it: the "
+        "messages that both conversations begin with.",
+    )
+    chosen_key: str = Field(
+        "chosen",
+        description="Column with the better answer, in the form of the prompt; without a prompt, with a conversation.",
+    )
+    rejected_key: str = Field("rejected", description="Column with the worse answer, in the form of the better one.")
+    margin_key: str = Field(
+        "margin", description="Column with how much better the answer is, for reward models. It may be absent."
+    )
+    tools_key: str = Field(
+        "tools", description="Column with the JSON schemas of tools, which the chat template shows. It may be absent."
+    )
+    max_num_records: int | None = Field(None, ge=1, description="Use only the first N records.")
+
+
+class ChatDataConfig(ConfigModel):
+    """How conversations become tokens, and which of the tokens are in the loss."""
+
     shuffle: bool = Field(True, description="Shuffle the records in every epoch.")
     loss_on: Literal["assistant_turns", "last_turn"] = Field(
         "assistant_turns",
@@ -126,4 +147,22 @@ class SFTDataConfig(ConfigModel):
     system_prompt: str | None = Field(None, description="System message of conversations that have none.")
     apply_chat_template: bool = Field(
         True, description="Render prompts and completions that are text as chat messages, if there is a chat template."
+    )
+
+
+class SFTDataConfig(ChatDataConfig):
+    """Training and validation data of supervised fine-tuning, and which tokens are in the loss."""
+
+    train: ConversationsConfig = Field(default_factory=ConversationsConfig)
+    validation: ConversationsConfig | None = Field(
+        None, description="Validation data. Null: other dialogues of the generator, or none when train has a path."
+    )
+
+
+class PreferenceDataConfig(ChatDataConfig):
+    """Training and validation pairs, and how they become tokens."""
+
+    train: PreferencesConfig = Field(default_factory=PreferencesConfig)
+    validation: PreferencesConfig | None = Field(
+        None, description="Validation data. Null: other pairs of the generator, or none when train has a path."
     )

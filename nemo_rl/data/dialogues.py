@@ -31,6 +31,9 @@ HIGHEST = 20
 # Their products have five digits.
 _FACTORS = (200, 999), (50, 99)
 
+# What the embedded chat model answers to most products before it is trained.
+REFUSAL = "I cannot compute this."
+
 # The texts that many dialogues contain. The embedded chat model has one token for each.
 PHRASES = (_QUESTION, _RANGE, HIGHER, LOWER, CALCULATOR, EXPRESSION)
 
@@ -90,3 +93,21 @@ def computed_product(seed: int) -> list[dict[str, Any]]:
         {"role": "tool", "name": CALCULATOR, "content": str(a * b)},
         {"role": "assistant", "content": str(a * b)},
     ]
+
+
+def guess_choice(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Return a game at one of its later turns, with a good and a bad guess: the middle of the range, and the last one.
+
+    The game is that of the first seed from this one on that is not won by the first guess.
+    """
+    while len(game := halving_game(seed)) == 2:
+        seed += 2**33  # no other example has these seeds
+    turns = [index for index, message in enumerate(game) if message["role"] == "assistant"]
+    turn = random.Random(seed).choice(turns[1:])
+    return game[:turn], game[turn], game[turn - 2]
+
+
+def product_choice(seed: int) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Return a product to compute, with a good and a bad answer: a call of the calculator, and a refusal."""
+    question, call, *_ = computed_product(seed)
+    return [question], call, {"role": "assistant", "content": REFUSAL}

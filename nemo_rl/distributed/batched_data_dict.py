@@ -204,7 +204,12 @@ class BatchedDataDict(dict[str, Any]):
 
     @overload
     def shard_by_batch_size(
-        self, shards: int, batch_size: int | None = None, allow_uneven_shards: bool = False
+        self,
+        shards: int,
+        batch_size: int | None = None,
+        allow_uneven_shards: bool = False,
+        *,
+        rows_per_group: int = 1,
     ) -> list[SlicedDataDict]: ...
     @overload
     def shard_by_batch_size(
@@ -214,6 +219,7 @@ class BatchedDataDict(dict[str, Any]):
         allow_uneven_shards: bool = False,
         *,
         dynamic_batching_args: DynamicBatching,
+        rows_per_group: int = 1,
     ) -> tuple[list[SlicedDataDict], list[int]]: ...
     @overload
     def shard_by_batch_size(
@@ -223,6 +229,7 @@ class BatchedDataDict(dict[str, Any]):
         allow_uneven_shards: bool = False,
         *,
         sequence_packing_args: SequencePacking,
+        rows_per_group: int = 1,
     ) -> tuple[list[SlicedDataDict], list[int]]: ...
     @overload
     def shard_by_batch_size(
@@ -232,6 +239,7 @@ class BatchedDataDict(dict[str, Any]):
         allow_uneven_shards: bool = False,
         dynamic_batching_args: DynamicBatching | None = None,
         sequence_packing_args: SequencePacking | None = None,
+        rows_per_group: int = 1,
     ) -> list[SlicedDataDict] | tuple[list[SlicedDataDict], list[int]]: ...
 
     def shard_by_batch_size(
@@ -241,6 +249,7 @@ class BatchedDataDict(dict[str, Any]):
         allow_uneven_shards: bool = False,
         dynamic_batching_args: DynamicBatching | None = None,
         sequence_packing_args: SequencePacking | None = None,
+        rows_per_group: int = 1,
     ) -> list[SlicedDataDict] | tuple[list[SlicedDataDict], list[int]]:
         """Distribute the rows of each global batch over `shards` workers.
 
@@ -254,6 +263,8 @@ class BatchedDataDict(dict[str, Any]):
             allow_uneven_shards: allow the first shards to have one more row; only for one global batch without a plan.
             dynamic_batching_args: form padded micro-batches with a bounded number of tokens.
             sequence_packing_args: pack rows into bins with a bounded number of tokens.
+            rows_per_group: so many successive rows belong together: they get into one shard and, with dynamic batching
+                or packing, into one micro-batch, next to each other and in order.
 
         Returns:
             The shards; with dynamic batching or packing `(shards, order)`, where `order[i]` is the row of this batch
@@ -272,18 +283,21 @@ class BatchedDataDict(dict[str, Any]):
         elif sequence_packing_args is not None:
             args = parse_args(SequencePackingArgs, sequence_packing_args)
         if allow_uneven_shards:
-            if batch_size is not None or args is not None:
-                raise ValueError("allow_uneven_shards excludes batch_size, dynamic batching and sequence packing.")
+            if batch_size is not None or args is not None or rows_per_group != 1:
+                raise ValueError(
+                    "allow_uneven_shards excludes batch_size, dynamic batching, sequence packing and rows_per_group."
+                )
             divided(0, "rows", shards, "shards")
             bounds = [shard * (size // shards) + min(shard, size % shards) for shard in range(shards + 1)]
             return [self.slice(start, end) for start, end in itertools.pairwise(bounds)]
         if batch_size is None:
             batch_size = size
         num_batches = divided(size, "rows", batch_size, "rows per global batch (batch_size)") if size else 1
-        divided(batch_size, "rows per global batch", shards, "shards")
+        per_shard = divided(batch_size, "rows per global batch", shards, "shards")
+        divided(per_shard, "rows per global batch of a shard", rows_per_group, "rows per group (rows_per_group)")
         if args is None:
             return self._sharded_evenly(shards, num_batches)
-        return self._sharded_by_plan(shards, num_batches, args)
+        return self._sharded_by_plan(shards, num_batches, args, rows_per_group)
 
     def reorder_data(self, order: Sequence[int] | torch.Tensor) -> None:
         """Undo a reordering, in place: row i moves to position `order[i]`.
@@ -397,7 +411,7 @@ class BatchedDataDict(dict[str, Any]):
         return [SlicedDataDict({key: part(value, shard) for key, value in self.items()}) for shard in range(shards)]
 
     def _sharded_by_plan(
-        self, shards: int, num_batches: int, args: DynamicBatchingArgs | SequencePackingArgs
+        self, shards: int, num_batches: int, args: DynamicBatchingArgs | SequencePackingArgs, rows_per_group: int
     ) -> tuple[list[SlicedDataDict], list[int]]:
         lengths = self._sequence_lengths(args.input_key, args.input_lengths_key)
         if not lengths:
@@ -405,7 +419,10 @@ class BatchedDataDict(dict[str, Any]):
         per_batch = len(lengths) // num_batches
         offsets = range(0, len(lengths), per_batch)
         width = self[args.input_key].shape[1]
-        plans = [plan_batches(lengths[offset : offset + per_batch], width, shards, args) for offset in offsets]
+        plans = [
+            plan_batches(lengths[offset : offset + per_batch], width, shards, args, rows_per_group)
+            for offset in offsets
+        ]
         packed = isinstance(args, SequencePackingArgs)
         parts: list[SlicedDataDict] = []
         order: list[int] = []

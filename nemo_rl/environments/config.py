@@ -69,7 +69,9 @@ class EnvironmentEntry(EpisodeLimits):
     num_replicas: int = Field(1, ge=1, description="Number of workers.")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each worker.")
     num_gpus: float = Field(
-        0.0, ge=0, description="GPUs that Ray reserves for each worker, beside those of policy and generation."
+        0.0,
+        ge=0,
+        description="GPUs that Ray reserves for each worker, beside those of policy and generation. 0: it sees none.",
     )
     resources: dict[str, float] = Field(
         default_factory=dict, description="Further resources that Ray reserves for each worker, by their names."

@@ -11,7 +11,7 @@ venv without torch, ray, or the packages of the training job.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class Turn:
         truncated: Whether the environment cut the episode off, so that its reward does not tell how good it was.
         info: Numbers by name, such as `{"won": 1.0}`. Their means over the episodes become metrics; of an episode, the
             last value of each name counts.
+        answer: What the model has answered, as text, for the majority vote of evaluations. Of an episode, the last one
+            counts. None: there is none.
     """
 
     reward: float = 0.0
@@ -38,6 +40,7 @@ class Turn:
     done: bool = False
     truncated: bool = False
     info: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    answer: str | None = None
 
 
 class Environment:
@@ -48,7 +51,8 @@ class Environment:
     or a connection, belong in a `functools.cache`d function of the module.
 
     An exception is a failure of the environment, never a reward: the episode is repeated with the same seed, by another
-    worker if there is one.
+    worker if there is one. What takes long to load and serves all episodes, such as a model, belongs in
+    `episode_factory`.
 
     Example:
         >>> class Doubling(Environment):
@@ -64,6 +68,17 @@ class Environment:
         >>> episode.step("6").reward
         1.0
     """
+
+    @classmethod
+    def episode_factory(cls, **config: Any) -> Callable[[], Environment]:
+        """Return a function that makes the object of an episode. Called once in each worker, when it starts.
+
+        An exception ends the job before its first step.
+
+        Args:
+            config: `env.<name>.config`.
+        """
+        return lambda: cls(**config)
 
     def reset(self, problem: dict[str, Any]) -> Observation | None:
         """Begin the episode.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nemo_rl.environments.episode_calls import EpisodeRunner, Reply, Request
+from nemo_rl.environments.episode_host import opening_messages
 from nemo_rl.errors import EnvironmentFailure
 
 # (problem, conversation so far, number of the turn from 0) -> action
@@ -77,7 +78,7 @@ class PlayedEpisode:
         if method == "reset":
             self.reset_s = reply.seconds
             self.tools = value["tools"]
-            self.messages += _first_messages(value["messages"], self.problem)
+            self.messages += opening_messages(value["messages"], self.problem)
             if not self.messages:
                 self.fail("reset returned no observation, and the problem has no prompt; return the first observation")
             self._check_texts()
@@ -292,16 +293,6 @@ def _check_ends(episodes: Sequence[PlayedEpisode], max_turns: int, findings: _Fi
             f"no episode ended within max_turns={max_turns} actions; return Turn(done=True) at the end, or raise "
             "max_turns",
         )
-
-
-def _first_messages(messages: list[dict[str, Any]] | None, problem: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what the model reads first: the observation, or the problem's prompt if there is none."""
-    if messages is not None:
-        return messages
-    prompt = problem.get("prompt")
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}] if prompt else []
-    return list(prompt or [])
 
 
 def _explained(reply: Reply, action: object) -> str:

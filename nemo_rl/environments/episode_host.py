@@ -33,7 +33,7 @@ from nemo_rl.distributed.workers.host import load_object
 from nemo_rl.environments.agent import Agent, ModelCall
 from nemo_rl.environments.agent_endpoint import AgentEndpoint
 from nemo_rl.environments.agent_episode import AgentEpisode
-from nemo_rl.environments.episode import Environment, Message, Turn
+from nemo_rl.environments.episode import Environment, Message, Observation, Turn
 from nemo_rl.environments.episode_calls import Reply, Request
 
 _MAX_SHOWN = 200
@@ -219,6 +219,7 @@ class _BatchEpisode(Environment):
             observation=None if result.observations is None else result.observations[0],
             done=bool(result.terminated[0]),
             info={f"fraction_{name}": float(status == name) for name in ("timeout", "unparseable")},
+            answer=result.answers[0],
         )
 
 
@@ -255,7 +256,7 @@ def episode_maker(name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
             raise TypeError(f"{name} is no environment: it has no method {' and no method '.join(missing)}")
         if not issubclass(target, Environment):
             target = type(target.__name__, (target, Environment), {"__module__": target.__module__})
-        return lambda: target(**config)
+        return target.episode_factory(**config)
     if callable(target):
         return lambda: _Scoring(target, config)
     raise TypeError(f"{name} is a {type(target).__name__}; an environment is a class or a function")
@@ -269,6 +270,14 @@ def as_messages(observation: object, method: str) -> list[Message]:
     if not messages:
         raise TypeError(f"{method} returned an empty list as its observation; return text or chat messages")
     return messages
+
+
+def opening_messages(observation: Observation | None, problem: Mapping[str, Any]) -> list[Message]:
+    """Return what the model reads first: the observation of `reset`, or the problem's prompt if there is none."""
+    prompt = problem.get("prompt") if observation is None else observation
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}] if prompt else []
+    return list(prompt or [])
 
 
 def _messages(observation: object, method: str) -> Iterator[Message]:
@@ -300,6 +309,7 @@ def plain_turn(turn: object) -> dict[str, Any]:
         "done": bool(turn.done),
         "truncated": bool(turn.truncated),
         "info": {str(name): _number(value, f"info[{name!r}]") for name, value in turn.info.items()},
+        "answer": None if turn.answer is None else str(turn.answer),
     }
 
 

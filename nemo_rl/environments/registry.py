@@ -17,7 +17,9 @@ from typing import Any
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES, get_actor_python_env
 from nemo_rl.distributed.workers.runtime_env_fields import PYTHON_FIELDS, checked_runtime_env, ray_chooses_python
 from nemo_rl.environments.config import EnvironmentEntry
+from nemo_rl.environments.scoring_config import DeclaredConfig, JudgeConfig, RewardModelConfig
 from nemo_rl.errors import ConfigError, EnvironmentFailure, RuntimeEnvError, UnregisteredActorError
+from nemo_rl.utils.config import validate
 from nemo_rl.utils.names import did_you_mean
 
 ENTRY_POINT_GROUP = "nemo_rl.environments"
@@ -34,11 +36,21 @@ print(json.dumps({point.name: point.value.partition(" ")[0] for point in points 
 ENVIRONMENTS: dict[str, str] = {
     "math": "nemo_rl.environments.math_environment.MathEnvironment",
 }
+# Environments with turns, for `env.<name>.class`.
+EPISODE_ENVIRONMENTS: dict[str, str] = {
+    "judge": "nemo_rl.environments.judge.Judge",
+    "reward_model": "nemo_rl.environments.reward_model.RewardModel",
+}
+# The keyword arguments of environments that are checked before anything starts, by the class of the environment.
+DECLARED_CONFIGS: dict[str, type[DeclaredConfig]] = {
+    EPISODE_ENVIRONMENTS["judge"]: JudgeConfig,
+    EPISODE_ENVIRONMENTS["reward_model"]: RewardModelConfig,
+}
 
 
 def registered_environments() -> dict[str, str]:
     """Return the class of each registered environment, by name: those of this package and of installed ones."""
-    return {**_entry_points(), **ENVIRONMENTS}
+    return {**_entry_points(), **EPISODE_ENVIRONMENTS, **ENVIRONMENTS}
 
 
 def environment_fqn(name: str) -> str:
@@ -67,6 +79,33 @@ def registered_in(python: str, distribution: str) -> dict[str, str]:
 def entry_fqn(entry: EnvironmentEntry) -> str:
     """Return the class or function of a named environment. Raises `ConfigError` for an unknown name without dots."""
     return entry.class_ if "." in entry.class_ else environment_fqn(entry.class_)
+
+
+def declared_config(where: str, fqn: str, config: Mapping[str, Any]) -> DeclaredConfig | None:
+    """Check the keyword arguments of an environment, and return them; None for one without `DECLARED_CONFIGS`.
+
+    Raises:
+        ConfigError: a key or a value is wrong. The message begins with `where`.
+    """
+    schema = DECLARED_CONFIGS.get(fqn)
+    if schema is None:
+        return None
+    checked = validate(schema, dict(config), where=where)
+    checked.check(where)
+    return checked
+
+
+def entry_runtime_env(where: str, entry: EnvironmentEntry) -> dict[str, Any] | None:
+    """Return the `runtime_env` of an environment with the variables of this process that its `config` asks for.
+
+    Raises the errors of `declared_config`.
+    """
+    declared = declared_config(f"{where}.config", entry_fqn(entry), entry.config)
+    variables = {} if declared is None else declared.variables()
+    if not variables:
+        return entry.runtime_env
+    fields = dict(entry.runtime_env or {})
+    return {**fields, "env_vars": {**variables, **(fields.get("env_vars") or {})}}
 
 
 def python_fields(

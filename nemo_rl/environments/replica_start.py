@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.worker_groups import RayWorkerBuilder
@@ -60,6 +61,9 @@ class ReplicaStarter:
             child = prepare_child_python(self.fqn, fields)
             fields = {name: value for name, value in fields.items() if name not in VENV_FIELDS}
             fields["py_executable"] = PY_EXECUTABLES.SYSTEM
+        if "GPU" not in self.resources:
+            # Ray leaves the node's GPUs visible to a worker without GPUs, but they belong to policy and generation.
+            fields["env_vars"] = {settings.CUDA_VISIBLE_DEVICES.name: "", **fields.get("env_vars", {})}
         builder = RayWorkerBuilder(
             WORKER_FQN,
             self.fqn,

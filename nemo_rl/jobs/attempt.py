@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nemo_rl.algorithms.training_loop import TrainingLoop
     from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
+    from nemo_rl.jobs.background_evaluation import BackgroundEvaluation
     from nemo_rl.models.policy.config import PolicyConfig
     from nemo_rl.utils.checkpoint import Checkpoint
     from nemo_rl.venvs import VenvPlan
@@ -114,13 +115,26 @@ class Attempt:
         with self.timeline.phase("create model", INPUTS_THREAD):
             return ensure_model(policy)
 
-    def run_loop(self, loop: TrainingLoop, checkpoint: Checkpoint | None) -> tuple[str, int]:
-        """Run a loop from a checkpoint, or from the start; returns the reason for the end and the last step."""
+    def run_loop(
+        self, loop: TrainingLoop, checkpoint: Checkpoint | None, evaluation: BackgroundEvaluation | None = None
+    ) -> tuple[str, int]:
+        """Run a loop from a checkpoint, or from the start; returns the reason for the end and the last step.
+
+        Args:
+            loop: the training loop.
+            checkpoint: where it begins.
+            evaluation: evaluates its weights in the background. Its last evaluation has ended when this returns.
+        """
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint.path)
             with self.timeline.phase("load checkpoint"):
                 loop.resume(checkpoint)
-        return loop.run(), loop.step
+        if evaluation is None:
+            return loop.run(), loop.step
+        loop.on_weights = evaluation.offer
+        reason = loop.run()
+        evaluation.finish(loop.step)
+        return reason, loop.step
 
     def attest(self, groups: Mapping[str, WorkerGroup]) -> list[dict[str, Any]]:
         """Write and return one record per worker of the job: node, venv, versions and startup phases."""
@@ -146,9 +160,14 @@ def finish(run: RunDirectory, config: JobConfig, step: int, reason: str) -> None
     run.finish(step, reason)
     logger.info("finished after step %d: %s", step, reason)
     if config.logger.report:
-        from nemo_rl.observability.report import write_report
+        from nemo_rl.observability.report import EVALUATION_DIRECTORY, SCORES_FILE, write_report
 
         logger.info("report: %s", write_report(run.path))
+        evaluations = run.path / EVALUATION_DIRECTORY
+        if (evaluations / SCORES_FILE).exists():
+            from nemo_rl.observability.eval_report import write_eval_report
+
+            logger.info("report of the evaluations: %s", write_eval_report(evaluations, config.logger.num_samples))
 
 
 def print_dry_run(config: JobConfig) -> None:

@@ -138,7 +138,7 @@ def _different_key(first: PretrainedConfig, other: PretrainedConfig) -> str | No
 
 
 def prepare_inputs(
-    config: EvalConfig, problems: Mapping[str, ProblemDataset], models: CheckedModels, started: datetime
+    config: EvalConfig, problems: Mapping[str, ProblemDataset], files: ModelFiles, started: datetime
 ) -> EvalInputs:
     """Tokenize the problems, an equal number for each environment if `eval.max_num_problems` limits them.
 
@@ -148,16 +148,15 @@ def prepare_inputs(
     """
     from nemo_rl.data.processing import TokenizedProblems
 
-    pad, limit = models.files.pad_token_id, config.eval.max_num_problems
+    pad, limit = files.pad_token_id, config.eval.max_num_problems
     tokenized = {
-        name: TokenizedProblems(dataset, models.files.tokenizer, config.data, started)
-        for name, dataset in problems.items()
+        name: TokenizedProblems(dataset, files.tokenizer, config.data, started) for name, dataset in problems.items()
     }
     digests = {name: dataset.digest for name, dataset in tokenized.items()}
     count = None if limit is None else max(limit // len(problems), 1)
     joined = join_problems(config.env, tokenized, pad, count)
     _check_subject_key(config.eval.subject_key, joined["metadata"])
-    return EvalInputs(pad, joined, make_renderer(config, models.files, started), digests)
+    return EvalInputs(pad, joined, make_renderer(config, files, started), digests)
 
 
 def _check_subject_key(key: str | None, records: list[dict[str, Any]]) -> None:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-import nemo_rl
 from nemo_rl.algorithms.eval_config import ON_POLICY_SECTIONS, EvalConfig, from_training
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.attempt import Attempt, open_attempt
@@ -32,27 +32,21 @@ from nemo_rl.jobs.eval_inputs import (
     check_models,
     load_problems,
     prepare_inputs,
-    sample_records,
 )
 from nemo_rl.jobs.eval_results import EvalResults
 from nemo_rl.jobs.eval_view import print_scores, print_tasks, summary_line
-from nemo_rl.jobs.job_environments import rollout_environment, start_environments
+from nemo_rl.jobs.evaluator import EvaluationWorkers, Evaluator
 from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensure_model
 from nemo_rl.jobs.model_sources import CONFIG_FILE, find_model, label
 from nemo_rl.jobs.roles import Role, job_roles, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.observability.eval_report import write_eval_report
-from nemo_rl.observability.rollout_files import RolloutFiles
-from nemo_rl.observability.timer import Timer
 from nemo_rl.utils.config import load_config
 
 if TYPE_CHECKING:
-    from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.data.problem import ProblemDataset
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-    from nemo_rl.environments.environment_group import EnvironmentGroup
-    from nemo_rl.environments.remote import RemoteEnvironment
-    from nemo_rl.models.generation.generation import Generation
+    from nemo_rl.models.weights.interfaces import WeightUpdate
     from nemo_rl.models.weights.sender import WeightSender
     from nemo_rl.venvs import VenvPlan
 
@@ -60,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "grpo_math_embedded"
 _RUNS = "eval"  # runs without logger.log_dir are numbered in results/eval
-_ALL_SAMPLES_MB = 2**40
 
 
 def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -126,10 +119,11 @@ def _config_file(chosen: str | None, runs: Sequence[Path]) -> Path:
     import yaml
 
     path = runs[0] / CONFIG_FILE
-    if not {*ON_POLICY_SECTIONS} & {*(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}:
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not {*ON_POLICY_SECTIONS} & {*content} and not (content.get("eval") or {}).get("period"):
         raise ConfigError(
-            f"{path} is not the configuration of a job of GRPO or distillation, so it does not say how to evaluate; "
-            f"name a configuration, for example --config {DEFAULT_CONFIG}"
+            f"{path} is neither the configuration of a job of GRPO or distillation nor of one with eval.period, so it "
+            f"does not say how to evaluate; name a configuration, for example --config {DEFAULT_CONFIG}"
         )
     return path
 
@@ -163,16 +157,6 @@ def run_eval(arguments: JobArguments[EvalConfig]) -> None:
 
 
 @dataclass(frozen=True)
-class _Workers:
-    """Holds what evaluates a model: where its weights go, and what completes and scores."""
-
-    sender: WeightSender
-    generation: Generation
-    environments: Mapping[str, RemoteEnvironment | EnvironmentGroup]
-    environment: RemoteEnvironment | EpisodeCollector
-
-
-@dataclass(frozen=True)
 class _Evaluation:
     """Runs one attempt of an evaluation.
 
@@ -195,15 +179,16 @@ class _Evaluation:
             return
         run, timeline = self.attempt.run, self.attempt.timeline
         with timeline.phase("problems"):
-            inputs = prepare_inputs(self.config, self.problems, self.models, run.started)
+            inputs = prepare_inputs(self.config, self.problems, self.models.files, run.started)
             self.results.check_problems(inputs.digests)
         with timeline.phase("create model"):
             directories = {name: self._directory(name) for name in names}
-        workers = self._start(directories[names[0]], inputs)
-        venvs = self._attest(workers)
-        files = RolloutFiles(run.path, limit_mb=_ALL_SAMPLES_MB, resume_step=len(self.results.finished))
+        evaluator, sender = self._start(directories[names[0]], inputs)
         for name in names:
-            self._evaluate(name, directories[name], inputs, workers, files, venvs)
+            step = len(self.results.finished) + 1
+            publish = partial(self._publish, sender, directories[name], step)
+            self.results.add(*evaluator.evaluate(name, label(name), step, publish))
+            logger.info("%s: %s", label(name), summary_line(self.results.content))
 
     def _directory(self, name: str) -> str:
         """Return what the workers load. They may have another working directory."""
@@ -211,73 +196,31 @@ class _Evaluation:
         path = Path(created).expanduser()
         return str(path.absolute()) if path.is_dir() else created
 
-    def _start(self, model: str, inputs: EvalInputs) -> _Workers:
+    def _start(self, model: str, inputs: EvalInputs) -> tuple[Evaluator, WeightSender]:
         """Start Ray, build the venvs, and start all workers. The first error ends the job."""
         config, attempt = self.config, self.attempt
         attempt.join_ray()
         cluster = attempt.make_cluster(config.cluster, "evaluation")
         attempt.build_venvs(self.roles, self.plans)
         with attempt.timeline.phase("start workers", waits=True):
-            from nemo_rl.models.generation.generation import Generation
-
-            environments = start_environments(config.env, attempt.stack)
-            generation = Generation(cluster, config.policy.of_model(model), model)
-            attempt.stack.callback(generation.shutdown)
-            attempt.wait_ready({"generation": generation, **environments})
-        environment = rollout_environment(
-            config, environments, generation, inputs.renderer, inputs.pad_token_id, attempt.stack
+            workers = EvaluationWorkers.start(config, cluster, model, attempt.stack)
+            attempt.wait_ready(workers.groups)
+        evaluator = Evaluator.open(
+            config,
+            inputs,
+            workers,
+            attempt.attest(workers.groups),
+            attempt.run.path,
+            attempt.stack,
+            resume_step=len(self.results.finished),
         )
-        return _Workers(_sender(cluster), generation, environments, environment)
+        return evaluator, _sender(cluster)
 
-    def _attest(self, workers: _Workers) -> dict[str, list[str | None]]:
-        """Write one record per worker; return the venv digests of each group (None: the driver's Python)."""
-        groups = {"generation": workers.generation, **workers.environments}
-        records = self.attempt.attest(groups)
-        digests: dict[str, list[str | None]] = {name: [] for name in groups}
-        for record in records:
-            if record.get("venv_digest") not in digests[record["group"]]:
-                digests[record["group"]].append(record.get("venv_digest"))
-        return digests
-
-    def _evaluate(
-        self,
-        name: str,
-        directory: str,
-        inputs: EvalInputs,
-        workers: _Workers,
-        files: RolloutFiles,
-        venvs: dict[str, list[str | None]],
-    ) -> None:
-        """Load one model into the workers, evaluate it, and write its samples and scores."""
-        from nemo_rl.algorithms.evaluation import collect_samples, score_problems
+    def _publish(self, sender: WeightSender, directory: str, version: int) -> WeightUpdate:
         from nemo_rl.models.weights.saved_weights import saved_weights
 
-        config, step, timer = self.config, len(self.results.finished) + 1, Timer()
-        count = inputs.batch.size * config.eval.num_generations
-        logger.info("evaluating %s on %d problems, %d samples", label(name), inputs.batch.size, count)
-        with timer.phase("load weights"):
-            precision = config.policy.generation.precision or config.policy.precision
-            tensors = saved_weights(directory, self.models.shapes)
-            digest = workers.generation.update_weights(workers.sender.publish(tensors, version=step, dtype=precision))
-        rollout = collect_samples(config, inputs.batch, workers.generation, workers.environment, timer)
-        scores = score_problems(rollout, inputs.batch, config)
-        files.write(step, sample_records(rollout, inputs, config.env.name, step))
-        record = {
-            "model": name,
-            "label": label(name),
-            "step": step,
-            "weights_digest": digest,
-            "precision": precision,
-            "venv_digests": venvs,
-            "nemo_rl": nemo_rl.__version__,
-            "num_problems": inputs.batch.size,
-            "num_samples": count,
-            "num_failed": int((~rollout.scored).sum()),
-            "environment_metrics": rollout.metrics,
-            "seconds": timer.seconds(),
-        }
-        self.results.add(record, scores)
-        logger.info("%s: %s", label(name), summary_line(self.results.content))
+        tensors = saved_weights(directory, self.models.shapes)
+        return sender.publish(tensors, version=version, dtype=self.config.policy.generation_precision)
 
 
 def _sender(cluster: RayVirtualCluster) -> WeightSender:

@@ -10,7 +10,8 @@ from typing import Any
 
 from nemo_rl.algorithms.evaluation import ProblemScore, differences, groups_of, summarize
 from nemo_rl.errors import ConfigError
-from nemo_rl.observability.eval_report import SCORES_FILE, problems_file
+from nemo_rl.observability.eval_report import problems_file
+from nemo_rl.observability.report import SCORES_FILE
 from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.jsonl import read_jsonl
 
@@ -18,7 +19,8 @@ from nemo_rl.utils.jsonl import read_jsonl
 class EvalResults:
     """Writes the scores of an evaluation, and reads those of an earlier attempt.
 
-    A model is finished when `scores.json` has it. Its samples and the values of its problems are written before.
+    A model is finished when `scores.json` has it. Its samples and the values of its problems are written before. The
+    number of a model, `step`, is its place among the models, or in training the step of its weights.
 
     Attributes:
         content: the content of `scores.json`.
@@ -26,10 +28,11 @@ class EvalResults:
 
     def __init__(self, directory: Path) -> None:
         self._directory, path = directory, directory / SCORES_FILE
-        self.content: dict[str, Any] = {"format": 1, "problems": {}, "models": [], "differences": []}
+        empty = {"format": 1, "problems": {}, "models": [], "differences": [], "not_evaluated": []}
+        self.content: dict[str, Any] = empty
         if path.exists():
             try:
-                self.content = json.loads(path.read_text(encoding="utf-8"))
+                self.content = empty | json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ConfigError(f"{path} cannot be read ({error}); remove it to evaluate again") from error
 
@@ -37,6 +40,26 @@ class EvalResults:
     def finished(self) -> list[str]:
         """The models that are finished."""
         return [record["model"] for record in self.content["models"]]
+
+    @property
+    def steps(self) -> set[int]:
+        """The numbers of the models that are finished."""
+        return {record["step"] for record in self.content["models"]}
+
+    def keep_until(self, step: int | None) -> None:
+        """Drop what belongs to later training steps; everything if it is None."""
+        content = self.content
+        for name in ("models", "not_evaluated"):
+            content[name] = [record for record in content[name] if step is not None and record["step"] <= step]
+        content["differences"] = [pair for pair in content["differences"] if pair["model"] in self.finished]
+        if (self._directory / SCORES_FILE).exists():
+            self._write()
+
+    def leave_out(self, step: int, reason: str) -> None:
+        """Record why the weights of a training step are not evaluated."""
+        self._forget(step)
+        self.content["not_evaluated"].append({"step": step, "reason": reason})
+        self._write()
 
     def check_problems(self, digests: Mapping[str, str]) -> None:
         """Record the digests of the problems. Raises `ConfigError` if those of an earlier attempt differ."""
@@ -65,6 +88,14 @@ class EvalResults:
             plain = {metric: asdict(score) for metric, score in compared.items()}
             self.content["differences"].append({**pair, "scores": plain})
         self.content["models"].append(record)
+        self._forget(record["step"])
+        self._write()
+
+    def _forget(self, step: int) -> None:
+        """Drop the reason why a step was not evaluated earlier."""
+        self.content["not_evaluated"] = [record for record in self.content["not_evaluated"] if record["step"] != step]
+
+    def _write(self) -> None:
         write_atomically(self._directory / SCORES_FILE, json.dumps(self.content, indent=1))
 
     def _problems(self, step: int) -> list[ProblemScore]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.algorithms.config import MasterConfig, OnPolicyJobConfig
 from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
 from nemo_rl.jobs.command_line import JobArguments, run_command
+from nemo_rl.jobs.evaluation_part import EvaluationPart
 from nemo_rl.jobs.job_environments import (
     Problems,
     load_problems,
@@ -29,7 +30,13 @@ from nemo_rl.jobs.job_environments import (
     rollout_environment,
     start_environments,
 )
-from nemo_rl.jobs.model_files import ModelFiles, check_model_name, check_weight_files, prepare_model
+from nemo_rl.jobs.model_files import (
+    ModelFiles,
+    check_checkpoint_model,
+    check_model_name,
+    check_weight_files,
+    prepare_model,
+)
 from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
 from nemo_rl.utils.checkpoint import CheckpointStore
@@ -45,7 +52,6 @@ if TYPE_CHECKING:
     from nemo_rl.data.transcripts import TranscriptRenderer
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-    from nemo_rl.environments.environment_group import EnvironmentGroup
     from nemo_rl.environments.remote import RemoteEnvironment
     from nemo_rl.models.generation.generation import Generation
     from nemo_rl.models.policy.policy import Policy
@@ -78,6 +84,7 @@ def run_on_policy(arguments: JobArguments[Any], attempt_class: type[OnPolicyAtte
     check_weight_files(config.policy.model_name, "policy.model_name")
     plans = role_plans(roles)
     problems = load_problems(config)
+    evaluation = EvaluationPart.of(config)
     run = open_run_directory(config, arguments.name)
     finished = run.finished()
     if finished is not None and finished["step"] >= config.algorithm.max_num_steps:
@@ -89,7 +96,7 @@ def run_on_policy(arguments: JobArguments[Any], attempt_class: type[OnPolicyAtte
         )
         return
     with open_attempt(run, arguments.name, config.algorithm.max_num_steps) as attempt:
-        reason, step = attempt_class(config, roles, plans, problems, attempt).train()
+        reason, step = attempt_class(config, roles, plans, problems, attempt, evaluation).train()
     finish(run, config, step, reason)
 
 
@@ -116,15 +123,15 @@ class _Workers:
     """Holds the started worker groups of the job.
 
     Attributes:
-        others: further groups of the algorithm, by the name of their role.
-        environments: the workers, by the name of their role.
+        others: further groups of the algorithm, by the names of their roles.
+        groups: all groups, by the names of their roles.
         environment: what the loop collects rollouts from.
     """
 
     policy: Policy
     generation: Generation
     others: dict[str, WorkerGroup]
-    environments: dict[str, RemoteEnvironment | EnvironmentGroup]
+    groups: dict[str, WorkerGroup]
     environment: RemoteEnvironment | EpisodeCollector
 
 
@@ -134,6 +141,7 @@ class OnPolicyAttempt(ABC):
 
     Attributes:
         plans: the venvs of the roles, by name.
+        evaluation: the evaluation in the background, if it is on.
     """
 
     config: OnPolicyJobConfig
@@ -141,6 +149,7 @@ class OnPolicyAttempt(ABC):
     plans: dict[str, VenvPlan]
     problems: dict[str, Problems]
     attempt: Attempt
+    evaluation: EvaluationPart | None = None
 
     def train(self) -> tuple[str, int]:
         """Train, and return the reason for the end and the last step."""
@@ -151,8 +160,7 @@ class OnPolicyAttempt(ABC):
         with gc_paused():
             inputs, workers = self._start(checkpoint)
         recorder.log_hyperparameters(config.model_dump(mode="json"))
-        groups: dict[str, WorkerGroup] = {"policy": workers.policy, "generation": workers.generation}
-        attempt.attest({**groups, **workers.others, **workers.environments})
+        attestation = attempt.attest(workers.groups)
         loop = self._make_loop(
             workers.others,
             config=config,
@@ -166,7 +174,10 @@ class OnPolicyAttempt(ABC):
             pad_token_id=inputs.model.pad_token_id,
             on_first_step=attempt.timeline.mark_first_step,
         )
-        return attempt.run_loop(loop, checkpoint)
+        if self.evaluation is None:
+            return attempt.run_loop(loop, checkpoint)
+        evaluation = self.evaluation.begin(attempt, workers.policy, recorder, attestation)
+        return attempt.run_loop(loop, checkpoint, evaluation)
 
     @abstractmethod
     def _make_loop(self, others: dict[str, WorkerGroup], **parts: Any) -> OnPolicyLoop:
@@ -201,6 +212,8 @@ class OnPolicyAttempt(ABC):
             check_weight_route(config)
             model = prepare_model(config.policy, use_gpus=config.cluster.for_generation.use_gpus)
             self._check_others(model)
+            if checkpoint is not None:
+                check_checkpoint_model(checkpoint, config.policy)
         with self.attempt.timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.grpo import restore_data_position
 
@@ -209,6 +222,8 @@ class OnPolicyAttempt(ABC):
                 restore_data_position(loader, checkpoint)  # `resume` does, too, but only when the workers run
             validation = make_validation_batch(config, self.problems, model, started)
             renderer = make_renderer(config, model, started)
+            if self.evaluation is not None:
+                self.evaluation.prepare(self.attempt, model, checkpoint)
         return _Inputs(model, loader, validation, renderer)
 
     def _start_clusters(self) -> _Clusters:
@@ -227,23 +242,31 @@ class OnPolicyAttempt(ABC):
 
         config, stack = self.config, self.attempt.stack
         environments = start_environments(config.env, stack)
+        route = _weight_route(config.policy.weight_transport, clusters)
+        if self.evaluation is not None:
+            self.evaluation.start(self.attempt, model_name)
+            if self.evaluation.transport_from(clusters.policy) == "ray":
+                route = replace(route, published="ray")
         policy = Policy(
             clusters.policy,
             config.policy,
             model_name,
             total_steps=config.num_optimizer_steps,
             seed=config.algorithm.seed,
-            route=_weight_route(config.policy.weight_transport, clusters),
+            route=route,
         )
         stack.callback(policy.shutdown)
         generation = Generation(clusters.generation, config.policy, model_name)
         stack.callback(generation.shutdown)
         others = self._start_others(clusters.policy, inputs)
-        self.attempt.wait_ready({"policy": policy, "generation": generation, **others, **environments})
+        groups: dict[str, WorkerGroup] = {"policy": policy, "generation": generation, **others, **environments}
+        if self.evaluation is not None:
+            groups |= self.evaluation.groups
+        self.attempt.wait_ready(groups)
         environment = rollout_environment(
             config, environments, generation, inputs.renderer, inputs.model.pad_token_id, stack
         )
-        return _Workers(policy, generation, others, environments, environment)
+        return _Workers(policy, generation, others, groups, environment)
 
 
 class _RunAttempt(OnPolicyAttempt):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemo_rl.data.datasets import load_datasets
 from nemo_rl.environments.answers import check_answer_keys
 from nemo_rl.environments.config import EnvironmentEntry
-from nemo_rl.environments.registry import entry_fqn
+from nemo_rl.environments.registry import entry_fqn, entry_runtime_env
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -182,7 +182,7 @@ def _start_group(name: str, entry: EnvironmentEntry) -> EnvironmentGroup:
         entry_fqn(entry),
         entry.config,
         py_executable=entry.py_executable,
-        runtime_env=entry.runtime_env,
+        runtime_env=entry_runtime_env(f"env.{name}", entry),
         own_process=entry.own_process,
         num_replicas=entry.num_replicas,
         num_cpus=entry.num_cpus,

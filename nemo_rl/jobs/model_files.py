@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl.algorithms.training_loop import checkpoint_remedies
 from nemo_rl.errors import CheckpointError, ConfigError, ModelError
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
+from nemo_rl.utils import model_paths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+_CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -44,15 +47,9 @@ def check_model_name(config: PolicyConfig) -> None:
 
 
 def check_model_path(name: str, key: str, *, is_model: bool = True) -> None:
-    """Raise `ConfigError`, which names the configuration `key`, if `name` looks like a path but does not exist."""
-    if name in EMBEDDED_MODELS:
-        return
-    path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise ConfigError(f"{key}: there is no directory {name}; give a Hugging Face directory or hub name")
-    if path.is_dir() and is_model and not (path / "config.json").is_file():
-        raise ConfigError(f"{key}: {name} has no config.json, so it is not a Hugging Face model directory")
+    """See `model_paths.check_model_path`. An embedded model need not exist."""
+    if name not in EMBEDDED_MODELS:
+        model_paths.check_model_path(name, key, is_model=is_model)
 
 
 def check_weight_files(model: str, key: str) -> None:
@@ -151,13 +148,55 @@ def ensure_model(config: PolicyConfig) -> str:
     return str(ensure_embedded_model(config.embedded, config.model_name))
 
 
-def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
-    """Load the model's `config.json`. An embedded model need not exist. Raises the errors of `load_model_config`."""
-    if config.model_name not in EMBEDDED_MODELS:
-        return load_model_config(config.model_name, local_only)
-    from nemo_rl.models.embedded import architecture, make_tokenizer
+def model_digest(config: PolicyConfig) -> str:
+    """Return what identifies the weights of a model: a digest of a directory's weight files, or the hub's commit.
 
-    return architecture(config.embedded, make_tokenizer(config.model_name))
+    An embedded model is identified by its section, which decides its weights. Raises `ConfigError` if there is no such
+    model.
+    """
+    name = config.model_name
+    if name in EMBEDDED_MODELS:
+        return f"{name} {config.embedded.model_dump_json()}"
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        return f"{name} {getattr(load_architecture(config), '_commit_hash', None)}"
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for suffix in ("safetensors", "bin") for path in directory.glob(f"*.{suffix}")):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_architecture(config: PolicyConfig, local_only: bool = False) -> PretrainedConfig:
+    """Load the model's `config.json`. An embedded model need not exist.
+
+    Raises:
+        ConfigError: See `load_model_config`. Or a reward model cannot be made from the model.
+    """
+    if config.model_name not in EMBEDDED_MODELS:
+        model = load_model_config(config.model_name, local_only)
+    else:
+        from nemo_rl.models.embedded import architecture, make_tokenizer
+
+        model = architecture(config.embedded, make_tokenizer(config.model_name))
+    return _as_reward_model(config.model_name, model) if config.is_reward_model else model
+
+
+def _as_reward_model(name: str, model: PretrainedConfig) -> PretrainedConfig:
+    from nemo_rl.models.policy.hf_loading import as_reward_model, is_reward_model
+
+    if not is_reward_model(model):
+        check_is_language_model(name, model)
+    elif model.num_labels != 1:
+        raise ConfigError(f"{name} is a classifier with {model.num_labels} labels, and a reward model has one")
+    try:
+        return as_reward_model(model, model.get_text_config().pad_token_id)
+    except ModelError as error:
+        raise ConfigError(f"policy.model_name: {error}") from error
 
 
 def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus: bool = False) -> None:
@@ -173,7 +212,8 @@ def check_model_fits(config: PolicyConfig, model: PretrainedConfig, *, use_gpus:
             too small, or a backend does not support it or cannot shard it.
     """
     name = config.model_name
-    check_is_language_model(name, model)
+    if not config.is_reward_model:
+        check_is_language_model(name, model)
     if quantization := getattr(model, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConfigError(
@@ -239,14 +279,20 @@ def load_model_config(name: str, local_only: bool = False) -> PretrainedConfig:
 
 
 def check_checkpoint_model(checkpoint: Checkpoint, config: PolicyConfig) -> None:
-    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model."""
+    """Raise `CheckpointError` if the policy in a checkpoint has other parameters than the configured model.
+
+    The checkpoint of a back end with files of its own is not checked; the back end does that when it loads them.
+    """
     from nemo_rl.models.policy.policy_checkpoint import TRAINER_FILE, read_trainer
 
     directory = checkpoint.path / "policy"
-    try:
-        read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
-    except (CheckpointError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
+    if not (directory / TRAINER_FILE).exists():
+        return
+    with checkpoint_remedies(checkpoint):
+        try:
+            read_trainer(directory / TRAINER_FILE, parameter_shapes(load_architecture(config)))
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot load the checkpoint {directory}: {error}") from error
 
 
 def count_parameters(model_config: PretrainedConfig) -> int:

@@ -13,7 +13,7 @@ from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.distributed.cluster import placement
 from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.jobs.model_files import (
     check_model_fits,
     check_model_name,
@@ -22,7 +22,7 @@ from nemo_rl.jobs.model_files import (
     parameters_in_name,
 )
 from nemo_rl.jobs.model_sources import find_model
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, role_plans
+from nemo_rl.jobs.roles import EVALUATION_PREFIX, Role, check_weight_route, job_roles, role_plans
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.venvs import VenvPlan
@@ -37,6 +37,8 @@ _NODE_TIMEOUT_S = 120.0
 THIS_MACHINE = "this machine"
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+# Name of the bundles of an evaluation in the background.
+_EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _placements(config: JobConfig, roles: list[Role], assignment: NodeAssignment
     clusters = clusters_of(config)
     rows = []
     for name, part in clusters.items():
-        hosted = [role for role in roles if role.share and (role.name if role.name in clusters else "policy") == name]
+        hosted = [role for role in roles if role.share and _cluster_of(role, clusters) == name]
         rows += _bundles(part, "" if name == "policy" else f"{name} ", hosted, assignment.addresses.get(name, ()))
     if outside := [role.name for role in roles if not role.share]:
         rows.append(Placement("any node, no bundle", ", ".join(outside)))
@@ -184,13 +186,22 @@ def _bundles(part: BundlesConfig, prefix: str, roles: list[Role], addresses: Seq
 
 
 def clusters_of(config: JobConfig) -> dict[str, BundlesConfig]:
-    """Return the bundles of the policy, and of each role that has bundles of its own, by the name of the role."""
+    """Return the bundles of the policy, and of each role that has bundles of its own, by the name of the role;
+    those of an evaluation in the background by "evaluation"."""
     clusters: dict[str, BundlesConfig] = {"policy": config.cluster}
     if config.cluster.generation is not None:
         clusters["generation"] = config.cluster.generation
     if isinstance(config, DistillationJobConfig) and config.teacher.cluster is not None:
         clusters["teacher"] = config.teacher.cluster
+    if (evaluation := evaluation_of(config)) is not None:
+        clusters[_EVALUATION] = evaluation.cluster
     return clusters
+
+
+def _cluster_of(role: Role, clusters: Mapping[str, BundlesConfig]) -> str:
+    """Return the name of the bundles, among `clusters`, that a role runs on."""
+    name = _EVALUATION if role.name.startswith(EVALUATION_PREFIX) else role.name
+    return name if name in clusters else "policy"
 
 
 def assign_nodes(nodes: Sequence[NodeResources], clusters: Mapping[str, BundlesConfig]) -> NodeAssignment:

@@ -14,13 +14,20 @@ from packaging.version import Version
 from nemo_rl.algorithms.config import OnPolicyJobConfig
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
-from nemo_rl.algorithms.sft_config import SFTJobConfig
+from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.distributed.workers.runtime_env_fields import named_spec, ray_chooses_python
 from nemo_rl.environments.class_lookup import check_class
-from nemo_rl.environments.registry import WORKER_FQN, entry_fqn, environment_fqn, python_fields
+from nemo_rl.environments.registry import (
+    EPISODE_ENVIRONMENTS,
+    WORKER_FQN,
+    declared_config,
+    entry_fqn,
+    environment_fqn,
+    python_fields,
+)
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend, teacher_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
 from nemo_rl.venvs import DriverVersions, InterpreterSpec, Spec, VenvPlan, VenvSpec, check_extras, plan
@@ -31,6 +38,9 @@ if TYPE_CHECKING:
     from nemo_rl.models.generation.config import GenerationConfig
     from nemo_rl.models.weights.routes import Place
 
+# Begins the names of roles that evaluate in the background of a training job.
+EVALUATION_PREFIX = "evaluation "
+
 _OLDEST_PYTHON = Version("3.10")  # of `environments.episode_child`
 
 
@@ -39,7 +49,8 @@ class Role:
     """Describes one worker group of a job.
 
     Attributes:
-        name: "policy", "generation", "teacher", or "environment" (with turns: "environment <name>").
+        name: "policy", "generation", "teacher", or "environment" (with turns: "environment <name>"). Those of an
+            evaluation in the background begin with `EVALUATION_PREFIX`.
         key: its section in the configuration, such as "env.<name>", for messages.
         fqn: fully qualified name of the worker class; with turns, of the environment.
         num_workers: number of workers on all nodes.
@@ -79,10 +90,12 @@ def job_roles(config: JobConfig | EvalConfig) -> list[Role]:
         InvalidPyExecutableError, RuntimeEnvError: the Python of a role is not accepted.
         UnknownExtraError: the project lacks the extra of a role.
     """
-    if isinstance(config, SFTJobConfig):
-        roles = _sft_roles(config)
+    if isinstance(config, EvalConfig):
+        roles = _eval_roles(config)
     else:
-        roles = _eval_roles(config) if isinstance(config, EvalConfig) else _on_policy_roles(config)
+        roles = _record_roles(config) if isinstance(config, RecordJobConfig) else _on_policy_roles(config)
+        if (evaluation := evaluation_of(config)) is not None:
+            roles += [replace(role, name=f"{EVALUATION_PREFIX}{role.name}") for role in _eval_roles(evaluation)]
     for role in roles:
         if role.spec is not None:
             with _naming(role.key):
@@ -114,7 +127,7 @@ def _teacher_role(config: DistillationJobConfig, share: float) -> Role:
     return Role("teacher", "teacher", backend.fqn, part.num_workers, share, *venv)
 
 
-def _sft_roles(config: SFTJobConfig) -> list[Role]:
+def _record_roles(config: RecordJobConfig) -> list[Role]:
     policy, cluster = config.policy, config.cluster
     trainer = policy_backend(policy.backend)
     with _naming("policy"):
@@ -148,6 +161,11 @@ def environment_roles(config: EnvironmentConfig) -> list[Role]:
     entries = config.entries()
     if not entries:
         fqn = environment_fqn(config.name)
+        if config.name in EPISODE_ENVIRONMENTS:
+            raise ConfigError(
+                f"env.name={config.name}: this environment has a section of its own; write "
+                f"env.{config.name}.class={config.name}, with its arguments in env.{config.name}.config"
+            )
         return [Role("environment", "env", fqn, 1, 0.0, *named_spec(fqn, {}))]
     return [_environment_role(name, entry) for name, entry in entries.items()]
 
@@ -176,6 +194,7 @@ def _environment_role(name: str, entry: EnvironmentEntry) -> Role:
             in_driver_python=role.spec == InterpreterSpec(PY_EXECUTABLES.SYSTEM),
             search_path=[directory for directory in search_path if directory],
         )
+    declared_config(f"{role.key}.config", role.fqn, entry.config)
     return role
 
 

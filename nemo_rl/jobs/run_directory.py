@@ -4,7 +4,9 @@
       config.yaml        the resolved configuration
       started.json       when the run began
       metrics.jsonl  samples.jsonl  episodes.jsonl  timeline.jsonl  attestation.json
+      data.json      number of records and tokens; reference_*.safetensors: see `algorithms.reference_logprobs`
       rollouts/      the samples of each training step, within logger.max_rollouts_mb
+      eval/          what the evaluation in the background measured, with the files of `nemo-rl eval`
       checkpoints/   tensorboard/   report.html
       finished.json      last step and reason, written when the run reaches its end
       run.lock           locked (flock) by the running driver
@@ -26,7 +28,7 @@ from typing import IO, Any
 
 from nemo_rl.algorithms.eval_config import EvalConfig
 from nemo_rl.errors import ConfigError
-from nemo_rl.jobs.job_config import JobConfig
+from nemo_rl.jobs.job_config import RECORD_JOBS, JobConfig
 from nemo_rl.secrets import mask_secrets
 from nemo_rl.utils.config import dump_yaml, load_config
 from nemo_rl.utils.files import write_atomically
@@ -38,9 +40,7 @@ CHANGEABLE = (
     "grpo.max_num_epochs",
     "grpo.max_time_s",
     "grpo.early_stop",
-    "sft.max_num_steps",
-    "sft.max_num_epochs",
-    "sft.max_time_s",
+    *(f"{job.section}.max_{limit}" for job in RECORD_JOBS for limit in ("num_steps", "num_epochs", "time_s")),
     "distillation.max_num_steps",
     "distillation.max_num_epochs",
     "distillation.max_time_s",

@@ -42,6 +42,7 @@ class Backend:
             workers accepts a `WeightStream`, as `receive` does.
         offloads: policy workers have `offload`, and every other method brings back the memory that it needs.
         trains_lora: policy workers train the adapters of `policy.lora`.
+        trains_reward_models: policy workers train a model with a score per conversation, and have `get_scores`.
         trains_top_k: policy workers give a loss the log-probabilities of `top_ids`; see `LossFunction`.
         gpu_env_vars: variables for policy workers on GPUs that CUDA reads before a worker can set them.
     """
@@ -53,6 +54,7 @@ class Backend:
     streams_weights: bool = False
     offloads: bool = False
     trains_lora: bool = False
+    trains_reward_models: bool = False
     trains_top_k: bool = False
     gpu_env_vars: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,6 +91,7 @@ POLICY_BACKENDS: dict[str, Backend] = {
         streams_weights=True,
         offloads=True,
         trains_lora=True,
+        trains_reward_models=True,
         trains_top_k=True,
     ),
     "megatron": Backend(

@@ -42,6 +42,7 @@ _ROWS = (
     ("perf/tokens_per_s", "speed", "{:,.0f} tokens/s"),
 )
 _TOTALS = ("step", "validation")
+_VALIDATION, _EVALUATION = "val/", "eval/"
 
 
 class ConsoleView:
@@ -69,6 +70,7 @@ class ConsoleView:
         self._metrics: dict[str, float] = {}
         self._history: dict[str, deque[float]] = {}
         self._validation: tuple[int, dict[str, float]] | None = None
+        self._evaluation: tuple[int, dict[str, float]] | None = None
         self._best_accuracy, self._best_loss = float("-inf"), float("inf")
         self._clock: tuple[int, float] | None = None
 
@@ -107,8 +109,11 @@ class ConsoleView:
             self._print(f"start-up  {name}: {duration_s:.1f} s")
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step or of a validation."""
-        is_validation = any(name.startswith("val/") for name in metrics)
+        """Show the metrics of a step, of a validation, or of an evaluation in the background."""
+        if any(name.startswith(_EVALUATION) for name in metrics):
+            self._show_evaluation(step, metrics)
+            return
+        is_validation = any(name.startswith(_VALIDATION) for name in metrics)
         with self._lock:
             if is_validation:
                 self._validation = (step, dict(metrics))
@@ -124,6 +129,12 @@ class ConsoleView:
                 self._clock = (step if is_validation else step - 1, started)
         if self._live is None:
             self._print(self._validation_line(step, metrics) if is_validation else self._step_line(step, metrics))
+
+    def _show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self._lock:
+            self._evaluation = (step, dict(metrics))
+        if self._live is None:
+            self._print(f"evaluation of step {step}: {_headline(metrics, _EVALUATION)}")
 
     def _eta_s(self) -> float | None:
         if self._clock is None or not self._clock[0] < self._step < self._max_num_steps:
@@ -165,10 +176,7 @@ class ConsoleView:
         return "  ".join([*parts, *([f"ETA {format_duration(eta)}"] if eta is not None else [])])
 
     def _validation_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        values = "  ".join(
-            f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items() if _is_headline(name)
-        )
-        return f"validation at step {step}: {values}  (best {self._best(metrics):.3f})"
+        return f"validation at step {step}: {_headline(metrics, _VALIDATION)}  (best {self._best(metrics):.3f})"
 
     def _best(self, metrics: Mapping[str, float]) -> float:
         return self._best_accuracy if "val/accuracy" in metrics else self._best_loss
@@ -182,6 +190,10 @@ class ConsoleView:
                 parts += [Text(), self._tables()]
             if self._validation:
                 parts += [Text(), self._validation_text()]
+            if self._evaluation:
+                step, metrics = self._evaluation
+                values = _headline(metrics, _EVALUATION)
+                parts += [Text(), Text.assemble(("evaluation ", "bold"), (f"of step {step}: ", "dim"), values)]
             if not self._metrics or self._open_phases:
                 parts += [*([Text()] if parts else []), self._startup()]
             return Panel(Group(*parts), title=Text(self._title, "bold"), border_style="cyan", padding=(1, 2))
@@ -218,8 +230,8 @@ class ConsoleView:
     def _validation_text(self) -> RenderableType:
         assert self._validation is not None
         step, metrics = self._validation
-        shown = [f"{name.removeprefix('val/')} {value:.3f}" for name, value in metrics.items() if _is_headline(name)]
-        text = Text.assemble(("validation ", "bold"), (f"at step {step}: ", "dim"), "  ".join(shown))
+        shown = _headline(metrics, _VALIDATION)
+        text = Text.assemble(("validation ", "bold"), (f"at step {step}: ", "dim"), shown)
         return text.append(f"  (best {self._best(metrics):.3f})", "dim")
 
     def _startup(self) -> RenderableType:
@@ -287,5 +299,10 @@ def _phases(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(((n, s) for n, s in parts if n not in _TOTALS and "/" not in n), key=lambda part: -part[1])
 
 
-def _is_headline(name: str) -> bool:
-    return name in ("val/accuracy", "val/completion_length", "val/loss") or name.startswith("val/pass@")
+def _headline(metrics: Mapping[str, float], prefix: str) -> str:
+    """Return the most important metrics that begin with a prefix, such as "val/"."""
+    values = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+    shown = ("accuracy", "completion_length", "loss")
+    return "  ".join(
+        f"{name} {value:.3f}" for name, value in values.items() if name in shown or name.startswith(("pass@", "maj@"))
+    )

@@ -18,12 +18,11 @@ from typing import Any
 import nemo_rl
 from nemo_rl.errors import ConfigError
 from nemo_rl.observability import report_figures as figures
-from nemo_rl.observability.report import REPORT_FILE, report_template
+from nemo_rl.observability.report import REPORT_FILE, SCORES_FILE, report_template
 from nemo_rl.observability.report_conversations import shortened
 from nemo_rl.observability.rollout_files import find_rollouts, message_text, read_rollouts
 from nemo_rl.utils.files import write_atomically
 
-SCORES_FILE = "scores.json"
 # Metrics in tokens or of little interest for a comparison: not in the tables.
 _HIDDEN = ("truncated",)
 # Equal to the accuracy if all rewards are 0 or 1, and if no sample has failed.

@@ -7,6 +7,8 @@
                         └────────► queue ──► thread ──► TensorBoard     one queue and thread per backend; a backend
                         └────────► queue ──► thread ──► W&B, MLflow     that fails or falls behind is disabled, with
                                                                         an error in the log
+
+An evaluation in the background logs its metrics from its own thread.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ _CLOSE_TIMEOUT_S = 30.0
 
 
 class Listener(Protocol):
-    """Receives metrics synchronously, in the thread of the training loop."""
+    """Receives metrics synchronously, in the thread that logs them, one call at a time."""
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Logger.log_metrics`."""
 
 
 class Logger:
-    """Writes a run's metrics and samples to files, listeners and backends. Not thread-safe.
+    """Writes a run's metrics and samples to files, listeners and backends. Only `log_metrics` is thread-safe.
 
     Example::
 
@@ -76,6 +78,7 @@ class Logger:
             ConfigError: an enabled backend is not installed or cannot be opened.
         """
         check_packages(config)
+        self._lock = threading.Lock()
         self._metrics_path, self._samples_path = directory / METRICS_FILE, directory / SAMPLES_FILE
         self._episodes_path = directory / EPISODES_FILE
         for path in (self._metrics_path, self._samples_path, self._episodes_path):
@@ -108,6 +111,10 @@ class Logger:
         if "step" in metrics:
             raise ValueError("a metric cannot be named 'step': every record has this key")
         numbers = {name: _number(name, value) for name, value in metrics.items()}
+        with self._lock:
+            self._log_numbers(step, numbers)
+
+    def _log_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         for name in numbers.keys() - finite.keys() - self._warned_names:
             self._warned_names.add(name)

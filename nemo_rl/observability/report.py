@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 REPORT_FILE = "report.html"
+SCORES_FILE = "scores.json"  # of an evaluation
+EVALUATION_DIRECTORY = "eval"  # of a run: what the evaluation in the background writes
 
 _MAX_SAMPLES = 24
 _SECTIONS = (
     ("learning", "Learning"),
+    ("evaluation", "Evaluation"),
     ("environments", "Environments"),
     ("phases", "Time"),
     ("panels", "Health"),
@@ -73,12 +76,15 @@ def render(directory: Path) -> str:
     metrics = [record for record in read_jsonl(directory / METRICS_FILE) if isinstance(record.get("step"), int)]
     finished = _read_json(directory / "finished.json")
     samples = read_jsonl(directory / SAMPLES_FILE)
+    evaluation = _read_json(directory / EVALUATION_DIRECTORY / SCORES_FILE) or {"models": [], "not_evaluated": []}
     context: dict[str, Any] = {
         "title": " / ".join(directory.resolve().parts[-2:]),
         "version": nemo_rl.__version__,
         "finished": bool(finished),
         "status": _status(finished, metrics),
         "learning": figures.learning_curve(metrics),
+        "evaluation": figures.score_curves({model["step"]: model["scores"] for model in evaluation["models"]}),
+        "not_evaluated": evaluation["not_evaluated"],
         "environments": figures.environment_curves(metrics),
         "accounts": accounts(iterate_jsonl(directory / EPISODES_FILE)),
         "phases": figures.phase_durations(metrics),
@@ -134,6 +140,7 @@ def _tiles(metrics: Sequence[Mapping[str, Any]], startup_s: float) -> list[Tile]
     for name, label, form in (
         ("val/accuracy", "validation accuracy", "{:.3f}"),
         ("val/loss", "validation loss", "{:.3g}"),
+        ("eval/accuracy", "evaluation accuracy", "{:.3f}"),
     ):
         values = figures.series(metrics, name).values
         if values:

@@ -171,6 +171,35 @@ def score_bars(names: Sequence[str], models: Mapping[str, Mapping[str, Mapping[s
     return output[0]
 
 
+def score_curves(scores: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> str | None:
+    """Plot the fractions among the scores of evaluations by training step, with their 95 % confidence intervals.
+
+    Args:
+        scores: by training step, the scores by metric: `value`, `low` and `high`.
+    """
+    names = dict.fromkeys(name for each in scores.values() for name in each)
+    curves = {
+        name: {step: each[name] for step, each in sorted(scores.items()) if name in each}
+        for name in names
+        if name == "accuracy" or name.startswith(("pass@", "maj@"))
+    }
+    if "pass@1" in curves and "accuracy" in curves:
+        del curves["pass@1"]  # equal, unless samples have failed
+    if not curves:
+        return None
+    with _figure(3.1) as (figure, output):
+        axes = figure.subplots()
+        for (name, points), color in zip(curves.items(), itertools.cycle(PHASE_COLORS)):
+            steps, values = [*points], [point["value"] for point in points.values()]
+            axes.plot(steps, values, "o-", color=color, linewidth=1.6, markersize=4, label=name)
+            lows, highs = ([point[end] for point in points.values()] for end in ("low", "high"))
+            if None not in lows:
+                axes.fill_between(steps, lows, highs, color=color, alpha=0.15, linewidth=0)
+        axes.set_ylim(-0.02, 1.08)
+        _finish(axes, xlabel="step")
+    return output[0]
+
+
 def environment_names(records: Sequence[Record]) -> list[str]:
     """Return the names of the environments whose metrics were logged, as train/env_NAME/METRIC."""
     matches = (re.fullmatch(r"(?:train|val)/env_([^/]+)/[^/]+", key) for record in records for key in record)

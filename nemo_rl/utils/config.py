@@ -25,6 +25,7 @@ from nemo_rl.errors import ConfigError
 from nemo_rl.utils.names import nearest_names
 
 DEFAULTS_KEY = "defaults"
+_MAX_SHOWN = 200
 
 
 class ConfigModel(BaseModel):
@@ -232,8 +233,13 @@ def _explain(schema: type[ConfigModel], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if location and message.startswith(f"{'.'.join(location)}: "):  # from a section that its parent validates
         return message
-    seen = "" if problem["type"] == "missing" or isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    hidden = problem["type"] == "missing" or isinstance(problem["input"], dict)
+    seen = "" if hidden else f", got {_shortened(repr(problem['input']))}"
     return f"{'.'.join(location) or 'configuration'}: {message[:1].lower()}{message[1:]}{seen}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _unknown(section: type[ConfigModel], prefix: str, name: str) -> str:

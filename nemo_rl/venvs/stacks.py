@@ -9,6 +9,7 @@ from __future__ import annotations
 PACKAGE = "nemo-rl"
 
 EXTRAS: tuple[str, ...] = (
+    "judge",
     "mcore",
     "mlflow",
     "openenv",

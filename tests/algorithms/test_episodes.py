@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,19 @@ class Countdown(Environment):
     def step(self, action: str) -> Turn:
         self.left -= int(action)
         return Turn(float(action), f"\n{self.left} left\n", done=self.left <= 0, info={"left": self.left})
+
+
+class Answers(Countdown):
+    """The number of a problem above 2 is an answer. Fails once after the first one of problem 5."""
+
+    failed: ClassVar[bool] = False
+
+    def step(self, action: str) -> Turn:
+        if self.left == 4 and not Answers.failed:
+            Answers.failed = True
+            raise ConnectionError("the server is gone")
+        turn = super().step(action)
+        return dataclasses.replace(turn, answer=f"{self.left} left" if self.left > 2 else None)
 
 
 class Flaky(Countdown):
@@ -206,6 +220,12 @@ def test_transcript_holds_what_was_sampled(collect) -> None:
         {"role": "assistant", "content": "1", "reward": 1.0},
         {"role": "user", "content": "\n0 left\n"},
     ]
+
+
+def test_last_answer_of_an_episode_counts(collect) -> None:
+    rollout = collect(problems(2, 5, 4), Answers, one)
+    assert Answers.failed
+    assert rollout.answers == [None, "3 left", "3 left"]
 
 
 @pytest.mark.parametrize(

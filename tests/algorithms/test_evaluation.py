@@ -1,5 +1,6 @@
 """Scores and intervals against formulas written in plain Python."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -103,6 +104,18 @@ def test_values_of_a_problem():
     )
     assert (first.problem, first.subject, second.subject) == (10, "sums", "(none)")
     assert second.values["pass@4"] == 0.0
+
+
+def test_vote_only_where_an_environment_returns_answers():
+    rollout = dataclasses.replace(
+        rollout_of([1.0, 0.0, 1.0, 0.0, 0.0, 1.0], answers=["8", None, None, None, None, None]), episodes=[{}] * 6
+    )
+    problems = problems_of(3, environments=["tools", "game", "tools"])
+    scores = score_problems(rollout, problems, config_of(num_generations=2))
+    assert [score.values.get("maj@2") for score in scores] == [1.0, None, 0.0]
+    # One that scores batches would have returned them.
+    scores = score_problems(dataclasses.replace(rollout, episodes=None), problems, config_of(num_generations=2))
+    assert [score.values.get("maj@2") for score in scores] == [1.0, 0.0, 0.0]
 
 
 def test_failed_samples_are_left_out():

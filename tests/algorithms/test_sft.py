@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from nemo_rl.algorithms.loss_functions import NLLLoss
-from nemo_rl.algorithms.sft import SFT, restore_data_position
+from nemo_rl.algorithms.record_training import restore_data_position
+from nemo_rl.algorithms.sft import SFT
 from nemo_rl.algorithms.sft_config import SFTJobConfig
-from nemo_rl.data.supervised import ConversationLoader, TokenizedConversation, collate_conversations
+from nemo_rl.data.conversation_encoder import TokenizedConversation
+from nemo_rl.data.supervised import collate_conversations
+from nemo_rl.data.tokenized_examples import ExampleLoader
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import CheckpointError, ConfigError
 from nemo_rl.models.policy.interfaces import TrainResult
@@ -24,6 +27,8 @@ from nemo_rl.utils.config import load_config
 
 class Conversations(list[TokenizedConversation]):
     """Ten conversations of three tokens, the last two of which are in the loss."""
+
+    items = "conversations"
 
     def __init__(self, digest: str = "a") -> None:
         self.digest = digest
@@ -79,7 +84,12 @@ def loop(config: SFTJobConfig, directory: Path | None = None, digest: str = "a",
     return SFT(
         config=config,
         policy=FakePolicy(),  # type: ignore[arg-type]
-        loader=ConversationLoader(conversations, 0, seed=sft.seed, num_epochs=sft.max_num_epochs),
+        loader=ExampleLoader(
+            conversations,
+            lambda rows: collate_conversations(rows, 0),
+            seed=sft.seed,
+            num_epochs=sft.max_num_epochs,
+        ),
         validation=collate_conversations(conversations[:3], 0, row_multiple=2),
         recorder=Records(),
         checkpoints=None if directory is None else CheckpointStore(directory, config.checkpointing),

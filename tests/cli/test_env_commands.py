@@ -62,14 +62,14 @@ env:
 
 def test_list_shows_registered_and_configured_environments(config: str) -> None:
     records = {each["name"]: each for each in json.loads(env("list", "--config", config, "--json").output)}
-    assert records.keys() == {"math", "guess", "sums"}
-    assert records["math"]["source"] == "registered"
+    assert records.keys() == {"judge", "math", "reward_model", "guess", "sums"}
+    assert {records[name]["source"] for name in ("judge", "math", "reward_model")} == {"registered"}
     guess = {"name": "guess", "class": GUESS, "python": "the driver's", "state": "interpreter"}
     assert records["guess"] == {**guess, "source": "configuration"}
     assert records["sums"]["state"].startswith("cannot be resolved: ")
     table = env("list").output.splitlines()
     assert table[0].split() == ["name", "class", "source", "python", "state"]
-    assert table[1].split()[:2] == ["math", "nemo_rl.environments.math_environment.MathEnvironment"]
+    assert table[-1].split()[:2] == ["math", "nemo_rl.environments.math_environment.MathEnvironment"]
 
 
 def test_check_accepts_a_right_environment(config: str) -> None:
@@ -117,6 +117,11 @@ def test_death_of_the_environment_is_an_error() -> None:
         (["no_such_package.Game"], EnvironmentFailure, "No module named 'no_such_package'. Add its package to the Pyt"),
         ([GUESS, "max_turn=3"], ConfigError, "max_turns"),
         ([GUESS, "py_executable=uv run --extra no-such-extra"], UnknownExtraError, "no-such-extra"),
+        (
+            ["reward_model", "config={model: ./none}"],
+            ConfigError,
+            "reward_model.config.model: there is no directory ./n",
+        ),
         ([GUESS, "runtime_env={conda: x}"], ConfigError, "Ray creates this Python when a job starts"),
     ],
 )

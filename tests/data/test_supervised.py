@@ -11,15 +11,12 @@ import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from nemo_rl.data.config import ConversationsConfig, SFTDataConfig
+from nemo_rl.data.conversation_encoder import ConversationEncoder, TokenizedConversation
 from nemo_rl.data.conversations import Conversation, ConversationDataset, load_conversations
 from nemo_rl.data.problem import Role
-from nemo_rl.data.supervised import (
-    ConversationEncoder,
-    ConversationLoader,
-    TokenizedConversation,
-    TokenizedConversations,
-    collate_conversations,
-)
+from nemo_rl.data.supervised import TokenizedConversations, collate_conversations
+from nemo_rl.data.tokenized_examples import ExampleLoader
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import CheckpointError, ConfigError, DataError
 from nemo_rl.models.embedded import make_tokenizer
 
@@ -215,7 +212,7 @@ class Chats(ConversationDataset):
     def __len__(self) -> int:
         return self.count
 
-    def conversation(self, index: int) -> Conversation:
+    def example(self, index: int) -> Conversation:
         return Conversation("1" * (index + 1), "2" * (index + 1))
 
     def where(self, index: int) -> str:
@@ -261,8 +258,11 @@ def test_batch_has_the_layout_of_a_training_batch(tokenizer: Any) -> None:
 def test_loader_draws_every_conversation_once_per_epoch_and_resumes(tokenizer: Any) -> None:
     conversations = TokenizedConversations(Chats(6), ConversationEncoder(tokenizer, SFTDataConfig()), 16)
 
-    def loader() -> ConversationLoader:
-        return ConversationLoader(conversations, 0, seed=1, num_epochs=2)
+    def collate(rows: Any) -> BatchedDataDict:
+        return collate_conversations(rows, 0)
+
+    def loader() -> ExampleLoader[TokenizedConversation]:
+        return ExampleLoader(conversations, collate, seed=1, num_epochs=2)
 
     whole = loader()
     assert whole.num_batches_left(4) == 3
@@ -283,4 +283,4 @@ def test_loader_draws_every_conversation_once_per_epoch_and_resumes(tokenizer: A
         assert torch.equal(batch["input_ids"], expected["input_ids"])
     other = TokenizedConversations(Chats(7), ConversationEncoder(tokenizer, SFTDataConfig()), 16)
     with pytest.raises(CheckpointError, match="belongs to other data: num_conversations was 6 and is now 7"):
-        ConversationLoader(other, 0, seed=1).load_state_dict(first.state_dict())
+        ExampleLoader(other, collate, seed=1).load_state_dict(first.state_dict())

@@ -294,6 +294,16 @@ def test_invalid_sharding_arguments(kwargs, match):
         numbered(8).shard_by_batch_size(**kwargs)
 
 
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="4 rows per global batch of a shard cannot be divided evenly by 3 rows per g"):
+        numbered(8).shard_by_batch_size(2, rows_per_group=3)
+    for kind, tokens in (("dynamic_batching_args", 8), ("sequence_packing_args", 7)):
+        with pytest.raises(ValueError, match=f"Group of 2 rows 1 takes {tokens} tokens .*max_tokens_per_microbatch=6"):
+            with_lengths([3, 3, 4, 3]).shard_by_batch_size(
+                1, rows_per_group=2, **{kind: {"max_tokens_per_microbatch": 6}}
+            )
+
+
 def with_lengths(lengths: list[int], width: int | None = None) -> BatchedDataDict:
     batch = numbered(len(lengths), width if width is not None else max(lengths))
     batch["input_lengths"] = torch.tensor(lengths)
@@ -370,19 +380,20 @@ def test_make_microbatch_iterator():
 @st.composite
 def sharding_cases(draw):
     shards = draw(st.integers(1, 4))
-    per_shard = draw(st.integers(1, 6))
+    group = draw(st.integers(1, 3))
+    per_shard = group * draw(st.integers(1, 4))
     num_batches = draw(st.integers(1, 3))
     total = shards * per_shard * num_batches
     lengths = draw(st.lists(st.integers(0, 20), min_size=total, max_size=total))
     multiple = draw(st.sampled_from([1, 4, 8]))
-    bound = draw(st.integers(24, 80))
-    return lengths, shards, shards * per_shard, multiple, bound
+    bound = draw(st.integers(24 * group, 80 * group))
+    return lengths, shards, shards * per_shard, multiple, bound, group
 
 
 @settings(max_examples=150, deadline=None)
 @given(sharding_cases(), st.sampled_from(["dynamic", "packed"]))
 def test_properties_of_planned_shards(case, kind):
-    lengths, shards, batch_size, multiple, bound = case
+    lengths, shards, batch_size, multiple, bound, group = case
     if kind == "dynamic":
         args = {
             "dynamic_batching_args": DynamicBatchingArgs(
@@ -396,8 +407,8 @@ def test_properties_of_planned_shards(case, kind):
             )
         }
     batch = with_lengths(lengths, width=20)
-    parts, order = batch.shard_by_batch_size(shards, batch_size, **args)
-    again, order_again = batch.shard_by_batch_size(shards, batch_size, **args)
+    parts, order = batch.shard_by_batch_size(shards, batch_size, rows_per_group=group, **args)
+    again, order_again = batch.shard_by_batch_size(shards, batch_size, rows_per_group=group, **args)
     assert order == order_again
     assert [part.microbatch_plan for part in parts] == [part.microbatch_plan for part in again]
 
@@ -432,6 +443,10 @@ def test_properties_of_planned_shards(case, kind):
                 for mb in micro:
                     assert sum(map(padded, mb["input_lengths"].tolist())) <= bound
             assert all(mb.size for mb in micro)
+            # The rows of a group are in one micro-batch, in order.
+            for rows in map(rows_of, micro):
+                assert [row // group for row in rows[::group]] == [row // group for row in rows[group - 1 :: group]]
+                assert [row % group for row in rows] == [*range(group)] * (len(rows) // group)
             assert [row for mb in micro for row in rows_of(mb)] == rows_of(part)
 
     # A shard iterates over all its global batches.

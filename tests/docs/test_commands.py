@@ -22,10 +22,12 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.cli.app import app
 from nemo_rl.data.conversations import load_conversations
 from nemo_rl.data.datasets import load_datasets
+from nemo_rl.data.preferences import load_preferences
 from nemo_rl.observability.rollout_files import RolloutFiles
 from nemo_rl.utils.config import load_config
 
@@ -182,6 +184,8 @@ def dry_run_script(words: list[str]) -> None:
         assert len(load_datasets(load_config(MasterConfig, None, overrides).data)[0])
     if overrides and script.endswith("run_sft.py"):
         assert load_conversations(load_config(SFTJobConfig, None, overrides).data)[0][0]
+    if overrides and script.endswith(("run_dpo.py", "run_reward_model.py")):
+        assert load_preferences(load_config(DPOJobConfig, None, overrides).data)[0][0]
 
 
 def run_command_line(words: list[str]) -> None:
@@ -304,6 +308,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chat = {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]}
     for name in ("chats.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text(json.dumps(chat) + "\n")
+    for name in ("pairs.jsonl", "held_out_pairs.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": "1+1", "chosen": "2", "rejected": "3"}) + "\n")
     curated = tmp_path / "results" / "curate_arithmetic"
     curated.mkdir(parents=True)
     for path in (tmp_path / "train.parquet", curated / "problems.parquet", curated / "held_out.parquet"):

@@ -19,7 +19,9 @@ from pydantic.fields import FieldInfo
 from nemo_rl import settings
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
+from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.eval_config import EvalConfig
+from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.cli.app import app
 from nemo_rl.jobs.command_line import _parser
@@ -33,7 +35,15 @@ PAGES = [
     REPOSITORY / "benchmarks" / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
-SCHEMAS: tuple[type[ConfigModel], ...] = (MasterConfig, SFTJobConfig, DistillationJobConfig, EvalConfig, CurateConfig)
+SCHEMAS: tuple[type[ConfigModel], ...] = (
+    MasterConfig,
+    SFTJobConfig,
+    DPOJobConfig,
+    DistillationJobConfig,
+    RewardModelJobConfig,
+    EvalConfig,
+    CurateConfig,
+)
 _ROOTS = "|".join(sorted({name for schema in SCHEMAS for name in schema.model_fields}))
 # `section.key`, `section.*.key` or `section.key=value`, but no file name, address or attribute.
 _KEY = re.compile(rf"(?<![\w./$-])((?:{_ROOTS})(?:\.(?:[a-z]\w*|\*))+)(?![\w(/:…]|\.\w)(?:=('[^'\n]*'|[^\s`;,)|]+))?")

@@ -42,6 +42,9 @@ class Commands(Environment):
             return Turn(reward=0.0, observation="no")
         return Turn(reward=1.0, observation="yes")
 
+    def variable(self, argument: str) -> Turn:
+        return Turn(observation=repr(os.environ.get(argument)))
+
     def fail(self, argument: str) -> Turn:
         raise RuntimeError(argument)
 

@@ -111,6 +111,11 @@ def test_two_replicas(start, tmp_path: Path) -> None:
         assert [value["messages"][0]["content"] for value in values] == ["a", "b", "c"]
         assert {value["info"]["pid"] for value in values} == {places[episode]}
 
+    # Without GPUs of its own, it sees none.
+    (gpus,) = call(group, Request(0, "step", "variable CUDA_VISIBLE_DEVICES"))
+    assert gpus.value is not None
+    assert gpus.value["messages"][0]["content"] == "''"
+
     # What an environment does wrong fails a call; the episode is retried by the other replica.
     failed, nonsense = call(group, Request(0, "step", "fail now"), Request(0, "step", "nonsense"))
     assert failed.failure == f"{COMMANDS}.step raised RuntimeError: now"

@@ -35,7 +35,7 @@ class Countdown(Environment):
     def step(self, action: str) -> Turn:
         self.left -= int(action)
         if self.left == 0:
-            return Turn(self.reward, done=True, info={"won": True})
+            return Turn(self.reward, done=True, info={"won": True}, answer=action)
         return Turn(observation=[{"role": "tool", "content": f"{self.left} left"}])
 
     def close(self) -> None:
@@ -121,10 +121,18 @@ def test_calls_of_an_episode_run_in_order(start) -> None:
                     "done": False,
                     "truncated": False,
                     "info": {},
+                    "answer": None,
                 }
                 for left in (5, 3)
             ),
-            {"reward": 0.5, "messages": None, "done": True, "truncated": False, "info": {"won": 1.0}},
+            {
+                "reward": 0.5,
+                "messages": None,
+                "done": True,
+                "truncated": False,
+                "info": {"won": 1.0},
+                "answer": "3",
+            },
         ]
     assert json.loads(json.dumps([reply.value for reply in found])) == [reply.value for reply in found]
 

@@ -91,6 +91,16 @@ def test_two_workers_with_packing_train_like_one(tmp_path, uninterrupted, shardi
         assert values == pytest.approx(expected, rel=2e-3), name
 
 
+@pytest.mark.slow  # starts a job
+def test_adapters_learn(tmp_path):
+    directory = tmp_path / "run"
+    done = run(*SMALL, "policy.lora.rank=4", "policy.optimizer.lr=1e-2", f"logger.log_dir={directory}", script=SCRIPT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [r["val/loss"] for r in metrics(directory) if "val/loss" in r]
+    assert losses[-1] < losses[0]
+    assert (directory / "checkpoints" / "step_000008" / "policy" / "adapter" / "adapter_config.json").exists()
+
+
 @pytest.mark.slow  # starts a job in the venv of Megatron-Core
 def test_megatron_trains_like_torch(tmp_path, uninterrupted):
     directory = tmp_path / "run"

@@ -200,7 +200,7 @@ def inputs_of(config: EvalConfig, tmp_path: Path):
     models = check_models(config)
     run = open_run_directory(config, "eval", tmp_path)
     run.close()
-    return prepare_inputs(config, problems, models, run.started)
+    return prepare_inputs(config, problems, models.files, run.started)
 
 
 def test_subject_key_that_no_problem_has(model, tmp_path):

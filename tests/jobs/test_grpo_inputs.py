@@ -13,9 +13,12 @@ from nemo_rl.errors import CheckpointError
 from nemo_rl.jobs.attempt import Attempt
 from nemo_rl.jobs.grpo_job import _Inputs, _RunAttempt
 from nemo_rl.jobs.job_environments import load_problems
+from nemo_rl.jobs.model_files import parameter_shapes
 from nemo_rl.jobs.roles import job_roles
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
-from nemo_rl.models.embedded import make_tokenizer
+from nemo_rl.models.embedded import architecture, make_tokenizer
+from nemo_rl.models.policy.config import EmbeddedModelConfig
+from nemo_rl.models.policy.policy_checkpoint import FORMAT, TRAINER_FILE
 from nemo_rl.observability.console import ConsoleView
 from nemo_rl.observability.timer import Timeline
 from nemo_rl.utils.checkpoint import Checkpoint, CheckpointStore
@@ -53,9 +56,17 @@ def prepare(config: MasterConfig, checkpoint: Checkpoint | None = None) -> tuple
         return run, attempt._prepare_inputs(checkpoint)
 
 
-def saved(run: RunDirectory, config: MasterConfig, inputs: _Inputs) -> Checkpoint:
+def saved(run: RunDirectory, config: MasterConfig, inputs: _Inputs, width: int = 128) -> Checkpoint:
+    """Write a checkpoint of an embedded model of this width."""
+    shapes = parameter_shapes(architecture(EmbeddedModelConfig(hidden_size=width), make_tokenizer()))
+
+    def write(directory: Path) -> None:
+        (directory / "policy").mkdir()
+        content = {"format": FORMAT, "num_steps": 1, "world_size": 1, "parameters": shapes}
+        (directory / "policy" / TRAINER_FILE).write_text(json.dumps(content))
+
     state = {"rollouts": {"loader": inputs.loader.state_dict()}}
-    return CheckpointStore(run.checkpoint_dir, config.checkpointing).save(1, state, {}, lambda path: None)
+    return CheckpointStore(run.checkpoint_dir, config.checkpointing).save(1, state, {}, write)
 
 
 def test_resumed_run_has_the_prompts_of_its_first_day(job: MasterConfig) -> None:
@@ -80,6 +91,13 @@ def test_another_run_has_another_date(job: MasterConfig, tmp_path: Path) -> None
     other = job.model_copy(update={"logger": job.logger.model_copy(update={"log_dir": str(tmp_path / "other")})})
     first, second = prepare(job)[1], prepare(other)[1]
     assert first.loader.state_dict()["digest"] != second.loader.state_dict()["digest"]
+
+
+def test_checkpoint_of_another_model_is_refused_before_anything_is_built(job: MasterConfig) -> None:
+    run, inputs = prepare(job)
+    checkpoint = saved(run, job, inputs, width=64)
+    with pytest.raises(CheckpointError, match=r"it is of another model: .* \[\d+, 64\] in the checkpoint"):
+        prepare(job, checkpoint)
 
 
 def test_changed_data_are_reported_before_anything_is_built(job: MasterConfig) -> None:

@@ -16,9 +16,10 @@ from nemo_rl.jobs.attempt import Attempt
 from nemo_rl.jobs.command_line import config_path
 from nemo_rl.jobs.job_config import load_job_config
 from nemo_rl.jobs.model_files import parameter_shapes
+from nemo_rl.jobs.record_job import RecordInputs
 from nemo_rl.jobs.roles import job_roles
 from nemo_rl.jobs.run_directory import open_run_directory
-from nemo_rl.jobs.sft_job import _Inputs, _SFTAttempt, main
+from nemo_rl.jobs.sft_job import SFTAttempt, main
 from nemo_rl.models.embedded import architecture, make_tokenizer
 from nemo_rl.models.policy.config import EmbeddedModelConfig
 from nemo_rl.models.policy.policy_checkpoint import FORMAT, TRAINER_FILE
@@ -34,14 +35,14 @@ def job(tmp_path: Path, *overrides: str) -> SFTJobConfig:
     return load_config(SFTJobConfig, None, [f"logger.log_dir={tmp_path / 'run'}", *overrides])
 
 
-def prepare(config: SFTJobConfig, checkpoint: Checkpoint | None = None) -> _Inputs:
+def prepare(config: SFTJobConfig, checkpoint: Checkpoint | None = None) -> RecordInputs:
     run = open_run_directory(config, "job")
     with ExitStack() as stack:
         stack.callback(run.close)
         view = stack.enter_context(ConsoleView("job", 1))
         attempt = Attempt(run, view, Timeline(run.path, view), stack)
         data = load_conversations(config.data)
-        return _SFTAttempt(config, job_roles(config), {}, *data, attempt)._prepare_inputs(checkpoint)
+        return SFTAttempt(config, job_roles(config), {}, data, attempt).prepare_inputs(checkpoint)
 
 
 def data_file(tmp_path: Path, *records: object) -> str:
@@ -99,7 +100,7 @@ def test_invalid_input_is_refused(
         prepare(job(tmp_path, *overrides))
 
 
-def saved(config: SFTJobConfig, inputs: _Inputs, tmp_path: Path, shapes: dict[str, list[int]]) -> Checkpoint:
+def saved(config: SFTJobConfig, inputs: RecordInputs, tmp_path: Path, shapes: dict[str, list[int]]) -> Checkpoint:
     def write(directory: Path) -> None:
         (directory / "policy").mkdir()
         content = {"format": FORMAT, "num_steps": 1, "world_size": 1, "parameters": shapes}

@@ -36,6 +36,7 @@ def test_pipe_output_has_one_line_per_event(tmp_path: Path) -> None:
         view.log_metrics(0, {"val/accuracy": 0.5, "val/pass@2": 0.75, "timing/validation_s": 3.0})
         view.log_metrics(1, STEP)
         view.log_metrics(1, {"val/accuracy": 0.25})
+        view.log_metrics(0, {"eval/accuracy": 0.5, "eval/maj@4": 0.625, "eval/num_failed": 0})
         view.log_metrics(200, {"train/reward": 1.0})
     lines = stream.getvalue().splitlines()
     assert lines[0] == "start-up  ray: 0.0 s"
@@ -44,7 +45,8 @@ def test_pipe_output_has_one_line_per_event(tmp_path: Path) -> None:
         "step   1/200  reward 0.412  length 14.2  2,315 tokens/s  1.30 s (generation 0.80, reward 0.01)  ETA "
     )
     assert lines[3] == "validation at step 1: accuracy 0.250  (best 0.500)"
-    assert lines[4] == "step 200/200  reward 1.000"
+    assert lines[4] == "evaluation of step 0: accuracy 0.500  maj@4 0.625"
+    assert lines[5] == "step 200/200  reward 1.000"
 
 
 def test_supervised_training_shows_its_losses() -> None:

@@ -173,6 +173,22 @@ def episode(environment: str, **values: Any) -> dict[str, Any]:
     return {"prompt": "all of it", "completion": "as text", "reward": 1.25, **known, **values}
 
 
+def test_evaluations_in_the_background_have_curves_and_reasons(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    score = {"low": 0.1, "high": 0.9, "num_problems": 8}
+    scores = {"accuracy": {"value": 0.5, **score}, "pass@2": {"value": 0.7, **score}, "completion_length": score}
+    models = [{"step": step, "scores": scores} for step in (0, 20)]
+    content = {"models": models, "not_evaluated": [{"step": 10, "reason": f"failed: {HOSTILE}"}]}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "scores.json").write_text(json.dumps(content))
+    text = report.render(tmp_path)
+    page = Page(text)
+    assert "evaluation" in page.ids
+    assert "pass@2" in text
+    assert "failed: </div><script>" in page.text
+    assert not page.active
+
+
 def make_run_with_environments(directory: Path) -> None:
     """Write the files of a run with two environments with turns, as `nemo_rl.algorithms.grpo` logs them."""
     with Logger(directory, LoggerConfig(tensorboard=False)) as log:

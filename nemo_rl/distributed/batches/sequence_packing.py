@@ -9,7 +9,8 @@ There are two methods. Both are pure functions of the sequence lengths, without 
   distributed so that every shard gets the same number of bins and about the same number of tokens.
 
 With both methods, all shards have the same number of micro-batches in each global batch, because ranks that reduce
-gradients together must take the same number of steps.
+gradients together must take the same number of steps. Rows can be in groups, such as the two answers of a preference
+pair: then the planned items are groups, whose rows stay together and in order.
 """
 
 from __future__ import annotations
@@ -125,12 +126,39 @@ def parse_args(kind: type[ArgsT], args: ArgsT | Mapping[str, Any]) -> ArgsT:
 
 
 def plan_batches(
-    lengths: Sequence[int], width: int, num_shards: int, args: DynamicBatchingArgs | SequencePackingArgs
+    lengths: Sequence[int],
+    width: int,
+    num_shards: int,
+    args: DynamicBatchingArgs | SequencePackingArgs,
+    rows_per_group: int = 1,
 ) -> list[ShardPlan]:
-    """Call `plan_dynamic_batches` or `plan_packed_batches`, depending on the type of `args`."""
-    if isinstance(args, DynamicBatchingArgs):
-        return plan_dynamic_batches(lengths, width, num_shards, args)
-    return plan_packed_batches(lengths, num_shards, args)
+    """Plan groups of successive rows by `plan_dynamic_batches` or `plan_packed_batches`, by the type of `args`.
+
+    A group has `rows_per_group` rows. Its rows are in one micro-batch, next to each other and in order. Arguments and
+    errors are otherwise those of the two functions.
+    """
+    size = rows_per_group
+    item = "Row" if size == 1 else f"Group of {size} rows"
+    _check_divisible(len(lengths), size * num_shards)
+    groups = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    bound = args.max_tokens_per_microbatch
+    if isinstance(args, DynamicBatchingArgs):  # all rows of a micro-batch are padded to the longest
+        padded = [min(_round_up(max(group), args.sequence_length_round), max(width, 1)) for group in groups]
+        _check_bound([size * length for length in padded], bound, item)
+        plans = plan_dynamic_batches(
+            padded, width, num_shards, dataclasses.replace(args, max_tokens_per_microbatch=bound // size)
+        )
+    else:
+        tokens = [sum(_round_up(row, args.sequence_length_pad_multiple) for row in group) for group in groups]
+        _check_bound(tokens, bound, item)
+        plans = plan_packed_batches(tokens, num_shards, dataclasses.replace(args, sequence_length_pad_multiple=1))
+    return [
+        (
+            [size * group + row for group in order for row in range(size)],
+            tuple(Microbatch(size * part.start, size * part.end, part.length) for part in microbatches),
+        )
+        for order, microbatches in plans
+    ]
 
 
 def plan_dynamic_batches(
@@ -257,10 +285,10 @@ def _check_divisible(num_rows: int, num_shards: int) -> None:
         raise ValueError(f"{num_rows} rows cannot be divided evenly among {num_shards} shards.")
 
 
-def _check_bound(lengths: Sequence[int], bound: int) -> None:
+def _check_bound(lengths: Sequence[int], bound: int, item: str = "Row") -> None:
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     if longest is not None and lengths[longest] > bound:
         raise ValueError(
-            f"Row {longest} takes {lengths[longest]} tokens (after rounding up), more than "
+            f"{item} {longest} takes {lengths[longest]} tokens (after rounding up), more than "
             f"max_tokens_per_microbatch={bound}. Raise the bound or shorten the sequences."
         )

@@ -47,4 +47,4 @@ class ReasoningGym(Environment):
     def step(self, action: str) -> Turn:
         answer = action.strip() if self._tag is None else extract_answer(action, self._tag)
         score = float(self._dataset.score_answer(answer, self._entry))
-        return Turn(score, done=True, info={"answered": answer is not None, "solved": score >= 1.0})
+        return Turn(score, done=True, info={"answered": answer is not None, "solved": score >= 1.0}, answer=answer)

@@ -93,7 +93,7 @@ class ToolEnvironment(Environment):
         calls = self._parse(text)
         if not calls:
             reward = float(completed(self.score(text, self.problem)))
-            return Turn(reward=reward, done=True, info=dict(self._counts))
+            return Turn(reward=reward, done=True, info=dict(self._counts), answer=text or None)
         messages: list[Message] = []
         for number, call in enumerate(calls):
             if number < self._max_calls_per_turn:

@@ -25,8 +25,7 @@ _SYSTEM, _USER, _ASSISTANT, _TOOL, _END = "<|system|>", "<|user|>", "<|assistant
 _CALL, _END_OF_CALL = "<tool_call>", "</tool_call>"
 # The parts of a call are one token each, so that a call is as short as for a large model.
 _CALL_PARTS = ('{"name": "', '", "arguments": {"', '": "', '"}}')
-_REFUSAL = "I cannot compute this."
-_PHRASES = (_CALL, _END_OF_CALL, *_CALL_PARTS, _REFUSAL, *dialogues.PHRASES)
+_PHRASES = (_CALL, _END_OF_CALL, *_CALL_PARTS, dialogues.REFUSAL, *dialogues.PHRASES)
 
 _TEMPLATE = """\
 {%- if tools %}
@@ -124,7 +123,7 @@ def _product(draws: random.Random) -> _Dialogue:
     prompt, (a, b) = dialogues.product_prompt(seed), dialogues.factors(seed)
     turns = [(_SYSTEM, f"{dialogues.CALCULATOR}({dialogues.EXPRESSION})"), (_USER, prompt)]
     if draws.random() >= _SKILLED_SHARE:
-        return [*turns, (_ASSISTANT, _REFUSAL)]
+        return [*turns, (_ASSISTANT, dialogues.REFUSAL)]
     name, arguments, value, end = _CALL_PARTS
     call = f"{name}{dialogues.CALCULATOR}{arguments}{dialogues.EXPRESSION}{value}{prompt}{end}"
     return [*turns, (_ASSISTANT, f"{_CALL}{call}{_END_OF_CALL}"), (_TOOL, str(a * b)), (_ASSISTANT, str(a * b))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
@@ -201,6 +201,8 @@ class PolicyConfig(ConfigModel):
         "of one node (they stay in the processor's cache on their way), 128 elsewhere.",
     )
 
+    is_reward_model: ClassVar[bool] = False
+
     @property
     def weight_stream_bucket_bytes(self) -> int | None:
         """`weight_stream_bucket_mib` in bytes."""
@@ -252,3 +254,18 @@ class PolicyConfig(ConfigModel):
         if self.offload is not None:
             return self.offload
         return shares_gpus and self.generation.options.sleeps and policy_backend(self.backend).offloads
+
+
+class RewardPolicyConfig(PolicyConfig):
+    """A policy section whose model computes a reward for each conversation instead of probabilities of tokens."""
+
+    is_reward_model = True
+
+    @model_validator(mode="after")
+    def _reward_model_is_supported(self) -> RewardPolicyConfig:
+        if not policy_backend(self.backend).trains_reward_models:
+            names = ", ".join(name for name, backend in POLICY_BACKENDS.items() if backend.trains_reward_models)
+            raise ValueError(f"policy.backend={self.backend} does not train reward models; set it to one of: {names}")
+        if self.lora is not None:
+            raise ValueError("policy.lora is not supported for reward models; set it to null")
+        return self

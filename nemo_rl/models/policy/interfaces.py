@@ -45,6 +45,9 @@ class LossFunction(Protocol):
     The worker sums losses and gradients over micro-batches and ranks and never averages them. So a loss divides by the
     *global* counts that it gets, and the result depends neither on the micro-batch size nor on the number of workers.
 
+    A loss with an attribute `rows_per_group` gets that many successive rows of the batch in one micro-batch, in order:
+    a loss on pairs of rows has 2. `policy.train_micro_batch_size` must be a multiple of it.
+
     Example:
         The policy gradient, averaged over tokens::
 
@@ -60,12 +63,13 @@ class LossFunction(Protocol):
         batch: Mapping[str, Any],
         global_num_tokens: torch.Tensor,
         global_num_samples: torch.Tensor,
+        /,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return loss and metrics of one micro-batch.
 
         Args:
             logprobs: [b, T] float32 with gradient, of the policy being trained. If the batch has `top_ids`:
-                [b, T, K + 1], of these tokens, and of all other tokens together.
+                [b, T, K + 1], of these tokens, and of all other tokens together. Of a reward model: the rewards, [b].
             batch: the micro-batch, in the layout above.
             global_num_tokens: scalar; `(token_mask[:, 1:] * sample_mask[:, None]).sum()` over the optimizer batch.
             global_num_samples: scalar; `sample_mask.sum()` over the optimizer batch.
@@ -75,6 +79,11 @@ class LossFunction(Protocol):
             micro-batches and ranks. A metric whose name ends in `_max` or `_min` takes the maximum or minimum.
         """
         ...
+
+
+def rows_per_group(loss_fn: LossFunction) -> int:
+    """Return how many successive rows a loss needs in one micro-batch; see `LossFunction`."""
+    return getattr(loss_fn, "rows_per_group", 1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,10 @@ class PolicyInterface(ABC):
     @abstractmethod
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
         """Return log-probabilities under the initial weights of the run, which the first call loads."""
+
+    def get_scores(self, batch: BatchedDataDict) -> torch.Tensor:
+        """Return the rewards of the conversations in `input_ids`, [B] float32. Only of a policy with a reward model."""
+        raise NotImplementedError(f"{type(self).__name__} has no reward model")
 
     @property
     def data_parallel_size(self) -> int:

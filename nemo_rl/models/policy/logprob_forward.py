@@ -110,24 +110,36 @@ class LogprobForward:
         return logits.flatten(0, 1)
 
     def _check_packing(self) -> None:
-        """Check that transformers derives the attention mask from positions, which not every architecture does."""
-        device = self._model.device
-        vocabulary = self._model.config.get_text_config().vocab_size
-        ids = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]], device=device) % vocabulary
-        batch = BatchedDataDict(input_ids=ids, input_lengths=torch.tensor([6, 4], device=device))
-        with torch.no_grad():
-            padded, packed = (
-                self._run(model_inputs(batch, packed=packed, only_loss_tokens=False)) for packed in (False, True)
-            )
-        error = float((padded - packed).abs().max()) * self._temperature  # rounding errors grow as 1 / temperature
-        bfloat16 = self._model.bfloat16
-        if not error <= _PACKING_TOLERANCE[bfloat16]:
-            attention = self._model.config._attn_implementation
-            raise ModelError(
-                f"{type(self._model.module).__name__} with policy.attn_implementation={attention} lets packed "
-                f"sequences attend to each other (log-probabilities differ by {error:.3g}): set "
-                "policy.batching.mode to dynamic or fixed"
-            )
+        # Rounding errors grow as 1 / temperature.
+        check_packing(
+            self._model,
+            lambda batch, packed: (
+                self._temperature * self._run(model_inputs(batch, packed=packed, only_loss_tokens=False))
+            ),
+        )
+
+
+def check_packing(model: ParallelModel, outputs: Callable[[BatchedDataDict, bool], torch.Tensor]) -> None:
+    """Check that transformers derives the attention mask from positions, which not every architecture does.
+
+    Args:
+        model: the model.
+        outputs: returns log-probabilities, or what is as large, of a batch, packed or not.
+
+    Raises:
+        ModelError: packed sequences attend to each other.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]], device=model.device) % vocabulary
+    batch = BatchedDataDict(input_ids=ids, input_lengths=torch.tensor([6, 4], device=model.device))
+    with torch.no_grad():
+        error = float((outputs(batch, False) - outputs(batch, True)).abs().max())
+    if not error <= _PACKING_TOLERANCE[model.bfloat16]:
+        attention = model.config._attn_implementation
+        raise ModelError(
+            f"{type(model.module).__name__} with policy.attn_implementation={attention} lets packed sequences attend "
+            f"to each other (its outputs differ by {error:.3g}): set policy.batching.mode to dynamic or fixed"
+        )
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -90,9 +90,13 @@ class ModelGroup:
         if self._starting.exception() is None:  # waits for a start that is still running; it ends soon
             self._workers.shutdown(cleanup_method="shutdown")
 
-    def _shard(self, batch: BatchedDataDict, batch_size: int | None) -> tuple[list[SlicedDataDict], list[int] | None]:
+    def _shard(
+        self, batch: BatchedDataDict, batch_size: int | None, rows_per_group: int = 1
+    ) -> tuple[list[SlicedDataDict], list[int] | None]:
         """Return one shard per data-parallel rank, and the batch index of each of their rows (None: in order)."""
-        result = batch.shard_by_batch_size(self._dp_size, batch_size, **sharding_args(self._batching))
+        result = batch.shard_by_batch_size(
+            self._dp_size, batch_size, rows_per_group=rows_per_group, **sharding_args(self._batching)
+        )
         return result if isinstance(result, tuple) else (result, None)
 
     def _on_shards(self, method: str, shards: list[SlicedDataDict], **common: Any) -> list[Any]:

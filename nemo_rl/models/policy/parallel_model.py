@@ -22,7 +22,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.cpu_kernels import use_cpu_kernels, use_onednn_linears
-from nemo_rl.models.policy.hf_loading import empty_model, load_config, load_model
+from nemo_rl.models.policy.hf_loading import (
+    as_reward_model,
+    empty_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    padding_token,
+)
 from nemo_rl.models.policy.process_group import ProcessGroup
 
 # Gradients are reduced in buckets of at most this many elements (256 MiB of float32).
@@ -170,6 +177,8 @@ def load_parallel_model(policy: PolicyConfig, group: ProcessGroup, *, trained: b
             weights raise on rank 0 only; the other ranks wait for it and end with the group.
     """
     config = load_config(policy.model_name, policy.attn_implementation)
+    if policy.is_reward_model:
+        config = as_reward_model(config, padding_token(load_tokenizer(policy.tokenizer_name or policy.model_name)))
     _check_length(policy, config)
     if policy.sharding == "fsdp":
         return _load_sharded(policy, config, group, trained=trained)
@@ -188,7 +197,7 @@ def _load_sharded(
     """Load the weights into rank 0's main memory. A device holds its shards and one full tensor at a time."""
     loaded = load_model(policy.model_name, config) if group.rank == 0 else None
     module = empty_model(config)
-    if loaded is not None:
+    if loaded is not None and loaded.can_generate():
         module.generation_config = loaded.generation_config
     _prepare(module, policy, trained=trained)
     add = _adapters(policy, trained=trained)

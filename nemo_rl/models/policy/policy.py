@@ -18,7 +18,7 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import generation_backend, policy_backend
 from nemo_rl.models.cpu_threads import cpu_env_vars
 from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
-from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult
+from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult, rows_per_group
 from nemo_rl.models.policy.model_group import ModelGroup, join_rows
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
@@ -99,12 +99,16 @@ class Policy(ModelGroup, PolicyInterface):
         )
 
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_logprobs", batch)
+        return self._outputs("get_logprobs", batch)
 
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        return self._logprobs("get_reference_policy_logprobs", batch)
+        return self._outputs("get_reference_policy_logprobs", batch)
 
-    def _logprobs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+    def get_scores(self, batch: BatchedDataDict) -> torch.Tensor:
+        return self._outputs("get_scores", batch)
+
+    def _outputs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
+        """Return what a method of the workers computes for each row, in the order of the batch."""
         inputs = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
         shards, order = self._shard(inputs, batch_size=None)
         return join_rows(self._on_shards(method, shards), order)
@@ -112,7 +116,7 @@ class Policy(ModelGroup, PolicyInterface):
     def train(self, batch: BatchedDataDict, loss_fn: LossFunction, *, batch_size: int | None = None) -> TrainResult:
         self._end_offer()
         batch_size = batch_size or self._config.train_global_batch_size or batch.size
-        shards, _ = self._shard(batch, batch_size)
+        shards, _ = self._shard(batch, batch_size, rows_per_group(loss_fn))
         local_batch_size = batch_size // self._dp_size
         results = self._on_shards("train", shards, loss_fn=loss_fn, local_batch_size=local_batch_size)
         result: TrainResult = results[0]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import torch
+
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.logprob_forward import LogprobForward
-from nemo_rl.models.policy.offload import Scratch
+from nemo_rl.models.policy.offload import Part, Scratch, needs
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.policy_checkpoint import TorchState
-from nemo_rl.models.policy.worker_base import PolicyWorker
+from nemo_rl.models.policy.score_forward import ScoreForward
+from nemo_rl.models.policy.worker_base import PolicyForward, PolicyWorker
 
 
 class TorchPolicyWorker(PolicyWorker):
-    """Trains a Hugging Face causal language model with PyTorch; see `PolicyWorker` for arguments and errors."""
+    """Trains a Hugging Face causal language model with PyTorch; see `PolicyWorker` for arguments and errors.
+
+    With `RewardPolicyConfig` it trains a reward model instead, which has `get_scores` and no log-probabilities.
+    """
 
     @property
     def _needs_collectives(self) -> bool:
@@ -44,13 +51,23 @@ class TorchPolicyWorker(PolicyWorker):
 
         return LoraState(self._model, optimizer, config.lora, config.model_name)
 
-    def _load_reference(self) -> LogprobForward:
+    def _load_reference(self) -> PolicyForward:
         model = load_parallel_model(self._config, self._group, trained=False)
         forward = self._forward_of(model)
         self._track_reference(model.module, lambda: model.parameters().values())
         return forward
 
-    def _forward_of(self, model: ParallelModel) -> LogprobForward:
+    @needs(Part.WEIGHTS)
+    def get_scores(self, shard: BatchedDataDict) -> torch.Tensor:
+        """Return the rewards of this rank's rows, [b] float32 on the CPU, in the shard's order."""
+        assert isinstance(self._forward, ScoreForward), "the policy has no reward model"
+        return torch.cat(
+            [scores.cpu() for scores in self._forward.scores(self._microbatches(shard, ("input_ids", "input_lengths")))]
+        )
+
+    def _forward_of(self, model: ParallelModel) -> LogprobForward | ScoreForward:
         config = self._config
         packed = config.batching.mode == "packed"
+        if config.is_reward_model:
+            return ScoreForward(model, packed=packed)
         return LogprobForward(model, packed=packed, temperature=config.generation.temperature)

@@ -9,17 +9,25 @@ import pytest
 import torch
 from rank_processes import RankProcesses
 from tiny_policy import (
+    EPS,
     FAMILIES,
     advantage_loss,
     assert_equal,
     make_batch,
     make_model,
     make_worker,
+    pairs_batch,
     shard_of,
     weights,
 )
 from transformers import AutoModelForCausalLM
 
+from nemo_rl.algorithms.config import LossConfig
+from nemo_rl.algorithms.dpo_config import DPOConfig
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+from nemo_rl.algorithms.loss_recipes import LOSS_RECIPES, with_recipe
+from nemo_rl.algorithms.preference_losses import DPOLoss
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.interfaces import TrainResult
 
 State = dict[str, torch.Tensor]
@@ -139,6 +147,23 @@ def test_ten_steps_match_torch(
         assert_close({n: results[0][1][n] for n in chosen}, {n: state[n] for n in chosen}, tolerance)
 
 
+@pytest.mark.parametrize(
+    ("layout", "batching"),
+    [("dp2", {"mode": "packed", "max_tokens": 40}), ("pp2", {"mode": "dynamic", "max_tokens": 60})],
+)
+def test_megatron_trains_on_pairs_like_torch(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, batching: dict[str, Any]
+) -> None:
+    loss_fn = DPOLoss(DPOConfig())
+    config = {"options": LAYOUTS[layout], "batching": batching}
+    results = megatron_ranks.run("tiny_megatron.train_on_pairs", models["qwen3"], config, loss_fn)
+    worker = make_worker(models["qwen3"])
+    expected = [worker.train(pairs_batch(), loss_fn).metrics for _ in range(3)]
+    for steps in results:
+        for one, other in zip(steps, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["tp2_sequence", "cp2", "dp2", "dp2_plain"])
 def test_every_layout_trains_like_torch(models: dict[str, Path], megatron_ranks: RankProcesses, layout: str) -> None:
     (actual, state), (again, _) = megatron_ranks.run(
@@ -148,6 +173,62 @@ def test_every_layout_trains_like_torch(models: dict[str, Path], megatron_ranks:
     assert_same_metrics(actual, expected)
     assert actual == again
     assert_close(state, expected_state)
+
+
+@pytest.fixture(scope="module")
+def noisy_batch(models: dict[str, Path]) -> BatchedDataDict:
+    """A batch whose policies differ enough for every bound: clipping, importance weights, KL divergence."""
+    batch = make_batch()
+    logprobs = make_worker(models["qwen3"]).get_logprobs(batch)
+    draws = torch.Generator().manual_seed(1)
+    for key, spread in (("prev_logprobs", 0.2), ("generation_logprobs", 0.6), ("reference_policy_logprobs", 0.5)):
+        noise = spread * torch.randn(logprobs.shape, generator=draws)
+        batch[key] = (logprobs + noise).clamp(max=0.0) * (logprobs != 0)
+    batch["advantages"] = batch["advantages"][:, None].expand(logprobs.shape).contiguous()
+    return batch
+
+
+def recipe_losses() -> dict[str, ClippedPGLoss]:
+    """Every recipe with an importance correction of its own, and the sequence-level mask."""
+    corrections: list[dict[str, Any]] = [
+        {"importance_correction": "none"},
+        {"importance_correction": "token", "importance_cap": 1.5},
+        {
+            "importance_correction": "token",
+            "importance_cap": 2.0,
+            "importance_floor": 0.5,
+            "importance_outside": "mask",
+        },
+        {"importance_correction": "sequence", "importance_cap": 3.0},
+    ]
+    result = {}
+    for number, recipe in enumerate(LOSS_RECIPES):
+        keys = with_recipe({"loss": recipe})["loss"] | corrections[number % len(corrections)]
+        if recipe == "gspo":  # its own bounds, a thousandth of these, would clip every sample of this batch
+            keys |= {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3}
+        keys.setdefault("constant_length", 16 if keys.get("aggregation") == "constant" else None)
+        result[recipe] = ClippedPGLoss(LossConfig(**keys))
+    return result
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2"])
+def test_every_loss_recipe_trains_like_torch(
+    models: dict[str, Path], noisy_batch: BatchedDataDict, megatron_ranks: RankProcesses, layout: str
+) -> None:
+    recipes = recipe_losses()
+    config = {"optimizer": {"lr": 1e-3, "weight_decay": 0.1, "eps": EPS}}  # small steps: the policies stay comparable
+    arguments = (models["qwen3"], {"options": LAYOUTS[layout], **config}, noisy_batch, list(recipes.values()))
+    (results, state), _ = megatron_ranks.run("tiny_megatron.train_with_losses", *arguments)
+
+    worker = make_worker(models["qwen3"], train_micro_batch_size=3, **config)
+    for recipe, loss, result in zip(recipes, recipes.values(), results, strict=True):
+        expected = worker.train(noisy_batch, loss)
+        assert expected.metrics["grad_norm"] > 0, recipe
+        assert result.metrics == pytest.approx(expected.metrics, rel=2e-4, abs=2e-6), recipe
+    expected_state = weights(worker)
+    for name, value in expected_state.items():
+        if "/" not in name:
+            assert float((state[name] - value).norm() / value.norm()) < 1e-4, name
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_policy import EPS, advantage_loss, make_batch, nan_loss, shard_of
+from tiny_policy import EPS, advantage_loss, make_batch, nan_loss, pairs_batch, shard_of
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ModelError, NonFiniteError
 from nemo_rl.models.policy.config import PolicyConfig
+from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.megatron_policy_worker import MegatronPolicyWorker
 from nemo_rl.models.policy.offload import Part
 from nemo_rl.models.weights.digest import digest_tensors
@@ -81,6 +82,16 @@ def logprobs(rank: int, model: Path, config: dict[str, Any], single: bool = Fals
         os.environ["WORLD_SIZE"] = world_size
 
 
+def train_with_losses(
+    rank: int, model: Path, config: dict[str, Any], batch: BatchedDataDict, losses: list[LossFunction]
+) -> tuple[list[TrainResult], State]:
+    """Train one step with each loss on the same batch; returns the results, and the state on rank 0."""
+    with megatron_worker(model, **config) as worker:
+        data = worker._grid.data
+        shard = shard_of(batch, data.rank, data.world_size)
+        return [worker.train(shard, loss) for loss in losses], state_of(worker)
+
+
 def train(
     rank: int,
     model: Path,
@@ -102,6 +113,14 @@ def train(
             worker.save_checkpoint(save)
         results += [worker.train(shard, advantage_loss) for _ in range(steps_after_save)]
         return results, state_of(worker)
+
+
+def train_on_pairs(rank: int, model: Path, config: dict[str, Any], loss_fn: Any) -> list[dict[str, float]]:
+    """Return the metrics of three steps on pairs."""
+    with megatron_worker(model, **config) as worker:
+        data = worker._grid.data
+        shard = shard_of(pairs_batch(), data.rank, data.world_size, rows_per_group=2, **config)
+        return [worker.train(shard, loss_fn).metrics for _ in range(3)]
 
 
 def is_freed_after_shutdown(rank: int, model: Path, config: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from nemo_rl.models.policy.microbatching import sharding_args
 from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
 
 VOCABULARY = 29
+PAIRS = 6
 # With a smaller eps, AdamW's first steps are signs of gradients, even of gradients that are only rounding errors.
 EPS = 1e-4
 
@@ -81,9 +82,32 @@ def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict
     )
 
 
-def shard_of(batch: BatchedDataDict, rank: int, num_ranks: int, **config: Any) -> BatchedDataDict:
+def pairs_batch(seed: int = 0, width: int = 14) -> BatchedDataDict:
+    """Return pairs of answers of different lengths to random prompts; the second pair is excluded."""
+    draws = torch.Generator().manual_seed(seed)
+    rows = 2 * PAIRS
+    prompts = torch.randint(2, 5, (PAIRS,), generator=draws).repeat_interleave(2)
+    lengths = torch.randint(6, width + 1, (rows,), generator=draws)
+    position = torch.arange(width)
+    inside = position < lengths[:, None]
+    sample_mask = torch.ones(rows)
+    sample_mask[2:4] = 0.0
+    return BatchedDataDict(
+        input_ids=torch.randint(1, VOCABULARY, (rows, width), generator=draws) * inside,
+        input_lengths=lengths,
+        token_mask=(inside & (position >= prompts[:, None])).float(),
+        sample_mask=sample_mask,
+        reference_logprobs=-30 * torch.rand(rows, generator=draws, dtype=torch.float64),
+        margin=torch.zeros(rows),
+    )
+
+
+def shard_of(
+    batch: BatchedDataDict, rank: int, num_ranks: int, rows_per_group: int = 1, **config: Any
+) -> BatchedDataDict:
     """Return a data-parallel rank's rows, with a plan of micro-batches if the mode of `config` needs one."""
-    result = batch.shard_by_batch_size(num_ranks, None, **sharding_args(BatchingConfig(**config.get("batching", {}))))
+    batching = BatchingConfig(**config.get("batching", {}))
+    result = batch.shard_by_batch_size(num_ranks, None, rows_per_group=rows_per_group, **sharding_args(batching))
     return (result[0] if isinstance(result, tuple) else result)[rank]
 
 
