@@ -186,10 +186,6 @@ def from_training(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _on_policy_section(content: dict[str, Any]) -> str | None:
-    return next((name for name in ON_POLICY_SECTIONS if name in content), None)
-
-
 def _from_background(content: dict[str, Any]) -> dict[str, Any]:
     section, policy = content["eval"], _evaluated_policy(content)
     inherited, changed = dict(policy.get("generation") or {}), section.get("generation") or {}

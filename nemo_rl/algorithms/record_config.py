@@ -13,7 +13,6 @@ from nemo_rl.utils.checkpoint import CheckpointingConfig
 from nemo_rl.utils.config import ConfigModel
 
 if TYPE_CHECKING:
-    from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig
     from nemo_rl.data.config import PreferenceDataConfig, SFTDataConfig
     from nemo_rl.distributed.config import ClusterConfig
     from nemo_rl.observability.logger_config import LoggerConfig
@@ -83,7 +82,6 @@ class RecordJobConfig(ConfigModel):
         cluster: ClusterConfig
         logger: LoggerConfig
         checkpointing: RecordCheckpointingConfig
-        eval: BackgroundEvaluationConfig  # not of reward models, which do not generate
 
     @property
     def training(self) -> RecordTrainingConfig:

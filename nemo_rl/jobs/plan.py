@@ -37,8 +37,6 @@ _NODE_TIMEOUT_S = 120.0
 THIS_MACHINE = "this machine"
 
 _BYTES = {"float32": 4, "bfloat16": 2}
-# Name of the bundles of an evaluation in the background.
-_EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _placements(config: JobConfig, roles: list[Role], assignment: NodeAssignment
     clusters = clusters_of(config)
     rows = []
     for name, part in clusters.items():
-        hosted = [role for role in roles if role.share and _cluster_of(role, clusters) == name]
+        hosted = [role for role in roles if role.share and (role.name if role.name in clusters else "policy") == name]
         rows += _bundles(part, "" if name == "policy" else f"{name} ", hosted, assignment.addresses.get(name, ()))
     if outside := [role.name for role in roles if not role.share]:
         rows.append(Placement("any node, no bundle", ", ".join(outside)))
@@ -186,8 +184,7 @@ def _bundles(part: BundlesConfig, prefix: str, roles: list[Role], addresses: Seq
 
 
 def clusters_of(config: JobConfig) -> dict[str, BundlesConfig]:
-    """Return the bundles of the policy, and of each role that has bundles of its own, by the name of the role;
-    those of an evaluation in the background by "evaluation"."""
+    """Return the bundles of the policy, and of each role that has bundles of its own, by the name of the role."""
     clusters: dict[str, BundlesConfig] = {"policy": config.cluster}
     if config.cluster.generation is not None:
         clusters["generation"] = config.cluster.generation
@@ -196,12 +193,6 @@ def clusters_of(config: JobConfig) -> dict[str, BundlesConfig]:
     if (evaluation := evaluation_of(config)) is not None:
         clusters[f"{EVALUATION_PREFIX}generation"] = evaluation.cluster
     return clusters
-
-
-def _cluster_of(role: Role, clusters: Mapping[str, BundlesConfig]) -> str:
-    """Return the name of the bundles, among `clusters`, that a role runs on."""
-    name = _EVALUATION if role.name.startswith(EVALUATION_PREFIX) else role.name
-    return name if name in clusters else "policy"
 
 
 def assign_nodes(nodes: Sequence[NodeResources], clusters: Mapping[str, BundlesConfig]) -> NodeAssignment:
