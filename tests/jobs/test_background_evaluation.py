@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from nemo_rl.algorithms.config import MasterConfig
+from nemo_rl.algorithms.distillation_config import DistillationJobConfig
+from nemo_rl.algorithms.dpo_config import DPOJobConfig
 from nemo_rl.algorithms.eval_config import BackgroundEvaluationConfig, EvalConfig, from_training
 from nemo_rl.algorithms.evaluation import ProblemScore
+from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.errors import ConfigError, WeightSyncError
 from nemo_rl.jobs.background_evaluation import BackgroundEvaluation
@@ -170,6 +173,18 @@ def test_evaluation_inherits_the_job_and_changes_what_is_configured():
     assert evaluation.data.prompt_template == "{problem}="
     assert (evaluation.env.math.answer_format, evaluation.cluster.num_workers) == ("whole", 1)
     assert evaluation_of(MasterConfig()) is None
+
+
+@pytest.mark.parametrize("schema", [DPOJobConfig, DistillationJobConfig, SFTJobConfig])
+def test_other_algorithms_are_evaluated(schema):
+    assert evaluation_of(schema()) is None
+    assert evaluation_of(load_config(schema, None, ["eval.period=5"])) is not None
+
+
+def test_reward_model_generates_nothing_to_evaluate():
+    assert evaluation_of(RewardModelJobConfig()) is None
+    with pytest.raises(ConfigError, match="eval"):
+        load_config(RewardModelJobConfig, None, ["eval.period=5"])
 
 
 def test_nemo_rl_eval_of_a_run_evaluates_what_its_background_evaluated():
