@@ -58,14 +58,14 @@ def recipe(output: Path) -> list[Stage]:
         return [
             *(f"logger.log_dir={sft}", f"policy.model_name={MODEL}", "policy.max_sequence_length=32"),
             *(*data, *keys, "data.train.max_num_records=null"),
-            *("sft.num_records_per_step=128", "sft.max_num_epochs=4"),
+            *("sft.num_records_per_step=128", "sft.max_num_epochs=10"),
         ]
 
     def train() -> list[str]:
         return [
             *(f"logger.log_dir={grpo}", f"policy.model_name={find_model(str(sft)).name}", *data),
             # Groups of completions that are all correct, or all wrong, are replaced: they have no learning signal.
-            *("grpo.dynamic_sampling.enabled=true", "grpo.max_num_steps=60", "policy.optimizer.lr=5e-4"),
+            *("grpo.dynamic_sampling.enabled=true", "grpo.max_num_steps=150"),
         ]
 
     def evaluate() -> list[str]:
