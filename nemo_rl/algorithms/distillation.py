@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.algorithms.distillation_losses import SampledTokensLoss, TopTokensLoss
-from nemo_rl.algorithms.grpo import OnPolicyLoop
+from nemo_rl.algorithms.on_policy import OnPolicyLoop
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.branches import TrainingRows

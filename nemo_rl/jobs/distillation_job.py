@@ -1,4 +1,4 @@
-"""Runs a job for on-policy distillation: that of GRPO (`grpo_job`) with a teacher as a further worker group."""
+"""Runs a job for on-policy distillation: that of `on_policy_job` with a teacher as a further worker group."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.jobs.attempt import WorkerGroup
 from nemo_rl.jobs.command_line import JobArguments, run_command
-from nemo_rl.jobs.grpo_job import OnPolicyAttempt, run_on_policy
 from nemo_rl.jobs.model_files import ensure_model
+from nemo_rl.jobs.on_policy_job import OnPolicyAttempt, run_on_policy
 from nemo_rl.jobs.teacher_files import check_teacher, num_tokens, with_resolved_teacher
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from nemo_rl.algorithms.grpo import OnPolicyLoop
+    from nemo_rl.algorithms.on_policy import OnPolicyLoop
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-    from nemo_rl.jobs.grpo_job import _Inputs
     from nemo_rl.jobs.model_files import ModelFiles
+    from nemo_rl.jobs.on_policy_job import OnPolicyInputs
 
 
 def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> int:
@@ -41,12 +41,12 @@ class _DistillationAttempt(OnPolicyAttempt):
     def _check_others(self, model: ModelFiles) -> None:
         check_teacher(self.config, model.tokenizer)
 
-    def _create_models(self, checked: Future[_Inputs]) -> str:
+    def _create_models(self, checked: Future[OnPolicyInputs]) -> str:
         student = super()._create_models(checked)
         self.attempt.create_model(self.config.teacher.as_policy(self.config.policy), checked)
         return student
 
-    def _start_others(self, cluster: RayVirtualCluster, inputs: _Inputs) -> dict[str, WorkerGroup]:
+    def _start_others(self, cluster: RayVirtualCluster, inputs: OnPolicyInputs) -> dict[str, WorkerGroup]:
         from nemo_rl.models.teacher.teacher import Teacher
 
         config, attempt = self.config, self.attempt

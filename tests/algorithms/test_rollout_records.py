@@ -12,7 +12,7 @@ from test_episodes import Countdown, FailsOn, all_left, one, problems
 from test_episodes import collect as collect  # a fixture
 
 from nemo_rl.algorithms.branches import training_rows
-from nemo_rl.algorithms.grpo import _samples
+from nemo_rl.algorithms.on_policy import _samples
 from nemo_rl.algorithms.rollout_records import rollout_records
 from nemo_rl.algorithms.rollouts import select
 from nemo_rl.observability.logger import Logger

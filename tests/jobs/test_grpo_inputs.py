@@ -11,9 +11,10 @@ import pytest
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.errors import CheckpointError
 from nemo_rl.jobs.attempt import Attempt
-from nemo_rl.jobs.grpo_job import _Inputs, _RunAttempt
+from nemo_rl.jobs.grpo_job import GRPOAttempt
 from nemo_rl.jobs.job_environments import load_problems
 from nemo_rl.jobs.model_files import parameter_shapes
+from nemo_rl.jobs.on_policy_job import OnPolicyInputs
 from nemo_rl.jobs.roles import job_roles
 from nemo_rl.jobs.run_directory import RunDirectory, open_run_directory
 from nemo_rl.models.embedded import architecture, make_tokenizer
@@ -45,18 +46,18 @@ def job(tmp_path: Path) -> MasterConfig:
     return load_config(MasterConfig, None, overrides)
 
 
-def prepare(config: MasterConfig, checkpoint: Checkpoint | None = None) -> tuple[RunDirectory, _Inputs]:
+def prepare(config: MasterConfig, checkpoint: Checkpoint | None = None) -> tuple[RunDirectory, OnPolicyInputs]:
     run = open_run_directory(config, "job")
     with ExitStack() as stack:
         stack.callback(run.close)
         view = stack.enter_context(ConsoleView("job", 1))
         timeline = Timeline(run.path, view)
         parts = Attempt(run, view, timeline, stack)
-        attempt = _RunAttempt(config, job_roles(config), {}, load_problems(config), parts)
+        attempt = GRPOAttempt(config, job_roles(config), {}, load_problems(config), parts)
         return run, attempt._prepare_inputs(checkpoint)
 
 
-def saved(run: RunDirectory, config: MasterConfig, inputs: _Inputs, width: int = 128) -> Checkpoint:
+def saved(run: RunDirectory, config: MasterConfig, inputs: OnPolicyInputs, width: int = 128) -> Checkpoint:
     """Write a checkpoint of an embedded model of this width."""
     shapes = parameter_shapes(architecture(EmbeddedModelConfig(hidden_size=width), make_tokenizer()))
 
