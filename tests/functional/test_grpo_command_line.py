@@ -29,6 +29,8 @@ INVALID = [
     (["policy.max_sequence_length=100000"], "max_sequence_length"),
     (["cluster.cpu_workers_per_node=512", "grpo.num_prompts_per_step=512"], "CPU"),
 ]
+# What a configuration needs that another job makes first.
+MADE_BEFORE = {"grpo_reward_model": ["env.product.config.model=organization/reward-model"]}
 # Runs each command line of a JSON list on standard input, and prints [exit code, standard output, standard error] of
 # each. File descriptors are redirected, not `sys.stderr`, because logging keeps the stream that it started with.
 _RUN_COMMANDS = """
@@ -61,7 +63,7 @@ def results(directory: Path) -> list[Any]:
     """Results of `--help`, then of a plan of each configuration, then of each invalid input."""
     commands = [
         ["--help"],
-        *(["--config", str(config), "--dry-run"] for config in CONFIGS),
+        *(["--config", str(config), "--dry-run", *MADE_BEFORE.get(config.stem, [])] for config in CONFIGS),
         *([*arguments, f"logger.log_dir={directory / str(i)}"] for i, (arguments, _) in enumerate(INVALID)),
     ]
     (directory / "plans").mkdir()

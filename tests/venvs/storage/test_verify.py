@@ -184,7 +184,10 @@ def test_files_that_uv_changes_or_moves_are_no_damage(project: Project) -> None:
 def test_package_that_was_added_later_is_reported(project: Project) -> None:
     ready = venvs.ensure(project.command(), "A")
     source = ["--no-index", "--find-links", str(project.wheels)]
-    run_uv(["pip", "install", "--offline", *source, "--python", ready.python, "delta"], what="Installing delta")
+    # Not by its name: uv keeps what it knows of an interpreter by path, and an earlier session of pytest may have had a
+    # venv of this name in another directory.
+    python = str(ready.path / "bin" / "python")
+    run_uv(["pip", "install", "--offline", *source, "--python", python, "delta"], what="Installing delta")
     (damage,) = verify_venv(str(ready.path))
     assert (damage.package, damage.problem.partition(":")[0]) == ("delta", "added")
 
