@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_rl.algorithms.loss_functions import ClippedPGLoss
+from nemo_rl.algorithms.loss_functions import ClippedPGLoss, counted_tokens
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.config import LossConfig
@@ -53,7 +53,7 @@ class SampledTokensLoss:
         global_num_samples: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the loss and metrics of one micro-batch. See `LossFunction` for the arguments."""
-        counted = _is_counted(batch)
+        counted = counted_tokens(batch)
         teacher = torch.where(counted, batch["teacher_logprobs"].to(logprobs), 0.0)
         previous = torch.where(counted, batch.get("prev_logprobs", logprobs).detach().to(logprobs), 0.0)
         differences = teacher - previous
@@ -122,7 +122,7 @@ class TopTokensLoss:
         global_num_samples: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the loss and metrics of one micro-batch. See `LossFunction` for the arguments."""
-        counted = _is_counted(batch)[:, 1:, None]
+        counted = counted_tokens(batch)[:, 1:, None]
         teacher = batch["teacher_top_logprobs"].to(logprobs)
         # Masked positions must reach neither the value nor the gradient.
         log_p, log_q = (torch.where(counted, values[:, 1:], 0.0) for values in (teacher, logprobs))
@@ -146,9 +146,3 @@ class TopTokensLoss:
             return log_p.exp() * (log_p - log_q)
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         return beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
-
-
-def _is_counted(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return [b, T] bool: whether a token is in the loss."""
-    counted: torch.Tensor = batch["token_mask"] * batch["sample_mask"][:, None] > 0
-    return counted

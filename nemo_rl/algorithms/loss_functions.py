@@ -306,6 +306,12 @@ class NLLLoss:
         return (losses * mask).sum() / torch.clamp(global_num_tokens.to(logprobs.device), min=1), {}
 
 
+def counted_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return [b, T] bool: whether a token is in the loss, by `token_mask` [b, T] and `sample_mask` [b]."""
+    counted: torch.Tensor = batch["token_mask"] * batch["sample_mask"][:, None] > 0
+    return counted
+
+
 def kl_estimates(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
     """Estimate KL(pi || pi_ref) of each token from samples of pi; see `ClippedPGLoss` for the formulas and bounds.
 

@@ -3,7 +3,7 @@
 Rows 2i and 2i + 1 of a micro-batch are the chosen and the rejected answer of a pair. All means are over the pairs of
 the optimizer batch, so neither the number of workers nor the size of micro-batches changes a loss.
 
-This module imports only torch, because a loss is sent to policy workers in any venv.
+This module imports only torch and its neighbour, because a loss is sent to policy workers in any venv.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import logsigmoid
+
+from nemo_rl.algorithms.loss_functions import counted_tokens
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.dpo_config import DPOConfig
@@ -151,7 +153,7 @@ def answer_logprobs(logprobs: torch.Tensor, batch: Mapping[str, Any]) -> torch.T
         logprobs: [b, T] log-probabilities of the tokens.
         batch: `token_mask` [b, T], and `sample_mask` [b]; a row where it is 0 has the value 0.
     """
-    mask = (batch["token_mask"][:, 1:] * batch["sample_mask"][:, None]).to(logprobs.device) > 0
+    mask = counted_tokens(batch)[:, 1:].to(logprobs.device)
     # Masked positions (padding may hold -inf) must reach neither the value nor the gradient.
     return torch.where(mask, logprobs[:, 1:], 0.0).sum(dim=1, dtype=torch.float64)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl.data import dialogues
-from nemo_rl.data.datasets import find_dataset_class
 from nemo_rl.data.examples import (
     ExampleDataset,
     GeneratedExamples,
@@ -94,11 +93,7 @@ def load_conversations(data: SFTDataConfig) -> tuple[ConversationDataset, Conver
         ConfigError: `kind` is unknown.
         DataError: The data set is missing or empty.
     """
-
-    def dataset_class(kind: str, key: str) -> type[ConversationDataset]:
-        return find_dataset_class(kind, CONVERSATION_DATASETS, ConversationDataset, key=key)  # type: ignore[type-abstract]
-
-    return open_splits(data.train, data.validation, dataset_class)
+    return open_splits(data.train, data.validation, CONVERSATION_DATASETS, ConversationDataset)  # type: ignore[type-abstract]
 
 
 def conversation_from_record(record: dict[str, Any], config: ConversationsConfig, where: str) -> Conversation:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Self, TypeVar, overload
 
 from nemo_rl.data.config import ConversationsConfig, PreferencesConfig
+from nemo_rl.data.datasets import find_dataset_class
 from nemo_rl.data.problem import ChatMessage, Role, check_encodable, shown
 from nemo_rl.data.records import Records, open_records, records_kind
 from nemo_rl.errors import DataError
@@ -120,21 +121,22 @@ DatasetT = TypeVar("DatasetT", bound=ExampleDataset[Any, Any])
 
 
 def open_splits(
-    train: SplitT, validation: SplitT | None, dataset_class: Callable[[str, str], type[DatasetT]]
+    train: SplitT, validation: SplitT | None, known: Mapping[str, type[DatasetT]], base: type[DatasetT]
 ) -> tuple[DatasetT, DatasetT | None]:
     """Open the train data of a job and its validation data, if any. Generated data have validation data of their own.
 
     Args:
         train: the section `data.train`.
         validation: the section `data.validation`.
-        dataset_class: returns the class of a kind; the second argument is the key that names the kind, for messages.
+        known, base: see `find_dataset_class`.
 
     Raises:
+        ConfigError: a kind is unknown.
         DataError: a data set is missing or empty.
     """
 
     def opened(config: SplitT, role: Role) -> DatasetT:
-        dataset = dataset_class(_kind(config), f"data.{role}.kind").from_config(config, role)
+        dataset = find_dataset_class(_kind(config), known, base, key=f"data.{role}.kind").from_config(config, role)
         if not len(dataset):
             raise DataError(f"data.{role}: {config.path or config.kind} contains no records")
         return dataset

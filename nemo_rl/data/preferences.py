@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl.data import dialogues
 from nemo_rl.data.conversations import Conversation, prompted_conversation
-from nemo_rl.data.datasets import find_dataset_class
 from nemo_rl.data.examples import (
     ExampleDataset,
     GeneratedExamples,
@@ -96,11 +95,7 @@ def load_preferences(data: PreferenceDataConfig) -> tuple[PreferenceDataset, Pre
         ConfigError: `kind` is unknown.
         DataError: The data set is missing or empty.
     """
-
-    def dataset_class(kind: str, key: str) -> type[PreferenceDataset]:
-        return find_dataset_class(kind, PREFERENCE_DATASETS, PreferenceDataset, key=key)  # type: ignore[type-abstract]
-
-    return open_splits(data.train, data.validation, dataset_class)
+    return open_splits(data.train, data.validation, PREFERENCE_DATASETS, PreferenceDataset)  # type: ignore[type-abstract]
 
 
 def pair_from_record(record: dict[str, Any], config: PreferencesConfig, where: str) -> PreferencePair:

@@ -123,22 +123,22 @@ def read_score(config: JudgeConfig, verdict: str) -> float:
     text = verdict.rpartition(_END_OF_THINKING)[2]
     if config.pattern is not None:
         matches = re.findall(config.pattern, text)
-        found, where = (matches[-1], "") if matches else (None, f"the pattern {config.pattern!r}")
+        value, where = (matches[-1], "") if matches else (None, f"the pattern {config.pattern!r}")
     else:
         assert config.json_field is not None
-        found, where = _last_field(text, config.json_field), f"a JSON object with the field {config.json_field!r}"
-    if found is None:
+        value, where = _last_field(text, config.json_field), f"a JSON object with the field {config.json_field!r}"
+    if value is None:
         raise ValueError(f"{where} is not in {_shown(verdict)}")
     if config.verdicts is not None:
         scores = {word.casefold(): score for word, score in config.verdicts.items()}
-        word = str(found).strip().casefold()
+        word = str(value).strip().casefold()
         if word not in scores:
-            raise ValueError(f"{_shown(str(found))} is none of {', '.join(config.verdicts)}")
+            raise ValueError(f"{_shown(str(value))} is none of {', '.join(config.verdicts)}")
         return scores[word]
     try:
-        score = float(str(found))
+        score = float(str(value))
     except ValueError:
-        raise ValueError(f"{_shown(str(found))} is no number") from None
+        raise ValueError(f"{_shown(str(value))} is no number") from None
     low, high = config.score_range
     if not low <= score <= high:
         raise ValueError(f"{score:g} is outside of score_range, {low:g} to {high:g}")
@@ -148,7 +148,7 @@ def read_score(config: JudgeConfig, verdict: str) -> float:
 def _last_field(text: str, field: str) -> Any:
     """Return the value of a field of the last JSON object that has it; None if there is none."""
     decoder = json.JSONDecoder()
-    found = None
+    result = None
     position = text.find("{")
     while position >= 0:
         try:
@@ -156,9 +156,9 @@ def _last_field(text: str, field: str) -> Any:
         except (ValueError, RecursionError):
             end = position + 1
         else:
-            found = value.get(field, found)
+            result = value.get(field, result)
         position = text.find("{", end)
-    return found
+    return result
 
 
 def _as_text(messages: Sequence[Message]) -> str:

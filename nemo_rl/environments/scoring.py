@@ -126,10 +126,10 @@ class ScoredEpisode(Environment):
         observed = [] if turn.observation is None else as_messages(turn.observation, "step")
         messages = [*self._conversation.messages, {"role": "assistant", "content": action}]
         self._conversation = dataclasses.replace(self._conversation, messages=[*messages, *observed])
-        own = turn.reward * (1.0 if self._config.environment is None else self._config.environment.reward_weight)
+        reward = turn.reward * (1.0 if self._config.environment is None else self._config.environment.reward_weight)
         self._environment_reward += turn.reward
         if not turn.done:
-            return dataclasses.replace(turn, reward=own)
+            return dataclasses.replace(turn, reward=reward)
         # What an environment says behind the last answer is no part of what the model did.
         score = self._scorer.score(dataclasses.replace(self._conversation, messages=messages))
         if not math.isfinite(score.value):
@@ -138,7 +138,7 @@ class ScoredEpisode(Environment):
         if self._environment is not None:
             info["environment_reward"] = self._environment_reward
         comment = [*observed, *score.comment]
-        reward = own + self._config.reward(score.value)
+        reward += self._config.reward(score.value)
         return dataclasses.replace(turn, reward=reward, observation=comment or None, info=info)
 
     def close(self) -> None:

@@ -114,17 +114,17 @@ class EvaluationPart:
             recorder: receives the metrics.
             attestation: what `Attempt.attest` returned for all groups of the job.
         """
-        own = [
+        records = [
             {**record, "group": record["group"].removeprefix(EVALUATION_PREFIX)}
             for record in attestation
             if record["group"] in self.groups
         ]
-        write_atomically(self._directory / ATTESTATION_FILE, json.dumps(own, indent=1))
+        write_atomically(self._directory / ATTESTATION_FILE, json.dumps(records, indent=1))
         evaluator = Evaluator.open(
             self._config,
             self._inputs,
             self._workers,
-            own,
+            records,
             self._directory,
             attempt.stack,
             resume_step=self._resume_step,

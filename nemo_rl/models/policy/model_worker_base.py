@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -104,9 +104,16 @@ class ModelWorker(ABC):
             dist.destroy_process_group()
 
 
-def copy_rows(targets: Iterable[torch.Tensor], row: int, parts: Iterable[torch.Tensor]) -> int:
-    """Copy a micro-batch, which may be narrower, into the rows of a shard from `row` on; return the next row."""
-    for target, part in zip(targets, parts, strict=True):
-        rows, width = part.shape[:2]
-        target[row : row + rows, :width] = part.to("cpu")
-    return row + rows
+def join_microbatches(results: Iterable[Sequence[torch.Tensor]], *targets: torch.Tensor) -> None:
+    """Copy the results of successive micro-batches, which may be narrower, into the rows of a shard.
+
+    Args:
+        results: for each micro-batch, one tensor [b, t, ...] per target.
+        targets: [B, T, ...].
+    """
+    row = 0
+    for parts in results:
+        for target, part in zip(targets, parts, strict=True):
+            rows, width = part.shape[:2]
+            target[row : row + rows, :width] = part.to("cpu")
+        row += rows

@@ -23,7 +23,7 @@ from nemo_rl.models.policy import policy_checkpoint
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
 from nemo_rl.models.policy.microbatching import global_batches, microbatches
-from nemo_rl.models.policy.model_worker_base import ModelWorker, copy_rows
+from nemo_rl.models.policy.model_worker_base import ModelWorker, join_microbatches
 from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, Tensors, borrows, needs
 from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.policy.reductions import GlobalCounts, MetricSums
@@ -198,9 +198,8 @@ class PolicyWorker(ModelWorker):
 
     def _logprobs(self, forward: PolicyForward, shard: BatchedDataDict) -> torch.Tensor:
         result = torch.zeros(shard["input_ids"].shape, dtype=torch.float32)
-        row = 0
-        for logprobs in forward.logprobs(self._microbatches(shard, ("input_ids", "input_lengths"))):
-            row = copy_rows([result], row, [logprobs])
+        parts = self._microbatches(shard, ("input_ids", "input_lengths"))
+        join_microbatches(zip(forward.logprobs(parts)), result)
         complete: torch.Tensor = self._on_all_ranks(result)
         return complete
 

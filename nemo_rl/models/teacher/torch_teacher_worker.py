@@ -7,7 +7,7 @@ import torch
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.logprob_forward import LogprobForward
-from nemo_rl.models.policy.model_worker_base import ModelWorker, copy_rows
+from nemo_rl.models.policy.model_worker_base import ModelWorker, join_microbatches
 from nemo_rl.models.policy.offload import Part, PolicyMemory, StoredTensors, borrows
 from nemo_rl.models.policy.parallel_model import load_parallel_model
 from nemo_rl.utils.garbage import freeze_modules, gc_paused
@@ -55,9 +55,7 @@ class TorchTeacherWorker(ModelWorker):
     def get_logprobs(self, shard: BatchedDataDict) -> torch.Tensor:
         """Return the log-probabilities of this rank's rows, [b, T] float32 on the CPU, in the shard's order."""
         result = torch.zeros(shard["input_ids"].shape)
-        row = 0
-        for logprobs in self._forward.logprobs(self._microbatches(shard, _KEYS)):
-            row = copy_rows([result], row, [logprobs])
+        join_microbatches(zip(self._forward.logprobs(self._microbatches(shard, _KEYS))), result)
         return result
 
     @borrows(Part.WEIGHTS)
@@ -65,7 +63,5 @@ class TorchTeacherWorker(ModelWorker):
         """Return ids and log-probabilities of this rank's rows on the CPU; see `LogprobForward.top_logprobs`."""
         shape = shard["input_ids"].shape
         results = torch.zeros(*shape, k, dtype=torch.int32), torch.zeros(*shape, k + 1)
-        row = 0
-        for parts in self._forward.top_logprobs(self._microbatches(shard, _KEYS), k, num_tokens):
-            row = copy_rows(results, row, parts)
+        join_microbatches(self._forward.top_logprobs(self._microbatches(shard, _KEYS), k, num_tokens), *results)
         return results
