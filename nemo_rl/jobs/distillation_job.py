@@ -10,8 +10,9 @@ from nemo_rl.algorithms.distillation_config import DistillationJobConfig
 from nemo_rl.jobs.attempt import WorkerGroup
 from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.model_files import ensure_model
-from nemo_rl.jobs.on_policy_job import OnPolicyAttempt, run_on_policy
+from nemo_rl.jobs.on_policy_job import OnPolicyAttempt
 from nemo_rl.jobs.teacher_files import check_teacher, num_tokens, with_resolved_teacher
+from nemo_rl.jobs.training_job import run_training
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -30,13 +31,11 @@ def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> in
 def run_distillation(arguments: JobArguments[DistillationJobConfig]) -> None:
     """Run a distillation job, or print its plan with `--dry-run`."""
     config = with_resolved_teacher(arguments.config)
-    run_on_policy(dataclasses.replace(arguments, config=config), _DistillationAttempt)
+    run_training(_DistillationAttempt, dataclasses.replace(arguments, config=config))
 
 
-class _DistillationAttempt(OnPolicyAttempt):
+class _DistillationAttempt(OnPolicyAttempt[DistillationJobConfig]):
     """Runs distillation: checks and starts the teacher, too."""
-
-    config: DistillationJobConfig
 
     def _check_others(self, model: ModelFiles) -> None:
         check_teacher(self.config, model.tokenizer)

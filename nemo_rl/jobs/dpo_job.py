@@ -14,7 +14,8 @@ from nemo_rl.jobs.attempt import INPUTS_THREAD
 from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.model_files import model_digest
 from nemo_rl.jobs.preference_job import PreferenceAttempt
-from nemo_rl.jobs.record_job import RecordInputs, run_record_job
+from nemo_rl.jobs.record_job import RecordInputs
+from nemo_rl.jobs.training_job import run_training
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.dpo import DPO
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> in
 
 def run_dpo(arguments: JobArguments[DPOJobConfig]) -> None:
     """Run a job for direct preference optimization, or print its plan with `--dry-run`."""
-    run_record_job(DPOAttempt, arguments)
+    run_training(DPOAttempt, arguments)
 
 
 @dataclass(frozen=True)

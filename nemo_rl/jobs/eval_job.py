@@ -40,12 +40,12 @@ from nemo_rl.jobs.model_files import check_model_name, check_weight_files, ensur
 from nemo_rl.jobs.model_sources import CONFIG_FILE, find_model, label
 from nemo_rl.jobs.roles import Role, job_roles, role_plans
 from nemo_rl.jobs.run_directory import open_run_directory
+from nemo_rl.jobs.weight_route import route_between
 from nemo_rl.observability.eval_report import write_eval_report
 from nemo_rl.utils.config import load_config
 
 if TYPE_CHECKING:
     from nemo_rl.data.problem import ProblemDataset
-    from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
     from nemo_rl.models.weights.interfaces import WeightUpdate
     from nemo_rl.models.weights.sender import WeightSender
     from nemo_rl.venvs import VenvPlan
@@ -214,23 +214,12 @@ class _Evaluation:
             attempt.stack,
             resume_step=len(self.results.finished),
         )
-        return evaluator, _sender(cluster)
+        from nemo_rl.models.weights.sender import WeightSender
+
+        return evaluator, WeightSender(route_between(None, cluster).published)
 
     def _publish(self, sender: WeightSender, directory: str, version: int) -> WeightUpdate:
         from nemo_rl.models.weights.saved_weights import saved_weights
 
         tensors = saved_weights(directory, self.models.shapes)
         return sender.publish(tensors, version=version, dtype=self.config.policy.generation_precision)
-
-
-def _sender(cluster: RayVirtualCluster) -> WeightSender:
-    """Return what publishes weights of this process to the workers of a cluster."""
-    import ray
-
-    from nemo_rl.models.weights.routes import Place, choose_route
-    from nemo_rl.models.weights.sender import WeightSender
-
-    node = ray.get_runtime_context().get_node_id()
-    workers = [Place.of(bundle) for bundle in cluster.bundles()]
-    route = choose_route("auto", policy=[Place(node)], generation=workers, driver_node_id=node)
-    return WeightSender(route.published)

@@ -13,6 +13,7 @@ from nemo_rl.jobs.evaluator import EvaluationWorkers, Evaluator
 from nemo_rl.jobs.job_config import JobConfig, evaluation_of, evaluation_section
 from nemo_rl.jobs.model_files import check_model_fits, load_architecture
 from nemo_rl.jobs.roles import EVALUATION_PREFIX
+from nemo_rl.jobs.weight_route import route_between
 from nemo_rl.observability.logger import METRICS_FILE
 from nemo_rl.observability.report import EVALUATION_DIRECTORY
 from nemo_rl.observability.rollout_files import ATTESTATION_FILE
@@ -95,13 +96,7 @@ class EvaluationPart:
 
     def transport_from(self, policy: RayVirtualCluster) -> str:
         """Return the transport of published weights that reaches the evaluation from a policy on this cluster."""
-        import ray
-
-        from nemo_rl.models.weights.routes import Place, choose_route
-
-        policy_places, places = ([Place.of(b) for b in cluster.bundles()] for cluster in (policy, self._cluster))
-        node = ray.get_runtime_context().get_node_id()
-        return choose_route("auto", policy=policy_places, generation=places, driver_node_id=node).published
+        return route_between(policy, self._cluster).published
 
     def begin(
         self, attempt: Attempt, policy: Policy, recorder: Logger, attestation: Iterable[Mapping[str, Any]]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.jobs.attempt import WorkerGroup
 from nemo_rl.jobs.command_line import JobArguments, run_command
-from nemo_rl.jobs.on_policy_job import OnPolicyAttempt, run_on_policy
+from nemo_rl.jobs.on_policy_job import OnPolicyAttempt
+from nemo_rl.jobs.training_job import run_training
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.on_policy import OnPolicyLoop
@@ -21,10 +22,10 @@ def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> in
 
 def run_grpo(arguments: JobArguments[MasterConfig]) -> None:
     """Run a GRPO job, or print its plan with `--dry-run`."""
-    run_on_policy(arguments, GRPOAttempt)
+    run_training(GRPOAttempt, arguments)
 
 
-class GRPOAttempt(OnPolicyAttempt):
+class GRPOAttempt(OnPolicyAttempt[MasterConfig]):
     """Runs GRPO."""
 
     def _make_loop(self, others: dict[str, WorkerGroup], **parts: Any) -> OnPolicyLoop:

@@ -11,15 +11,13 @@ However a job ends, it stops everything it started, in reverse order.
 
 from __future__ import annotations
 
-import logging
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_rl.algorithms.config import OnPolicyJobConfig
-from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
-from nemo_rl.jobs.command_line import JobArguments
-from nemo_rl.jobs.evaluation_part import EvaluationPart
+from nemo_rl.jobs.attempt import INPUTS_THREAD, WorkerGroup
 from nemo_rl.jobs.job_environments import (
     Problems,
     load_problems,
@@ -29,64 +27,24 @@ from nemo_rl.jobs.job_environments import (
     rollout_environment,
     start_environments,
 )
-from nemo_rl.jobs.model_files import (
-    ModelFiles,
-    check_checkpoint_model,
-    check_model_name,
-    check_weight_files,
-    prepare_model,
-)
-from nemo_rl.jobs.roles import Role, check_weight_route, job_roles, num_colocated_groups, role_plans
-from nemo_rl.jobs.run_directory import open_run_directory
-from nemo_rl.utils.checkpoint import CheckpointStore
+from nemo_rl.jobs.model_files import ModelFiles, check_checkpoint_model, prepare_model
+from nemo_rl.jobs.roles import num_colocated_groups
+from nemo_rl.jobs.training_job import StartedJob, TrainingAttempt
+from nemo_rl.jobs.weight_route import check_weight_route, route_between
 from nemo_rl.utils.futures import run_in_thread
-from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from nemo_rl.algorithms.episodes import EpisodeCollector
     from nemo_rl.algorithms.on_policy import OnPolicyLoop
     from nemo_rl.data.loader import MixedLoader, PromptLoader
     from nemo_rl.data.transcripts import TranscriptRenderer
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
     from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-    from nemo_rl.environments.remote import RemoteEnvironment
-    from nemo_rl.models.generation.generation import Generation
-    from nemo_rl.models.policy.policy import Policy
-    from nemo_rl.models.weights.routes import Route
     from nemo_rl.utils.checkpoint import Checkpoint
-    from nemo_rl.venvs import VenvPlan
-
-logger = logging.getLogger(__name__)
 
 
-def run_on_policy(arguments: JobArguments[Any], attempt_class: type[OnPolicyAttempt]) -> None:
-    """Run a job that trains on the policy's samples, or print its plan with `--dry-run`."""
-    config: OnPolicyJobConfig = arguments.config
-    check_model_name(config.policy)
-    roles = job_roles(config)
-    if arguments.dry_run:
-        print_dry_run(config)
-        return
-    # Errors are reported before anything is started.
-    check_weight_files(config.policy.model_name, "policy.model_name")
-    plans = role_plans(roles)
-    problems = load_problems(config)
-    evaluation = EvaluationPart.of(config)
-    run = open_run_directory(config, arguments.name)
-    finished = run.finished()
-    if finished is not None and finished["step"] >= config.algorithm.max_num_steps:
-        logger.info(
-            "%s is finished: %s. Increase %s.max_num_steps to continue it",
-            run.path,
-            finished["reason"],
-            config.algorithm_key,
-        )
-        return
-    with open_attempt(run, arguments.name, config.algorithm.max_num_steps) as attempt:
-        reason, step = attempt_class(config, roles, plans, problems, attempt, evaluation).train()
-    finish(run, config, step, reason)
+OnPolicyConfigT = TypeVar("OnPolicyConfigT", bound=OnPolicyJobConfig)
 
 
 @dataclass(frozen=True)
@@ -108,65 +66,24 @@ class _Clusters:
 
 
 @dataclass(frozen=True)
-class _Workers:
-    """Holds the started worker groups of the job.
+class OnPolicyAttempt(TrainingAttempt[OnPolicyConfigT, dict[str, Problems]], ABC):
+    """Trains on the policy's samples. A subclass is one algorithm."""
 
-    Attributes:
-        others: further groups of the algorithm, by the name of their role.
-        groups: all groups, by the name of their role.
-        environment: what the loop collects rollouts from.
-    """
+    @classmethod
+    def open_data(cls, config: OnPolicyConfigT) -> dict[str, Problems]:
+        return load_problems(config)
 
-    policy: Policy
-    generation: Generation
-    others: dict[str, WorkerGroup]
-    groups: dict[str, WorkerGroup]
-    environment: RemoteEnvironment | EpisodeCollector
+    @classmethod
+    def max_num_steps(cls, config: OnPolicyConfigT) -> int:
+        return config.algorithm.max_num_steps
 
+    @classmethod
+    def is_complete(cls, config: OnPolicyConfigT, step: int, reason: str) -> bool:
+        return step >= config.algorithm.max_num_steps
 
-@dataclass(frozen=True)
-class OnPolicyAttempt(ABC):
-    """Starts the worker groups of an attempt and runs the loop. A subclass is one algorithm.
-
-    Attributes:
-        plans: the venvs of the roles, by name.
-        evaluation: the evaluation in the background, if it is on.
-    """
-
-    config: OnPolicyJobConfig
-    roles: list[Role]
-    plans: dict[str, VenvPlan]
-    problems: dict[str, Problems]
-    attempt: Attempt
-    evaluation: EvaluationPart | None = None
-
-    def train(self) -> tuple[str, int]:
-        """Train, and return the reason for the end and the last step."""
-        config, attempt = self.config, self.attempt
-        checkpoints = CheckpointStore(attempt.run.checkpoint_dir, config.checkpointing)
-        checkpoint = checkpoints.latest()
-        recorder = attempt.open_recorder(config, checkpoint)
-        with gc_paused():
-            inputs, workers = self._start(checkpoint)
-        recorder.log_hyperparameters(config.model_dump(mode="json"))
-        attestation = attempt.attest(workers.groups)
-        loop = self._make_loop(
-            workers.others,
-            config=config,
-            policy=workers.policy,
-            generation=workers.generation,
-            environment=workers.environment,
-            loader=inputs.loader,
-            validation=inputs.validation,
-            recorder=recorder,
-            checkpoints=checkpoints if config.checkpointing.enabled else None,
-            pad_token_id=inputs.model.pad_token_id,
-            on_first_step=attempt.timeline.mark_first_step,
-        )
-        if self.evaluation is None:
-            return attempt.run_loop(loop, checkpoint)
-        evaluation = self.evaluation.begin(attempt, workers.policy, recorder, attestation)
-        return attempt.run_loop(loop, checkpoint, evaluation)
+    @classmethod
+    def limits(cls, config: OnPolicyConfigT) -> str:
+        return f"{config.algorithm_key}.max_num_steps"
 
     @abstractmethod
     def _make_loop(self, others: dict[str, WorkerGroup], **parts: Any) -> OnPolicyLoop:
@@ -176,15 +93,14 @@ class OnPolicyAttempt(ABC):
         """Return the model that the policy's workers load; see `Attempt.create_model`."""
         return self.attempt.create_model(self.config.policy, checked)
 
-    def _check_others(self, model: ModelFiles) -> None:  # noqa: B027 - optional
+    def _check_others(self, model: ModelFiles) -> None:
         """Raise for other models that do not fit the policy's, before a venv is built."""
 
     def _start_others(self, cluster: RayVirtualCluster, inputs: OnPolicyInputs) -> dict[str, WorkerGroup]:
         """Start further groups of the algorithm, on the policy's cluster or their own."""
         return {}
 
-    def _start(self, checkpoint: Checkpoint | None) -> tuple[OnPolicyInputs, _Workers]:
-        """Check the inputs while Ray starts, then build the venvs, then start all worker groups."""
+    def _start(self, checkpoint: Checkpoint | None) -> StartedJob:
         preparing = run_in_thread(lambda: self._prepare_inputs(checkpoint), "inputs")
         creating = run_in_thread(lambda: self._create_models(preparing), "model")
         clusters = self._start_clusters()
@@ -192,8 +108,7 @@ class OnPolicyAttempt(ABC):
         self.attempt.build_venvs(self.roles, self.plans)
         model_name = creating.result()
         with self.attempt.timeline.phase("start workers", waits=True):
-            workers = self._start_workers(model_name, clusters, inputs)
-        return inputs, workers
+            return self._start_workers(model_name, clusters, inputs)
 
     def _prepare_inputs(self, checkpoint: Checkpoint | None) -> OnPolicyInputs:
         config, started = self.config, self.attempt.run.started
@@ -206,10 +121,10 @@ class OnPolicyAttempt(ABC):
         with self.attempt.timeline.phase("data", INPUTS_THREAD):
             from nemo_rl.algorithms.on_policy import restore_data_position
 
-            loader = make_loader(config, self.problems, model, started)
+            loader = make_loader(config, self.data, model, started)
             if checkpoint is not None:
                 restore_data_position(loader, checkpoint)  # `resume` does, too, but only when the workers run
-            validation = make_validation_batch(config, self.problems, model, started)
+            validation = make_validation_batch(config, self.data, model, started)
             renderer = make_renderer(config, model, started)
             if self.evaluation is not None:
                 self.evaluation.prepare(self.attempt, model, checkpoint)
@@ -224,18 +139,16 @@ class OnPolicyAttempt(ABC):
             return _Clusters(policy, policy)
         return _Clusters(policy, self.attempt.make_cluster(config.generation, f"{name} generation"))
 
-    def _start_workers(self, model_name: str, clusters: _Clusters, inputs: OnPolicyInputs) -> _Workers:
+    def _start_workers(self, model_name: str, clusters: _Clusters, inputs: OnPolicyInputs) -> StartedJob:
         """Start all worker groups, then wait for them. The first error ends the job."""
         from nemo_rl.models.generation.generation import Generation
         from nemo_rl.models.policy.policy import Policy
 
         config, stack = self.config, self.attempt.stack
         environments = start_environments(config.env, stack)
-        route = _weight_route(config.policy.weight_transport, clusters)
-        if self.evaluation is not None:
-            self.evaluation.start(self.attempt, model_name)
-            if self.evaluation.transport_from(clusters.policy) == "ray":
-                route = replace(route, published="ray")
+        route = route_between(clusters.policy, clusters.generation, config.policy.weight_transport)
+        if self._start_evaluation(model_name, clusters.policy) == "ray":
+            route = replace(route, published="ray")
         policy = Policy(
             clusters.policy,
             config.policy,
@@ -249,24 +162,17 @@ class OnPolicyAttempt(ABC):
         stack.callback(generation.shutdown)
         others = self._start_others(clusters.policy, inputs)
         groups: dict[str, WorkerGroup] = {"policy": policy, "generation": generation, **others, **environments}
-        if self.evaluation is not None:
-            groups |= self.evaluation.groups
-        self.attempt.wait_ready(groups)
-        environment = rollout_environment(
-            config, environments, generation, inputs.renderer, inputs.model.pad_token_id, stack
+        self.attempt.wait_ready(self._with_evaluation(groups))
+        pad_token_id = inputs.model.pad_token_id
+        make_loop = functools.partial(
+            self._make_loop,
+            others,
+            config=config,
+            policy=policy,
+            generation=generation,
+            environment=rollout_environment(config, environments, generation, inputs.renderer, pad_token_id, stack),
+            loader=inputs.loader,
+            validation=inputs.validation,
+            pad_token_id=pad_token_id,
         )
-        return _Workers(policy, generation, others, groups, environment)
-
-
-def _weight_route(chosen: str, clusters: _Clusters) -> Route:
-    """Choose the weight transport between these clusters. Raises the errors of `choose_route`."""
-    import ray
-
-    from nemo_rl.models.weights.routes import Place, choose_route
-
-    return choose_route(
-        chosen,
-        policy=[Place.of(bundle) for bundle in clusters.policy.bundles()],
-        generation=[Place.of(bundle) for bundle in clusters.generation.bundles()],
-        driver_node_id=ray.get_runtime_context().get_node_id(),
-    )
+        return StartedJob(policy, groups, make_loop)

@@ -22,8 +22,9 @@ from nemo_rl.jobs.model_files import (
     parameters_in_name,
 )
 from nemo_rl.jobs.model_sources import find_model
-from nemo_rl.jobs.roles import EVALUATION_PREFIX, Role, check_weight_route, job_roles, role_plans
+from nemo_rl.jobs.roles import EVALUATION_PREFIX, Role, job_roles, role_plans
 from nemo_rl.jobs.venv_forecast import BUILT, READY, RECEIVED, VenvForecast, forecast_venvs, wheel_sizes_of
+from nemo_rl.jobs.weight_route import check_weight_route
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.venvs import VenvPlan
 

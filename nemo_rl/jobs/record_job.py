@@ -13,30 +13,19 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_rl.algorithms.record_config import RecordJobConfig
 from nemo_rl.algorithms.training_loop import epochs_done
 from nemo_rl.errors import DataError
-from nemo_rl.jobs.attempt import INPUTS_THREAD, Attempt, WorkerGroup, finish, open_attempt, print_dry_run
-from nemo_rl.jobs.command_line import JobArguments
-from nemo_rl.jobs.evaluation_part import EvaluationPart
-from nemo_rl.jobs.model_files import (
-    check_checkpoint_model,
-    check_model_name,
-    check_weight_files,
-    prepare_model,
-)
-from nemo_rl.jobs.roles import Role, job_roles, role_plans
-from nemo_rl.jobs.run_directory import open_run_directory
-from nemo_rl.utils.checkpoint import CheckpointStore
+from nemo_rl.jobs.attempt import INPUTS_THREAD, WorkerGroup
+from nemo_rl.jobs.model_files import check_checkpoint_model, prepare_model
+from nemo_rl.jobs.training_job import StartedJob, TrainingAttempt
 from nemo_rl.utils.files import write_atomically
 from nemo_rl.utils.futures import run_in_thread
-from nemo_rl.utils.garbage import gc_paused
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.record_training import RecordTraining
@@ -45,11 +34,7 @@ if TYPE_CHECKING:
     from nemo_rl.data.problem import Role as SplitRole
     from nemo_rl.data.tokenized_examples import ExampleLoader, TokenizedExamples
     from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-    from nemo_rl.models.policy.policy import Policy
     from nemo_rl.utils.checkpoint import Checkpoint
-    from nemo_rl.venvs import VenvPlan
-
-logger = logging.getLogger(__name__)
 
 DATA_FILE = "data.json"
 
@@ -79,21 +64,26 @@ class RecordInputs:
 
 
 @dataclass(frozen=True)
-class RecordAttempt(ABC, Generic[ConfigT]):
-    """Starts the policy of an attempt and runs the loop. A subclass is one algorithm.
+class RecordAttempt(TrainingAttempt[ConfigT, Datasets], ABC):
+    """Trains a policy on records. A subclass is one algorithm. Its `data` are training and validation data."""
 
-    Attributes:
-        plans: the venvs of the roles, by name.
-        datasets: training and validation data.
-        evaluation: the evaluation in the background, if it is on.
-    """
+    @classmethod
+    def open_data(cls, config: ConfigT) -> Datasets:
+        return cls.load_data(config.data)
 
-    config: ConfigT
-    roles: list[Role]
-    plans: dict[str, VenvPlan]
-    datasets: Datasets
-    attempt: Attempt
-    evaluation: EvaluationPart | None = None
+    @classmethod
+    def max_num_steps(cls, config: ConfigT) -> int | None:
+        return config.training.max_num_steps
+
+    @classmethod
+    def is_complete(cls, config: ConfigT, step: int, reason: str) -> bool:
+        training = config.training
+        is_last_step = training.max_num_steps is not None and step >= training.max_num_steps
+        return is_last_step or reason == epochs_done(training.max_num_epochs)
+
+    @classmethod
+    def limits(cls, config: ConfigT) -> str:
+        return "its limits"
 
     @staticmethod
     @abstractmethod
@@ -114,35 +104,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
     def loop_class() -> type[RecordTraining[ConfigT]]:
         """Import the loop, which imports torch."""
 
-    def train(self) -> tuple[str, int]:
-        """Train, and return the reason for the end and the last step."""
-        config, attempt = self.config, self.attempt
-        checkpoints = CheckpointStore(attempt.run.checkpoint_dir, config.checkpointing)
-        checkpoint = checkpoints.latest()
-        recorder = attempt.open_recorder(config, checkpoint)
-        with gc_paused():
-            inputs, policy = self._start(checkpoint)
-        recorder.log_hyperparameters(config.model_dump(mode="json"))
-        attestation = attempt.attest(self._groups(policy))
-        loop = self.loop_class()(
-            config=config,
-            policy=policy,
-            loader=inputs.loader,
-            validation=inputs.validation,
-            recorder=recorder,
-            checkpoints=checkpoints if config.checkpointing.enabled else None,
-            on_first_step=attempt.timeline.mark_first_step,
-            **inputs.loop_options,
-        )
-        if self.evaluation is None:
-            return attempt.run_loop(loop, checkpoint)
-        return attempt.run_loop(loop, checkpoint, self.evaluation.begin(attempt, policy, recorder, attestation))
-
-    def _groups(self, policy: Policy) -> dict[str, WorkerGroup]:
-        return {"policy": policy, **({} if self.evaluation is None else self.evaluation.groups)}
-
-    def _start(self, checkpoint: Checkpoint | None) -> tuple[RecordInputs, Policy]:
-        """Check the inputs while Ray starts, then build the venv, then start the policy."""
+    def _start(self, checkpoint: Checkpoint | None) -> StartedJob:
         config, attempt = self.config, self.attempt
         preparing = run_in_thread(lambda: self.prepare_inputs(checkpoint), "inputs")
         creating = run_in_thread(lambda: self.attempt.create_model(self.config.policy, preparing), "model")
@@ -156,21 +118,27 @@ class RecordAttempt(ABC, Generic[ConfigT]):
             from nemo_rl.models.policy.policy import Policy
             from nemo_rl.models.weights.routes import Route
 
-            route = None
-            if self.evaluation is not None:
-                self.evaluation.start(attempt, model_name)
-                route = Route(self.evaluation.transport_from(cluster))
+            transport = self._start_evaluation(model_name, cluster)
             policy = Policy(
                 cluster,
                 config.trained_policy,
                 model_name,
                 total_steps=config.num_optimizer_steps(inputs.num_steps),
                 seed=config.training.seed,
-                route=route,
+                route=None if transport is None else Route(transport),
             )
             attempt.stack.callback(policy.shutdown)
-            attempt.wait_ready(self._groups(policy))
-        return inputs, policy
+            groups: dict[str, WorkerGroup] = {"policy": policy}
+            attempt.wait_ready(self._with_evaluation(groups))
+        make_loop = functools.partial(
+            self.loop_class(),
+            config=config,
+            policy=policy,
+            loader=inputs.loader,
+            validation=inputs.validation,
+            **inputs.loop_options,
+        )
+        return StartedJob(policy, groups, make_loop)
 
     def prepare_inputs(self, checkpoint: Checkpoint | None) -> RecordInputs:
         """Load the tokenizer, tokenize the data, and check that a checkpoint fits."""
@@ -186,7 +154,7 @@ class RecordAttempt(ABC, Generic[ConfigT]):
 
             training = config.training
             encoder = ConversationEncoder(model.tokenizer, config.data, self.attempt.run.started)
-            data: dict[SplitRole, ExampleDataset[Any, Any] | None] = dict(zip(("train", "validation"), self.datasets))
+            data: dict[SplitRole, ExampleDataset[Any, Any] | None] = dict(zip(("train", "validation"), self.data))
             records: dict[SplitRole, TokenizedExamples[Any, Any]] = {
                 role: self.tokenized(dataset, encoder) for role, dataset in data.items() if dataset is not None
             }
@@ -220,32 +188,3 @@ class RecordAttempt(ABC, Generic[ConfigT]):
                 f"{section}.max_num_epochs"
             )
         return min(limit for limit in (training.max_num_steps, of_epochs) if limit is not None)
-
-
-def run_record_job(kind: type[RecordAttempt[ConfigT]], arguments: JobArguments[ConfigT]) -> None:
-    """Run a job that trains on records, or print its plan with `--dry-run`."""
-    config: Any = arguments.config
-    check_model_name(config.policy)
-    roles = job_roles(config)
-    if arguments.dry_run:
-        print_dry_run(config)
-        return
-    # Errors are reported before anything is started.
-    check_weight_files(config.policy.model_name, "policy.model_name")
-    plans = role_plans(roles)
-    datasets = kind.load_data(config.data)
-    evaluation = EvaluationPart.of(config)
-    run = open_run_directory(config, arguments.name)
-    finished = run.finished()
-    if finished is not None and _is_complete(config, finished["step"], finished["reason"]):
-        logger.info("%s is finished: %s. Increase its limits to continue it", run.path, finished["reason"])
-        return
-    with open_attempt(run, arguments.name, config.training.max_num_steps or 0) as attempt:
-        reason, step = kind(config, roles, plans, datasets, attempt, evaluation).train()
-    finish(run, config, step, reason)
-
-
-def _is_complete(config: RecordJobConfig, step: int, reason: str) -> bool:
-    training = config.training
-    is_last_step = training.max_num_steps is not None and step >= training.max_num_steps
-    return is_last_step or reason == epochs_done(training.max_num_epochs)

@@ -10,7 +10,8 @@ from nemo_rl.algorithms.reward_model_config import RewardModelJobConfig
 from nemo_rl.errors import ConfigError
 from nemo_rl.jobs.command_line import JobArguments, run_command
 from nemo_rl.jobs.preference_job import PreferenceAttempt
-from nemo_rl.jobs.record_job import RecordInputs, run_record_job
+from nemo_rl.jobs.record_job import RecordInputs
+from nemo_rl.jobs.training_job import run_training
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.reward_model import RewardModelTraining
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> in
 
 def run_reward_model(arguments: JobArguments[RewardModelJobConfig]) -> None:
     """Run a job that trains a reward model, or print its plan with `--dry-run`."""
-    run_record_job(RewardModelAttempt, arguments)
+    run_training(RewardModelAttempt, arguments)
 
 
 @dataclass(frozen=True)

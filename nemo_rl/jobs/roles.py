@@ -26,7 +26,7 @@ from nemo_rl.environments.registry import (
     environment_fqn,
     python_fields,
 )
-from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError, WeightSyncError
+from nemo_rl.errors import ConfigError, IncompatibleVenvError, VenvError
 from nemo_rl.jobs.job_config import JobConfig, evaluation_of
 from nemo_rl.models.backends import Backend, generation_backend, policy_backend, teacher_backend
 from nemo_rl.models.generation.replica_layout import replica_bundles
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from nemo_rl.distributed.config import BundlesConfig
     from nemo_rl.environments.config import EnvironmentConfig, EnvironmentEntry
     from nemo_rl.models.generation.config import GenerationConfig
-    from nemo_rl.models.weights.routes import Place
 
 # Begins the names of roles that evaluate in the background of a training job.
 EVALUATION_PREFIX = "evaluation "
@@ -265,31 +264,3 @@ def _naming(key: str) -> Iterator[None]:
     except VenvError as error:
         error.args = (f"{key}: {error}", *error.args[1:])
         raise
-
-
-def check_weight_route(config: OnPolicyJobConfig) -> None:
-    """Raise `ConfigError` for a `policy.weight_transport` that is unknown or cannot reach all workers.
-
-    The nodes are not known yet, so the check assumes that policy, generation and driver share nodes.
-    """
-    transport, cluster = config.policy.weight_transport, config.cluster
-    if transport == "auto":
-        return
-    from nemo_rl.models.weights.routes import choose_route  # imports torch
-
-    policy = _places(cluster, "policy")
-    generation = policy if cluster.generation is None else _places(cluster.generation, "generation")
-    try:
-        choose_route(transport, policy=policy, generation=generation, driver_node_id=policy[0].node_id)
-    except WeightSyncError as error:
-        raise ConfigError(f"policy.weight_transport: {error}") from error
-
-
-def _places(part: BundlesConfig, owner: str) -> list[Place]:
-    from nemo_rl.models.weights.routes import Place
-
-    return [
-        Place(f"node {node}", f"{owner} {index}" if part.use_gpus else None)
-        for node in range(part.num_nodes)
-        for index in range(part.workers_per_node)
-    ]

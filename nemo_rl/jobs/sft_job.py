@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_rl.algorithms.sft_config import SFTJobConfig
 from nemo_rl.data.conversations import load_conversations
 from nemo_rl.jobs.command_line import JobArguments, run_command
-from nemo_rl.jobs.record_job import RecordAttempt, run_record_job
+from nemo_rl.jobs.record_job import RecordAttempt
+from nemo_rl.jobs.training_job import run_training
 
 if TYPE_CHECKING:
     from nemo_rl.algorithms.sft import SFT
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None, *, program: str | None = None) -> in
 
 def run_sft(arguments: JobArguments[SFTJobConfig]) -> None:
     """Run a job for supervised fine-tuning, or print its plan with `--dry-run`."""
-    run_record_job(SFTAttempt, arguments)
+    run_training(SFTAttempt, arguments)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from nemo_rl.distributed.workers.runtime_env_fields import named_spec
 from nemo_rl.environments.registry import WORKER_FQN
 from nemo_rl.errors import ConfigError, IncompatibleVenvError, UnknownExtraError, VenvError
 from nemo_rl.jobs.plan import make_plan
-from nemo_rl.jobs.roles import check_weight_route, job_roles, role_plans
+from nemo_rl.jobs.roles import job_roles, role_plans
+from nemo_rl.jobs.weight_route import check_weight_route
 from nemo_rl.utils.config import load_config
 from nemo_rl.venvs import list_venvs
 
