@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_rl"
-COMMON = {"errors", "settings", "secrets"}
+COMMON = {"errors", "settings", "secrets", "parsing"}
 # Every package above `venvs` may import them.
 SHARED = {"utils", "observability"}
 # Package -> the packages that it may import. A package may always import itself and `COMMON`.
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "settings": {"errors"},
     "secrets": {"settings"},
+    "parsing": set(),
     "venvs": set(),
     "utils": set(),
     "observability": {"utils"},

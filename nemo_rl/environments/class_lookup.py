@@ -18,6 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from nemo_rl.errors import ConfigError
+from nemo_rl.parsing import parse_module
 from nemo_rl.utils.names import abbreviated, did_you_mean
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -162,7 +163,7 @@ class _Source:
 
 def _read(path: Path) -> _Source:
     """Parse a module. Raises `SyntaxError`."""
-    tree = ast.parse(path.read_bytes(), filename=str(path))
+    tree = parse_module(path.read_bytes(), filename=str(path))
     definitions: dict[str, _Definition | None] = {}
     others: set[str] = set()
     is_open = False

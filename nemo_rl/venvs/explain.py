@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import InvalidRequirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion
 
@@ -23,6 +23,7 @@ from nemo_rl.venvs.building.build import site_packages_of
 from nemo_rl.venvs.ensure import SealedVenv, find_sealed
 from nemo_rl.venvs.interpreter import query_python_cached
 from nemo_rl.venvs.planning.lock_graph import LockGraph, Selection
+from nemo_rl.venvs.planning.markers import parse_requirement
 from nemo_rl.venvs.planning.plan import Package, VenvPlan
 from nemo_rl.venvs.planning.relocation import located
 from nemo_rl.venvs.planning.resolve import python_of
@@ -170,7 +171,7 @@ def _excludes(demand: Demand, version: str | None) -> bool:
     if demand.requirement is None or version is None:
         return False
     try:
-        return not Requirement(demand.requirement).specifier.contains(version, prereleases=True)
+        return not parse_requirement(demand.requirement).specifier.contains(version, prereleases=True)
     except (InvalidRequirement, InvalidVersion):
         return False
 
@@ -276,7 +277,7 @@ def _requirement_on(name: str, distribution: importlib.metadata.Distribution | N
     """Return the requirement on `name` in a distribution's metadata if its marker is true here, without the marker."""
     for line in (distribution.requires if distribution is not None else None) or ():
         try:
-            requirement = Requirement(line)
+            requirement = parse_requirement(line)
         except InvalidRequirement:
             continue
         holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
@@ -299,7 +300,7 @@ def _described(package: Package) -> str:
 
 def _names_package(line: str, name: str) -> bool:
     try:
-        return canonicalize_name(Requirement(line).name) == name
+        return canonicalize_name(parse_requirement(line).name) == name
     except InvalidRequirement:
         return False
 

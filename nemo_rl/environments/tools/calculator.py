@@ -8,6 +8,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from nemo_rl.parsing import parse_expression
+
 _MAX_EXPRESSION_CHARS = 1000
 _MAX_BITS = 10_000  # about 3,000 decimal digits
 _MAX_COUNT = 1000  # of factorial, comb and perm, and of round's digits
@@ -29,7 +31,7 @@ def calculator(expression: str) -> str:
             f"the expression has {len(expression)} characters; at most {_MAX_EXPRESSION_CHARS} are allowed"
         )
     try:
-        return _text(_value(ast.parse(expression.strip(), mode="eval").body))
+        return _text(_value(parse_expression(expression.strip())))
     except SyntaxError as error:
         raise ValueError(f"the expression cannot be read: {error.msg}") from None
     except (RecursionError, MemoryError):

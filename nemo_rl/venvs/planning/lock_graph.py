@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from nemo_rl.errors import LockMismatchError
+from nemo_rl.venvs.planning.markers import parse_marker
 
 _EXTRA_ATOM = re.compile(r"""extra\s*(==|!=)\s*(?:'([^']*)'|"([^"]*)")""")
 _TRUE, _FALSE = "python_version != '0'", "python_version == '0'"
@@ -289,7 +289,7 @@ class _Markers:
         self.is_true = functools.cache(self._evaluate)
 
     def _evaluate(self, marker: str) -> bool:
-        return Marker(_EXTRA_ATOM.sub(self._replace_extra, marker)).evaluate(self._values)
+        return parse_marker(_EXTRA_ATOM.sub(self._replace_extra, marker)).evaluate(self._values)
 
     def _replace_extra(self, atom: re.Match[str]) -> str:
         is_active = (atom[2] or atom[3] or "") in self._active

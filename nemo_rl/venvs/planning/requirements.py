@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import InvalidRequirement
 
 from nemo_rl import settings
 from nemo_rl.errors import RuntimeEnvError
 from nemo_rl.secrets import mask_secrets
+from nemo_rl.venvs.planning.markers import parse_requirement
 from nemo_rl.venvs.planning.scripts import index_options_of, script_metadata
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def _checked_line(line: str, base_dirs: tuple[str, ...]) -> list[str]:
         return [_absolute(line, base_dirs)]
     requirement = re.sub(r"\s--hash[=\s]\S+", "", line)
     try:
-        url = Requirement(requirement).url
+        url = parse_requirement(requirement).url
     except InvalidRequirement as error:
         reason = str(error).splitlines()[0]
         raise RuntimeEnvError(mask_secrets(f"{line!r} is not a requirement: {reason}.")) from None

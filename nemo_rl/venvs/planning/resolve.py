@@ -20,7 +20,6 @@ from dataclasses import asdict, replace
 from glob import glob
 from pathlib import Path
 
-from packaging.markers import Marker
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
@@ -42,6 +41,7 @@ from nemo_rl.venvs.interpreter import (
 from nemo_rl.venvs.planning.build_variables import build_variables
 from nemo_rl.venvs.planning.local_packages import file_digest
 from nemo_rl.venvs.planning.lock_graph import LockGraph, local_directories
+from nemo_rl.venvs.planning.markers import parse_marker
 from nemo_rl.venvs.planning.overlay import installed_distributions, plan_overlay
 from nemo_rl.venvs.planning.plan import (
     Package,
@@ -342,7 +342,7 @@ def _export(
     return [
         package_from_lock(entry, directory)
         for entry in tomllib.loads(text).get("packages", [])
-        if "marker" not in entry or Marker(entry["marker"]).evaluate(dict(markers))
+        if "marker" not in entry or parse_marker(entry["marker"]).evaluate(dict(markers))
     ]
 
 
