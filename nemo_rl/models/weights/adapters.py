@@ -66,11 +66,18 @@ def digest_with_base(adapters: str, weights: str, base: BaseWeights) -> str:
 
 
 class ReceivedBase:
-    """Keeps the base weights that a receiver has read, from update to update."""
+    """Keeps from update to update what a receiver has read and allocated.
+
+    Attributes:
+        tensors: the base weights, by name.
+        digest: their digest, computed when they arrived.
+        memory: the memory of the changed weights, if the receiver computes with it; one buffer per bucket.
+    """
 
     def __init__(self) -> None:
-        self.digest = ""  # computed when they arrived
         self.tensors: dict[str, torch.Tensor] = {}
+        self.digest = ""
+        self.memory: dict[int, torch.Tensor] = {}
 
 
 class AdaptedWeights(IncomingWeights):
@@ -82,16 +89,24 @@ class AdaptedWeights(IncomingWeights):
         update: an update with a base.
         base: what the receiver has kept of earlier updates.
         device: device of the tensors.
+        keeps: the receiver computes with the tensors; see `receive`.
         on_loaded: see `receive`.
     """
 
     def __init__(
-        self, update: WeightUpdate, base: ReceivedBase, *, device: torch.device, on_loaded: OnLoaded | None
+        self,
+        update: WeightUpdate,
+        base: ReceivedBase,
+        *,
+        device: torch.device,
+        keeps: bool,
+        on_loaded: OnLoaded | None,
     ) -> None:
         assert update.base is not None
         super().__init__(update, device=device, on_loaded=on_loaded)
         self.digests_on_gpu = device.type != "cpu"
         self._published, self._base, self._received = update, update.base, base
+        self._keeps = keeps
         self._reported = ""
         self._arrived = WeightDigest(on_gpu=self.digests_on_gpu)
 
@@ -104,19 +119,23 @@ class AdaptedWeights(IncomingWeights):
         self._read_base()
         adapters = self._read_adapters()
         changes = {change.weight: change for change in self._base.changes}
-        for bucket in self._base.buckets:
-            memory = self._memory([spec for spec in bucket.tensors if spec.name in changes])
+        assert self._arrived is not None
+        memory = self._received.memory if self._keeps else {}
+        for index, bucket in enumerate(self._base.buckets):
+            if not self._keeps:
+                self._arrived.settle()  # the memory of the previous bucket is overwritten
+            changed = [spec for spec in bucket.tensors if spec.name in changes]
+            targets = self._targets(changed, memory, index if self._keeps else 0)
             for spec in bucket.tensors:
                 tensor = self._received.tensors[spec.name].to(self._device)
                 change = changes.get(spec.name)
                 if change is not None:
                     a, b = (adapters[name].to(self._device) for name in (change.a, change.b))
-                    tensor = merge(tensor, a, b, change, out=memory[spec.name])
+                    tensor = merge(tensor, a, b, change, out=targets[spec.name])
                 self._add_arrived(spec.name, tensor)
                 yield spec.name, tensor
             if self._on_loaded is not None:
                 self._on_loaded(bucket.tensors)
-        assert self._arrived is not None
         self._expected = self._arrived.hexdigest()
 
     def _read_base(self) -> None:
@@ -139,12 +158,13 @@ class AdaptedWeights(IncomingWeights):
     def _read(self, buckets: tuple[WeightBucket, ...]) -> dict[str, torch.Tensor]:
         return dict(in_buckets(buckets, [self._buffer(bucket) for bucket in buckets]))
 
-    def _memory(self, specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
-        """Allocate the changed weights of a bucket, adjacent to each other, so that a decoder can fuse them."""
+    def _targets(self, specs: list[TensorSpec], memory: dict[int, torch.Tensor], key: int) -> dict[str, torch.Tensor]:
+        """Place changed weights in `memory[key]`, adjacent to each other, so that a decoder can fuse them."""
         dtype = dtype_by_name(self._base.dtype)
         placed, end = [], 0
         for spec in specs:
             placed.append(replace(spec, dtype=self._base.dtype, offset=end))
             end += math.ceil(math.prod(spec.shape) * dtype.itemsize / ALIGNMENT) * ALIGNMENT
-        buffer = torch.empty(end, dtype=torch.uint8, device=self._device)
-        return {spec.name: tensor_in(buffer, spec) for spec in placed}
+        if key not in memory or memory[key].numel() < end:
+            memory[key] = torch.empty(end, dtype=torch.uint8, device=self._device)
+        return {spec.name: tensor_in(memory[key], spec) for spec in placed}

@@ -37,15 +37,16 @@ def receive(
                 parameters[name].copy_(tensor)
 
     Args:
-        update: published weights, whose views keep their memory alive; or a stream, whose views are valid until the
-            first tensor of the next bucket is requested. With a base, the tensors are those that its adapters change.
+        update: published weights, whose views keep their memory alive; or a stream, or published adapters with a base,
+            whose tensors are valid until the first tensor of the next bucket is requested.
         device: device of the tensors.
         verify: compare digests over the memory that arrived: for published weights before the first tensor, for a
             stream after the last. Not needed if the receiver compares the digest of its own memory.
         keeps: make the views of a stream keep their memory alive too: the sender's buffers if their contents stay
-            unchanged, else copies. This takes memory of the model's size.
+            unchanged, else copies. This takes memory of the model's size. With adapters, the tensors are valid until
+            the next update that gets the same `base`.
         on_loaded: called with the tensors of a bucket after all of them were taken, when the next one is requested.
-        base: the base weights of earlier updates. None: they are read anew.
+        base: what is kept of earlier updates with a base. None: nothing.
 
     Raises:
         WeightSyncError: while iterating: a bucket is missing or too short, the sender has ended, or (with `verify`) the
@@ -53,7 +54,7 @@ def receive(
     """
     device = torch.device(device)
     if isinstance(update, WeightUpdate) and update.base is not None:
-        return AdaptedWeights(update, base or ReceivedBase(), device=device, on_loaded=on_loaded)
+        return AdaptedWeights(update, base or ReceivedBase(), device=device, keeps=keeps, on_loaded=on_loaded)
     return SentWeights(update, device=device, verify=verify, keeps=keeps, on_loaded=on_loaded)
 
 

@@ -43,7 +43,7 @@ class Publisher:
     """Publishes the weights once, and adapters of any version."""
 
     def __init__(self, transport: str = "local", dtype: str = "float32") -> None:
-        self.sender = WeightSender(transport, bucket_bytes=4096)
+        self.sender = WeightSender(transport, bucket_bytes=2048)
         changed = {change.weight for change in CHANGES}
         weights = {
             name: tensor if name in changed else tensor.to(getattr(torch, dtype))
@@ -75,45 +75,53 @@ def damaged(buckets: tuple[WeightBucket, ...]) -> tuple[WeightBucket, ...]:
     return tuple(replace(bucket, handle=buffer) for bucket, buffer in zip(buckets, buffers, strict=True))
 
 
+def received(update: WeightUpdate, base: ReceivedBase | None = None) -> dict[str, torch.Tensor]:
+    """Copy each tensor before the next one is requested, as a receiver with memory of its own does."""
+    return {name: tensor.clone() for name, tensor in receive(update, base=base)}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "transport",
     ["local", pytest.param("shared_memory", marks=pytest.mark.skipif(sys.platform != "linux", reason="needs memfd"))],
 )
-def test_received_weights_equal_merged_ones(transport: str, dtype: str) -> None:
+def test_received_weights_equal_merged_ones(transport: str, dtype: str, keeps: bool) -> None:
     publisher, base = Publisher(transport, dtype), ReceivedBase()
+    places = []
     for version, seed in ((1, 1), (2, 5)):
         update = publisher.update(version, seed)
         loaded: list[TensorSpec] = []
-        weights = receive(update, base=base, on_loaded=loaded.extend)
-        found = dict(weights)
+        weights = receive(update, base=base, keeps=keeps, on_loaded=loaded.extend)
+        found = dict(weights) if keeps else {name: tensor.clone() for name, tensor in weights}
         merged = expected(seed, getattr(torch, dtype))
         assert list(found) == [spec.name for spec in loaded] == list(SHAPES) == [spec.name for spec in update.tensors]
         for spec in update.tensors:
             assert torch.equal(found[spec.name], merged[spec.name]), spec.name
             assert found[spec.name].dtype == merged[spec.name].dtype == getattr(torch, spec.dtype)
-        copies = {name: tensor.clone() for name, tensor in found.items()}
-        assert weights.confirm(weights.digest_of(copies.items()), where="here") == update.digest
+        assert weights.confirm(weights.digest_of(found.items()), where="here") == update.digest
         assert weights.digest == digest_tensors(merged.items())
+        places.append({name: tensor.data_ptr() for name, tensor in found.items()})
+    assert (places[0] == places[1]) == keeps, "new memory costs a page fault per page"
 
 
 def test_base_weights_are_read_once() -> None:
     publisher, base = Publisher(), ReceivedBase()
-    assert dict(receive(publisher.update(), base=base))
+    assert received(publisher.update(), base)
     unreadable = replace(publisher.base, buckets=without_bytes(publisher.base.buckets))
     update = publisher.update(version=2, seed=3, base=unreadable)
-    assert torch.equal(dict(receive(update, base=base))["q.weight"], expected(3, torch.float32)["q.weight"])
+    assert torch.equal(received(update, base)["q.weight"], expected(3, torch.float32)["q.weight"])
     with pytest.raises(WeightSyncError, match="a bucket of weights of version 2 holds 0 bytes"):
-        dict(receive(update, base=ReceivedBase()))  # as a restarted worker
+        received(update)  # as a restarted worker
 
 
 def test_base_weights_of_another_policy_are_read() -> None:
     publisher, base = Publisher(), ReceivedBase()
-    dict(receive(publisher.update(), base=base))
+    received(publisher.update(), base)
     weights = [(name, tensor + 1) for name, tensor in random_weights().items()]
     published = publisher.sender.publish(weights, version=0, dtype=None)
     other = BaseWeights(published.buckets, published.digest, "float32", CHANGES)
-    found = dict(receive(publisher.update(base=other), base=base))
+    found = received(publisher.update(base=other), base)
     assert torch.equal(found["norm"], random_weights()["norm"] + 1)
 
 
@@ -130,12 +138,12 @@ def test_damage_is_detected() -> None:
     publisher = Publisher()
     update = publisher.update(version=3)
     with pytest.raises(WeightSyncError, match="version 3 arrived damaged at the receiver: "):
-        dict(receive(replace(update, buckets=damaged(update.buckets)), base=ReceivedBase()))
+        received(replace(update, buckets=damaged(update.buckets)))
     base = ReceivedBase()
     broken = replace(update, base=replace(publisher.base, buckets=damaged(publisher.base.buckets)))
     for _ in range(2):  # damaged base weights are not kept
         with pytest.raises(WeightSyncError, match="version 3 arrived damaged at the receiver of the base weights"):
-            dict(receive(broken, base=base))
+            received(broken, base)
     weights = receive(update, base=base)
     loaded = {name: tensor.clone() for name, tensor in weights}
     loaded["q.weight"][0, 0] += 1
