@@ -164,6 +164,15 @@ def test_checkpoint_continues_with_the_same_base(tmp_path: Path) -> None:
     assert (again.digest, base_again.digest) == (update.digest, base.digest)
 
 
+def test_offloaded_policy_sends_the_same(tmp_path: Path) -> None:
+    worker = adapted_worker(save_model(tmp_path / "m", "llama"))
+    update, _ = publish_adapters(worker, 1)
+    for keep_weights in (False, True):
+        worker.offload(keep_weights=keep_weights)
+        assert publish_adapters(worker, 1)[0].digest == update.digest
+        assert publish_adapters(worker, 1, "bfloat16")[0].digest != update.digest
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
 def test_generators_share_the_base_in_shared_memory(tmp_path: Path) -> None:
     model = save_model(tmp_path / "m", "llama")
