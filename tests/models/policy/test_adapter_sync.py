@@ -1,32 +1,24 @@
-"""Adapters sent to generation: equal to merged weights to the last bit, on restarted workers, too."""
+"""Adapters sent to generation: equal to merged weights to the last bit, exact bytes, and the routes that send them."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from tiny_policy import advantage_loss, make_batch, make_model, make_worker
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.distributed.cluster.session import start_local_ray
-from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.models.backends import GENERATION_BACKENDS, Backend
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig
-from nemo_rl.models.generation.generation import Generation
 from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.policy.config import LoraConfig, PolicyConfig
-from nemo_rl.models.policy.policy import Policy
+from nemo_rl.models.policy.policy import _sends_adapters
 from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
 from nemo_rl.models.weights.interfaces import BaseWeights, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
@@ -188,8 +180,6 @@ def test_generators_share_the_base_in_shared_memory(tmp_path: Path) -> None:
 
 
 def test_route_decides_what_is_sent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from nemo_rl.models.policy.policy import _sends_adapters
-
     monkeypatch.setitem(GENERATION_BACKENDS, "mine", Backend("somewhere.Worker"))
     on_cpu, on_gpu = Route("shared_memory", "shared_memory"), Route("shared_memory", "cuda_ipc")
 
@@ -210,53 +200,3 @@ def test_route_decides_what_is_sent(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     messages = [record.getMessage() for record in caplog.records]
     assert "go from GPU to GPU (cuda_ipc); policy.lora.sync=adapter" in messages[0]
     assert "policy.generation.backend=mine cannot load adapters" in messages[1]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayVirtualCluster]:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NEMO_RL_PY_EXECUTABLES_SYSTEM", "1")
-    # The loss is pickled by name, so the workers must be able to import its module.
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    start_local_ray(num_cpus=4, num_gpus=0)
-    with RayVirtualCluster([2], use_gpus=False, max_colocated_worker_groups=3) as cluster:
-        yield cluster
-    ray.shutdown()
-    patch.undo()
-
-
-@pytest.mark.slow  # starts the workers of two groups
-@pytest.mark.skipif(sys.platform != "linux", reason="needs memfd")
-def test_restarted_workers_get_base_and_adapters(cluster: RayVirtualCluster, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "m", "qwen3")
-    prompts = BatchedDataDict(input_ids=torch.arange(3, 33).reshape(6, 5), input_lengths=torch.full((6,), 5))
-    sampling = GenerationConfig(max_new_tokens=8, num_threads=1, max_restarts=3)
-    config = PolicyConfig(
-        num_threads=1, max_sequence_length=64, generation=sampling, lora=LoraConfig(rank=4), sharding="fsdp"
-    )
-    route = Route("shared_memory", "shared_memory", spans_nodes=False)
-    generation = Generation(cluster, config, str(model))
-    policy = Policy(cluster, config, str(model), total_steps=20, seed=3, route=route)
-    try:
-        policy.train(make_batch(), advantage_loss)
-        first = policy.offer_weights(1, "float32")
-        assert isinstance(first, WeightUpdate)
-        assert first.base is not None
-        assert generation.update_weights(first) == first.digest
-        undisturbed = generation.generate(prompts, seed=3)
-        pids = [record["pid"] for record in generation.attestation()]
-        os.kill(pids[1], signal.SIGKILL)
-        policy.train(make_batch(), advantage_loss)  # the restarted worker gets the weights from before this step
-        assert torch.equal(generation.generate(prompts, seed=3).output_ids, undisturbed.output_ids)
-        assert [record["pid"] == pid for record, pid in zip(generation.attestation(), pids)] == [True, False]
-        second = policy.offer_weights(2, "float32", lasting=True)
-        assert generation.update_weights(second, in_flight=True) == second.digest != first.digest
-        by_adapters = generation.generate(prompts, seed=4)
-        merged = policy.publish_weights(3, "float32")
-        assert generation.update_weights(merged) == merged.digest
-        by_weights = generation.generate(prompts, seed=4)
-        assert torch.equal(by_adapters.output_ids, by_weights.output_ids)
-        assert torch.equal(by_adapters.logprobs, by_weights.logprobs)
-    finally:
-        policy.shutdown()
-        generation.shutdown()
