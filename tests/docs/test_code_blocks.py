@@ -47,7 +47,7 @@ def test_titled_blocks_are_excerpts_of_their_file(page: Path) -> None:
 
 
 def test_every_guide_shows_its_example() -> None:
-    assert len(GUIDES) == 5
+    assert len(GUIDES) == 6
     for page in GUIDES:
         shown = {title for _, title, _ in blocks(page) if title}
         assert shown or "examples/backends" in page.read_text(encoding="utf-8"), page

@@ -28,7 +28,7 @@ TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ", "ten chars!")
 def test_logprobs_match_transformers(tiny, name: str) -> None:
     model = tiny(name)
     generator = model.generator(max_new_tokens=12)
-    assert isinstance(generator.decoder, HFDecoder if name == "gpt2" else LlamaDecoder)
+    assert isinstance(generator.decoder, HFDecoder if name in ("gemma3", "gpt2") else LlamaDecoder)
     result = generator.generate(model.request(*TEXTS, seed=1, num_generations=3))
     assert len(result.texts) == 3 * len(TEXTS)
     assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4
@@ -52,7 +52,7 @@ def test_logprobs_have_the_temperature(tiny, sampling: dict[str, Any]) -> None:
     assert (result.logprobs - reference_logprobs(model, result)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_greedy_matches_transformers(tiny, name: str) -> None:
     model = tiny(name)
     result = model.generator(max_new_tokens=10).generate(model.request(*TEXTS, seed=0, greedy=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generator import GeneratorSpec
@@ -44,6 +44,15 @@ CONFIGS: dict[str, Any] = {
     "llama3-rope": lambda size: LlamaConfig(vocab_size=size, rope_parameters=_LLAMA3_ROPE, **_SHAPE),
     "qwen2": lambda size: Qwen2Config(vocab_size=size, tie_word_embeddings=True, **_SHAPE),
     "qwen3": lambda size: Qwen3Config(vocab_size=size, head_dim=16, **_SHAPE),
+    # The window is shorter than most samples.
+    "gemma3": lambda size: Gemma3TextConfig(
+        vocab_size=size,
+        head_dim=16,
+        query_pre_attn_scalar=10,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        **_SHAPE,
+    ),
     "gpt2": lambda size: GPT2Config(
         vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),

@@ -51,6 +51,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     models = {family: make_model(root / family, family) for family in FAMILIES}
     models["tied"] = make_model(root / "tied", "qwen2", tied=True)
+    models["windows"] = make_model(
+        root / "windows", "qwen3", use_sliding_window=True, sliding_window=3, max_window_layers=1
+    )
     models["one_group"] = make_model(root / "one_group", "llama", num_key_value_heads=1)
     return models
 
@@ -101,6 +104,25 @@ def test_megatron_logprobs_match_in_every_batching_mode(
     config = {"options": LAYOUTS[layout], **MODES[mode]}
     (actual, _, _), _ = megatron_ranks.run("tiny_megatron.logprobs", models["qwen3"], config)
     expected = make_worker(models["qwen3"], **MODES[mode]).get_logprobs(shard_of(make_batch(), 0, 1, **MODES[mode]))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mode"), [("tp2_sequence", "packed"), ("pp2", "packed"), ("cp2", "dynamic"), ("tp2_sequence", "fixed")]
+)
+def test_windows_and_two_ropes_under_every_split(
+    models: dict[str, Path], megatron_ranks: RankProcesses, layout: str, mode: str
+) -> None:
+    config = {"options": LAYOUTS[layout], "activation_checkpointing": True, **MODES[mode]}
+    (actual, state), _ = megatron_ranks.run("tiny_megatron.train", models["gemma3_text"], config)
+    expected, expected_state = torch_steps(models["gemma3_text"], **MODES[mode])
+    assert_same_metrics(actual, expected)
+    assert_close(state, expected_state)
+
+
+def test_windows_in_some_layers_of_qwen(models: dict[str, Path], megatron_ranks: RankProcesses) -> None:
+    (actual, _, _), _ = megatron_ranks.run("tiny_megatron.logprobs", models["windows"], {"options": LAYOUTS["pp2"]})
+    expected = make_worker(models["windows"]).get_logprobs(make_batch())
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
@@ -284,7 +306,7 @@ def test_bfloat16_keeps_float32_master_weights(models: dict[str, Path], megatron
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "tied"])
+@pytest.mark.parametrize("name", ["gemma3_text", "llama", "qwen2", "qwen3", "tied"])
 def test_published_megatron_weights_are_exact(
     models: dict[str, Path], megatron_ranks: RankProcesses, name: str, layout: str
 ) -> None:
@@ -368,7 +390,9 @@ def test_missing_checkpoint_raises_on_every_rank(
         ("odd", {"options": {"pipeline_parallel_size": 2}}, "must divide the 3 layers"),
         ("odd", {"options": {"tensor_parallel_size": 2}}, "must divide the 3 attention heads"),
         ("biased", {}, "its projections have biases"),
-        ("gpt2", {}, "does not support the model family 'gpt2'; supported: llama, qwen2, qwen3"),
+        ("capped", {}, "its scores or logits are capped (attn_logit_softcapping, final_logit_softcapping)"),
+        ("chunked", {}, "it has layers of the type 'chunked_attention'"),
+        ("gpt2", {}, "does not support the model family 'gpt2'; supported: gemma3_text, llama, qwen2, qwen3"),
         ("llama", {"max_sequence_length": 65}, "exceeds the 64 positions"),
         ("llama", {"backend": "torch"}, "set policy.backend=megatron"),
     ],
@@ -382,6 +406,10 @@ def test_unsupported_model_or_layout_is_refused(
         )
     elif name == "biased":
         model = make_model(tmp_path, "llama", attention_bias=True)
+    elif name == "capped":
+        model = make_model(tmp_path, "gemma3_text", final_logit_softcapping=30.0)
+    elif name == "chunked":
+        model = make_model(tmp_path, "qwen3", layer_types=["full_attention"] * 3 + ["chunked_attention"])
     elif name == "gpt2":
         from transformers import GPT2Config
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import RankProcesses
-from tiny_policy import EPS, advantage_loss, assert_equal, make_batch, make_worker, nan_loss, weights
+from tiny_policy import EPS, advantage_loss, assert_equal, make_batch, make_model, make_worker, nan_loss, weights
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.algorithms.config import LossConfig
@@ -91,6 +91,19 @@ def test_logprobs_match_single_sequences(llama: Path, mode: str, attention: str)
     torch.testing.assert_close(logprobs, reference_logprobs(llama, shard), rtol=1e-4, atol=1e-5)
     assert logprobs.dtype == torch.float32
     assert logprobs.shape == batch["input_ids"].shape
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with windows that are shorter than the samples, and buffers that no checkpoint contains."""
+    return make_model(tmp_path_factory.mktemp("gemma"), "gemma3_text")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logprobs_of_layers_with_windows(gemma: Path, mode: str) -> None:
+    shard = shards_of(make_batch(), 1, MODES[mode])[0]
+    logprobs = make_worker(gemma, **MODES[mode]).get_logprobs(shard)
+    torch.testing.assert_close(logprobs, reference_logprobs(gemma, shard), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -193,6 +206,14 @@ def test_tied_embeddings_and_activation_checkpointing(
     (results, state), _ = two_ranks.run(train_as_rank, tied_llama, config)
     alone = train_alone(tied_llama)
     assert "lm_head.weight" not in state
+    assert_same_metrics(results, alone[0])
+    assert_close(state, alone[1])
+
+
+def test_sharded_gemma_trains_like_one_worker(gemma: Path, two_ranks: RankProcesses) -> None:
+    config = {"sharding": "fsdp", "activation_checkpointing": True, **MODES["packed"]}
+    (results, state), _ = two_ranks.run(train_as_rank, gemma, config)
+    alone = train_alone(gemma)
     assert_same_metrics(results, alone[0])
     assert_close(state, alone[1])
 

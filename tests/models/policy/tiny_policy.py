@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.config import BatchingConfig, PolicyConfig
@@ -37,7 +45,25 @@ def make_llama(directory: Path, *, tied: bool = False, seed: int = 0) -> Path:
     return directory
 
 
-FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+FAMILIES: dict[str, type[PreTrainedConfig]] = {
+    "gemma3_text": Gemma3TextConfig,
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+# What a family has besides the sizes that all families share. Windows are shorter than the samples of `make_batch`.
+_FAMILY_CONFIG: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "query_pre_attn_scalar": 5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        },
+    },
+}
 
 
 def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 0, **config: Any) -> Path:
@@ -53,6 +79,7 @@ def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 
         "max_position_embeddings": 64,
         "tie_word_embeddings": tied,
         "initializer_range": 0.2,
+        **_FAMILY_CONFIG.get(family, {}),
     }
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](**(defaults | config)))

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 TENSOR_PARALLEL = "tensor_parallel"
 CONTEXT_PARALLEL = "context_parallel"
 PIPELINE_PARALLEL = "pipeline_parallel"
-# Their frequencies depend on the configuration only and their output is not scaled.
-_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class MegatronOptions(PolicyOptions):
@@ -89,14 +87,10 @@ class MegatronOptions(PolicyOptions):
 
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
         from nemo_rl.models.policy.megatron.families import find_family  # imports transformers
+        from nemo_rl.models.policy.megatron.families.family import unsupported_feature
 
         name, tensor, stages = policy.model_name, self.tensor_parallel_size, self.pipeline_parallel_size
-        problem = find_family(model.model_type).problem(model)
-        if problem is None and model.hidden_act != "silu":
-            problem = f"its activation is {model.hidden_act!r} instead of 'silu'"
-        rope = (model.rope_parameters or {}).get("rope_type", "default")
-        if problem is None and rope not in _ROPE_TYPES:
-            problem = f"its rotary embedding has the type {rope!r}; supported: {', '.join(_ROPE_TYPES)}"
+        problem = find_family(model.model_type).problem(model) or unsupported_feature(model)
         if problem is not None:
             raise ModelError(f"policy.backend=megatron cannot train {name!r}: {problem}. Set policy.backend=torch")
         heads, groups = model.num_attention_heads, model.num_key_value_heads

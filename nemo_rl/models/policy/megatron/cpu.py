@@ -1,4 +1,4 @@
-"""Patches that let megatron-core 0.16, which is written for CUDA, run on a CPU.
+"""Patches that let megatron-core, which is written for CUDA, run on a CPU.
 
 They apply to the worker's process only, and only if the worker computes on a CPU.
 """
@@ -40,6 +40,8 @@ def adapt_to_cpu() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     # megatron-core synchronizes the GPU after point-to-point messages. Waiting for gloo messages is enough.
     torch.cuda.synchronize = lambda device=None: None
+    # Before it reduces gradients, the current stream would wait for CUDA graphs, of which there are none.
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     # Tied embeddings and index tensors are moved to the GPU.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     # Optimizers distinguish precisions by type names such as "torch.cuda.FloatTensor".

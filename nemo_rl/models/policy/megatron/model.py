@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -26,17 +26,31 @@ from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nemo_rl.models.policy.config import PolicyConfig
-from nemo_rl.models.policy.megatron.attention import CausalAttention, PackedSequences, RmsNorm
+from nemo_rl.models.policy.megatron.attention import (
+    CausalAttention,
+    NormedRowParallelLinear,
+    PackedSequences,
+    RmsNorm,
+    TwoRopesSelfAttention,
+)
 from nemo_rl.models.policy.megatron.config import MegatronOptions
-from nemo_rl.models.policy.megatron.families.family import Family
+from nemo_rl.models.policy.megatron.families.family import (
+    ACTIVATIONS,
+    SLIDING_ATTENTION,
+    Family,
+    activation_name,
+    layer_types,
+    rope_parameters,
+)
 from nemo_rl.models.policy.megatron.parallel import Grid
 from nemo_rl.models.policy.megatron.sharding_rules import padded_vocabulary
 
 
 class PolicyModel(GPTModel):
-    """A GPT model that computes logits only for selected positions."""
+    """A GPT model that scales its embeddings and computes logits only for selected positions."""
 
     _columns: slice | torch.Tensor | None = None
+    embedding_scale: torch.Tensor | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -50,8 +64,11 @@ class PolicyModel(GPTModel):
         `columns` are the K positions whose logits are needed; None: all C.
         """
         self._columns = columns
+        embedded = None
+        if self.pre_process and self.embedding_scale is not None:
+            embedded = self.embedding(input_ids=input_ids, position_ids=None) * self.embedding_scale
         output: torch.Tensor = super().forward(
-            input_ids, position_ids=None, attention_mask=None, packed_seq_params=packed
+            input_ids, position_ids=None, attention_mask=None, decoder_input=embedded, packed_seq_params=packed
         )
         return output
 
@@ -69,7 +86,7 @@ def build_model(
     config = _transformer_config(hf, family, policy, options, grid.world.device, trained=trained)
     model = PolicyModel(
         config,
-        _layers(config),
+        _layers(config, family, num_ropes=len(rope_parameters(hf))),
         vocab_size=padded_vocabulary(hf.vocab_size, options.tensor_parallel_size),
         max_sequence_length=policy.max_sequence_length,
         pre_process=grid.stage == 0,
@@ -77,8 +94,11 @@ def build_model(
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
     )
-    rotary = LlamaRotaryEmbedding(hf)  # type: ignore[arg-type]  # it reads attributes that all families have
-    model.rotary_pos_emb.inv_freq = rotary.inv_freq.detach().to(grid.world.device)
+    model.rotary_pos_emb.inv_freq = _rotary_frequencies(hf).to(grid.world.device)
+    if family.embedding_scale is not None:
+        # As in transformers, the factor has the precision of the embeddings.
+        scale = torch.tensor(family.embedding_scale(hf), dtype=config.params_dtype, device=grid.world.device)
+        model.embedding_scale = scale
     model.to(device=grid.world.device, dtype=config.params_dtype)
     model.requires_grad_(trained)
     model.train(trained)
@@ -121,6 +141,10 @@ def _transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": options.recompute_num_layers,
         }
+    windows = [int(kind == SLIDING_ATTENTION) for kind in layer_types(hf)]
+    window: dict[str, Any] = {}
+    if any(windows):
+        window = {"window_size": (hf.sliding_window - 1, 0), "window_attn_skip_freq": windows}
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -131,7 +155,7 @@ def _transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[activation_name(hf)],
         add_bias_linear=False,
         # Dropout is off: the policy that is trained must be the policy that sampled.
         hidden_dropout=0.0,
@@ -158,28 +182,39 @@ def _transformer_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **family.transformer,
+        **family.transformer(hf),
+        **window,
         **recompute,
     )
 
 
-def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Return the specification of megatron-core's layers with the norm and the attention of `attention`."""
+def _rotary_frequencies(hf: PreTrainedConfig) -> torch.Tensor:
+    """Return the frequencies [width / 2]; if types of layers differ, those of all types one after the other."""
+    frequencies = []
+    for parameters in rope_parameters(hf).values():
+        config: Any = copy.copy(hf)
+        config.rope_parameters = dict(parameters)
+        # It reads attributes that all families have.
+        frequencies.append(LlamaRotaryEmbedding(config).inv_freq.detach())
+    return torch.cat(frequencies)
+
+
+def _layers(config: TransformerConfig, family: Family, num_ropes: int) -> TransformerBlockSubmodules:
+    """Return the specification of megatron-core's layers with the norms and the attention of `attention`."""
+    row_parallel = NormedRowParallelLinear if family.output_norms else RowParallelLinear
     head_norm = RmsNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=SelfAttention if num_ropes == 1 else TwoRopesSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=CausalAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=row_parallel,
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel))
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

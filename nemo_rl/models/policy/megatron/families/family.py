@@ -1,11 +1,18 @@
-"""The description of a model family: tables from Megatron's to Hugging Face's parameter names, and settings."""
+"""The description of a model family: tables from Megatron's to Hugging Face's parameter names, and settings.
+
+What a Hugging Face configuration says in the same words for all families is read from it, not from the tables: sizes,
+biases, the activation, windows (`layer_types`, `sliding_window`) and rotary frequencies (`rope_parameters`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from nemo_rl.models.policy.megatron.sharding_rules import (
@@ -16,6 +23,55 @@ from nemo_rl.models.policy.megatron.sharding_rules import (
     SplitGated,
     SplitVocabulary,
 )
+
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
+# Their frequencies depend on the configuration only and their output is not scaled.
+_ROPE_TYPES = ("default", "linear", "llama3")
+# Activations of gated MLPs, by Hugging Face's names.
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activation_name(config: PreTrainedConfig) -> str:
+    """Return Hugging Face's name of the MLP's activation."""
+    name: str = getattr(config, "hidden_activation", None) or config.hidden_act
+    return name
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """Return for each layer how it attends: `FULL_ATTENTION`, `SLIDING_ATTENTION`, or a kind that is not supported."""
+    types: list[str] | None = getattr(config, "layer_types", None)
+    return types or [FULL_ATTENTION] * config.num_hidden_layers
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str, Mapping[str, Any]]:
+    """Return the parameters of the rotary embedding by type of layer; one entry if all layers share them."""
+    parameters: Mapping[str, Any] = config.rope_parameters or {}
+    types = (FULL_ATTENTION, SLIDING_ATTENTION)
+    by_type = {kind: parameters[kind] for kind in types if isinstance(parameters.get(kind), Mapping)}
+    return by_type or {FULL_ATTENTION: parameters}
+
+
+def unsupported_feature(config: PreTrainedConfig) -> str | None:
+    """Return what no family of this backend supports; None if there is no such thing."""
+    activation = activation_name(config)
+    if activation not in ACTIVATIONS:
+        return f"its activation is {activation!r}; supported: {', '.join(ACTIVATIONS)}"
+    for kind in layer_types(config):
+        if kind not in (FULL_ATTENTION, SLIDING_ATTENTION):
+            return f"it has layers of the type {kind!r}; supported: {FULL_ATTENTION}, {SLIDING_ATTENTION}"
+    for parameters in rope_parameters(config).values():
+        rope = parameters.get("rope_type", "default")
+        if rope not in _ROPE_TYPES:
+            return f"its rotary embedding has the type {rope!r}; supported: {', '.join(_ROPE_TYPES)}"
+    return None
+
+
+def _no_settings(config: PreTrainedConfig) -> Mapping[str, Any]:
+    return {}
 
 
 def _no_problem(config: PreTrainedConfig) -> str | None:
@@ -30,14 +86,19 @@ class Family:
         layer: rules for one layer's parameters, by Megatron's names below `decoder.layers.<i>.`. Hugging Face's names
             are below `model.layers.<i>.`.
         model: rules for all other parameters, by full names.
-        transformer: settings of `megatron.core.transformer.TransformerConfig` besides those that all families share.
+        transformer: returns settings of `megatron.core.transformer.TransformerConfig` besides those that all families
+            share.
         problem: returns why this backend cannot train a model of the family; None if it can.
+        output_norms: whether the outputs of attention and MLP are normalized before they are added to their inputs.
+        embedding_scale: returns the factor of the embedded tokens; None: no factor.
     """
 
     layer: Mapping[str, Rule]
     model: Mapping[str, Rule]
-    transformer: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Callable[[PreTrainedConfig], Mapping[str, Any]] = _no_settings
     problem: Callable[[PreTrainedConfig], str | None] = _no_problem
+    output_norms: bool = False
+    embedding_scale: Callable[[PreTrainedConfig], float] | None = None
 
 
 # Rules that most dense families share.
@@ -59,6 +120,11 @@ ATTENTION_BIAS: Mapping[str, Rule] = {
 ATTENTION_NORMS: Mapping[str, Rule] = {
     "self_attention.q_layernorm.weight": Replicated("self_attn.q_norm.weight"),
     "self_attention.k_layernorm.weight": Replicated("self_attn.k_norm.weight"),
+}
+OUTPUT_NORMS: Mapping[str, Rule] = {
+    "self_attention.linear_proj.post_layernorm.weight": Replicated("post_attention_layernorm.weight"),
+    "pre_mlp_layernorm.weight": Replicated("pre_feedforward_layernorm.weight"),
+    "mlp.linear_fc2.post_layernorm.weight": Replicated("post_feedforward_layernorm.weight"),
 }
 DENSE_MODEL: Mapping[str, Rule] = {
     "embedding.word_embeddings.weight": SplitVocabulary("model.embed_tokens.weight"),

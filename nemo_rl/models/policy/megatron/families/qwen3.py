@@ -8,11 +8,12 @@ from nemo_rl.models.policy.megatron.families.family import ATTENTION_NORMS, DENS
 
 
 def _problem(config: PreTrainedConfig) -> str | None:
-    if config.attention_bias:
-        return "its projections have biases (attention_bias)"
-    return "it attends within a sliding window (use_sliding_window)" if config.use_sliding_window else None
+    return "its projections have biases (attention_bias)" if config.attention_bias else None
 
 
 FAMILY = Family(
-    layer={**DENSE_LAYER, **ATTENTION_NORMS}, model=DENSE_MODEL, transformer={"qk_layernorm": True}, problem=_problem
+    layer={**DENSE_LAYER, **ATTENTION_NORMS},
+    model=DENSE_MODEL,
+    transformer=lambda config: {"qk_layernorm": True},
+    problem=_problem,
 )
