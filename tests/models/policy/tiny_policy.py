@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.config import BatchingConfig, PolicyConfig
@@ -37,7 +45,9 @@ def make_llama(directory: Path, *, tied: bool = False, seed: int = 0) -> Path:
     return directory
 
 
+# Dense families, which support the same layouts.
 FAMILIES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {**FAMILIES, "qwen3_moe": Qwen3MoeConfig}
 
 
 def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 0, **config: Any) -> Path:
@@ -55,13 +65,19 @@ def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**(defaults | config)))
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**(defaults | config)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
+
+
+def make_moe(directory: Path, **config: Any) -> Path:
+    """Save a random Qwen3-MoE model; every token is routed to two of eight experts."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return make_model(directory, "qwen3_moe", **({"num_hidden_layers": 2} | experts | config))
 
 
 def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict:

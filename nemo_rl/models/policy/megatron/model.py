@@ -29,6 +29,7 @@ from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.megatron.attention import CausalAttention, PackedSequences, RmsNorm
 from nemo_rl.models.policy.megatron.config import MegatronOptions
 from nemo_rl.models.policy.megatron.families.family import Family
+from nemo_rl.models.policy.megatron.moe import moe_settings, moe_spec
 from nemo_rl.models.policy.megatron.parallel import Grid
 from nemo_rl.models.policy.megatron.sharding_rules import padded_vocabulary
 
@@ -159,6 +160,7 @@ def _transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **family.transformer,
+        **(moe_settings(hf, options) if family.has_experts else {}),
         **recompute,
     )
 
@@ -187,7 +189,7 @@ def _layers(config: TransformerConfig) -> TransformerBlockSubmodules:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RmsNorm,
-            mlp=mlp,
+            mlp=moe_spec() if config.num_moe_experts else mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

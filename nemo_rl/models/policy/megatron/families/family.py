@@ -13,6 +13,7 @@ from nemo_rl.models.policy.megatron.sharding_rules import (
     Rule,
     SplitAttention,
     SplitColumns,
+    SplitExperts,
     SplitGated,
     SplitVocabulary,
 )
@@ -24,19 +25,21 @@ def _no_problem(config: PreTrainedConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """Describes a family of dense decoders.
+    """Describes a family of decoders.
 
     Attributes:
         layer: rules for one layer's parameters, by Megatron's names below `decoder.layers.<i>.`. Hugging Face's names
             are below `model.layers.<i>.`.
         model: rules for all other parameters, by full names.
         transformer: settings of `megatron.core.transformer.TransformerConfig` besides those that all families share.
+        has_experts: every layer has a router and experts instead of an MLP; `moe` adds their settings.
         problem: returns why this backend cannot train a model of the family; None if it can.
     """
 
     layer: Mapping[str, Rule]
     model: Mapping[str, Rule]
     transformer: Mapping[str, Any] = field(default_factory=dict)
+    has_experts: bool = False
     problem: Callable[[PreTrainedConfig], str | None] = _no_problem
 
 
@@ -59,6 +62,11 @@ ATTENTION_BIAS: Mapping[str, Rule] = {
 ATTENTION_NORMS: Mapping[str, Rule] = {
     "self_attention.q_layernorm.weight": Replicated("self_attn.q_norm.weight"),
     "self_attention.k_layernorm.weight": Replicated("self_attn.k_norm.weight"),
+}
+EXPERTS: Mapping[str, Rule] = {
+    "mlp.router.weight": Replicated("mlp.gate.weight"),
+    "mlp.experts.gate_up_proj": SplitExperts("mlp.experts.gate_up_proj"),
+    "mlp.experts.down_proj": SplitExperts("mlp.experts.down_proj"),
 }
 DENSE_MODEL: Mapping[str, Rule] = {
     "embedding.word_embeddings.weight": SplitVocabulary("model.embed_tokens.weight"),
