@@ -38,7 +38,8 @@ def add_adapters(module: PreTrainedModel, config: LoraConfig) -> None:
 
 def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
     """Raise `ModelError` if a layer in `config.target_modules` does not exist. The model may be on the meta device."""
-    if config.target_modules == "all-linear":
+    has_experts = bool(getattr(module.config, "num_experts", 0))
+    if config.target_modules == "all-linear" and not has_experts:
         return
     names = {
         name
@@ -46,6 +47,11 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
         if isinstance(part, nn.Linear) or type(part).__name__ == _TRANSPOSED
     }
     known = sorted({name.rpartition(".")[2] for name in names})
+    if config.target_modules == "all-linear":
+        raise ModelError(
+            f"policy.lora.target_modules=all-linear would include the experts of {type(module).__name__}, which are "
+            f"not supported: name layers, of {', '.join(known)}"
+        )
     for target in config.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             near = difflib.get_close_matches(target, known, 1)
