@@ -16,6 +16,7 @@ from tiny_policy import (
     make_moe,
     make_worker,
     weights,
+    with_experts,
 )
 from transformers import AutoModelForCausalLM
 
@@ -100,6 +101,22 @@ def test_moe_batches_train_like_torch(moe: Path, four_ranks: RankProcesses, conf
 )
 def test_four_moe_ranks_train_like_torch(moe: Path, four_ranks: RankProcesses, options: dict[str, Any]) -> None:
     assert_trains_like_torch(moe, four_ranks.run("tiny_megatron.train", moe, {"options": options}))
+
+
+@pytest.mark.parametrize("layout", ["ep2", "tp2_ep2", "cp2_ep2", "pp2"])
+def test_megatron_replays_experts_like_torch(moe: Path, four_ranks: RankProcesses, layout: str) -> None:
+    batch, losses = with_experts(make_batch()), [advantage_loss] * 2
+    results = four_ranks.run(
+        "tiny_megatron.train_with_losses", moe, {"options": LAYOUTS[layout]}, batch, losses, num_ranks=2
+    )
+    worker, own = make_worker(moe), make_worker(moe)
+    for index, loss in enumerate(losses):
+        expected = worker.train(batch, loss).metrics
+        assert all(actual[index].metrics == pytest.approx(expected, rel=1e-4, abs=1e-6) for actual, _ in results)
+        assert own.train(make_batch(), loss).metrics != pytest.approx(expected, rel=1e-2)
+    for name, value in weights(worker).items():
+        error = float((results[0][1][name] - value).norm() / value.norm().clamp(min=1e-6))
+        assert error < 1e-3, f"{name} differs by {error:.2g}"
 
 
 def test_bfloat16_experts_keep_float32_master_weights(moe: Path, four_ranks: RankProcesses) -> None:

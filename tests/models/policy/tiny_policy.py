@@ -98,6 +98,14 @@ def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict
     )
 
 
+def with_experts(batch: BatchedDataDict, seed: int = 0) -> BatchedDataDict:
+    """Add random experts for the two layers of `make_moe`, other than those that its routers choose."""
+    draws = torch.Generator().manual_seed(seed)
+    scores = torch.rand(*batch["input_ids"].shape, 2, 8, generator=draws)
+    batch["routed_experts"] = scores.topk(2).indices.flatten(2).to(torch.int16)
+    return batch
+
+
 def pairs_batch(seed: int = 0, width: int = 14) -> BatchedDataDict:
     """Return pairs of answers of different lengths to random prompts; the second pair is excluded."""
     draws = torch.Generator().manual_seed(seed)

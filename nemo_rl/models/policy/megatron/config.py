@@ -95,6 +95,11 @@ class MegatronOptions(PolicyOptions):
                 "policy.batching.mode=packed does not support policy.options.context_parallel_size > 1: "
                 "set the mode to dynamic or fixed"
             )
+        if policy.generation.router_replay and policy.activation_checkpointing and self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                "policy.generation.router_replay=true does not support policy.activation_checkpointing with "
+                f"policy.options.pipeline_parallel_size={self.pipeline_parallel_size}: switch one of the three off"
+            )
 
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
         from nemo_rl.models.policy.megatron.families import find_family  # imports transformers

@@ -10,6 +10,7 @@ of an expert are summed over the ranks that hold it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,43 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from nemo_rl.models.policy.megatron.config import MegatronOptions
+from nemo_rl.models.routed_experts import replaced
+
+
+class Replay:
+    """Replaces the experts that a router chooses; has the interface of megatron-core's `RouterReplay`.
+
+    Attributes:
+        chosen: [tokens, K], -1 for the router's own choice, until the next forward pass. None: the router chooses.
+    """
+
+    chosen: torch.Tensor | None = None
+
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, num_groups: Any, group_topk: Any, compute_topk: Callable[..., Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores [tokens, K] of the experts, and the experts."""
+        values, own = compute_topk(scores, topk, num_groups, group_topk)
+        if self.chosen is None:
+            return values, own
+        experts = replaced(own, self.chosen)
+        return scores.gather(1, experts), experts
 
 
 class Router(TopKRouter):
-    """Chooses experts by float32 logits. Without Transformer Engine, megatron-core cannot compute them."""
+    """Chooses experts by float32 logits, unless they are given.
+
+    Without Transformer Engine, megatron-core cannot compute the logits.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config, pg_collection)
+        self.router_replay = Replay()
+
+    def use(self, experts: torch.Tensor | None) -> None:
+        """Set the experts of the next forward pass: [tokens, L * K] of all layers (see `models.routed_experts`)."""
+        first = (self.layer_number - 1) * self.topk
+        self.router_replay.chosen = None if experts is None else experts[:, first : first + self.topk]
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Map [s, b, hidden] to logits [s, b, experts]."""
