@@ -283,6 +283,16 @@ class OnPolicyJobConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _check_router_replay(self) -> OnPolicyJobConfig:
+        names = ", ".join(self.env.entries())
+        if self.policy.generation.router_replay and names:
+            raise ValueError(
+                f"policy.generation.router_replay=true does not support environments with turns ({names}): set it to "
+                "false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_truncation(self) -> OnPolicyJobConfig:
         generation, correction = self.policy.generation, self.loss.importance_correction
         if generation.truncates and correction != "token":

@@ -179,7 +179,7 @@ def training_batch(result: GenerationResult) -> BatchedDataDict:
     """Convert completions to the layout of `models.policy.interfaces`; all completion tokens and samples count."""
     positions = torch.arange(result.output_ids.shape[1])
     in_completion = (positions >= result.prompt_lengths[:, None]) & (positions < result.output_lengths[:, None])
-    return BatchedDataDict(
+    batch = BatchedDataDict(
         input_ids=result.output_ids,
         input_lengths=result.output_lengths,
         token_mask=in_completion.float(),
@@ -187,6 +187,9 @@ def training_batch(result: GenerationResult) -> BatchedDataDict:
         generation_logprobs=result.logprobs,
         sampling_logprobs=result.sampling_logprobs,
     )
+    if result.routed_experts is not None:
+        batch["routed_experts"] = result.routed_experts
+    return batch
 
 
 def concatenate(rollouts: list[Rollout], pad_token_id: int) -> Rollout:

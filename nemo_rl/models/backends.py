@@ -46,6 +46,8 @@ class Backend:
         trains_lora: policy workers train the adapters of `policy.lora`.
         trains_reward_models: policy workers train a model with a score per conversation, and have `get_scores`.
         trains_top_k: policy workers give a loss the log-probabilities of `top_ids`; see `LossFunction`.
+        returns_experts: results of generation have `routed_experts`, if `policy.generation.router_replay` is set.
+        replays_experts: policy workers use the `routed_experts` of a batch.
         gpu_env_vars: variables for policy workers on GPUs that CUDA reads before a worker can set them.
     """
 
@@ -59,6 +61,8 @@ class Backend:
     trains_lora: bool = False
     trains_reward_models: bool = False
     trains_top_k: bool = False
+    returns_experts: bool = False
+    replays_experts: bool = False
     gpu_env_vars: Mapping[str, str] = field(default_factory=dict)
 
     def options_class(self, default: type[OptionsT]) -> type[OptionsT]:
@@ -96,12 +100,14 @@ POLICY_BACKENDS: dict[str, Backend] = {
         trains_lora=True,
         trains_reward_models=True,
         trains_top_k=True,
+        replays_experts=True,
     ),
     "megatron": Backend(
         "nemo_rl.models.policy.megatron_policy_worker.MegatronPolicyWorker",
         "nemo_rl.models.policy.megatron.config.MegatronOptions",
         streams_weights=True,
         offloads=True,
+        replays_experts=True,
         # Kernels that wait for several streams must start in the order in which they were issued. CUDA reads this
         # when megatron-core is imported.
         gpu_env_vars={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
@@ -114,6 +120,7 @@ GENERATION_BACKENDS: dict[str, Backend] = {
         "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker",
         streams_weights=True,
         loads_adapters=True,
+        returns_experts=True,
     ),
     "vllm": Backend(
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker",

@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
+from nemo_rl.errors import ModelError
 from nemo_rl.models.backends import GENERATION_BACKENDS, generation_backend
 from nemo_rl.utils.config import ConfigModel, OpenSection
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+# Families whose routers `models.routed_experts` knows.
+_REPLAYED_FAMILIES = ("qwen3_moe",)
 
 
 class GenerationOptions(OpenSection):
@@ -42,6 +46,11 @@ class GenerationOptions(OpenSection):
             model: the configuration of the model.
             spec: what the generators will be made from.
         """
+        if spec.config.router_replay and model.model_type not in _REPLAYED_FAMILIES:
+            raise ModelError(
+                f"policy.generation.router_replay=true supports {', '.join(_REPLAYED_FAMILIES)}, and "
+                f"{spec.model_name!r} is of the family {model.model_type}: set it to false"
+            )
 
     @classmethod
     def variants(cls) -> Iterable[tuple[str, type[ConfigModel]]]:
@@ -106,6 +115,10 @@ class GenerationConfig(SamplingConfig):
     max_restarts: int = Field(
         2, ge=0, description="Restarts of dead generation workers before a further death ends the job."
     )
+    router_replay: bool = Field(
+        False,
+        description="Mixture of experts: train with the experts that generation chose. Only with torch generation.",
+    )
     validation: SamplingConfig | None = Field(None, description="Sampling for validation. Null: greedy.")
 
     @field_validator("stop_strings")
@@ -129,6 +142,16 @@ class GenerationConfig(SamplingConfig):
             return GenerationOptions()
         backend = generation_backend(info.data["backend"])
         return backend.check_options(value, GenerationOptions, key="policy.generation.options")
+
+    @model_validator(mode="after")
+    def _experts_are_returned(self) -> GenerationConfig:
+        if self.router_replay and not generation_backend(self.backend).returns_experts:
+            names = ", ".join(name for name, backend in GENERATION_BACKENDS.items() if backend.returns_experts)
+            raise ValueError(
+                f"policy.generation.router_replay=true is not supported by policy.generation.backend={self.backend}; "
+                f"set the backend to {names}"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,8 @@ class GenerationResult:
         texts: The completions as text, without special tokens.
         weights_version: Version of the weights that generated them. If the weights changed during the call, the oldest
             version.
+        routed_experts: [N, T, L * K] int16, the experts of all tokens but the last, 0 behind them; see
+            `models.routed_experts`. None unless `policy.generation.router_replay` is set.
     """
 
     output_ids: torch.Tensor
@@ -144,6 +146,7 @@ class GenerationResult:
     truncated: torch.Tensor
     texts: list[str]
     weights_version: int
+    routed_experts: torch.Tensor | None = None
 
 
 class GenerationInterface(ABC):

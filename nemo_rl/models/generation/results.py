@@ -24,12 +24,14 @@ class Completion:
         tokens: [n] int64.
         logprobs, sampling_logprobs: [n] float32, as in `GenerationResult`.
         truncated: Whether the length limit ended the completion.
+        experts: [prompt + n - 1, L * K] int16, as in `GenerationResult`, or None.
     """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
     sampling_logprobs: torch.Tensor
     truncated: bool
+    experts: torch.Tensor | None = None
 
 
 def make_result(
@@ -73,7 +75,15 @@ def make_result(
         truncated=torch.tensor([row.truncated for row in completions], dtype=torch.bool),
         texts=[tokenizer.decode(row.tokens.tolist(), skip_special_tokens=True) for row in completions],
         weights_version=weights_version,
+        routed_experts=_padded_experts([row.experts for row in completions], width),
     )
+
+
+def _padded_experts(rows: Sequence[torch.Tensor | None], width: int) -> torch.Tensor | None:
+    known = [row for row in rows if row is not None]
+    if not known:
+        return None
+    return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in known])
 
 
 def select(result: GenerationResult, rows: Sequence[int]) -> GenerationResult:
@@ -83,6 +93,7 @@ def select(result: GenerationResult, rows: Sequence[int]) -> GenerationResult:
         result,
         **{name: getattr(result, name)[chosen] for name in _TENSORS},
         texts=[result.texts[row] for row in chosen],
+        routed_experts=None if result.routed_experts is None else result.routed_experts[chosen],
     )
 
 
@@ -109,4 +120,12 @@ def join(results: Sequence[GenerationResult]) -> GenerationResult:
         truncated=concatenated("truncated"),
         texts=[text for result in results for text in result.texts],
         weights_version=min(result.weights_version for result in results),
+        routed_experts=_joined_experts([result.routed_experts for result in results], width),
     )
+
+
+def _joined_experts(parts: Sequence[torch.Tensor | None], width: int) -> torch.Tensor | None:
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in known])

@@ -227,6 +227,11 @@ class PolicyConfig(ConfigModel):
             raise ValueError(f"policy.lora is not supported by policy.backend={self.backend}")
         if self.offload and not policy_backend(self.backend).offloads:
             raise ValueError(f"policy.offload=true is not supported by policy.backend={self.backend}")
+        if self.generation.router_replay and not policy_backend(self.backend).replays_experts:
+            raise ValueError(
+                f"policy.generation.router_replay=true is not supported by policy.backend={self.backend}: set it to "
+                "false"
+            )
         return self
 
     @property

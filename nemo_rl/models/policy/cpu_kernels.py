@@ -35,7 +35,7 @@ MIN_PRODUCTS = 4_000_000
 MAX_SHORT_LENGTH = 128
 ATTENTION = "nemo_rl_cpu"
 _HIDDEN = torch.finfo(torch.float32).min
-_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
 
 
 def use_onednn_linears(model: nn.Module) -> bool:

@@ -15,6 +15,8 @@ Layout of a training batch (`BatchedDataDict`) with B samples, padded on the rig
     teacher_logprobs             [B, T] float32  of a teacher; distillation on sampled tokens only
     top_ids                      [B, T, K] int32 K tokens at each position; distillation on top-k only. The loss then
                                                  gets the log-probabilities of these tokens (see `LossFunction`)
+    routed_experts               [B, T, L * K] int16  of generation, which the policy's routers take; only with router
+                                                 replay (`models.routed_experts`)
     teacher_top_logprobs         [B, T, K + 1] float32  of a teacher: of these tokens, and of all others together
 
 The log-probability at [b, t] is that of token t given the tokens before it, under softmax(logits / temperature) with

@@ -12,6 +12,7 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel
+from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
 
 # Logits held in float32 at a time: 2**24 elements are 64 MiB.
 CHUNK_ELEMENTS = 2**24
@@ -35,6 +36,7 @@ class LogprobForward:
         self._model = model
         self._packed = packed
         self._temperature = temperature
+        self._replay: ExpertReplay | None = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.module.forward).parameters
         if packed:
             self._check_packing()
@@ -53,6 +55,7 @@ class LogprobForward:
         for part in parts:
             part = part.to(self._model.device)
             inputs = model_inputs(part, packed=self._packed, only_loss_tokens=True)
+            self._use_experts(part, inputs)
             loss(self._run(inputs, part.get("top_ids")), part).backward()
         self._model.reduce_gradients()
 
@@ -86,7 +89,18 @@ class LogprobForward:
 
     def _inputs(self, part: BatchedDataDict) -> ModelInputs:
         part = part.to(self._model.device)
-        return model_inputs(part, packed=self._packed, only_loss_tokens="token_mask" in part)
+        inputs = model_inputs(part, packed=self._packed, only_loss_tokens="token_mask" in part)
+        self._use_experts(part, inputs)
+        return inputs
+
+    def _use_experts(self, part: BatchedDataDict, inputs: ModelInputs) -> None:
+        """Let the next pass, and the backward pass after it, use the experts of the micro-batch if it has some."""
+        experts = part.get(ROUTED_EXPERTS)
+        if experts is not None and self._replay is None:
+            self._replay = ExpertReplay(self._model.module)
+        if self._replay is not None:
+            known = None if experts is None else known_experts(experts, part["input_lengths"])
+            self._replay.use(None if known is None else inputs.at_inputs(known).flatten(0, 1))
 
     def _run(self, inputs: ModelInputs, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return [b, T] log-probabilities of the tokens, or with `ids` [b, T, K] those of `group_logprobs`."""

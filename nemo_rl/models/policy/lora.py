@@ -43,7 +43,8 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
 
     The model may be on the meta device.
     """
-    if config.target_modules == "all-linear":
+    has_experts = bool(getattr(module.config, "num_experts", 0))
+    if config.target_modules == "all-linear" and not has_experts:
         return
     names = {
         name
@@ -52,6 +53,11 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
     }
     uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     known = sorted({name.rpartition(".")[2] for name in names})
+    if config.target_modules == "all-linear":
+        raise ModelError(
+            f"policy.lora.target_modules=all-linear would include the experts of {type(module).__name__}, which are "
+            f"not supported: name layers, of {', '.join(known)}"
+        )
     for target in config.target_modules:
         matching = {name for name in names if name == target or name.endswith(f".{target}")}
         if tied := [name for name in sorted(matching) if uses[id(module.get_parameter(f"{name}.weight"))] > 1]:

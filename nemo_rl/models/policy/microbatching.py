@@ -91,6 +91,7 @@ class ModelInputs:
         rows, positions: packed only: int64 [K], indices of each log-probability in the [b, T] result.
         first: padded only: position in the result of the first kept column.
         valid: [b, T] bool, False where the result is 0 (position 0, padding).
+        inside: packed only: [b, T] bool, True for the tokens of `input_ids`, row by row.
     """
 
     input_ids: torch.Tensor
@@ -101,6 +102,7 @@ class ModelInputs:
     positions: torch.Tensor | None
     first: int
     valid: torch.Tensor
+    inside: torch.Tensor | None = None
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Scatter [R * K] log-probabilities to [b, T], with 0 elsewhere; [R * K, D] to [b, T, D]. Differentiable."""
@@ -118,6 +120,10 @@ class ModelInputs:
             return values[self.rows, self.positions]
         assert isinstance(self.logits_to_keep, int), "padded inputs keep the last columns"
         return values[:, self.first : self.first + self.logits_to_keep].flatten(0, 1)
+
+    def at_inputs(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of the model's inputs: of [b, T, D], the [R, C, D] at `input_ids`."""
+        return values[:, : self.input_ids.shape[1]] if self.inside is None else values[self.inside][None]
 
 
 def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool) -> ModelInputs:
@@ -181,4 +187,5 @@ def _packed(input_ids: torch.Tensor, lengths: torch.Tensor, wanted: torch.Tensor
         positions=positions,
         first=0,
         valid=wanted,
+        inside=inside,
     )

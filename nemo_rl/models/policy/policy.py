@@ -22,6 +22,7 @@ from nemo_rl.models.policy.config import EMBEDDED_MODELS, PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, PolicyInterface, TrainResult, rows_per_group
 from nemo_rl.models.policy.model_group import ModelGroup, join_rows
 from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
+from nemo_rl.models.routed_experts import ROUTED_EXPERTS
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 from nemo_rl.models.weights.routes import Route
 from nemo_rl.models.weights.transports import make_transport
@@ -114,7 +115,8 @@ class Policy(ModelGroup, PolicyInterface):
 
     def _outputs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
         """Return what a method of the workers computes for each row, in the order of the batch."""
-        inputs = BatchedDataDict({key: batch[key] for key in ("input_ids", "input_lengths")})
+        keys = [key for key in ("input_ids", "input_lengths", ROUTED_EXPERTS) if key in batch]
+        inputs = BatchedDataDict({key: batch[key] for key in keys})
         shards, order = self._shard(inputs, batch_size=None)
         return join_rows(self._on_shards(method, shards), order)
 

@@ -27,6 +27,7 @@ from nemo_rl.models.policy.model_worker_base import ModelWorker, join_microbatch
 from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, Tensors, borrows, needs
 from nemo_rl.models.policy.process_group import ProcessGroup
 from nemo_rl.models.policy.reductions import GlobalCounts, MetricSums
+from nemo_rl.models.routed_experts import ROUTED_EXPERTS
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.weights.stream import Endpoint, WeightStreamer
@@ -198,7 +199,8 @@ class PolicyWorker(ModelWorker):
 
     def _logprobs(self, forward: PolicyForward, shard: BatchedDataDict) -> torch.Tensor:
         result = torch.zeros(shard["input_ids"].shape, dtype=torch.float32)
-        parts = self._microbatches(shard, ("input_ids", "input_lengths"))
+        keys = [key for key in ("input_ids", "input_lengths", ROUTED_EXPERTS) if key in shard]
+        parts = self._microbatches(shard, keys)
         join_microbatches(zip(forward.logprobs(parts)), result)
         complete: torch.Tensor = self._on_all_ranks(result)
         return complete

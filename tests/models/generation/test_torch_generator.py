@@ -28,7 +28,7 @@ TEXTS = ("What is 1+1? ", "a", "37+48=", "What is 1+1? ", "ten chars!")
 def test_logprobs_match_transformers(tiny, name: str) -> None:
     model = tiny(name)
     generator = model.generator(max_new_tokens=12)
-    assert isinstance(generator.decoder, HFDecoder if name in ("gemma3", "gpt2") else LlamaDecoder)
+    assert isinstance(generator.decoder, HFDecoder if name in ("gemma3", "gpt2", "qwen3_moe") else LlamaDecoder)
     result = generator.generate(model.request(*TEXTS, seed=1, num_generations=3))
     assert len(result.texts) == 3 * len(TEXTS)
     assert (result.logprobs - reference_logprobs(model, result)).abs().max() < 1e-4

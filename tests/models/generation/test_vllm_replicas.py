@@ -69,7 +69,7 @@ def test_results_survive_scaling_and_a_worker_death(cluster, tiny) -> None:
             assert texts == [text for group in expected for text in group]
 
 
-@pytest.mark.parametrize("name", ["llama-tied-bias", "gemma3"])
+@pytest.mark.parametrize("name", ["llama-tied-bias", "gemma3", "qwen3_moe"])
 def test_tensor_parallel_matches_one_worker(cluster, tiny, name: str) -> None:
     model = tiny(name, **WIDE)
     with vllm_generation(cluster, model, options={"tensor_parallel_size": 2}) as generation:

@@ -52,7 +52,7 @@ OPTIONS = {"http_port": 0, "max_num_seqs": 32}
 
 @pytest.fixture(scope="module")
 def model(tiny) -> TinyModel:
-    return tiny("llama", **WIDE)
+    return tiny("qwen3_moe", **WIDE)  # dense models on vLLM: test_vllm_replicas.py and tests/functional
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,8 @@ def test_damaged_weights_are_rejected(generation: Generation, model: TinyModel) 
     [
         "model.embed_tokens.weight",
         "model.layers.0.self_attn.k_proj.weight",
-        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.gate.weight",
         "model.layers.1.post_attention_layernorm.weight",
     ],
 )

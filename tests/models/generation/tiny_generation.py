@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nemo_rl.models.generation.config import GenerationConfig
 from nemo_rl.models.generation.generator import GeneratorSpec
@@ -52,6 +60,9 @@ CONFIGS: dict[str, Any] = {
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention"],
         **_SHAPE,
+    ),
+    "qwen3_moe": lambda size: Qwen3MoeConfig(
+        vocab_size=size, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, **_SHAPE
     ),
     "gpt2": lambda size: GPT2Config(
         vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2

@@ -38,7 +38,7 @@ class RankProcesses:
         with Listener(authkey=key) as listener:
             for rank in range(world_size):
                 process = subprocess.Popen(
-                    [python, __file__, str(listener.address), str(rank), str(world_size)],
+                    [python, __file__, str(listener.address), str(rank)],
                     stdin=subprocess.PIPE,
                     env={**os.environ, "PYTHONPATH": path},
                 )
@@ -58,8 +58,13 @@ class RankProcesses:
             process.kill()
             process.wait()
 
-    def run(self, scenario: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Run a function, or "module.function" of this directory if this Python cannot import it."""
+    def run(
+        self, scenario: Callable[..., Any] | str, *args: Any, num_ranks: int | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Run a function, or "module.function" of this directory if this Python cannot import it.
+
+        `num_ranks` are the first of the processes; None: all of them.
+        """
         if isinstance(scenario, str):
             module, _, name = scenario.partition(".")
             file = str(HERE / f"{module}.py")
@@ -68,10 +73,11 @@ class RankProcesses:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for pipe in self._pipes:
-            _send(pipe, (file, name, args, kwargs, port))
+        pipes = self._pipes[:num_ranks]
+        for pipe in pipes:
+            _send(pipe, (file, name, args, kwargs, port, len(pipes)))
         answers = []
-        for rank, pipe in enumerate(self._pipes):
+        for rank, pipe in enumerate(pipes):
             assert pipe.poll(200), f"rank {rank} did not answer"
             answers.append(pickle.loads(pipe.recv_bytes()))
         failures = [f"rank {rank}:\n{value}" for rank, (succeeded, value) in enumerate(answers) if not succeeded]
@@ -94,7 +100,7 @@ def _send(pipe: Connection, value: Any) -> None:
     pipe.send_bytes(pickle.dumps(value))
 
 
-def _serve(pipe: Connection, rank: int, world_size: int) -> None:
+def _serve(pipe: Connection, rank: int) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -102,13 +108,13 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
     # traversed after each scenario (0.4 s each time). Here only what outlives a scenario is frozen.
     freeze = gc.freeze
     gc.freeze = lambda: None
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     while True:
         try:
-            file, name, args, kwargs, port = pickle.loads(pipe.recv_bytes())
+            file, name, args, kwargs, port, world_size = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
-        os.environ["MASTER_PORT"] = str(port)
+        os.environ.update(MASTER_PORT=str(port), WORLD_SIZE=str(world_size))
         if str(Path(file).parent) not in sys.path:
             sys.path.append(str(Path(file).parent))
         try:
@@ -123,4 +129,4 @@ def _serve(pipe: Connection, rank: int, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Client(sys.argv[1], authkey=sys.stdin.buffer.read()), int(sys.argv[2]), int(sys.argv[3]))
+    _serve(Client(sys.argv[1], authkey=sys.stdin.buffer.read()), int(sys.argv[2]))

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import RankProcesses
-from tiny_policy import EPS, advantage_loss, assert_equal, make_batch, make_model, make_worker, nan_loss, weights
+from tiny_policy import (
+    EPS,
+    advantage_loss,
+    assert_equal,
+    make_batch,
+    make_model,
+    make_moe,
+    make_worker,
+    nan_loss,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.algorithms.config import LossConfig
@@ -189,6 +199,15 @@ def test_two_workers_train_like_one(llama: Path, two_ranks: RankProcesses, shard
     alone = train_alone(llama)
     assert_same_metrics(first[0], alone[0])
     assert_close(first[1], alone[1])
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_workers_train_experts_like_one(two_ranks: RankProcesses, tmp_path: Path, sharding: str) -> None:
+    model, config = make_moe(tmp_path), {"sharding": sharding, **MODES["packed"]}
+    (results, state), _ = two_ranks.run(train_as_rank, model, config)
+    expected, expected_state = train_alone(model)
+    assert_same_metrics(results, expected)
+    assert_close(state, expected_state)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])

@@ -150,6 +150,12 @@ def publish(rank: int, model: Path, config: dict[str, Any], device_type: str = "
         return update.digest, [spec.name for bucket in update.buckets for spec in bucket.tensors], weights
 
 
+def num_expert_weights(rank: int, model: Path, config: dict[str, Any]) -> int:
+    with megatron_worker(model, **config) as worker:
+        parameters = worker._optimizer._model.module.named_parameters()
+        return sum(parameter.numel() for name, parameter in parameters if ".experts." in name)
+
+
 def not_finite_changes_nothing(rank: int, model: Path, config: dict[str, Any]) -> bool:
     with megatron_worker(model, **config) as worker:
         shard = shard_for(worker)
@@ -209,7 +215,8 @@ def train_with_offload(rank: int, model: Path, config: dict[str, Any], *, offloa
 def bytes_on_device(worker: MegatronPolicyWorker) -> int:
     """Sum the bytes of all storages of weights, gradient buffers and the optimizer."""
     wrapped = worker._optimizer._model
-    buffers = [data for buffer in wrapped.buffers for data in (buffer.grad_data, buffer.param_data) if data is not None]
+    all_buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    buffers = [data for buffer in all_buffers for data in (buffer.grad_data, buffer.param_data) if data is not None]
     tensors = [*wrapped.parameters(), *buffers, *worker._optimizer.state_tensors()]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
@@ -45,12 +46,14 @@ def make_llama(directory: Path, *, tied: bool = False, seed: int = 0) -> Path:
     return directory
 
 
+# Dense families, which support the same layouts.
 FAMILIES: dict[str, type[PreTrainedConfig]] = {
     "gemma3_text": Gemma3TextConfig,
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
+CONFIGS = {**FAMILIES, "qwen3_moe": Qwen3MoeConfig}
 # What a family has besides the sizes that all families share. Windows are shorter than the samples of `make_batch`.
 _FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "gemma3_text": {
@@ -82,13 +85,19 @@ def make_model(directory: Path, family: str, *, tied: bool = False, seed: int = 
         **_FAMILY_CONFIG.get(family, {}),
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](**(defaults | config)))
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**(defaults | config)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
+
+
+def make_moe(directory: Path, **config: Any) -> Path:
+    """Save a random Qwen3-MoE model; every token is routed to two of eight experts."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return make_model(directory, "qwen3_moe", **({"num_hidden_layers": 2} | experts | config))
 
 
 def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict:
@@ -107,6 +116,14 @@ def make_batch(size: int = 8, width: int = 14, seed: int = 0) -> BatchedDataDict
         sample_mask=sample_mask,
         advantages=torch.randn(size, generator=draws),
     )
+
+
+def with_experts(batch: BatchedDataDict, seed: int = 0) -> BatchedDataDict:
+    """Add random experts for the two layers of `make_moe`, other than those that its routers choose."""
+    draws = torch.Generator().manual_seed(seed)
+    scores = torch.rand(*batch["input_ids"].shape, 2, 8, generator=draws)
+    batch["routed_experts"] = scores.topk(2).indices.flatten(2).to(torch.int16)
+    return batch
 
 
 def pairs_batch(seed: int = 0, width: int = 14) -> BatchedDataDict:

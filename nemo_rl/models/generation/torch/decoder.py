@@ -34,9 +34,15 @@ class PromptBatch:
 
 
 class Decoding(ABC):
-    """Completes B rows step by step. `logits` [B, V] float32 belong to each row's next token."""
+    """Completes B rows step by step. `logits` [B, V] float32 belong to each row's next token.
+
+    Attributes:
+        experts: [B, P + num_new, L * K] int16: the experts of every token that was read, in the columns of the padded
+            prompts and after them, for all rows from the start; see `models.routed_experts`. None if not recorded.
+    """
 
     logits: torch.Tensor
+    experts: torch.Tensor | None = None
 
     @abstractmethod
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

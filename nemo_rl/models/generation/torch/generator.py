@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,13 @@ class TorchGenerator(Generator):
         dtype: torch.dtype = getattr(torch, spec.precision)
         onednn.warn_if_emulated(self.device.type, dtype)
         self._base = ReceivedBase()
-        self.decoder = make_decoder(self.model_config, self.device, dtype, spec.max_sequence_length)
+        self.decoder = make_decoder(
+            self.model_config,
+            self.device,
+            dtype,
+            spec.max_sequence_length,
+            records_experts=spec.config.router_replay,
+        )
 
     def update_weights(self, update: WeightUpdate | WeightStream) -> str:
         """Replace the weights. See `Generator.update_weights`; after an error there are no weights."""
@@ -91,7 +98,8 @@ class TorchGenerator(Generator):
             min(self.spec.config.max_new_tokens, self.spec.max_sequence_length - len(prompt)) for prompt in prompts
         ]
         progress = Progress(self.stop, limits, self.device)
-        decoding = self.decoder.prefill(*self._prompt_batch(prompts), max(limits))
+        batch, copies = self._prompt_batch(prompts)
+        decoding = self.decoder.prefill(batch, copies, max(limits))
         uniforms = uniforms.to(self.device)
         interval = _STEPS_BETWEEN_CHECKS.get(self.device.type, _DEFAULT_STEPS_BETWEEN_CHECKS)
         for index in range(max(limits)):
@@ -107,7 +115,14 @@ class TorchGenerator(Generator):
                     decoding.keep(keep)
                     uniforms, tokens = uniforms[keep], tokens[keep]
             decoding.step(tokens)
-        return progress.completions()
+        completions = progress.completions()
+        if decoding.experts is None:
+            return completions
+        experts, width = decoding.experts.cpu(), batch.input_ids.shape[1]
+        starts = [width - len(prompt) for prompt in prompts]
+        ends = [width + length - 1 for length in completions.lengths]
+        chosen = [row[start:end] for row, start, end in zip(experts, starts, ends, strict=True)]
+        return replace(completions, experts=chosen)
 
     def _prompt_batch(self, prompts: Sequence[list[int]]) -> tuple[PromptBatch, torch.Tensor]:
         """Return the distinct prompts, padded on the left, and the prompt that each row continues."""
@@ -123,7 +138,14 @@ class TorchGenerator(Generator):
         return batch, torch.tensor(copies, device=self.device)
 
 
-def make_decoder(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, max_length: int) -> Decoder:
+def make_decoder(
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int,
+    *,
+    records_experts: bool = False,
+) -> Decoder:
     """Return the fastest decoder for a model: hand-written for Llama-like families, else transformers' forward pass.
 
     Args:
@@ -131,7 +153,8 @@ def make_decoder(config: PretrainedConfig, device: torch.device, dtype: torch.dt
         device: Where weights and caches are stored.
         dtype: Data type to compute in; logits are always float32.
         max_length: Longest prompt plus completion.
+        records_experts: Record the experts that each token is sent to.
     """
-    decoder_class: Any = LlamaDecoder if LlamaDecoder.supports(config) else HFDecoder
-    decoder: Decoder = decoder_class(config, device, dtype, max_length)
-    return decoder
+    if LlamaDecoder.supports(config):
+        return LlamaDecoder(config, device, dtype, max_length)
+    return HFDecoder(config, device, dtype, max_length, records_experts=records_experts)

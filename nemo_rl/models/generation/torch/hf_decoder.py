@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_rl.models.generation.torch.decoder import Decoder, Decoding, PromptBatch, parameter_shapes
+from nemo_rl.models.routed_experts import ExpertRecorder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 class HFDecoder(Decoder):
-    """Runs a transformers model whose parameters are replaced by the published tensors."""
+    """Runs a transformers model whose parameters are replaced by the published tensors.
 
-    def __init__(self, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, max_length: int) -> None:
+    With `records_experts`, its decodings have `experts`.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_length: int,
+        *,
+        records_experts: bool = False,
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
@@ -25,6 +37,7 @@ class HFDecoder(Decoder):
         super().__init__(*parameter_shapes(self._model))
         self._parameters = dict(self._model.named_parameters())
         self._order: list[str] = list(self._shapes)
+        self._recorder = ExpertRecorder(self._model) if records_experts else None
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         named = self._checked((name, tensor.to(self.device)) for name, tensor in tensors)
@@ -48,6 +61,9 @@ class HFDecoder(Decoder):
         decoding = HFDecoding(self._model, cache, mask, self._max_length)
         decoding.feed(prompts.input_ids)
         decoding.keep(copies)
+        if self._recorder is not None:
+            of_prompts = self._recorder.take().view(*prompts.input_ids.shape, -1)
+            decoding.record(self._recorder, of_prompts[copies], num_new)
         return decoding
 
 
@@ -59,6 +75,14 @@ class HFDecoding(Decoding):
         self._max_length = max_length
         self._cache = cache
         self._mask = mask
+        self._recorder: ExpertRecorder | None = None
+
+    def record(self, recorder: ExpertRecorder, of_prompts: torch.Tensor, num_new: int) -> None:
+        """Record the experts of the next tokens behind those of each row's prompt, [B, P, L * K]."""
+        self._recorder = recorder
+        self._column = of_prompts.shape[1]
+        self._rows = torch.arange(len(of_prompts), device=of_prompts.device)  # of `experts`, still being completed
+        self.experts = torch.nn.functional.pad(of_prompts, (0, 0, 0, num_new))
 
     def feed(self, tokens: torch.Tensor) -> None:
         """Run [B, n] tokens; `self._mask` covers them already."""
@@ -76,9 +100,14 @@ class HFDecoding(Decoding):
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         self.feed(tokens[:, None])
+        if self._recorder is not None and self.experts is not None:
+            self.experts[self._rows, self._column] = self._recorder.take()
+            self._column += 1
         return self.logits
 
     def keep(self, rows: torch.Tensor) -> None:
         self._cache.batch_select_indices(rows)
         self._mask = self._mask.index_select(0, rows)
         self.logits = self.logits.index_select(0, rows)
+        if self._recorder is not None:
+            self._rows = self._rows[rows]

@@ -17,13 +17,17 @@ _DROPPED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Completions:
-    """The completions of a batch: tensors [B, T] on the CPU; row b uses the first `lengths[b]` columns."""
+    """The completions of a batch: tensors [B, T] on the CPU; row b uses the first `lengths[b]` columns.
+
+    `experts` are those of `Completion`, row by row.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
     sampling_logprobs: torch.Tensor
     lengths: list[int]
     truncated: list[bool]
+    experts: list[torch.Tensor] | None = None
 
     def rows(self) -> Iterator[Completion]:
         """Yield the completions row by row, cut off at their ends."""
@@ -33,6 +37,7 @@ class Completions:
                 self.logprobs[index, :length],
                 self.sampling_logprobs[index, :length],
                 self.truncated[index],
+                None if self.experts is None else self.experts[index],
             )
 
 

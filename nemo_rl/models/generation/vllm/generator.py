@@ -35,6 +35,7 @@ from nemo_rl.models.generation.vllm.config import VllmOptions, attention_head_si
 from nemo_rl.models.generation.vllm.draws import ROW, Draws, JobRow
 from nemo_rl.models.generation.vllm.engine import SharedEngine, start_error
 from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
+from nemo_rl.models.generation.vllm.experts import keep_plain_experts
 from nemo_rl.models.generation.vllm.row_sampler import RowSampler
 from nemo_rl.models.generation.vllm.weights import LocalParameters, ReadBack, keep_plain_weights
 from nemo_rl.models.weights.adapters import ReceivedBase
@@ -113,6 +114,7 @@ class VllmGenerator(Generator):
         if not spec.use_gpu:
             onednn.warn_if_emulated("cpu", getattr(torch, spec.precision))
             keep_plain_weights()
+            keep_plain_experts()
             _check_head_size(spec.model_name, self.model_config)
         _inspect_in_process(self.model_config.architectures or [])
         try:
@@ -152,6 +154,8 @@ class VllmGenerator(Generator):
             distributed_executor_backend="uni" if tied_group is None else tied_executor(tied_group),
             # Each rank sees one GPU, but vLLM's own all-reduce needs to see all of them.
             disable_custom_all_reduce=tied_group is not None,
+            # Other kernels for experts rearrange the weights after loading, which later loads would not do.
+            moe_backend="auto" if on_cpu else "triton",
             # One step at a time, so that weights can change between two steps.
             async_scheduling=False,
             disable_log_stats=True,

@@ -1,6 +1,7 @@
 """Reads a vLLM model's memory back as the Hugging Face parameters that were loaded into it.
 
-vLLM fuses q, k, v and gate, up, pads the vocabulary, and splits matrices over the ranks of a tensor-parallel group.
+vLLM fuses q, k, v and gate, up, pads the vocabulary, and splits matrices over the ranks of a tensor-parallel group. It
+loads stacked experts under the names of transformers' modules, and splits the width of each.
 Its loaders write into that layout. This module implements the inverse independently of them, so that a digest over
 the parameters read back shows whether every weight arrived where the model computes with it.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -37,12 +39,14 @@ class LocalParameter:
         split_dim: Dimension along which the parameter is split over the ranks. None: every rank holds all of it.
         num_copies: Consecutive ranks that hold the same part: key and value heads, if there are fewer than ranks.
         num_rows: Rows that belong to the parameter; the following rows are padding. None: all rows.
+        num_stacked: Matrices that the parameter stacks along `split_dim`. Each of them is split.
     """
 
     local: torch.Tensor
     split_dim: int | None = None
     num_copies: int = 1
     num_rows: int | None = None
+    num_stacked: int = 1
 
     def full_shape(self, num_ranks: int) -> tuple[int, ...]:
         """Return the shape of the full parameter."""
@@ -61,7 +65,8 @@ class LocalParameter:
             parts = group.all_gather(tensor.contiguous(), dim=0).chunk(group.world_size)
             # Each rank takes the copies with its own copy number, so that every copy is checked by some rank.
             copy = group.rank_in_group % self.num_copies
-            tensor = torch.cat(parts[copy :: self.num_copies], dim=self.split_dim)
+            stacks = [part.chunk(self.num_stacked, self.split_dim) for part in parts[copy :: self.num_copies]]
+            tensor = torch.cat([matrix for matrices in zip(*stacks) for matrix in matrices], dim=self.split_dim)
         return tensor if self.num_rows is None else tensor[: self.num_rows]
 
 
@@ -163,7 +168,10 @@ def _local_parameters(model: torch.nn.Module) -> Iterator[tuple[str, LocalParame
                 continue
             seen.add(id(parameter))
             data = parameter.data
-            if isinstance(module, QKVParallelLinear | MergedColumnParallelLinear):
+            if isinstance(module, RoutedExperts):
+                # Its parent is a runner, which has the name of Hugging Face's module.
+                yield _experts(parent, kind, data)
+            elif isinstance(module, QKVParallelLinear | MergedColumnParallelLinear):
                 names = [f"{parent}.{name}.{kind}" for name in packed[local_name]]
                 yield from zip(names, _unfused(module, data), strict=True)
             else:
@@ -179,6 +187,12 @@ def _unfused(module: Any, data: torch.Tensor) -> Iterable[LocalParameter]:
         sizes = [size // module.tp_size for size in module.output_sizes]
         copies = [1] * len(sizes)
     return [LocalParameter(part, 0, count) for part, count in zip(data.split(sizes), copies, strict=True)]
+
+
+def _experts(module_name: str, kind: str, data: torch.Tensor) -> tuple[str, LocalParameter]:
+    if kind == "w13_weight":
+        return f"{module_name}.gate_up_proj", LocalParameter(data, 1, num_stacked=2)
+    return f"{module_name}.down_proj", LocalParameter(data, 2)
 
 
 def _unsplit(module: torch.nn.Module, kind: str, data: torch.Tensor) -> LocalParameter:

@@ -25,6 +25,9 @@ class MegatronOptions(PolicyOptions):
     tensor_parallel_size: int = Field(1, ge=1, description="Workers that split the matrices of every layer.")
     pipeline_parallel_size: int = Field(1, ge=1, description="Pipeline stages; each worker holds the layers of one.")
     context_parallel_size: int = Field(1, ge=1, description="Workers that split every sequence.")
+    expert_parallel_size: int = Field(
+        1, ge=1, description="Workers of a stage that split the experts of every layer. They share no other weights."
+    )
     sequence_parallel: bool = Field(
         False, description="Split activations outside matrix products over the tensor-parallel workers, too."
     )
@@ -68,6 +71,12 @@ class MegatronOptions(PolicyOptions):
                 "change one of them, or the number of workers (cluster.num_nodes x cluster.gpus_per_node, or "
                 "cluster.cpu_workers_per_node)"
             )
+        workers_per_stage = num_workers // self.pipeline_parallel_size
+        if workers_per_stage % self.expert_parallel_size:
+            raise ConfigError(
+                f"policy.options.expert_parallel_size={self.expert_parallel_size} does not divide the "
+                f"{workers_per_stage} workers of a pipeline stage: change it, or the number of workers"
+            )
         ranks = np.arange(num_workers).reshape(
             self.pipeline_parallel_size, replicas, self.context_parallel_size, self.tensor_parallel_size
         )
@@ -84,6 +93,11 @@ class MegatronOptions(PolicyOptions):
                 "policy.batching.mode=packed does not support policy.options.context_parallel_size > 1: "
                 "set the mode to dynamic or fixed"
             )
+        if policy.generation.router_replay and policy.activation_checkpointing and self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                "policy.generation.router_replay=true does not support policy.activation_checkpointing with "
+                f"policy.options.pipeline_parallel_size={self.pipeline_parallel_size}: switch one of the three off"
+            )
 
     def check_model(self, model: PretrainedConfig, policy: PolicyConfig) -> None:
         from nemo_rl.models.policy.megatron.families import find_family  # imports transformers
@@ -93,6 +107,7 @@ class MegatronOptions(PolicyOptions):
         problem = find_family(model.model_type).problem(model) or unsupported_feature(model)
         if problem is not None:
             raise ModelError(f"policy.backend=megatron cannot train {name!r}: {problem}. Set policy.backend=torch")
+        self._check_experts(name, getattr(model, "num_experts", 0))
         heads, groups = model.num_attention_heads, model.num_key_value_heads
         if heads % tensor or model.intermediate_size % tensor or (groups % tensor and tensor % groups):
             raise ModelError(
@@ -111,12 +126,28 @@ class MegatronOptions(PolicyOptions):
                 f"positions of the model {name!r}"
             )
 
+    def _check_experts(self, name: str | None, num_experts: int) -> None:
+        """Raise `ModelError` unless the experts of a model (0 if it is dense) can be split as configured."""
+        size = self.expert_parallel_size
+        if size > 1 and not num_experts:
+            raise ModelError(f"{name!r} has no experts: set policy.options.expert_parallel_size={size} to 1")
+        if num_experts % size:
+            raise ModelError(
+                f"policy.options.expert_parallel_size={size} must divide the {num_experts} experts of {name!r}"
+            )
+        if num_experts and self.tensor_parallel_size > 1 and not self.sequence_parallel:
+            raise ModelError(
+                f"policy.options.tensor_parallel_size={self.tensor_parallel_size} needs "
+                f"policy.options.sequence_parallel=true for {name!r}, because it has experts"
+            )
+
     def training_bytes(self, policy: PolicyConfig, num_parameters: int, num_workers: int) -> int:
         """Estimate the bytes in one worker.
 
-        Weights and gradients are split over stages and tensor-parallel workers, the optimizer as configured.
+        Weights and gradients are split over stages and tensor- or expert-parallel workers, the optimizer as configured.
         """
-        model_shards = self.tensor_parallel_size * self.pipeline_parallel_size
+        # Almost all weights of a model with experts are those of its experts.
+        model_shards = max(self.tensor_parallel_size, self.expert_parallel_size) * self.pipeline_parallel_size
         optimizer_shards = model_shards * (num_workers // model_shards if self.distributed_optimizer else 1)
         low = policy.precision == "bfloat16"
         gradient = 4 if self.grad_reduce_in_fp32 or not low else 2

@@ -14,6 +14,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 _CPU = torch.device("cpu")
 
@@ -52,6 +53,18 @@ def adapt_to_cpu() -> None:
     # Recomputation saves and restores the GPU's random state, but the model draws no random numbers.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    # The dispatcher of tokens copies the numbers of tokens to the host on a stream of its own.
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _CPU
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _splits_as_lists
+
+
+def _splits_as_lists(dispatcher: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> Any:
+    """Replace the dispatcher's copy to the host: split sizes must be numbers, and they are on the host already."""
+    for name in ("input_splits", "output_splits", "output_splits_tp"):
+        sizes = getattr(dispatcher, name)
+        if isinstance(sizes, torch.Tensor):
+            setattr(dispatcher, name, sizes.tolist())
+    return tokens_per_expert
 
 
 def _type_as_if_on_cuda(plain: Any) -> Any:

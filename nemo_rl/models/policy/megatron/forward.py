@@ -25,8 +25,10 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.megatron.attention import PackedSequences, context_order
 from nemo_rl.models.policy.megatron.config import MegatronOptions
 from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
+from nemo_rl.models.policy.megatron.moe import Router
 from nemo_rl.models.policy.megatron.parallel import Grid
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
+from nemo_rl.models.routed_experts import ROUTED_EXPERTS, known_experts
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class _Prepared:
         width: C over all context-parallel ranks.
         columns: the K positions whose logits are needed.
         packed: bounds of the sequences if they are packed.
+        experts: [C * R (this rank's part), L * K] experts that the routers take; None: they choose.
     """
 
     inputs: ModelInputs
@@ -46,6 +49,7 @@ class _Prepared:
     width: int
     columns: slice | torch.Tensor
     packed: PackedSequences | None
+    experts: torch.Tensor | None
 
 
 class PipelineForward:
@@ -75,6 +79,8 @@ class PipelineForward:
         self._vocabulary = vocabulary
         self._packed = packed
         self._temperature = temperature
+        self._routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._sequence_parallel = options.sequence_parallel
         self._split_sequence = options.sequence_parallel or options.context_parallel_size > 1
         self._multiple = (options.tensor_parallel_size if options.sequence_parallel else 1) * (
             2 * options.context_parallel_size if options.context_parallel_size > 1 else 1
@@ -125,6 +131,8 @@ class PipelineForward:
             part = next(iterator)
             prepared = self._prepare(part, only_loss_tokens)
             columns = None if self._split_sequence else prepared.columns
+            for router in self._routers:
+                router.use(prepared.experts)
             output = model(prepared.input_ids, packed=prepared.packed, columns=columns)
             return output, partial(finish, prepared, part)
 
@@ -155,11 +163,20 @@ class PipelineForward:
             lengths = [end - start for start, end in zip(starts, ends)] + [padding] * bool(padding)
             packed = PackedSequences.of(lengths, ids.device)
         ids = F.pad(ids, (0, padding))
+        experts = part.get(ROUTED_EXPERTS)
+        if experts is not None:
+            experts = inputs.at_inputs(known_experts(experts, part["input_lengths"]))
+            experts = F.pad(experts, (0, 0, 0, padding), value=-1).transpose(0, 1)
         width, context = ids.shape[1], self._grid.context
         if context.size() > 1:
-            order = context_order(width, context.size()).chunk(context.size())[context.rank()]
-            ids = ids[:, order.to(ids.device)]
-        return _Prepared(inputs, ids, width, columns, packed)
+            order = context_order(width, context.size()).chunk(context.size())[context.rank()].to(ids.device)
+            ids = ids[:, order]
+            experts = None if experts is None else experts[order]
+        if experts is not None:
+            if self._sequence_parallel:
+                experts = experts.chunk(self._grid.tensor.size())[self._grid.tensor.rank()]
+            experts = experts.flatten(0, 1)
+        return _Prepared(inputs, ids, width, columns, packed, experts)
 
     def _logprobs(self, prepared: _Prepared, logits: torch.Tensor) -> torch.Tensor:
         """Compute [b, T] log-probabilities from the last stage's logits [R, K or C, V / ranks]."""

@@ -42,6 +42,7 @@ from nemo_rl.models.policy.megatron.families.family import (
     layer_types,
     rope_parameters,
 )
+from nemo_rl.models.policy.megatron.moe import moe_settings, moe_spec
 from nemo_rl.models.policy.megatron.parallel import Grid
 from nemo_rl.models.policy.megatron.sharding_rules import padded_vocabulary
 
@@ -184,6 +185,7 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         **family.transformer(hf),
         **window,
+        **(moe_settings(hf, options) if family.has_experts else {}),
         **recompute,
     )
 
@@ -222,7 +224,7 @@ def _layers(config: TransformerConfig, family: Family, num_ropes: int) -> Transf
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RmsNorm,
-            mlp=mlp,
+            mlp=moe_spec() if config.num_moe_experts else mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

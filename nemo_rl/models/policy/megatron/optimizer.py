@@ -51,20 +51,22 @@ class MegatronOptimizer:
             use_distributed_optimizer=options.distributed_optimizer,
             clip_grad=policy.max_grad_norm or 0.0,
         )
-        # All parameters are dense, so the chain has one optimizer.
-        (self._optimizer,) = get_megatron_optimizer(config, [model], use_gloo_process_groups=False).chained_optimizers
+        # The first optimizer of the chain has all parameters but those of experts, which are in the second, if any.
+        self._optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        self._chain: list[Any] = self._optimizer.chained_optimizers
         self._model = model
         self._start_states()
 
     def _start_states(self) -> None:
-        adamw = self._optimizer.optimizer
-        for group in adamw.param_groups:
-            group.update(fused=True, foreach=False)
-            for parameter in group["params"]:
-                adamw.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    **{key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS},
-                }
+        for part in self._chain:
+            adamw = part.optimizer
+            for group in adamw.param_groups:
+                group.update(fused=True, foreach=False)
+                for parameter in group["params"]:
+                    adamw.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                        **{key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS},
+                    }
 
     @property
     def num_steps(self) -> int:
@@ -73,8 +75,9 @@ class MegatronOptimizer:
     @num_steps.setter
     def num_steps(self, value: int) -> None:
         self._num_steps = value
-        for state in self._optimizer.optimizer.state.values():
-            state["step"].fill_(value)
+        for part in self._chain:
+            for state in part.optimizer.state.values():
+                state["step"].fill_(value)
 
     @property
     def lr(self) -> float:
@@ -97,7 +100,8 @@ class MegatronOptimizer:
         norm, lr = float(self._optimizer.get_grad_norm()), self.lr
         check_finite(self._num_steps + 1, loss, norm, lr)
         if self._policy.max_grad_norm is not None:
-            clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), self._policy.max_grad_norm, norm)
+            parameters = [parameter for part in self._chain for parameter in part.get_parameters()]
+            clip_grad_by_total_norm_fp32(parameters, self._policy.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
             group["weight_decay"] = self._policy.optimizer.weight_decay * group["wd_mult"]
@@ -117,24 +121,25 @@ class MegatronOptimizer:
     def state_tensors(self) -> Iterator[torch.Tensor]:
         """Yield this rank's moments, and its master weights if they do not share memory with the weights."""
         weight_addresses = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
-        adamw = self._optimizer.optimizer
-        for group in adamw.param_groups:
-            for main in group["params"]:
-                if main.untyped_storage().data_ptr() not in weight_addresses:
-                    yield main
-                yield from adamw.state[main].values()
+        for part in self._chain:
+            for group in part.param_groups:
+                for main in group["params"]:
+                    if main.untyped_storage().data_ptr() not in weight_addresses:
+                        yield main
+                    yield from part.optimizer.state[main].values()
 
     def read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
         """Return the master weight or a moment of one of this rank's parameters, float32, in its shape.
 
         With the distributed optimizer this is a collective of the ranks that hold the same parameter.
         """
-        if not isinstance(self._optimizer, DistributedOptimizer):
-            return self._state_of(_main(parameter), key).detach().view(parameter.shape)
+        optimizer = self._part_of(parameter)
+        if not isinstance(optimizer, DistributedOptimizer):
+            return _state_of(optimizer, _main(parameter), key).detach().view(parameter.shape)
         full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         for part, tensor in self._local_part(parameter, key):
             full[part] = tensor.detach()
-        dist.all_reduce(full, group=self._optimizer.data_parallel_group)
+        dist.all_reduce(full, group=optimizer.data_parallel_group)
         return full.view(parameter.shape)
 
     def write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
@@ -142,27 +147,33 @@ class MegatronOptimizer:
         with torch.no_grad():
             if key == WEIGHT:
                 parameter.copy_(value)
-            if not isinstance(self._optimizer, DistributedOptimizer):
-                self._state_of(_main(parameter), key).copy_(value)
+            optimizer = self._part_of(parameter)
+            if not isinstance(optimizer, DistributedOptimizer):
+                _state_of(optimizer, _main(parameter), key).copy_(value)
                 return
             for part, tensor in self._local_part(parameter, key):
                 tensor.copy_(value.reshape(-1)[part])
 
     def _local_part(self, parameter: nn.Parameter, key: str) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield this rank's slice of the flat parameter and its tensor; nothing if it has no share."""
-        places = self._optimizer.model_param_group_index_map
+        optimizer = self._part_of(parameter)
+        places = optimizer.model_param_group_index_map
         if parameter in places:
-            bounds = self._optimizer._get_model_param_range_map(parameter)["param"]
+            bounds = optimizer._get_model_param_range_map(parameter)["param"]
             group, index = places[parameter]
-            main = self._optimizer.optimizer.param_groups[group]["params"][index]
-            yield slice(bounds.start, bounds.end), self._state_of(main, key).view(-1)
+            main = optimizer.optimizer.param_groups[group]["params"][index]
+            yield slice(bounds.start, bounds.end), _state_of(optimizer, main, key).view(-1)
 
-    def _state_of(self, main: torch.Tensor, key: str) -> torch.Tensor:
-        if key == WEIGHT:
-            return main
-        state: dict[str, Any] = self._optimizer.optimizer.state[main]
-        tensor: torch.Tensor = state[key]
-        return tensor
+    def _part_of(self, parameter: nn.Parameter) -> Any:
+        """Return the optimizer of the chain that has this parameter."""
+        return self._chain[0] if getattr(parameter, "allreduce", True) else self._chain[1]
+
+
+def _state_of(optimizer: Any, main: torch.Tensor, key: str) -> torch.Tensor:
+    if key == WEIGHT:
+        return main
+    tensor: torch.Tensor = optimizer.optimizer.state[main][key]
+    return tensor
 
 
 def _main(parameter: nn.Parameter) -> torch.Tensor:

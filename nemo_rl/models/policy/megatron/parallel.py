@@ -21,6 +21,8 @@ class Grid:
         world: all ranks.
         data: data-parallel ranks, which hold the same part of the model and process different samples.
         tensor, context, pipeline: torch's groups along the other axes.
+        expert: ranks that hold different experts. They differ in their tensor, context or data coordinate.
+        expert_data: ranks that hold the same experts.
     """
 
     world: ProcessGroup
@@ -28,6 +30,8 @@ class Grid:
     tensor: dist.ProcessGroup
     context: dist.ProcessGroup
     pipeline: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    expert_data: dist.ProcessGroup
 
     @property
     def stage(self) -> int:
@@ -60,6 +64,8 @@ def make_grid(world: ProcessGroup, options: MegatronOptions) -> Grid:
         tensor_model_parallel_size=options.tensor_parallel_size,
         pipeline_model_parallel_size=options.pipeline_parallel_size,
         context_parallel_size=options.context_parallel_size,
+        expert_model_parallel_size=options.expert_parallel_size,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
     # Dropout is off, so the model draws no random numbers and the no-op tracker is enough.
@@ -71,6 +77,8 @@ def make_grid(world: ProcessGroup, options: MegatronOptions) -> Grid:
         tensor=parallel_state.get_tensor_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
     )
 
 

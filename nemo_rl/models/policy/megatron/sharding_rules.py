@@ -1,8 +1,8 @@
-"""Rules that convert Hugging Face tensors to one Megatron parameter and back, exactly, for any tensor-parallel size.
+"""Rules that convert Hugging Face tensors to one Megatron parameter and back, exactly, for any parallel sizes.
 
-A rule converts tensors of the Hugging Face model to all tensor-parallel shards of the Megatron parameter, stacked along
-a new first dimension, and inverts the conversion. It only moves elements, so it applies to weights and to the
-optimizer's moments, on any device; on the meta device it computes shapes.
+A rule converts tensors of the Hugging Face model to all tensor-parallel (for experts: expert-parallel) shards of the
+Megatron parameter, stacked along a new first dimension, and inverts the conversion. It only moves elements, so it
+applies to weights and to the optimizer's moments, on any device; on the meta device it computes shapes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ import torch
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that rules need besides the tensors: the number of key-value heads, and the tensor-parallel size."""
+    """The sizes that rules need besides the tensors: the number of key-value heads, and the parallel sizes."""
 
     num_query_groups: int
     tensor_parallel_size: int
+    expert_parallel_size: int = 1
 
 
 class Rule(ABC):
     """Converts the Hugging Face tensors `names`, in this order, to one Megatron parameter and back."""
 
-    # Whether tensor-parallel ranks hold different parts of the parameter.
+    # Whether tensor-parallel ranks (for experts: expert-parallel ranks) hold different parts of the parameter.
     split: ClassVar[bool] = True
+    of_experts: ClassVar[bool] = False
 
     def __init__(self, *names: str) -> None:
         self.names = names
 
     @abstractmethod
     def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
-        """Return [tensor-parallel size, *shape of a shard]; the first dimension is 1 if the parameter is not split."""
+        """Return [parallel size, *shape of a shard]; the first dimension is 1 if the parameter is not split."""
 
     @abstractmethod
     def tensors(self, shards: torch.Tensor, shapes: Sequence[torch.Size], shape: ModelShape) -> list[torch.Tensor]:
@@ -99,6 +101,19 @@ class SplitAttention(Rule):
         groups = shards.flatten(0, 1).unflatten(0, (shape.num_query_groups, -1))
         sizes = [rows[0] // shape.num_query_groups for rows in shapes]
         return [part.flatten(0, 1) for part in groups.split(sizes, dim=1)]
+
+
+class SplitExperts(Rule):
+    """Splits experts, which are stacked along the first dimension, over the expert-parallel ranks."""
+
+    of_experts = True
+
+    def shards(self, tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+        (tensor,) = tensors
+        return tensor.unflatten(0, (shape.expert_parallel_size, -1))
+
+    def tensors(self, shards: torch.Tensor, shapes: Sequence[torch.Size], shape: ModelShape) -> list[torch.Tensor]:
+        return [shards.flatten(0, 1)]
 
 
 def padded_vocabulary(size: int, tensor_parallel_size: int) -> int:

@@ -2,11 +2,12 @@
 
 ::
 
-    gather   stage's shards ──all-gather over tensor-parallel ranks──► full parameter ──send──► rank 0 ──► tensors
+    gather   stage's shards ──all-gather over parallel ranks──► full parameter ──send──► rank 0 ──► tensors
     scatter  rank 0: tensors ──► all shards of one parameter ──broadcast──► every rank keeps its shard
 
 Both process one Megatron parameter at a time, so that no rank holds more than one full parameter. They work for any
-tensor- and pipeline-parallel sizes, so tensors gathered under one layout can be scattered under another.
+parallel sizes, so tensors gathered under one layout can be scattered under another. Experts are gathered over
+expert-parallel ranks, all other parameters over tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class WeightExchange:
         self, model: nn.Module, hf: PreTrainedConfig, family: Family, shapes: dict[str, torch.Size], grid: Grid
     ) -> None:
         self._grid = grid
-        self._shape = ModelShape(hf.num_key_value_heads, grid.tensor.size())
+        self._shape = ModelShape(hf.num_key_value_heads, grid.tensor.size(), grid.expert.size())
         self._shapes = shapes
         layers_per_stage = hf.num_hidden_layers // grid.pipeline.size()
         self._units = _units(hf, family, shapes, layers_per_stage, grid.pipeline.size())
@@ -100,14 +101,14 @@ class WeightExchange:
                 part.
             on_all_ranks: yield all tensors on every rank.
         """
-        takes_part = self._grid.is_first_replica or on_all_ranks
-        if not takes_part and not from_all_replicas:
-            return
         ready: dict[str, torch.Tensor] = {}
         for name in self._shapes:
             if name not in ready:
                 unit_name = self._unit_of[name]
                 unit = self._units[unit_name]
+                takes_part = on_all_ranks or self._is_in_first_replica(unit)
+                if not takes_part and not from_all_replicas:
+                    continue
                 local = read(self._local[unit_name]) if self._holds(unit_name) else None
                 shards = self._collect(unit, local, dtype, on_all_ranks=on_all_ranks) if takes_part else None
                 if shards is None:
@@ -136,7 +137,14 @@ class WeightExchange:
             if self._grid.world.world_size > 1:
                 dist.broadcast(buffer, src=0)
             if name in self._local:
-                write(self._local[name], buffer[self._grid.tensor.rank() if unit.rule.split else 0])
+                write(self._local[name], buffer[self._ranks(unit).rank() if unit.rule.split else 0])
+
+    def _ranks(self, unit: _Unit) -> dist.ProcessGroup:
+        """The ranks that a split parameter is split over."""
+        return self._grid.expert if unit.rule.of_experts else self._grid.tensor
+
+    def _is_in_first_replica(self, unit: _Unit) -> bool:
+        return self._grid.expert_data.rank() == 0 if unit.rule.of_experts else self._grid.is_first_replica
 
     def _holds(self, unit_name: str) -> bool:
         """Whether the parameter is gathered from this rank's stage."""
@@ -151,10 +159,11 @@ class WeightExchange:
         """
         shards = None
         if local is not None:
-            shards = local[None] if not unit.rule.split else self._all_shards(local)
+            shards = local[None] if not unit.rule.split else _all_shards(local, self._ranks(unit))
         if on_all_ranks:
             return self._on_all_stages(unit, shards, dtype)
-        if unit.stage > 0 and self._grid.tensor.rank() == 0:
+        # The first rank of every stage takes part in gathering all of its parameters.
+        if unit.stage > 0 and self._grid.is_first_replica and self._grid.tensor.rank() == 0:
             first = dist.get_global_rank(self._grid.pipeline, 0)
             owner = dist.get_global_rank(self._grid.pipeline, unit.stage)
             if shards is not None:
@@ -173,13 +182,6 @@ class WeightExchange:
             owner = dist.get_global_rank(self._grid.pipeline, unit.stage)
             dist.broadcast(shards, src=owner, group=self._grid.pipeline)
         return shards
-
-    def _all_shards(self, local: torch.Tensor) -> torch.Tensor:
-        if self._grid.tensor.size() == 1:
-            return local[None]
-        parts = [torch.empty_like(local, requires_grad=False) for _ in range(self._grid.tensor.size())]
-        dist.all_gather(parts, local.contiguous(), group=self._grid.tensor)
-        return torch.stack(parts)
 
     def _shards_shape(self, unit: _Unit) -> torch.Size:
         return unit.rule.shards([torch.empty(shape, device="meta") for shape in unit.shapes], self._shape).shape
@@ -203,6 +205,14 @@ def _units(
         for name, rule in family.layer.items():
             units[f"decoder.layers.{layer}.{name}"] = unit(rule, f"model.layers.{layer}.", layer // layers_per_stage)
     return units
+
+
+def _all_shards(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    if group.size() == 1:
+        return local[None]
+    parts = [torch.empty_like(local, requires_grad=False) for _ in range(group.size())]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.stack(parts)
 
 
 def _local_parameters(model: nn.Module, first_layer: int) -> dict[str, nn.Parameter]:

@@ -20,6 +20,7 @@ from nemo_rl.models.policy.megatron.sharding_rules import (
     Rule,
     SplitAttention,
     SplitColumns,
+    SplitExperts,
     SplitGated,
     SplitVocabulary,
 )
@@ -80,7 +81,7 @@ def _no_problem(config: PreTrainedConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """Describes a family of dense decoders.
+    """Describes a family of decoders.
 
     Attributes:
         layer: rules for one layer's parameters, by Megatron's names below `decoder.layers.<i>.`. Hugging Face's names
@@ -88,6 +89,7 @@ class Family:
         model: rules for all other parameters, by full names.
         transformer: returns settings of `megatron.core.transformer.TransformerConfig` besides those that all families
             share.
+        has_experts: every layer has a router and experts instead of an MLP; `moe` adds their settings.
         problem: returns why this backend cannot train a model of the family; None if it can.
         output_norms: whether the outputs of attention and MLP are normalized before they are added to their inputs.
         embedding_scale: returns the factor of the embedded tokens; None: no factor.
@@ -96,6 +98,7 @@ class Family:
     layer: Mapping[str, Rule]
     model: Mapping[str, Rule]
     transformer: Callable[[PreTrainedConfig], Mapping[str, Any]] = _no_settings
+    has_experts: bool = False
     problem: Callable[[PreTrainedConfig], str | None] = _no_problem
     output_norms: bool = False
     embedding_scale: Callable[[PreTrainedConfig], float] | None = None
@@ -125,6 +128,11 @@ OUTPUT_NORMS: Mapping[str, Rule] = {
     "self_attention.linear_proj.post_layernorm.weight": Replicated("post_attention_layernorm.weight"),
     "pre_mlp_layernorm.weight": Replicated("pre_feedforward_layernorm.weight"),
     "mlp.linear_fc2.post_layernorm.weight": Replicated("post_feedforward_layernorm.weight"),
+}
+EXPERTS: Mapping[str, Rule] = {
+    "mlp.router.weight": Replicated("mlp.gate.weight"),
+    "mlp.experts.gate_up_proj": SplitExperts("mlp.experts.gate_up_proj"),
+    "mlp.experts.down_proj": SplitExperts("mlp.experts.down_proj"),
 }
 DENSE_MODEL: Mapping[str, Rule] = {
     "embedding.word_embeddings.weight": SplitVocabulary("model.embed_tokens.weight"),
