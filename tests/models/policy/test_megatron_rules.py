@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import RankProcesses
-from tiny_policy import FAMILIES, make_model
+from tiny_policy import CONFIGS, make_model
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.errors import ModelError
@@ -17,18 +17,21 @@ from nemo_rl.models.policy.megatron.logprobs import vocabulary_parallel_logprobs
 from nemo_rl.models.policy.megatron.sharding_rules import ModelShape, SplitAttention, SplitGated
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2, 4])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_rules_round_trip_every_parameter(tmp_path: Path, name: str, tensor_parallel_size: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rules_round_trip_every_parameter(tmp_path: Path, name: str, size: int) -> None:
     module = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, name, tie_word_embeddings=False))
-    family, shape = find_family(module.config.model_type), ModelShape(2, tensor_parallel_size)
+    family, shape = (
+        find_family(module.config.model_type),
+        ModelShape(2, tensor_parallel_size=size, expert_parallel_size=size),
+    )
     remaining = {key: parameter.detach() for key, parameter in module.named_parameters()}
     tables = [("", family.model), *((f"model.layers.{layer}.", family.layer) for layer in range(4))]
     for prefix, table in tables:
         for rule in table.values():
             tensors = [remaining.pop(f"{prefix}{part}") for part in rule.names]
             shards = rule.shards(tensors, shape)
-            assert len(shards) == (tensor_parallel_size if rule.split else 1)
+            assert len(shards) == (size if rule.split else 1)
             for tensor, actual in zip(tensors, rule.tensors(shards, [t.shape for t in tensors], shape), strict=True):
                 assert torch.equal(tensor, actual)
     assert not remaining, f"the tables lack {sorted(remaining)}"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_torch_policy_worker import MODES, shards_of
 from tiny_policy import advantage_loss, make_batch, make_moe, make_worker, weights, with_experts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nemo_rl.algorithms.config import MasterConfig
 from nemo_rl.algorithms.rollouts import training_batch
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.errors import ConfigError
+from nemo_rl.errors import ConfigError, ModelError
 from nemo_rl.models.embedded import make_tokenizer
 from nemo_rl.models.generation.config import GenerationConfig, GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
@@ -127,7 +127,9 @@ def test_engine_returns_the_experts_of_every_token(talking: Path) -> None:
 def test_joined_results_keep_their_experts(talking: Path) -> None:
     short, long = generate(talking, "float32", 3, max_new_tokens=3), generate(talking, "float32", 3)
     both = join([short, select(long, [5, 2])])
-    assert both.routed_experts is not None and short.routed_experts is not None and long.routed_experts is not None
+    assert both.routed_experts is not None
+    assert short.routed_experts is not None
+    assert long.routed_experts is not None
     width = short.routed_experts.shape[1]
     assert torch.equal(both.routed_experts[:12, :width], short.routed_experts)
     assert not both.routed_experts[:12, width:].any()
@@ -146,6 +148,12 @@ def test_replay_shrinks_the_gap_between_generation_and_training(talking: Path) -
         gaps[replay] = float(difference.mean()), float(difference.quantile(0.99)), float(difference.max())
     print(f"mean, 99th percentile, maximum: {gaps[False]} without replay, {gaps[True]} with replay")
     assert gaps[True][0] < 0.5 * gaps[False][0]
+
+
+def test_dense_model_is_refused() -> None:
+    spec = GeneratorSpec("some/model", GenerationConfig(router_replay=True), 64)
+    with pytest.raises(ModelError, match="supports qwen3_moe, and 'some/model' is of the family llama"):
+        spec.config.options.check_model(LlamaConfig(), spec)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,9 @@ def _unfused(module: Any, data: torch.Tensor) -> Iterable[LocalParameter]:
 def _experts(module_name: str, kind: str, data: torch.Tensor) -> tuple[str, LocalParameter]:
     if kind == "w13_weight":
         return f"{module_name}.gate_up_proj", LocalParameter(data, 1, num_stacked=2)
-    return f"{module_name}.down_proj", LocalParameter(data, 2)
+    if kind == "w2_weight":
+        return f"{module_name}.down_proj", LocalParameter(data, 2)
+    return f"{module_name}.{kind}", LocalParameter(data)  # such as a bias
 
 
 def _unsplit(module: torch.nn.Module, kind: str, data: torch.Tensor) -> LocalParameter:

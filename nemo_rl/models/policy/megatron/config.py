@@ -107,13 +107,15 @@ class MegatronOptions(PolicyOptions):
         problem = find_family(model.model_type).problem(model) or unsupported_feature(model)
         if problem is not None:
             raise ModelError(f"policy.backend=megatron cannot train {name!r}: {problem}. Set policy.backend=torch")
-        self._check_experts(name, getattr(model, "num_experts", 0))
+        num_experts = getattr(model, "num_experts", 0)
+        self._check_experts(name, num_experts)
         heads, groups = model.num_attention_heads, model.num_key_value_heads
-        if heads % tensor or model.intermediate_size % tensor or (groups % tensor and tensor % groups):
+        width = 0 if num_experts else model.intermediate_size  # experts are not split
+        if heads % tensor or width % tensor or (groups % tensor and tensor % groups):
+            of_mlp = f" and the MLP width {width}" if width else ""
             raise ModelError(
-                f"policy.options.tensor_parallel_size={tensor} must divide the {heads} attention heads and the MLP "
-                f"width {model.intermediate_size} of {name!r}, and divide its {groups} key-value heads or be a "
-                "multiple of them"
+                f"policy.options.tensor_parallel_size={tensor} must divide the {heads} attention heads{of_mlp} of "
+                f"{name!r}, and divide its {groups} key-value heads or be a multiple of them"
             )
         if model.num_hidden_layers % stages:
             raise ModelError(

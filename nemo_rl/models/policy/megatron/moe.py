@@ -54,8 +54,10 @@ class Router(TopKRouter):
     Without Transformer Engine, megatron-core cannot compute the logits.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config, pg_collection)
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any
+    ) -> None:
+        super().__init__(config, pg_collection, **options)
         self.router_replay = Replay()
 
     def use(self, experts: torch.Tensor | None) -> None:
@@ -75,13 +77,7 @@ class Experts(MegatronModule):
     [experts, 2 * width, hidden] and [experts, hidden, width], so a rank holds a slice of each.
     """
 
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-        **_: Any,
-    ) -> None:
+    def __init__(self, num_local_experts: int, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config)
         width, hidden = config.moe_ffn_hidden_size, config.hidden_size
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
