@@ -125,6 +125,12 @@ PROJECT_ROOT = Variable[Path | None](
     "The project, whose lock file decides the packages of venvs. Default: the nearest directory upward from the "
     "working directory whose pyproject.toml has [project] or [tool.uv.workspace], else this package's source tree.",
 )
+TEMPLATE = Variable(
+    "NEMO_RL_TEMPLATE",
+    str,
+    "",
+    "Set by a warm session in its processes: the template that they start from. Do not set it.",
+)
 CACHE_DIR = Variable[Path | None](
     "NEMO_RL_CACHE_DIR", Path, None, "The directory of models that the project creates. Default: ~/.cache/nemo_rl."
 )
@@ -348,6 +354,11 @@ def only_inheritable() -> Iterator[None]:
 def snapshot() -> dict[str, str]:
     """Return a copy of this process's environment, from which to derive the environment of a child process."""
     return dict(os.environ)
+
+
+def take(name: str) -> str | None:
+    """Remove a variable from this process's environment and return its value, or None."""
+    return os.environ.pop(name, None)
 
 
 def export(variables: Mapping[str, str]) -> None:

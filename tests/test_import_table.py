@@ -40,7 +40,12 @@ INTERFACES = {
     ("algorithms", "environments"): {"interfaces", "config", "episode_calls"},
 }
 # They run in a worker's process before this package can be imported there, so they set variables without `settings`.
-SET_ENVIRONMENT = {"distributed/workers/host.py", "distributed/cluster/setup_worker.py"}
+SET_ENVIRONMENT = {"distributed/workers/host.py"}
+# They run by path in a Python that may lack this package, so they use the standard library only, and `os.environ`.
+RUN_BY_PATH = {
+    f"distributed/cluster/{name}.py"
+    for name in ("setup_worker", "session_worker", "template_client", "template_process")
+}
 # Entry points that write to the terminal.
 MAY_PRINT = ("cli/", "jobs/command_line.py")
 # The packages that a driver imports. Of `models` it gets what these packages import.
@@ -152,7 +157,7 @@ def test_no_module_imports_a_worker_module() -> None:
 def test_only_settings_reads_environ() -> None:
     broken = []
     for file, tree in sources():
-        if file == "settings.py":
+        if file == "settings.py" or file in RUN_BY_PATH:
             continue
         written = {id(value) for value in _assigned(tree)} if file in SET_ENVIRONMENT else set()
         for node in ast.walk(tree):
@@ -164,6 +169,20 @@ def test_only_settings_reads_environ() -> None:
                 broken.append(f"{file}:{node.lineno}")
             if {"environ", "environb", "getenv"} & set(names):
                 broken.append(f"{file}:{node.lineno}")
+    assert broken == []
+
+
+def test_what_runs_by_path_needs_only_the_standard_library() -> None:
+    allowed = {*sys.stdlib_module_names, "template_client"}
+    broken = [
+        f"{file}:{node.lineno}"
+        for file, tree in sources()
+        if file in RUN_BY_PATH
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        if name.partition(".")[0] not in allowed
+    ]
     assert broken == []
 
 

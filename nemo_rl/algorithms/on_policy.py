@@ -194,9 +194,8 @@ class OnPolicyLoop(TrainingLoop):
     def _publish_weights(self, version: int) -> WeightUpdate | WeightOffer:
         with self.timer.phase("weight_sync"):
             precision = self.config.policy.generation.precision or self.config.policy.precision
-            if self.config.algorithm.max_trajectory_age == 0:
-                return self.policy.offer_weights(version, precision)
-            return self.policy.publish_weights(version, precision)  # a copy, which outlives the next update
+            lasting = self.config.algorithm.max_trajectory_age > 0  # they are loaded while the policy trains
+            return self.policy.offer_weights(version, precision, lasting=lasting)
 
     def _add_logprobs(self, rows: TrainingRows, step: int, age: int) -> dict[str, float]:
         """Add the policy's log-probabilities if the loss needs them; at check steps, compare them with generation's.

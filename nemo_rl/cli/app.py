@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from nemo_rl import __version__, settings
-from nemo_rl.cli import doctor, env, jobs, project, rollouts, submit, venvs
+from nemo_rl.cli import doctor, env, jobs, project, rollouts, session, submit, venvs
 from nemo_rl.errors import NemoRLError, exit_code
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(venvs.app, name="venvs")
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(env.app, name="env")
+app.add_typer(session.app, name="session")
 project.add_commands(app)
 jobs.add_commands(app)
 doctor.add_commands(app)

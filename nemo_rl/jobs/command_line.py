@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Generic, NoReturn
 
 from nemo_rl import settings
 from nemo_rl.errors import ConfigError, NemoRLError, exit_code, sentence
+from nemo_rl.jobs.hand_over import hand_over, report_imports_of_driver
 from nemo_rl.utils.config import ConfigModel, ConfigT, iter_keys, load_config
 from nemo_rl.utils.names import nearest_names
 
@@ -80,7 +81,7 @@ def run_command(
     Args:
         schema: the configuration class.
         default_config: YAML file, or name of a recipe of this package, that is used without `--config`.
-        job: called with the parsed arguments.
+        job: called with the parsed arguments. Its module has a `main(argv, *, program)` that calls this function.
         argv: the command line; None uses `sys.argv`.
         program: name of the command in its help; None uses `sys.argv`.
         options: further arguments of this job.
@@ -88,6 +89,9 @@ def run_command(
     Returns:
         The exit code (see the top of this module).
     """
+    code = hand_over(job.__module__, argv, program)
+    if code is not None:
+        return code
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     parser = _parser(schema, default_config, program)
     if options is not None:
@@ -102,6 +106,7 @@ def run_command(
         else:
             config, name = options.load(arguments)
         job(JobArguments(config, name, arguments.dry_run))
+        report_imports_of_driver()
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
         return 130

@@ -40,6 +40,8 @@ class Backend:
             uses that one.
         streams_weights: policy workers have `send_weights` and `weight_endpoint`; the `update_weights` of generation
             workers accepts a `WeightStream`, as `receive` does.
+        loads_adapters: the `update_weights` of generation workers accepts a `WeightUpdate` with a base, and returns
+            what `IncomingWeights.confirm` returns. Other workers get the merged weights of LoRA.
         offloads: policy workers have `offload`, and every other method brings back the memory that it needs.
         trains_lora: policy workers train the adapters of `policy.lora`.
         trains_reward_models: policy workers train a model with a score per conversation, and have `get_scores`.
@@ -54,6 +56,7 @@ class Backend:
     cpu_python: str | None = None
     gpu_python: str | None = None
     streams_weights: bool = False
+    loads_adapters: bool = False
     offloads: bool = False
     trains_lora: bool = False
     trains_reward_models: bool = False
@@ -117,6 +120,7 @@ GENERATION_BACKENDS: dict[str, Backend] = {
         "nemo_rl.models.generation.torch.torch_generation_worker.TorchGenerationWorker",
         streams_weights=True,
         returns_experts=True,
+        loads_adapters=True,
     ),
     "vllm": Backend(
         "nemo_rl.models.generation.vllm.vllm_worker.VllmGenerationWorker",
@@ -124,6 +128,7 @@ GENERATION_BACKENDS: dict[str, Backend] = {
         cpu_python="VLLM_CPU",
         gpu_python="VLLM",
         streams_weights=True,
+        loads_adapters=True,
     ),
 }
 

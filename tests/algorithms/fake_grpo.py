@@ -47,7 +47,7 @@ class FakePolicy:
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
         return WeightUpdate(version, "fake", (), digest=repr(self.skill))
 
-    def offer_weights(self, version: int, dtype: str) -> WeightUpdate:
+    def offer_weights(self, version: int, dtype: str, *, lasting: bool = False) -> WeightUpdate:
         return self.publish_weights(version, dtype)
 
     def save_checkpoint(self, directory: Path) -> None:

@@ -68,6 +68,7 @@ class Evidence:
 
 PLUGIN = "tests/examples/test_plugin.py::"
 SUBMISSION = "tests/jobs/test_submission.py::test_job_can_be_followed_and_stopped"
+WARM_SESSION = "tests/functional/test_warm_session.py::"
 FOREIGN = "tests/functional/test_foreign_project.py::"
 BUNDLE = "tests/cli/test_venvs_commands.py::test_bundle_prints_the_build_command"
 WORDS = "nemo_rl_plugin.words_dataset:WordsDataset"
@@ -136,6 +137,13 @@ RUN_ELSEWHERE = [
     Evidence(
         ("nemo-rl", "grpo", "--config", "configs/grpo.yaml", "env.name=exact", "grpo.max_num_steps=2"),
         FOREIGN + "test_job_trains_with_the_environment_of_the_project",
+    ),
+    Evidence(("nemo-rl", "session", "start"), WARM_SESSION + "session", program=2),
+    Evidence(
+        ("nemo-rl", "session", "status"), WARM_SESSION + "test_jobs_start_from_templates_and_train_alike", program=2
+    ),
+    Evidence(
+        ("nemo-rl", "session", "stop"), WARM_SESSION + "test_jobs_start_from_templates_and_train_alike", program=2
     ),
     Evidence(("nemo-rl", "status"), SUBMISSION),
     Evidence(("nemo-rl", "logs", "-f", ANY), SUBMISSION),

@@ -61,6 +61,7 @@ def test_killed_asynchronous_run_records_every_step_once(tmp_path):
         *EVALUATED,
         "grpo.max_num_steps=6",
         "grpo.max_trajectory_age=1",
+        "policy.lora.rank=4",  # generation gets adapters, the evaluation gets merged weights
         f"logger.log_dir={directory}",
     )
     job = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

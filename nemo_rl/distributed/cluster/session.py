@@ -7,9 +7,8 @@
              ──unset──► lock ─► record, alive? ──► join it
                               └─► else ──────────► start a cluster and publish its record
 
-The record of a local cluster is a file in the temporary directory, one per user, machine, interpreter and set of GPUs.
-It names the GCS process; a record whose process has ended is ignored. So a driver joins only the cluster of a running
-driver of this project that sees the same GPUs. The cluster ends with the driver that started it.
+A local cluster ends with the driver, or the warm session (`warm_session`), that started it. Its record: see
+`local_clusters`.
 """
 
 from __future__ import annotations
@@ -17,28 +16,33 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
-import psutil
 import ray
 
 from nemo_rl import settings
 from nemo_rl.distributed import ray_private
+from nemo_rl.distributed.cluster.local_clusters import (
+    LocalCluster,
+    ProcessIdentity,
+    WarmSession,
+    locked_record,
+    read_record,
+    remove_record,
+    write_record,
+)
+from nemo_rl.distributed.cluster.template_client import DRIVERS_LOCK, TEMPLATE_VARIABLE
 from nemo_rl.distributed.ray_private import connected_node
 from nemo_rl.errors import ClusterError
-from nemo_rl.utils.files import private_temp_dir, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ _CONNECT_TIMEOUT_S = 5.0
 _START_LIMIT_S = 120.0
 
 _process_lock = threading.Lock()
+_held_sessions: list[IO[str]] = []  # closed by the kernel when this process ends
 
 
 def init_ray(log_dir: str | None = None) -> None:
@@ -99,6 +104,25 @@ def start_local_ray(num_cpus: int | None = None, num_gpus: int | None = None) ->
         return _start_local(num_cpus, num_gpus)
 
 
+def start_session_cluster(templates: Path) -> None:
+    """Start the cluster of a warm session in this process and publish its record.
+
+    Args:
+        templates: directory of the session's templates.
+    """
+    settings.export({TEMPLATE_VARIABLE: f"{templates}/"})  # for the raylet
+    with _process_lock, locked_record() as path:
+        _start_local()
+        _publish(path, WarmSession.of_this_process(templates))
+
+
+def hold_session(templates: Path) -> None:
+    """Keep a warm session from ending while this process runs."""
+    lock = open(templates / DRIVERS_LOCK, "a")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    _held_sessions.append(lock)
+
+
 def can_grow() -> bool:
     """Return whether more nodes may join the cluster. A local cluster always has one node."""
     return not connected_node().ray_init_cluster and _joined_local_cluster is None
@@ -116,16 +140,26 @@ def _connect() -> None:
     elif address is not None:
         _join(address)
     else:
-        with _local_cluster_lock() as record_path:
-            running = _read_record(record_path)
+        with locked_record() as path:
+            running = read_record(path)
+            if running is not None and running.session is not None:
+                difference = running.session.difference()
+                if difference is not None:
+                    logger.warning(
+                        "the warm session is not used: %s. Start it again from here: `nemo-rl session stop`, then "
+                        "`nemo-rl session start`",
+                        difference,
+                    )
+                    _start_local()
+                    return
             if running is None or not _join_local(running):
                 _start_local()
-                _write_record(record_path)
+                _publish(path)
 
 
 # --- joining ------------------------------------------------------------------------------------------------
 
-_joined_local_cluster: _LocalCluster | None = None
+_joined_local_cluster: LocalCluster | None = None
 
 
 def _join(address: str) -> None:
@@ -160,7 +194,7 @@ def _check_reachable(address: str) -> None:
             time.sleep(0.2)
 
 
-def _join_local(cluster: _LocalCluster) -> bool:
+def _join_local(cluster: LocalCluster) -> bool:
     """Join another driver's local cluster. Returns whether it was still running."""
     global _joined_local_cluster
     _set_switches()
@@ -174,6 +208,10 @@ def _join_local(cluster: _LocalCluster) -> bool:
         logger.info("the local Ray cluster at %s can no longer be joined: %s", cluster.address, error)
         return False
     _joined_local_cluster = cluster
+    if cluster.session is not None:
+        hold_session(Path(cluster.session.templates))
+        logger.info("joined the warm session of process %d", cluster.owner.pid)
+        return True
     logger.warning(
         "joined the local Ray cluster of process %d, which sees the same GPUs; it ends when that process ends. "
         "RAY_ADDRESS=local starts a separate cluster.",
@@ -257,97 +295,18 @@ def _set_switches() -> None:
 # --- the record of a local cluster --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Process:
-    """A process, identified by id and start time because ids are reused."""
-
-    pid: int
-    created: float
-
-    @staticmethod
-    def of(pid: int) -> _Process:
-        return _Process(pid, psutil.Process(pid).create_time())
-
-    def is_running(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-
-
-@dataclass(frozen=True)
-class _LocalCluster:
-    """The record of a local cluster, as its owner published it.
-
-    Attributes:
-        address: host and port of the GCS.
-        owner: the driver that started it; the cluster ends with it.
-        gcs: the GCS server, the cluster's central process.
-        auth_mode: Ray's authentication mode; None for Ray's default.
-        ray_version: the owner's version of Ray; Ray refuses to mix versions.
-    """
-
-    address: str
-    owner: _Process
-    gcs: _Process
-    auth_mode: str | None
-    ray_version: str
-
-    @staticmethod
-    def from_json(text: str) -> _LocalCluster:
-        fields = json.loads(text)
-        return _LocalCluster(**{**fields, "owner": _Process(**fields["owner"]), "gcs": _Process(**fields["gcs"])})
-
-    def can_be_joined(self) -> bool:
-        # Check both: the GCS outlives its owner by a moment, and a driver may continue after it has shut its cluster
-        # down. Ray ends a driver that connects to a dying GCS, without an exception.
-        return self.ray_version == ray.__version__ and self.owner.is_running() and self.gcs.is_running()
-
-
-@contextlib.contextmanager
-def _local_cluster_lock() -> Iterator[Path]:
-    """Lock the record of this user's local cluster for these GPUs, so that two drivers started together share one.
-
-    Yields the path of the record.
-    """
-    try:
-        directory = private_temp_dir()
-    except PermissionError as error:
-        raise ClusterError(f"the records of running Ray clusters cannot be used: {error} Or set RAY_ADDRESS.") from None
-    visible = settings.CUDA_VISIBLE_DEVICES.get()
-    gpus = "all" if visible is None else ",".join(sorted(part.strip() for part in visible.split(",")))
-    identity = json.dumps([socket.gethostname(), sys.executable, gpus])
-    path = directory / f"ray-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path
-
-
-def _read_record(path: Path) -> _LocalCluster | None:
-    try:
-        cluster = _LocalCluster.from_json(path.read_text())
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None  # no record, or one of another version of this project
-    return cluster if cluster.can_be_joined() else None
-
-
-def _write_record(path: Path) -> None:
-    record = _LocalCluster(
+def _publish(path: Path, session: WarmSession | None = None) -> None:
+    record = LocalCluster(
         address=connected_node().gcs_address,
-        owner=_Process.of(os.getpid()),
-        gcs=_Process.of(ray_private.gcs_pid()),
+        owner=ProcessIdentity.of(os.getpid()),
+        gcs=ProcessIdentity.of(ray_private.gcs_pid()),
         auth_mode=settings.snapshot().get("RAY_AUTH_MODE"),
         ray_version=ray.__version__,
+        session=session,
     )
-    write_atomically(path, json.dumps(asdict(record)))
+    write_record(path, record)
     # Runs before Ray's exit handler, which was registered when Ray was imported.
-    atexit.register(_remove_record, path, record)
-
-
-def _remove_record(path: Path, record: _LocalCluster) -> None:
-    if os.getpid() == record.owner.pid and _read_record(path) == record:
-        path.unlink(missing_ok=True)
+    atexit.register(remove_record, path, record)
 
 
 def _link_session(log_dir: Path) -> None:

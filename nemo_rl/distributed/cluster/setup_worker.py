@@ -3,7 +3,8 @@
 A raylet starts every process that has a `runtime_env` with Ray's `setup_worker.py`. That script imports all of ray in
 the driver's Python, sets some variables and replaces itself with the real worker, which imports all of ray again in the
 worker's Python. The first import is half of the CPU time that starting a worker costs (0.45 of 0.95 s, Ray 2.60). This
-script does the same without the import and falls back to Ray's script for anything that it does not know.
+script does the same without the import and falls back to Ray's script for anything that it does not know. In a warm
+session it starts the worker from a template instead (`template_client`).
 
 `session` points Ray to this file for the local clusters that it starts. The raylet looks for the file's name in the
 command line, so it must stay `setup_worker.py`. The script follows
@@ -44,8 +45,21 @@ def _set_variables(env_vars: dict[str, str]) -> None:
         os.environ[name] = re.sub(r"\$\{[A-Z0-9_]+\}", "", os.path.expandvars(value))
 
 
+def _start_from_template(python: str, command: list[str]) -> list[str] | None:
+    """Start the worker by fork and return None if this cluster belongs to a warm session that has a template for it.
+
+    Otherwise return the command of the worker.
+    """
+    if not os.environ.get("NEMO_RL_TEMPLATE"):
+        return command
+    import template_client  # next to this script, which runs by its path
+
+    started: list[str] | None = template_client.worker_command(python, command)
+    return started
+
+
 def main(arguments: list[str]) -> None:
-    """Replace this process with the worker's."""
+    """Replace this process with the worker's, or start the worker and end."""
     context, language, command = _split(arguments)
     if language != "PYTHON" or not command or set(context) - _KNOWN_FIELDS:
         ray_script = os.path.join(os.path.dirname(command[0]), "setup_worker.py") if command else ""
@@ -56,7 +70,10 @@ def main(arguments: list[str]) -> None:
     python = context.get("py_executable") or sys.executable
     prefix = context.get("command_prefix") or []
     if not prefix and os.path.isfile(python):
-        os.execv(python, [python, *command])
+        to_run = _start_from_template(python, command)
+        if to_run is not None:
+            os.execv(python, [python, *to_run])
+        return
     # A prefix or an executable given by a plugin or a user may use shell syntax.
     line = " ".join([*prefix, "exec", python, *map(shlex.quote, command)])
     os.execvp("bash", ["bash", "-c", line])

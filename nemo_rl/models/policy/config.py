@@ -134,6 +134,11 @@ class LoraConfig(ConfigModel):
         description="Names of the linear layers with adapters, such as q_proj; all-linear: all but the output layer.",
     )
     seed: int = Field(0, description="Seed of the adapters' initial values.")
+    sync: Literal["adapter", "merged"] | None = Field(
+        None,
+        description="Send generation the adapters only, and the base weights once, or all weights, merged. Null: "
+        "adapter, but merged if weights go from GPU to GPU or the generation backend cannot load adapters.",
+    )
 
     @field_validator("target_modules")
     @classmethod

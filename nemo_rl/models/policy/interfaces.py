@@ -139,13 +139,20 @@ class PolicyInterface(ABC):
 
     @abstractmethod
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
-        """Publish the current weights for generation workers, cast to `dtype` ("float32", "bfloat16")."""
+        """Publish the current weights for any generation workers, cast to `dtype` ("float32", "bfloat16").
 
-    def offer_weights(self, version: int, dtype: str) -> WeightUpdate | WeightOffer:
-        """Offer the current weights to receivers that load them before the next call of `train`.
+        They stay as they are when the policy trains on. Those of LoRA are merged.
+        """
 
-        They may then be streamed while they are loaded, which takes less memory and time. A policy that cannot stream
-        publishes them.
+    def offer_weights(self, version: int, dtype: str, *, lasting: bool = False) -> WeightUpdate | WeightOffer:
+        """Offer the current weights to the policy's own generation workers, in the way that costs least.
+
+        They may be streamed while they are loaded, or only the adapters of LoRA may be sent. A policy that can do
+        neither publishes them.
+
+        Args:
+            version, dtype: see `publish_weights`.
+            lasting: receivers may load them after the next call of `train`. Then they are not streamed.
         """
         return self.publish_weights(version, dtype)
 

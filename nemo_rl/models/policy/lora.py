@@ -3,12 +3,14 @@
 The weights of the model are frozen. Chosen linear layers compute W x + (alpha / rank) B A x, where A [rank, in] and
 B [out, rank] are trained. B begins at 0, so training begins with the model as it is.
 
-Generation is served the merged weights W + (alpha / rank) B A, so that every engine computes with plain matrices.
+Generation computes with the merged weights W + (alpha / rank) B A, which are plain matrices for every engine. Usually
+only A and B are sent, and merged there (see `nemo_rl.models.weights.adapters`).
 """
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from typing import Any
 
 import torch
@@ -37,7 +39,10 @@ def add_adapters(module: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
-    """Raise `ModelError` if a layer in `config.target_modules` does not exist. The model may be on the meta device."""
+    """Raise `ModelError` unless all layers in `config.target_modules` can have adapters.
+
+    The model may be on the meta device.
+    """
     has_experts = bool(getattr(module.config, "num_experts", 0))
     if config.target_modules == "all-linear" and not has_experts:
         return
@@ -46,6 +51,7 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear) or type(part).__name__ == _TRANSPOSED
     }
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     known = sorted({name.rpartition(".")[2] for name in names})
     if config.target_modules == "all-linear":
         raise ModelError(
@@ -53,7 +59,13 @@ def check_target_modules(module: PreTrainedModel, config: LoraConfig) -> None:
             f"not supported: name layers, of {', '.join(known)}"
         )
     for target in config.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        matching = {name for name in names if name == target or name.endswith(f".{target}")}
+        if tied := [name for name in sorted(matching) if uses[id(module.get_parameter(f"{name}.weight"))] > 1]:
+            raise ModelError(
+                f"policy.lora.target_modules: {tied[0]} of {type(module).__name__} shares its weight with another "
+                f"layer (tie_word_embeddings), so an adapter of it cannot be merged; remove {target!r}"
+            )
+        if not matching:
             near = difflib.get_close_matches(target, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ModelError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +14,8 @@ from nemo_rl.models.policy.lora import peft_config
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, TensorReader
 from nemo_rl.models.policy.policy_checkpoint import TorchState, agree
+from nemo_rl.models.weights.adapters import merge
+from nemo_rl.models.weights.interfaces import LowRankChange
 
 ADAPTER_DIRECTORY = "adapter"
 _BASE = ".base_layer."
@@ -45,29 +47,56 @@ class LoraState(TorchState):
     def optimizer_keys(self) -> list[str]:
         return [*super().optimizer_keys, *(f"{name}/{_VALUE}" for name in self._optimizer.names)]
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the merged weights in the model's order, gathered one at a time. A collective: exhaust it."""
-        parameters = self._model.parameters()
+    @functools.cached_property
+    def changes(self) -> tuple[LowRankChange, ...]:
+        """How the adapters change the model's weights, by the names that `frozen_weights` and `adapters` yield."""
         modules = dict(self._model.module.named_modules())
-        for name, parameter in parameters.items():
-            if _ADAPTER in name:
-                continue
-            full = self._model.full(parameter.detach())
+        result = []
+        for name in self._model.parameters():
             layer, is_adapted, _ = name.partition(f"{_BASE}weight")
             if is_adapted:
-                full = full + self._change(modules[layer], full.dtype)
-            yield name.replace(_BASE, "."), full
+                module = modules[layer]
+                a, b = (f"{layer}{_ADAPTER}{part}.weight" for part in "AB")
+                scaling = module.scaling[_NAME.removeprefix(".")]
+                result.append(LowRankChange(f"{layer}.weight", a, b, scaling, module.fan_in_fan_out))
+        return tuple(result)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the merged weights in the model's order, gathered one at a time. A collective: exhaust it."""
+        changes = {change.weight: change for change in self.changes}
+        adapters = self._adapter_parameters()
+        for name, full in self._frozen():
+            if (change := changes.get(name)) is not None:
+                a, b = (self._model.full(adapters[part].detach()) for part in (change.a, change.b))
+                full = merge(full, a, b, change)
+            yield name, full
+
+    def frozen_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights without the adapters, cast as in `BaseWeights`. A collective: exhaust it."""
+        changed = {change.weight for change in self.changes}
+        for name, full in self._frozen():
+            cast = full.to(dtype) if full.is_floating_point() else full
+            yield name, full if name in changed and not torch.equal(cast.to(full.dtype), full) else cast
+
+    def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the adapters in float32, by the names in `changes`. A collective: exhaust it."""
+        for name, parameter in self._adapter_parameters().items():
+            yield name, self._model.full(parameter.detach())
+
+    def _frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._model.parameters().items():
+            if _ADAPTER not in name:
+                yield name.replace(_BASE, "."), self._model.full(parameter.detach())
+
+    def _adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {
+            name.replace(_NAME, ""): parameter
+            for name, parameter in self._model.parameters().items()
+            if _ADAPTER in name
+        }
 
     def served_weights(self, *, on_all_ranks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         return self.weights()
-
-    def _change(self, layer: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Return (alpha / rank) B A of an adapted layer, with the shape of its weight. A collective."""
-        a, b = (
-            self._model.full(getattr(layer, part)["default"].weight.detach()).float() for part in ("lora_A", "lora_B")
-        )
-        change = (b @ a) * layer.scaling["default"]
-        return (change.T if layer.fan_in_fan_out else change).to(dtype)
 
     def moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().moments()
@@ -100,11 +129,7 @@ class LoraState(TorchState):
 
     def extra_files(self) -> Callable[[Path], None]:
         """Return what writes the adapters as `peft` loads them. A collective."""
-        tensors = {
-            f"base_model.model.{name.replace(_NAME, '')}": self._model.full(parameter.detach()).cpu().contiguous()
-            for name, parameter in self._model.parameters().items()
-            if _ADAPTER in name
-        }
+        tensors = {f"base_model.model.{name}": tensor.cpu().contiguous() for name, tensor in self.adapters()}
         config = peft_config(self._config, task_type="CAUSAL_LM", base_model_name_or_path=self._model_name)
 
         def write(directory: Path) -> None:

@@ -6,6 +6,7 @@ This module imports no worker: `models.backends` names the worker class, which i
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from nemo_rl.models.policy.weight_offer import PolicyWeights, WeightSenders
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS
 from nemo_rl.models.weights.interfaces import WeightOffer, WeightUpdate
 from nemo_rl.models.weights.routes import Route
+from nemo_rl.models.weights.transports import make_transport
+
+logger = logging.getLogger(__name__)
 
 
 class Policy(ModelGroup, PolicyInterface):
@@ -75,6 +79,7 @@ class Policy(ModelGroup, PolicyInterface):
         route = route or Route()
         self._streamed = route.streamed if backend.streams_weights and generation.streams_weights else None
         self._spans_nodes = route.spans_nodes
+        self._sends_adapters = _sends_adapters(config, route)
         stream_options: dict[str, Any] = {}
         if self._streamed is not None:
             stream_options["weight_stream_transport"] = self._streamed
@@ -125,12 +130,17 @@ class Policy(ModelGroup, PolicyInterface):
         return result
 
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate:
-        results = self._on_all("publish_weights", version=version, dtype=dtype)
+        return self._published("publish_weights", version, dtype)
+
+    def _published(self, method: str, version: int, dtype: str) -> WeightUpdate:
+        results = self._on_all(method, version=version, dtype=dtype)
         update: WeightUpdate = next(result for result in results if result is not None)
         return update
 
-    def offer_weights(self, version: int, dtype: str) -> WeightUpdate | WeightOffer:
-        if self._streamed is None:
+    def offer_weights(self, version: int, dtype: str, *, lasting: bool = False) -> WeightUpdate | WeightOffer:
+        if self._sends_adapters:
+            return self._published("publish_adapters", version, dtype)
+        if lasting or self._streamed is None:
             return self.publish_weights(version, dtype)
         self._end_offer()
         self._offer = PolicyWeights(lambda: self._weight_senders, version, dtype)
@@ -154,3 +164,17 @@ class Policy(ModelGroup, PolicyInterface):
     def load_checkpoint(self, directory: Path) -> None:
         self._end_offer()
         self._on_all("load_checkpoint", directory=str(directory.absolute()))
+
+
+def _sends_adapters(config: PolicyConfig, route: Route) -> bool:
+    """Whether generation gets the adapters of `policy.lora` instead of all weights."""
+    if config.lora is None or config.lora.sync == "merged":
+        return False
+    if not generation_backend(config.generation.backend).loads_adapters:
+        reason = f"policy.generation.backend={config.generation.backend} cannot load adapters"
+    elif config.lora.sync is None and route.streamed is not None and make_transport(route.streamed).on_gpu:
+        reason = f"they go from GPU to GPU ({route.streamed}); policy.lora.sync=adapter sends adapters, by host memory"
+    else:
+        return True
+    logger.info("policy.lora: generation gets all weights, merged: %s", reason)
+    return False

@@ -6,12 +6,15 @@ import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy.logprob_forward import LogprobForward
-from nemo_rl.models.policy.offload import Part, Scratch, needs
+from nemo_rl.models.policy.offload import Part, Scratch, borrows, needs
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.policy_checkpoint import TorchState
 from nemo_rl.models.policy.score_forward import ScoreForward
 from nemo_rl.models.policy.worker_base import PolicyForward, PolicyWorker
+from nemo_rl.models.weights.adapters import with_base
+from nemo_rl.models.weights.digest import dtype_by_name
+from nemo_rl.models.weights.interfaces import BaseWeights, WeightUpdate
 
 
 class TorchPolicyWorker(PolicyWorker):
@@ -37,6 +40,7 @@ class TorchPolicyWorker(PolicyWorker):
         )
         self._optimizer = optimizer
         self._state = self._trained_state(optimizer)
+        self._published_bases: dict[str, WeightUpdate | None] = {}  # of LoRA, by dtype
         self._memory = self._track_memory(
             self._model.module,
             lambda: self._model.parameters().values(),
@@ -50,6 +54,23 @@ class TorchPolicyWorker(PolicyWorker):
         from nemo_rl.models.policy.lora_state import LoraState
 
         return LoraState(self._model, optimizer, config.lora, config.model_name)
+
+    @borrows(Part.WEIGHTS)
+    def publish_adapters(self, version: int, dtype: str) -> WeightUpdate | None:
+        """Publish the adapters of LoRA, and at the first call for a dtype the base weights, which never change.
+
+        Rank 0 returns what receivers need; other ranks return None.
+        """
+        from nemo_rl.models.policy.lora_state import LoraState
+
+        state = self._state
+        assert isinstance(state, LoraState), "the policy has no adapters"
+        if dtype not in self._published_bases:
+            self._published_bases[dtype] = self._publish(state.frozen_weights(dtype_by_name(dtype)), version, None)
+        base, adapters = self._published_bases[dtype], self._publish(state.adapters(), version, "float32")
+        if base is None or adapters is None:
+            return None
+        return with_base(adapters, BaseWeights(base.buckets, base.digest, dtype, state.changes))
 
     def _load_reference(self) -> PolicyForward:
         model = load_parallel_model(self._config, self._group, trained=False)

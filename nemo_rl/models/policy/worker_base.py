@@ -208,7 +208,12 @@ class PolicyWorker(ModelWorker):
     @borrows(Part.WEIGHTS)
     def publish_weights(self, version: int, dtype: str) -> WeightUpdate | None:
         """Publish the current weights from rank 0, which returns what receivers need; other ranks return None."""
-        tensors = self._state.served_weights()
+        return self._publish(self._state.served_weights(), version, dtype)
+
+    def _publish(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str | None
+    ) -> WeightUpdate | None:
+        """Publish tensors, which are gathered by all ranks, from rank 0; see `WeightSender.publish`."""
         if self._group.rank == 0:
             return self._sender.publish(tensors, version=version, dtype=dtype)
         _exhaust(tensors)

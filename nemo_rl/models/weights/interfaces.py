@@ -13,13 +13,15 @@ The driver forwards a `WeightUpdate` (a few hundred bytes per tensor, no weights
 
 Streamed weights (see `stream`) are sent bucket by bucket while they are loaded. Gathering, copying and loading overlap,
 and the extra memory is a few buckets. The policy waits until the stream ends.
+
+With LoRA, an update may hold only the adapters, and name the base weights that they change (see `adapters`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +48,42 @@ class WeightBucket:
 
 
 @dataclass(frozen=True)
+class LowRankChange:
+    """Describes how an adapter changes a weight W: to W + scaling * B A.
+
+    Attributes:
+        weight: name of W among the base weights.
+        a, b: names of A [rank, in] and B [out, rank] among the tensors of an update.
+        scaling: factor of B A.
+        is_transposed: W is [in, out], so the transpose of B A is added.
+    """
+
+    weight: str
+    a: str
+    b: str
+    scaling: float
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """Describes published weights that stay the same, and how adapters change them.
+
+    Attributes:
+        buckets: all buckets, as in `WeightUpdate`. A weight that an adapter changes is in `dtype` if this represents it
+            exactly, else in float32.
+        digest: digest of all tensors in bucket order.
+        dtype: dtype of the changed weights.
+        changes: the changes by adapters.
+    """
+
+    buckets: tuple[WeightBucket, ...]
+    digest: str
+    dtype: str
+    changes: tuple[LowRankChange, ...]
+
+
+@dataclass(frozen=True)
 class WeightUpdate:
     """Describes one published set of weights.
 
@@ -53,13 +91,28 @@ class WeightUpdate:
         version: the training step after which the weights were taken; it grows with every update.
         transport: name of the transport that reads the buckets.
         buckets: all buckets in a fixed order. They hold every parameter once (tied parameters under their first name).
-        digest: digest of all tensors in bucket order; see `digest.WeightDigest`.
+        digest: digest of all tensors in bucket order; see `digest.WeightDigest`. With a base: see
+            `adapters.digest_with_base`.
+        base: None, or the weights that are changed by the adapters in `buckets`.
     """
 
     version: int
     transport: str
     buckets: tuple[WeightBucket, ...]
     digest: str
+    base: BaseWeights | None = None
+
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        """The parameters in the order in which `receive` yields them. With a base, the offsets have no meaning."""
+        if self.base is None:
+            return [spec for bucket in self.buckets for spec in bucket.tensors]
+        changed = {change.weight for change in self.base.changes}
+        return [
+            replace(spec, dtype=self.base.dtype) if spec.name in changed else spec
+            for bucket in self.base.buckets
+            for spec in bucket.tensors
+        ]
 
 
 @dataclass(frozen=True)

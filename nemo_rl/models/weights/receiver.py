@@ -1,22 +1,18 @@
-"""The receiver of published or streamed weights: buckets as named tensors."""
+"""The receiver of weights: buckets as named tensors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from nemo_rl.errors import WeightSyncError
-from nemo_rl.models.weights.digest import WeightDigest, check_digest, digest_tensors
-from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket, WeightStream, WeightUpdate
+from nemo_rl.models.weights.adapters import AdaptedWeights, ReceivedBase
+from nemo_rl.models.weights.digest import WeightDigest, digest_tensors
+from nemo_rl.models.weights.incoming import IncomingWeights, NamedTensors, OnLoaded, in_buckets
+from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream, WeightUpdate
 from nemo_rl.models.weights.sender import tensor_in
 from nemo_rl.models.weights.stream import connect, half_of_the_threads, sender_ended
-from nemo_rl.models.weights.transport import WeightTransport
-from nemo_rl.models.weights.transports import make_transport
-
-_Tensors = Generator[tuple[str, torch.Tensor], None, None]
-OnLoaded = Callable[[Sequence[TensorSpec]], None]
 
 
 def receive(
@@ -26,6 +22,7 @@ def receive(
     verify: bool = True,
     keeps: bool = False,
     on_loaded: OnLoaded | None = None,
+    base: ReceivedBase | None = None,
 ) -> IncomingWeights:
     """Iterate over the tensors of a set of weights once, in its order.
 
@@ -40,24 +37,29 @@ def receive(
                 parameters[name].copy_(tensor)
 
     Args:
-        update: published weights, whose views keep their memory alive; or a stream, whose views are valid until the
-            first tensor of the next bucket is requested.
+        update: published weights, whose views keep their memory alive; or a stream, or published adapters with a base,
+            whose tensors are valid until the first tensor of the next bucket is requested.
         device: device of the tensors.
         verify: compare digests over the memory that arrived: for published weights before the first tensor, for a
             stream after the last. Not needed if the receiver compares the digest of its own memory.
         keeps: make the views of a stream keep their memory alive too: the sender's buffers if their contents stay
-            unchanged, else copies. This takes memory of the model's size.
+            unchanged, else copies. This takes memory of the model's size. With adapters, the tensors are valid until
+            the next update that gets the same `base`.
         on_loaded: called with the tensors of a bucket after all of them were taken, when the next one is requested.
+        base: what is kept of earlier updates with a base. None: nothing.
 
     Raises:
         WeightSyncError: while iterating: a bucket is missing or too short, the sender has ended, or (with `verify`) the
             digest differs from the sender's. The message has the version and both digests.
     """
-    return IncomingWeights(update, device=torch.device(device), verify=verify, keeps=keeps, on_loaded=on_loaded)
+    device = torch.device(device)
+    if isinstance(update, WeightUpdate) and update.base is not None:
+        return AdaptedWeights(update, base or ReceivedBase(), device=device, keeps=keeps, on_loaded=on_loaded)
+    return SentWeights(update, device=device, verify=verify, keeps=keeps, on_loaded=on_loaded)
 
 
-class IncomingWeights:
-    """Iterates over names and tensors; afterwards `digest` is the sender's digest. Created by `receive`."""
+class SentWeights(IncomingWeights):
+    """Yields published or streamed tensors as they are; see `receive`. `digest` is the sender's digest."""
 
     def __init__(
         self,
@@ -68,62 +70,32 @@ class IncomingWeights:
         keeps: bool,
         on_loaded: OnLoaded | None,
     ) -> None:
-        self._update = update
-        self._device = device
+        super().__init__(update, device=device, on_loaded=on_loaded)
+        self.digests_on_gpu = self._transport.on_gpu
         self._verify = verify
         self._keeps = keeps
-        self._on_loaded = on_loaded
-        self._transport: WeightTransport = make_transport(update.transport)
-        self._sent: str | None = None
         needs_no_copy = self._transport.on_gpu == (device.type != "cpu")
         self._keeps_sent = keeps and needs_no_copy and self._transport.may_be_kept
-        self._arrived: WeightDigest | None = None
-        self._views: list[tuple[str, int, int]] = []  # name, address and bytes of each tensor that arrived
-        if isinstance(update, WeightStream):
-            self._tensors = self._streamed(update)
-            if self._keeps_sent or verify:
-                self._arrived = WeightDigest(on_gpu=self._transport.on_gpu)
+        if isinstance(update, WeightStream) and (self._keeps_sent or verify):
+            self._arrived = WeightDigest(on_gpu=self.digests_on_gpu)
+
+    def _receive(self) -> NamedTensors:
+        if isinstance(self._update, WeightStream):
+            yield from self._streamed(self._update)
         else:
-            self._tensors = self._published(update)
+            yield from self._published(self._update)
 
-    @property
-    def digest(self) -> str:
-        """The sender's digest. Raises `WeightSyncError` until all tensors have been taken."""
-        if self._sent is None:
-            raise WeightSyncError(f"not all weights of version {self._update.version} were loaded")
-        return self._sent
-
-    def __iter__(self) -> IncomingWeights:
-        return self
-
-    def __next__(self) -> tuple[str, torch.Tensor]:
-        return next(self._tensors)
-
-    def close(self) -> None:
-        """Leave a stream before its end, so that its sender stops waiting."""
-        self._tensors.close()
-
-    def digest_of(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-        """Return the digest of the receiver's own memory after everything has been loaded.
-
-        If these tensors are the memory that arrived (`keeps`), the digest computed on arrival is returned.
-        """
-        named_tensors = list(named_tensors)
-        if self._arrived is not None and self._views == [_view(name, tensor) for name, tensor in named_tensors]:
-            return self._arrived.hexdigest()
-        return digest_tensors(named_tensors, on_gpu=self._transport.on_gpu)
-
-    def _published(self, update: WeightUpdate) -> _Tensors:
+    def _published(self, update: WeightUpdate) -> NamedTensors:
         buffers = [self._buffer(bucket) for bucket in update.buckets]
         if self._verify:
-            self._check(digest_tensors(_in_buckets(update.buckets, buffers)), update.digest)
+            self._check(digest_tensors(in_buckets(update.buckets, buffers)), update.digest)
         for bucket, buffer in zip(update.buckets, buffers, strict=True):
             yield from self._local(bucket, buffer)
             if self._on_loaded is not None:
                 self._on_loaded(bucket.tensors)
-        self._sent = update.digest
+        self._expected = update.digest
 
-    def _streamed(self, stream: WeightStream) -> _Tensors:
+    def _streamed(self, stream: WeightStream) -> NamedTensors:
         joined = connect(stream, keeps=self._keeps_sent)
         with contextlib.ExitStack() as stack:
             stack.callback(self._transport.release)
@@ -140,29 +112,19 @@ class IncomingWeights:
                 raise sender_ended(stream) from error
         if self._verify and self._arrived is not None:
             self._check(self._arrived.hexdigest(), message)
-        self._sent = message
+        self._expected = message
 
     def _loaded(self, bucket: WeightBucket) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of a streamed bucket."""
         buffer = self._buffer(bucket)
         yield from self._local(bucket, buffer)
         if self._arrived is not None:
-            for name, tensor in _in_buckets([bucket], [buffer]):
-                self._arrived.add_tensor(name, tensor)
-                self._views.append(_view(name, tensor))
+            for name, tensor in in_buckets([bucket], [buffer]):
+                self._add_arrived(name, tensor)
             if not self._keeps_sent:
                 self._arrived.settle()
         if self._on_loaded is not None:
             self._on_loaded(bucket.tensors)
-
-    def _buffer(self, bucket: WeightBucket) -> torch.Tensor:
-        buffer = self._transport.get(bucket.handle)
-        if buffer.numel() != bucket.num_bytes:
-            raise WeightSyncError(
-                f"a bucket of weights of version {self._update.version} holds {buffer.numel()} bytes instead of "
-                f"{bucket.num_bytes}"
-            )
-        return buffer
 
     def _local(self, bucket: WeightBucket, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         local = buffer.to(self._device)
@@ -170,16 +132,3 @@ class IncomingWeights:
             local = local.clone()  # the next bucket overwrites the memory
         for spec in bucket.tensors:
             yield spec.name, tensor_in(local, spec)
-
-    def _check(self, found: str, expected: str) -> None:
-        check_digest(version=self._update.version, expected=expected, found=found, where="the receiver")
-
-
-def _in_buckets(buckets: Iterable[WeightBucket], buffers: Iterable[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    for bucket, buffer in zip(buckets, buffers, strict=True):
-        for spec in bucket.tensors:
-            yield spec.name, tensor_in(buffer, spec)
-
-
-def _view(name: str, tensor: torch.Tensor) -> tuple[str, int, int]:
-    return name, tensor.data_ptr(), tensor.numel() * tensor.element_size()

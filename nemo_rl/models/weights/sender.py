@@ -41,7 +41,9 @@ class WeightSender:
         self._transport = make_transport(transport)
         self._bucket_bytes = bucket_bytes
 
-    def publish(self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, dtype: str) -> WeightUpdate:
+    def publish(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, dtype: str | None
+    ) -> WeightUpdate:
         """Publish a model's weights.
 
         Args:
@@ -49,7 +51,8 @@ class WeightSender:
                 parameters once. A generator may gather each tensor when it is requested: at most one bucket of them is
                 held at a time.
             version: version of these weights; it grows with every call.
-            dtype: floating-point tensors are cast to it ("float32", "bfloat16"); other tensors keep their dtype.
+            dtype: floating-point tensors are cast to it ("float32", "bfloat16"); other tensors keep their dtype. None:
+                all tensors do.
 
         Returns:
             What receivers need. The published memory is freed when the update and the receivers' tensors are deleted:
@@ -59,7 +62,8 @@ class WeightSender:
             WeightSyncError: a name occurs twice, there are no tensors, or dtype is unknown.
         """
         buckets: list[WeightBucket] = []
-        packer = BucketPacker(dtype_by_name(dtype), self._bucket_bytes, self._transport, buckets.append)
+        cast_to = None if dtype is None else dtype_by_name(dtype)
+        packer = BucketPacker(cast_to, self._bucket_bytes, self._transport, buckets.append)
         digest = packer.pack(named_tensors, version)
         return WeightUpdate(version, self._name, tuple(buckets), digest)
 
@@ -86,7 +90,7 @@ class BucketPacker:
     """Fills buckets one by one. A single copy per tensor casts it and moves it to the bucket's device.
 
     Args:
-        dtype: floating-point tensors are cast to it.
+        dtype: floating-point tensors are cast to it. None: they keep theirs.
         bucket_bytes: size of a bucket; a larger tensor gets a bucket to itself.
         transport: allocates the buckets.
         emit: called with each full bucket.
@@ -96,7 +100,7 @@ class BucketPacker:
 
     def __init__(
         self,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         bucket_bytes: int,
         transport: WeightTransport,
         emit: Callable[[WeightBucket], None],
@@ -127,7 +131,7 @@ class BucketPacker:
         if name in self._names:
             raise WeightSyncError(f"parameter {name!r} is published twice; tied parameters are published once")
         self._names.add(name)
-        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         num_bytes = tensor.numel() * dtype.itemsize
         offset = math.ceil(self._used / ALIGNMENT) * ALIGNMENT
         if self._pending and offset + num_bytes > self._bucket_bytes and not self._continues_module(name):

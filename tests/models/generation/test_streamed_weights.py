@@ -1,7 +1,8 @@
-"""Tests weight streams from policy workers to generation workers, on real Ray workers, some of which are killed."""
+"""Tests weight streams and adapters from policy to generation, on real Ray workers, some of which are killed."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -149,6 +150,38 @@ def test_restarted_workers_get_a_new_stream(cluster: RayVirtualCluster, model: P
     finally:
         policy.shutdown()
         generation.shutdown()
+
+
+@pytest.mark.slow  # starts a policy group
+def test_restarted_worker_gets_base_and_adapters(
+    cluster: RayVirtualCluster, model: Path, generation: Generation
+) -> None:
+    """A policy with LoRA publishes adapters where it would stream weights."""
+    policy = make_policy(cluster, model, sharding="fsdp", lora={"rank": 4}, optimizer={"lr": 0.01})
+    batch = BatchedDataDict(**PROMPTS, token_mask=torch.ones(6, 5), sample_mask=torch.ones(6))
+    train = functools.partial(policy.train, batch, lambda logprobs, *_: (logprobs.sum() / 100, {}))
+    try:
+        train()
+        first = policy.offer_weights(1, "float32")
+        assert isinstance(first, WeightUpdate)
+        assert first.base is not None
+        assert generation.update_weights(first) == first.digest
+        undisturbed = generation.generate(PROMPTS, seed=3)
+        pids = [record["pid"] for record in generation.attestation()]
+        os.kill(pids[1], signal.SIGKILL)
+        train()  # the restarted worker gets the weights from before this step
+        assert_same(generation.generate(PROMPTS, seed=3), undisturbed)
+        assert [record["pid"] == pid for record, pid in zip(generation.attestation(), pids)] == [True, False]
+        second = policy.offer_weights(2, "float32", lasting=True)
+        assert generation.update_weights(second, in_flight=True) == second.digest != first.digest
+        by_adapters = generation.generate(PROMPTS, seed=4)
+        merged = policy.publish_weights(3, "float32")
+        assert generation.update_weights(merged) == merged.digest
+        by_weights = generation.generate(PROMPTS, seed=4)
+        assert torch.equal(by_adapters.output_ids, by_weights.output_ids)
+        assert torch.equal(by_adapters.logprobs, by_weights.logprobs)
+    finally:
+        policy.shutdown()
 
 
 @pytest.mark.slow

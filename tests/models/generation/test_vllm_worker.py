@@ -38,6 +38,8 @@ from nemo_rl.models.generation.config import SamplingConfig
 from nemo_rl.models.generation.generation import Generation
 from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
 from nemo_rl.models.generation.vllm.config import CPU_HEAD_SIZES
+from nemo_rl.models.policy.config import LoraConfig, PolicyConfig
+from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
 from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import publish
 from nemo_rl.observability.timer import Timer
@@ -160,6 +162,30 @@ def _with_other_bytes(update: WeightUpdate) -> WeightUpdate:
     return dataclasses.replace(
         update, buckets=(dataclasses.replace(first, handle=ray.put(changed)), *update.buckets[1:])
     )
+
+
+def test_adapters_equal_merged_weights(generation: Generation, model: TinyModel, tmp_path: Path) -> None:
+    model.model.save_pretrained(tmp_path)
+    config = PolicyConfig(model_name=str(tmp_path), num_threads=1, max_sequence_length=64, lora=LoraConfig(rank=4))
+    policy = TorchPolicyWorker(config, total_steps=1, seed=3, device_type="cpu", weight_transport="ray")
+    adapters = [parameter for parameter in policy._model.module.parameters() if parameter.requires_grad]
+    for version in (2, 3):
+        with torch.no_grad():
+            for parameter in adapters:
+                parameter.normal_(std=0.02 * version)
+        update = policy.publish_adapters(version, "float32")
+        assert update is not None
+        assert sum(bucket.num_bytes for bucket in update.buckets) == sum(4 * p.numel() for p in adapters)
+        assert generation.update_weights(update, in_flight=version == 3) == update.digest
+        by_adapters = generation.generate(batch(model), seed=3, num_generations=2)
+        merged = policy.publish_weights(version, "float32")
+        assert merged is not None
+        generation.update_weights(merged)
+        by_weights = generation.generate(batch(model), seed=3, num_generations=2)
+        assert torch.equal(by_adapters.output_ids, by_weights.output_ids)
+        assert torch.equal(by_adapters.logprobs, by_weights.logprobs)
+    with pytest.raises(WeightSyncError, match="version 3 arrived damaged at the receiver"):
+        generation.update_weights(dataclasses.replace(update, digest="0" * 32))
 
 
 def test_damaged_weights_are_rejected(generation: Generation, model: TinyModel) -> None:

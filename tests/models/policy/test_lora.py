@@ -194,6 +194,12 @@ def test_checkpoints_that_do_not_fit(llama: Path, tmp_path: Path) -> None:
         make_worker(llama, lora=LORA).load_checkpoint(tmp_path / "full")
 
 
+def test_adapter_of_a_tied_output_layer_is_refused(tied_llama: Path) -> None:
+    """Its weight is the embedding's, so the change of the one would change the other."""
+    with pytest.raises(ModelError, match="lm_head of LlamaForCausalLM shares its weight .* remove 'lm_head'"):
+        make_worker(tied_llama, lora={"target_modules": ["q_proj", "lm_head"]})
+
+
 def test_wrong_settings_are_one_sentence(llama: Path) -> None:
     with pytest.raises(ModelError, match=r"has no linear layer 'qproj'\. Did you mean 'q_proj'\? It has: down_proj, "):
         make_worker(llama, lora={"target_modules": ["qproj"]})

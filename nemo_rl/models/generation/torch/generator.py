@@ -24,7 +24,7 @@ from nemo_rl.models.generation.torch.decoder import Decoder, PromptBatch
 from nemo_rl.models.generation.torch.hf_decoder import HFDecoder
 from nemo_rl.models.generation.torch.llama_decoder import LlamaDecoder
 from nemo_rl.models.generation.torch.progress import Completions, Progress
-from nemo_rl.models.weights.digest import check_digest
+from nemo_rl.models.weights.adapters import ReceivedBase
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
 
@@ -51,6 +51,7 @@ class TorchGenerator(Generator):
         self.device = torch.device(spec.device)
         dtype: torch.dtype = getattr(torch, spec.precision)
         onednn.warn_if_emulated(self.device.type, dtype)
+        self._base = ReceivedBase()
         self.decoder = make_decoder(
             self.model_config,
             self.device,
@@ -63,11 +64,10 @@ class TorchGenerator(Generator):
         """Replace the weights. See `Generator.update_weights`; after an error there are no weights."""
         self.version = None
         # On a CPU the decoder computes with the memory in which the weights arrive, where possible.
-        weights = receive(update, device=self.device, verify=False, keeps=True)
+        weights = receive(update, device=self.device, verify=False, keeps=True, base=self._base)
         with contextlib.closing(weights):
             self.decoder.load(weights)
-        digest = weights.digest_of(self.decoder.named_tensors())
-        check_digest(version=update.version, expected=weights.digest, found=digest, where=self.spec.name)
+        digest = weights.confirm(weights.digest_of(self.decoder.named_tensors()), where=self.spec.name)
         self.version = update.version
         return digest
 

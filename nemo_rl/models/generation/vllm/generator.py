@@ -38,10 +38,9 @@ from nemo_rl.models.generation.vllm.executor import TiedGroup, tied_executor
 from nemo_rl.models.generation.vllm.experts import keep_plain_experts
 from nemo_rl.models.generation.vllm.row_sampler import RowSampler
 from nemo_rl.models.generation.vllm.weights import LocalParameters, ReadBack, keep_plain_weights
-from nemo_rl.models.weights.digest import check_digest
+from nemo_rl.models.weights.adapters import ReceivedBase
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
-from nemo_rl.models.weights.transports import make_transport
 
 _MIN_BATCHED_TOKENS = 8192
 _GIB = 1024**3
@@ -127,6 +126,7 @@ class VllmGenerator(Generator):
             ) from error
         self._parameters = LocalParameters(self.engine.model)
         self._read_back_all = True  # at the first update
+        self._base = ReceivedBase()
         self._calls: set[_Call] = set()  # that run; to be used in a turn of the engine
 
     def _engine_args(self, tied_group: TiedGroup | None) -> EngineArgs:
@@ -174,7 +174,7 @@ class VllmGenerator(Generator):
                 succeeds. Or they belong to another model: the old weights stay if these were published.
         """
         if isinstance(update, WeightUpdate):
-            self._parameters.check([spec for bucket in update.buckets for spec in bucket.tensors])
+            self._parameters.check(update.tensors)
         with self.engine.turn():
             self._set_version(None)
             try:
@@ -185,14 +185,15 @@ class VllmGenerator(Generator):
                 raise
 
     def _load(self, update: WeightUpdate | WeightStream) -> str:
-        loaded = ReadBack(self._parameters, on_gpu=make_transport(update.transport).on_gpu)
-        weights = receive(update, device=self.spec.device, verify=False, on_loaded=loaded.read)
+        weights = receive(
+            update, device=self.spec.device, verify=False, on_loaded=lambda specs: loaded.read(specs), base=self._base
+        )
+        loaded = ReadBack(self._parameters, on_gpu=weights.digests_on_gpu)
         with contextlib.closing(weights):
             self.engine.model.load_weights(self._parameters.checked(weights))
         if not self.engine.drop_keys_and_values():
             raise WeightSyncError(f"{self.spec.name} still holds keys and values from before version {update.version}")
-        digest = loaded.digest(again=self._read_back_all)
-        check_digest(version=update.version, expected=weights.digest, found=digest, where=self.spec.name)
+        digest = weights.confirm(loaded.digest(again=self._read_back_all), where=self.spec.name)
         self._read_back_all = False
         self._set_version(update.version)
         for call in self._calls:

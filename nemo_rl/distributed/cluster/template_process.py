@@ -1,0 +1,265 @@
+"""A template: a process that has imported the packages of one Python, and starts processes by fork.
+
+A warm session runs one template per Python and environment (see `warm_session`). The template runs this file by path in
+that Python, which may lack `nemo_rl`; so the file uses the standard library only.
+
+::
+
+    client (setup_worker, or a job's command)          template
+    ─────────────────────────────────────────          ────────
+    request: arguments, environment, std streams ──►   compare the files of all modules with those imported
+                                                       fork; the child takes streams, environment and directory
+    process id                                   ◄──
+    go                                           ──►   the child runs the worker's script, or the job
+
+A fork copies memory and one thread. So a template refuses to serve if it has threads, has opened a GPU, or has imported
+Ray, whose C++ part reads its environment once. Packages that import Ray or start threads are left out. If a file of an
+imported module has changed, the template ends, and the client starts its process the usual way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+_MAX_REQUEST_BYTES = 4 << 20
+_GO = b"g"
+_REQUEST_TIMEOUT_S = 10.0
+_THREADS = "/proc/self/task"
+
+
+def main(arguments: list[str]) -> int:
+    """Import modules and serve until standard input is closed: SPECIFICATION [PACKAGE_TO_LEAVE_OUT ...]."""
+    specification, left_out = Path(arguments[0]), arguments[1:]
+    wanted: dict[str, Any] = json.loads(specification.read_text(encoding="utf-8"))
+    before = dict(os.environ)
+    gc.disable()
+    package = _import_modules(wanted["modules"], frozenset(left_out))
+    if package is not None:
+        # A thread cannot be copied, and `ray` cannot be unloaded: begin again without the package.
+        os.execve(sys.executable, [sys.executable, __file__, *arguments, package], before)
+    if (reason := _why_unsafe()) is not None:
+        _note(f"refused: {reason}")
+        return 3
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    # Torch, for one, sets variables when it is imported.
+    set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    files = _file_states()
+    path = wanted["socket"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        # A relative path, because that of a socket has at most 107 bytes. This process runs in the directory.
+        server.bind(f"{path}.new")
+        server.listen(64)
+        inode = os.stat(f"{path}.new").st_ino
+        os.rename(f"{path}.new", path)  # replaces the socket of an earlier template
+        _note(f"ready: {len(files)} files, without {', '.join(left_out) or 'nothing'}")
+        try:
+            return _serve(server, files, set_by_imports)
+        finally:
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:  # not the socket of a successor
+                    os.unlink(path)
+
+
+def _note(text: str) -> None:
+    """Write a line to the template's log. Not with `logging`, whose settings the children would inherit."""
+    sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    sys.stdout.flush()
+
+
+# --- preparation ------------------------------------------------------------------------------------------------------
+
+
+def _import_modules(names: list[str], left_out: frozenset[str]) -> str | None:
+    """Import modules. Returns a package that imports Ray or has started a thread, if there is one; else None."""
+    package_of_thread: dict[str, str] = {}
+    threads = set(os.listdir(_THREADS))
+    for name in names:
+        package = name.partition(".")[0]
+        if package in left_out or name in sys.modules:
+            continue
+        # A worker may have created the module itself, or an option of the worker is needed to import it.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+        if "ray" in sys.modules:
+            return package
+        new = set(os.listdir(_THREADS)) - threads
+        package_of_thread.update(dict.fromkeys(new, package))
+        threads |= new
+    # Libraries that prepare for a fork, such as OpenBLAS, end their threads in it. Others keep them.
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return next((package_of_thread[thread] for thread in os.listdir(_THREADS) if thread in package_of_thread), None)
+
+
+def _why_unsafe() -> str | None:
+    """Return why processes must not be forked from this one, or None."""
+    if len(os.listdir(_THREADS)) > 1:
+        return "it has several threads"
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+            if target.startswith("/dev/nvidia"):
+                return f"the imported modules have opened {target}"
+    return None
+
+
+def _file_states() -> dict[str, tuple[int, int, int] | None]:
+    """Return modification time, size and inode of every imported file and of every directory that is searched."""
+    paths = {path for path in sys.path if path}
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__dict__", {}).get("__file__")
+        if isinstance(path, str) and os.path.isabs(path):
+            paths.add(path)
+    return {path: _state(path) for path in paths}
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+
+def _serve(server: socket.socket, files: dict[str, tuple[int, int, int] | None], set_by_imports: dict[str, str]) -> int:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
+    while True:
+        readable, _, _ = select.select([server, sys.stdin], [], [])
+        if sys.stdin in readable:  # the session has ended, or has replaced this template
+            return 0
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(_REQUEST_TIMEOUT_S)
+            try:
+                request, descriptors = _receive(connection)
+            except (OSError, ValueError) as error:
+                _note(f"dropped a request: {error}")
+                continue
+            changed = next((path for path, state in files.items() if _state(path) != state), None)
+            if changed is not None:
+                _note(f"ended: {changed} has changed")
+                return 0
+            request["environment"] = set_by_imports | request["environment"]
+            _fork(server, connection, request, descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    data, descriptors, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+    while not data.endswith(b"\n"):
+        more = connection.recv(1 << 16)
+        if not more or len(data) > _MAX_REQUEST_BYTES:
+            raise ValueError("it is incomplete")
+        data += more
+    if len(descriptors) != 3:
+        raise ValueError(f"it has {len(descriptors)} file descriptors instead of 3")
+    return json.loads(data), descriptors
+
+
+def _fork(server: socket.socket, connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> None:
+    started = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        server.close()
+        _become(request, descriptors, connection)
+    _note(f"started process {child} in {(time.perf_counter() - started) * 1e3:.0f} ms")
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{child}\n".encode())
+
+
+# --- the child --------------------------------------------------------------------------------------------------------
+
+
+def _become(request: dict[str, Any], descriptors: list[int], connection: socket.socket) -> NoReturn:
+    """Turn this child into the process that the client wants."""
+    os.setsid()  # Ray kills the process group of a worker that it ends
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for target, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, target)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if connection.recv(1) != _GO:
+        os._exit(0)  # the client has not waited, and started its process the usual way
+    connection.settimeout(None)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.umask(request["umask"])
+    os.chdir(request["directory"])
+    time.tzset()
+    _open_standard_streams()
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()  # all children would draw the same numbers
+    sys.argv[:] = request["arguments"]
+    if "script" in request:
+        connection.close()
+        sys.path[0] = os.path.dirname(request["script"])
+        runpy.run_path(request["script"], run_name="__main__")
+        sys.exit(0)
+    sys.path[0] = request["path"]
+    _run_job(request, connection)
+
+
+def _open_standard_streams() -> None:
+    """Replace Python's standard streams, whose buffering was chosen for the template's files."""
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        raw = io.FileIO(descriptor, "w", closefd=False)
+        unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
+        buffered = io.BufferedWriter(raw)
+        stream = io.TextIOWrapper(
+            buffered,
+            errors="backslashreplace" if descriptor == 2 else None,
+            line_buffering=descriptor == 2 or raw.isatty() or unbuffered,
+            write_through=unbuffered,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.__stdin__ = sys.stdin  # type: ignore[misc]
+
+
+def _run_job(request: dict[str, Any], connection: socket.socket) -> NoReturn:
+    """Run the `main` of a job's module; send its exit code, and end with the client."""
+    threading.Thread(target=_end_with_client, args=(connection,), daemon=True).start()
+    code: int | str | None = 1
+    try:
+        code = importlib.import_module(request["module"]).main(request["arguments"][1:], program=request["program"])
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        number = code if isinstance(code, int) else int(code is not None)
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{number}\n".encode())
+    sys.exit(code)
+
+
+def _end_with_client(connection: socket.socket) -> None:
+    """Kill this process when the client is killed, as if the client were the process."""
+    with contextlib.suppress(OSError):
+        connection.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
