@@ -166,7 +166,8 @@ def _with_other_bytes(update: WeightUpdate) -> WeightUpdate:
 
 def test_adapters_equal_merged_weights(generation: Generation, model: TinyModel, tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path)
-    config = PolicyConfig(model_name=str(tmp_path), num_threads=1, max_sequence_length=64, lora=LoraConfig(rank=4))
+    lora = LoraConfig(rank=4, target_modules=[f"{name}_proj" for name in "qkvo"])  # experts have no adapters
+    config = PolicyConfig(model_name=str(tmp_path), num_threads=1, max_sequence_length=64, lora=lora)
     policy = TorchPolicyWorker(config, total_steps=1, seed=3, device_type="cpu", weight_transport="ray")
     adapters = [parameter for parameter in policy._model.module.parameters() if parameter.requires_grad]
     for version in (2, 3):
