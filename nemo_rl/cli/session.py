@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from nemo_rl.cli import display
-
 app = typer.Typer(
     name="session",
     help="Keep Ray and imported packages between jobs, so that the next job starts in seconds.",
@@ -23,6 +21,7 @@ def start(
     ] = 60.0,
 ) -> None:
     """Start a warm session for jobs from this directory."""
+    from nemo_rl.cli import display
     from nemo_rl.distributed.cluster.warm_session import find_session, start_session
 
     running = find_session()
@@ -40,6 +39,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     """Show the warm session and its templates. Exits with 1 if there is none."""
     import psutil
 
+    from nemo_rl.cli import display
     from nemo_rl.distributed.cluster.warm_session import find_session
 
     session = find_session()
@@ -50,7 +50,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     for key, pid in session.templates.items():
         try:
             process = psutil.Process(pid)
-            templates.append((key, pid, process.exe(), process.memory_info().rss, process.cmdline()[0]))
+            templates.append((key, pid, process.memory_info().rss, process.cmdline()[0]))
         except psutil.Error:
             continue  # it has just ended
     if json:
@@ -64,7 +64,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
                 "has_drivers": session.has_drivers,
                 "templates": [
                     {"key": key, "process": pid, "python": python, "memory_bytes": memory}
-                    for key, pid, _, memory, python in templates
+                    for key, pid, memory, python in templates
                 ],
             }
         )
@@ -75,7 +75,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     )
     display.print_table(
         ("template", "process", "memory", "python"),
-        [(key, str(pid), display.size(memory), python) for key, pid, _, memory, python in templates],
+        [(key, str(pid), display.size(memory), python) for key, pid, memory, python in templates],
     )
 
 

@@ -13,7 +13,7 @@ that Python, which may lack `nemo_rl`; so the file uses the standard library onl
     go                                           ──►   the child runs the worker's script, or the job
 
 A fork copies memory and one thread. So a template refuses to serve if it has threads, has opened a GPU, or has imported
-Ray, whose C++ part reads its environment once. Packages that import Ray or start threads are left out. If a file of an
+Ray, whose C++ part reads its environment once. Packages that do so when they are imported are left out. If a file of an
 imported module has changed, the template ends, and the client starts its process the usual way.
 """
 
@@ -86,7 +86,7 @@ def _note(text: str) -> None:
 
 
 def _import_modules(names: list[str], left_out: frozenset[str]) -> str | None:
-    """Import modules. Returns a package that imports Ray or has started a thread, if there is one; else None."""
+    """Import modules. Returns a package that imports Ray, uses a GPU or starts a thread, if there is one; else None."""
     package_of_thread: dict[str, str] = {}
     threads = set(os.listdir(_THREADS))
     for name in names:
@@ -96,7 +96,7 @@ def _import_modules(names: list[str], left_out: frozenset[str]) -> str | None:
         # A worker may have created the module itself, or an option of the worker is needed to import it.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-        if "ray" in sys.modules:
+        if "ray" in sys.modules or _opened_gpu() is not None:
             return package
         new = set(os.listdir(_THREADS)) - threads
         package_of_thread.update(dict.fromkeys(new, package))
@@ -113,11 +113,17 @@ def _why_unsafe() -> str | None:
     """Return why processes must not be forked from this one, or None."""
     if len(os.listdir(_THREADS)) > 1:
         return "it has several threads"
+    device = _opened_gpu()
+    return None if device is None else f"it has opened {device}"
+
+
+def _opened_gpu() -> str | None:
+    """Return a device file of a GPU that this process has opened: CUDA cannot be used after a fork."""
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/self/fd/{descriptor}")
             if target.startswith("/dev/nvidia"):
-                return f"the imported modules have opened {target}"
+                return target
     return None
 
 
