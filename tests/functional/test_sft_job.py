@@ -104,7 +104,13 @@ def test_adapters_learn(tmp_path):
 @pytest.mark.slow  # starts a job in the venv of Megatron-Core
 def test_megatron_trains_like_torch(tmp_path, uninterrupted):
     directory = tmp_path / "run"
-    done = run(*SMALL, "policy.backend=megatron", f"logger.log_dir={directory}", script=SCRIPT)
+    megatron = (
+        "policy.backend=megatron",
+        "cluster.cpu_workers_per_node=2",
+        "policy.options.tensor_parallel_size=2",
+        "policy.options.sequence_parallel=true",
+    )
+    done = run(*SMALL, *megatron, f"logger.log_dir={directory}", script=SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("train/loss", "val/loss"):
         values, expected = ([r[name] for r in metrics(path) if name in r] for path in (directory, uninterrupted))
