@@ -7,7 +7,8 @@ on CPUs of other vendors than Intel. oneDNN, which torch ships and uses for bflo
 Attention and norms: with small models and short sequences, a layer spends most of its time outside matrix products.
 torch's attention kernel for CPUs is optimized for long sequences, and transformers computes a norm as six operations,
 each with its own gradient. Here, attention over a short sequence is two batched matrix products and a softmax, and a
-norm is one operation with an explicit gradient.
+norm is one operation with an explicit gradient. Packed sequences attend as a padded batch, because with a mask each
+token would be multiplied by all tokens of the row.
 
 All compute the same as torch and transformers, in float32, up to the order of additions.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def _is_faster() -> bool:
 def use_cpu_kernels(model: PreTrainedModel) -> None:
     """Let a float32 model on the CPU use the kernels of this module, in place. Parameters and names do not change."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, short_attention)
+        AttentionInterface.register(ATTENTION, cpu_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
     for module in model.modules():
@@ -113,13 +115,14 @@ def use_cpu_kernels(model: PreTrainedModel) -> None:
             module.__class__ = CpuRMSNorm
 
 
-def short_attention(
+def cpu_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    position_ids: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention with grouped heads, with the signature that transformers expects.
@@ -128,13 +131,21 @@ def short_attention(
         query: [B, heads, T, head_dim].
         key, value: [B, kv_heads, T, head_dim].
         attention_mask: None for plain causal attention, else [B or 1, 1, T, T] bool.
+        position_ids: [1, T] int64. In a packed row, each sequence begins at position 0.
 
     Returns:
         [B, T, heads, head_dim], and None instead of the attention weights.
     """
     batch, heads, length, head_dim = query.shape
     kv_heads, key_length = key.shape[1], key.shape[2]
-    if length > MAX_SHORT_LENGTH or key_length != length or torch.is_autocast_enabled("cpu"):
+    is_usual = key_length == length and not torch.is_autocast_enabled("cpu")
+    if is_usual and batch == 1 and attention_mask is not None and position_ids is not None:
+        packed = _PackedRow.of(position_ids[0], options.get("sliding_window"))
+        if packed is not None:
+            padded = [packed.pad(tensor) for tensor in (query, key, value)]
+            attended, _ = cpu_attention(module, *padded, None, scaling=scaling, **options)
+            return packed.unpad(attended), None
+    if length > MAX_SHORT_LENGTH or not is_usual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     group = heads // kv_heads
     if attention_mask is None:
@@ -151,6 +162,43 @@ def short_attention(
     )
     attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, length, head_dim))
     return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _PackedRow:
+    """Where the T tokens of a packed row stand in a padded batch of its N sequences.
+
+    Attributes:
+        sequence, position: [T] int64.
+        num_sequences: N.
+        longest: L, the number of tokens of the longest sequence.
+    """
+
+    sequence: torch.Tensor
+    position: torch.Tensor
+    num_sequences: int
+    longest: int
+
+    @staticmethod
+    def of(position: torch.Tensor, window: int | None) -> _PackedRow | None:
+        """Return the row with these positions [T]; None if a mask is cheaper, or is needed for a sliding window.
+
+        The first position is 0.
+        """
+        sequence = (position == 0).cumsum(0) - 1
+        row = _PackedRow(sequence, position, int(sequence[-1]) + 1, int(position.max()) + 1)
+        is_cheaper = row.num_sequences * row.longest**2 < len(position) ** 2
+        return row if is_cheaper and (window is None or row.longest <= window) else None
+
+    def pad(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Map [1, heads, T, D] to [N, heads, L, D], with 0 as padding."""
+        _, heads, _, size = tensor.shape
+        padded = tensor.new_zeros(self.num_sequences, self.longest, heads, size)
+        return padded.index_put((self.sequence, self.position), tensor[0].transpose(0, 1)).transpose(1, 2)
+
+    def unpad(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Map [N, L, heads, D] to [1, T, heads, D]."""
+        return tensor[self.sequence, self.position][None]
 
 
 class CpuRMSNorm(nn.Module):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny_policy import make_llama
+from tiny_policy import make_llama, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +96,41 @@ def test_cpu_kernels_match_transformers(case) -> None:
         results.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("lengths", "is_padded"),
+    [([5, 1, 6, 3], True), ([9], False), ([1, 1, 1], True), ([30, *[1] * 10], False)],
+    ids=["several", "one", "single tokens", "one long, many short"],
+)
+def test_packed_sequences_match_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, lengths: list[int], is_padded: bool
+) -> None:
+    """Gemma's windows have 4 tokens: only the layers without a window, or with short sequences, are padded."""
+    directory = make_model(tmp_path, family)
+    torch.manual_seed(0)
+    ids = torch.randint(1, 16, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    batches: list[int] = []
+    attend = cpu_kernels.cpu_attention
+
+    def counted(module: nn.Module, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        batches.append(len(query))
+        return attend(module, query, *arguments, **options)
+
+    monkeypatch.setattr(cpu_kernels, "cpu_attention", counted)
+    results = []
+    for changed in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
+        if changed:
+            use_cpu_kernels(model)
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert (len(lengths) in batches and len(lengths) > 1) == is_padded
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_eager_attention_is_kept(tmp_path) -> None:
