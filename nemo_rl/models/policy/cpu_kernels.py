@@ -142,8 +142,8 @@ def cpu_attention(
     if is_usual and batch == 1 and attention_mask is not None and position_ids is not None:
         packed = _PackedRow.of(position_ids[0], options.get("sliding_window"))
         if packed is not None:
-            padded = [packed.pad(tensor) for tensor in (query, key, value)]
-            attended, _ = cpu_attention(module, *padded, None, scaling=scaling, **options)
+            query, key, value = packed.pad(query), packed.pad(key), packed.pad(value)
+            attended, _ = cpu_attention(module, query, key, value, None, scaling, **options)
             return packed.unpad(attended), None
     if length > MAX_SHORT_LENGTH or not is_usual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
