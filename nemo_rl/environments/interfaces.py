@@ -103,6 +103,14 @@ class EnvironmentInterface(ABC):
             metrics.
         """
 
+    def prepare(self) -> None:
+        """Do in advance what the first `step` would wait for, such as starting processes. Optional and idempotent.
+
+        The job calls it when its workers are ready, and does not wait for it: it runs while the first completions are
+        generated.
+        """
+        return
+
     @abstractmethod
     def shutdown(self) -> None:
         """Stop all processes that the environment started. Idempotent; `step` raises afterwards."""

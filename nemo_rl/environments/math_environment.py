@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -114,6 +115,11 @@ class MathEnvironment(EnvironmentInterface):
             "fraction_unparseable": result.status.count("unparseable") / result.size,
             "verify_latency_s": float(np.mean(result.latency_s)),
         }
+
+    def prepare(self) -> None:
+        """Start a verify process. If that fails, the first `step` that needs one raises the error."""
+        with contextlib.suppress(EnvironmentFailure):
+            self._pool.verify([VerifyRequest(truth="1", answer="2")])
 
     def shutdown(self) -> None:
         """Kill the verify processes."""

@@ -53,8 +53,10 @@ class RemoteEnvironment(EnvironmentInterface):
         self._is_shut_down = False
 
     def wait_ready(self) -> None:
-        """Wait for the actor. Raises `WorkerStartError` if it cannot be started."""
-        self._starting.result()
+        """Wait for the actor, and let it prepare. Raises `WorkerStartError` if it cannot be started."""
+        prepare = getattr(self._starting.result(), "prepare", None)
+        if prepare is not None:
+            prepare.remote()
 
     def attestation(self) -> list[dict[str, Any]]:
         """Return one record: the process and venv that the environment runs in."""

@@ -44,6 +44,22 @@ def score(env: MathEnvironment, pairs: list[tuple[str, object]]) -> EnvironmentR
     return env.step([answer for answer, _ in pairs], [{"ground_truth": truth} for _, truth in pairs])
 
 
+def test_a_prepared_environment_has_a_verify_process_for_the_first_step(fresh_env: MathEnvironment) -> None:
+    before = verify_processes()
+    fresh_env.prepare()
+    [process] = [process for process in verify_processes() if process not in before]
+    assert score(fresh_env, [("x + 1", "1 + x")]).rewards.tolist() == [1.0]
+    fresh_env.prepare()
+    assert [other for other in verify_processes() if other not in before] == [process]
+
+
+def test_a_closed_environment_is_not_prepared(fresh_env: MathEnvironment) -> None:
+    before = verify_processes()
+    fresh_env.shutdown()
+    fresh_env.prepare()
+    assert verify_processes() == before
+
+
 def verify_processes() -> list[psutil.Process]:
     return running("nemo_rl.environments.math_verifier", psutil.Process().children())
 
