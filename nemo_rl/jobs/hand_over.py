@@ -37,11 +37,13 @@ def hand_over(module: str, argv: Sequence[str] | None, program: str | None) -> i
     _template = settings.take(TEMPLATE_VARIABLE)
     if _template is not None:  # this is the process that a template has started
         return None
-    if settings.RAY_ADDRESS.get() is not None or not _is_plain_command():
+    if settings.RAY_ADDRESS.get() is not None:
         return None
     with contextlib.suppress(ClusterError, OSError):
         cluster = read_record(record_path())
         if cluster is None or cluster.session is None or cluster.session.difference() is not None:
+            return None
+        if not _is_plain_command():
             return None
         template = Template.of(Path(cluster.session.templates), sys.executable, settings.snapshot())
         _template = str(template.directory / template.key)

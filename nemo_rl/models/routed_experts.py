@@ -64,18 +64,18 @@ class ExpertReplay:
     def _replaced(self, router: Any, output: Any, layer: int) -> Any:
         if self._chosen is None:
             return output
-        logits, weights, own = output
-        count = own.shape[-1]
-        chosen = replaced(own, self._chosen[:, layer * count : (layer + 1) * count])
+        logits, weights, routed = output
+        count = routed.shape[-1]
+        chosen = replaced(routed, self._chosen[:, layer * count : (layer + 1) * count])
         values = logits.softmax(-1, dtype=torch.float32).gather(-1, chosen)
         if router.norm_topk_prob:
             values = values / values.sum(-1, keepdim=True)
         return logits, values.to(weights.dtype), chosen
 
 
-def replaced(own: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the given experts, [tokens, K] int64, or a router's own where none are given."""
-    return torch.where(chosen < 0, own, chosen.long())
+def replaced(routed: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the chosen experts, [tokens, K] int64, or those of the router where `chosen` is -1."""
+    return torch.where(chosen < 0, routed, chosen.long())
 
 
 def known_experts(experts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -104,8 +104,8 @@ def start_local_ray(num_cpus: int | None = None, num_gpus: int | None = None) ->
         return _start_local(num_cpus, num_gpus)
 
 
-def start_session_cluster(templates: Path) -> None:
-    """Start the cluster of a warm session in this process and publish its record.
+def start_session_cluster(templates: Path) -> LocalCluster:
+    """Start the cluster of a warm session in this process, publish its record, and return it.
 
     Args:
         templates: directory of the session's templates.
@@ -113,10 +113,10 @@ def start_session_cluster(templates: Path) -> None:
     settings.export({TEMPLATE_VARIABLE: f"{templates}/"})  # for the raylet
     with _process_lock, locked_record() as path:
         _start_local()
-        _publish(path, WarmSession.of_this_process(templates))
+        return _publish(path, WarmSession.of_this_process(templates))
 
 
-def hold_session(templates: Path) -> None:
+def _hold_session(templates: Path) -> None:
     """Keep a warm session from ending while this process runs."""
     lock = open(templates / DRIVERS_LOCK, "a")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -209,7 +209,7 @@ def _join_local(cluster: LocalCluster) -> bool:
         return False
     _joined_local_cluster = cluster
     if cluster.session is not None:
-        hold_session(Path(cluster.session.templates))
+        _hold_session(Path(cluster.session.templates))
         logger.info("joined the warm session of process %d", cluster.owner.pid)
         return True
     logger.warning(
@@ -295,7 +295,7 @@ def _set_switches() -> None:
 # --- the record of a local cluster --------------------------------------------------------------------------
 
 
-def _publish(path: Path, session: WarmSession | None = None) -> None:
+def _publish(path: Path, session: WarmSession | None = None) -> LocalCluster:
     record = LocalCluster(
         address=connected_node().gcs_address,
         owner=ProcessIdentity.of(os.getpid()),
@@ -307,6 +307,7 @@ def _publish(path: Path, session: WarmSession | None = None) -> None:
     write_record(path, record)
     # Runs before Ray's exit handler, which was registered when Ray was imported.
     atexit.register(remove_record, path, record)
+    return record
 
 
 def _link_session(log_dir: Path) -> None:

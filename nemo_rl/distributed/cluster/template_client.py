@@ -68,15 +68,15 @@ class Template:
         return Template(directory, hashlib.sha256(text.encode()).hexdigest()[:16], python, relevant)
 
     @property
-    def wish_path(self) -> Path:
-        return self.directory / f"{self.key}.wish.json"
+    def request_path(self) -> Path:
+        return self.directory / f"{self.key}.request.json"
 
     def ask_for(self) -> None:
         """Ask the session to start this template, once it is known what it has to import."""
-        if not self.wish_path.exists():
-            wish = {"key": self.key, "python": self.python, "environment": self.environment}
+        if not self.request_path.exists():
+            request = {"key": self.key, "python": self.python, "environment": self.environment}
             with contextlib.suppress(OSError):  # the session has just ended
-                write_privately(self.wish_path, json.dumps(wish))
+                write_privately(self.request_path, json.dumps(request))
 
     def start(self, request: dict[str, Any], variables: dict[str, str] | None = None) -> StartedProcess | None:
         """Start a process; None if there is no template, or it does not answer.

@@ -4,7 +4,7 @@
 
     nemo-rl session start ──► session process ── starts ──► Ray, whose raylet knows the templates' directory
                                     │
-       a job's first worker ── wish, list of imported packages ──► directory ◄── reads once a second
+       a job's first worker ── request, list of imports ──► directory ◄── reads once a second
                                     │
                                     └── starts ──► a template per Python and environment (`template_process`)
 
@@ -13,7 +13,7 @@
                                           └── fork ──► worker
 
 The first job of a session starts as always, and shows what to import. A template imports only packages that are
-installed in its Python; a job's own code and that of `nemo_rl` is imported anew in every process. A process that a
+installed in its Python; every process imports the code of the job and of `nemo_rl` itself. A process that a
 template starts has the environment, the working directory and the standard streams that it would have without.
 
 The session ends when no driver has used it for a while, or with `nemo-rl session stop`. A driver uses it only if it
@@ -45,7 +45,6 @@ from nemo_rl.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IDLE_MINUTES = 60.0
 _POLL_S = 1.0
 # While a job runs, a template waits until the job's workers have imported nothing new for this time.
 _QUIET_S = 20.0
@@ -95,7 +94,7 @@ def find_session() -> SessionState | None:
     return SessionState(cluster.owner, directory, cluster.address, **fields)
 
 
-def start_session(idle_minutes: float = DEFAULT_IDLE_MINUTES) -> SessionState:
+def start_session(idle_minutes: float) -> SessionState:
     """Start a session in a process of its own, wait until drivers can join it, and return it.
 
     A session that is already running is returned as it is.
@@ -181,7 +180,7 @@ class TemplateKeeper:
                 del self._running[key]
                 if code != 0:
                     self._refused[key] = template.modules
-        for path in sorted(self.directory.glob("*.wish.json")):
+        for path in sorted(self.directory.glob("*.request.json")):
             key = path.name.partition(".")[0]
             modules = self._modules(key, quiet_s)
             if modules and self._is_due(key, modules):
@@ -215,8 +214,8 @@ class TemplateKeeper:
         is_old = time.monotonic() - running.started > _REBUILD_AFTER_S
         return is_old and not set(modules) <= set(running.modules)
 
-    def _start(self, key: str, wish: dict[str, Any], modules: tuple[str, ...]) -> None:
-        if not os.path.isfile(wish["python"]):
+    def _start(self, key: str, request: dict[str, Any], modules: tuple[str, ...]) -> None:
+        if not os.path.isfile(request["python"]):
             self._refused[key] = modules  # the venv has been removed
             return
         previous = self._running.pop(key, None)
@@ -230,8 +229,8 @@ class TemplateKeeper:
         write_atomically(specification, json.dumps(content), private=True, durable=False)
         with open(self.directory / f"{key}.log", "a", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [wish["python"], template_process.__file__, str(specification)],
-                env=wish["environment"],
+                [request["python"], template_process.__file__, str(specification)],
+                env=request["environment"],
                 cwd=self.directory,
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -239,7 +238,7 @@ class TemplateKeeper:
                 start_new_session=True,
             )
         self._running[key] = _RunningTemplate(process, modules, time.monotonic())
-        logger.info("the template %s imports %d modules for %s", key, len(modules), wish["python"])
+        logger.info("the template %s imports %d modules for %s", key, len(modules), request["python"])
 
 
 def _is_free(directory: Path) -> bool:
@@ -275,22 +274,15 @@ def _only_session(directory: Path) -> Iterator[None]:
         yield
 
 
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str]) -> int:
     """Run a session until it is idle or stopped: DIRECTORY IDLE_SECONDS."""
     from nemo_rl.distributed.cluster import session
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     directory, idle_s = Path(arguments[0]), float(arguments[1])
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _only_session(directory), _cleared(directory), contextlib.suppress(KeyboardInterrupt):
-        session.start_session_cluster(directory)
-        cluster = read_record(record_path())
-        assert cluster is not None
-        _keep(directory, idle_s, cluster)
+        _keep(directory, idle_s, session.start_session_cluster(directory))
     return 0
 
 

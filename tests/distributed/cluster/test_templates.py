@@ -60,7 +60,7 @@ class Caller:
         self.environment = {"PYTHONPATH": str(packages), "PATH": os.environ["PATH"]}
         self.template = Template.of(session, sys.executable, self.environment)
 
-    def wish(self, keeper: TemplateKeeper, modules: list[str]) -> None:
+    def start_template(self, keeper: TemplateKeeper, modules: list[str]) -> None:
         """Start the template that a first worker has asked for, and wait until it serves."""
         self.template.ask_for()
         (self.session / f"{self.template.key}.1.modules.json").write_text(json.dumps(modules))
@@ -110,7 +110,7 @@ def caller(keeper: TemplateKeeper, packages: Path, tmp_path: Path) -> Caller:
 
 
 def test_a_process_has_the_state_of_its_caller(keeper: TemplateKeeper, caller: Caller, tmp_path: Path) -> None:
-    caller.wish(keeper, ["yaml", "broken", "sample"])
+    caller.start_template(keeper, ["yaml", "broken", "sample"])
     script = tmp_path / "script.py"
     script.write_text(SHOW_PROCESS)
     for _ in range(2):
@@ -133,7 +133,7 @@ def test_a_process_has_the_state_of_its_caller(keeper: TemplateKeeper, caller: C
 
 
 def test_packages_that_cannot_be_copied_are_left_out(keeper: TemplateKeeper, caller: Caller, tmp_path: Path) -> None:
-    caller.wish(keeper, ["sample", "threads", "yaml", "needs_ray"])
+    caller.start_template(keeper, ["sample", "threads", "yaml", "needs_ray"])
     script = tmp_path / "script.py"
     script.write_text(SHOW_PROCESS)
     state = json.loads(caller.run(script).stdout.splitlines()[1])
@@ -144,7 +144,7 @@ def test_packages_that_cannot_be_copied_are_left_out(keeper: TemplateKeeper, cal
 def test_a_template_with_a_changed_file_starts_nothing(
     keeper: TemplateKeeper, caller: Caller, packages: Path, tmp_path: Path
 ) -> None:
-    caller.wish(keeper, ["sample"])
+    caller.start_template(keeper, ["sample"])
     (packages / "sample.py").write_text("VALUE = 2\n")
     script = tmp_path / "script.py"
     script.write_text(SHOW_PROCESS)
@@ -159,7 +159,7 @@ def test_a_template_with_a_changed_file_starts_nothing(
 
 
 def test_a_caller_that_has_not_waited_starts_nothing(keeper: TemplateKeeper, caller: Caller, tmp_path: Path) -> None:
-    caller.wish(keeper, ["yaml"])
+    caller.start_template(keeper, ["yaml"])
     script = tmp_path / "script.py"
     script.write_text(f"open({str(tmp_path / 'was_here')!r}, 'w').close()")
     import socket
@@ -177,7 +177,7 @@ def test_a_caller_that_has_not_waited_starts_nothing(keeper: TemplateKeeper, cal
 
 
 def test_templates_end_with_their_keeper(keeper: TemplateKeeper, caller: Caller) -> None:
-    caller.wish(keeper, ["yaml"])
+    caller.start_template(keeper, ["yaml"])
     [pid] = keeper.process_ids().values()
     keeper.close()
     assert not Path(f"/proc/{pid}").exists()

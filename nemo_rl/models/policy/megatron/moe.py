@@ -41,10 +41,10 @@ class Replay:
         self, scores: torch.Tensor, topk: int, num_groups: Any, group_topk: Any, compute_topk: Callable[..., Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scores [tokens, K] of the experts, and the experts."""
-        values, own = compute_topk(scores, topk, num_groups, group_topk)
+        values, experts = compute_topk(scores, topk, num_groups, group_topk)
         if self.chosen is None:
-            return values, own
-        experts = replaced(own, self.chosen)
+            return values, experts
+        experts = replaced(experts, self.chosen)
         return scores.gather(1, experts), experts
 
 

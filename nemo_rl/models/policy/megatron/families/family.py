@@ -71,6 +71,11 @@ def unsupported_feature(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def projection_biases(config: PreTrainedConfig) -> str | None:
+    """Return the problem of a model whose projections have biases, for families without them."""
+    return "its projections have biases (attention_bias)" if config.attention_bias else None
+
+
 def _no_settings(config: PreTrainedConfig) -> Mapping[str, Any]:
     return {}
 

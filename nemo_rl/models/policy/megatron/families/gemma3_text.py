@@ -13,6 +13,7 @@ from nemo_rl.models.policy.megatron.families.family import (
     DENSE_MODEL,
     OUTPUT_NORMS,
     Family,
+    projection_biases,
 )
 
 
@@ -25,13 +26,11 @@ def _transformer(config: PreTrainedConfig) -> Mapping[str, Any]:
 
 
 def _problem(config: PreTrainedConfig) -> str | None:
-    if config.attention_bias:
-        return "its projections have biases (attention_bias)"
     if config.use_bidirectional_attention:
         return "its attention is not causal (use_bidirectional_attention)"
     if config.attn_logit_softcapping or config.final_logit_softcapping:
         return "its scores or logits are capped (attn_logit_softcapping, final_logit_softcapping)"
-    return None
+    return projection_biases(config)
 
 
 FAMILY = Family(
