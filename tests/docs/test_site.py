@@ -29,6 +29,15 @@ def test_relative_links_exist() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_included_files_have_no_relative_links() -> None:
+    # The site shows them as pages of docs/, from where such a link leads elsewhere.
+    included = [path for page in DOCS.glob("*.md") for path in re.findall(r'^--8<-- "([^:"]+)', page.read_text(), re.M)]
+    assert "benchmarks/README.md" in included
+    for path in included:
+        targets = re.findall(r"\]\(([^)\s]+)", (REPOSITORY / path).read_text(encoding="utf-8"))
+        assert not [target for target in targets if "://" not in target and not target.startswith("#")], path
+
+
 def test_api_reference_names_exist() -> None:
     seen = 0
     for page in DOCS.glob("api-*.md"):

@@ -151,7 +151,8 @@ class PolicyInterface(ABC):
         neither publishes them.
 
         Args:
-            version, dtype: see `publish_weights`.
+            version: see `publish_weights`.
+            dtype: see `publish_weights`.
             lasting: receivers may load them after the next call of `train`. Then they are not streamed.
         """
         return self.publish_weights(version, dtype)
