@@ -95,6 +95,7 @@ _MAX_DIGITS = 1_000_000  # of a number that is computed
 _MAX_TOWER = 20
 _MAX_KEY_CHARS = 10_000  # the largest `env.math.max_answer_chars`
 _ADJACENT_NUMBERS = re.compile(r"(?<![0-9_^])[0-9]+ +[0-9]")
+_HUGE_EXPONENT = re.compile(r"[0-9.][eE][+-]?[0-9]{5,}")
 _CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?([A-Ja-j])[).:]?\)?")
 
 
@@ -279,6 +280,14 @@ def check_answer_keys(dataset: ProblemDataset, max_chars: int) -> None:
 def has_adjacent_numbers(latex: str) -> bool:
     """Return whether two numbers stand side by side, as in `5 6`, which math-verify would add or join."""
     return _ADJACENT_NUMBERS.search(latex) is not None
+
+
+def has_huge_exponent(latex: str) -> bool:
+    """Return whether a decimal has at least five digits of exponent, as in `1E811199`.
+
+    sympy would write out all its digits: seconds of computing time, for a number that it then cannot read.
+    """
+    return _HUGE_EXPONENT.search(latex) is not None
 
 
 def braces_match(text: str) -> bool:

@@ -20,7 +20,7 @@ import resource
 import sys
 from typing import Any, BinaryIO
 
-from nemo_rl.environments.answers import braces_match, has_adjacent_numbers
+from nemo_rl.environments.answers import braces_match, has_adjacent_numbers, has_huge_exponent
 
 SELF_TEST = (
     ("\\frac{1}{2}", "0.5", "equal"),
@@ -78,7 +78,7 @@ class Verifier:
 
     def _read(self, text: str) -> list[Any]:
         # `5} \boxed{7` must not inject a second answer into the box.
-        if not braces_match(text) or has_adjacent_numbers(text):
+        if not braces_match(text) or has_adjacent_numbers(text) or has_huge_exponent(text):
             return []
         try:
             return self._parse(

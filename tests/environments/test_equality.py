@@ -308,3 +308,10 @@ def test_collections_are_compared_by_element(verifier: Verifier, values: list[Fr
         assert equal(verifier, truth.replace(", ", ","), truth)
         assert not equal(verifier, other, truth) or changed[0] in values[1:]
     assert equal(verifier, text(values[::-1], r"\{{{}\}}"), text(values, r"\{{{}\}}"))
+
+
+def test_huge_exponent_is_not_written_out(verifier: Verifier) -> None:
+    # Written out, this number would have 811,199,999 digits: the verify process would run until its time limit.
+    assert verifier.verify("1E811199999", "21") == "unparseable"
+    assert verifier.verify(r"\frac{1}{3.5e-811199999}", "21") == "unparseable"
+    assert verifier.verify("1E4", "10000") == "equal"
