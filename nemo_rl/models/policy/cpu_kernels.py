@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nemo_rl.models import onednn
+from nemo_rl.models.policy.sequence_layouts import PaddedSequences, SharedPrefixes
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def cpu_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     position_ids: torch.Tensor | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention with grouped heads, with the signature that transformers expects.
@@ -132,73 +133,82 @@ def cpu_attention(
         key, value: [B, kv_heads, T, head_dim].
         attention_mask: None for plain causal attention, else [B or 1, 1, T, T] bool.
         position_ids: [1, T] int64. In a packed row, each sequence begins at position 0.
+        shared_prefixes: the layout of the row; then `attention_mask` is ignored.
 
     Returns:
         [B, T, heads, head_dim], and None instead of the attention weights.
     """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, key_length = key.shape[1], key.shape[2]
-    is_usual = key_length == length and not torch.is_autocast_enabled("cpu")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if shared_prefixes is not None:
+        return _attend_shared(query, key, value, shared_prefixes, scale), None
+    batch, _, length, _ = query.shape
+    is_usual = key.shape[2] == length and not torch.is_autocast_enabled("cpu")
     if is_usual and batch == 1 and attention_mask is not None and position_ids is not None:
-        packed = _PackedRow.of(position_ids[0], options.get("sliding_window"))
+        packed = _packed_row(position_ids[0], options.get("sliding_window"))
         if packed is not None:
             query, key, value = packed.pad(query), packed.pad(key), packed.pad(value)
             attended, _ = cpu_attention(module, query, key, value, None, scaling, **options)
             return packed.unpad(attended), None
     if length > MAX_SHORT_LENGTH or not is_usual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    group = heads // kv_heads
-    if attention_mask is None:
-        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.
-    bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, _HIDDEN)
-    # The heads of a group share keys, so they are additional rows of one product.
-    bias = bias.expand(batch, kv_heads, length, length)[:, :, None].expand(-1, -1, group, -1, -1)
-    scores = torch.baddbmm(
-        bias.reshape(batch * kv_heads, group * length, length),
-        query.reshape(batch * kv_heads, group * length, head_dim),
-        key.reshape(batch * kv_heads, length, head_dim).transpose(1, 2),
-        alpha=head_dim**-0.5 if scaling is None else scaling,
+    return _attend(query, key, value, attention_mask, scale), None
+
+
+def _attend_shared(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SharedPrefixes, scale: float
+) -> torch.Tensor:
+    """Attend in a row of T tokens with shared prefixes; returns [1, T, heads, head_dim]."""
+    count, parts = layout.num_prefix_tokens, (query, key, value)
+    prefix_query, prefix_key, prefix_value = (layout.prefixes.pad(part[:, :, :count]) for part in parts)
+    attended = layout.prefixes.unpad(_attend(prefix_query, prefix_key, prefix_value, None, scale))
+    if layout.continuations is None:
+        return attended
+    query, key, value = (layout.continuations.pad(part[:, :, count:]) for part in parts)
+    key, value = (
+        torch.cat([of_prefix.index_select(0, layout.prefix), own], dim=2)
+        for of_prefix, own in ((prefix_key, key), (prefix_value, value))
     )
-    attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, length, head_dim))
-    return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous(), None
+    continued = layout.continuations.unpad(_attend(query, key, value, layout.mask, scale))
+    return torch.cat([attended, continued], dim=1)
 
 
-@dataclass(frozen=True)
-class _PackedRow:
-    """Where the T tokens of a packed row stand in a padded batch of its N sequences.
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attend with [B, heads, T, D] queries to [B, kv_heads, S, D] keys; returns [B, T, heads, D].
 
-    Attributes:
-        sequence, position: [T] int64.
-        num_sequences: N.
-        longest: L, the number of tokens of the longest sequence.
+    `mask` is [B or 1, 1, T, S] bool, or None for causal attention among T = S tokens.
     """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    if mask is None:
+        mask = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=query.device).tril()
+    # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, _HIDDEN)
+    # The heads of a group share keys, so they are additional rows of one product.
+    bias = bias.expand(-1, group, -1, -1).reshape(-1, 1, group * length, num_keys)
+    if len(bias) > 1:
+        bias = bias.expand(-1, kv_heads, -1, -1)
+    scores = torch.baddbmm(
+        bias.reshape(-1, group * length, num_keys),
+        query.reshape(batch * kv_heads, group * length, head_dim),
+        key.reshape(batch * kv_heads, num_keys, head_dim).transpose(1, 2),
+        alpha=scale,
+    )
+    attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, num_keys, head_dim))
+    return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous()
 
-    sequence: torch.Tensor
-    position: torch.Tensor
-    num_sequences: int
-    longest: int
 
-    @staticmethod
-    def of(position: torch.Tensor, window: int | None) -> _PackedRow | None:
-        """Return the row with these positions [T]; None if a mask is cheaper, or is needed for a sliding window.
+def _packed_row(position: torch.Tensor, window: int | None) -> PaddedSequences | None:
+    """Return the sequences of a packed row with these positions [T], of which the first is 0.
 
-        The first position is 0.
-        """
-        sequence = (position == 0).cumsum(0) - 1
-        row = _PackedRow(sequence, position, int(sequence[-1]) + 1, int(position.max()) + 1)
-        is_cheaper = row.num_sequences * row.longest**2 < len(position) ** 2
-        return row if is_cheaper and (window is None or row.longest <= window) else None
-
-    def pad(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Map [1, heads, T, D] to [N, heads, L, D], with 0 as padding."""
-        _, heads, _, size = tensor.shape
-        padded = tensor.new_zeros(self.num_sequences, self.longest, heads, size)
-        return padded.index_put((self.sequence, self.position), tensor[0].transpose(0, 1)).transpose(1, 2)
-
-    def unpad(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Map [N, L, heads, D] to [1, T, heads, D]."""
-        return tensor[self.sequence, self.position][None]
+    None if a mask is cheaper, or is needed for a sliding window.
+    """
+    sequence = (position == 0).cumsum(0) - 1
+    row = PaddedSequences(sequence, position, int(sequence[-1]) + 1, int(position.max()) + 1)
+    is_cheaper = row.num_sequences * row.longest**2 < len(position) ** 2
+    return row if is_cheaper and (window is None or row.longest <= window) else None
 
 
 class CpuRMSNorm(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import ModelError
+from nemo_rl.models.policy.cpu_kernels import ATTENTION as CPU_ATTENTION
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
+
+logger = logging.getLogger(__name__)
 
 # Logits held in float32 at a time: 2**24 elements are 64 MiB.
 CHUNK_ELEMENTS = 2**24
@@ -40,6 +44,7 @@ class LogprobForward:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.module.forward).parameters
         if packed:
             self._check_packing()
+        self._shares_prefixes = self._can_share_prefixes()
 
     def train(
         self,
@@ -54,8 +59,7 @@ class LogprobForward:
         """
         for part in parts:
             part = part.to(self._model.device)
-            inputs = model_inputs(part, packed=self._packed, only_loss_tokens=True)
-            self._use_experts(part, inputs)
+            inputs = self._lay_out(part, only_loss_tokens=True)
             loss(self._run(inputs, part.get("top_ids")), part).backward()
         self._model.reduce_gradients()
 
@@ -88,8 +92,12 @@ class LogprobForward:
             yield result
 
     def _inputs(self, part: BatchedDataDict) -> ModelInputs:
-        part = part.to(self._model.device)
-        inputs = model_inputs(part, packed=self._packed, only_loss_tokens="token_mask" in part)
+        return self._lay_out(part.to(self._model.device), only_loss_tokens="token_mask" in part)
+
+    def _lay_out(self, part: BatchedDataDict, *, only_loss_tokens: bool) -> ModelInputs:
+        # Each sequence has its own experts, also for the tokens that it shares.
+        shares = self._shares_prefixes and ROUTED_EXPERTS not in part
+        inputs = model_inputs(part, packed=self._packed, only_loss_tokens=only_loss_tokens, shares_prefixes=shares)
         self._use_experts(part, inputs)
         return inputs
 
@@ -111,17 +119,45 @@ class LogprobForward:
 
     def _logits(self, inputs: ModelInputs) -> torch.Tensor:
         """Return the [R * K, V] logits that are needed."""
-        options: dict[str, int | torch.Tensor] = {}
+        options: dict[str, Any] = {}
         if inputs.position_ids is not None:
             options["position_ids"] = inputs.position_ids
         if self._keeps_logits:
             options["logits_to_keep"] = inputs.logits_to_keep
+        if inputs.shared_prefixes is not None:
+            # transformers passes a mask with four dimensions on as it is. Attention takes the layout instead.
+            options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+            options["shared_prefixes"] = inputs.shared_prefixes
         with self._model.precision():
             logits = self._model.module(input_ids=inputs.input_ids, use_cache=False, **options).logits
         if not self._keeps_logits:
             kept = inputs.logits_to_keep
             logits = logits[:, -kept:] if isinstance(kept, int) else logits[:, kept]
         return logits.flatten(0, 1)
+
+    def _can_share_prefixes(self) -> bool:
+        """Whether the model's attention knows the layout with shared prefixes, tried on a small batch."""
+        config = self._model.config
+        windows = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+        if config._attn_implementation != CPU_ATTENTION or windows or getattr(config, "sliding_window", None):
+            return False
+        ids = torch.tensor([[3, 1, 4, 1, 5], [3, 1, 4, 9, 2], [7, 7, 6, 5, 3]])
+        batch = BatchedDataDict(
+            input_ids=ids % config.get_text_config().vocab_size,
+            input_lengths=torch.tensor([5, 5, 5]),
+            token_mask=torch.tensor([[0, 0, 0, 1, 1]]).expand(3, -1),
+        )
+        plain, shared = (
+            model_inputs(batch, packed=False, only_loss_tokens=True, shares_prefixes=shares) for shares in (False, True)
+        )
+        assert shared.shared_prefixes is not None, "the batch has a common prefix"
+        with torch.no_grad():
+            try:
+                error = float((self._run(plain) - self._run(shared)).abs().max())
+            except TypeError as unknown_argument:
+                logger.debug("prefixes are not shared: %s", unknown_argument)
+                return False
+        return error * self._temperature <= _PACKING_TOLERANCE[False]
 
     def _check_packing(self) -> None:
         # Rounding errors grow as 1 / temperature.

@@ -1,11 +1,13 @@
 """Splits a worker's shard of a batch into micro-batches, and lays out the model's inputs.
 
-There are two layouts of the inputs::
+There are three layouts of the inputs::
 
     padded   one row per sequence, padded on the right to the longest of the micro-batch. No attention mask is
              needed: under causal attention no token attends to the padding behind it.
     packed   all sequences end to end in one row. Positions restart at 0 with each sequence; from them
              transformers derives a block-diagonal causal mask (or the sequence bounds of flash attention).
+    shared   packed, with each distinct prompt only once, before all completions; see `sequence_layouts`. Attention must
+             know this layout (`cpu_kernels`).
 
 Logits are computed only where a log-probability is needed, as far as the model supports it (it selects columns of the
 input), because with a large vocabulary they are the largest tensor of a step.
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import DataError
 from nemo_rl.models.policy.config import BatchingConfig
+from nemo_rl.models.policy.sequence_layouts import SharedPrefixes, SharedRow, share_prefixes
 
 
 def sharding_args(batching: BatchingConfig) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def microbatches(shard: BatchedDataDict, size: int, length_multiple: int = 1) ->
 class ModelInputs:
     """Inputs of one forward pass over [R, C] tokens that yields K logits per row, and their positions in the result.
 
+    With shared prefixes, the input is one packed row without `inside`.
+
     Attributes:
         input_ids: [R, C] int64.
         position_ids: [R, C] int64 if packed, else None (0, 1, 2, ...).
@@ -92,6 +97,7 @@ class ModelInputs:
         first: padded only: position in the result of the first kept column.
         valid: [b, T] bool, False where the result is 0 (position 0, padding).
         inside: packed only: [b, T] bool, True for the tokens of `input_ids`, row by row.
+        shared_prefixes: how prefixes are shared in the packed row; None if they are not.
     """
 
     input_ids: torch.Tensor
@@ -103,6 +109,7 @@ class ModelInputs:
     first: int
     valid: torch.Tensor
     inside: torch.Tensor | None = None
+    shared_prefixes: SharedPrefixes | None = None
 
     def scatter(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Scatter [R * K] log-probabilities to [b, T], with 0 elsewhere; [R * K, D] to [b, T, D]. Differentiable."""
@@ -126,7 +133,9 @@ class ModelInputs:
         return values[:, : self.input_ids.shape[1]] if self.inside is None else values[self.inside][None]
 
 
-def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool) -> ModelInputs:
+def model_inputs(
+    batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool, shares_prefixes: bool = False
+) -> ModelInputs:
     """Lay out the inputs for the log-probabilities of a micro-batch.
 
     Args:
@@ -134,6 +143,7 @@ def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool
         packed: lay the sequences end to end in one row.
         only_loss_tokens: skip logits of tokens outside `token_mask`, where the result is 0. In the padded layout a
             column is skipped only if no sample needs it.
+        shares_prefixes: compute common prefixes once where that saves enough, on a CPU.
 
     Raises:
         DataError: the lengths do not fit `input_ids`.
@@ -148,6 +158,9 @@ def model_inputs(batch: BatchedDataDict, *, packed: bool, only_loss_tokens: bool
     position = torch.arange(width, device=input_ids.device)
     valid = (position < lengths[:, None]) & (position > 0)
     wanted = valid & (batch["token_mask"] > 0) if only_loss_tokens else valid
+    shared = share_prefixes(input_ids, wanted) if shares_prefixes else None
+    if shared is not None:
+        return _shared(input_ids, wanted, shared)
     return _packed(input_ids, lengths, wanted) if packed else _padded(input_ids, valid, wanted)
 
 
@@ -188,4 +201,18 @@ def _packed(input_ids: torch.Tensor, lengths: torch.Tensor, wanted: torch.Tensor
         first=0,
         valid=wanted,
         inside=inside,
+    )
+
+
+def _shared(input_ids: torch.Tensor, wanted: torch.Tensor, row: SharedRow) -> ModelInputs:
+    return ModelInputs(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        logits_to_keep=row.logits,
+        tokens=input_ids[row.rows, row.positions],
+        rows=row.rows,
+        positions=row.positions,
+        first=0,
+        valid=wanted,
+        shared_prefixes=row.layout,
     )
