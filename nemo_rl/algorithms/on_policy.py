@@ -211,12 +211,14 @@ class OnPolicyLoop(TrainingLoop):
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
         with self.timer.phase("logprobs"):
             needs_prev_logprobs = self._needs_prev_logprobs(rows)
+            inputs = batch.copy()
+            inputs["logprob_mask"] = batch["token_mask"]  # the loss and the check use no others
             if check or needs_prev_logprobs:
-                logprobs = self.policy.get_logprobs(batch)
+                logprobs = self.policy.get_logprobs(inputs)
                 if needs_prev_logprobs:
                     batch["prev_logprobs"] = logprobs
             if config.loss.kl_coef > 0:
-                batch["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(batch)
+                batch["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(inputs)
         if check:
             metrics["logprob_error"] = self._check_logprobs(batch, logprobs, step)
             self._logprobs_checked = True

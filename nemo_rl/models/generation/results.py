@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,29 +55,45 @@ def make_result(
     Raises:
         ModelError: A log-probability is not finite.
     """
-    ends = [len(prompt) + len(row.tokens) for prompt, row in zip(prompts, completions, strict=True)]
+    starts = [len(prompt) for prompt in prompts]
+    ends = [start + len(row.tokens) for start, row in zip(starts, completions, strict=True)]
     width = max(ends, default=0)
+    # Filled for all rows at once: row by row, a thousand short completions would take longer than to generate them.
+    column = torch.arange(width)
+    in_prompt = column < torch.tensor(starts, dtype=torch.int64)[:, None]
+    in_completion = ~in_prompt & (column < torch.tensor(ends, dtype=torch.int64)[:, None])
     output_ids = torch.full((len(prompts), width), PADDING)
+    output_ids[in_prompt] = torch.tensor(list(itertools.chain.from_iterable(prompts)), dtype=torch.int64)
     logprobs, sampling_logprobs = torch.zeros(2, len(prompts), width)
-    for index, (prompt, row, end) in enumerate(zip(prompts, completions, ends, strict=True)):
-        start = len(prompt)
-        output_ids[index, :start] = torch.tensor(prompt)
-        output_ids[index, start:end] = row.tokens
-        logprobs[index, start:end] = row.logprobs
-        sampling_logprobs[index, start:end] = row.sampling_logprobs
+    if completions:
+        output_ids[in_completion] = torch.cat([row.tokens for row in completions])
+        logprobs[in_completion] = torch.cat([row.logprobs for row in completions])
+        sampling_logprobs[in_completion] = torch.cat([row.sampling_logprobs for row in completions])
     if not torch.isfinite(logprobs).all():
         raise ModelError(f"{where}: the model with weights of version {weights_version} produces non-finite logits")
     return GenerationResult(
         output_ids=output_ids,
         output_lengths=torch.tensor(ends, dtype=torch.int64),
-        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64),
+        prompt_lengths=torch.tensor(starts, dtype=torch.int64),
         logprobs=logprobs,
         sampling_logprobs=sampling_logprobs,
         truncated=torch.tensor([row.truncated for row in completions], dtype=torch.bool),
-        texts=[tokenizer.decode(row.tokens.tolist(), skip_special_tokens=True) for row in completions],
+        texts=_texts([row.tokens.tolist() for row in completions], tokenizer),
         weights_version=weights_version,
         routed_experts=_padded_experts([row.experts for row in completions], width),
     )
+
+
+def _texts(completions: Sequence[list[int]], tokenizer: Any) -> list[str]:
+    """Decode completions, equal ones once."""
+    decoded: dict[tuple[int, ...], str] = {}
+    texts = []
+    for tokens in completions:
+        key = tuple(tokens)
+        if key not in decoded:
+            decoded[key] = tokenizer.decode(tokens, skip_special_tokens=True)
+        texts.append(decoded[key])
+    return texts
 
 
 def _padded_experts(rows: Sequence[torch.Tensor | None], width: int) -> torch.Tensor | None:

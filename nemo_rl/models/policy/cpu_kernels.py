@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nemo_rl.models import onednn
+from nemo_rl.models.policy.cpu_layers import use_fused_layers
 from nemo_rl.models.policy.sequence_layouts import PaddedSequences, SharedPrefixes
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,13 @@ class _Product(torch.autograd.Function):
         return x_gradient, w_gradient
 
 
+def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Multiply x [N, in] by the transpose of w [out, in], by oneDNN where it is faster."""
+    if x.shape[0] * x.shape[1] * w.shape[0] >= MIN_PRODUCTS and _is_faster():
+        return onednn.linear(x, w, None)
+    return x @ w.t()
+
+
 @functools.cache
 def _is_faster() -> bool:
     """Whether oneDNN's product works on this CPU and is faster than MKL's. Cached: equal on every call."""
@@ -110,6 +118,7 @@ def use_cpu_kernels(model: PreTrainedModel) -> None:
         AttentionInterface.register(ATTENTION, cpu_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
+        use_fused_layers(model, cpu_attention, _product)
     for module in model.modules():
         if type(module).__name__ in _NORMS:
             module.__class__ = CpuRMSNorm

@@ -109,7 +109,10 @@ class PolicyInterface(ABC):
 
     @abstractmethod
     def get_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:
-        """Return log-probabilities of `input_ids` under the current weights, [B, T] float32, in the batch's order."""
+        """Return log-probabilities of `input_ids` under the current weights, [B, T] float32, in the batch's order.
+
+        A batch with a `logprob_mask` needs only those where it is 1; the others may be 0.
+        """
 
     @abstractmethod
     def get_reference_policy_logprobs(self, batch: BatchedDataDict) -> torch.Tensor:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.cpu_kernels import ATTENTION as CPU_ATTENTION
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
-from nemo_rl.models.policy.parallel_model import ParallelModel
+from nemo_rl.models.policy.parallel_model import ParallelModel, ReplicatedModel
+from nemo_rl.models.policy.row_threads import MAX_PARAMETERS, RowThreads, row_parts
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
 
 logger = logging.getLogger(__name__)
 
 # Logits held in float32 at a time: 2**24 elements are 64 MiB.
 CHUNK_ELEMENTS = 2**24
+# Log-probabilities of a micro-batch, and the micro-batch -> a scalar loss with gradient.
+PartLoss = Callable[[torch.Tensor, BatchedDataDict], torch.Tensor]
+_Result = TypeVar("_Result")
 # Packed and padded passes of one model differ by rounding only. Attending to another sequence changes far more.
 _PACKING_TOLERANCE = {True: 0.1, False: 1e-3}  # in nats, by whether matrices are multiplied in bfloat16
 
@@ -45,11 +50,12 @@ class LogprobForward:
         if packed:
             self._check_packing()
         self._shares_prefixes = self._can_share_prefixes()
+        self._threads = _row_threads(model)
 
     def train(
         self,
         parts: Iterable[BatchedDataDict],
-        loss: Callable[[torch.Tensor, BatchedDataDict], torch.Tensor],
+        loss: PartLoss,
     ) -> None:
         """Run forward and backward passes; then every gradient is the sum over micro-batches and ranks. A collective.
 
@@ -59,9 +65,33 @@ class LogprobForward:
         """
         for part in parts:
             part = part.to(self._model.device)
-            inputs = self._lay_out(part, only_loss_tokens=True)
-            loss(self._run(inputs, part.get("top_ids")), part).backward()
+            rows = self._rows(part)
+            if len(rows) == 1:
+                loss(self._run(self._lay_out(part, only_loss_tokens=True), part.get("top_ids")), part).backward()
+            else:
+                self._train_in_threads([part.slice(row.start, row.stop) for row in rows], part, loss)
         self._model.reduce_gradients()
+
+    def _train_in_threads(self, rows: list[SlicedDataDict], part: BatchedDataDict, loss: PartLoss) -> None:
+        """Add the gradients of a micro-batch; see `row_threads`."""
+        threads = self._threads
+        assert threads is not None, "the micro-batch is divided"
+        outputs = threads.map(
+            lambda row: self._run(self._lay_out(row, only_loss_tokens=True), row.get("top_ids")), rows
+        )
+        logprobs = torch.cat([output.detach() for output in outputs]).requires_grad_()
+        loss(logprobs, part).backward()
+        assert logprobs.grad is not None, "the loss depends on the log-probabilities"
+        parameters = [parameter for parameter in self._model.module.parameters() if parameter.requires_grad]
+
+        def backward(item: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+            output, gradient = item
+            return torch.autograd.grad(output, parameters, gradient, allow_unused=True)
+
+        gradients = threads.map(backward, list(zip(outputs, logprobs.grad.split([len(o) for o in outputs]))))
+        for parameter, *of_rows in zip(parameters, *gradients, strict=True):
+            known = [gradient for gradient in (parameter.grad, *of_rows) if gradient is not None]
+            parameter.grad = functools.reduce(torch.add, known) if known else None
 
     def logprobs(self, parts: Iterable[BatchedDataDict]) -> Iterator[torch.Tensor]:
         """Yield the [b, T] float32 log-probabilities of each micro-batch, without gradient.
@@ -69,9 +99,10 @@ class LogprobForward:
         A batch with a `token_mask` needs only those of its tokens; the others may be 0.
         """
         for part in parts:
+            rows = [part.slice(row.start, row.stop) for row in self._rows(part)]
             with torch.no_grad():
-                result = self._run(self._inputs(part))
-            yield result
+                results = self._map(lambda row: self._run(self._inputs(row)), rows)
+            yield torch.cat(results)
 
     def top_logprobs(
         self, parts: Iterable[BatchedDataDict], k: int, num_tokens: int
@@ -82,14 +113,29 @@ class LogprobForward:
             For each micro-batch their ids [b, T, k] int32, and [b, T, k + 1] float32, see `group_logprobs`. Positions
             are those of `logprobs`.
         """
+
+        def of_rows(part: BatchedDataDict) -> tuple[torch.Tensor, torch.Tensor]:
+            inputs = self._inputs(part)
+            logits = self._logits(inputs)
+            ids = torch.cat([logits[rows, :num_tokens].topk(k).indices for rows in row_chunks(logits)])
+            logprobs = group_logprobs(logits, ids, self._temperature)
+            return inputs.scatter(ids.int()), inputs.scatter(logprobs)
+
         for part in parts:
+            rows = [part.slice(row.start, row.stop) for row in self._rows(part)]
             with torch.no_grad():
-                inputs = self._inputs(part)
-                logits = self._logits(inputs)
-                ids = torch.cat([logits[rows, :num_tokens].topk(k).indices for rows in row_chunks(logits)])
-                logprobs = group_logprobs(logits, ids, self._temperature)
-                result = inputs.scatter(ids.int()), inputs.scatter(logprobs)
-            yield result
+                ids, logprobs = zip(*self._map(of_rows, rows), strict=True)
+            yield torch.cat(ids), torch.cat(logprobs)
+
+    def _rows(self, part: BatchedDataDict) -> list[slice]:
+        """Return the rows of a micro-batch that one thread each computes."""
+        # Recorded experts are set in the model, for one pass at a time.
+        if self._threads is None or part.size == 1 or ROUTED_EXPERTS in part:
+            return [slice(0, part.size)]
+        return row_parts(part, self._threads.num_threads)
+
+    def _map(self, function: Callable[[BatchedDataDict], _Result], rows: Sequence[BatchedDataDict]) -> list[_Result]:
+        return [function(rows[0])] if self._threads is None else self._threads.map(function, rows)
 
     def _inputs(self, part: BatchedDataDict) -> ModelInputs:
         return self._lay_out(part.to(self._model.device), only_loss_tokens="token_mask" in part)
@@ -167,6 +213,15 @@ class LogprobForward:
                 self._temperature * self._run(model_inputs(batch, packed=packed, only_loss_tokens=False))
             ),
         )
+
+
+def _row_threads(model: ParallelModel) -> RowThreads | None:
+    """Return threads that divide the rows of a micro-batch; None if each operation is to be divided over threads."""
+    num_threads = torch.get_num_threads()
+    size = sum(parameter.numel() for parameter in model.module.parameters())
+    # The passes of a sharded model are collectives, in one order on all ranks.
+    is_small = model.device.type == "cpu" and isinstance(model, ReplicatedModel) and size <= MAX_PARAMETERS
+    return RowThreads(num_threads) if is_small and num_threads > 1 else None
 
 
 def check_packing(model: ParallelModel, outputs: Callable[[BatchedDataDict, bool], torch.Tensor]) -> None:

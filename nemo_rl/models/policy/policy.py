@@ -115,7 +115,7 @@ class Policy(ModelGroup, PolicyInterface):
 
     def _outputs(self, method: str, batch: BatchedDataDict) -> torch.Tensor:
         """Return what a method of the workers computes for each row, in the order of the batch."""
-        keys = [key for key in ("input_ids", "input_lengths", ROUTED_EXPERTS) if key in batch]
+        keys = [key for key in ("input_ids", "input_lengths", "logprob_mask", ROUTED_EXPERTS) if key in batch]
         inputs = BatchedDataDict({key: batch[key] for key in keys})
         shards, order = self._shard(inputs, batch_size=None)
         return join_rows(self._on_shards(method, shards), order)

@@ -200,6 +200,10 @@ class PolicyWorker(ModelWorker):
     def _logprobs(self, forward: PolicyForward, shard: BatchedDataDict) -> torch.Tensor:
         result = torch.zeros(shard["input_ids"].shape, dtype=torch.float32)
         keys = [key for key in ("input_ids", "input_lengths", ROUTED_EXPERTS) if key in shard]
+        if "logprob_mask" in shard:
+            shard = shard.copy()
+            shard["token_mask"] = shard["logprob_mask"]
+            keys.append("token_mask")
         parts = self._microbatches(shard, keys)
         join_microbatches(zip(forward.logprobs(parts)), result)
         complete: torch.Tensor = self._on_all_ranks(result)

@@ -57,7 +57,8 @@ def logprobs_of(module: Any, batch: BatchedDataDict) -> torch.Tensor:
 def test_adapters_begin_without_effect(llama: Path) -> None:
     batch = make_batch()
     adapted, plain = make_worker(llama, lora=LORA), make_worker(llama)
-    assert torch.equal(adapted.get_logprobs(batch), plain.get_logprobs(batch))
+    # Not bit for bit: projections with adapters are separate products.
+    torch.testing.assert_close(adapted.get_logprobs(batch), plain.get_logprobs(batch), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(adapted.get_reference_policy_logprobs(batch), plain.get_logprobs(batch))
 
 

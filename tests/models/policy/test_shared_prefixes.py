@@ -127,8 +127,9 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def step(worker: TorchPolicyWorker, batch: BatchedDataDict) -> list[torch.Tensor]:
-    """Return log-probabilities, and the weights after one step."""
-    logprobs = worker.get_logprobs(batch)
+    """Return log-probabilities of the scored tokens, and the weights after one step."""
+    masked = BatchedDataDict(batch, logprob_mask=batch["token_mask"])
+    logprobs = worker.get_logprobs(masked) * batch["token_mask"]
     worker.train(batch, advantage_loss)
     return [logprobs, *(tensor.clone() for _, tensor in worker._model.full_tensors())]
 
@@ -167,6 +168,7 @@ def test_recorded_experts_are_kept_for_each_sequence(tmp_path: Path, layouts: li
     worker = make_worker(make_moe(tmp_path), max_sequence_length=16)
     assert worker._forward._shares_prefixes
     batch = with_experts(rows_of([5, 3], [[4, 1, 7], [2, 6, 3]]))
+    batch["logprob_mask"] = batch["token_mask"]
     layouts.clear()
     worker.get_logprobs(batch)
     assert layouts == [False]
