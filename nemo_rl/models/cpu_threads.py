@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from nemo_rl import settings
 
+# Most parameters of a small model. Its operations are so short that dividing each of them over threads gains little,
+# and loses a lot when another process takes one of the cores.
+SMALL_MODEL = 10_000_000
+
 # Policy, generation, environment and Ray share the CPUs. OpenMP threads that spin forever keep the thread they wait
 # for from running: a step takes up to 30 times as long. Threads that sleep at once must be woken for every operation: a
 # step takes 1.4 times as long. So they spin for about 100 microseconds, then sleep.

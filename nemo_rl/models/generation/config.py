@@ -109,7 +109,10 @@ class GenerationConfig(SamplingConfig):
     )
     num_workers: int | None = Field(None, ge=1, description="Generation workers. Null: as many as policy workers.")
     num_threads: int | None = Field(
-        None, ge=1, description="Torch threads of one worker on CPU. Null: its share of the CPUs."
+        None,
+        ge=1,
+        description="Torch threads of one worker on CPU. Null: its share of the CPUs; one for a model with at most 10 "
+        "million parameters on the torch backend.",
     )
     max_batch_size: int = Field(1024, ge=1, description="Sequences that one worker decodes at a time.")
     max_restarts: int = Field(

@@ -12,10 +12,11 @@ import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.errors import ModelError
+from nemo_rl.models.cpu_threads import SMALL_MODEL
 from nemo_rl.models.policy.cpu_kernels import ATTENTION as CPU_ATTENTION
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel, ReplicatedModel
-from nemo_rl.models.policy.row_threads import MAX_PARAMETERS, RowThreads, row_parts
+from nemo_rl.models.policy.row_threads import RowThreads, row_parts
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def _row_threads(model: ParallelModel) -> RowThreads | None:
     num_threads = torch.get_num_threads()
     size = sum(parameter.numel() for parameter in model.module.parameters())
     # The passes of a sharded model are collectives, in one order on all ranks.
-    is_small = model.device.type == "cpu" and isinstance(model, ReplicatedModel) and size <= MAX_PARAMETERS
+    is_small = model.device.type == "cpu" and isinstance(model, ReplicatedModel) and size <= SMALL_MODEL
     return RowThreads(num_threads) if is_small and num_threads > 1 else None
 
 

@@ -8,7 +8,8 @@ of one thread, so that the threads wait for each other once per pass::
     forward    rows 0..31  ─►┐ log-probabilities      loss of all rows,      ┌─► backward, rows 0..31  ─►┐ sum of
                rows 32..63 ─►┘ of all rows        ──► its gradient       ──►  └─► backward, rows 32..63 ─►┘ gradients
 
-Sums are in the order of the rows, so results do not depend on which thread is faster.
+Sums are in the order of the rows, so results do not depend on which thread is faster. Each thread has its own gradients
+of all parameters: 40 MB in float32 for the largest model that counts as small (`cpu_threads.SMALL_MODEL`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 
-# Each thread has its own gradients of all parameters: at most 40 MB in float32.
-MAX_PARAMETERS = 10_000_000
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

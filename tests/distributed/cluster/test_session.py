@@ -174,8 +174,9 @@ def test_workers_inherit_only_documented_variables(start) -> None:
         init_ray()
         @ray.remote
         def seen():
-            return {name: os.environ.get(name) for name in ("DB_PASSWORD", "MY_SETTING", "HF_HOME", "PATH")}
-        report(workers=ray.get(seen.remote()), driver=dict(os.environ))
+            names = ("DB_PASSWORD", "MY_SETTING", "HF_HOME", "PATH")
+            return {name: os.environ.get(name) for name in names} | {"niceness": os.nice(0)}
+        report(workers=ray.get(seen.remote()), driver=dict(os.environ), niceness=os.nice(0))
         """,
         DB_PASSWORD="hunter2",
         MY_SETTING="1",
@@ -186,6 +187,7 @@ def test_workers_inherit_only_documented_variables(start) -> None:
     assert reported["workers"]["MY_SETTING"] is None
     assert reported["workers"]["HF_HOME"] == "/models"
     assert reported["workers"]["PATH"]
+    assert reported["workers"]["niceness"] == reported["niceness"]
     # The driver's environment is unchanged.
     assert (reported["driver"]["DB_PASSWORD"], reported["driver"]["MY_SETTING"]) == ("hunter2", "1")
 

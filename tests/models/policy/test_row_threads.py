@@ -127,7 +127,7 @@ def test_loss_sees_all_rows_of_a_micro_batch(tmp_path: Path) -> None:
 
 def test_large_and_sharded_models_divide_operations_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path, "llama")
-    monkeypatch.setattr(logprob_forward, "MAX_PARAMETERS", 1000)
+    monkeypatch.setattr(logprob_forward, "SMALL_MODEL", 1000)
     worker = make_worker(model, num_threads=2)
     assert worker._forward._threads is None
     assert torch.get_num_threads() == 2

@@ -10,6 +10,7 @@ A decoder reads each prompt once, then appends one token per row and step.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class Decoder(ABC):
     def __init__(self, shapes: dict[str, tuple[int, ...]], tied: dict[str, str]) -> None:
         self._shapes = shapes
         self._tied = tied
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
 
     @abstractmethod
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from nemo_rl.models.cpu_threads import SMALL_MODEL
 from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.torch.generator import TorchGenerator
 from nemo_rl.models.generation.worker import GenerationWorker
@@ -11,4 +14,8 @@ class TorchGenerationWorker(GenerationWorker):
     """Completes prompts with a `TorchGenerator`."""
 
     def make_generator(self, spec: GeneratorSpec) -> TorchGenerator:
-        return TorchGenerator(spec)
+        generator = TorchGenerator(spec)
+        is_small = generator.decoder.num_parameters <= SMALL_MODEL
+        if generator.device.type == "cpu" and spec.config.num_threads is None and is_small:
+            torch.set_num_threads(1)
+        return generator
