@@ -19,6 +19,9 @@ Our side runs as users run it, with workers in their venvs behind Ray. TRL runs 
 `uv run --with` creates. Times exclude the warm-up steps. `samples_per_s` is the number of samples divided by the
 wall-clock time from the end of the last warm-up step to the end of the last step, so it includes the time between
 steps.
+
+The floor in the notes is the time of the matrix products of a step at the rate of such products, measured in the same
+run: 2 FLOPs per weight and token in generation, 6 in training, each prompt once.
 """
 
 from __future__ import annotations
@@ -30,16 +33,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import timeit
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import harness
 import tiny_llama
+import torch
 from harness import Ratio
 from transformers import AutoTokenizer
 from trl_comparison import BASELINES, Run, case, job_run, parse_arguments, run_trl
+
+from nemo_rl.models import onednn
 
 BASELINE = Path(__file__).parent / "baselines" / "trl_grpo.py"
 JOB = harness.REPOSITORY / "examples" / "run_grpo_math.py"
@@ -97,6 +104,7 @@ def main() -> None:
         cases = [case(name, runs[name], facts) for name in arguments.cases]
         with busy_processes(arguments.busy):
             results = harness.measure(cases, arguments.repeats)
+        floor = floor_note(settings, num_parameters)
     ours_cases = [name for name in arguments.cases if name in OURS]
     for name in ours_cases:
         facts[name]["num_parameters"] = num_parameters
@@ -113,7 +121,7 @@ def main() -> None:
         ],
         arguments.json,
         title=f"A GRPO step of {settings.num_prompts} prompts x {settings.num_generations} completions",
-        notes=[f"work of {side}: {json.dumps(work)}" for side, work in facts.items()],
+        notes=[floor, *(f"work of {side}: {json.dumps(work)}" for side, work in facts.items())],
         details={
             "settings": {**asdict(settings), "model": "tiny_llama.py", "problems": NUM_PROBLEMS},
             "overrides": arguments.overrides,
@@ -128,6 +136,33 @@ def goal(name: str, baseline: str, num_busy: int) -> float | None:
     if baseline in OURS:
         return None
     return 1.0 if num_busy else GOALS[name]
+
+
+def floor_note(settings: Settings, num_parameters: int) -> str:
+    """Say how long the matrix products of a step take at the measured rate."""
+    rate = max(product_rate(torch.nn.functional.linear, settings.num_threads), _onednn_rate(settings.num_threads))
+    tokens = settings.num_prompts * tiny_llama.PROMPT_LENGTH + settings.num_samples * settings.max_new_tokens
+    flops = 8 * (num_parameters - tiny_llama.NUM_EMBEDDINGS) * tokens
+    return (
+        f"floor: {flops / 1e9:.2f} GFLOP in matrix products per step, {flops / rate:.3f} s at {rate / 1e9:.0f} GFLOP/s "
+        f"(products of 2048 x 128 and 128 x 512, {settings.num_threads} threads)"
+    )
+
+
+def product_rate(linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], num_threads: int) -> float:
+    """Return the FLOP/s of a function that multiplies x [N, in] by the transpose of w [out, in]; best of 50."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    x, w = torch.randn(2048, 128), torch.randn(512, 128)
+    best = min(timeit.repeat(lambda: linear(x, w), number=4, repeat=50)) / 4
+    torch.set_num_threads(before)
+    return 2 * x.numel() * len(w) / best
+
+
+def _onednn_rate(num_threads: int) -> float:
+    if not onednn.is_usable(torch.float32):
+        return 0.0
+    return product_rate(lambda x, w: onednn.linear(x, w, None), num_threads)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 VOCABULARY = 128
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 CONTEXT = 256
+NUM_EMBEDDINGS = VOCABULARY * 128  # parameters that are looked up, not multiplied
+PROMPT_LENGTH = 17  # tokens of each prompt of `write_problems`
 _CHANNEL = 0  # the constant channel
 _EOS_WEIGHT = -6.0  # -44 as a logit: probability below 1e-21
 

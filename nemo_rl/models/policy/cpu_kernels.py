@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -191,6 +192,11 @@ def _attend(
     batch, heads, length, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     group = heads // kv_heads
+    if num_keys > MAX_SHORT_LENGTH:  # never holds all scores
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
+        )
+        return attended.transpose(1, 2).contiguous()
     if mask is None:
         mask = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=query.device).tril()
     # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.

@@ -12,10 +12,9 @@ import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.errors import ModelError
-from nemo_rl.models.cpu_threads import SMALL_MODEL
 from nemo_rl.models.policy.cpu_kernels import ATTENTION as CPU_ATTENTION
 from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
-from nemo_rl.models.policy.parallel_model import ParallelModel, ReplicatedModel
+from nemo_rl.models.policy.parallel_model import ParallelModel
 from nemo_rl.models.policy.row_threads import RowThreads, row_parts
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
 
@@ -37,12 +36,15 @@ class LogprobForward:
         model: the model; the pass uses its precision and its sharding.
         packed: lay the sequences of a micro-batch end to end.
         temperature: of the log-probabilities, which are those of softmax(logits / temperature).
+        threads: divide the rows of a micro-batch over these threads; see `row_threads.threads_for`.
 
     Raises:
         ModelError: with `packed`, if the model lets packed sequences attend to each other.
     """
 
-    def __init__(self, model: ParallelModel, *, packed: bool, temperature: float) -> None:
+    def __init__(
+        self, model: ParallelModel, *, packed: bool, temperature: float, threads: RowThreads | None = None
+    ) -> None:
         self._model = model
         self._packed = packed
         self._temperature = temperature
@@ -51,7 +53,7 @@ class LogprobForward:
         if packed:
             self._check_packing()
         self._shares_prefixes = self._can_share_prefixes()
-        self._threads = _row_threads(model)
+        self._threads = threads
 
     def train(
         self,
@@ -214,15 +216,6 @@ class LogprobForward:
                 self._temperature * self._run(model_inputs(batch, packed=packed, only_loss_tokens=False))
             ),
         )
-
-
-def _row_threads(model: ParallelModel) -> RowThreads | None:
-    """Return threads that divide the rows of a micro-batch; None if each operation is to be divided over threads."""
-    num_threads = torch.get_num_threads()
-    size = sum(parameter.numel() for parameter in model.module.parameters())
-    # The passes of a sharded model are collectives, in one order on all ranks.
-    is_small = model.device.type == "cpu" and isinstance(model, ReplicatedModel) and size <= SMALL_MODEL
-    return RowThreads(num_threads) if is_small and num_threads > 1 else None
 
 
 def check_packing(model: ParallelModel, outputs: Callable[[BatchedDataDict, bool], torch.Tensor]) -> None:

@@ -64,6 +64,7 @@ class ModelWorker(ABC):
             # Moments of weights with almost no gradient become denormal numbers, which make AdamW 20 times slower.
             # Threads inherit this setting from the thread that starts them, so it precedes the first computation.
             torch.set_flush_denormal(True)
+        self._num_threads = torch.get_num_threads()
         onednn.warn_if_emulated(self._group.device.type, getattr(torch, self._config.precision))
         seed_everything(seed, self._group.rank)
         transformers.utils.logging.disable_progress_bar()
@@ -90,6 +91,7 @@ class ModelWorker(ABC):
         model, num_parameters = self._describe_model()
         return {
             **process_facts(),
+            "num_threads": self._num_threads,
             "rank": self._group.rank,
             "world_size": self._group.world_size,
             "transformers": transformers.__version__,

@@ -21,6 +21,8 @@ from typing import TypeVar
 import torch
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl.models.cpu_threads import SMALL_MODEL
+from nemo_rl.models.policy.parallel_model import ParallelModel, ReplicatedModel
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -61,6 +63,14 @@ class RowThreads:
             if error is not None:
                 raise error
         return [first, *(future.result() for future in others)]
+
+
+def threads_for(model: ParallelModel, num_threads: int) -> RowThreads | None:
+    """Return threads that divide the rows of a micro-batch; None if each operation is to be divided over threads."""
+    size = sum(parameter.numel() for parameter in model.module.parameters())
+    # The passes of a sharded model are collectives, in one order on all ranks.
+    is_small = model.device.type == "cpu" and isinstance(model, ReplicatedModel) and size <= SMALL_MODEL
+    return RowThreads(num_threads) if is_small and num_threads > 1 else None
 
 
 def row_parts(batch: BatchedDataDict, count: int) -> list[slice]:

@@ -19,6 +19,8 @@ import torch
 
 # Sharing prefixes costs additional operations per layer. It must save at least this part of the tokens.
 _MIN_SAVED = 0.1
+# Most elements of the mask of all continuations (64 MiB), which differs between them if prefixes have several lengths.
+_MAX_MASK = 2**26
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ def share_prefixes(input_ids: torch.Tensor, wanted: torch.Tensor) -> SharedRow |
     lengths = last - first
     owner, prefix = _distinct_prefixes(input_ids[used], first)
     prefix_lengths = first[owner]
+    longest = int(lengths.max())
+    if len(used) * longest * (int(prefix_lengths.max()) + longest) > _MAX_MASK:
+        return None
     num_tokens = int(prefix_lengths.sum() + lengths.sum())
     if num_tokens > (1 - _MIN_SAVED) * int(last.sum()):
         return None

@@ -10,6 +10,7 @@ from nemo_rl.models.policy.offload import Part, Scratch, borrows, needs
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.policy_checkpoint import TorchState
+from nemo_rl.models.policy.row_threads import threads_for
 from nemo_rl.models.policy.score_forward import ScoreForward
 from nemo_rl.models.policy.worker_base import PolicyForward, PolicyWorker
 from nemo_rl.models.weights.adapters import with_base
@@ -30,6 +31,7 @@ class TorchPolicyWorker(PolicyWorker):
     def _build(self, total_steps: int) -> None:
         config = self._config
         self._model = load_parallel_model(config, self._group, trained=True)
+        self._threads = threads_for(self._model, self._num_threads)
         self._forward = self._forward_of(self._model)
         optimizer = PolicyOptimizer(
             self._model.parameters(),
@@ -91,4 +93,4 @@ class TorchPolicyWorker(PolicyWorker):
         packed = config.batching.mode == "packed"
         if config.is_reward_model:
             return ScoreForward(model, packed=packed)
-        return LogprobForward(model, packed=packed, temperature=config.generation.temperature)
+        return LogprobForward(model, packed=packed, temperature=config.generation.temperature, threads=self._threads)

@@ -10,6 +10,7 @@ from nemo_rl.models.policy.logprob_forward import LogprobForward
 from nemo_rl.models.policy.model_worker_base import ModelWorker, join_microbatches
 from nemo_rl.models.policy.offload import Part, PolicyMemory, StoredTensors, borrows
 from nemo_rl.models.policy.parallel_model import load_parallel_model
+from nemo_rl.models.policy.row_threads import threads_for
 from nemo_rl.utils.garbage import freeze_modules, gc_paused
 
 _KEYS = ("input_ids", "input_lengths", "token_mask")
@@ -36,7 +37,10 @@ class TorchTeacherWorker(ModelWorker):
         super().__init__(config, seed=0, num_local_workers=num_local_workers, device_type=device_type)
         self._model = model = load_parallel_model(config, self._group, trained=False)
         self._forward = LogprobForward(
-            model, packed=config.batching.mode == "packed", temperature=config.generation.temperature
+            model,
+            packed=config.batching.mode == "packed",
+            temperature=config.generation.temperature,
+            threads=threads_for(model, self._num_threads),
         )
         self._memory = PolicyMemory(model.device)
         weights = StoredTensors(lambda: model.parameters().values(), model.device, constant=True)

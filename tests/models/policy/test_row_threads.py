@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_policy import advantage_loss, make_batch, make_model, make_worker, pairs_batch, weights
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.models.policy import logprob_forward
+from nemo_rl.models.policy import row_threads
 from nemo_rl.models.policy.row_threads import RowThreads, row_parts
 
 
@@ -111,6 +111,14 @@ def test_repetitions_are_bit_identical(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_reference_policy_uses_the_same_threads(tmp_path: Path) -> None:
+    divided, _ = two_workers(make_model(tmp_path, "llama"))
+    reference = divided.get_reference_policy_logprobs(make_batch())
+    assert divided._reference._threads is divided._forward._threads
+    assert torch.equal(reference, divided.get_logprobs(make_batch()))
+    assert divided.attestation()["num_threads"] == 2
+
+
 def test_loss_sees_all_rows_of_a_micro_batch(tmp_path: Path) -> None:
     divided, _ = two_workers(make_model(tmp_path, "llama"))
     sizes: list[tuple[int, ...]] = []
@@ -127,7 +135,7 @@ def test_loss_sees_all_rows_of_a_micro_batch(tmp_path: Path) -> None:
 
 def test_large_and_sharded_models_divide_operations_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path, "llama")
-    monkeypatch.setattr(logprob_forward, "SMALL_MODEL", 1000)
+    monkeypatch.setattr(row_threads, "SMALL_MODEL", 1000)
     worker = make_worker(model, num_threads=2)
     assert worker._forward._threads is None
     assert torch.get_num_threads() == 2

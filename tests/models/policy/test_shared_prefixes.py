@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_policy import VOCABULARY, advantage_loss, make_model, make_moe, make_worker, with_experts
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.models.policy import cpu_kernels, logprob_forward
+from nemo_rl.models.policy import cpu_kernels, logprob_forward, sequence_layouts
 from nemo_rl.models.policy.sequence_layouts import SharedRow, share_prefixes
 from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
 
@@ -111,6 +111,13 @@ def test_prefixes_are_shared_where_that_saves_tokens(
         assert row.input_ids.numel() == sum(prompts) + sum(lengths)
 
 
+def test_large_masks_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = rows_of([5, 3], [[4, 1, 7], [2, 6, 3]])
+    assert share_prefixes(batch["input_ids"], scored(batch)) is not None
+    monkeypatch.setattr(sequence_layouts, "_MAX_MASK", 6 * 6 * (5 + 6) - 1)
+    assert share_prefixes(batch["input_ids"], scored(batch)) is None
+
+
 @pytest.fixture
 def layouts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each forward pass shares prefixes; filled by the passes."""
@@ -134,6 +141,7 @@ def step(worker: TorchPolicyWorker, batch: BatchedDataDict) -> list[torch.Tensor
     return [logprobs, *(tensor.clone() for _, tensor in worker._model.full_tensors())]
 
 
+@pytest.mark.parametrize("short_length", [128, 4], ids=["short", "long"])
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -147,8 +155,14 @@ def step(worker: TorchPolicyWorker, batch: BatchedDataDict) -> list[torch.Tensor
     ids=["llama", "packed", "lora", "checkpointing", "qwen2", "qwen3"],
 )
 def test_training_with_shared_prefixes_equals_training_without(
-    tmp_path: Path, layouts: list[bool], family: str, config: dict[str, Any]
+    tmp_path: Path,
+    layouts: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    config: dict[str, Any],
+    short_length: int,
 ) -> None:
+    monkeypatch.setattr(cpu_kernels, "MAX_SHORT_LENGTH", short_length)
     batch = rows_of([5, 3, 4], [[4, 1, 7], [2, 6, 3], [0, 5, 5]])
     model = make_model(tmp_path, family)
     shared = make_worker(model, max_sequence_length=16, **config)
