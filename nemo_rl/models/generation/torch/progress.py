@@ -31,14 +31,11 @@ class Completions:
 
     def rows(self) -> Iterator[Completion]:
         """Yield the completions row by row, cut off at their ends."""
-        for index, length in enumerate(self.lengths):
-            yield Completion(
-                self.tokens[index, :length],
-                self.logprobs[index, :length],
-                self.sampling_logprobs[index, :length],
-                self.truncated[index],
-                None if self.experts is None else self.experts[index],
-            )
+        inside = torch.arange(self.tokens.shape[1]) < torch.tensor(self.lengths)[:, None]
+        by_row = [part[inside].split(self.lengths) for part in (self.tokens, self.logprobs, self.sampling_logprobs)]
+        for index, (tokens, logprobs, sampling_logprobs) in enumerate(zip(*by_row, strict=True)):
+            experts = None if self.experts is None else self.experts[index]
+            yield Completion(tokens, logprobs, sampling_logprobs, self.truncated[index], experts)
 
 
 class Progress:
