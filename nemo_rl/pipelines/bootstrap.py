@@ -7,9 +7,13 @@ this module imports nothing but the standard library.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -18,25 +22,81 @@ def extend_search_path(entries: list[str]) -> None:
     sys.path += [entry for entry in entries if entry not in sys.path]
 
 
-class StageWorker:
-    """Runs one stage. The actor pool uses it as a Ray actor; the other executors wrap it."""
+def use_threads(number: int) -> None:
+    """Let OpenMP use `number` threads, as Ray does for an actor that holds CPUs, unless the user has set a number."""
+    with contextlib.suppress(OSError):
+        # This process's environment contains Ray's own number, which is 1 for an actor without CPUs.
+        if b"OMP_NUM_THREADS=" not in Path("/proc/self/environ").read_bytes():
+            os.environ["OMP_NUM_THREADS"] = str(number)
 
-    def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
+
+class StageWorker:
+    """Runs one stage. The actor pool uses it as a Ray actor; the other executors wrap it.
+
+    An actor pool may keep a worker for a later run. `finish` ends one run, and `restart` begins the next one.
+
+    Args:
+        payload: the pickled `StageJob`.
+        search_path: entries that are appended to `sys.path`.
+        env_vars: variables to set.
+        num_threads: number of OpenMP threads; None leaves it to Ray.
+    """
+
+    def __init__(
+        self, payload: bytes, search_path: list[str], env_vars: dict[str, str], num_threads: int | None = None
+    ) -> None:
         self._began = time.monotonic()
+        since = time.time()
+        if num_threads is not None:
+            use_threads(num_threads)
         extend_search_path(search_path)
         from nemo_rl import settings
 
         settings.export(env_vars)
         from ray import cloudpickle
 
+        from nemo_rl.pipelines.loaded_code import LoadedCode
         from nemo_rl.pipelines.runner import StageRunner
 
-        self._runner = StageRunner(cloudpickle.loads(payload))
+        self._code = LoadedCode(since)
+        self._runner: Any = StageRunner(cloudpickle.loads(payload))
 
     def start(self) -> float:
         """Set the stage up. Returns the seconds since this object was created, including imports."""
         self._runner.start()
+        self._surroundings = self._seen_surroundings()
         return time.monotonic() - self._began
+
+    def finish(self) -> bool:
+        """Tear the stage down and forget it. Returns whether this process may run the same stage again."""
+        self._runner.close()
+        self._runner = None
+        gc.collect()  # a stage and its runner refer to each other
+        return self._code.record() and self._surroundings == self._seen_surroundings()
+
+    def restart(self, payload: bytes) -> float | None:
+        """Set up an equal stage for another run, in the process of the last one.
+
+        Returns:
+            Seconds; None if a file that this process has imported has changed, or the stage cannot be set up again.
+        """
+        self._began = time.monotonic()
+        if not self._code.is_current():
+            return None
+        from ray import cloudpickle
+
+        from nemo_rl.pipelines.runner import StageRunner
+
+        self._runner = StageRunner(cloudpickle.loads(payload))
+        try:
+            self._runner.start()
+        except Exception:  # a new process may do better
+            self._runner.withdraw_stop()
+            return None
+        return time.monotonic() - self._began
+
+    def _seen_surroundings(self) -> tuple[str, dict[str, str]]:
+        return os.getcwd(), dict(os.environ)
 
     def run(self, *groups: list[Any]) -> Iterator[Any]:
         """Process the tasks of `groups`. Yields groups of results, then a list with the number of tasks in each."""
