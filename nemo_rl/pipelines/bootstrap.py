@@ -106,6 +106,11 @@ class StageWorker:
             yield output
         yield sizes
 
+    def run_each(self, groups: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """Process groups of tasks one by one. Yields groups of results."""
+        for group in groups:
+            yield from self._runner.run(group)
+
     def gather(self, num_sources: int) -> int:
         """See `StageRunner.gather`."""
         return self._runner.gather(num_sources)
@@ -119,13 +124,20 @@ class StageWorker:
 
 
 class DataStage:
-    """Runs a stage as a callable class for Ray Data. Each row of a batch holds a pickled group of tasks."""
+    """Runs stages as a callable class for Ray Data. Each row of a batch holds a pickled group of tasks.
 
-    def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
-        self._worker = StageWorker(payload, search_path, env_vars)
+    Args:
+        constructor_arguments: those of the `StageWorker` of each stage. Every group passes through all stages in order.
+    """
+
+    def __init__(self, *constructor_arguments: tuple[bytes, list[str], dict[str, str]]) -> None:
+        self._workers: list[StageWorker] = []
         self._failed_start: Exception | None = None
         try:
-            self._worker.start()
+            for arguments in constructor_arguments:
+                worker = StageWorker(*arguments)
+                worker.start()
+                self._workers.append(worker)
         except Exception as error:
             # Raised in __call__: an error in the constructor would reach the driver as text, behind an actor death.
             self._failed_start = error
@@ -137,10 +149,13 @@ class DataStage:
         if self._failed_start is not None:
             raise self._failed_start
         groups = [cloudpickle.loads(value.as_buffer()) for value in batch.column("group")]
-        for output in self._worker._runner.run([item for group in groups for item in group]):
+        outputs = iter([[item for group in groups for item in group]])
+        for worker in self._workers:
+            outputs = worker.run_each(outputs)
+        for output in outputs:
             row = pyarrow.array([cloudpickle.dumps(output)], pyarrow.large_binary())
             yield pyarrow.table({"group": row})
 
     def __del__(self) -> None:
-        if self.__dict__.get("_failed_start", True) is None:
-            self._worker._runner.close()
+        for worker in self.__dict__.get("_workers", ()):
+            worker._runner.close()
