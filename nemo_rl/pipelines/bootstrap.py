@@ -22,12 +22,11 @@ def extend_search_path(entries: list[str]) -> None:
     sys.path += [entry for entry in entries if entry not in sys.path]
 
 
-def use_threads(number: int) -> None:
-    """Let OpenMP use `number` threads, as Ray does for an actor that holds CPUs, unless the user has set a number."""
+def threads_are_set() -> bool:
+    """Return whether the user has set the number of OpenMP threads. Ray sets it after the start of a process."""
     with contextlib.suppress(OSError):
-        # This process's environment contains Ray's own number, which is 1 for an actor without CPUs.
-        if b"OMP_NUM_THREADS=" not in Path("/proc/self/environ").read_bytes():
-            os.environ["OMP_NUM_THREADS"] = str(number)
+        return b"OMP_NUM_THREADS=" in Path("/proc/self/environ").read_bytes()
+    return True
 
 
 class StageWorker:
@@ -47,12 +46,12 @@ class StageWorker:
     ) -> None:
         self._began = time.monotonic()
         since = time.time()
-        if num_threads is not None:
-            use_threads(num_threads)
         extend_search_path(search_path)
         from nemo_rl import settings
 
-        settings.export(env_vars)
+        # Ray's own number is 1 for an actor without CPUs.
+        threads = {} if num_threads is None or threads_are_set() else {"OMP_NUM_THREADS": str(num_threads)}
+        settings.export(threads | env_vars)
         from ray import cloudpickle
 
         from nemo_rl.pipelines.loaded_code import LoadedCode
@@ -96,7 +95,9 @@ class StageWorker:
         return time.monotonic() - self._began
 
     def _seen_surroundings(self) -> tuple[str, dict[str, str]]:
-        return os.getcwd(), dict(os.environ)
+        from nemo_rl import settings
+
+        return os.getcwd(), settings.snapshot()
 
     def run(self, *groups: list[Any]) -> Iterator[Any]:
         """Process the tasks of `groups`. Yields groups of results, then a list with the number of tasks in each."""
