@@ -51,10 +51,13 @@ def _module_files() -> set[str]:
 def _facts(path: str) -> _Facts | None:
     """Return what identifies the content of a file; None if it cannot be read, such as a module in an archive.
 
-    A user can set the time of the last modification to any value, but not the time of the last change.
+    A user can set the time of the last modification to any value, but not the time of the last change. The latter also
+    changes with the number of links, which other venvs with the same package add and remove; such files are never
+    edited in place.
     """
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_ctime_ns, status.st_mtime_ns, status.st_size, status.st_ino
+    changed_ns = status.st_ctime_ns if status.st_nlink == 1 else status.st_mtime_ns
+    return changed_ns, status.st_mtime_ns, status.st_size, status.st_ino

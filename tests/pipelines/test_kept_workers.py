@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from nemo_rl import settings
+from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.kept_workers import STAGE_WORKERS
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
 from nemo_rl.pipelines import Pipeline, ProcessingStage, Resources, Task
@@ -218,6 +219,29 @@ def test_the_number_of_kept_workers_is_limited(monkeypatch: pytest.MonkeyPatch) 
     assert run(stages[1])["pid"] != two
 
 
+class Meets(ProcessingStage[Task[Any], Task[Any]]):
+    """Waits until three workers have a task. Returns the process id and the CPUs that Ray says the worker holds."""
+
+    num_workers = 3
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def process(self, task: Task[Any]) -> Task[Any]:
+        (self.folder / str(os.getpid())).touch()
+        wait_until(lambda: len(list(self.folder.iterdir())) == 3)
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 0)
+        return Task(task.task_id, task.dataset_name, (os.getpid(), cpus))
+
+
+def test_workers_beyond_the_limit_hold_their_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.KEEP_STAGE_WORKERS.name, "1")
+    tasks = Pipeline("p", stages=[Meets(tmp_path)]).run(initial_tasks=[Task(str(i), "d", {}) for i in range(24)])
+    assert sorted(cpus for _, cpus in {task.data for task in tasks}) == [0, 1, 1]
+    assert len(STAGE_WORKERS) == 1
+    wait_until(lambda: [node.free.get("CPU") for node in alive_nodes()] == [4.0])
+
+
 def test_idle_workers_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.KEEP_STAGE_WORKERS_S.name, "0.2")
     pid = run(Facts())["pid"]
@@ -257,5 +281,11 @@ def test_loaded_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = LoadedCode(since=time.time() + 3600)
     assert code.record()
     assert code.is_current()
+    os.link(module, tmp_path / "linked.py")
+    linked = LoadedCode(since=time.time() + 3600)
+    assert linked.record()
+    os.link(module, tmp_path / "linked_again.py")  # as a further venv with the same package does
+    assert linked.is_current()
     module.rename(tmp_path / "away.py")
+    assert not linked.is_current()
     assert not code.is_current()

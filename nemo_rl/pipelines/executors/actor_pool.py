@@ -193,13 +193,12 @@ class _Pool:
         self._max_deaths = max_deaths
         self._arguments = stage.constructor_arguments
         self._leases = leases
-        self._key = stage.worker_key if settings.KEEP_STAGE_WORKERS.get() else None  # None: no worker is kept
-        options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus, "max_restarts": 0}
-        if self._key is not None:
-            options["num_cpus"] = 0
+        self._key = stage.worker_key
+        # Workers that may be kept. Further ones hold their CPUs themselves: each lease costs calls to Ray.
+        self._max_leases = 0 if self._key is None else settings.KEEP_STAGE_WORKERS.get()
+        self._options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus, "max_restarts": 0}
         if stage.runtime_env:
-            options["runtime_env"] = stage.runtime_env
-        self._options = options
+            self._options["runtime_env"] = stage.runtime_env
         self._workers: list[_Worker] = []
         self._start_s: float | None = None
         self._call_s: list[float] = []
@@ -222,10 +221,10 @@ class _Pool:
         while len(self._workers) < num_workers:
             worker = _Worker(time.monotonic())
             self._workers.append(worker)
-            if self._key is None:
-                self._launch_new(worker)
-            else:
+            if sum(worker.lease is not None for worker in self._workers) < self._max_leases:
                 worker.lease = self._leases.request(self.stage.num_cpus)
+            else:
+                self._launch_new(worker)
 
     def launch_granted(self) -> bool:
         """Start the workers whose leases have been granted. Returns whether none waits for a lease that is recent."""
@@ -257,7 +256,7 @@ class _Pool:
         else:
             on_node = NodeAffinitySchedulingStrategy(worker.lease.node_id, soft=False)
             num_threads = max(1, math.floor(self.stage.num_cpus))
-            options = {**self._options, "scheduling_strategy": on_node}
+            options = {**self._options, "num_cpus": 0, "scheduling_strategy": on_node}
             handle = _StageActor.options(**options).remote(*self._arguments, num_threads)
         worker.handle, worker.started = handle, handle.start.remote()
 
