@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.kept_workers import STAGE_WORKERS
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.pipelines import Pipeline, ProcessingStage, Resources, Task
+from nemo_rl.pipelines import GatherStage, Pipeline, ProcessingStage, Resources, Task
 from nemo_rl.pipelines.loaded_code import LoadedCode
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -78,6 +78,16 @@ def test_same_stage_runs_in_the_same_process_as_a_new_object(tmp_path: Path) -> 
     assert second == first  # including the process id
     assert (second["setups"], second["calls"]) == (1, 1)
     assert len(list(tmp_path.iterdir())) == 2  # torn down after each run
+
+
+class GathersPid(GatherStage[Task[Any], Task[Any]]):
+    def process_all(self, tasks: Sequence[Task[Any]]) -> Iterator[Task[Any]]:
+        for task in tasks:
+            yield Task(task.task_id, task.dataset_name, os.getpid())
+
+
+def test_a_gather_stage_runs_in_the_same_process() -> None:
+    assert run(GathersPid()) == run(GathersPid())
 
 
 def test_idle_workers_hold_no_cpus() -> None:

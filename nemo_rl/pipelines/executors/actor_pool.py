@@ -127,6 +127,22 @@ class RayActorPoolExecutor:
         return [item for group in groups for item in _items(group, stages[-1].name)]
 
 
+def gather(stage: PlannedStage, num_sources: int, cluster: Cluster) -> int:
+    """Run a `GatherStage` on one worker. See `StageRunner.gather`; this is the same for all executors.
+
+    Raises:
+        PipelineError: the worker could not start.
+        RayError: the stage failed, or its worker died.
+    """
+    leases = Leases()
+    pool = _Pool(stage, cluster, leases, 1, 0)
+    try:
+        return pool.gather(num_sources, _LaterPools([], cluster))
+    finally:
+        pool.kill()
+        leases.close_free()
+
+
 def _results(generator: Any) -> list[_Group]:
     """Wait for a call and return its results. Raises the error that the call raised."""
     references: list[ray.ObjectRef] = list(generator)
@@ -282,6 +298,16 @@ class _Pool:
         self._end_idle()
         self._await_closed()
         return done
+
+    def gather(self, num_sources: int, following: _LaterPools) -> int:
+        """Run a `GatherStage` on one worker, and wait for it."""
+        while not any(worker.is_ready for worker in self._workers):
+            self._start(1)
+            self._wait(deque(), [], following)
+        number: int = ray.get(self._workers[0].handle.gather.remote(num_sources))
+        self._end_idle()
+        self._await_closed()
+        return number
 
     def kill(self) -> None:
         """Kill all workers immediately."""
