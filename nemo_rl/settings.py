@@ -224,7 +224,7 @@ WORKER_START_TIMEOUT_S = Variable(
 KEEP_STAGE_WORKERS = Variable(
     "NEMO_RL_KEEP_STAGE_WORKERS",
     _non_negative_int,
-    8,
+    16,
     "Number of idle workers of pipeline stages that a driver keeps for its next run of the same stage, see "
     "pipelines.md. 0: none.",
 )
