@@ -1,4 +1,4 @@
-"""Compares our pipeline executors with plain Ray: three versions of one library in a pipeline, and many small tasks.
+"""Compares our pipeline executors with NeMo Curator and plain Ray: three versions of one library, many small tasks.
 
     uv run benchmarks/bench_pipelines.py
     uv run benchmarks/bench_pipelines.py --cases "actor pool" "ray pip" --repeats 1
@@ -19,6 +19,7 @@ Every case runs in a separate process and Ray session.
 | actor pool, ray data, xenna | our executors, with `pip` and `uv` lists. Xenna only if the extra `xenna` is installed |
 | ray pip, ray uv | actors with Ray's own `runtime_env`, one per version, called one after another |
 | plain ray data | `map_batches` with actors on the same 2,000 rows |
+| curator actor pool, curator ray data, curator xenna | NeMo Curator's executors, with `pip` and `uv` lists (20 GB) |
 | curation, 1 core; curation, 2 cores | the job on a messy sample of `--lines` lines, pinned to the cores |
 """
 
@@ -37,8 +38,12 @@ from harness import Case, Metrics, Ratio
 
 CURATION = {"curation, 1 core": 1, "curation, 2 cores": 2}
 OURS = ("actor pool", "ray data", "xenna")
-CASES = (*OURS, "ray pip", "ray uv", "plain ray data", *CURATION)
+CURATOR = {f"curator {name}": name for name in OURS}
+CASES = (*OURS, *CURATOR, "ray pip", "ray uv", "plain ray data", *CURATION)
 SESSION = Path(__file__).with_name("pipelines_session.py")
+CURATOR_SESSION = Path(__file__).with_name("baselines") / "curator_pipelines.py"
+RIVAL_METRICS = ("first", "second", "MB per venv", "2000 tasks")
+CURATOR_PACKAGE = "nemo-curator==1.4.0"
 
 
 def main() -> None:
@@ -53,10 +58,13 @@ def main() -> None:
         if not arguments.cases:
             parser.exit(message=f"{notes[-1]}\n")
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
-        baseline_python = python_with_pip(Path(scratch)) if "ray pip" in arguments.cases else sys.executable
+        pythons: dict[str, str] = {}
+        if "ray pip" in arguments.cases:
+            pythons["ray pip"] = python_with_pip(Path(scratch))
+        if wanted := [name for name in CURATOR if name in arguments.cases]:
+            pythons |= dict.fromkeys(wanted, python_with_curator(Path(scratch)))
         cases = [
-            Case(name, functools.partial(run, name, arguments.lines, baseline_python if name == "ray pip" else None))
-            for name in arguments.cases
+            Case(name, functools.partial(run, name, arguments.lines, pythons.get(name))) for name in arguments.cases
         ]
         results = harness.measure(cases, repeats=arguments.repeats)
     ours = [name for name in OURS if name in arguments.cases]
@@ -67,9 +75,14 @@ def main() -> None:
         for metric in ("first", "second", "after restart")
         for baseline in baselines
     ]
-    ratios += [Ratio("after restart", name, name, at_most=1.5, baseline_metric="second") for name in ours]
+    ratios += [Ratio("after restart", name, name, at_most=1.1, baseline_metric="first") for name in ours]
     ratios += [Ratio("MB per venv", name, baseline) for name in ours for baseline in baselines]
     ratios += [Ratio("2000 tasks", name, "plain ray data") for name in ours if "plain ray data" in arguments.cases]
+    for rival in [name for name in CURATOR if name in arguments.cases]:
+        if CURATOR[rival] in ours:
+            ratios += [Ratio(metric, CURATOR[rival], rival, at_most=0.2) for metric in RIVAL_METRICS]
+    if {"actor pool", "ray data"} <= set(ours):
+        ratios += [Ratio(metric, "ray data", "actor pool", at_most=1.5) for metric in ("first", "second", "2000 tasks")]
     if set(CURATION) <= set(arguments.cases):
         ratios.append(Ratio("GB/h", "curation, 2 cores", "curation, 1 core"))
     harness.report("pipelines", results, ratios, arguments.json, title="seconds, unless noted", notes=notes)
@@ -84,12 +97,22 @@ def python_with_pip(scratch: Path) -> str:
     return python
 
 
+def python_with_curator(scratch: Path) -> str:
+    """Create a venv with NeMo Curator, and pip for Ray's `pip`, and return its interpreter."""
+    python = str(scratch / "curator" / "bin" / "python")
+    harness.run([harness.uv(), "venv", "--quiet", "--python", sys.executable, str(scratch / "curator")])
+    harness.run([harness.uv(), "pip", "install", "--quiet", "--python", python, CURATOR_PACKAGE, "pip"])
+    return python
+
+
 def run(name: str, num_lines: int, python: str | None) -> Metrics:
     """Run one case: a session, and a second session with the files of the first one on disk."""
     with tempfile.TemporaryDirectory(prefix="bench-pipelines-") as scratch:
         environment = {**os.environ, "NEMO_RL_VENV_DIR": str(Path(scratch, "venvs")), "RAY_ADDRESS": "local"}
         if name in CURATION:
             return session("curation", f"{CURATION[name]}/{num_lines}", environment, python)
+        if name in CURATOR:
+            return session(CURATOR[name], "first", environment, python, script=CURATOR_SESSION)
         first = session(name, "first", environment, python)
         if name == "plain ray data":
             return first
@@ -97,9 +120,11 @@ def run(name: str, num_lines: int, python: str | None) -> Metrics:
     return {**first, "after restart": again["first"]}
 
 
-def session(name: str, part: str, environment: dict[str, str], python: str | None) -> dict[str, float]:
+def session(
+    name: str, part: str, environment: dict[str, str], python: str | None, *, script: Path = SESSION
+) -> dict[str, float]:
     """Run one Ray session and return its metrics. Uses this process's Python by default."""
-    command = [python or sys.executable, str(SESSION), name, part]
+    command = [python or sys.executable, str(script), name, part]
     written = harness.run(command, env=environment)
     return json.loads(next(line for line in reversed(written.splitlines()) if line.startswith("{")))
 

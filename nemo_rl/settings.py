@@ -221,6 +221,19 @@ WORKER_START_TIMEOUT_S = Variable(
     1800.0,
     "Seconds from the creation of a worker group until its last worker must be ready.",
 )
+KEEP_STAGE_WORKERS = Variable(
+    "NEMO_RL_KEEP_STAGE_WORKERS",
+    _non_negative_int,
+    16,
+    "Number of idle workers of pipeline stages that a driver keeps for its next run of the same stage, see "
+    "pipelines.md. 0: none.",
+)
+KEEP_STAGE_WORKERS_S = Variable(
+    "NEMO_RL_KEEP_STAGE_WORKERS_S",
+    _positive_seconds,
+    120.0,
+    "Seconds without work after which a kept worker of a pipeline stage ends.",
+)
 TRACEBACK = Variable(
     "NEMO_RL_TRACEBACK", _flag, False, "Print a full traceback if a command fails, instead of the message only."
 )

@@ -29,6 +29,7 @@ from nemo_rl.distributed.cluster.placement import NodeResources
 from nemo_rl.distributed.cluster.ports import Block
 from nemo_rl.distributed.cluster.reservations import Reservation, held_reservations
 from nemo_rl.distributed.cluster.session import can_grow, init_ray
+from nemo_rl.distributed.kept_workers import STAGE_WORKERS
 from nemo_rl.distributed.provisioning.remote_calls import free_ports_on_nodes
 from nemo_rl.distributed.ray_actor_environment_registry import PY_EXECUTABLES
 from nemo_rl.errors import ClusterError, ConfigError, ResourceInsufficientError
@@ -300,6 +301,7 @@ class RayVirtualCluster:
 
         A notebook or prompt does not wait for what its own process holds.
         """
+        STAGE_WORKERS.release()  # they hold no CPUs, but the memory of their processes
         start_time = time.monotonic()
         for attempt in range(self._max_tries):
             deadline = time.monotonic() + 2.0**attempt

@@ -7,9 +7,13 @@ this module imports nothing but the standard library.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -18,25 +22,82 @@ def extend_search_path(entries: list[str]) -> None:
     sys.path += [entry for entry in entries if entry not in sys.path]
 
 
-class StageWorker:
-    """Runs one stage. The actor pool uses it as a Ray actor; the other executors wrap it."""
+def threads_are_set() -> bool:
+    """Return whether the user has set the number of OpenMP threads. Ray sets it after the start of a process."""
+    with contextlib.suppress(OSError):
+        return b"OMP_NUM_THREADS=" in Path("/proc/self/environ").read_bytes()
+    return True
 
-    def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
+
+class StageWorker:
+    """Runs one stage. The actor pool uses it as a Ray actor; the other executors wrap it.
+
+    An actor pool may keep a worker for a later run. `finish` ends one run, and `restart` begins the next one.
+
+    Args:
+        payload: the pickled `StageJob`.
+        search_path: entries that are appended to `sys.path`.
+        env_vars: variables to set.
+        num_threads: number of OpenMP threads; None leaves it to Ray.
+    """
+
+    def __init__(
+        self, payload: bytes, search_path: list[str], env_vars: dict[str, str], num_threads: int | None = None
+    ) -> None:
         self._began = time.monotonic()
+        since = time.time()
         extend_search_path(search_path)
         from nemo_rl import settings
 
-        settings.export(env_vars)
+        # Ray's own number is 1 for an actor without CPUs.
+        threads = {} if num_threads is None or threads_are_set() else {"OMP_NUM_THREADS": str(num_threads)}
+        settings.export(threads | env_vars)
+        from ray import cloudpickle
+
+        from nemo_rl.pipelines.loaded_code import LoadedCode
+        from nemo_rl.pipelines.runner import StageRunner
+
+        self._code = LoadedCode(since)
+        self._runner: Any = StageRunner(cloudpickle.loads(payload))
+
+    def start(self) -> float:
+        """Set the stage up. Returns the seconds since this object was created, including imports."""
+        self._runner.start()
+        self._surroundings = self._seen_surroundings()
+        return time.monotonic() - self._began
+
+    def finish(self) -> bool:
+        """Tear the stage down and forget it. Returns whether this process may run the same stage again."""
+        self._runner.close()
+        self._runner = None
+        gc.collect()  # a stage and its runner refer to each other
+        return self._code.record() and self._surroundings == self._seen_surroundings()
+
+    def restart(self, payload: bytes) -> float | None:
+        """Set up an equal stage for another run, in the process of the last one.
+
+        Returns:
+            Seconds; None if a file that this process has imported has changed, or the stage cannot be set up again.
+        """
+        self._began = time.monotonic()
+        if not self._code.is_current():
+            return None
         from ray import cloudpickle
 
         from nemo_rl.pipelines.runner import StageRunner
 
         self._runner = StageRunner(cloudpickle.loads(payload))
-
-    def start(self) -> float:
-        """Set the stage up. Returns the seconds since this object was created, including imports."""
-        self._runner.start()
+        try:
+            self._runner.start()
+        except Exception:  # a new process may do better
+            self._runner.withdraw_stop()
+            return None
         return time.monotonic() - self._began
+
+    def _seen_surroundings(self) -> tuple[str, dict[str, str]]:
+        from nemo_rl import settings
+
+        return os.getcwd(), settings.snapshot()
 
     def run(self, *groups: list[Any]) -> Iterator[Any]:
         """Process the tasks of `groups`. Yields groups of results, then a list with the number of tasks in each."""
@@ -45,6 +106,11 @@ class StageWorker:
             sizes.append(len(output))
             yield output
         yield sizes
+
+    def run_each(self, groups: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """Process groups of tasks one by one. Yields groups of results."""
+        for group in groups:
+            yield from self._runner.run(group)
 
     def gather(self, num_sources: int) -> int:
         """See `StageRunner.gather`."""
@@ -59,13 +125,20 @@ class StageWorker:
 
 
 class DataStage:
-    """Runs a stage as a callable class for Ray Data. Each row of a batch holds a pickled group of tasks."""
+    """Runs stages as a callable class for Ray Data. Each row of a batch holds a pickled group of tasks.
 
-    def __init__(self, payload: bytes, search_path: list[str], env_vars: dict[str, str]) -> None:
-        self._worker = StageWorker(payload, search_path, env_vars)
+    Args:
+        constructor_arguments: those of the `StageWorker` of each stage. Every group passes through all stages in order.
+    """
+
+    def __init__(self, *constructor_arguments: tuple[bytes, list[str], dict[str, str]]) -> None:
+        self._workers: list[StageWorker] = []
         self._failed_start: Exception | None = None
         try:
-            self._worker.start()
+            for arguments in constructor_arguments:
+                worker = StageWorker(*arguments)
+                worker.start()
+                self._workers.append(worker)
         except Exception as error:
             # Raised in __call__: an error in the constructor would reach the driver as text, behind an actor death.
             self._failed_start = error
@@ -77,10 +150,13 @@ class DataStage:
         if self._failed_start is not None:
             raise self._failed_start
         groups = [cloudpickle.loads(value.as_buffer()) for value in batch.column("group")]
-        for output in self._worker._runner.run([item for group in groups for item in group]):
+        outputs = iter([[item for group in groups for item in group]])
+        for worker in self._workers:
+            outputs = worker.run_each(outputs)
+        for output in outputs:
             row = pyarrow.array([cloudpickle.dumps(output)], pyarrow.large_binary())
             yield pyarrow.table({"group": row})
 
     def __del__(self) -> None:
-        if self.__dict__.get("_failed_start", True) is None:
-            self._worker._runner.close()
+        for worker in self.__dict__.get("_workers", ()):
+            worker._runner.close()

@@ -237,16 +237,20 @@ def planned_stages(
     for job, stage_fields, (cpus, gpus) in zip(jobs, fields, resources):
         name = job.stage.name
         runtime_env: dict[str, Any] = {}
+        python_id: str | None = sys.executable
         if not stage_fields:
             env_vars = settings.forwarded()
         elif ray_chooses_python(stage_fields):
+            python_id = None
             runtime_env, env_vars = ray_runtime_env(WorkerPython(), stage_fields)
         elif name in plans:
-            runtime_env, env_vars = ray_runtime_env(pythons[_venv_name(plans[name])], stage_fields)
+            python = pythons[_venv_name(plans[name])]
+            python_id = python.digest
+            runtime_env, env_vars = ray_runtime_env(python, stage_fields)
         else:
             driver_python = WorkerPython(python=sys.executable, activation=activation(sys.executable))
             runtime_env, env_vars = ray_runtime_env(driver_python, stage_fields)
-        result.append(PlannedStage(job, cpus, gpus, runtime_env, env_vars, search_path))
+        result.append(PlannedStage(job, cpus, gpus, runtime_env, env_vars, search_path, python_id))
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
@@ -12,14 +11,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from nemo_rl.distributed.cluster.session import init_ray
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.errors import PipelineError, StageError
 from nemo_rl.observability.activities import Activity, activity
-from nemo_rl.pipelines.bootstrap import StageWorker
+from nemo_rl.pipelines.executors.actor_pool import gather
 from nemo_rl.pipelines.executors.base import Cluster, Executor, PlannedStage, WorkersDied, stage_error
 from nemo_rl.pipelines.failures import FAILED_DIR, set_aside_summary, withdraw_failures
 from nemo_rl.pipelines.items import Item, key_text
@@ -228,7 +226,7 @@ class _Run:
                 names = ", ".join(stage.name for stage in stages)
                 self._running.phase(f"running {names} over {len(items)} tasks")
                 if self._gathers(segment):
-                    items = self._gather(number, stages[0], items)
+                    items = self._gather(number, stages[0], items, cluster)
                 else:
                     items = self._run_segment(number, stages, items, cluster)
         return items
@@ -284,25 +282,17 @@ class _Run:
         write_atomically(spool_dir / _COMPLETE, str(len(items)))
         return len(items)
 
-    def _gather(self, number: int, stage: PlannedStage, items: list[Item]) -> list[Item]:
+    def _gather(self, number: int, stage: PlannedStage, items: list[Item], cluster: Cluster) -> list[Item]:
         (stage,) = self._for_this_attempt([stage])
         spool_dir = spool_directory(self._directory.path, number)
         num_sources = self._num_sources(number - 1)
         if num_sources is None:  # the first segment: its input is not in a spool yet
             num_sources = self._spool_input(spool_directory(self._directory.path, number - 1), items)
-        options: dict[str, Any] = {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus}
-        if stage.runtime_env:
-            options["runtime_env"] = stage.runtime_env
         for attempt in range(1, _MAX_GATHER_ATTEMPTS + 1):
             self._directory.clear_segment(spool_dir)
             self._directory.clear_segment(stage.job.counts_directory)
-            worker: Any = ray.remote(StageWorker).options(**options).remote(*stage.constructor_arguments)
             try:
-                ray.get(worker.start.remote())
-                num_gathered = ray.get(worker.gather.remote(num_sources))
-                with contextlib.suppress(*WORKER_DEATHS):  # the actor exits in close()
-                    ray.get(worker.close.remote())
-                return self._finish(number, num_gathered)
+                return self._finish(number, gather(stage, num_sources, cluster))
             except RayError as error:
                 cause = stage_error(error)
                 if cause is None and isinstance(error, WORKER_DEATHS) and attempt < _MAX_GATHER_ATTEMPTS:
@@ -310,8 +300,6 @@ class _Run:
                     continue
                 text = f"stage {stage.name!r} failed: {error}"
                 raise cause or StageError(text, stage=stage.name) from error
-            finally:
-                ray.kill(worker)
         raise AssertionError("unreachable")
 
 

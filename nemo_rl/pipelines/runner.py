@@ -184,6 +184,10 @@ class StageRunner:
         self._spool.close()
         self._counts.save()
 
+    def withdraw_stop(self) -> None:
+        """Delete the error that `start` has raised, because the run continues with another worker."""
+        stop_file(self._job).unlink(missing_ok=True)
+
     # --- Reporter: called by the stage --------------------------------------------------------------------------------
 
     def dropped(self, reason: str, count: int, examples: Sequence[Mapping[str, Any]]) -> None:

@@ -32,6 +32,7 @@ from nemo_rl.pipelines import (
     Pipeline,
     ProcessingStage,
     RayActorPoolExecutor,
+    RayDataExecutor,
     Resources,
     Task,
     failed_tasks,
@@ -54,6 +55,20 @@ def test_results_keep_the_input_order(executor: Executor) -> None:
         drop_divisor = 4
 
     assert numbers(Pipeline("p", stages=[DropEven()]).run(executor, batches(6))) == [2, 3, 6, 7, 10, 11]
+
+
+def test_ray_data_stages_share_workers_if_they_ask_for_the_same() -> None:
+    stages = [
+        AddOne().with_(name="first"),
+        AddOne().with_(name="same"),
+        AddOne().with_(name="more CPUs", resources=Resources(cpus=1)),
+        AddOne().with_(name="exact number", resources=Resources(cpus=1), num_workers=1),
+    ]
+    (task,) = Pipeline("p", stages=stages).run(RayDataExecutor(), batches(1))
+    assert numbers([task]) == [4, 5]
+    worker = {perf.stage: perf.worker for perf in task._stage_perf}
+    assert worker["first"] == worker["same"]
+    assert len(set(worker.values())) == 3
 
 
 def test_first_stage_creates_the_tasks(executor: Executor) -> None:

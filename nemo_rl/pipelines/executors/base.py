@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import sys
@@ -42,6 +43,8 @@ class PlannedStage:
         runtime_env: Ray's `runtime_env`. If it is empty, workers run in the driver's Python.
         env_vars: variables that the worker itself sets. They may be secrets, and Ray logs every `runtime_env`.
         search_path: entries that the worker appends to `sys.path`, see `bootstrap`.
+        python_id: identifies the Python and its packages within this session; None if they may differ from one start
+            to the next.
     """
 
     job: StageJob
@@ -50,6 +53,7 @@ class PlannedStage:
     runtime_env: dict[str, Any] = field(repr=False)
     env_vars: dict[str, str] = field(repr=False)
     search_path: list[str] = field(repr=False)
+    python_id: str | None = None
 
     @property
     def name(self) -> str:
@@ -70,6 +74,18 @@ class PlannedStage:
                 "objects that cannot be pickled in setup()."
             ) from error
         return payload, self.search_path, self.env_vars
+
+    @property
+    def worker_key(self) -> bytes | None:
+        """Equal for stages of this process whose workers can replace each other; None if a worker can serve once only.
+
+        It covers the stage with its attributes and, for a class that workers cannot import, its code; the Python; the
+        environment variables; the search path; and the CPUs. It does not cover the code of modules, see `LoadedCode`.
+        """
+        if self.python_id is None or self.num_gpus or not self.num_cpus:
+            return None
+        content = (self.job.stage, self.num_cpus, self.runtime_env, self.env_vars, self.search_path, self.python_id)
+        return hashlib.sha256(cloudpickle.dumps(content)).digest()
 
     def max_num_workers(self, cluster: Cluster, limit: int | None = None) -> int:
         """Return the maximum number of workers: the stage's `num_workers`, else as many as fit on the cluster."""

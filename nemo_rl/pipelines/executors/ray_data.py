@@ -1,5 +1,8 @@
 """Runs all stages at once on Ray Data. Each stage is an actor pool behind `map_batches`, and tasks stream through them.
 
+Consecutive stages that ask for the same Python and the same CPUs share their workers: most of the time of a short run
+is spent on starting processes.
+
 A row of the data set is a group of tasks, and every block holds one row. Ray Data therefore schedules, applies
 backpressure and spills per group.
 """
@@ -7,8 +10,9 @@ backpressure and spills per group.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import ray
@@ -58,13 +62,13 @@ class RayDataExecutor:
         """See `Executor.run`."""
         if not items:
             return []
-        share = cpu_share(stages, cluster.num_cpus)
+        share = cpu_share([next(together) for _, together in groupby(stages, key=_place)], cluster.num_cpus)
         size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
         rows = [{"group": cloudpickle.dumps(chunk)} for chunk in chunks(items, size)]
         with _row_per_block():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            for stage in stages:
-                dataset = self._with_stage(dataset, stage, cluster, share)
+            for _, together in groupby(stages, key=_place):
+                dataset = self._with_stages(dataset, list(together), cluster, share)
             try:
                 return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
             except Exception as error:  # Ray Data wraps what a stage raises and adds its own advice
@@ -78,7 +82,9 @@ class RayDataExecutor:
                     raise StageError(f"one of the stages {names} failed: {error}") from error
                 raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
 
-    def _with_stage(self, dataset: Any, stage: PlannedStage, cluster: Cluster, share: float) -> Any:
+    def _with_stages(self, dataset: Any, stages: Sequence[PlannedStage], cluster: Cluster, share: float) -> Any:
+        """Add stages that run in the same workers."""
+        stage = stages[0]
         # Ray Data has no other option for the number of restarts. It warns that Ray 2.64 removes this one.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=RayDeprecationWarning)
         most = stage.max_num_workers(cluster, self._max_workers)
@@ -88,13 +94,20 @@ class RayDataExecutor:
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
-            fn_constructor_args=stage.constructor_arguments,
+            fn_constructor_args=[each.constructor_arguments for each in stages],
             num_cpus=stage.num_cpus * share,
             num_gpus=stage.num_gpus or None,
             runtime_env=stage.runtime_env or None,
             max_restarts=self._max_deaths,
             max_task_retries=-1,  # limited by max_restarts; Ray counts every attempt to reach a dead node
         )
+
+
+def _place(stage: PlannedStage) -> Hashable:
+    """Return a value that is equal for stages that may share their workers. GPUs and numbers of workers are exact."""
+    if stage.num_gpus or stage.job.stage.num_workers is not None or stage.python_id is None:
+        return stage.job.index
+    return cloudpickle.dumps((stage.num_cpus, stage.runtime_env, stage.env_vars, stage.python_id))
 
 
 @contextmanager
