@@ -84,7 +84,9 @@ def recorded_files(record: str) -> list[RecordedFile]:
         algorithm, digest = _hash_of(row[1] if len(row) > 1 else "")
         size = int(row[2]) if len(row) > 2 and row[2].isdigit() else None
         if digest is not None or size is not None:
-            path = os.path.normpath(os.path.join(site_packages, row[0]))
+            path = os.path.join(site_packages, row[0])
+            if path[0] != "/" or path[-1] == "/" or "//" in path or "/." in path:  # normalizing takes longer
+                path = os.path.normpath(path)
             files.append(RecordedFile(package, path, algorithm, digest, size))
     return files
 
@@ -117,13 +119,16 @@ def records_of(site_packages: str) -> list[str]:
     return [path for name in names if os.path.isfile(path := os.path.join(site_packages, name, "RECORD"))]
 
 
-def damaged_files(records: Iterable[str], *, compare_hashes: bool) -> Iterator[Damage]:
+def damaged_files(
+    records: Iterable[str], *, compare_hashes: bool, listings: dict[str, list[RecordedFile]] | None = None
+) -> Iterator[Damage]:
     """Yield every file that differs from the RECORDs that list it.
 
     Args:
         records: paths of the RECORDs of one venv.
         compare_hashes: read every file. With False only sizes are compared, and a file with another size is read:
             some packages were published with a wrong size.
+        listings: receives the files that each RECORD lists, by its path.
     """
     files: dict[str, list[RecordedFile]] = {}
     for record in records:
@@ -131,6 +136,8 @@ def damaged_files(records: Iterable[str], *, compare_hashes: bool) -> Iterator[D
             listed = recorded_files(record)
             if not any(recorded.path == os.path.join(os.path.dirname(record), "METADATA") for recorded in listed):
                 yield Damage(package_of(record), record, "altered: it does not list the package's METADATA")
+            if listings is not None:
+                listings[record] = listed
             for recorded in listed:
                 files.setdefault(recorded.path, []).append(recorded)
         except (OSError, ValueError) as error:
