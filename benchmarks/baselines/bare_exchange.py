@@ -1,14 +1,15 @@
-"""Sends bytes from one bare process to another in pieces of shared memory. Prints GB/s as JSON on the last line.
+"""Sends bytes from one bare process to another in pieces of shared memory, once per line of its input.
 
-    python benchmarks/baselines/bare_exchange.py '{"num_bytes": 400000000, "copies": true, "repeats": 5}'
+    echo | python benchmarks/baselines/bare_exchange.py '{"num_bytes": 400000000, "copies": true}'
 
-It does what a weight sync must do, and nothing else: no tensors, no authentication, no failures, one thread per side,
-and a pipe that says how many pieces are ready. The sender copies each piece into shared memory and digests the copy.
-The receiver digests it where it is (`copies` is false: shared memory of the full size), or copies it into its own
-memory and digests that (a ring of `NUM_SLOTS` pieces). Both digests are compared. All memory is reused.
+It prints the seconds of each exchange. It does what a weight sync must do, and nothing else: no tensors, no
+authentication, no failures, one thread per side, and a pipe that says how many pieces are ready. The sender copies each
+piece into shared memory and digests the copy. The receiver digests it where it is (`copies` is false: shared memory of
+the full size), or copies it into its own memory and digests that (a ring of `NUM_SLOTS` pieces). Both digests are
+compared. All memory is reused.
 
-On a processor with 1 MiB of cache per core and 32 MiB for all, these sizes are the fastest: with pieces of 256 KiB to
-8 MiB and rings of 2 to 200 pieces, both kinds were slower or the same.
+With 1 MiB of cache per core and 32 MiB for all, these sizes are the fastest: pieces of 256 KiB to 8 MiB and rings of 2
+to 200 pieces were slower or the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import statistics
 import sys
 import time
 
@@ -26,37 +26,35 @@ import xxhash
 
 PIECE_BYTES = 512 << 10
 NUM_SLOTS = 8
-WARMUPS = 2
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    num_bytes, copies, repeats = settings["num_bytes"], settings["copies"], settings["repeats"]
+    num_bytes, copies = settings["num_bytes"], settings["copies"]
     num_pieces = -(-num_bytes // PIECE_BYTES)
     num_slots = min(NUM_SLOTS, num_pieces) if copies else num_pieces
     shared = np.frombuffer(mmap.mmap(-1, num_slots * PIECE_BYTES), np.uint8)
     shared[:] = 1  # new memory costs page faults
-    filled, read, digests, ready = (os.pipe() for _ in range(4))
-    if (child := os.fork()) == 0:
+    filled, read, digests = (os.pipe() for _ in range(3))
+    if os.fork() == 0:
+        os.close(filled[1])
         own = np.ones(num_bytes, np.uint8) if copies else None
-        for _ in range(WARMUPS + repeats):
-            os.write(ready[1], b"r")
-            os.write(digests[1], receive(shared, own, num_bytes, num_slots, filled[0], read[1]))
-        os._exit(0)
-    for pipe in (filled[0], read[1], digests[1], ready[1]):
-        os.close(pipe)  # a child that fails ends the reads below
+        try:
+            while True:
+                os.write(digests[1], receive(shared, own, num_bytes, num_slots, filled[0], read[1]))
+        except EOFError:
+            os._exit(0)
+    for pipe in (filled[0], read[1], digests[1]):
+        os.close(pipe)
     source = np.frombuffer(np.random.default_rng(0).bytes(num_bytes), np.uint8)
-    rates = []
-    for _ in range(WARMUPS + repeats):
-        assert os.read(ready[0], 1), "the receiver has failed"
+    for _ in sys.stdin:
         started = time.perf_counter()
         digest = send(source, shared, num_slots, filled[1], read[0])
-        assert digest == os.read(digests[0], len(digest)), "the bytes have arrived damaged"
-        rates.append(num_bytes / (time.perf_counter() - started) / 1e9)
-    os.waitpid(child, 0)
-    print(json.dumps({"gb_per_s": statistics.median(rates[WARMUPS:])}))
+        if digest != received(digests[0], len(digest)):
+            raise SystemExit("the bytes have arrived damaged")
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
 def send(source: Bytes, shared: Bytes, num_slots: int, filled: int, read: int) -> bytes:
@@ -65,7 +63,7 @@ def send(source: Bytes, shared: Bytes, num_slots: int, filled: int, read: int) -
     num_read = 0
     for index, start in enumerate(range(0, source.size, PIECE_BYTES)):
         while index - num_read >= num_slots:
-            num_read += len(os.read(read, num_slots))
+            num_read += len(received(read, num_slots))
         piece = source[start : start + PIECE_BYTES]
         offset = index % num_slots * PIECE_BYTES
         slot = shared[offset : offset + piece.size]
@@ -74,7 +72,7 @@ def send(source: Bytes, shared: Bytes, num_slots: int, filled: int, read: int) -
         os.write(filled, b"f")
     num_pieces = -(-source.size // PIECE_BYTES)
     while num_slots < num_pieces and num_read < num_pieces:
-        num_read += len(os.read(read, num_pieces - num_read))
+        num_read += len(received(read, num_pieces - num_read))
     return digest.digest()
 
 
@@ -85,7 +83,7 @@ def receive(shared: Bytes, own: Bytes | None, num_bytes: int, num_slots: int, fi
     num_filled = 0
     for index, start in enumerate(range(0, num_bytes, PIECE_BYTES)):
         if index == num_filled:
-            num_filled += len(os.read(filled, num_pieces - num_filled))
+            num_filled += len(received(filled, num_pieces - num_filled))
         offset = index % num_slots * PIECE_BYTES
         piece = shared[offset : offset + min(PIECE_BYTES, num_bytes - start)]
         if own is not None:
@@ -96,6 +94,14 @@ def receive(shared: Bytes, own: Bytes | None, num_bytes: int, num_slots: int, fi
         if num_slots < num_pieces:
             os.write(read, b"r")
     return digest.digest()
+
+
+def received(pipe: int, most: int) -> bytes:
+    """Return what is in a pipe, at least one byte. Raises `EOFError` if the other process has ended."""
+    data = os.read(pipe, most)
+    if not data:
+        raise EOFError("the other process has ended")
+    return data
 
 
 if __name__ == "__main__":

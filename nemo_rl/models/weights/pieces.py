@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from multiprocessing.connection import Connection
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +31,13 @@ from nemo_rl.models.weights.interfaces import TensorSpec, WeightBucket
 
 PIECE_BYTES = 512 << 10
 NUM_SLOTS = 8
+# Waking a process takes as long as a part of a piece. The memory that receivers keep needs no answers.
+_TOLD_AT_ONCE = 4
 RING_BYTES = NUM_SLOTS * PIECE_BYTES
 
 Bytes = npt.NDArray[np.uint8]
+# A part of a tensor: its piece, its place in the tensor and in memory, and where it ends in the bucket.
+Part = tuple[int, slice, slice, int]
 
 
 @dataclass(frozen=True)
@@ -53,26 +56,16 @@ class PiecewiseBucket(WeightBucket):
         """The number of its pieces."""
         return -(-self.num_bytes // PIECE_BYTES)
 
-    def parts(self, spec: TensorSpec) -> Iterator[_Part]:
+    def parts(self, spec: TensorSpec) -> Iterator[Part]:
         """Yield the parts of a tensor; each is in one piece."""
-        position, end = spec.offset, spec.offset + prod(spec.shape) * dtype_by_name(spec.dtype).itemsize
-        while position < end:
-            piece = position // PIECE_BYTES
+        offset, end = spec.offset, spec.offset + prod(spec.shape) * dtype_by_name(spec.dtype).itemsize
+        start, piece = offset, offset // PIECE_BYTES
+        while start < end:
             stop = min((piece + 1) * PIECE_BYTES, end)
-            shift = position - position % RING_BYTES if self.in_ring else 0
-            yield _Part(
-                piece, slice(position - spec.offset, stop - spec.offset), slice(position - shift, stop - shift), stop
-            )
-            position = stop
-
-
-class _Part(NamedTuple):
-    """A part of a tensor: its piece, its place in the tensor and in memory, and where it ends in the bucket."""
-
-    piece: int
-    in_tensor: slice
-    in_memory: slice
-    end: int
+            slot = start % RING_BYTES if self.in_ring else start
+            yield piece, slice(start - offset, stop - offset), slice(slot, slot + stop - start), stop
+            start = stop
+            piece += 1
 
 
 class PieceReader:
@@ -98,15 +91,17 @@ class PieceReader:
             OSError, EOFError: the sender has ended.
         """
         digest = xxhash.xxh3_128()
-        for part in self._bucket.parts(spec):
-            self._wait(part.piece + 1)
-            data = self._memory[part.in_memory]
+        for piece, place, slot, end in self._bucket.parts(spec):
+            if piece >= self._num_filled:
+                self._wait(piece + 1)
+            data = self._memory[slot]
             if target is not None:
-                copied = target[part.in_tensor]
+                copied = target[place]
                 np.copyto(copied, data)
                 data = copied
             digest.update(data.data)
-            self._report(part.end // PIECE_BYTES)
+            if self._bucket.in_ring:
+                self._report(end // PIECE_BYTES)
         return digest.digest()
 
     def finish(self) -> None:
@@ -147,17 +142,21 @@ class PieceWriter:
         self._memory = memory
         self._num_filled = 0
         self._num_read = dict.fromkeys(self._sockets, 0)
+        self._told_at_once = 1 if bucket.in_ring else _TOLD_AT_ONCE
+        self._num_free = NUM_SLOTS if bucket.in_ring else bucket.num_pieces  # pieces that may be filled without waiting
 
     def write(self, spec: TensorSpec, source: torch.Tensor) -> bytes:
         """Copy a tensor on any device into the bucket, cast to its dtype there. Returns the XXH3-128 of the copy."""
         copy = _copier(source, dtype_by_name(spec.dtype))
         digest = xxhash.xxh3_128()
-        for part in self._bucket.parts(spec):
-            self._wait(part.piece + 1 - NUM_SLOTS)
-            target = self._memory[part.in_memory]
-            copy(part.in_tensor, target)
+        for piece, place, slot, end in self._bucket.parts(spec):
+            if piece >= self._num_free:
+                self._wait(piece + 1 - NUM_SLOTS)
+            target = self._memory[slot]
+            copy(place, target)
             digest.update(target.data)
-            self._tell(part.end // PIECE_BYTES)
+            if end // PIECE_BYTES >= self._num_filled + self._told_at_once:
+                self._tell(end // PIECE_BYTES)
         return digest.digest()
 
     def finish(self) -> None:
@@ -189,6 +188,9 @@ class PieceWriter:
                     self._num_read[number] += _received(socket, self._num_filled - self._num_read[number])
             except (OSError, EOFError):
                 self._lose(number)
+        self._num_free = (
+            min((self._num_read[number] for number in self._sockets), default=self._bucket.num_pieces) + NUM_SLOTS
+        )
 
     def _lose(self, number: int) -> None:
         del self._sockets[number]

@@ -284,14 +284,14 @@ def test_parts_cover_each_tensor_once() -> None:
         bucket = PiecewiseBucket(tuple(specs), offset, None, in_ring)
         for spec, size in zip(specs, sizes, strict=True):
             covered = 0
-            for part in bucket.parts(spec):
-                assert part.in_tensor.start == covered
-                covered = part.in_tensor.stop
-                assert part.in_memory.stop - part.in_memory.start == part.in_tensor.stop - part.in_tensor.start
-                assert 0 <= part.in_memory.start < part.in_memory.stop <= bucket.memory_bytes
-                assert part.piece == (part.end - 1) // PIECE_BYTES < bucket.num_pieces
-                slot = part.in_memory.start // PIECE_BYTES
-                assert slot == (part.piece % NUM_SLOTS if in_ring else part.piece)
+            for piece, place, slot, end in bucket.parts(spec):
+                assert place.start == covered
+                covered = place.stop
+                assert slot.stop - slot.start == place.stop - place.start
+                assert 0 <= slot.start < slot.stop <= bucket.memory_bytes
+                assert end == spec.offset + covered
+                assert piece == (end - 1) // PIECE_BYTES < bucket.num_pieces
+                assert slot.start // PIECE_BYTES == (piece % NUM_SLOTS if in_ring else piece)
             assert covered == size
 
 
