@@ -47,21 +47,33 @@ def mask_secrets(value: Any, key: str = "") -> Any:
         >>> mask_secrets({"api_key": "abc", "max_new_tokens": 32})
         {'api_key': '********', 'max_new_tokens': 32}
     """
+    return _masked(value, key, _index_credentials())
+
+
+def _masked(value: Any, key: str, credentials: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
-        return {name: mask_secrets(item, str(name)) for name, item in value.items()}
+        return {name: _masked(item, str(name), credentials) for name, item in value.items()}
     if isinstance(value, list):
-        return [mask_secrets(item, key) for item in value]
+        return [_masked(item, key, credentials) for item in value]
     if isinstance(value, str):
-        return settings.MASK if is_secret_key(key) else _mask_text(value)
+        return settings.MASK if is_secret_key(key) else _mask_text(value, credentials)
     return value
 
 
-def _mask_text(text: str) -> str:
+def _index_credentials() -> list[str]:
+    """Return the values of environment variables that hold a package index's credentials."""
+    return [
+        value
+        for name, value in settings.snapshot().items()
+        if name.startswith("UV_INDEX_") and settings.is_secret(name) and len(value) >= _MIN_CREDENTIAL_LENGTH
+    ]
+
+
+def _mask_text(text: str, credentials: Sequence[str]) -> str:
     text = _URL_CREDENTIALS.sub(settings.MASK, text)
     text = _URL_PARAMETER.sub(rf"\1{settings.MASK}", text)
-    for name, value in settings.snapshot().items():
-        if name.startswith("UV_INDEX_") and settings.is_secret(name) and len(value) >= _MIN_CREDENTIAL_LENGTH:
-            text = text.replace(value, settings.MASK)
+    for value in credentials:
+        text = text.replace(value, settings.MASK)
     return text
 
 
@@ -112,7 +124,7 @@ def secret_words(words: Sequence[str]) -> Iterator[str]:
         name, equals, value = part.partition("=")
         following = parts[index + 1][0] if index + 1 < len(parts) else ""
         if equals and value and _names_secret(name):
-            yield _mask_text(name)
+            yield mask_secrets(name)
         elif not equals and name.startswith("-") and following and following[0] != "-" and _names_secret(name):
             yield name
         elif has_credentials(part):

@@ -156,7 +156,7 @@ class AdaptedWeights(IncomingWeights):
         return adapters
 
     def _read(self, buckets: tuple[WeightBucket, ...]) -> dict[str, torch.Tensor]:
-        return dict(in_buckets(buckets, [self._buffer(bucket) for bucket in buckets]))
+        return dict(in_buckets(buckets, [self._buffer(bucket, bucket.num_bytes) for bucket in buckets]))
 
     def _targets(self, specs: list[TensorSpec], memory: dict[int, torch.Tensor], key: int) -> dict[str, torch.Tensor]:
         """Place changed weights in `memory[key]`, adjacent to each other, so that a decoder can fuse them."""

@@ -74,6 +74,12 @@ class WeightDigest:
         """Add one tensor with the row-major bytes `data`, which must not change until `settle`."""
         self._add(name, dtype, shape, data.size, lambda: xxhash.xxh3_128(data.data).digest())
 
+    def add_digested(self, spec: TensorSpec, digest: bytes) -> None:
+        """Add one tensor by the XXH3-128 of its bytes."""
+        self._drain(0)
+        self._hash.update(_header(spec.name, spec.dtype, spec.shape))
+        self._hash.update(digest)
+
     def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor (a CUDA tensor is copied to the host unless `on_gpu`). It must not change until `settle`."""
         if self._on_gpu:

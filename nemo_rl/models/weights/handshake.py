@@ -48,22 +48,30 @@ Address = str | tuple[str, int]
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """What a receiver asks for. `keeps`: it computes with the received memory; `leaves`: it will never join."""
+    """What a receiver asks for.
+
+    Attributes:
+        stream, receiver: see `WeightStream`.
+        keeps: it computes with the received memory.
+        leaves: it will never join.
+        piecewise: it can read buckets while they are filled; see `pieces`.
+    """
 
     stream: int
     receiver: int
     keeps: bool = False
     leaves: bool = False
+    piecewise: bool = False
 
     def pack(self) -> bytes:
-        return _REQUEST.pack(self.stream, self.receiver, self.keeps, self.leaves)
+        return _REQUEST.pack(self.stream, self.receiver, self.keeps, self.leaves, self.piecewise)
 
     @staticmethod
     def unpack(data: bytes) -> JoinRequest:
         return JoinRequest(*_REQUEST.unpack(data))
 
 
-_REQUEST = struct.Struct("!qq??")
+_REQUEST = struct.Struct("!qq???")
 
 
 def join(address: Address, key: bytes, request: JoinRequest) -> Connection:

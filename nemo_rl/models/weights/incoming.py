@@ -66,7 +66,7 @@ class IncomingWeights(ABC):
         If these tensors are the memory that arrived (`keeps`), the digest computed on arrival is returned.
         """
         named_tensors = list(named_tensors)
-        if self._arrived is not None and self._views == [_view(name, tensor) for name, tensor in named_tensors]:
+        if self._arrived is not None and self._views == [view_of(name, tensor) for name, tensor in named_tensors]:
             return self._arrived.hexdigest()
         return digest_tensors(named_tensors, on_gpu=self.digests_on_gpu)
 
@@ -87,14 +87,14 @@ class IncomingWeights(ABC):
         """Add a tensor to `_arrived`."""
         assert self._arrived is not None
         self._arrived.add_tensor(name, tensor)
-        self._views.append(_view(name, tensor))
+        self._views.append(view_of(name, tensor))
 
-    def _buffer(self, bucket: WeightBucket) -> torch.Tensor:
+    def _buffer(self, bucket: WeightBucket, num_bytes: int) -> torch.Tensor:
         buffer = self._transport.get(bucket.handle)
-        if buffer.numel() != bucket.num_bytes:
+        if buffer.numel() != num_bytes:
             raise WeightSyncError(
                 f"a bucket of weights of version {self._update.version} holds {buffer.numel()} bytes instead of "
-                f"{bucket.num_bytes}"
+                f"{num_bytes}"
             )
         return buffer
 
@@ -109,5 +109,6 @@ def in_buckets(buckets: Iterable[WeightBucket], buffers: Iterable[torch.Tensor])
             yield spec.name, tensor_in(buffer, spec)
 
 
-def _view(name: str, tensor: torch.Tensor) -> tuple[str, int, int]:
+def view_of(name: str, tensor: torch.Tensor) -> tuple[str, int, int]:
+    """Return name, address and bytes of a tensor."""
     return name, tensor.data_ptr(), tensor.numel() * tensor.element_size()

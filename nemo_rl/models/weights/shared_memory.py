@@ -43,6 +43,7 @@ class SharedMemoryTransport(WeightTransport):
     """Shares memory between a sender and receivers on one node."""
 
     streams = True
+    piecewise = True
     bucket_bytes = 8 << 20  # stays in the CPU cache from sender to receiver
 
     def __init__(self) -> None:

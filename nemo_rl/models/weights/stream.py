@@ -12,8 +12,8 @@
 
 Only descriptions go over the socket: a Unix socket, or TCP for receivers on other nodes (see `handshake`). A
 `WeightTransport` carries the bytes and reuses a buffer when its last reader has released it. So the extra memory is a
-few buckets for any model size. On CPUs, small buckets stay in the CPU cache from sender to receiver, and a stream costs
-about as much as one copy.
+few buckets for any model size. On CPUs, small buckets stay in the CPU cache from sender to receiver. If both sides are
+on one node and have one thread each, buckets are even read while they are filled (see `pieces`).
 
 Receivers that compute with the received memory (`keeps`) never release it, so they need memory of the model's size. A
 receiver that ends is dropped; the driver reports one that ended before it could join (`leave`). Depending on the
@@ -31,9 +31,10 @@ from multiprocessing.connection import Connection
 import torch
 
 from nemo_rl.errors import WeightSyncError
-from nemo_rl.models.weights.digest import dtype_by_name
+from nemo_rl.models.weights.digest import dtype_by_name, tensor_bytes
 from nemo_rl.models.weights.handshake import Address, HandshakeServer, JoinRequest, join
 from nemo_rl.models.weights.interfaces import WeightBucket, WeightStream
+from nemo_rl.models.weights.pieces import RING_BYTES, PiecewiseBucket, PieceWriter
 from nemo_rl.models.weights.sender import BucketPacker
 from nemo_rl.models.weights.transport import WeightTransport
 from nemo_rl.models.weights.transports import make_transport
@@ -48,10 +49,10 @@ _MAX_KEPT_BUCKET_BYTES = 64 << 20
 Endpoint = tuple[Address, bytes]
 
 
-def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False) -> Connection:
+def connect(stream: WeightStream, *, keeps: bool = False, leaves: bool = False, piecewise: bool = False) -> Connection:
     """Join a stream, or report that its receiver never will. Raises `WeightSyncError` if the sender has ended."""
     try:
-        return join(stream.address, stream.key, JoinRequest(stream.stream, stream.receiver, keeps, leaves))
+        return join(stream.address, stream.key, JoinRequest(stream.stream, stream.receiver, keeps, leaves, piecewise))
     except OSError as error:
         raise sender_ended(stream) from error
 
@@ -65,6 +66,11 @@ def half_of_the_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+def is_single_threaded() -> bool:
+    """Return whether torch has one thread: then buckets are exchanged piece by piece, where possible."""
+    return torch.get_num_threads() == 1
 
 
 def sender_ended(stream: WeightStream) -> WeightSyncError:
@@ -134,16 +140,18 @@ class WeightStreamer:
             stack.callback(self._transport.release)
             group = _Receivers(list(self._accept(stream, set(receivers), stack)))
             keeps = any(peer.keeps for peer in group.peers)
+            piecewise = is_single_threaded() and all(peer.piecewise for peer in group.peers)
             bucket_bytes = self._bucket_bytes
-            if keeps:
+            if keeps or piecewise:
                 bucket_bytes = max(bucket_bytes, min(bucket_bytes * _KEPT_BUCKETS, _MAX_KEPT_BUCKET_BYTES))
-            packer = BucketPacker(
-                dtype_by_name(dtype),
-                bucket_bytes,
-                self._transport,
-                group.send,
-                keep_modules=keeps,
-            )
+            if piecewise:
+                packer: BucketPacker = _PiecewisePacker(
+                    dtype_by_name(dtype), bucket_bytes, self._transport, group, keeps=keeps
+                )
+            else:
+                packer = BucketPacker(
+                    dtype_by_name(dtype), bucket_bytes, self._transport, group.send, keep_modules=keeps
+                )
             digest = packer.pack(named_tensors, version)
             group.finish(digest)
         return digest
@@ -163,7 +171,34 @@ class WeightStreamer:
                 connection.close()
                 continue
             with contextlib.suppress(OSError, EOFError):  # the receiver ended right after it had joined
-                yield _Peer(stack.enter_context(self._transport.over(connection, sends=True)), request.keeps)
+                over = stack.enter_context(self._transport.over(connection, sends=True))
+                yield _Peer(over, request.keeps, request.piecewise and self._transport.piecewise)
+
+
+class _PiecewisePacker(BucketPacker):
+    """Fills buckets while receivers read them; see `pieces`.
+
+    Args:
+        dtype, bucket_bytes, transport: see `BucketPacker`. A ring takes less memory than `bucket_bytes`.
+        group: the receivers.
+        keeps: whether a receiver computes with the received memory.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, bucket_bytes: int, transport: WeightTransport, group: _Receivers, *, keeps: bool
+    ) -> None:
+        super().__init__(dtype, bucket_bytes, transport, group.send, keep_modules=keeps)
+        self._group = group
+        self._in_ring = not keeps
+
+    def _flush(self) -> None:
+        buffer = self._transport.allocate(RING_BYTES if self._in_ring else self._used)
+        specs = tuple(spec for spec, _ in self._pending)
+        bucket = PiecewiseBucket(specs, self._used, self._transport.put(buffer), self._in_ring)
+        with self._group.filling(bucket, buffer) as writer:
+            for spec, tensor in self._pending:
+                self._digest.add_digested(spec, writer.write(spec, tensor))
+        self._pending, self._used = [], 0
 
 
 @dataclass
@@ -172,6 +207,7 @@ class _Peer:
 
     connection: Connection
     keeps: bool
+    piecewise: bool
     num_in_flight: int = 0
 
 
@@ -184,14 +220,28 @@ class _Receivers:
 
     def send(self, bucket: WeightBucket) -> None:
         """Send a bucket; returns when the window allows another one."""
-        self._to_all(bucket)
-        self._in_flight.append(bucket)  # its handle keeps the memory until all receivers have loaded it
+        self._announce(bucket)
         self._settle(_WINDOW)
+
+    @contextlib.contextmanager
+    def filling(self, bucket: PiecewiseBucket, buffer: torch.Tensor) -> Iterator[PieceWriter]:
+        """Announce a bucket, which the caller fills in this context. At its end as `send`, but a ring is free then."""
+        self._announce(bucket)
+        peers = dict(enumerate(self.peers))
+        connections = {number: peer.connection for number, peer in peers.items()}
+        writer = PieceWriter(connections, lambda number: self._drop(peers[number]), bucket, tensor_bytes(buffer))
+        yield writer
+        writer.finish()
+        self._settle(0 if bucket.in_ring else _WINDOW)
 
     def finish(self, digest: str) -> None:
         """Wait until all buckets have been loaded and send the digest."""
         self._settle(0)
         self._to_all(digest)
+
+    def _announce(self, bucket: WeightBucket) -> None:
+        self._to_all(bucket)
+        self._in_flight.append(bucket)  # its handle keeps the memory until all receivers have loaded it
 
     def _to_all(self, message: WeightBucket | str) -> None:
         for peer in self.peers.copy():

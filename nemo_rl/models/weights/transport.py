@@ -30,6 +30,7 @@ class WeightTransport(ABC):
         on_gpu: the buffers are in GPU memory on both sides, and the digests are computed there.
         may_be_kept: the buffer that `get` returns keeps its contents as long as it is referenced. Otherwise a receiver
             of a stream may read it until it answers.
+        piecewise: receivers may read a buffer that was `put` while the sender fills it, in an order that both agree on.
         bucket_bytes: default size of a stream's buckets. Large buckets keep GPUs and links busy.
     """
 
@@ -38,6 +39,7 @@ class WeightTransport(ABC):
     every_rank_sends: ClassVar[bool] = False
     on_gpu: ClassVar[bool] = False
     may_be_kept: ClassVar[bool] = True
+    piecewise: ClassVar[bool] = False
     bucket_bytes: ClassVar[int] = 128 << 20
 
     @abstractmethod

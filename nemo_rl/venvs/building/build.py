@@ -7,7 +7,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from nemo_rl.venvs.progress import PhaseClock
 from nemo_rl.venvs.storage.layout import DIGEST_PREFIX, Store, point, remove_tree
 from nemo_rl.venvs.storage.locks import LEASE_FILE
 from nemo_rl.venvs.storage.manifest import Manifest, write_manifest
-from nemo_rl.venvs.storage.verify import damaged_files, file_hash, recorded_files, records_of, remedy
+from nemo_rl.venvs.storage.verify import RecordedFile, damaged_files, file_hash, records_of, remedy
 from nemo_rl.venvs.uv import BuildLog, is_no_space, no_space_error, run_uv
 
 _MAX_DAMAGES = 5  # files in a `DamagedCacheError`
@@ -103,12 +104,14 @@ def build(request: BuildRequest, donors: Sequence[Path]) -> Path:
             if settings.COMPILE_BYTECODE.get():
                 clock.report(str(add_bytecode(site_packages, root / "bin" / "python", donors, log=log)))
         clock.start("check")
-        _check_sizes(site_packages, what)
-        ray = _check(venv_plan, root, site_packages, what)
+        with ThreadPoolExecutor(1) as thread:  # the interpreter starts while this thread reads
+            started = thread.submit(start_python, str(root / "bin" / "python"))
+            listings = _check_sizes(site_packages, what)
+            ray = _check(venv_plan, root, site_packages, what, *started.result())
         if receive is None:
             _check_inputs(venv_plan, store)  # the lock may have changed while uv read it
         clock.start("seal")
-        write_manifest(root, _manifest(request, root, started_at, ray, log))
+        write_manifest(root, _manifest(request, root, started_at, ray, log, listings))
         point(store.link(venv_plan.digest), root.name)
         clock.end()
     return root
@@ -275,15 +278,19 @@ def _base_scripts(base: VenvPlan, store: Store) -> Path:
     return store.link(base.digest) / "bin"
 
 
-def _check_sizes(site_packages: Path, what: str) -> None:
-    """Raise `DamagedCacheError` if the size of an installed file differs from the RECORD of its package.
+def _check_sizes(site_packages: Path, what: str) -> dict[str, list[RecordedFile]]:
+    """Check the sizes of the installed files; return the files that each RECORD lists, by its path.
 
     uv does not compare the files of its cache with anything. Sizes reveal what a full disk, a power failure or a
     program that wrote into a linked file leaves; comparing hashes would take seconds per gigabyte, see `verify`.
+
+    Raises:
+        DamagedCacheError: a size differs from the RECORD of its package.
     """
-    damages = list(damaged_files(records_of(str(site_packages)), compare_hashes=False))
+    listings: dict[str, list[RecordedFile]] = {}
+    damages = list(damaged_files(records_of(str(site_packages)), compare_hashes=False, listings=listings))
     if not damages:
-        return
+        return listings
     shown = [
         f"{os.path.relpath(damage.path, site_packages)} of the package {damage.package} ({damage.problem})"
         for damage in damages[:_MAX_DAMAGES]
@@ -298,9 +305,12 @@ def _check_sizes(site_packages: Path, what: str) -> None:
     )
 
 
-def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> str | None:
-    """Check that the interpreter starts in `root` and that the installed versions are as planned; return ray's."""
-    version, prefix = start_python(str(root / "bin" / "python"))
+def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str, version: str, prefix: str) -> str | None:
+    """Check that the interpreter starts in `root` and that the installed versions are as planned; return ray's.
+
+    Args:
+        version, prefix: what the interpreter says.
+    """
     if prefix != str(root.resolve()):
         raise VenvBuildError(f"{what}: its interpreter runs in {prefix} instead of {root}.")
     planned = {package.name: package.version for package in venv_plan.packages}
@@ -321,8 +331,15 @@ def _check(venv_plan: VenvPlan, root: Path, site_packages: Path, what: str) -> s
     return ray
 
 
-def _manifest(request: BuildRequest, root: Path, started_at: float, ray: str | None, log: BuildLog) -> Manifest:
-    records, num_files, num_bytes = read_records(site_packages_of(root))
+def _manifest(
+    request: BuildRequest,
+    root: Path,
+    started_at: float,
+    ray: str | None,
+    log: BuildLog,
+    listings: Mapping[str, list[RecordedFile]],
+) -> Manifest:
+    records, num_files, num_bytes = _read_records(site_packages_of(root), listings)
     venv_plan, base = request.plan, request.plan.base
     return Manifest(
         digest=venv_plan.digest,
@@ -349,8 +366,12 @@ def _manifest(request: BuildRequest, root: Path, started_at: float, ray: str | N
     )
 
 
-def read_records(site_packages: Path) -> tuple[dict[str, str], int, int]:
+def _read_records(site_packages: Path, listings: Mapping[str, list[RecordedFile]]) -> tuple[dict[str, str], int, int]:
     """Read the RECORD of every installed distribution.
+
+    Args:
+        site_packages: where they are installed.
+        listings: the files that each RECORD lists, by its path.
 
     Returns:
         A mapping of metadata directories to the sha256 of their RECORD, with the files of the site hook; the number of
@@ -360,7 +381,7 @@ def read_records(site_packages: Path) -> tuple[dict[str, str], int, int]:
     num_files = num_bytes = 0
     for record in records_of(str(site_packages)):
         records[os.path.basename(os.path.dirname(record))] = file_hash(record)
-        for file in recorded_files(record):
+        for file in listings[record]:
             num_files += 1
             num_bytes += file.size or 0
     for name in (f"{MODULE}.py", PTH_FILE):

@@ -8,6 +8,7 @@ true if the selection contains the extra.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,10 @@ from nemo_rl.errors import LockMismatchError
 from nemo_rl.venvs.planning.markers import parse_marker
 
 _EXTRA_ATOM = re.compile(r"""extra\s*(==|!=)\s*(?:'([^']*)'|"([^"]*)")""")
+# The keys of `source` in a lock that hold the directory of a local package.
+_LOCAL_SOURCES = ("editable", "virtual", "directory")
+_PACKAGE_TABLE = "[[package]]"
+_OTHER_TABLES = re.compile(r"^\s*\[\[(?!package\]\])", re.M)
 _TRUE, _FALSE = "python_version != '0'", "python_version == '0'"
 
 
@@ -269,15 +274,32 @@ class LockGraph:
 
 def local_directories(root: Path) -> list[Path]:
     """Return the directories of the local packages in the lock in `root`: members and path dependencies."""
-    content = tomllib.loads((root / "uv.lock").read_text(encoding="utf-8"))
-    locations = [_location(entry) for entry in content.get("package", [])]
+    locations = [_location(entry) for entry in _possibly_local((root / "uv.lock").read_text(encoding="utf-8"))]
     return [Path(os.path.normpath(root / location)) for location in locations if location is not None]
+
+
+def _possibly_local(lock: str) -> list[dict[str, Any]]:
+    """Return the packages of a lock except those whose text has no word that marks a local one.
+
+    Parsing a complete lock takes as long as a call of uv.
+    """
+    texts = lock.split(_PACKAGE_TABLE)[1:]
+    if texts and not _OTHER_TABLES.search(lock):  # as uv writes it
+        with contextlib.suppress(tomllib.TOMLDecodeError):  # the name of the table is in a string, too
+            return [
+                entry
+                for text in texts
+                if any(word in text for word in _LOCAL_SOURCES)
+                for entry in tomllib.loads(_PACKAGE_TABLE + text)["package"]
+            ]
+    entries: list[dict[str, Any]] = tomllib.loads(lock).get("package", [])
+    return entries
 
 
 def _location(entry: Mapping[str, Any]) -> str | None:
     """Return the directory of a local package as it is in the lock."""
     source = entry.get("source", {})
-    return source.get("editable") or source.get("virtual") or source.get("directory")
+    return next((source[kind] for kind in _LOCAL_SOURCES if source.get(kind)), None)
 
 
 class _Markers:

@@ -190,7 +190,8 @@ def package_from_lock(entry: Mapping[str, Any], root: Path) -> Package:
         f"url:{mask_secrets(str(file.get('url')))}" for file in files if not file.get("hashes") and "url" in file
     }
     artifacts = [path for file in files if (path := _local_path(file, root)) is not None]
-    sources = [_local_path(file, root) or mask_secrets(str(file.get("url"))) for file in files]
+    urls = mask_secrets([str(file.get("url")) for file in files])
+    sources = [_local_path(file, root) or url for file, url in zip(files, urls, strict=True)]
     return Package(name, version, location, tuple(sorted(hashes)), tuple(artifacts), tuple(sources))
 
 

@@ -16,6 +16,7 @@ import shlex
 import socket
 import tomllib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from glob import glob
 from pathlib import Path
@@ -154,10 +155,7 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions, variab
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     resolution = load_resolution(store, key)
     if resolution is None:
-        resolution, directories = Resolution(tuple(_export(spec, python, markers, store, variables))), []
-        if spec.script is None:
-            root = lock_root(spec.project)
-            resolution, directories = replace(resolution, lock_root=str(original(root))), local_directories(root)
+        resolution, directories = _resolve(spec, python, markers, store, variables)
         save_resolution(store, key, resolution, directories)
     return VenvPlan(
         spec,
@@ -170,6 +168,25 @@ def _plan_project(spec: VenvSpec, store: Store, expected: DriverVersions, variab
         build_variables=tuple(variables.items()),
         build_settings=_build_settings(spec.project, inputs) if spec.script is None else "",
     )
+
+
+def _resolve(
+    spec: VenvSpec, python: PythonInfo, markers: Mapping[str, str], store: Store, variables: Mapping[str, str]
+) -> tuple[Resolution, list[Path]]:
+    """Let uv resolve; return also the local packages of the lock."""
+    if spec.script is not None:
+        return Resolution(tuple(_export(spec, python, markers, store, variables))), []
+    with ThreadPoolExecutor(1) as thread:  # two calls of uv at the same time
+        lock = thread.submit(_lock, spec.project)
+        packages = _export(spec, python, markers, store, variables)
+        root, directories = lock.result()
+    return Resolution(tuple(packages), str(original(root))), directories
+
+
+def _lock(project: str) -> tuple[Path, list[Path]]:
+    """Return the directory of the lock that uv uses for `project`, and those of the local packages in it."""
+    root = lock_root(project)
+    return root, local_directories(root)
 
 
 def _check_script(spec: VenvSpec, python: PythonInfo) -> tuple[str, ...]:

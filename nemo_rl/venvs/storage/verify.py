@@ -35,15 +35,24 @@ class RecordedFile(NamedTuple):
     Attributes:
         package: normalized name of the package.
         path: absolute path.
-        algorithm, digest: the hash, hexadecimal; None without one.
+        hash_field: the hash as it is in the RECORD, such as `sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU`.
         size: in bytes; None if the RECORD does not contain it.
     """
 
     package: str
     path: str
-    algorithm: str | None
-    digest: str | None
+    hash_field: str
     size: int | None
+
+    @property
+    def algorithm(self) -> str | None:
+        """The algorithm of the hash; None without a hash."""
+        return _hash_of(self.hash_field)[0]
+
+    @property
+    def digest(self) -> str | None:
+        """The hash, hexadecimal; None without one."""
+        return _hash_of(self.hash_field)[1]
 
 
 class Damage(NamedTuple):
@@ -79,13 +88,15 @@ def recorded_files(record: str) -> list[RecordedFile]:
         except csv.Error as error:
             raise ValueError(str(error)) from None
     for row in rows:
-        if not row or os.path.basename(os.path.dirname(row[0])) == "__pycache__":
+        if not row or ("__pycache__" in row[0] and os.path.basename(os.path.dirname(row[0])) == "__pycache__"):
             continue
-        algorithm, digest = _hash_of(row[1] if len(row) > 1 else "")
+        hash_field = row[1] if len(row) > 1 else ""
         size = int(row[2]) if len(row) > 2 and row[2].isdigit() else None
-        if digest is not None or size is not None:
-            path = os.path.normpath(os.path.join(site_packages, row[0]))
-            files.append(RecordedFile(package, path, algorithm, digest, size))
+        if size is not None or _hash_of(hash_field)[1] is not None:
+            path = f"{site_packages}/{row[0]}"
+            if row[0][:1] in ("/", "") or path[0] != "/" or path[-1] == "/" or "//" in path or "/." in path:
+                path = os.path.normpath(os.path.join(site_packages, row[0]))  # takes longer than all the rest
+            files.append(RecordedFile(package, path, hash_field, size))
     return files
 
 
@@ -111,26 +122,40 @@ def _hash_of(field: str) -> tuple[str | None, str | None]:
         return None, None
 
 
+def _hash_field(sha256: str) -> str:
+    """Return a hexadecimal hash as a RECORD contains it; empty if it is not a hash."""
+    try:
+        return f"sha256={base64.urlsafe_b64encode(bytes.fromhex(sha256)).decode()}"
+    except ValueError:
+        return ""
+
+
 def records_of(site_packages: str) -> list[str]:
     """Return the path of the RECORD of every package in a site-packages directory."""
     names = sorted(name for name in os.listdir(site_packages) if name.endswith(".dist-info"))
     return [path for name in names if os.path.isfile(path := os.path.join(site_packages, name, "RECORD"))]
 
 
-def damaged_files(records: Iterable[str], *, compare_hashes: bool) -> Iterator[Damage]:
+def damaged_files(
+    records: Iterable[str], *, compare_hashes: bool, listings: dict[str, list[RecordedFile]] | None = None
+) -> Iterator[Damage]:
     """Yield every file that differs from the RECORDs that list it.
 
     Args:
         records: paths of the RECORDs of one venv.
         compare_hashes: read every file. With False only sizes are compared, and a file with another size is read:
             some packages were published with a wrong size.
+        listings: receives the files that each RECORD lists, by its path.
     """
     files: dict[str, list[RecordedFile]] = {}
     for record in records:
         try:
             listed = recorded_files(record)
-            if not any(recorded.path == os.path.join(os.path.dirname(record), "METADATA") for recorded in listed):
+            metadata = os.path.join(os.path.dirname(record), "METADATA")
+            if not any(recorded.path == metadata for recorded in listed):
                 yield Damage(package_of(record), record, "altered: it does not list the package's METADATA")
+            if listings is not None:
+                listings[record] = listed
             for recorded in listed:
                 files.setdefault(recorded.path, []).append(recorded)
         except (OSError, ValueError) as error:
@@ -148,12 +173,13 @@ def _problem(path: str, expected: Sequence[RecordedFile], compare_hashes: bool) 
             return None
         hashes: dict[str, str] = {}
         for recorded in expected:
-            if recorded.algorithm is None:
+            algorithm = recorded.algorithm
+            if algorithm is None:
                 is_equal = recorded.size == size
             else:
-                if recorded.algorithm not in hashes:
-                    hashes[recorded.algorithm] = file_hash(path, recorded.algorithm)
-                is_equal = hashes[recorded.algorithm] == recorded.digest
+                if algorithm not in hashes:
+                    hashes[algorithm] = file_hash(path, algorithm)
+                is_equal = hashes[algorithm] == recorded.digest
             if is_equal:
                 return None
     except FileNotFoundError:
@@ -198,7 +224,7 @@ def verify_venv(root: str) -> Iterator[Damage]:
             yield Damage("", os.path.join(root, MANIFEST_FILE), f"cannot be read: {error}")
             return
         for path, digest in sealed.items():
-            expected = RecordedFile(package_of(path), path, "sha256", digest, None)
+            expected = RecordedFile(package_of(path), path, _hash_field(digest), None)
             problem = _problem(path, [expected], compare_hashes=True)
             if problem is not None:
                 is_record = os.path.basename(path) == "RECORD"

@@ -40,8 +40,9 @@ from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationRe
 from nemo_rl.models.generation.vllm.config import CPU_HEAD_SIZES
 from nemo_rl.models.policy.config import LoraConfig, PolicyConfig
 from nemo_rl.models.policy.torch_policy_worker import TorchPolicyWorker
-from nemo_rl.models.weights.interfaces import WeightUpdate
+from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.sender import publish
+from nemo_rl.models.weights.stream import WeightStreamer
 from nemo_rl.observability.timer import Timer
 
 pytestmark = pytest.mark.slow  # the engine alone starts in most of a minute
@@ -222,6 +223,63 @@ def test_skipped_tensor_fails_the_digest(generation: Generation, model: TinyMode
     try:
         with pytest.raises(WeightSyncError, match="version 4 arrived damaged"):
             generation.update_weights(published(model, version=4, scale=1.2))
+    finally:
+        ray.get(handle.__ray_call__.remote(restore))
+
+
+def streamed(handle: Any, streamer: WeightStreamer, model: TinyModel, version: int, scale: float) -> None:
+    """Stream the model's weights, each times `scale`, from this process to a worker."""
+    address, key = streamer.endpoint()
+    tensors = [(name, parameter.detach() * scale) for name, parameter in model.model.named_parameters()]
+    stream = WeightStream(version, "shared_memory", address, key, version, 0)
+    with ThreadPoolExecutor(1) as threads:
+        how = {"version": version, "dtype": "float32", "stream": version, "receivers": [0]}
+        sent = threads.submit(streamer.send, tensors, **how)
+        assert ray.get(handle.update_weights.remote(stream)) == sent.result(60)
+
+
+def test_streams_are_written_to_the_engines_memory(generation: Generation, model: TinyModel) -> None:
+    """The first update has shown which memory holds which parameter, so vLLM's loaders have nothing to do."""
+
+    def refuse(worker):
+        def load_weights(tensors):
+            raise AssertionError("a loader was called")
+
+        worker.generator.engine.model.load_weights = load_weights
+
+    def restore(worker):
+        del worker.generator.engine.model.load_weights
+
+    [handle] = generation._replicas.workers.workers
+    ray.get(handle.__ray_call__.remote(refuse))
+    try:
+        streamed(handle, WeightStreamer(), model, version=5, scale=1.3)
+    finally:
+        ray.get(handle.__ray_call__.remote(restore))
+    by_stream = generation.generate(batch(model), seed=2)
+    assert by_stream.weights_version == 5
+    generation.update_weights(published(model, version=6, scale=1.3))
+    by_loaders = generation.generate(batch(model), seed=2)
+    assert torch.equal(by_stream.output_ids, by_loaders.output_ids)
+    assert torch.equal(by_stream.logprobs, by_loaders.logprobs)
+
+
+def test_stream_to_replaced_memory_fails_the_digest(generation: Generation, model: TinyModel) -> None:
+    """The memory that was checked at the first update is not what the engine computes with any more."""
+
+    def replace(worker):
+        parameter = worker.generator.engine.model.model.norm.weight
+        worker.before = parameter.data
+        parameter.data = parameter.data.clone()
+
+    def restore(worker):
+        worker.generator.engine.model.model.norm.weight.data = worker.before
+
+    [handle] = generation._replicas.workers.workers
+    ray.get(handle.__ray_call__.remote(replace))
+    try:
+        with pytest.raises(ray.exceptions.RayTaskError, match="version 7 arrived damaged"):
+            streamed(handle, WeightStreamer(), model, version=7, scale=1.4)
     finally:
         ray.get(handle.__ray_call__.remote(restore))
 

@@ -39,6 +39,7 @@ from nemo_rl.models.generation.vllm.experts import keep_plain_experts
 from nemo_rl.models.generation.vllm.row_sampler import RowSampler
 from nemo_rl.models.generation.vllm.weights import LocalParameters, ReadBack, keep_plain_weights
 from nemo_rl.models.weights.adapters import ReceivedBase
+from nemo_rl.models.weights.incoming import IncomingWeights
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
 
@@ -167,7 +168,8 @@ class VllmGenerator(Generator):
         """Load weights in place; returns the digest over the memory that the engine computes with.
 
         The memory is read back bucket by bucket, as the buckets are loaded. After the first update all of it is read
-        back once more: this would detect a loader that overwrites what another loader wrote.
+        back once more: this would detect a loader that overwrites what another loader wrote. After that it is known
+        which memory holds which parameter, and streams between CPUs are written there without vLLM's loaders.
 
         Raises:
             WeightSyncError: The weights arrived damaged or incomplete: nothing can be generated until an update
@@ -185,20 +187,47 @@ class VllmGenerator(Generator):
                 raise
 
     def _load(self, update: WeightUpdate | WeightStream) -> str:
+        if isinstance(update, WeightStream) and (own := self._own_memory()):
+            weights, found = self._write(update, own)
+        else:
+            weights, found = self._load_by_vllm(update)
+        if not self.engine.drop_keys_and_values():
+            raise WeightSyncError(f"{self.spec.name} still holds keys and values from before version {update.version}")
+        digest = weights.confirm(found, where=self.spec.name)
+        self._read_back_all = False
+        self._set_version(update.version)
+        for call in self._calls:
+            call.draws.weights_version = update.version
+        return digest
+
+    def _own_memory(self) -> dict[str, torch.Tensor]:
+        """Return the parameters that streams may be written to, as they are in the engine now; empty if none may."""
+        may_write = not self.spec.use_gpu and not self._read_back_all
+        return self._parameters.whole(self.engine.model) if may_write else {}
+
+    def _load_by_vllm(self, update: WeightUpdate | WeightStream) -> tuple[IncomingWeights, str]:
+        """Load weights by vLLM's loaders; return them with the digest of the memory read back."""
         weights = receive(
             update, device=self.spec.device, verify=False, on_loaded=lambda specs: loaded.read(specs), base=self._base
         )
         loaded = ReadBack(self._parameters, on_gpu=weights.digests_on_gpu)
         with contextlib.closing(weights):
             self.engine.model.load_weights(self._parameters.checked(weights))
-        if not self.engine.drop_keys_and_values():
-            raise WeightSyncError(f"{self.spec.name} still holds keys and values from before version {update.version}")
-        digest = weights.confirm(loaded.digest(again=self._read_back_all), where=self.spec.name)
-        self._read_back_all = False
-        self._set_version(update.version)
-        for call in self._calls:
-            call.draws.weights_version = update.version
-        return digest
+        return weights, loaded.digest(again=self._read_back_all)
+
+    def _write(self, update: WeightStream, own: dict[str, torch.Tensor]) -> tuple[IncomingWeights, str]:
+        """Write weights to the engine's memory `own` as they arrive; return them with the digest of that memory."""
+        weights = receive(update, device=self.spec.device, verify=False, into=own)
+        names, rest = [], []
+        with contextlib.closing(weights):
+            for name, tensor in self._parameters.checked(weights):
+                names.append(name)
+                if tensor is not own.get(name):
+                    rest.append((name, tensor))
+            if rest:
+                self.engine.model.load_weights(rest)
+        self._parameters.check_names(names)
+        return weights, weights.digest_of(self._parameters.gather(names))
 
     def _set_version(self, version: int | None) -> None:
         self.version = version
