@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,11 +197,18 @@ def test_method_that_interrupts_itself_leaves_its_worker_usable(plain: RayWorker
     assert len(plain.get_all_worker_results(queued[1])) == 2
 
 
+def main_thread_functions() -> set[str]:
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return {function.f_code.co_name for function, _ in traceback.walk_stack(frame)}
+
+
 def test_ctrl_c_during_a_call_cancels_it(plain: RayWorkerGroup, tmp_path: Path) -> None:
     started = [tmp_path / str(rank) for rank in range(2)]
 
     def interrupt() -> None:
         wait_for(*started)
+        while "get_all_worker_results" not in main_thread_functions():  # the workers may begin before it
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     references = plain.run_all_workers_multiple_data("block", started=[str(path) for path in started])

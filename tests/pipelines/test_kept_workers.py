@@ -19,7 +19,7 @@ from nemo_rl import settings
 from nemo_rl.distributed.cluster.nodes import alive_nodes
 from nemo_rl.distributed.kept_workers import STAGE_WORKERS
 from nemo_rl.distributed.virtual_cluster import RayVirtualCluster
-from nemo_rl.pipelines import GatherStage, Pipeline, ProcessingStage, Resources, Task
+from nemo_rl.pipelines import GatherStage, Pipeline, ProcessingStage, Resources, Task, loaded_code
 from nemo_rl.pipelines.loaded_code import LoadedCode
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -287,6 +287,11 @@ def test_loaded_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     import loaded_for_test  # type: ignore[import-not-found]  # noqa: F401
 
+    # Other tests of this process have imported modules whose files are gone.
+    of_process = loaded_code._module_files
+    monkeypatch.setattr(
+        loaded_code, "_module_files", lambda: {file for file in of_process() if file.startswith(str(tmp_path))}
+    )
     assert not LoadedCode(since=time.time() - 3600).record()  # the file is newer than that
     code = LoadedCode(since=time.time() + 3600)
     assert code.record()
