@@ -404,9 +404,11 @@ from nemo_rl.environments.math_environment import MathEnvironment
 env = MathEnvironment({{"timeout_s": 1.0, "answer_format": "whole"}})
 step = threading.Thread(target=env.step, args=([{answer!r}], [{{"ground_truth": "x^2"}}]))
 step.start()
-while not (children := psutil.Process().children()) or children[0].cpu_times().user < 0.3:
+while step.is_alive():  # the first answer may be done before its process has computed for so long
+    if (children := psutil.Process().children()) and children[0].cpu_times().user >= 0.3:
+        break
     time.sleep(0.01)
-print(children[0].pid, flush=True)
+print(psutil.Process().children()[0].pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
