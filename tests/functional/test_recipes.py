@@ -11,7 +11,7 @@ SMALL = (
     "curate:input.sample.num_lines=800",
     "curate:verify.sympy_versions=[1.13.3]",
     "sft:sft.num_records_per_step=16",
-    "sft:sft.max_num_steps=6",
+    "sft:sft.max_num_steps=30",
     "sft:checkpointing.save_period=1",
     "grpo:grpo.num_prompts_per_step=4",
     "grpo:grpo.num_generations_per_prompt=4",
@@ -29,7 +29,8 @@ def test_killed_recipe_continues_and_scores_three_models(tmp_path):
     recipe = subprocess.Popen(
         command(*arguments, script=SCRIPT), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: (tmp_path / "sft" / "checkpoints" / "step_000002").exists(), recipe)
+    # Older checkpoints are removed; a fast machine has saved several between two looks.
+    wait_for(lambda: any((tmp_path / "sft" / "checkpoints").glob("step_*")), recipe)
     recipe.kill()
     recipe.wait()
     wait_for(lambda: not orphans(recipe.pid), None, seconds=300)
@@ -42,7 +43,7 @@ def test_killed_recipe_continues_and_scores_three_models(tmp_path):
     assert (tmp_path / "curated" / "problems.parquet").stat().st_mtime_ns == curated.st_mtime_ns
     assert "resuming from" in done.stderr
     steps = [record["step"] for record in metrics(tmp_path / "sft") if "train/loss" in record]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert steps == list(range(1, 31))
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert len(scores["models"]) == 3
     again = run(*arguments, script=SCRIPT)
