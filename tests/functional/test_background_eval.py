@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from grpo_jobs import ROOT, SMALL, command, metrics, orphans, run, wait_for
+from grpo_jobs import ROOT, SMALL, command, has_saved, metrics, orphans, run, wait_for
 
 EVALUATED = ("eval.period=1", "eval.max_num_problems=16", "eval.num_generations=2", "eval.generation.num_threads=1")
 
@@ -65,7 +65,7 @@ def test_killed_asynchronous_run_records_every_step_once(tmp_path):
         f"logger.log_dir={directory}",
     )
     job = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    wait_for(lambda: has_saved(directory, 2), job)
     job.kill()
     job.wait()
     wait_for(lambda: not orphans(job.pid), None, seconds=300)

@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from grpo_jobs import ROOT, SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
+from grpo_jobs import ROOT, SMALL, command, has_saved, metrics, orphans, reproducible_metrics, run, wait_for
 
 
 @pytest.mark.slow  # runs the job three times
@@ -18,7 +18,7 @@ def test_killed_asynchronous_run_resumes_with_equal_metrics(tmp_path):
     job = subprocess.Popen(
         command(*arguments, f"logger.log_dir={directory}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    wait_for(lambda: has_saved(directory, 2), job)
     job.kill()
     job.wait()
     wait_for(lambda: not orphans(job.pid), None, seconds=300)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grpo_jobs import SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
+from grpo_jobs import SMALL, command, has_saved, metrics, orphans, reproducible_metrics, run, wait_for
 
 sys.path.append(str(Path(__file__).parent.parent / "venvs"))
 from sample_projects import make_wheel
@@ -48,7 +48,7 @@ def test_killed_run_resumes_with_equal_metrics_and_ledger(tmp_path: Path, age: i
     job = subprocess.Popen(
         command(*arguments, f"logger.log_dir={directory}"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    wait_for(lambda: has_saved(directory, 2), job)
     job.kill()
     job.wait()
     wait_for(lambda: not orphans(job.pid), None, seconds=300)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from grpo_jobs import SMALL, command, metrics, orphans, reproducible_metrics, run, wait_for
+from grpo_jobs import SMALL, command, has_saved, metrics, orphans, reproducible_metrics, run, wait_for
 from processes import running
 
 
@@ -59,7 +59,7 @@ def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted, victim):
     directory = tmp_path / "run"
     arguments = (*SMALL, "grpo.max_num_steps=5", f"logger.log_dir={directory}")
     job = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (directory / "checkpoints" / "step_000002").exists(), job)
+    wait_for(lambda: has_saved(directory, 2), job)
     if victim == "driver":
         job.kill()
         job.wait()
@@ -82,7 +82,7 @@ def test_interrupted_run_leaves_no_process(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: (directory / "checkpoints" / "step_000001").exists(), job)
+    wait_for(lambda: has_saved(directory, 1), job)
     job.send_signal(signal.SIGINT)
     assert job.wait(timeout=300) == 130
     wait_for(lambda: not orphans(job.pid), None, seconds=300)

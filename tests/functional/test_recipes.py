@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from grpo_jobs import ROOT, command, metrics, orphans, run, wait_for
+from grpo_jobs import ROOT, command, has_saved, metrics, orphans, run, wait_for
 
 SCRIPT = ROOT / "examples" / "recipes" / "raw_text_to_scored_model.py"
 SMALL = (
@@ -29,8 +29,7 @@ def test_killed_recipe_continues_and_scores_three_models(tmp_path):
     recipe = subprocess.Popen(
         command(*arguments, script=SCRIPT), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    # Older checkpoints are removed; a fast machine has saved several between two looks.
-    wait_for(lambda: any((tmp_path / "sft" / "checkpoints").glob("step_*")), recipe)
+    wait_for(lambda: has_saved(tmp_path / "sft", 1), recipe)
     recipe.kill()
     recipe.wait()
     wait_for(lambda: not orphans(recipe.pid), None, seconds=300)

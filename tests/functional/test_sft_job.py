@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from grpo_jobs import ROOT, command, metrics, orphans, reproducible_metrics, run, wait_for
+from grpo_jobs import ROOT, command, has_saved, metrics, orphans, reproducible_metrics, run, wait_for
 
 SCRIPT = ROOT / "examples" / "run_sft.py"
 SMALL = (
@@ -62,7 +62,7 @@ def test_killed_run_resumes_with_equal_metrics(tmp_path, uninterrupted):
     job = subprocess.Popen(
         command(*arguments, script=SCRIPT), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: (directory / "checkpoints" / "step_000003").exists(), job)
+    wait_for(lambda: has_saved(directory, 3), job)
     job.kill()
     job.wait()
     wait_for(lambda: not orphans(job.pid), None, seconds=300)
