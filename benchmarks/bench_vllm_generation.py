@@ -84,7 +84,7 @@ def main() -> None:
         "vllm_generation",
         results,
         [
-            Ratio("tokens_per_s", "group", "direct, logprobs", at_least=0.95),
+            Ratio("tokens_per_s", "group", "direct, logprobs", at_least=0.98),
             Ratio("tokens_per_s", "group", "direct, tokens only"),
             Ratio("ready_s", "group", "direct, logprobs", at_most=1.2),
         ],
