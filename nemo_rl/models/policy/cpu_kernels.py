@@ -175,8 +175,8 @@ def _attend_shared(
         return attended
     query, key, value = (layout.continuations.pad(part[:, :, count:]) for part in parts)
     key, value = (
-        torch.cat([of_prefix.index_select(0, layout.prefix), own], dim=2)
-        for of_prefix, own in ((prefix_key, key), (prefix_value, value))
+        torch.cat([of_prefix.index_select(0, layout.prefix), continuation], dim=2)
+        for of_prefix, continuation in ((prefix_key, key), (prefix_value, value))
     )
     continued = layout.continuations.unpad(_attend(query, key, value, layout.mask, scale))
     return torch.cat([attended, continued], dim=1)

@@ -71,7 +71,7 @@ class _FusedAttention(nn.Module):
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """Map [B, T, hidden] to [B, T, hidden] and None."""
-        own = cast(Any, self)
+        block = cast(Any, self)
         if past_key_values is not None or position_embeddings is None or torch.is_autocast_enabled("cpu"):
             return super().forward(  # type: ignore[misc]
                 hidden_states,
@@ -80,29 +80,29 @@ class _FusedAttention(nn.Module):
                 past_key_values=past_key_values,
                 **options,
             )
-        layers = [own.q_proj, own.k_proj, own.v_proj]
+        layers = [block.q_proj, block.k_proj, block.v_proj]
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        joint = _JointProduct.apply(flat, own._product, *(layer.weight for layer in layers))
+        joint = _JointProduct.apply(flat, block._product, *(layer.weight for layer in layers))
         if layers[0].bias is not None:
             joint = joint + torch.cat([layer.bias for layer in layers])
-        heads = joint.view(*hidden_states.shape[:-1], -1, own.head_dim)
-        num_queries, num_keys = (layer.out_features // own.head_dim for layer in layers[:2])
+        heads = joint.view(*hidden_states.shape[:-1], -1, block.head_dim)
+        num_queries, num_keys = (layer.out_features // block.head_dim for layer in layers[:2])
         cos, sin = position_embeddings
-        half = own.head_dim // 2
+        half = block.head_dim // 2
         # rotate_half(x) * sin equals x with its halves swapped, times sin with its first half negated.
         cos, sin = cos.unsqueeze(-2), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1).unsqueeze(-2)
-        if hasattr(own, "q_norm"):
+        if hasattr(block, "q_norm"):
             query, key, value = heads.split([num_queries, num_keys, num_keys], dim=-2)
-            query, key = (_Rotate.apply(x, cos, sin) for x in (own.q_norm(query), own.k_norm(key)))
+            query, key = (_Rotate.apply(x, cos, sin) for x in (block.q_norm(query), block.k_norm(key)))
         else:
             rotated, value = heads.split([num_queries + num_keys, num_keys], dim=-2)
             query, key = _Rotate.apply(rotated, cos, sin).split([num_queries, num_keys], dim=-2)
-        if hasattr(own, "sliding_window"):
-            options["sliding_window"] = own.sliding_window
-        attended, _ = own._attend(
-            self, *(x.transpose(1, 2) for x in (query, key, value)), attention_mask, scaling=own.scaling, **options
+        if hasattr(block, "sliding_window"):
+            options["sliding_window"] = block.sliding_window
+        attended, _ = block._attend(
+            self, *(x.transpose(1, 2) for x in (query, key, value)), attention_mask, scaling=block.scaling, **options
         )
-        return own.o_proj(attended.flatten(2)), None
+        return block.o_proj(attended.flatten(2)), None
 
 
 class _FusedMLP(nn.Module):
@@ -112,11 +112,11 @@ class _FusedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., hidden] to [..., hidden]."""
-        own = cast(Any, self)
+        block = cast(Any, self)
         if torch.is_autocast_enabled("cpu"):
             return cast(torch.Tensor, super().forward(x))  # type: ignore[misc]
-        weights = (own.gate_proj.weight, own.up_proj.weight, own.down_proj.weight)
-        result: torch.Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]), own._product, *weights)
+        weights = (block.gate_proj.weight, block.up_proj.weight, block.down_proj.weight)
+        result: torch.Tensor = _GatedMLP.apply(x.reshape(-1, x.shape[-1]), block._product, *weights)
         return result.view(x.shape)
 
 

@@ -13,7 +13,7 @@ import torch
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict, SlicedDataDict
 from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.cpu_kernels import ATTENTION as CPU_ATTENTION
-from nemo_rl.models.policy.microbatching import ModelInputs, model_inputs
+from nemo_rl.models.policy.microbatching import MicrobatchLoss, ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel
 from nemo_rl.models.policy.row_threads import RowThreads, row_parts
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 # Logits held in float32 at a time: 2**24 elements are 64 MiB.
 CHUNK_ELEMENTS = 2**24
-# Log-probabilities of a micro-batch, and the micro-batch -> a scalar loss with gradient.
-PartLoss = Callable[[torch.Tensor, BatchedDataDict], torch.Tensor]
 _Result = TypeVar("_Result")
 # Packed and padded passes of one model differ by rounding only. Attending to another sequence changes far more.
 _PACKING_TOLERANCE = {True: 0.1, False: 1e-3}  # in nats, by whether matrices are multiplied in bfloat16
@@ -58,7 +56,7 @@ class LogprobForward:
     def train(
         self,
         parts: Iterable[BatchedDataDict],
-        loss: PartLoss,
+        loss: MicrobatchLoss,
     ) -> None:
         """Run forward and backward passes; then every gradient is the sum over micro-batches and ranks. A collective.
 
@@ -75,7 +73,7 @@ class LogprobForward:
                 self._train_in_threads([part.slice(row.start, row.stop) for row in rows], part, loss)
         self._model.reduce_gradients()
 
-    def _train_in_threads(self, rows: list[SlicedDataDict], part: BatchedDataDict, loss: PartLoss) -> None:
+    def _train_in_threads(self, rows: list[SlicedDataDict], part: BatchedDataDict, loss: MicrobatchLoss) -> None:
         """Add the gradients of a micro-batch; see `row_threads`."""
         threads = self._threads
         assert threads is not None, "the micro-batch is divided"

@@ -15,7 +15,7 @@ input), because with a large vocabulary they are the largest tensor of a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.errors import DataError
 from nemo_rl.models.policy.config import BatchingConfig
 from nemo_rl.models.policy.sequence_layouts import SharedPrefixes, SharedRow, share_prefixes
+
+# Log-probabilities of a micro-batch (see `LossFunction`), and the micro-batch -> a scalar loss with gradient.
+MicrobatchLoss = Callable[[torch.Tensor, BatchedDataDict], torch.Tensor]
 
 
 def sharding_args(batching: BatchingConfig) -> dict[str, Any]:

@@ -114,12 +114,13 @@ def share_prefixes(input_ids: torch.Tensor, wanted: torch.Tensor) -> SharedRow |
     used = wanted.any(dim=1).nonzero()[:, 0]
     if len(used) < 2:
         return None
-    width = input_ids.shape[1]
-    first = wanted[used].int().argmax(dim=1)
-    last = width - 1 - wanted[used].flip(1).int().argmax(dim=1)
+    tokens, scored = input_ids[used], wanted[used]
+    width = tokens.shape[1]
+    first = scored.int().argmax(dim=1)
+    last = width - 1 - scored.flip(1).int().argmax(dim=1)
     # The logits for token t are those of position t - 1, so the last token of a row is never an input.
     lengths = last - first
-    owner, prefix = _distinct_prefixes(input_ids[used], first)
+    owner, prefix = _distinct_prefixes(tokens, first)
     prefix_lengths = first[owner]
     longest = int(lengths.max())
     if len(used) * longest * (int(prefix_lengths.max()) + longest) > _MAX_MASK:
@@ -142,11 +143,10 @@ def share_prefixes(input_ids: torch.Tensor, wanted: torch.Tensor) -> SharedRow |
             prefix_lengths, prefix[continued], prefixes.longest, 0 if continuations is None else continuations.longest
         ),
     )
-    tokens = input_ids[used]
     ids = torch.cat([tokens[owner][in_prefix], tokens[in_continuation]])
     positions = torch.cat([position.expand(len(owner), -1)[in_prefix], position.expand(len(used), -1)[in_continuation]])
 
-    rows, columns = wanted[used].nonzero(as_tuple=True)
+    rows, columns = scored.nonzero(as_tuple=True)
     start = len(prefixes.position) + lengths.cumsum(0) - lengths
     offset = columns - 1 - first[rows]
     end_of_prefix = prefix_lengths.cumsum(0)[prefix[rows]] - 1

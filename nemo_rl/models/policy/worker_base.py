@@ -11,7 +11,7 @@ A backend adds the model: how it is built and divided over the ranks, its forwar
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from nemo_rl.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl.models.policy import policy_checkpoint
 from nemo_rl.models.policy.config import PolicyConfig
 from nemo_rl.models.policy.interfaces import LossFunction, TrainResult
-from nemo_rl.models.policy.microbatching import global_batches, microbatches
+from nemo_rl.models.policy.microbatching import MicrobatchLoss, global_batches, microbatches
 from nemo_rl.models.policy.model_worker_base import ModelWorker, join_microbatches
 from nemo_rl.models.policy.offload import Part, PolicyMemory, Scratch, StoredTensors, Tensors, borrows, needs
 from nemo_rl.models.policy.process_group import ProcessGroup
@@ -32,9 +32,6 @@ from nemo_rl.models.weights.interfaces import WeightUpdate
 from nemo_rl.models.weights.sender import WeightSender
 from nemo_rl.models.weights.stream import Endpoint, WeightStreamer
 from nemo_rl.utils.garbage import freeze_modules, gc_paused
-
-# Log-probabilities of a micro-batch (see `LossFunction`), and the micro-batch -> a scalar loss with gradient.
-MicrobatchLoss = Callable[[torch.Tensor, BatchedDataDict], torch.Tensor]
 
 
 class PolicyForward(Protocol):

@@ -62,13 +62,14 @@ class RayDataExecutor:
         """See `Executor.run`."""
         if not items:
             return []
-        share = cpu_share([next(together) for _, together in groupby(stages, key=_place)], cluster.num_cpus)
+        shared = [list(together) for _, together in groupby(stages, key=_place)]  # stages in the same workers
+        share = cpu_share([together[0] for together in shared], cluster.num_cpus)
         size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
         rows = [{"group": cloudpickle.dumps(chunk)} for chunk in chunks(items, size)]
         with _row_per_block():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            for _, together in groupby(stages, key=_place):
-                dataset = self._with_stages(dataset, list(together), cluster, share)
+            for together in shared:
+                dataset = self._with_stages(dataset, together, cluster, share)
             try:
                 return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
             except Exception as error:  # Ray Data wraps what a stage raises and adds its own advice

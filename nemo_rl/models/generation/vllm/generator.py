@@ -187,23 +187,23 @@ class VllmGenerator(Generator):
                 raise
 
     def _load(self, update: WeightUpdate | WeightStream) -> str:
-        if isinstance(update, WeightStream) and (own := self._own_memory()):
-            weights, found = self._write(update, own)
+        if isinstance(update, WeightStream) and (memory := self._writable_memory()):
+            weights, digest = self._write(update, memory)
         else:
-            weights, found = self._load_by_vllm(update)
+            weights, digest = self._load_by_vllm(update)
         if not self.engine.drop_keys_and_values():
             raise WeightSyncError(f"{self.spec.name} still holds keys and values from before version {update.version}")
-        digest = weights.confirm(found, where=self.spec.name)
+        digest = weights.confirm(digest, where=self.spec.name)
         self._read_back_all = False
         self._set_version(update.version)
         for call in self._calls:
             call.draws.weights_version = update.version
         return digest
 
-    def _own_memory(self) -> dict[str, torch.Tensor]:
+    def _writable_memory(self) -> dict[str, torch.Tensor]:
         """Return the parameters that streams may be written to, as they are in the engine now; empty if none may."""
         may_write = not self.spec.use_gpu and not self._read_back_all
-        return self._parameters.whole(self.engine.model) if may_write else {}
+        return self._parameters.contiguous(self.engine.model) if may_write else {}
 
     def _load_by_vllm(self, update: WeightUpdate | WeightStream) -> tuple[IncomingWeights, str]:
         """Load weights by vLLM's loaders; return them with the digest of the memory read back."""
@@ -215,14 +215,14 @@ class VllmGenerator(Generator):
             self.engine.model.load_weights(self._parameters.checked(weights))
         return weights, loaded.digest(again=self._read_back_all)
 
-    def _write(self, update: WeightStream, own: dict[str, torch.Tensor]) -> tuple[IncomingWeights, str]:
-        """Write weights to the engine's memory `own` as they arrive; return them with the digest of that memory."""
-        weights = receive(update, device=self.spec.device, verify=False, into=own)
+    def _write(self, update: WeightStream, memory: dict[str, torch.Tensor]) -> tuple[IncomingWeights, str]:
+        """Write weights to the engine's `memory` as they arrive; return them with the digest of that memory."""
+        weights = receive(update, device=self.spec.device, verify=False, into=memory)
         names, rest = [], []
         with contextlib.closing(weights):
             for name, tensor in self._parameters.checked(weights):
                 names.append(name)
-                if tensor is not own.get(name):
+                if tensor is not memory.get(name):
                     rest.append((name, tensor))
             if rest:
                 self.engine.model.load_weights(rest)

@@ -93,15 +93,15 @@ class LocalParameters:
             self._check_tensor(name, tuple(tensor.shape), dtype_name(tensor.dtype))
             yield name, tensor
 
-    def whole(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def contiguous(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Return the memory of the parameters in the model as it is now; empty if ranks share the parameters.
 
         A parameter of which this process holds no contiguous memory is missing.
         """
         if self._num_ranks > 1:
             return {}
-        whole = {name: parameter.gather() for name, parameter in _local_parameters(model)}
-        return {name: tensor for name, tensor in whole.items() if tensor.is_contiguous()}
+        parameters = {name: parameter.gather() for name, parameter in _local_parameters(model)}
+        return {name: tensor for name, tensor in parameters.items() if tensor.is_contiguous()}
 
     def gather(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield full parameters from the engine's memory. Every rank must ask for the same names."""
