@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from nemo_rl.models.torchscript import TorchScriptError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,39 @@ def linear_add(
 ) -> torch.Tensor:
     """`linear(x, weight, bias) + residual` in one operation; residual [N, out]."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+
+# The operators as TorchScript's graphs: its front end for Python has no type for an empty list of optional scalars.
+_SCRIPTED_LINEAR = """
+graph(%x : Tensor, %weight : Tensor, %bias : Tensor?):
+  %attr : str = prim::Constant[value="none"]()
+  %algorithm : str = prim::Constant[value=""]()
+  %scalars : Scalar?[] = prim::ListConstruct()
+  %y : Tensor = mkldnn::_linear_pointwise(%x, %weight, %bias, %attr, %scalars, %algorithm)
+  return (%y)
+"""
+_SCRIPTED_LINEAR_ADD = """
+graph(%x : Tensor, %weight : Tensor, %bias : Tensor?, %residual : Tensor):
+  %attr : str = prim::Constant[value="add"]()
+  %y : Tensor = mkldnn::_linear_pointwise(%x, %residual, %weight, %bias, %attr)
+  return (%y)
+"""
+
+
+def scripted_linears() -> tuple[Any, Any]:
+    """Return `linear` and `linear_add` as functions of TorchScript.
+
+    Raises:
+        TorchScriptError: this version of torch cannot make them.
+    """
+    try:
+        linear, linear_add = (
+            torch._C._create_function_from_graph(name, torch._C.parse_ir(graph))
+            for name, graph in (("onednn_linear", _SCRIPTED_LINEAR), ("onednn_linear_add", _SCRIPTED_LINEAR_ADD))
+        )
+    except (AttributeError, RuntimeError) as error:
+        raise TorchScriptError(str(error)) from error
+    return linear, linear_add
 
 
 @functools.cache

@@ -36,6 +36,17 @@ def linear_ops(device: torch.device, dtype: torch.dtype) -> LinearOps:
     return LinearOps(F.linear, _linear_add)
 
 
+def scripted_linear_ops(device: torch.device, dtype: torch.dtype) -> LinearOps:
+    """The same operators, for functions that `torch.jit.script` compiles.
+
+    Raises:
+        TorchScriptError: this version of torch has none.
+    """
+    if linear_ops(device, dtype).linear is onednn.linear:
+        return LinearOps(*onednn.scripted_linears())
+    return linear_ops(device, dtype)
+
+
 def _linear_add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:

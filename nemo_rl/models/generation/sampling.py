@@ -63,11 +63,15 @@ def row_uniforms(seed: int, rows: npt.NDArray[np.int64], num_tokens: int) -> tor
 
 @dataclass(frozen=True)
 class Drawn:
-    """One drawn token per row, with the two log-probabilities of `GenerationResult`: [B] int64, float32, float32."""
+    """One drawn token per row, with the two log-probabilities of `GenerationResult`: [B] int64, float32, float32.
+
+    `has_stop` says whether any of the tokens is a stop token; None: not known.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
     sampling_logprobs: torch.Tensor
+    has_stop: bool | None = None
 
 
 class Sampler:
@@ -78,28 +82,29 @@ class Sampler:
         >>> drawn = sampler.draw(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.5], dtype=torch.float64))
         >>> drawn.tokens.tolist(), drawn.sampling_logprobs.tolist()
         ([1], [0.0])
+
+    Attributes:
+        greedy: take the likeliest token, whatever the configuration says.
+        temperature: of the configuration.
     """
 
     def __init__(self, config: SamplingConfig, *, greedy: bool) -> None:
-        self._greedy = greedy
-        self._temperature = config.temperature
+        self.greedy = greedy
+        self.temperature = config.temperature
         self._top_p = config.top_p
         self._top_k = config.top_k
 
     def draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> Drawn:
         """Draw from logits [B, V] float32 with uniforms [B] float64 in (0, 1)."""
-        if self._greedy:
-            tokens = logits.argmax(-1, keepdim=True)
-            picked = logits.log_softmax(-1).gather(1, tokens)[:, 0]
-            return Drawn(tokens[:, 0], picked, torch.zeros_like(picked))
-        scaled = logits if self._temperature == 1.0 else logits / self._temperature
-        logprobs = scaled.log_softmax(-1)
-        if self._top_p < 1.0 or (self._top_k is not None and self._top_k < logits.shape[-1]):
+        if self.truncates(logits.shape[-1]):
+            logprobs = (logits / self.temperature).log_softmax(-1)
             tokens, sampling = self._draw_truncated(logprobs, uniforms)
             return Drawn(tokens[:, 0], logprobs.gather(1, tokens)[:, 0], sampling[:, 0])
-        tokens = _invert(logprobs.exp(), uniforms)
-        picked = logprobs.gather(1, tokens)[:, 0]
-        return Drawn(tokens[:, 0], picked, picked)
+        return Drawn(*draw_tokens(logits, uniforms, self.temperature, self.greedy))
+
+    def truncates(self, vocabulary: int) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary only, which `draw_tokens` does not do."""
+        return not self.greedy and (self._top_p < 1.0 or (self._top_k is not None and self._top_k < vocabulary))
 
     def _draw_truncated(self, logprobs: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw after top-k, then top-p within the top k, both after temperature; returns tokens and logprobs [B, 1].
@@ -120,6 +125,30 @@ class Sampler:
         rank = _invert(probabilities, uniforms)
         chosen = probabilities.gather(1, rank) / probabilities.sum(-1, keepdim=True)
         return order.gather(1, rank), chosen.log()
+
+
+def draw_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, greedy: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw from all tokens, or take the likeliest ones. TorchScript compiles this function.
+
+    Args:
+        logits: [B, V] float32.
+        uniforms: [B] float64 in (0, 1).
+        temperature: for draws.
+        greedy: take the likeliest tokens, with their log-probabilities at temperature 1.
+
+    Returns:
+        Tokens, log-probabilities, log-probabilities of the draws: the tensors of `Drawn`.
+    """
+    if greedy:
+        tokens = logits.argmax(-1, keepdim=True)
+        picked = logits.log_softmax(-1).gather(1, tokens)[:, 0]
+        return tokens[:, 0], picked, torch.zeros_like(picked)
+    logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    tokens = _invert(logprobs.exp(), uniforms)
+    picked = logprobs.gather(1, tokens)[:, 0]
+    return tokens[:, 0], picked, picked
 
 
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -22,14 +22,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from nemo_rl.models import onednn
-from nemo_rl.models.policy.cpu_layers import use_fused_layers
+from nemo_rl.models.policy.cpu_functions import (
+    PLAIN_PRODUCTS,
+    LayerFunctions,
+    large_products,
+    layer_functions,
+    pad,
+    unpad,
+)
+from nemo_rl.models.policy.cpu_layers import use_fused_layers, use_fused_norms
 from nemo_rl.models.policy.sequence_layouts import PaddedSequences, SharedPrefixes
+from nemo_rl.models.torchscript import compiled_or_plain
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +46,6 @@ MIN_PRODUCTS = 4_000_000
 # For longer sequences, torch's kernel, which never materializes all scores, is faster.
 MAX_SHORT_LENGTH = 128
 ATTENTION = "nemo_rl_cpu"
-_HIDDEN = torch.finfo(torch.float32).min
-_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
 
 
 def use_onednn_linears(model: nn.Module) -> bool:
@@ -93,13 +99,6 @@ class _Product(torch.autograd.Function):
         return x_gradient, w_gradient
 
 
-def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Multiply x [N, in] by the transpose of w [out, in], by oneDNN where it is faster."""
-    if x.shape[0] * x.shape[1] * w.shape[0] >= MIN_PRODUCTS and _is_faster():
-        return onednn.linear(x, w, None)
-    return x @ w.t()
-
-
 @functools.cache
 def _is_faster() -> bool:
     """Whether oneDNN's product works on this CPU and is faster than MKL's. Cached: equal on every call."""
@@ -119,10 +118,8 @@ def use_cpu_kernels(model: PreTrainedModel) -> None:
         AttentionInterface.register(ATTENTION, cpu_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
-        use_fused_layers(model, cpu_attention, _product)
-    for module in model.modules():
-        if type(module).__name__ in _NORMS:
-            module.__class__ = CpuRMSNorm
+        use_fused_layers(model, cpu_attention, _functions())
+    use_fused_norms(model, _functions())
 
 
 def cpu_attention(
@@ -150,69 +147,37 @@ def cpu_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if shared_prefixes is not None:
-        return _attend_shared(query, key, value, shared_prefixes, scale), None
+        return _functions().attend_shared(query, key, value, shared_prefixes, scale, MAX_SHORT_LENGTH), None
     batch, _, length, _ = query.shape
     is_usual = key.shape[2] == length and not torch.is_autocast_enabled("cpu")
     if is_usual and batch == 1 and attention_mask is not None and position_ids is not None:
         packed = _packed_row(position_ids[0], options.get("sliding_window"))
         if packed is not None:
-            query, key, value = packed.pad(query), packed.pad(key), packed.pad(value)
+            query, key, value = (pad(packed, part) for part in (query, key, value))
             attended, _ = cpu_attention(module, query, key, value, None, scaling, **options)
-            return packed.unpad(attended), None
+            return unpad(packed, attended), None
     if length > MAX_SHORT_LENGTH or not is_usual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    return _attend(query, key, value, attention_mask, scale), None
+    return _functions().attend(query, key, value, attention_mask, scale, MAX_SHORT_LENGTH), None
 
 
-def _attend_shared(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: SharedPrefixes, scale: float
-) -> torch.Tensor:
-    """Attend in a row of T tokens with shared prefixes; returns [1, T, heads, head_dim]."""
-    count, parts = layout.num_prefix_tokens, (query, key, value)
-    prefix_query, prefix_key, prefix_value = (layout.prefixes.pad(part[:, :, :count]) for part in parts)
-    attended = layout.prefixes.unpad(_attend(prefix_query, prefix_key, prefix_value, None, scale))
-    if layout.continuations is None:
-        return attended
-    query, key, value = (layout.continuations.pad(part[:, :, count:]) for part in parts)
-    key, value = (
-        torch.cat([of_prefix.index_select(0, layout.prefix), continuation], dim=2)
-        for of_prefix, continuation in ((prefix_key, key), (prefix_value, value))
-    )
-    continued = layout.continuations.unpad(_attend(query, key, value, layout.mask, scale))
-    return torch.cat([attended, continued], dim=1)
+def _functions() -> LayerFunctions:
+    return _make_functions(_is_faster(), MIN_PRODUCTS)
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """Attend with [B, heads, T, D] queries to [B, kv_heads, S, D] keys; returns [B, T, heads, D].
+@functools.cache
+def _make_functions(uses_onednn: bool, least: int) -> LayerFunctions:
+    """Return the functions of layers, compiled if torch can; oneDNN computes products of at least `least` elements."""
 
-    `mask` is [B or 1, 1, T, S] bool, or None for causal attention among T = S tokens.
-    """
-    batch, heads, length, head_dim = query.shape
-    kv_heads, num_keys = key.shape[1], key.shape[2]
-    group = heads // kv_heads
-    if num_keys > MAX_SHORT_LENGTH:  # never holds all scores
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
-        )
-        return attended.transpose(1, 2).contiguous()
-    if mask is None:
-        mask = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=query.device).tril()
-    # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.
-    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, _HIDDEN)
-    # The heads of a group share keys, so they are additional rows of one product.
-    bias = bias.expand(-1, group, -1, -1).reshape(-1, 1, group * length, num_keys)
-    if len(bias) > 1:
-        bias = bias.expand(-1, kv_heads, -1, -1)
-    scores = torch.baddbmm(
-        bias.reshape(-1, group * length, num_keys),
-        query.reshape(batch * kv_heads, group * length, head_dim),
-        key.reshape(batch * kv_heads, num_keys, head_dim).transpose(1, 2),
-        alpha=scale,
-    )
-    attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, num_keys, head_dim))
-    return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous()
+    def make(compile_them: bool) -> LayerFunctions:
+        products = PLAIN_PRODUCTS
+        if uses_onednn:
+            linears = onednn.scripted_linears() if compile_them else (onednn.linear, onednn.linear_add)
+            products = large_products(linears, least)
+        return layer_functions(products, compile_them=compile_them)
+
+    functions, _ = compiled_or_plain(make, "layers")
+    return functions
 
 
 def _packed_row(position: torch.Tensor, window: int | None) -> PaddedSequences | None:
@@ -224,37 +189,3 @@ def _packed_row(position: torch.Tensor, window: int | None) -> PaddedSequences |
     row = PaddedSequences(sequence, position, int(sequence[-1]) + 1, int(position.max()) + 1)
     is_cheaper = row.num_sequences * row.longest**2 < len(position) ** 2
     return row if is_cheaper and (window is None or row.longest <= window) else None
-
-
-class CpuRMSNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
-
-    weight: nn.Parameter
-    variance_epsilon: float
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalize [..., n] over the last dimension."""
-        result: torch.Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
-        return result
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        num = x.shape[-1]
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = (length.square_().div_(num).add_(eps)).rsqrt_()
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, weight)
-        return normal * weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        normal, inverse, weight = ctx.saved_tensors
-        (gradient,) = gradients
-        product = gradient * normal
-        weight_gradient = product.reshape(-1, product.shape[-1]).sum(0)
-        # d/dx: (g w - n mean(g w n)) / rms
-        along = (product @ weight).div_(product.shape[-1]).unsqueeze(-1)
-        x_gradient = torch.mul(gradient, weight).addcmul_(normal, along, value=-1).mul_(inverse)
-        return x_gradient, weight_gradient, None

@@ -15,8 +15,9 @@ from nemo_rl.errors import ModelError
 from nemo_rl.models.policy.cpu_kernels import ATTENTION as CPU_ATTENTION
 from nemo_rl.models.policy.microbatching import MicrobatchLoss, ModelInputs, model_inputs
 from nemo_rl.models.policy.parallel_model import ParallelModel
-from nemo_rl.models.policy.row_threads import RowThreads, row_parts
+from nemo_rl.models.policy.row_parts import row_parts
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
+from nemo_rl.models.row_threads import RowThreads
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class LogprobForward:
         model: the model; the pass uses its precision and its sharding.
         packed: lay the sequences of a micro-batch end to end.
         temperature: of the log-probabilities, which are those of softmax(logits / temperature).
-        threads: divide the rows of a micro-batch over these threads; see `row_threads.threads_for`.
+        threads: divide the rows of a micro-batch over these threads; see `row_parts.threads_for`.
 
     Raises:
         ModelError: with `packed`, if the model lets packed sequences attend to each other.
@@ -74,7 +75,7 @@ class LogprobForward:
         self._model.reduce_gradients()
 
     def _train_in_threads(self, rows: list[SlicedDataDict], part: BatchedDataDict, loss: MicrobatchLoss) -> None:
-        """Add the gradients of a micro-batch; see `row_threads`."""
+        """Add the gradients of a micro-batch; see `row_parts`."""
         threads = self._threads
         assert threads is not None, "the micro-batch is divided"
         outputs = threads.map(

@@ -9,11 +9,11 @@ what follows, so that one copy of them is enough::
               [ prompt B | completion 4 | padding ]
 
 Losses and gradients are the same, up to the order of additions.
+
+TorchScript reads annotations as types, so this module has no `from __future__ import annotations`.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ _MIN_SAVED = 0.1
 _MAX_MASK = 2**26
 
 
-@dataclass(frozen=True)
-class PaddedSequences:
+class PaddedSequences(NamedTuple):
     """Where the T tokens of a row, sequence after sequence, stand in a padded batch of its N sequences.
 
     Attributes:
@@ -38,29 +37,8 @@ class PaddedSequences:
     num_sequences: int
     longest: int
 
-    @property
-    def _is_full(self) -> bool:
-        """Whether all sequences have L tokens: then the padded batch is a view of the row."""
-        return len(self.position) == self.num_sequences * self.longest
 
-    def pad(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Map [1, heads, T, D] to [N, heads, L, D], with 0 as padding."""
-        _, heads, _, size = tensor.shape
-        tokens = tensor[0].transpose(0, 1)
-        if self._is_full:
-            padded = tokens.reshape(self.num_sequences, self.longest, heads, size)
-        else:
-            padded = tensor.new_zeros(self.num_sequences, self.longest, heads, size)
-            padded = padded.index_put((self.sequence, self.position), tokens)
-        return padded.transpose(1, 2)
-
-    def unpad(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Map [N, L, heads, D] to [1, T, heads, D]."""
-        return tensor.flatten(0, 1)[None] if self._is_full else tensor[self.sequence, self.position][None]
-
-
-@dataclass(frozen=True)
-class SharedPrefixes:
+class SharedPrefixes(NamedTuple):
     """A row with G different prefixes of P tokens in all, then N continuations, each of one of the prefixes.
 
     Attributes:
@@ -76,14 +54,8 @@ class SharedPrefixes:
     prefix: torch.Tensor
     mask: torch.Tensor
 
-    @property
-    def num_prefix_tokens(self) -> int:
-        """P."""
-        return len(self.prefixes.position)
 
-
-@dataclass(frozen=True)
-class SharedRow:
+class SharedRow(NamedTuple):
     """The tokens of a micro-batch in the layout of `SharedPrefixes`, and where the scored tokens are.
 
     Attributes:

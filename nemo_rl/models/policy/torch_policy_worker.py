@@ -10,7 +10,7 @@ from nemo_rl.models.policy.offload import Part, Scratch, borrows, needs
 from nemo_rl.models.policy.optimizer import PolicyOptimizer
 from nemo_rl.models.policy.parallel_model import ParallelModel, load_parallel_model
 from nemo_rl.models.policy.policy_checkpoint import TorchState
-from nemo_rl.models.policy.row_threads import threads_for
+from nemo_rl.models.policy.row_parts import threads_for
 from nemo_rl.models.policy.score_forward import ScoreForward
 from nemo_rl.models.policy.worker_base import PolicyForward, PolicyWorker
 from nemo_rl.models.weights.adapters import with_base

@@ -10,7 +10,7 @@ from nemo_rl.models.policy.logprob_forward import LogprobForward
 from nemo_rl.models.policy.model_worker_base import ModelWorker, join_microbatches
 from nemo_rl.models.policy.offload import Part, PolicyMemory, StoredTensors, borrows
 from nemo_rl.models.policy.parallel_model import load_parallel_model
-from nemo_rl.models.policy.row_threads import threads_for
+from nemo_rl.models.policy.row_parts import threads_for
 from nemo_rl.utils.garbage import freeze_modules, gc_paused
 
 _KEYS = ("input_ids", "input_lengths", "token_mask")

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nemo_rl.models.policy import cpu_kernels
-from nemo_rl.models.policy.cpu_kernels import CpuRMSNorm, OneDnnLinear, use_cpu_kernels, use_onednn_linears
+from nemo_rl.models.policy.cpu_kernels import OneDnnLinear, use_cpu_kernels, use_onednn_linears
+from nemo_rl.models.policy.cpu_layers import CpuRMSNorm
 
 
 @pytest.mark.parametrize("bias", [False, True])

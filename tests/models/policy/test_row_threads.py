@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tiny_policy import advantage_loss, make_batch, make_model, make_worker, pairs_batch, weights
 
 from nemo_rl.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl.models.policy import row_threads
-from nemo_rl.models.policy.row_threads import RowThreads, row_parts
+from nemo_rl.models.policy import row_parts as row_parts_module
+from nemo_rl.models.policy.row_parts import row_parts
+from nemo_rl.models.row_threads import RowThreads
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_loss_sees_all_rows_of_a_micro_batch(tmp_path: Path) -> None:
 
 def test_large_and_sharded_models_divide_operations_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(tmp_path, "llama")
-    monkeypatch.setattr(row_threads, "SMALL_MODEL", 1000)
+    monkeypatch.setattr(row_parts_module, "SMALL_MODEL", 1000)
     worker = make_worker(model, num_threads=2)
     assert worker._forward._threads is None
     assert torch.get_num_threads() == 2

@@ -46,7 +46,7 @@ def scored(batch: BatchedDataDict) -> torch.Tensor:
 def contexts(row: SharedRow) -> list[list[int]]:
     """Return the tokens that each scored logit can see, derived from the layout alone."""
     layout, ids = row.layout, row.input_ids[0].tolist()
-    count = layout.num_prefix_tokens
+    count = len(layout.prefixes.position)
     seen: list[list[int]] = []
     prefixes: dict[int, list[int]] = {}
     for index in range(count):

@@ -2,7 +2,7 @@
 
     prefill(prompts, copies, num_new)      Decoding
     ───────────────────────────────►  logits of each row's next token
-                                      step(tokens)   ► logits of the following token
+                                      step_and_draw(tokens)   ► the following token of each row
                                       keep(rows)       drop finished rows
 
 A decoder reads each prompt once, then appends one token per row and step.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_rl.errors import WeightSyncError
+from nemo_rl.models.generation.sampling import Drawn, Sampler
 from nemo_rl.models.generation.weight_names import check_weight_names
 
 
@@ -49,6 +50,19 @@ class Decoding(ABC):
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append one token to each row ([B] int64); returns the new `logits`."""
 
+    def step_and_draw(
+        self, tokens: torch.Tensor, sampler: Sampler, uniforms: torch.Tensor, stop_ids: torch.Tensor
+    ) -> Drawn:
+        """Append one token to each row and draw the next ones.
+
+        Args:
+            tokens: [B] int64.
+            sampler: draws.
+            uniforms: [B] float64 in (0, 1), for the draw.
+            stop_ids: [S] int64, tokens that the result may report as `has_stop`.
+        """
+        return sampler.draw(self.step(tokens), uniforms)
+
     @abstractmethod
     def keep(self, rows: torch.Tensor) -> None:
         """Keep these rows ([b] int64, ascending) and drop the others."""
@@ -65,6 +79,11 @@ class Decoder(ABC):
     def __init__(self, shapes: dict[str, tuple[int, ...]], tied: dict[str, str]) -> None:
         self._shapes = shapes
         self._tied = tied
+
+    @property
+    def runs_without_interpreter(self) -> bool:
+        """Whether `step_and_draw` of several decodings runs at the same time in several threads of this process."""
+        return False
 
     @property
     def num_parameters(self) -> int:

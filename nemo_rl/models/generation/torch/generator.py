@@ -2,16 +2,18 @@
 
 update_weights ──► Decoder (weights as views onto shared memory)
 generate ──► rows in batches ──► prefill each distinct prompt once
-                                 ┌─► draw a token per row ──► some rows ended? record and drop them ─┐
-                                 └──────────────────────── decoder step ◄────────────────────────────┘
+                                 ┌─► some rows ended? record and drop them ─┐
+                                 └────── decoder step, draw per row ◄───────┘
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +26,7 @@ from nemo_rl.models.generation.torch.decoder import Decoder, PromptBatch
 from nemo_rl.models.generation.torch.hf_decoder import HFDecoder
 from nemo_rl.models.generation.torch.llama_decoder import LlamaDecoder
 from nemo_rl.models.generation.torch.progress import Completions, Progress
+from nemo_rl.models.row_threads import RowThreads
 from nemo_rl.models.weights.adapters import ReceivedBase
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 # The check for ended rows waits for the device. This is free on a CPU, but drains a GPU's queue of kernels.
 _STEPS_BETWEEN_CHECKS = {"cpu": 1}
 _DEFAULT_STEPS_BETWEEN_CHECKS = 8
+# A decode step of so few rows takes almost as long as that of twice as many.
+_LEAST_ROWS_PER_THREAD = 8
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class TorchGenerator(Generator):
@@ -59,6 +66,17 @@ class TorchGenerator(Generator):
             spec.max_sequence_length,
             records_experts=spec.config.router_replay,
         )
+        self._threads: RowThreads | None = None
+
+    def use_threads(self, num_threads: int) -> None:
+        """Divide the rows of a batch over threads, or decode in one thread if threads would wait for the interpreter.
+
+        For small models: their operations are too short to be divided over threads.
+        """
+        if num_threads > 1 and self.decoder.runs_without_interpreter:
+            self._threads = RowThreads(num_threads)
+        else:
+            torch.set_num_threads(1)
 
     def update_weights(self, update: WeightUpdate | WeightStream) -> str:
         """Replace the weights. See `Generator.update_weights`; after an error there are no weights."""
@@ -78,12 +96,13 @@ class TorchGenerator(Generator):
         random_rows = request.random_rows()
         prompts = [prompt for prompt in request.prompts() for _ in range(request.num_generations)]
         batches: list[Completions] = []
-        with torch.inference_mode():
-            for start in range(0, len(prompts), config.max_batch_size):
-                batch = prompts[start : start + config.max_batch_size]
-                rows = random_rows[start : start + len(batch)]
-                uniforms = row_uniforms(request.seed, rows, config.max_new_tokens)
-                batches.append(self._complete(batch, uniforms, sampler))
+        for start in range(0, len(prompts), config.max_batch_size):
+            batch = prompts[start : start + config.max_batch_size]
+            rows = random_rows[start : start + len(batch)]
+            uniforms = row_uniforms(request.seed, rows, config.max_new_tokens)
+
+            parts = [(batch[part], uniforms[part]) for part in self._parts(len(batch), request.num_generations)]
+            batches += self._map(lambda part: self._complete(*part, sampler), parts)
         completions = [completion for batch in batches for completion in batch.rows()]
         return make_result(
             prompts, completions, tokenizer=self.tokenizer, weights_version=version, where=self.spec.name
@@ -92,6 +111,18 @@ class TorchGenerator(Generator):
     def attestation(self) -> dict[str, Any]:
         return {**super().attestation(), "decoder": type(self.decoder).__name__}
 
+    def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        return [function(items[0])] if self._threads is None else self._threads.map(function, items)
+
+    def _parts(self, num_rows: int, group: int) -> list[slice]:
+        """Divide rows, of which `group` in sequence continue the same prompt, into one part per thread."""
+        num_groups = math.ceil(num_rows / group)
+        most = 1 if self._threads is None else self._threads.num_threads
+        count = max(1, min(most, num_groups, num_rows // _LEAST_ROWS_PER_THREAD))
+        bounds = [min(num_rows, num_groups * part // count * group) for part in range(count + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+    @torch.inference_mode()
     def _complete(self, prompts: list[list[int]], uniforms: torch.Tensor, sampler: Sampler) -> Completions:
         """Complete one batch of B rows; uniforms [B, max_new_tokens]."""
         limits = [
@@ -102,19 +133,19 @@ class TorchGenerator(Generator):
         decoding = self.decoder.prefill(batch, copies, max(limits))
         uniforms = uniforms.to(self.device)
         interval = _STEPS_BETWEEN_CHECKS.get(self.device.type, _DEFAULT_STEPS_BETWEEN_CHECKS)
-        for index in range(max(limits)):
-            drawn = sampler.draw(decoding.logits, uniforms[:, index])
+        longest = max(limits)
+        drawn = sampler.draw(decoding.logits, uniforms[:, 0])
+        for length in range(1, longest + 1):
             progress.append(drawn)
             tokens = drawn.tokens
-            last = index + 1 == max(limits)
-            if last or (index + 1) % interval == 0:
+            if length == longest or length % interval == 0:
                 keep = progress.check()
-                if last or not progress.num_live:
+                if length == longest or not progress.num_live:
                     break
                 if keep is not None:
                     decoding.keep(keep)
                     uniforms, tokens = uniforms[keep], tokens[keep]
-            decoding.step(tokens)
+            drawn = decoding.step_and_draw(tokens, sampler, uniforms[:, length], progress.stop_ids)
         completions = progress.completions()
         if decoding.experts is None:
             return completions

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from nemo_rl.models.generation.torch.llama_layers import LayerCache
+
 
 class KVCache:
     """Stores the keys and values of all layers in one static buffer.
 
     Keys and values of a layer are [B * kv_heads, T, head_dim]: batch and heads form one dimension of a batched matrix
     product, and the first t columns are a view. The next column is the same for all rows.
+
+    Attributes:
+        layers: views of each layer.
+        num_columns: T.
     """
 
     def __init__(
@@ -33,25 +39,7 @@ class KVCache:
         self.num_columns = columns
         flat = data.view(layers, 2, -1, columns, head_dim)
         # A view costs a microsecond, so the views that do not depend on the column are made once.
-        self._by_row = [(data[layer, 0], data[layer, 1]) for layer in range(layers)]
-        self._by_head = [(flat[layer, 0], flat[layer, 1]) for layer in range(layers)]
-
-    def write_prompts(self, layer: int, keys: torch.Tensor, values: torch.Tensor, copies: torch.Tensor) -> None:
-        """Write columns 0..P-1 of every row from [U, kv_heads, P, head_dim]; row b from prompt copies[b]."""
-        num_prompt_columns = keys.shape[2]
-        for target, source in zip(self._by_row[layer], (keys, values), strict=True):
-            target[:, :, :num_prompt_columns].copy_(source.index_select(0, copies))
-
-    def append(self, layer: int, column: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one column of every row, from [B, kv_heads, head_dim]."""
-        target_keys, target_values = self._by_row[layer]
-        target_keys[:, :, column].copy_(keys)
-        target_values[:, :, column].copy_(values)
-
-    def read(self, layer: int, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of the first columns of keys and values, [B * kv_heads, num_columns, head_dim] each."""
-        keys, values = self._by_head[layer]
-        return keys[:, :num_columns], values[:, :num_columns]
+        self.layers = [LayerCache(*data[layer], *flat[layer]) for layer in range(layers)]
 
     def keep(self, rows: torch.Tensor, num_columns: int) -> None:
         """Drop all other rows. Columns from `num_columns` on are not written yet."""

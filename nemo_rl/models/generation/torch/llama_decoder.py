@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 
-from nemo_rl.models.generation.linear import linear_ops
+from nemo_rl.models.generation.linear import linear_ops, scripted_linear_ops
+from nemo_rl.models.generation.sampling import Drawn, Sampler
 from nemo_rl.models.generation.torch.decoder import Decoder, Decoding, PromptBatch, parameter_shapes
 from nemo_rl.models.generation.torch.kv_cache import KVCache
+from nemo_rl.models.generation.torch.llama_layers import (
+    LayerWeights,
+    LlamaConstants,
+    LlamaFunctions,
+    LlamaWeights,
+    llama_functions,
+)
+from nemo_rl.models.torchscript import compiled_or_plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,30 +44,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(qk_norm=True),
 }
 _STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
-
-
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class _Weights:
-    embedding: torch.Tensor
-    layers: tuple[_Layer, ...]
-    norm: torch.Tensor
-    head: torch.Tensor
 
 
 class LlamaDecoder(Decoder):
@@ -86,41 +70,45 @@ class LlamaDecoder(Decoder):
         with torch.device("meta"):
             super().__init__(*parameter_shapes(AutoModelForCausalLM.from_config(config)))
         self.device, self.dtype = device, dtype
-        self._ops = linear_ops(device, dtype)
+        self._functions, self._is_compiled = _make_functions(device, dtype)
         self.num_layers: int = config.num_hidden_layers
-        self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
-        self.scale = self.head_dim**-0.5
-        self.eps: float = config.rms_norm_eps
+        num_heads: int = config.num_attention_heads
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        eps: float = config.rms_norm_eps
+        floors = [torch.tensor((size * eps) ** 0.5, device=device) for size in (config.hidden_size, head_dim)]
+        num_kv_heads: int = getattr(config, "num_key_value_heads", None) or num_heads
         self._family = FAMILIES[config.model_type]
-        sizes = (config.hidden_size, self.head_dim)
-        self._norm_floor = {size: torch.tensor((size * self.eps) ** 0.5, device=device) for size in sizes}
         positions = torch.arange(max_length)[None]
         rotary: Any = LlamaRotaryEmbedding(cast(Any, config))
         cos, sin = rotary(torch.zeros(1), positions)
-        # rotate_half(x) * sin equals x with its halves swapped, times sin with its first half negated.
-        half = self.head_dim // 2
+        half = head_dim // 2
         signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
-        self._cos, self._sin = (table.to(device, dtype) for table in (cos[0], signed))
+        tables = [table.to(device, dtype) for table in (cos[0], signed)]
+        self.constants = LlamaConstants(num_heads, num_kv_heads, head_dim, eps, (floors[0], floors[1]), *tables)
         self._tensors: dict[str, torch.Tensor] = {}
-        self._weights: _Weights | None = None
+        self._weights: LlamaWeights | None = None
+
+    @property
+    def runs_without_interpreter(self) -> bool:
+        return self._is_compiled
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         named = self._checked((name, tensor.to(self.device)) for name, tensor in tensors)
-        layers = tuple(self._layer(named, f"model.layers.{index}.") for index in range(self.num_layers))
+        layers = [self._layer(named, f"model.layers.{index}.") for index in range(self.num_layers)]
         embedding = named["model.embed_tokens.weight"]
-        self._weights = _Weights(embedding, layers, named["model.norm.weight"], named.get("lm_head.weight", embedding))
+        self._weights = LlamaWeights(
+            embedding, layers, named["model.norm.weight"], named.get("lm_head.weight", embedding)
+        )
         self._tensors = named
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._tensors.items()
 
-    def _layer(self, tensors: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    def _layer(self, tensors: dict[str, torch.Tensor], prefix: str) -> LayerWeights:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         projections = [f"{attention}{name}_proj." for name in "qkv"]
         gates = [f"{mlp}{name}_proj." for name in ("gate", "up")]
-        return _Layer(
+        return LayerWeights(
             input_norm=tensors[f"{prefix}input_layernorm.weight"],
             qkv=_fuse(tensors, [f"{name}weight" for name in projections]),
             qkv_bias=_fuse_if_present(tensors, [f"{name}bias" for name in projections]),
@@ -137,100 +125,45 @@ class LlamaDecoder(Decoder):
 
     def prefill(self, prompts: PromptBatch, copies: torch.Tensor, num_new: int) -> Decoding:
         assert self._weights is not None, "prefill before load"
-        num_prompts, width = prompts.input_ids.shape
+        width = prompts.input_ids.shape[1]
         cache = KVCache(
             self.num_layers,
             len(copies),
-            self.num_kv_heads,
+            self.constants.num_kv_heads,
             width + num_new,
-            self.head_dim,
+            self.constants.head_dim,
             device=self.device,
             dtype=self.dtype,
         )
-        mask = None
-        if prompts.num_padding is None:
-            cos, sin = self._cos[:width, None], self._sin[:width, None]
-        else:
-            columns = torch.arange(width, device=self.device)
-            positions = (columns - prompts.num_padding[:, None]).clamp_(min=0)
-            cos, sin = self._cos[positions][:, :, None], self._sin[positions][:, :, None]
-            real = columns >= prompts.num_padding[:, None]
-            # Padding attends to itself; otherwise its softmax would have nothing to normalise.
-            mask = (real[:, None, :] & (columns <= columns[:, None])) | (columns == columns[:, None])
-            mask = mask[:, None]
-        hidden = F.embedding(prompts.input_ids.view(-1), self._weights.embedding)
-        for index, layer in enumerate(self._weights.layers):
-            heads = self._qkv(hidden, layer).view(num_prompts, width, -1, self.head_dim)
-            queries, keys, values = self._rotate(heads, layer, cos, sin)
-            queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-            cache.write_prompts(index, keys, values, copies)
-            attended = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
-            hidden = self._finish(hidden, attended.transpose(1, 2).reshape(len(hidden), -1), layer)
-        last = hidden.view(num_prompts, width, -1)[:, -1]
-        padding = None if prompts.num_padding is None else prompts.num_padding.index_select(0, copies)
-        return LlamaDecoding(self, cache, self.logits(last).index_select(0, copies), width, padding)
-
-    def forward_token(self, tokens: torch.Tensor, decoding: LlamaDecoding) -> torch.Tensor:
-        """Append one token per row; returns logits [B, V]."""
-        assert self._weights is not None
-        column = decoding.column
-        cos, sin = decoding.tables(self._cos, self._sin)
-        mask, beta = (
-            (decoding.mask[:, :, : column + 1], 1) if decoding.mask is not None else (self._cos.new_empty(1), 0)
+        logits = self._functions.prefill(
+            prompts.input_ids, prompts.num_padding, copies, self._weights, cache.layers, self.constants
         )
-        num_rows = len(tokens)
-        hidden = F.embedding(tokens, self._weights.embedding)
-        for index, layer in enumerate(self._weights.layers):
-            heads = self._qkv(hidden, layer).view(num_rows, -1, self.head_dim)
-            queries, new_keys, new_values = self._rotate(heads, layer, cos, sin)
-            decoding.cache.append(index, column, new_keys, new_values)
-            keys, values = decoding.cache.read(index, column + 1)
-            grouped = queries.reshape(num_rows * self.num_kv_heads, -1, self.head_dim)
-            scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), beta=beta, alpha=self.scale)
-            weights = scores.softmax(-1, dtype=torch.float32).to(self.dtype)
-            attended = torch.bmm(weights, values).view(num_rows, -1)
-            hidden = self._finish(hidden, attended, layer)
-        return self.logits(hidden)
+        padding = None if prompts.num_padding is None else prompts.num_padding.index_select(0, copies)
+        return LlamaDecoding(self, cache, logits.index_select(0, copies), width, padding)
 
-    def _qkv(self, hidden: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        return self._ops.linear(self._norm(hidden, layer.input_norm), layer.qkv, layer.qkv_bias)
+    def step(self, tokens: torch.Tensor, decoding: LlamaDecoding) -> torch.Tensor:
+        """Append one token per row; returns logits [B, V]."""
+        return self._functions.step(tokens, *self._state(decoding))
 
-    def _rotate(
-        self, heads: torch.Tensor, layer: _Layer, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split [..., heads + 2 kv_heads, head_dim]; rotate queries and keys by their positions (RoPE)."""
-        num_rotated = self.num_heads + self.num_kv_heads
-        rotated, values = heads[..., :num_rotated, :], heads[..., num_rotated:, :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys = rotated[..., : self.num_heads, :], rotated[..., self.num_heads :, :]
-            rotated = torch.cat([self._norm(queries, layer.q_norm), self._norm(keys, layer.k_norm)], dim=-2)
-        swapped = rotated.roll(self.head_dim // 2, -1).mul_(sin)
-        rotated = torch.addcmul(swapped, rotated, cos)
-        return rotated[..., : self.num_heads, :], rotated[..., self.num_heads :, :], values
+    def step_and_draw(
+        self,
+        tokens: torch.Tensor,
+        decoding: LlamaDecoding,
+        sampler: Sampler,
+        uniforms: torch.Tensor,
+        stop_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, Drawn]:
+        """Append one token per row and draw the next ones; returns the logits, too."""
+        logits, drawn, logprobs, sampling_logprobs, has_stop = self._functions.step_and_draw(
+            tokens, *self._state(decoding), uniforms, sampler.temperature, sampler.greedy, stop_ids
+        )
+        return logits, Drawn(drawn, logprobs, sampling_logprobs, has_stop)
 
-    def _finish(self, hidden: torch.Tensor, attended: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        """Compute the rest of a layer after attention: output projection and MLP, with residuals."""
-        hidden = self._ops.linear_add(attended, layer.out, layer.out_bias, hidden)
-        gate_up = self._ops.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._ops.linear_add(F.silu(gate).mul_(up), layer.down, layer.down_bias, hidden)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMS norm: x / sqrt(mean(x^2) + eps) * weight, computed as x * sqrt(n) / sqrt(|x|^2 + n eps) * weight."""
-        # On a CPU, torch's rms_norm takes nine operations and transformers' six; this takes four, two of them tiny.
-        if self.dtype is torch.float32:
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            num = x.shape[-1]
-            return torch.div(x, length.hypot_(self._norm_floor[num]).mul_(num**-0.5)).mul_(weight)
-        # As in transformers: normalised in float32, rounded, then scaled.
-        return F.rms_norm(x.float(), weight.shape, None, self.eps).to(self.dtype).mul_(weight)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the final norm and the head: [b, hidden] to [b, V] float32."""
+    def _state(self, decoding: LlamaDecoding) -> tuple[Any, ...]:
+        """Return the arguments of a step between its tokens and those of the draw."""
         assert self._weights is not None
-        return self._ops.linear(self._norm(hidden, self._weights.norm), self._weights.head, None).float()
+        cache = decoding.cache.layers
+        return self._weights, cache, decoding.column, decoding.num_padding, decoding.mask, self.constants
 
 
 class LlamaDecoding(Decoding):
@@ -248,38 +181,51 @@ class LlamaDecoding(Decoding):
         self.cache = cache
         self.logits = logits
         self.column = column
-        self._num_padding = num_padding
+        self.num_padding = num_padding
         self.mask: torch.Tensor | None = None
         self._make_mask()
 
     def _make_mask(self) -> None:
         """Set `mask` to [B * kv_heads, 1, columns]: minus infinity at padding, else 0."""
-        if self._num_padding is None:
+        if self.num_padding is None:
             return
-        columns = torch.arange(self.cache.num_columns, device=self._num_padding.device)
-        hidden = columns < self._num_padding.repeat_interleave(self._decoder.num_kv_heads)[:, None]
+        columns = torch.arange(self.cache.num_columns, device=self.num_padding.device)
+        hidden = columns < self.num_padding.repeat_interleave(self._decoder.constants.num_kv_heads)[:, None]
         mask = torch.zeros(hidden.shape, device=hidden.device, dtype=self._decoder.dtype)
         self.mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
 
-    def tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rotary tables of the next column: [head_dim], or [B, 1, head_dim] if row positions differ."""
-        if self._num_padding is None:
-            return cos[self.column], sin[self.column]
-        # Rows that have ended but are not dropped yet may be beyond the last position.
-        positions = (self.column - self._num_padding).clamp_(max=len(cos) - 1)
-        return cos[positions][:, None], sin[positions][:, None]
-
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.logits = self._decoder.forward_token(tokens, self)
+        self.logits = self._decoder.step(tokens, self)
         self.column += 1
         return self.logits
+
+    def step_and_draw(
+        self, tokens: torch.Tensor, sampler: Sampler, uniforms: torch.Tensor, stop_ids: torch.Tensor
+    ) -> Drawn:
+        if sampler.truncates(self.logits.shape[-1]):
+            return super().step_and_draw(tokens, sampler, uniforms, stop_ids)
+        self.logits, drawn = self._decoder.step_and_draw(tokens, self, sampler, uniforms, stop_ids)
+        self.column += 1
+        return drawn
 
     def keep(self, rows: torch.Tensor) -> None:
         self.cache.keep(rows, self.column)
         self.logits = self.logits.index_select(0, rows)
-        if self._num_padding is not None:
-            self._num_padding = self._num_padding.index_select(0, rows)
+        if self.num_padding is not None:
+            self.num_padding = self.num_padding.index_select(0, rows)
             self._make_mask()
+
+
+def _make_functions(device: torch.device, dtype: torch.dtype) -> tuple[LlamaFunctions, bool]:
+    """Return the functions of a device, and whether they are compiled. A GPU computes while Python runs ahead."""
+    if device.type != "cpu":
+        return llama_functions(linear_ops(device, dtype), compile_them=False), False
+
+    def make(compile_them: bool) -> LlamaFunctions:
+        ops = scripted_linear_ops(device, dtype) if compile_them else linear_ops(device, dtype)
+        return llama_functions(ops, compile_them=compile_them)
+
+    return compiled_or_plain(make, "decode steps")
 
 
 def _fuse_if_present(tensors: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor | None:

@@ -47,12 +47,16 @@ class Progress:
         stop: When completions end.
         limits: Most tokens of each row.
         device: Where tokens are drawn.
+
+    Attributes:
+        stop_ids: [S] int64, the stop tokens.
+        num_live: number of rows that had not ended at the last check.
     """
 
     def __init__(self, stop: StopRules, limits: list[int], device: torch.device) -> None:
         shape = (len(limits), max(limits))
         self._stop = stop
-        self._stop_ids = torch.tensor(sorted(stop.token_ids), dtype=torch.int64, device=device)
+        self.stop_ids = torch.tensor(sorted(stop.token_ids), dtype=torch.int64, device=device)
         self._limits = limits
         self._shortest = min(limits)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -80,12 +84,13 @@ class Progress:
             the ended ones.
         """
         start = self._num_checked
-        new = [drawn.tokens for drawn in self._drawn[start - self._first_column :]]
+        new = self._drawn[start - self._first_column :]
         self._num_checked += len(new)
-        for position, end in self._ends_in(torch.stack(new, dim=1) if len(new) > 1 else new[0][:, None], start):
-            row = self._live_rows[position]
-            if self._ends[row] is None and end <= self._limits[row]:
-                self._ends[row] = end
+        if self._texts is not None or any(drawn.has_stop is not False for drawn in new):
+            for position, end in self._ends_in(torch.stack([drawn.tokens for drawn in new], dim=1), start):
+                row = self._live_rows[position]
+                if self._ends[row] is None and end <= self._limits[row]:
+                    self._ends[row] = end
         if self._num_checked >= self._shortest:
             for row in self._live_rows:
                 if self._ends[row] is None and self._limits[row] <= self._num_checked:
@@ -124,7 +129,7 @@ class Progress:
     def _ends_in(self, tokens: torch.Tensor, start: int) -> Iterator[tuple[int, int]]:
         """Yield the positions of live rows that end in `tokens`, and their completions' lengths."""
         if self._texts is None:
-            hits = torch.isin(tokens, self._stop_ids).any(dim=1).nonzero()[:, 0].tolist()
+            hits = torch.isin(tokens, self.stop_ids).any(dim=1).nonzero()[:, 0].tolist()
             for position in hits:
                 end = self._stop.first_end(tokens[position].tolist(), 0)
                 assert end is not None

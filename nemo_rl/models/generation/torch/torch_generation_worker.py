@@ -16,6 +16,6 @@ class TorchGenerationWorker(GenerationWorker):
     def make_generator(self, spec: GeneratorSpec) -> TorchGenerator:
         generator = TorchGenerator(spec)
         is_small = generator.decoder.num_parameters <= SMALL_MODEL
-        if generator.device.type == "cpu" and spec.config.num_threads is None and is_small:
-            torch.set_num_threads(1)
+        if generator.device.type == "cpu" and is_small:
+            generator.use_threads(torch.get_num_threads())
         return generator
