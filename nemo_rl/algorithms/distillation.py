@@ -39,8 +39,8 @@ class Distillation(OnPolicyLoop):
     config: DistillationJobConfig
     teacher: TeacherInterface = field(kw_only=True)
 
-    def _needs_prev_logprobs(self, rows: TrainingRows) -> bool:
-        return self.config.distillation.objective == "sampled" and super()._needs_prev_logprobs(rows)
+    def _needs_prev_logprobs(self, num_parts: int) -> bool:
+        return self.config.distillation.objective == "sampled" and super()._needs_prev_logprobs(num_parts)
 
     def _add_signal(self, rollout: Rollout, rows: TrainingRows) -> None:
         config, batch = self.config.distillation, rows.batch

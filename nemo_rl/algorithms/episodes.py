@@ -28,7 +28,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -245,6 +245,7 @@ def collect_rollout(
     environment: EnvironmentInterface | EpisodeCollector,
     *,
     streaming: bool = False,
+    while_grading: Callable[[BatchedDataDict], None] = lambda batch: None,
     **options: Any,
 ) -> Rollout:
     """Collect one rollout, from an environment that scores batches or from episodes.
@@ -252,11 +253,14 @@ def collect_rollout(
     Args:
         problems, generation, environment: See `rollouts.collect` and `EpisodeCollector`.
         streaming: See `rollouts.collect`; episodes are always streamed.
+        while_grading: See `rollouts.collect`; not called for episodes, whose turns are graded one by one.
         options: What both functions accept: `num_generations`, `seed`, `timer`, `greedy` and `sampling`.
     """
     if isinstance(environment, EpisodeCollector):
         return environment.collect(problems, **options)
-    return rollouts.collect(problems, generation, environment, streaming=streaming, **options)
+    return rollouts.collect(
+        problems, generation, environment, streaming=streaming, while_grading=while_grading, **options
+    )
 
 
 def _too_many(failed: list[Episode], count: int, allowed: float) -> str:

@@ -84,6 +84,7 @@ class OnPolicyLoop(TrainingLoop):
     on_first_step: Callable[[], None] = lambda: None
     timer: Timer = field(default_factory=Timer)
     _logprobs_checked: bool = False
+    _early_logprobs: dict[str, torch.Tensor] | None = None
     _last_validation: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,7 +130,7 @@ class OnPolicyLoop(TrainingLoop):
         step = self.step + 1
         self.timer.reset()
         with self.timer.phase("step"):
-            self._pipeline.request(step, self.step, self._publish_weights)
+            self._pipeline.request(step, self.step, self._publish_weights, lambda batch: self._score_early(step, batch))
             with self.timer.phase("rollout"):
                 step_rollout = self._pipeline.take()
             if step_rollout.rollout is None:
@@ -137,7 +138,7 @@ class OnPolicyLoop(TrainingLoop):
             rollout = step_rollout.rollout
             rows = training_rows(
                 rollout,
-                num_parts=self._num_parts(rollout),
+                num_parts=self._num_parts(rollout.batch),
                 multiple_of=self.policy.data_parallel_size,
                 pad_token_id=self.pad_token_id,
             )
@@ -164,9 +165,13 @@ class OnPolicyLoop(TrainingLoop):
         self.recorder.log_metrics(step, metrics | {f"timing/{name}_s": seconds for name, seconds in timing.items()})
         return True
 
-    def _needs_prev_logprobs(self, rows: TrainingRows) -> bool:
-        """Return whether the loss needs the log-probabilities under the policy before the step."""
-        has_several_updates = self.config.algorithm.num_updates_per_step > 1 or rows.num_parts > 1
+    def _needs_prev_logprobs(self, num_parts: int) -> bool:
+        """Return whether the loss needs the log-probabilities under the policy before the step.
+
+        Args:
+            num_parts: number of optimizer steps that divide a rollout.
+        """
+        has_several_updates = self.config.algorithm.num_updates_per_step > 1 or num_parts > 1
         return has_several_updates or self.config.loss.has_kl_in_reward
 
     @abstractmethod
@@ -177,9 +182,9 @@ class OnPolicyLoop(TrainingLoop):
     def _loss_function(self) -> LossFunction:
         """Return the loss of the training batch."""
 
-    def _num_parts(self, rollout: Rollout) -> int:
-        """Return the number of optimizer steps that divide a rollout."""
-        return rollout.batch.size // (self.config.policy.train_global_batch_size or rollout.batch.size)
+    def _num_parts(self, samples: BatchedDataDict) -> int:
+        """Return the number of optimizer steps that divide a rollout of these samples."""
+        return samples.size // (self.config.policy.train_global_batch_size or samples.size)
 
     def _timing(self, rollout_seconds: dict[str, float]) -> dict[str, float]:
         """Return seconds per phase. Asynchronous rollouts are reported apart; the step includes only the wait."""
@@ -197,6 +202,10 @@ class OnPolicyLoop(TrainingLoop):
             lasting = self.config.algorithm.max_trajectory_age > 0  # they are loaded while the policy trains
             return self.policy.offer_weights(version, precision, lasting=lasting)
 
+    def _score_early(self, step: int, samples: BatchedDataDict) -> None:
+        """Compute what `_add_logprobs` adds while the samples are graded: it does not depend on their rewards."""
+        self._early_logprobs = self._compute_logprobs(samples, step, 0, self._num_parts(samples))
+
     def _add_logprobs(self, rows: TrainingRows, step: int, age: int) -> dict[str, float]:
         """Add the policy's log-probabilities if the loss needs them; at check steps, compare them with generation's.
 
@@ -204,25 +213,35 @@ class OnPolicyLoop(TrainingLoop):
         uses its own log-probabilities as the old ones, which saves a forward pass.
         """
         config, batch = self.config, rows.batch
-        # The comparison is valid only with the weights that generated the completions.
-        check = age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
-        metrics = {}
         if not config.policy.generation.truncates:
             batch.pop("sampling_logprobs", None)  # equal to generation_logprobs
+        computed, self._early_logprobs = self._early_logprobs, None
+        if computed is None:
+            computed = self._compute_logprobs(batch, step, age, rows.num_parts)
+        if self._needs_prev_logprobs(rows.num_parts):
+            batch["prev_logprobs"] = computed["logprobs"]
+        if config.loss.kl_coef > 0:
+            batch["reference_policy_logprobs"] = computed["reference_policy_logprobs"]
+        if not self._is_check(step, age):
+            return {}
+        self._logprobs_checked = True
+        return {"logprob_error": self._check_logprobs(batch, computed["logprobs"], step)}
+
+    def _is_check(self, step: int, age: int) -> bool:
+        # The comparison is valid only with the weights that generated the completions.
+        return age == 0 and (not self._logprobs_checked or self._pipeline.is_check_step(step))
+
+    def _compute_logprobs(self, batch: BatchedDataDict, step: int, age: int, num_parts: int) -> dict[str, torch.Tensor]:
+        """Return "logprobs" and "reference_policy_logprobs", [R, T] each, those that are needed."""
         with self.timer.phase("logprobs"):
-            needs_prev_logprobs = self._needs_prev_logprobs(rows)
             inputs = batch.copy()
             inputs["logprob_mask"] = batch["token_mask"]  # the loss and the check use no others
-            if check or needs_prev_logprobs:
-                logprobs = self.policy.get_logprobs(inputs)
-                if needs_prev_logprobs:
-                    batch["prev_logprobs"] = logprobs
-            if config.loss.kl_coef > 0:
-                batch["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(inputs)
-        if check:
-            metrics["logprob_error"] = self._check_logprobs(batch, logprobs, step)
-            self._logprobs_checked = True
-        return metrics
+            computed = {}
+            if self._is_check(step, age) or self._needs_prev_logprobs(num_parts):
+                computed["logprobs"] = self.policy.get_logprobs(inputs)
+            if self.config.loss.kl_coef > 0:
+                computed["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(inputs)
+        return computed
 
     def _check_logprobs(self, batch: BatchedDataDict, logprobs: torch.Tensor, step: int) -> float:
         mask = batch["token_mask"]

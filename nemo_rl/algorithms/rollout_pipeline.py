@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 Publish = Callable[[int], "WeightUpdate | WeightOffer"]
+WhileGrading = Callable[[BatchedDataDict], None]
 
 
 class Offload(Protocol):
@@ -134,7 +135,7 @@ class RolloutPipeline:
         self._last_requested = 0  # steps are counted from 1
         self._thread = ThreadPoolExecutor(1, "rollouts") if config.max_trajectory_age else None
 
-    def request(self, step: int, version: int, publish: Publish) -> None:
+    def request(self, step: int, version: int, publish: Publish, while_grading: WhileGrading | None = None) -> None:
         """Request the rollouts of `step` and of later steps, as far ahead as `max_trajectory_age` allows.
 
         Steps that compare log-probabilities are not requested ahead: the comparison is valid only with the weights
@@ -144,6 +145,8 @@ class RolloutPipeline:
             step: the next training step.
             version: version of the weights to generate with: those after `version` steps.
             publish: publishes these weights. Called in the caller's thread, once per version.
+            while_grading: may use the policy while the completions are graded; see `rollouts.collect`. Called in the
+                caller's thread, if the rollout runs in it, the batch is the final one, and the policy has its memory.
         """
         next_step = max(step, self._last_requested + 1)
         last_step = min(step + self._config.max_trajectory_age, self._config.max_num_steps)
@@ -152,7 +155,7 @@ class RolloutPipeline:
             if update is not None and self._config.in_flight_weight_updates and self._is_rolling_out():
                 self._update_generation(update, Timer(), in_flight=True)
                 update = None
-            self._ahead.append(self._run(partial(self._roll_out, next_step, version, update)))
+            self._ahead.append(self._run(partial(self._roll_out, next_step, version, update, while_grading)))
             self._last_requested = next_step
             next_step += 1
 
@@ -215,13 +218,19 @@ class RolloutPipeline:
         self._published = version
         return publish(version)
 
-    def _roll_out(self, step: int, version: int, update: WeightUpdate | WeightOffer | None) -> StepRollout:
+    def _roll_out(
+        self,
+        step: int,
+        version: int,
+        update: WeightUpdate | WeightOffer | None,
+        while_grading: WhileGrading | None,
+    ) -> StepRollout:
         timer = Timer()
         problems = self._loader.next_batch(self._config.num_prompts_per_step)
         if problems is None:
             return StepRollout(step, version, None, 0, {})
         with self._generation_turn(update, timer):
-            rollout, num_rollouts = self._collect_for_step(problems, step, timer)
+            rollout, num_rollouts = self._collect_for_step(problems, step, timer, while_grading)
         return StepRollout(step, version, rollout, num_rollouts, timer.seconds())
 
     @contextmanager
@@ -270,7 +279,9 @@ class RolloutPipeline:
     def _collect(self, problems: BatchedDataDict, **options: Any) -> Rollout:
         return collect_rollout(problems, self._generation, self._environment, **options)
 
-    def _collect_for_step(self, problems: BatchedDataDict, step: int, timer: Timer) -> tuple[Rollout, int]:
+    def _collect_for_step(
+        self, problems: BatchedDataDict, step: int, timer: Timer, while_grading: WhileGrading | None
+    ) -> tuple[Rollout, int]:
         """Collect the rollout of `problems`; return it and the number of rollouts it took.
 
         Dynamic sampling replaces groups without a learning signal by groups of further problems (Yu et al. 2025,
@@ -281,6 +292,9 @@ class RolloutPipeline:
         limit = config.max_rollouts_per_step
         with_signal: list[Rollout] = []
         without_signal: list[Rollout] = []
+        options: dict[str, Any] = {}
+        if while_grading is not None and limit == 1 and self._thread is None and not self._sleeps:
+            options["while_grading"] = while_grading
         for attempt in range(limit):
             rollout = self._collect(
                 problems,
@@ -288,6 +302,7 @@ class RolloutPipeline:
                 seed=draw_seed(config.seed, "train", step, attempt),
                 timer=timer,
                 streaming=config.stream_rollouts,
+                **options,
             )
             if config.overlong_filtering:
                 rollout.batch["sample_mask"] = rollout.batch["sample_mask"] * ~rollout.truncated

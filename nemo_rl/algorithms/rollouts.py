@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -90,6 +91,7 @@ def collect(
     greedy: bool = False,
     sampling: SamplingConfig | None = None,
     streaming: bool = False,
+    while_grading: Callable[[BatchedDataDict], None] = lambda batch: None,
 ) -> Rollout:
     """Generate completions for problems and grade them.
 
@@ -101,6 +103,8 @@ def collect(
         greedy: take the most likely token instead of sampling.
         sampling: overrides the configured temperature, top-p and top-k.
         streaming: grade the completions of a problem while those of others are being generated. The result is equal.
+        while_grading: called with the batch of the rollout, without rewards, after everything has been generated. Its
+            time belongs to no phase.
 
     Raises:
         EnvironmentFailure: a completion could not be graded. The rollout is discarded.
@@ -130,15 +134,16 @@ def collect(
                 positions += indices
                 results.append(result)
                 grades.append(executor.submit(environment.step, result.texts, repeated))
+        # Row i of the rollout is row order[i] of the concatenated results.
+        order = (np.argsort(positions)[:, None] * num_generations + np.arange(num_generations)).ravel()
+        rows = torch.from_numpy(order)
+        batch = BatchedDataDict.from_batches([training_batch(result) for result in results]).select_indices(rows)
+        batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
+        while_grading(batch)
         with timer.phase("reward"):
-            # Row i of the rollout is row order[i] of the concatenated results.
-            order = (np.argsort(positions)[:, None] * num_generations + np.arange(num_generations)).ravel()
             graded, metrics = environment.global_post_process_and_metrics(
                 _concatenate_grades([grade.result() for grade in grades], order)
             )
-    rows = torch.from_numpy(order)
-    batch = BatchedDataDict.from_batches([training_batch(result) for result in results]).select_indices(rows)
-    batch["group"] = torch.arange(problems.size).repeat_interleave(num_generations)
     batch["rewards"] = torch.tensor(graded.rewards, dtype=torch.float32)
     return Rollout(
         batch=batch,
