@@ -34,7 +34,7 @@ def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated: see the module
             script: Any = torch.jit.script(function)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError) as error:
+    except Exception as error:  # torch raises many types, and new ones when TorchScript is gone
         raise TorchScriptError(f"{function.__qualname__}: {error}") from error
 
     @functools.wraps(function)

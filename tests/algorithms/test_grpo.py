@@ -1,5 +1,7 @@
 """Tests the GRPO loop with in-memory implementations of its interfaces."""
 
+import threading
+
 import pytest
 import torch
 from fake_grpo import FakeEnvironment, FakeGeneration, FakeLoader, FakePolicy, build, without_timings
@@ -201,3 +203,42 @@ def test_every_recipe_trains(recipe):
     job = build(*ONE_STEP, f"loss={recipe}")
     assert job.run() == "all 1 steps are done"
     assert job.policy.batches[0]["advantages"].isfinite().all()
+
+
+def test_the_policy_scores_samples_while_they_are_graded():
+    is_scored = threading.Event()
+
+    class Policy(FakePolicy):
+        num_scored = 0
+
+        def get_reference_policy_logprobs(self, batch):
+            assert "rewards" not in batch
+            self.num_scored += 1
+            is_scored.set()
+            return super().get_reference_policy_logprobs(batch)
+
+    class Environment(FakeEnvironment):
+        def step(self, completions, metadata):
+            assert is_scored.wait(60), "grading ends only after the policy has scored the samples"
+            return super().step(completions, metadata)
+
+    job = build(*ONE_STEP, "loss.kl_coef=0.1", policy=Policy(), environment=Environment())
+    job.run()
+    assert job.policy.num_scored == 1
+    assert job.recorder.metrics[0]["timing/logprobs_s"] > 0
+
+
+@pytest.mark.parametrize("options", [("grpo.dynamic_sampling.enabled=true",), ("grpo.max_trajectory_age=1",)])
+def test_samples_that_are_not_final_or_of_another_thread_are_scored_later(options):
+    class Policy(FakePolicy):
+        num_scored = 0
+
+        def get_reference_policy_logprobs(self, batch):
+            assert "rewards" in batch
+            assert threading.current_thread() is threading.main_thread()
+            self.num_scored += 1
+            return super().get_reference_policy_logprobs(batch)
+
+    job = build("loss.kl_coef=0.1", *options, policy=Policy())
+    job.run()
+    assert job.policy.num_scored == 6

@@ -111,8 +111,8 @@ class GenerationConfig(SamplingConfig):
     num_threads: int | None = Field(
         None,
         ge=1,
-        description="Torch threads of one worker on CPU. Null: its share of the CPUs; one for a model with at most 10 "
-        "million parameters on the torch backend.",
+        description="Torch threads of one worker on CPU. Null: its share of the CPUs. With at most 10 million "
+        "parameters on the torch backend, each thread completes its own rows.",
     )
     max_batch_size: int = Field(1024, ge=1, description="Sequences that one worker decodes at a time.")
     max_restarts: int = Field(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_generation import CONFIGS, reference_logprobs
 
 from nemo_rl.errors import ModelError, WeightSyncError
 from nemo_rl.models.generation.config import GenerationConfig, SamplingConfig
 from nemo_rl.models.generation.generator import GeneratorSpec
 from nemo_rl.models.generation.interfaces import GenerationRequest, GenerationResult
-from nemo_rl.models.generation.torch.generator import TorchGenerator
+from nemo_rl.models.generation.torch.generator import TorchGenerator, row_parts
 from nemo_rl.models.generation.torch.hf_decoder import HFDecoder
 from nemo_rl.models.generation.torch.llama_decoder import LlamaDecoder
 from nemo_rl.models.weights.digest import digest_tensors
@@ -88,6 +91,59 @@ def test_draws_are_independent_of_batch_splits(tiny) -> None:
     other_seed = generator.generate(model.request(*TEXTS, seed=8, num_generations=2))
     assert other_seed.texts != result.texts
     assert len(set(result.texts)) > len(TEXTS)  # copies of one prompt draw differently
+
+
+def test_threads_complete_their_own_rows(tiny) -> None:
+    model = tiny("llama")
+    request = model.request(*TEXTS, seed=7, num_generations=7)
+    alone, divided = model.generator(max_new_tokens=10), model.generator(max_new_tokens=10)
+    before = torch.get_num_threads()
+    try:
+        divided.use_threads(3)
+        assert row_parts(35, 7, 3) == [slice(0, 7), slice(7, 21), slice(21, 35)]
+        expected, result = alone.generate(request), divided.generate(request)
+    finally:
+        torch.set_num_threads(before)
+    assert result.texts == expected.texts
+    torch.testing.assert_close(result.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(num_rows=st.integers(1, 80), group=st.integers(1, 9), num_threads=st.integers(1, 5))
+def test_parts_cover_all_rows_and_keep_groups_together(num_rows: int, group: int, num_threads: int) -> None:
+    parts = row_parts(num_rows, group, num_threads)
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(num_rows))
+    assert all(part.start % group == 0 for part in parts)
+    assert len(parts) <= num_threads
+    assert len(parts) == 1 or num_rows >= 8 * len(parts)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_python_completes_as_torchscript_does(tiny, monkeypatch: pytest.MonkeyPatch, name: str, greedy: bool) -> None:
+    model = tiny(name)
+    request = model.request(*TEXTS, seed=7, num_generations=2, greedy=greedy)
+    scripted = model.generator(max_new_tokens=10)
+    monkeypatch.delattr(torch.jit, "script")  # as in a version of torch without TorchScript
+    plain = model.generator(max_new_tokens=10)
+    assert scripted.decoder.runs_without_interpreter
+    assert not plain.decoder.runs_without_interpreter
+    before = torch.get_num_threads()
+    try:
+        plain.use_threads(4)
+        assert torch.get_num_threads() == 1  # several threads would wait for the interpreter
+        expected, result = plain.generate(request), scripted.generate(request)
+    finally:
+        torch.set_num_threads(before)
+    assert result.texts == expected.texts
+    torch.testing.assert_close(result.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_results_survive_pickling(tiny) -> None:
+    result = tiny("qwen3").generator(max_new_tokens=4).generate(tiny("qwen3").request(*TEXTS, seed=7))
+    for field in dataclasses.fields(GenerationResult):
+        a, b = getattr(result, field.name), getattr(pickle.loads(pickle.dumps(result)), field.name)
+        assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
 
 
 def test_rows_name_the_random_streams(tiny) -> None:

@@ -14,7 +14,7 @@ from nemo_rl.models import onednn
 from nemo_rl.models.policy import cpu_kernels
 from nemo_rl.models.policy.config import LoraConfig
 from nemo_rl.models.policy.cpu_kernels import use_cpu_kernels
-from nemo_rl.models.policy.cpu_layers import _FusedAttention, _FusedMLP
+from nemo_rl.models.policy.cpu_layers import _FusedAttention, _FusedLayer, _FusedMLP
 from nemo_rl.models.policy.lora import add_adapters
 
 
@@ -22,22 +22,27 @@ def load(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def fused(model: Any) -> tuple[int, int]:
-    modules = list(model.modules())
-    return sum(isinstance(m, _FusedAttention) for m in modules), sum(isinstance(m, _FusedMLP) for m in modules)
+def fused(model: Any) -> tuple[int, int, int]:
+    """Return the numbers of fused attention blocks, MLPs, and layers of both."""
+    attention, mlps, layers = (
+        sum(isinstance(module, kind) for module in model.modules())
+        for kind in (_FusedAttention, _FusedMLP, _FusedLayer)
+    )
+    return attention, mlps, layers
 
 
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["Python", "TorchScript"])
 @pytest.mark.parametrize("uses_onednn", [False, True], ids=["MKL", "oneDNN"])
 @pytest.mark.parametrize(
     ("family", "config", "blocks"),
     [
-        ("llama", {}, (4, 4)),
-        ("llama", {"attention_bias": True}, (4, 4)),
-        ("llama", {"mlp_bias": True}, (4, 0)),
-        ("llama", {"hidden_act": "gelu"}, (4, 0)),
-        ("qwen2", {}, (4, 4)),
-        ("qwen3", {}, (4, 4)),
-        ("gemma3_text", {}, (0, 0)),
+        ("llama", {}, (4, 4, 4)),
+        ("llama", {"attention_bias": True}, (4, 4, 4)),
+        ("llama", {"mlp_bias": True}, (4, 0, 0)),
+        ("llama", {"hidden_act": "gelu"}, (4, 0, 0)),
+        ("qwen2", {}, (4, 4, 4)),
+        ("qwen3", {}, (4, 4, 4)),
+        ("gemma3_text", {}, (0, 0, 0)),
     ],
     ids=["llama", "attention bias", "mlp bias", "gelu", "qwen2", "qwen3", "gemma3"],
 )
@@ -46,13 +51,17 @@ def test_fused_blocks_match_transformers(
     monkeypatch: pytest.MonkeyPatch,
     family: str,
     config: dict[str, Any],
-    blocks: tuple[int, int],
+    blocks: tuple[int, int, int],
     uses_onednn: bool,
+    is_compiled: bool,
 ) -> None:
     if uses_onednn and not onednn.is_usable(torch.float32):
         pytest.skip("this CPU has no oneDNN products in float32")
     monkeypatch.setattr(cpu_kernels, "MIN_PRODUCTS", 0)
     monkeypatch.setattr(cpu_kernels, "_is_faster", lambda: uses_onednn)
+    monkeypatch.setattr(cpu_kernels, "_make_functions", cpu_kernels._make_functions.__wrapped__)  # not cached
+    if not is_compiled:
+        monkeypatch.delattr(torch.jit, "script")
     directory = make_model(tmp_path, family, **config)
     torch.manual_seed(0)
     ids = torch.randint(1, 29, (3, 9))
@@ -65,8 +74,9 @@ def test_fused_blocks_match_transformers(
             use_cpu_kernels(model)
             assert fused(model) == blocks
             assert [name for name, _ in model.named_parameters()] == names
-            blocks_only = [name for name in classes if name.endswith(("Attention", "MLP"))]
-            assert [n for m in model.modules() if (n := type(m).__name__).endswith(("Attention", "MLP"))] == blocks_only
+            ends = ("Attention", "MLP", "Layer")
+            blocks_only = [name for name in classes if name.endswith(ends)]
+            assert [n for m in model.modules() if (n := type(m).__name__).endswith(ends)] == blocks_only
         logits = model(input_ids=ids, use_cache=False).logits
         logits.square().mean().backward()
         results.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
@@ -78,7 +88,7 @@ def test_experts_are_fused_too(tmp_path: Path) -> None:
     directory = make_moe(tmp_path, mlp_only_layers=[0])
     model = load(directory)
     use_cpu_kernels(model)
-    assert fused(model) == (2, 1)
+    assert fused(model) == (2, 1, 0)
     ids = torch.randint(1, 29, (3, 9))
     torch.testing.assert_close(
         model(input_ids=ids, use_cache=False).logits, load(directory)(input_ids=ids, use_cache=False).logits
@@ -111,4 +121,4 @@ def test_adapters_keep_their_projections(tmp_path: Path) -> None:
     model = load(make_model(tmp_path, "llama"))
     add_adapters(model, LoraConfig(rank=2, target_modules=["q_proj", "up_proj"]))
     use_cpu_kernels(model)
-    assert fused(model) == (0, 0)
+    assert fused(model) == (0, 0, 0)

@@ -96,12 +96,15 @@ class TorchGenerator(Generator):
         random_rows = request.random_rows()
         prompts = [prompt for prompt in request.prompts() for _ in range(request.num_generations)]
         batches: list[Completions] = []
+        num_threads = 1 if self._threads is None else self._threads.num_threads
         for start in range(0, len(prompts), config.max_batch_size):
             batch = prompts[start : start + config.max_batch_size]
             rows = random_rows[start : start + len(batch)]
             uniforms = row_uniforms(request.seed, rows, config.max_new_tokens)
 
-            parts = [(batch[part], uniforms[part]) for part in self._parts(len(batch), request.num_generations)]
+            parts = [
+                (batch[part], uniforms[part]) for part in row_parts(len(batch), request.num_generations, num_threads)
+            ]
             batches += self._map(lambda part: self._complete(*part, sampler), parts)
         completions = [completion for batch in batches for completion in batch.rows()]
         return make_result(
@@ -113,14 +116,6 @@ class TorchGenerator(Generator):
 
     def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         return [function(items[0])] if self._threads is None else self._threads.map(function, items)
-
-    def _parts(self, num_rows: int, group: int) -> list[slice]:
-        """Divide rows, of which `group` in sequence continue the same prompt, into one part per thread."""
-        num_groups = math.ceil(num_rows / group)
-        most = 1 if self._threads is None else self._threads.num_threads
-        count = max(1, min(most, num_groups, num_rows // _LEAST_ROWS_PER_THREAD))
-        bounds = [min(num_rows, num_groups * part // count * group) for part in range(count + 1)]
-        return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
     @torch.inference_mode()
     def _complete(self, prompts: list[list[int]], uniforms: torch.Tensor, sampler: Sampler) -> Completions:
@@ -167,6 +162,14 @@ class TorchGenerator(Generator):
             torch.tensor(padding, device=self.device) if any(padding) else None,
         )
         return batch, torch.tensor(copies, device=self.device)
+
+
+def row_parts(num_rows: int, group: int, num_threads: int) -> list[slice]:
+    """Divide rows, of which each `group` in sequence continue one prompt, into at most one part per thread."""
+    num_groups = math.ceil(num_rows / group)
+    count = max(1, min(num_threads, num_groups, num_rows // _LEAST_ROWS_PER_THREAD))
+    bounds = [min(num_rows, num_groups * part // count * group) for part in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def make_decoder(
