@@ -27,12 +27,14 @@ def rollout_records(
     token_mask = batch["token_mask"].numpy() > 0
     logprobs = batch["generation_logprobs"].numpy()
     advantages = batch["advantages"].numpy() if "advantages" in batch else None
+    of_rows = advantages.tolist() if advantages is not None and advantages.ndim == 1 else None
     lengths, groups = batch["input_lengths"].tolist(), rollout.batch["group"].tolist()
     counted = (rollout.batch["sample_mask"] > 0).tolist()
     samples = list(rollout.episodes or _records_of_completions(rollout, environment))
     rows_of: dict[int, list[int]] = {}
+    is_padding = (~token_mask.any(axis=1)).tolist()
     for row, sample in enumerate(rows.samples.tolist()):
-        if token_mask[row].any() or sample not in rows_of:  # else: padding
+        if not is_padding[row] or sample not in rows_of:
             rows_of.setdefault(sample, []).append(row)
     records = []
     for sample, episode in enumerate(samples):
@@ -40,34 +42,28 @@ def rollout_records(
             **episode,
             "problem": None if episode["problem"] is None else str(episode["problem"]),
             "sample": sample,
-            "tokens": None,
-            "num_tokens": episode["tokens"],
-            "sample_mask": False,
             "weights_version": weights_version,
         }
         if sample >= len(groups):
-            records.append(record)
+            records.append(record | {"tokens": None, "num_tokens": episode["tokens"], "sample_mask": False})
             continue
-        record |= {
-            "group": groups[sample],
-            "sample_mask": counted[sample],
-            "outcome": "trained" if counted[sample] else "masked",
-        }
+        record["group"] = groups[sample]
+        record["sample_mask"] = counted[sample]
+        record["outcome"] = "trained" if counted[sample] else "masked"
         for branch, row in enumerate(rows_of[sample]):
             end = lengths[row]
-            record = {
-                **record,
+            of_row: dict[str, Any] = {
                 "branch": branch,
                 "tokens": tokens[row, :end],
                 "num_tokens": end,
                 "token_mask": token_mask[row, :end],
                 "generation_logprobs": logprobs[row, :end],
             }
-            if advantages is not None and advantages.ndim == 1:
-                record["advantage"] = float(advantages[row])
+            if of_rows is not None:
+                of_row["advantage"] = of_rows[row]
             elif advantages is not None:
-                record["token_advantages"] = advantages[row, :end]
-            records.append(record)
+                of_row["token_advantages"] = advantages[row, :end]
+            records.append(record | of_row)
     return records
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from nemo_rl.observability.logger import Logger
 from nemo_rl.observability.rollout_files import ATTESTATION_FILE
 from nemo_rl.observability.timer import Timeline, TimelineEvent
 from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.futures import run_in_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -155,19 +157,35 @@ def open_attempt(run: RunDirectory, title: str, max_num_steps: int) -> Iterator[
         yield Attempt(run, view, timeline, stack)
 
 
-def finish(run: RunDirectory, config: JobConfig, step: int, reason: str) -> None:
-    """Mark a run as finished, and write its report if it is configured."""
+def finish(run: RunDirectory, config: JobConfig, step: int, reason: str) -> Callable[[], None]:
+    """Mark a run as finished, and start to write its reports, if they are configured, in a thread.
+
+    Returns:
+        A function that waits for the reports and logs the end of the run. Call it when the workers are stopped: both
+        take seconds.
+    """
     run.finish(step, reason)
-    logger.info("finished after step %d: %s", step, reason)
-    if config.logger.report:
-        from nemo_rl.observability.report import EVALUATION_DIRECTORY, SCORES_FILE, write_report
+    written = run_in_thread(lambda: _write_reports(run, config) if config.logger.report else {}, "reports")
 
-        logger.info("report: %s", write_report(run.path))
-        evaluations = run.path / EVALUATION_DIRECTORY
-        if (evaluations / SCORES_FILE).exists():
-            from nemo_rl.observability.eval_report import write_eval_report
+    def announce() -> None:
+        logger.info("finished after step %d: %s", step, reason)
+        for what, path in written.result().items():
+            logger.info("%s: %s", what, path)
 
-            logger.info("report of the evaluations: %s", write_eval_report(evaluations, config.logger.num_samples))
+    return announce
+
+
+def _write_reports(run: RunDirectory, config: JobConfig) -> dict[str, Path]:
+    """Write the reports of a run; returns their paths by what they are."""
+    from nemo_rl.observability.report import EVALUATION_DIRECTORY, SCORES_FILE, write_report
+
+    reports = {"report": write_report(run.path)}
+    evaluations = run.path / EVALUATION_DIRECTORY
+    if (evaluations / SCORES_FILE).exists():
+        from nemo_rl.observability.eval_report import write_eval_report
+
+        reports["report of the evaluations"] = write_eval_report(evaluations, config.logger.num_samples)
+    return reports
 
 
 def print_dry_run(config: JobConfig) -> None:

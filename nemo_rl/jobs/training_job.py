@@ -143,4 +143,5 @@ def run_training(kind: type[TrainingAttempt[ConfigT, Any]], arguments: JobArgume
         return
     with open_attempt(run, arguments.name, kind.max_num_steps(config) or 0) as attempt:
         reason, step = kind(config, roles, plans, data, attempt, evaluation).train()
-    finish(run, config, step, reason)
+        announce = finish(run, config, step, reason)
+    announce()

@@ -61,12 +61,14 @@ class RolloutFiles:
 
         if self._digests is None:
             self._digests = _environment_digests(self._directory)
-        rows = [{"step": step, "venv_digest": self._digest(sample["environment"]), **sample} for sample in samples]
-        for row in rows:
-            row["messages"] = json.dumps(row["messages"])
-            row["failure"] = row["failure"].encode(errors="replace").decode()
+        schema = _schema()
+        columns: dict[str, list[Any]] = {name: [sample.get(name) for sample in samples] for name in schema.names}
+        columns["step"] = [step] * len(samples)
+        columns["venv_digest"] = [self._digest(name) for name in columns["environment"]]
+        columns["messages"] = [json.dumps(messages) for messages in columns["messages"]]
+        columns["failure"] = [text.encode(errors="replace").decode() for text in columns["failure"]]
         buffer = io.BytesIO()
-        table = pyarrow.Table.from_pylist(rows, _schema())
+        table = pyarrow.Table.from_pydict(columns, schema)
         pyarrow.parquet.write_table(table, buffer, compression="zstd", use_dictionary=_REPETITIVE)
         path = self._directory / ROLLOUTS_DIRECTORY / f"step_{step:06d}.parquet"
         write_atomically(path, buffer.getvalue(), durable=False)  # waiting for the disk would triple the cost
