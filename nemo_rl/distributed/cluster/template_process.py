@@ -13,8 +13,9 @@ that Python, which may lack `nemo_rl`; so the file uses the standard library onl
     go                                           ──►   the child runs the worker's script, or the job
 
 A fork copies memory and one thread. So a template refuses to serve if it has threads, has opened a GPU, or has imported
-Ray, whose C++ part reads its environment once. Packages that do so when they are imported are left out. If a file of an
-imported module has changed, the template ends, and the client starts its process the usual way.
+Ray, whose C++ part reads its environment once. Modules that import Ray are left out, and so are packages that use a GPU
+or keep threads when they are imported. If a file of an imported module has changed, the template ends, and the client
+starts its process the usual way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.machinery
 import io
 import json
 import os
@@ -42,15 +44,15 @@ _THREADS = "/proc/self/task"
 
 
 def main(arguments: list[str]) -> int:
-    """Import modules and serve until standard input is closed: SPECIFICATION [PACKAGE_TO_LEAVE_OUT ...]."""
+    """Import modules and serve until standard input is closed: SPECIFICATION [MODULE_OR_PACKAGE_TO_LEAVE_OUT ...]."""
     specification, left_out = Path(arguments[0]), arguments[1:]
     wanted: dict[str, Any] = json.loads(specification.read_text(encoding="utf-8"))
     before = dict(os.environ)
     gc.disable()
-    package = _import_modules(wanted["modules"], frozenset(left_out))
-    if package is not None:
-        # A thread cannot be copied, and `ray` cannot be unloaded: begin again without the package.
-        os.execve(sys.executable, [sys.executable, __file__, *arguments, package], before)
+    unwanted = _import_modules(wanted["modules"], frozenset(left_out))
+    if unwanted:
+        # A thread cannot be copied, and modules cannot be unloaded: begin again without them.
+        os.execve(sys.executable, [sys.executable, __file__, *arguments, *unwanted], before)
     if (reason := _why_unsafe()) is not None:
         _note(f"refused: {reason}")
         return 3
@@ -85,28 +87,68 @@ def _note(text: str) -> None:
 # --- preparation ------------------------------------------------------------------------------------------------------
 
 
-def _import_modules(names: list[str], left_out: frozenset[str]) -> str | None:
-    """Import modules. Returns a package that imports Ray, uses a GPU or starts a thread, if there is one; else None."""
+class _ImportsRay(BaseException):
+    """A module imports Ray. Not an `Exception`: modules that can do without Ray would catch it."""
+
+
+class _RayGuard:
+    """An import hook that raises `_ImportsRay` where a module imports Ray; it may ask whether Ray is installed."""
+
+    def __init__(self) -> None:
+        self.num_imports = 0
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "ray" else None
+        if spec is not None:
+            spec.loader = self  # type: ignore[assignment]
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        self.num_imports += 1
+        raise _ImportsRay
+
+    def exec_module(self, module: Any) -> None:
+        raise _ImportsRay
+
+
+def _import_modules(names: list[str], left_out: frozenset[str]) -> list[str]:
+    """Import modules. Returns those that import Ray, and packages that use a GPU or start a thread."""
+    guard = _RayGuard()
+    sys.meta_path.insert(0, guard)  # type: ignore[arg-type]
+    try:
+        return _import_guarded(names, left_out | {"ray"}, guard)
+    finally:
+        sys.meta_path.remove(guard)  # type: ignore[arg-type]
+
+
+def _import_guarded(names: list[str], left_out: frozenset[str], guard: _RayGuard) -> list[str]:
     package_of_thread: dict[str, str] = {}
     threads = set(os.listdir(_THREADS))
+    importing_ray: list[str] = []
     for name in names:
         package = name.partition(".")[0]
-        if package in left_out or name in sys.modules:
+        if package in left_out or name in left_out or name in sys.modules:
             continue
+        before = guard.num_imports
         # A worker may have created the module itself, or an option of the worker is needed to import it.
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, _ImportsRay):
             importlib.import_module(name)
-        if "ray" in sys.modules or _opened_gpu() is not None:
-            return package
+        if guard.num_imports > before:
+            importing_ray.append(name)
+            continue
+        if _opened_gpu() is not None:
+            return [*importing_ray, package]
         new = set(os.listdir(_THREADS)) - threads
         package_of_thread.update(dict.fromkeys(new, package))
         threads |= new
+    if importing_ray:
+        return importing_ray
     # Libraries that prepare for a fork, such as OpenBLAS, end their threads in it. Others keep them.
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    return next((package_of_thread[thread] for thread in os.listdir(_THREADS) if thread in package_of_thread), None)
+    return [package_of_thread[thread] for thread in os.listdir(_THREADS) if thread in package_of_thread][:1]
 
 
 def _why_unsafe() -> str | None:
