@@ -12,6 +12,7 @@ time.)
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ class VllmGenerator(Generator):
             keep_plain_experts()
             _check_head_size(spec.model_name, self.model_config)
         _inspect_in_process(self.model_config.architectures or [])
+        # While it starts, the engine collects garbage five times. Each time takes a quarter of a second if Python looks
+        # at the objects of all modules again.
+        gc.freeze()
         try:
             self.engine = SharedEngine(self._engine_args(tied_group))
         except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
