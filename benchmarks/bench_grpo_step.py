@@ -57,7 +57,12 @@ ONE_THREAD = ("policy.num_threads=1",)
 OURS = {
     "ours": (),
     "ours, 2 workers": (*ONE_THREAD, "cluster.cpu_workers_per_node=2", "policy.train_micro_batch_size=32"),
-    "ours, async": (*ONE_THREAD, "grpo.max_trajectory_age=1", "cluster.generation.cpu_workers_per_node=1"),
+    "ours, async": (
+        *ONE_THREAD,
+        "policy.generation.num_threads=1",
+        "grpo.max_trajectory_age=1",
+        "cluster.generation.cpu_workers_per_node=1",
+    ),
 }
 GOALS = {"ours": 2.0, "ours, 2 workers": 2.0, "ours, async": 2.5}
 CASES = (*OURS, *BASELINES)
