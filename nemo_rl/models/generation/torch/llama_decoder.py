@@ -202,7 +202,8 @@ class LlamaDecoding(Decoding):
     def step_and_draw(
         self, tokens: torch.Tensor, sampler: Sampler, uniforms: torch.Tensor, stop_ids: torch.Tensor
     ) -> Drawn:
-        if sampler.truncates(self.logits.shape[-1]):
+        # In Python, `has_stop` would cost more than it saves; on a GPU, it would wait for the device in every step.
+        if not self._decoder.runs_without_interpreter or sampler.truncates(self.logits.shape[-1]):
             return super().step_and_draw(tokens, sampler, uniforms, stop_ids)
         self.logits, drawn = self._decoder.step_and_draw(tokens, self, sampler, uniforms, stop_ids)
         self.column += 1
