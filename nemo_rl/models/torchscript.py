@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.jit._fuser import optimized_execution
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +33,14 @@ def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is deprecated: see the module
             script: Any = torch.jit.script(function)
+        without_profiling: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
     except Exception as error:  # torch raises many types, and new ones when TorchScript is gone
         raise TorchScriptError(f"{function.__qualname__}: {error}") from error
 
     @functools.wraps(function)
     def call(*arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
         # Shapes vary, so code for particular shapes would be compiled again and again.
-        with optimized_execution(False):
+        with without_profiling(False):
             result: _Result = script(*arguments, **options)
         return result
 

@@ -36,6 +36,14 @@ def packages(tmp_path: Path) -> Path:
     (directory / "sample.py").write_text("import os\nVALUE = 1\nos.environ['SET_BY_IMPORT'] = 'yes'\n")
     (directory / "ray.py").write_text("")
     (directory / "needs_ray.py").write_text("import ray\n")
+    (directory / "mixed").mkdir()
+    (directory / "mixed" / "__init__.py").write_text(
+        "import importlib.util\nHAS_RAY = importlib.util.find_spec('ray')\n"
+    )
+    (directory / "mixed" / "plain.py").write_text("")
+    (directory / "mixed" / "tries_ray.py").write_text("try:\n    import ray\nexcept ImportError:\n    ray = None\n")
+    (directory / "mixed" / "hides_ray.py").write_text("try:\n    import ray\nexcept:\n    ray = None\n")
+    (directory / "mixed" / "indirect.py").write_text("from mixed import tries_ray\n")
     (directory / "threads.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     )
@@ -139,6 +147,23 @@ def test_packages_that_cannot_be_copied_are_left_out(keeper: TemplateKeeper, cal
     state = json.loads(caller.run(script).stdout.splitlines()[1])
     assert state["before"] == ["sample", "yaml"]
     assert state["set_by_import"] == "yes"
+
+
+def test_modules_that_import_ray_are_left_out_and_not_their_package(
+    keeper: TemplateKeeper, caller: Caller, tmp_path: Path
+) -> None:
+    names = ["mixed", "mixed.indirect", "mixed.plain", "mixed.hides_ray", "mixed.tries_ray", "yaml"]
+    caller.start_template(keeper, names)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import json, sys\nbefore = [name for name in {names} if name in sys.modules]\n"
+        "import mixed, mixed.indirect, mixed.hides_ray\n"
+        "seen = [mixed.HAS_RAY, mixed.tries_ray.ray, mixed.hides_ray.ray]\n"
+        "print(json.dumps([before, [value is not None for value in seen]]))\n"
+    )
+    before, seen = json.loads(caller.run(script).stdout.splitlines()[1])
+    assert before == ["mixed", "mixed.plain", "yaml"]
+    assert seen == [True, True, True]
 
 
 def test_a_template_with_a_changed_file_starts_nothing(

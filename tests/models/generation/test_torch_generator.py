@@ -101,6 +101,7 @@ def test_threads_complete_their_own_rows(tiny) -> None:
     try:
         divided.use_threads(3)
         assert row_parts(35, 7, 3) == [slice(0, 7), slice(7, 21), slice(21, 35)]
+        assert divided.attestation()["num_threads"] == 3
         expected, result = alone.generate(request), divided.generate(request)
     finally:
         torch.set_num_threads(before)

@@ -112,7 +112,8 @@ class TorchGenerator(Generator):
         )
 
     def attestation(self) -> dict[str, Any]:
-        return {**super().attestation(), "decoder": type(self.decoder).__name__}
+        num_threads = torch.get_num_threads() if self._threads is None else self._threads.num_threads
+        return {**super().attestation(), "decoder": type(self.decoder).__name__, "num_threads": num_threads}
 
     def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         return [function(items[0])] if self._threads is None else self._threads.map(function, items)
