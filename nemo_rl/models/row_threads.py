@@ -53,3 +53,8 @@ class RowThreads:
             if error is not None:
                 raise error
         return [first, *(future.result() for future in others)]
+
+
+def map_rows(threads: RowThreads | None, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Apply `function` to items in threads; without threads, in this one. See `RowThreads.map`."""
+    return [function(item) for item in items] if threads is None else threads.map(function, items)

@@ -104,10 +104,10 @@ class _RayGuard:
         return spec
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        self.num_imports += 1
-        raise _ImportsRay
+        """Let Python create the module."""
 
     def exec_module(self, module: Any) -> None:
+        self.num_imports += 1
         raise _ImportsRay
 
 

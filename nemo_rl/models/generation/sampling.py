@@ -97,7 +97,7 @@ class Sampler:
     def draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> Drawn:
         """Draw from logits [B, V] float32 with uniforms [B] float64 in (0, 1)."""
         if self.truncates(logits.shape[-1]):
-            logprobs = (logits / self.temperature).log_softmax(-1)
+            logprobs = _logprobs(logits, self.temperature)
             tokens, sampling = self._draw_truncated(logprobs, uniforms)
             return Drawn(tokens[:, 0], logprobs.gather(1, tokens)[:, 0], sampling[:, 0])
         return Drawn(*draw_tokens(logits, uniforms, self.temperature, self.greedy))
@@ -145,10 +145,14 @@ def draw_tokens(
         tokens = logits.argmax(-1, keepdim=True)
         picked = logits.log_softmax(-1).gather(1, tokens)[:, 0]
         return tokens[:, 0], picked, torch.zeros_like(picked)
-    logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    logprobs = _logprobs(logits, temperature)
     tokens = _invert(logprobs.exp(), uniforms)
     picked = logprobs.gather(1, tokens)[:, 0]
     return tokens[:, 0], picked, picked
+
+
+def _logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
 def _invert(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,102 @@ def large_products(linears: tuple[Callable[..., torch.Tensor], Callable[..., tor
     return Products(product, product_add)
 
 
+def norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x / sqrt(mean(x^2) + eps), and the factor of each row."""
+    length = torch.linalg.vector_norm(x, 2.0, [-1], True)
+    inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * inverse, inverse
+
+
+def norm_gradients(
+    gradient: torch.Tensor, normal: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of x and of the weight of an RMS norm, from what `norm` returned."""
+    along_normal = gradient * normal
+    weight_gradient = along_normal.reshape(-1, along_normal.shape[-1]).sum(0)
+    # d/dx: (g w - n mean(g w n)) / rms
+    along = torch.matmul(along_normal, weight).div_(along_normal.shape[-1]).unsqueeze(-1)
+    return torch.mul(gradient, weight).addcmul_(normal, along, value=-1.0).mul_(inverse), weight_gradient
+
+
+def scaled(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Return x times the weight of its norm, if there is one."""
+    return x if weight is None else x * weight
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x cos + swap(x) sin, where `swap` exchanges the halves of a head: [..., head_dim]."""
+    return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
+
+
+def rotate_gradients(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of x in `rotate`."""
+    return (gradient * sin).roll(gradient.shape[-1] // 2, -1).addcmul_(gradient, cos)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    max_short: int,
+) -> torch.Tensor:
+    """Attend with [B, heads, T, D] queries to [B, kv_heads, S, D] keys; returns [B, T, heads, D].
+
+    `mask` is [B or 1, 1, T, S] bool, or None for causal attention among T = S tokens. With more than `max_short` keys,
+    this never holds all scores.
+    """
+    batch, heads, length, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    if num_keys > max_short:
+        result = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
+        )
+        return result.transpose(1, 2).contiguous()
+    if mask is None:
+        mask = torch.ones([1, 1, length, num_keys], dtype=torch.bool, device=query.device).tril()
+    # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.
+    bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -3.4028234663852886e38)
+    # The heads of a group share keys, so they are additional rows of one product.
+    bias = bias.expand(-1, group, -1, -1).reshape(-1, 1, group * length, num_keys)
+    if len(bias) > 1:
+        bias = bias.expand(-1, kv_heads, -1, -1)
+    scores = torch.baddbmm(
+        bias.reshape(-1, group * length, num_keys),
+        query.reshape(batch * kv_heads, group * length, head_dim),
+        key.reshape(batch * kv_heads, num_keys, head_dim).transpose(1, 2),
+        alpha=scale,
+    )
+    attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, num_keys, head_dim))
+    return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous()
+
+
+def attend_shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: SharedPrefixes,
+    scale: float,
+    max_short: int,
+) -> torch.Tensor:
+    """Attend in a row of T tokens with shared prefixes: [1, heads, T, D] to [1, kv_heads, T, D]; [1, T, heads, D]."""
+    prefixes, continuations = layout.prefixes, layout.continuations
+    count = len(prefixes.position)
+    prefix_key, prefix_value = pad(prefixes, key[:, :, :count]), pad(prefixes, value[:, :, :count])
+    attended = unpad(
+        prefixes, attend(pad(prefixes, query[:, :, :count]), prefix_key, prefix_value, None, scale, max_short)
+    )
+    if continuations is None:
+        return attended
+    key, value = pad(continuations, key[:, :, count:]), pad(continuations, value[:, :, count:])
+    key = torch.cat([prefix_key.index_select(0, layout.prefix), key], 2)
+    value = torch.cat([prefix_value.index_select(0, layout.prefix), value], 2)
+    continued = attend(pad(continuations, query[:, :, count:]), key, value, layout.mask, scale, max_short)
+    return torch.cat([attended, unpad(continuations, continued)], 1)
+
+
 @dataclass(frozen=True)
 class LayerFunctions:
     """The functions of `layer_functions`; see there."""
@@ -67,8 +163,8 @@ class LayerFunctions:
     norm_gradients: Callable[..., Any]
     joint: Callable[..., Any]
     joint_gradients: Callable[..., Any]
-    added: Callable[..., Any]
-    added_gradients: Callable[..., Any]
+    product_add: Callable[..., Any]
+    product_gradients: Callable[..., Any]
     mlp: Callable[..., Any]
     mlp_gradients: Callable[..., Any]
     rotate: Callable[..., Any]
@@ -84,25 +180,6 @@ def layer_functions(products: Products, *, compile_them: bool) -> LayerFunctions
         TorchScriptError: with `compile_them`, if torch cannot.
     """
     product, product_add = products.product, products.product_add
-
-    def norm(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-        # x / sqrt(mean(x^2) + eps), and the factor of each row.
-        length = torch.linalg.vector_norm(x, 2.0, [-1], True)
-        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        return x * inverse, inverse
-
-    def norm_gradients(
-        gradient: torch.Tensor, normal: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Of x and of the weight of an RMS norm, from what `norm` returned.
-        along_normal = gradient * normal
-        weight_gradient = along_normal.reshape(-1, along_normal.shape[-1]).sum(0)
-        # d/dx: (g w - n mean(g w n)) / rms
-        along = torch.matmul(along_normal, weight).div_(along_normal.shape[-1]).unsqueeze(-1)
-        return torch.mul(gradient, weight).addcmul_(normal, along, value=-1.0).mul_(inverse), weight_gradient
-
-    def scaled(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return x if weight is None else x * weight
 
     def joint(
         x: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, weights: list[torch.Tensor]
@@ -135,10 +212,7 @@ def layer_functions(products: Products, *, compile_them: bool) -> LayerFunctions
         of_x, of_norm = norm_gradients(of_x, x, inverse, norm_weight)
         return of_x, of_norm, of_weights
 
-    def added(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return product_add(x, w, residual)
-
-    def added_gradients(
+    def product_gradients(
         gradient: torch.Tensor, x: torch.Tensor, w: torch.Tensor, needs_x: bool, needs_w: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         # Of x and w; that of the residual is the gradient itself.
@@ -199,79 +273,13 @@ def layer_functions(products: Products, *, compile_them: bool) -> LayerFunctions
             of_x = of_x.add_(gradient)
         return of_x, of_norm, of_gate_up, of_down
 
-    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        # x cos + swap(x) sin, where `swap` exchanges the halves of a head: [..., head_dim].
-        return x.roll(x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)
-
-    def rotate_gradients(gradient: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return (gradient * sin).roll(gradient.shape[-1] // 2, -1).addcmul_(gradient, cos)
-
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float,
-        max_short: int,
-    ) -> torch.Tensor:
-        # [B, heads, T, D] queries to [B, kv_heads, S, D] keys: [B, T, heads, D]. `mask` is [B or 1, 1, T, S] bool,
-        # or None for causal attention among T = S tokens. With more than `max_short` keys, never holds all scores.
-        batch, heads, length, head_dim = query.shape
-        kv_heads, num_keys = key.shape[1], key.shape[2]
-        group = heads // kv_heads
-        if num_keys > max_short:
-            result = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
-            )
-            return result.transpose(1, 2).contiguous()
-        if mask is None:
-            mask = torch.ones([1, 1, length, num_keys], dtype=torch.bool, device=query.device).tril()
-        # Not minus infinity: padding that attends to nothing would become NaN, and so would all gradients.
-        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -3.4028234663852886e38)
-        # The heads of a group share keys, so they are additional rows of one product.
-        bias = bias.expand(-1, group, -1, -1).reshape(-1, 1, group * length, num_keys)
-        if len(bias) > 1:
-            bias = bias.expand(-1, kv_heads, -1, -1)
-        scores = torch.baddbmm(
-            bias.reshape(-1, group * length, num_keys),
-            query.reshape(batch * kv_heads, group * length, head_dim),
-            key.reshape(batch * kv_heads, num_keys, head_dim).transpose(1, 2),
-            alpha=scale,
-        )
-        attended = torch.bmm(scores.softmax(-1), value.reshape(batch * kv_heads, num_keys, head_dim))
-        return attended.view(batch, heads, length, head_dim).transpose(1, 2).contiguous()
-
-    def attend_shared(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: SharedPrefixes,
-        scale: float,
-        max_short: int,
-    ) -> torch.Tensor:
-        # Attention in a row of T tokens with shared prefixes, [1, heads, T, D] to [1, kv_heads, T, D]:
-        # [1, T, heads, D].
-        prefixes, continuations = layout.prefixes, layout.continuations
-        count = len(prefixes.position)
-        prefix_key, prefix_value = pad(prefixes, key[:, :, :count]), pad(prefixes, value[:, :, :count])
-        attended = unpad(
-            prefixes, attend(pad(prefixes, query[:, :, :count]), prefix_key, prefix_value, None, scale, max_short)
-        )
-        if continuations is None:
-            return attended
-        key, value = pad(continuations, key[:, :, count:]), pad(continuations, value[:, :, count:])
-        key = torch.cat([prefix_key.index_select(0, layout.prefix), key], 2)
-        value = torch.cat([prefix_value.index_select(0, layout.prefix), value], 2)
-        continued = attend(pad(continuations, query[:, :, count:]), key, value, layout.mask, scale, max_short)
-        return torch.cat([attended, unpad(continuations, continued)], 1)
-
     functions: dict[str, Callable[..., Any]] = {
         "norm": norm,
         "norm_gradients": norm_gradients,
         "joint": joint,
         "joint_gradients": joint_gradients,
-        "added": added,
-        "added_gradients": added_gradients,
+        "product_add": product_add,
+        "product_gradients": product_gradients,
         "mlp": mlp,
         "mlp_gradients": mlp_gradients,
         "rotate": rotate,

@@ -285,12 +285,12 @@ class _AddedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, w)
         ctx.functions = functions
-        result: torch.Tensor = functions.added(x, w, residual)
+        result: torch.Tensor = functions.product_add(x, w, residual)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_x, of_w = ctx.functions.added_gradients(*gradients, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
+        of_x, of_w = ctx.functions.product_gradients(*gradients, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
         return of_x, of_w, gradients[0], None
 
 

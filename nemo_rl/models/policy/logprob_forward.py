@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -17,13 +17,12 @@ from nemo_rl.models.policy.microbatching import MicrobatchLoss, ModelInputs, mod
 from nemo_rl.models.policy.parallel_model import ParallelModel
 from nemo_rl.models.policy.row_parts import row_parts
 from nemo_rl.models.routed_experts import ROUTED_EXPERTS, ExpertReplay, known_experts
-from nemo_rl.models.row_threads import RowThreads
+from nemo_rl.models.row_threads import RowThreads, map_rows
 
 logger = logging.getLogger(__name__)
 
 # Logits held in float32 at a time: 2**24 elements are 64 MiB.
 CHUNK_ELEMENTS = 2**24
-_Result = TypeVar("_Result")
 # Packed and padded passes of one model differ by rounding only. Attending to another sequence changes far more.
 _PACKING_TOLERANCE = {True: 0.1, False: 1e-3}  # in nats, by whether matrices are multiplied in bfloat16
 
@@ -103,7 +102,7 @@ class LogprobForward:
         for part in parts:
             rows = [part.slice(row.start, row.stop) for row in self._rows(part)]
             with torch.no_grad():
-                results = self._map(lambda row: self._run(self._inputs(row)), rows)
+                results = map_rows(self._threads, lambda row: self._run(self._inputs(row)), rows)
             yield torch.cat(results)
 
     def top_logprobs(
@@ -126,7 +125,7 @@ class LogprobForward:
         for part in parts:
             rows = [part.slice(row.start, row.stop) for row in self._rows(part)]
             with torch.no_grad():
-                ids, logprobs = zip(*self._map(of_rows, rows), strict=True)
+                ids, logprobs = zip(*map_rows(self._threads, of_rows, rows), strict=True)
             yield torch.cat(ids), torch.cat(logprobs)
 
     def _rows(self, part: BatchedDataDict) -> list[slice]:
@@ -135,9 +134,6 @@ class LogprobForward:
         if self._threads is None or part.size == 1 or ROUTED_EXPERTS in part:
             return [slice(0, part.size)]
         return row_parts(part, self._threads.num_threads)
-
-    def _map(self, function: Callable[[BatchedDataDict], _Result], rows: Sequence[BatchedDataDict]) -> list[_Result]:
-        return [function(rows[0])] if self._threads is None else self._threads.map(function, rows)
 
     def _inputs(self, part: BatchedDataDict) -> ModelInputs:
         return self._lay_out(part.to(self._model.device), only_loss_tokens="token_mask" in part)

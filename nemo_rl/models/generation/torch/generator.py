@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,7 @@ from nemo_rl.models.generation.torch.decoder import Decoder, PromptBatch
 from nemo_rl.models.generation.torch.hf_decoder import HFDecoder
 from nemo_rl.models.generation.torch.llama_decoder import LlamaDecoder
 from nemo_rl.models.generation.torch.progress import Completions, Progress
-from nemo_rl.models.row_threads import RowThreads
+from nemo_rl.models.row_threads import RowThreads, map_rows
 from nemo_rl.models.weights.adapters import ReceivedBase
 from nemo_rl.models.weights.interfaces import WeightStream, WeightUpdate
 from nemo_rl.models.weights.receiver import receive
@@ -39,8 +39,6 @@ _STEPS_BETWEEN_CHECKS = {"cpu": 1}
 _DEFAULT_STEPS_BETWEEN_CHECKS = 8
 # A decode step of so few rows takes almost as long as that of twice as many.
 _LEAST_ROWS_PER_THREAD = 8
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class TorchGenerator(Generator):
@@ -101,11 +99,10 @@ class TorchGenerator(Generator):
             batch = prompts[start : start + config.max_batch_size]
             rows = random_rows[start : start + len(batch)]
             uniforms = row_uniforms(request.seed, rows, config.max_new_tokens)
-
             parts = [
                 (batch[part], uniforms[part]) for part in row_parts(len(batch), request.num_generations, num_threads)
             ]
-            batches += self._map(lambda part: self._complete(*part, sampler), parts)
+            batches += map_rows(self._threads, lambda part: self._complete(*part, sampler), parts)
         completions = [completion for batch in batches for completion in batch.rows()]
         return make_result(
             prompts, completions, tokenizer=self.tokenizer, weights_version=version, where=self.spec.name
@@ -114,9 +111,6 @@ class TorchGenerator(Generator):
     def attestation(self) -> dict[str, Any]:
         num_threads = torch.get_num_threads() if self._threads is None else self._threads.num_threads
         return {**super().attestation(), "decoder": type(self.decoder).__name__, "num_threads": num_threads}
-
-    def _map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-        return [function(items[0])] if self._threads is None else self._threads.map(function, items)
 
     @torch.inference_mode()
     def _complete(self, prompts: list[list[int]], uniforms: torch.Tensor, sampler: Sampler) -> Completions:

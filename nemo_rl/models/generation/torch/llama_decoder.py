@@ -19,6 +19,7 @@ from nemo_rl.models.generation.sampling import Drawn, Sampler
 from nemo_rl.models.generation.torch.decoder import Decoder, Decoding, PromptBatch, parameter_shapes
 from nemo_rl.models.generation.torch.kv_cache import KVCache
 from nemo_rl.models.generation.torch.llama_layers import (
+    DecodingState,
     LayerWeights,
     LlamaConstants,
     LlamaFunctions,
@@ -143,7 +144,7 @@ class LlamaDecoder(Decoder):
 
     def step(self, tokens: torch.Tensor, decoding: LlamaDecoding) -> torch.Tensor:
         """Append one token per row; returns logits [B, V]."""
-        return self._functions.step(tokens, *self._state(decoding))
+        return self._functions.step(tokens, self._state(decoding))
 
     def step_and_draw(
         self,
@@ -155,15 +156,14 @@ class LlamaDecoder(Decoder):
     ) -> tuple[torch.Tensor, Drawn]:
         """Append one token per row and draw the next ones; returns the logits, too."""
         logits, drawn, logprobs, sampling_logprobs, has_stop = self._functions.step_and_draw(
-            tokens, *self._state(decoding), uniforms, sampler.temperature, sampler.greedy, stop_ids
+            tokens, self._state(decoding), uniforms, sampler.temperature, sampler.greedy, stop_ids
         )
         return logits, Drawn(drawn, logprobs, sampling_logprobs, has_stop)
 
-    def _state(self, decoding: LlamaDecoding) -> tuple[Any, ...]:
-        """Return the arguments of a step between its tokens and those of the draw."""
+    def _state(self, decoding: LlamaDecoding) -> DecodingState:
         assert self._weights is not None
         cache = decoding.cache.layers
-        return self._weights, cache, decoding.column, decoding.num_padding, decoding.mask, self.constants
+        return DecodingState(self._weights, self.constants, cache, decoding.column, decoding.num_padding, decoding.mask)
 
 
 class LlamaDecoding(Decoding):

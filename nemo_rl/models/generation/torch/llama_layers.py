@@ -74,6 +74,53 @@ class LlamaConstants(NamedTuple):
     sin: torch.Tensor
 
 
+class DecodingState(NamedTuple):
+    """A model and B rows that it completes.
+
+    Attributes:
+        caches: keys and values of each layer.
+        column: of the caches, where the next tokens go.
+        num_padding: [B] int64, padding tokens before each row; None without padding.
+        mask: [B * kv_heads, 1, columns], minus infinity at padding, else 0; None without padding.
+    """
+
+    weights: LlamaWeights
+    constants: LlamaConstants
+    caches: list[LayerCache]
+    column: int
+    num_padding: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm: x / sqrt(mean(x^2) + eps) * weight, computed as x * sqrt(n) / sqrt(|x|^2 + n eps) * weight.
+
+    `floor` is sqrt(n eps).
+    """
+    # On a CPU, torch's rms_norm takes nine operations and transformers' six; this takes four, two of them tiny.
+    if x.dtype == torch.float32:
+        length = torch.linalg.vector_norm(x, 2.0, [-1], True)
+        return torch.div(x, length.hypot_(floor).mul_(x.shape[-1] ** -0.5)).mul_(weight)
+    # As in transformers: normalised in float32, rounded, then scaled.
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype).mul_(weight)
+
+
+def rotate(
+    heads: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor, constants: LlamaConstants
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split [..., heads + 2 kv_heads, head_dim]; rotate queries and keys by their positions (RoPE)."""
+    num_rotated = constants.num_heads + constants.num_kv_heads
+    rotated, values = heads[..., :num_rotated, :], heads[..., num_rotated:, :]
+    q_norm, k_norm = layer.q_norm, layer.k_norm
+    if q_norm is not None and k_norm is not None:
+        queries, keys = rotated[..., : constants.num_heads, :], rotated[..., constants.num_heads :, :]
+        floor = constants.norm_floors[1]
+        rotated = torch.cat([norm(queries, q_norm, floor, constants.eps), norm(keys, k_norm, floor, constants.eps)], -2)
+    swapped = rotated.roll(constants.head_dim // 2, -1).mul_(sin)
+    rotated = torch.addcmul(swapped, rotated, cos)
+    return rotated[..., : constants.num_heads, :], rotated[..., constants.num_heads :, :], values
+
+
 @dataclass(frozen=True)
 class LlamaFunctions:
     """The functions of `llama_functions`; see there."""
@@ -91,36 +138,10 @@ def llama_functions(ops: LinearOps, *, compile_them: bool) -> LlamaFunctions:
     """
     linear, linear_add = ops.linear, ops.linear_add
 
-    def norm(x: torch.Tensor, weight: torch.Tensor, floor: torch.Tensor, eps: float) -> torch.Tensor:
-        # RMS norm: x / sqrt(mean(x^2) + eps) * weight, computed as x * sqrt(n) / sqrt(|x|^2 + n eps) * weight.
-        # On a CPU, torch's rms_norm takes nine operations and transformers' six; this takes four, two of them tiny.
-        if x.dtype == torch.float32:
-            length = torch.linalg.vector_norm(x, 2.0, [-1], True)
-            return torch.div(x, length.hypot_(floor).mul_(x.shape[-1] ** -0.5)).mul_(weight)
-        # As in transformers: normalised in float32, rounded, then scaled.
-        return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype).mul_(weight)
-
     def qkv(hidden: torch.Tensor, layer: LayerWeights, constants: LlamaConstants) -> torch.Tensor:
         # [N, hidden] to [N, heads + 2 kv_heads, head_dim].
         normal = norm(hidden, layer.input_norm, constants.norm_floors[0], constants.eps)
         return linear(normal, layer.qkv, layer.qkv_bias).view(len(hidden), -1, constants.head_dim)
-
-    def rotate(
-        heads: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor, constants: LlamaConstants
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Split [..., heads + 2 kv_heads, head_dim]; rotate queries and keys by their positions (RoPE).
-        num_rotated = constants.num_heads + constants.num_kv_heads
-        rotated, values = heads[..., :num_rotated, :], heads[..., num_rotated:, :]
-        q_norm, k_norm = layer.q_norm, layer.k_norm
-        if q_norm is not None and k_norm is not None:
-            queries, keys = rotated[..., : constants.num_heads, :], rotated[..., constants.num_heads :, :]
-            floor = constants.norm_floors[1]
-            rotated = torch.cat(
-                [norm(queries, q_norm, floor, constants.eps), norm(keys, k_norm, floor, constants.eps)], -2
-            )
-        swapped = rotated.roll(constants.head_dim // 2, -1).mul_(sin)
-        rotated = torch.addcmul(swapped, rotated, cos)
-        return rotated[..., : constants.num_heads, :], rotated[..., constants.num_heads :, :], values
 
     def finish(
         hidden: torch.Tensor, attended: torch.Tensor, layer: LayerWeights, constants: LlamaConstants
@@ -170,16 +191,10 @@ def llama_functions(ops: LinearOps, *, compile_them: bool) -> LlamaFunctions:
             hidden = finish(hidden, attended.transpose(1, 2).reshape(len(hidden), -1), layer, constants)
         return logits(hidden.view(num_prompts, width, -1)[:, -1], weights, constants)
 
-    def step(
-        tokens: torch.Tensor,
-        weights: LlamaWeights,
-        caches: list[LayerCache],
-        column: int,
-        num_padding: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        constants: LlamaConstants,
-    ) -> torch.Tensor:
-        # Append tokens [B] as this column of the caches; returns the logits of the next tokens, [B, V].
+    def step(tokens: torch.Tensor, state: DecodingState) -> torch.Tensor:
+        # Append tokens [B] to the rows of a decoding; returns the logits of the next tokens, [B, V].
+        weights, constants, column = state.weights, state.constants, state.column
+        num_padding, mask = state.num_padding, state.mask
         num_rows = len(tokens)
         if num_padding is None:
             cos, sin = constants.cos[column], constants.sin[column]
@@ -194,7 +209,7 @@ def llama_functions(ops: LinearOps, *, compile_them: bool) -> LlamaFunctions:
             beta = 1.0
             bias = mask[:, :, : column + 1]
         for index in range(len(weights.layers)):
-            layer, cache = weights.layers[index], caches[index]
+            layer, cache = weights.layers[index], state.caches[index]
             queries, keys, values = rotate(qkv(hidden, layer, constants), layer, cos, sin, constants)
             cache.keys[:, :, column].copy_(keys)
             cache.values[:, :, column].copy_(values)
@@ -208,19 +223,14 @@ def llama_functions(ops: LinearOps, *, compile_them: bool) -> LlamaFunctions:
 
     def step_and_draw(
         tokens: torch.Tensor,
-        weights: LlamaWeights,
-        caches: list[LayerCache],
-        column: int,
-        num_padding: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        constants: LlamaConstants,
+        state: DecodingState,
         uniforms: torch.Tensor,
         temperature: float,
         greedy: bool,
         stop_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         # `step`, then `draw_tokens`: the logits and what it returns, and whether a drawn token is in `stop_ids`.
-        result = step(tokens, weights, caches, column, num_padding, mask, constants)
+        result = step(tokens, state)
         drawn, logprobs, sampling_logprobs = draw_tokens(result, uniforms, temperature, greedy)
         has_stop = bool(torch.isin(drawn, stop_ids).any())
         return result, drawn, logprobs, sampling_logprobs, has_stop
