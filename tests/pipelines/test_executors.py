@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import ray
 from sample_stages import (
     TINY,
     AddOne,
@@ -106,6 +108,20 @@ def test_failing_task_stops_the_run(executor: Executor) -> None:
     assert (caught.value.stage, caught.value.task_id) == ("Failing", "b3")
     assert "in process" in caught.value.traceback_text
     assert str(caught.value).endswith("cannot take 7\n")  # no executor adds text
+
+
+def test_failed_run_returns_its_cpus(executor: Executor) -> None:
+    gc.collect()
+    gc.disable()  # no chance collection may release the workers
+    try:
+        with pytest.raises(StageError) as failure:
+            Pipeline("p", stages=[Failing([3, 11]), AddOne()]).run(executor, batches(8))
+        deadline = time.monotonic() + 300
+        while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+            assert time.monotonic() < deadline, f"{failure.value} keeps {ray.available_resources()}"
+            time.sleep(0.2)
+    finally:
+        gc.enable()
 
 
 def test_failing_task_is_set_aside(

@@ -178,7 +178,7 @@ def driver_search_path() -> list[str]:
 
 def stage_error(error: BaseException | None) -> PipelineError | None:
     """Return the `PipelineError` that caused an error of Ray or of a library on top of it, or None."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, PipelineError) and type(cause).__module__ == PipelineError.__module__:
             return cause
     return None
@@ -186,10 +186,10 @@ def stage_error(error: BaseException | None) -> PipelineError | None:
 
 def is_death(error: BaseException) -> bool:
     """Return whether an error was caused by the death of workers, or by tasks that were lost with their node."""
-    return any(isinstance(cause, (*WORKER_DEATHS, ObjectLostError)) for cause in _causes(error))
+    return any(isinstance(cause, (*WORKER_DEATHS, ObjectLostError)) for cause in causes(error))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and all of its causes."""
     seen: set[int] = set()
     waiting = [error]

@@ -9,10 +9,13 @@ backpressure and spills per group.
 
 from __future__ import annotations
 
+import gc
+import traceback
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
+from types import FrameType
 from typing import Any
 
 import ray
@@ -25,6 +28,7 @@ from nemo_rl.pipelines.executors.base import (
     Cluster,
     PlannedStage,
     WorkersDied,
+    causes,
     cpu_share,
     is_death,
     recorded_error,
@@ -62,6 +66,24 @@ class RayDataExecutor:
         """See `Executor.run`."""
         if not items:
             return []
+        try:
+            return self._stream(stages, items, cluster)
+        except KeyboardInterrupt as error:
+            _release_workers(error)
+            raise
+        except Exception as error:  # Ray Data wraps what a stage raises and adds its own advice
+            _release_workers(error)
+            cause = recorded_error(stages[0].job) or stage_error(error)
+            if cause is not None:
+                raise cause from error
+            names = ", ".join(stage.name for stage in stages)
+            if is_death(error):
+                raise WorkersDied(StageError(f"a worker of one of the stages {names} died: {error}")) from error
+            if isinstance(error, ray.exceptions.RayError):
+                raise StageError(f"one of the stages {names} failed: {error}") from error
+            raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
+
+    def _stream(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
         shared = [list(together) for _, together in groupby(stages, key=_place)]  # stages in the same workers
         share = cpu_share([together[0] for together in shared], cluster.num_cpus)
         size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
@@ -70,18 +92,7 @@ class RayDataExecutor:
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
             for together in shared:
                 dataset = self._with_stages(dataset, together, cluster, share)
-            try:
-                return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
-            except Exception as error:  # Ray Data wraps what a stage raises and adds its own advice
-                cause = recorded_error(stages[0].job) or stage_error(error)
-                if cause is not None:
-                    raise cause from error
-                names = ", ".join(stage.name for stage in stages)
-                if is_death(error):
-                    raise WorkersDied(StageError(f"a worker of one of the stages {names} died: {error}")) from error
-                if isinstance(error, ray.exceptions.RayError):
-                    raise StageError(f"one of the stages {names} failed: {error}") from error
-                raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
+            return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
 
     def _with_stages(self, dataset: Any, stages: Sequence[PlannedStage], cluster: Cluster, share: float) -> Any:
         """Add stages that run in the same workers."""
@@ -109,6 +120,23 @@ def _place(stage: PlannedStage) -> Hashable:
     if stage.num_gpus or stage.job.stage.num_workers is not None or stage.python_id is None:
         return stage.job.index
     return cloudpickle.dumps((stage.num_cpus, stage.runtime_env, stage.env_vars, stage.python_id))
+
+
+def _release_workers(error: BaseException) -> None:
+    """Drop all references to the workers of a failed Ray Data job, so that they end and return their CPUs.
+
+    Ray Data ends a worker by dropping its own reference. After an error, the local variables of the functions that
+    raised it, and reference cycles, still refer to workers. These would hold their CPUs until Python happens to collect
+    the cycles, or as long as somebody keeps the error.
+    """
+    for cause in causes(error):
+        for called, _ in traceback.walk_tb(cause.__traceback__):
+            frame: FrameType | None = called
+            while frame is not None:  # Ray Data cuts tracebacks short, but a frame refers to its callers
+                with suppress(RuntimeError):  # of this call's own callers, which are still running
+                    frame.clear()
+                frame = frame.f_back
+    gc.collect()
 
 
 @contextmanager
