@@ -237,9 +237,13 @@ class OnPolicyLoop(TrainingLoop):
             inputs = batch.copy()
             inputs["logprob_mask"] = batch["token_mask"]  # the loss and the check use no others
             computed = {}
-            if self._is_check(step, age) or self._needs_prev_logprobs(num_parts):
+            has_reference = self.config.loss.kl_coef > 0
+            is_reference = has_reference and self.step == 0  # the policy has its initial weights
+            if is_reference or self._is_check(step, age) or self._needs_prev_logprobs(num_parts):
                 computed["logprobs"] = self.policy.get_logprobs(inputs)
-            if self.config.loss.kl_coef > 0:
+            if is_reference:
+                computed["reference_policy_logprobs"] = computed["logprobs"]
+            elif has_reference:
                 computed["reference_policy_logprobs"] = self.policy.get_reference_policy_logprobs(inputs)
         return computed
 

@@ -169,13 +169,14 @@ def test_reference_logprobs_are_computed_only_with_a_kl_term():
 
 
 ONE_STEP = ("grpo.max_num_steps=1", "grpo.validation.at_start=false", "grpo.validation.at_end=false")
+TWO_STEPS = (*ONE_STEP, "grpo.max_num_steps=2")
 PLAIN = ("grpo.advantage.baseline=none", "grpo.advantage.normalize_std=false")
 
 
 def test_kl_to_go_gives_an_advantage_to_each_token():
-    job = build(*ONE_STEP, *PLAIN, "loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.kl_placement=reward_to_go")
+    job = build(*TWO_STEPS, *PLAIN, "loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.kl_placement=reward_to_go")
     job.run()
-    (batch,) = job.policy.batches
+    _, batch = job.policy.batches  # at the first step, the policy is the reference
     # log pi - log pi_ref is -1 for both tokens of every completion.
     expected = torch.tensor([0.0, 0.2, 0.1]) + batch["rewards"][:, None] * torch.tensor([0.0, 1.0, 1.0])
     torch.testing.assert_close(batch["advantages"], expected)
@@ -183,9 +184,9 @@ def test_kl_to_go_gives_an_advantage_to_each_token():
 
 
 def test_kl_in_the_reward_counts_once_per_completion():
-    job = build(*ONE_STEP, *PLAIN, "loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.kl_placement=reward")
+    job = build(*TWO_STEPS, *PLAIN, "loss.kl_coef=0.1", "loss.kl_estimator=k1", "loss.kl_placement=reward")
     job.run()
-    (batch,) = job.policy.batches
+    _, batch = job.policy.batches  # at the first step, the policy is the reference
     torch.testing.assert_close(batch["advantages"], batch["rewards"] + 0.2)
 
 
@@ -205,40 +206,60 @@ def test_every_recipe_trains(recipe):
     assert job.policy.batches[0]["advantages"].isfinite().all()
 
 
+class ScoringPolicy(FakePolicy):
+    """Records who scores the samples of each step. A subclass checks the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored_by: list[str] = []
+
+    def get_logprobs(self, batch):
+        self.scored_by.append("policy")
+        return super().get_logprobs(batch)
+
+    def get_reference_policy_logprobs(self, batch):
+        self.scored_by.append("reference")
+        return super().get_reference_policy_logprobs(batch)
+
+
+def test_the_policy_is_its_own_reference_until_it_has_trained():
+    job = build(*TWO_STEPS, "loss.kl_coef=0.1", policy=ScoringPolicy())
+    job.run()
+    assert job.policy.scored_by == ["policy", "reference"]
+    first, second = job.policy.batches
+    assert torch.equal(first["reference_policy_logprobs"], first["generation_logprobs"])
+    assert torch.equal(second["reference_policy_logprobs"], torch.zeros_like(second["generation_logprobs"]))
+
+
 def test_the_policy_scores_samples_while_they_are_graded():
     is_scored = threading.Event()
 
-    class Policy(FakePolicy):
-        num_scored = 0
-
+    class Policy(ScoringPolicy):
         def get_reference_policy_logprobs(self, batch):
             assert "rewards" not in batch
-            self.num_scored += 1
             is_scored.set()
             return super().get_reference_policy_logprobs(batch)
 
     class Environment(FakeEnvironment):
         def step(self, completions, metadata):
-            assert is_scored.wait(60), "grading ends only after the policy has scored the samples"
+            if job.step == 1:
+                assert is_scored.wait(60), "grading ends only after the policy has scored the samples"
             return super().step(completions, metadata)
 
-    job = build(*ONE_STEP, "loss.kl_coef=0.1", policy=Policy(), environment=Environment())
+    job = build(*TWO_STEPS, "loss.kl_coef=0.1", policy=Policy(), environment=Environment())
     job.run()
-    assert job.policy.num_scored == 1
+    assert job.policy.scored_by == ["policy", "reference"]
     assert job.recorder.metrics[0]["timing/logprobs_s"] > 0
 
 
 @pytest.mark.parametrize("options", [("grpo.dynamic_sampling.enabled=true",), ("grpo.max_trajectory_age=1",)])
 def test_samples_that_are_not_final_or_of_another_thread_are_scored_later(options):
-    class Policy(FakePolicy):
-        num_scored = 0
-
+    class Policy(ScoringPolicy):
         def get_reference_policy_logprobs(self, batch):
             assert "rewards" in batch
             assert threading.current_thread() is threading.main_thread()
-            self.num_scored += 1
             return super().get_reference_policy_logprobs(batch)
 
     job = build("loss.kl_coef=0.1", *options, policy=Policy())
     job.run()
-    assert job.policy.num_scored == 6
+    assert job.policy.scored_by.count("reference") == 5
