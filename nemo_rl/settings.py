@@ -292,13 +292,17 @@ FORWARDED_PREFIXES: tuple[str, ...] = (
     "VLLM_",
     "OMP_",
     "GOMP_",
+    "ONEDNN_",
     "KMP_",
     "MKL_",
     "WANDB_",
     "MLFLOW_",
 )
 FORWARDED_NAMES: frozenset[str] = frozenset(
-    {"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "TZ", "LANG"}
+    {
+        *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+        *("LANG", "LD_LIBRARY_PATH", "LRU_CACHE_CAPACITY", "TZ"),
+    }
 )
 # Other variables that the processes of a local Ray cluster inherit.
 INHERITED_PREFIXES: tuple[str, ...] = ("RAY_", "CUDA_", "NVIDIA_", "LC_", "PYTHON", "LD_", "SSL_CERT_", "XDG_")
