@@ -1,4 +1,4 @@
-"""Capacity check of the Ray Data executor."""
+"""Ray Data executor: check of the capacity, and what remains after an error."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sample_stages import AddOne, KeepFirstOfEach, batches, numbers
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.errors import ResourceInsufficientError
 from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, RayActorPoolExecutor, RayDataExecutor, Resources
+from nemo_rl.pipelines.executors.ray_data import _release_workers
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,19 @@ def test_later_segments_are_checked_for_gpus(tmp_path: Path) -> None:
     # Stages that run one after another can share the GPU.
     assert len(numbers(Pipeline("p", stages=stages).run(RayActorPoolExecutor(), batches(3)))) == 4
     assert (tmp_path / "ran").exists()
+
+
+def test_functions_of_the_caller_keep_their_local_variables() -> None:
+    def errors() -> Iterator[ValueError | str]:
+        variable = "kept"
+        try:
+            raise ValueError
+        except ValueError as error:
+            yield error  # its traceback holds the frame of this generator
+        yield variable
+
+    generator = errors()
+    error = next(generator)
+    assert isinstance(error, ValueError)
+    _release_workers(error)
+    assert next(generator) == "kept"

@@ -10,6 +10,7 @@ backpressure and spills per group.
 from __future__ import annotations
 
 import gc
+import os
 import traceback
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -37,6 +38,9 @@ from nemo_rl.pipelines.executors.base import (
 )
 from nemo_rl.pipelines.items import Item, chunks, group_size
 from nemo_rl.pipelines.stage import AnyStage
+
+# Of functions whose local variables may refer to workers.
+_SOURCES = (os.path.dirname(ray.__file__) + os.sep, __file__)
 
 
 class RayDataExecutor:
@@ -133,8 +137,9 @@ def _release_workers(error: BaseException) -> None:
         for called, _ in traceback.walk_tb(cause.__traceback__):
             frame: FrameType | None = called
             while frame is not None:  # Ray Data cuts tracebacks short, but a frame refers to its callers
-                with suppress(RuntimeError):  # of this call's own callers, which are still running
-                    frame.clear()
+                if frame.f_code.co_filename.startswith(_SOURCES):
+                    with suppress(RuntimeError):  # it is still running
+                        frame.clear()
                 frame = frame.f_back
     gc.collect()
 
