@@ -182,32 +182,6 @@ def test_task_that_kills_workers_is_set_aside(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "stages.json").read_text())[1]["failed"] == 1
 
 
-class Meets(ProcessingStage[DocumentBatch, DocumentBatch]):
-    """Makes each task wait until `num_tasks` tasks are being processed."""
-
-    resources = Resources(cpus=2)
-
-    def __init__(self, folder: str, num_tasks: int) -> None:
-        self.folder = folder
-        self.num_tasks = num_tasks
-
-    def process(self, task: DocumentBatch) -> DocumentBatch:
-        Path(self.folder, f"{task.task_id}").touch()
-        deadline = time.monotonic() + 600
-        while len(os.listdir(self.folder)) < self.num_tasks:
-            assert time.monotonic() < deadline, "no other task started"
-            time.sleep(0.05)
-        return task
-
-
-@pytest.mark.slow
-def test_few_long_tasks_use_all_cpus(tmp_path: Path) -> None:
-    """The first worker does not take both tasks, and a waiting worker of the next stage does not hold the CPUs."""
-    last = AddOne().with_(resources=Resources(cpus=2))
-    result = Pipeline("p", stages=[Meets(str(tmp_path), 2), last]).run(RayActorPoolExecutor(), batches(2))
-    assert numbers(result) == [1, 2, 3, 4]
-
-
 class NoTask(ProcessingStage[DocumentBatch, DocumentBatch]):
     resources = TINY
 

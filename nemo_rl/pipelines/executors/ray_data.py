@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.actor import ActorHandle
 from ray.util.annotations import RayDeprecationWarning
 
 from nemo_rl.errors import PipelineError, StageError
@@ -131,7 +132,9 @@ def _release_workers(error: BaseException) -> None:
 
     Ray Data ends a worker by dropping its own reference. After an error, the local variables of the functions that
     raised it, and reference cycles, still refer to workers. These would hold their CPUs until Python happens to collect
-    the cycles, or as long as somebody keeps the error.
+    the cycles, or as long as somebody keeps the error. Ray's core sometimes keeps a callback that refers to a worker,
+    which no collection finds; such a worker is killed. (It may be one of a run in another thread, which runs the
+    worker's tasks again.)
     """
     for cause in causes(error):
         for called, _ in traceback.walk_tb(cause.__traceback__):
@@ -142,6 +145,9 @@ def _release_workers(error: BaseException) -> None:
                         frame.clear()
                 frame = frame.f_back
     gc.collect()
+    for remaining in gc.get_objects():
+        if isinstance(remaining, ActorHandle) and f"({DataStage.__name__})" in repr(remaining):
+            ray.kill(remaining)
 
 
 @contextmanager
