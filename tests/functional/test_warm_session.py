@@ -34,7 +34,10 @@ class Session:
         )
 
     def status(self) -> dict:
-        return json.loads(self.nemo_rl("status", "--json").stdout)
+        result = self.nemo_rl("status", "--json")
+        assert result.stdout, f"`status` ended with {result.returncode}: {result.stderr}"
+        status: dict = json.loads(result.stdout)
+        return status
 
     def start_job(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
