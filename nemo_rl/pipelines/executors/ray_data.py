@@ -128,13 +128,15 @@ def _place(stage: PlannedStage) -> Hashable:
 
 
 def _release_workers(error: BaseException) -> None:
-    """Drop all references to the workers of a failed Ray Data job, so that they end and return their CPUs.
+    """Make the workers of a failed Ray Data job end and return their CPUs.
 
-    Ray Data ends a worker by dropping its own reference. After an error, the local variables of the functions that
-    raised it, and reference cycles, still refer to workers. These would hold their CPUs until Python happens to collect
-    the cycles, or as long as somebody keeps the error. Ray's core sometimes keeps a callback that refers to a worker,
-    which no collection finds; such a worker is killed. (It may be one of a run in another thread, which runs the
-    worker's tasks again.)
+    Ray Data ends a worker by dropping its own reference; the worker then tears its stages down. After an error, the
+    local variables of the functions that raised it, and reference cycles, still refer to workers. These would hold
+    their CPUs until Python happens to collect the cycles, or as long as somebody keeps the error. So these references
+    are dropped first.
+
+    Ray's core sometimes keeps a callback that refers to a worker, which no collection finds. Such a worker is killed,
+    without a teardown. It may be one of a run in another thread, which then repeats the worker's tasks.
     """
     for cause in causes(error):
         for called, _ in traceback.walk_tb(cause.__traceback__):
