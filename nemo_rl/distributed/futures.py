@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, TaskCancelledError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, TaskCancelledError
 
 from nemo_rl.errors import CallCancelledError, WorkerError
 
@@ -16,6 +17,9 @@ WORKER_DEATHS = (RayActorError, OutOfMemoryError)
 
 # The result of a remote call: a reference, or a generator of references for a streaming method.
 Reference: TypeAlias = "ray.ObjectRef | ray.ObjectRefGenerator"
+
+# A collective operation fails as soon as the process of a peer ends. Ray reports the death a little later.
+_DEATH_REPORT_S = 10.0
 
 
 class TiedWorkers(Protocol):
@@ -86,7 +90,7 @@ def get_values(
     """
     plain = [future for future in futures if not isinstance(future, ray.ObjectRefGenerator)]
     try:
-        values: Iterator[Any] = iter(ray.get(plain))
+        values: Iterator[Any] = iter(get_all(plain))
         results: list[Any] = []
         for future in futures:
             if not isinstance(future, ray.ObjectRefGenerator):
@@ -100,6 +104,43 @@ def get_values(
         raise worker_error(worker_group, error, ranks) from error
     except TaskCancelledError as error:
         raise CallCancelledError(f"a call of {worker_group.label} was cancelled") from error
+
+
+def get_all(references: Iterable[ray.ObjectRef]) -> list[Any]:
+    """Wait for all `references` of one call; raise as soon as one fails.
+
+    If the death of a worker made its peers fail, the death is raised, with a peer's error as its cause.
+    """
+    calls = list(references)
+    try:
+        values: list[Any] = ray.get(calls)
+        return values
+    except RayTaskError as error:
+        death = death_among(calls)
+        if death is None:
+            raise
+        raise death from error
+
+
+def death_among(references: Iterable[Reference]) -> RayError | None:
+    """Return one of `WORKER_DEATHS` if a worker that executes one of these calls has died.
+
+    Waits at most 10 s for calls that have not ended yet. For a call whose error may be due to a dead peer.
+    """
+    calls = [item.completed() if isinstance(item, ray.ObjectRefGenerator) else item for item in references]
+    deadline = time.monotonic() + _DEATH_REPORT_S
+    while calls:
+        remaining = max(0.0, deadline - time.monotonic())
+        ended, calls = ray.wait(calls, num_returns=1, timeout=remaining, fetch_local=False)
+        if not ended:
+            break
+        try:
+            ray.get(ended)
+        except WORKER_DEATHS as death:
+            return death
+        except RayError:
+            continue
+    return None
 
 
 def worker_error(worker_group: TiedWorkers, error: RayError, ranks: Sequence[int]) -> WorkerError:

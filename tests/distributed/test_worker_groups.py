@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -402,6 +403,17 @@ def test_death_during_a_call(cluster: RayVirtualCluster) -> None:
     assert isinstance(failure.value.__cause__, ray.exceptions.RayActorError)
     group.shutdown(force=True)
     assert all_ended(pids)
+
+
+def test_death_is_raised_instead_of_the_error_of_a_peer(cluster: RayVirtualCluster) -> None:
+    group = RayWorkerGroup(cluster, builder(PROBE), 2, name_prefix="connected")
+    short = tempfile.TemporaryDirectory(dir="/tmp")  # the path of a socket has at most 107 bytes
+    with short as directory, pytest.raises(WorkerError, match=r"rank 1 \(connected-0-1") as failure:
+        call(group, "die_connected", path=f"{directory}/peer")
+    death = failure.value.__cause__
+    assert isinstance(death, ray.exceptions.RayActorError)
+    assert "closed by the peer" in str(death.__cause__)
+    group.shutdown(force=True)
 
 
 def test_shutdown_with_cleanup(cluster: RayVirtualCluster, tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from nemo_rl.distributed.futures import WORKER_DEATHS, Reference, worker_error
+from nemo_rl.distributed.futures import WORKER_DEATHS, Reference, death_among, get_all, worker_error
 from nemo_rl.errors import NodeLostError
 from nemo_rl.models.generation.results import select
 from nemo_rl.models.weights.digest import check_digest
@@ -167,7 +167,7 @@ class Replicas:
         for replica, references in calls:
             try:
                 # Wait for all ranks at once: if one of a tied group is dead, the others wait for it.
-                digests = dict(zip(references.values(), ray.get(list(references)), strict=True))
+                digests = dict(zip(references.values(), get_all(references), strict=True))
             except WORKER_DEATHS as error:
                 dead[replica] = error
             else:
@@ -184,7 +184,7 @@ class Replicas:
         waiting = {*rank_of, *offer.references}
         digests: dict[int, str] = {}
         dead: dict[int, RayError] = {}
-        failed: RayError | None = None
+        failed: dict[int, RayError] = {}
         while waiting:
             [ready], _ = ray.wait(list(waiting), num_returns=1)
             waiting.discard(ready)
@@ -197,7 +197,7 @@ class Replicas:
                 if rank is None:
                     break  # the sender failed: `finish` raises its error
                 if not isinstance(error, WORKER_DEATHS):
-                    failed = error  # if the stream ended too early, `finish` raises the sender's error instead
+                    failed[rank] = error  # if the stream ended too early, `finish` raises the sender's error instead
                     offer.leave(streams[rank])
                     continue
                 # The other ranks of its tied group would wait for the dead one forever, so they are killed, too.
@@ -208,8 +208,9 @@ class Replicas:
                 for tied_rank in tied_ranks:
                     offer.leave(streams[tied_rank])
         sent_digest = offer.finish()
-        if failed is not None:
-            raise failed
+        for rank, failure in failed.items():
+            if rank // self._size not in dead:
+                raise failure
         alive = {rank: digest for rank, digest in digests.items() if rank // self._size not in dead}
         self._check_digests(offer.version, sent_digest, alive)
         return dead
@@ -240,7 +241,7 @@ class Replicas:
                 while True:
                     incarnation = self._incarnations[replica]
                     try:
-                        results.update(zip(references.values(), ray.get(list(references)), strict=True))
+                        results.update(zip(references.values(), get_all(references), strict=True))
                     except WORKER_DEATHS as error:
                         self._replace(replica, incarnation, error)
                         if on_replaced and replica in self._incarnations:
@@ -304,10 +305,13 @@ class Replicas:
             part = part_of[ready]
             try:
                 piece = part.take(ready, leader=self._ranks(part.replica)[0])
-            except (*WORKER_DEATHS, ObjectLostError) as error:
+            except (*WORKER_DEATHS, ObjectLostError, RayTaskError) as error:
+                death = death_among(part.pending) if isinstance(error, RayTaskError) else error
+                if death is None:
+                    raise
                 parts.remove(part)
-                if not isinstance(error, ObjectLostError):  # a lost result is requested again; no replica has died
-                    self._replace(part.replica, part.incarnation, error)
+                if not isinstance(death, ObjectLostError):  # a lost result is requested again; no replica has died
+                    self._replace(part.replica, part.incarnation, death)
                 if not seen.issuperset(range(part.start, part.end)):
                     parts += self._send(request, method, part.start, part.end)
                 continue

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -82,6 +83,19 @@ class Probe:
         if os.environ["RANK"] == str(rank):
             os._exit(7)
         time.sleep(300)
+
+    def die_connected(self, path: str) -> None:
+        """Rank 1 dies while rank 0 has a connection to it, as in a collective operation. Rank 0 fails first."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            if os.environ["RANK"] == "1":
+                connection.bind(path)
+                connection.listen()
+                connection.accept()
+                os._exit(7)
+            while connection.connect_ex(path):
+                time.sleep(0.01)
+            if not connection.recv(1):
+                raise ConnectionError("the connection was closed by the peer")
 
     def fail(self) -> None:
         raise KeyError("a bug of the worker")
