@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import Protocol
 import psutil
 
 from nemo_rl.utils.jsonl import append_text, read_jsonl
+from nemo_rl.utils.processes import start_time
 
 TIMELINE_FILE = "timeline.jsonl"
 # The event with this name and zero duration ends the start-up.
@@ -155,12 +157,11 @@ class Timeline:
 
     def record_process_start(self) -> None:
         """Add the events before this call: `uv run` until Python started, and the imports until now."""
-        process = psutil.Process()
-        started = process.create_time()
-        parent = process.parent()
-        with contextlib.suppress(psutil.Error):
+        started = start_time(os.getpid())
+        with contextlib.suppress(psutil.Error, OSError):
+            parent = psutil.Process().parent()
             if parent is not None and parent.name() == "uv":
-                self.record("uv run", parent.create_time(), started)
+                self.record("uv run", start_time(parent.pid), started)
         self.record("Python and imports", started, time.time())
 
     def extend(self, events: Iterable[TimelineEvent]) -> None:

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from grpo_jobs import ROOT, SMALL, command, metrics, reproducible_metrics, wait_for
 
-from nemo_rl.distributed.cluster.local_clusters import ProcessIdentity, WarmSession
+from nemo_rl.distributed.cluster.local_clusters import WarmSession
 from nemo_rl.jobs import hand_over
+from nemo_rl.utils.processes import ProcessIdentity
 
 NEMO_RL = str(Path(sys.executable).with_name("nemo-rl"))
 

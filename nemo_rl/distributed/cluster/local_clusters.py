@@ -21,31 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from nemo_rl import settings
 from nemo_rl.distributed.cluster.template_client import relevant_variables
 from nemo_rl.errors import ClusterError
 from nemo_rl.utils.files import private_temp_dir, write_atomically
-
-
-@dataclass(frozen=True)
-class ProcessIdentity:
-    """A process, identified by id and start time because ids are reused."""
-
-    pid: int
-    created: float
-
-    @staticmethod
-    def of(pid: int) -> ProcessIdentity:
-        return ProcessIdentity(pid, psutil.Process(pid).create_time())
-
-    def is_running(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+from nemo_rl.utils.processes import ProcessIdentity
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from nemo_rl import settings
 from nemo_rl.distributed import ray_private
 from nemo_rl.distributed.cluster.local_clusters import (
     LocalCluster,
-    ProcessIdentity,
     WarmSession,
     locked_record,
     read_record,
@@ -43,6 +42,7 @@ from nemo_rl.distributed.cluster.local_clusters import (
 from nemo_rl.distributed.cluster.template_client import DRIVERS_LOCK, TEMPLATE_VARIABLE
 from nemo_rl.distributed.ray_private import connected_node
 from nemo_rl.errors import ClusterError
+from nemo_rl.utils.processes import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 

@@ -38,10 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl.distributed.cluster import template_process
-from nemo_rl.distributed.cluster.local_clusters import LocalCluster, ProcessIdentity, read_record, record_path
+from nemo_rl.distributed.cluster.local_clusters import LocalCluster, read_record, record_path
 from nemo_rl.distributed.cluster.template_client import DRIVERS_LOCK
 from nemo_rl.errors import ClusterError
 from nemo_rl.utils.files import write_atomically
+from nemo_rl.utils.processes import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
