@@ -79,7 +79,7 @@ class MultiWorkerFuture:
 def get_values(
     worker_group: TiedWorkers, futures: Sequence[Reference], ranks: Sequence[int], generators_as_proxies: bool
 ) -> list[Any]:
-    """Wait for all `futures`; raise as soon as one fails.
+    """Wait for all `futures`; raise as soon as one fails (see `get_all`).
 
     The value of a streaming generator is the list of the values it yields, or with `generators_as_proxies` itself.
 

@@ -7,11 +7,12 @@ and nothing was started); 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn
@@ -105,7 +106,8 @@ def run_command(
             config, name = load_config(schema, path, arguments.overrides), path.stem
         else:
             config, name = options.load(arguments)
-        job(JobArguments(config, name, arguments.dry_run))
+        with _interrupt_takes_precedence():
+            job(JobArguments(config, name, arguments.dry_run))
         report_imports_of_driver()
     except KeyboardInterrupt:
         print("interrupted; run the same command to resume", file=sys.stderr)
@@ -141,6 +143,21 @@ def config_path(file: Path | str) -> Path:
             f"--config {file}: there is no such file, and no recipe of this name. Recipes: {', '.join(near)}"
         )
     return recipe
+
+
+@contextlib.contextmanager
+def _interrupt_takes_precedence() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` instead of an error that results from it, such as one of the clean-up."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        logger.warning("after the interrupt: %s: %s", type(error).__name__, error)
+        raise KeyboardInterrupt from error
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -70,7 +70,8 @@ def _wait(started: StartedProcess) -> int:
             os.kill(started.pid, number)
 
     for number in _FORWARDED_SIGNALS:
-        signal.signal(number, forward)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
     answer = b""
     while data := started.connection.recv(64):
         answer += data

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from grpo_jobs import ROOT, SMALL, command, metrics, reproducible_metrics, wait_for
+from grpo_jobs import ROOT, SMALL, command, has_saved, metrics, reproducible_metrics, wait_for
 
 from nemo_rl.distributed.cluster.local_clusters import WarmSession
 from nemo_rl.jobs import hand_over
@@ -89,15 +89,16 @@ def test_jobs_start_from_templates_and_train_alike(session: Session, tmp_path: P
     # Ctrl-C reaches the driver, and the same command continues.
     arguments = ("grpo.max_num_steps=400", f"logger.log_dir={tmp_path / 'third'}")
     job = session.start_job(*arguments)
-    wait_for((tmp_path / "third" / "checkpoints" / "step_000001").exists, job)
+    wait_for(lambda: has_saved(tmp_path / "third", 1), job)
     assert session.nemo_rl("stop").returncode == 1  # a job uses it
     job.send_signal(signal.SIGINT)
-    assert job.wait(timeout=120) == 130
-    assert "run the same command to resume" in job.communicate()[1]
+    errors = job.communicate(timeout=120)[1]
+    assert job.returncode == 130, errors[-3000:]
+    assert "run the same command to resume" in errors
 
     # A killed command takes its driver with it.
     job = session.start_job(*arguments)
-    wait_for((tmp_path / "third" / "checkpoints" / "step_000003").exists, job)
+    wait_for(lambda: has_saved(tmp_path / "third", 3), job)
     job.kill()
     wait_for(lambda: not session.status()["has_drivers"], None, seconds=60)
 

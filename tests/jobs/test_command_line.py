@@ -73,6 +73,18 @@ def test_unexpected_exception_keeps_its_traceback(config_file):
         run_command(MasterConfig, config_file, job, [])
 
 
+def test_error_of_the_clean_up_does_not_hide_an_interrupt(config_file, capsys, caplog):
+    def job(arguments):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise OSError("a worker does not answer")
+
+    assert run_command(MasterConfig, config_file, job, []) == 130
+    assert "run the same command to resume" in capsys.readouterr().err
+    assert "after the interrupt: OSError: a worker does not answer" in caplog.text
+
+
 def test_unknown_key_does_not_start_the_job(config_file, capsys):
     received = []
     assert run_command(MasterConfig, config_file, received.append, ["grpo.sede=1"]) == 2

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import sys
 import types
@@ -81,7 +82,8 @@ class Template:
     def start(self, request: dict[str, Any], variables: dict[str, str] | None = None) -> StartedProcess | None:
         """Start a process; None if there is no template, or it does not answer.
 
-        It has the standard streams, the working directory and the environment of this one.
+        It has the standard streams, the working directory and the environment of this one, and ignores and blocks the
+        same signals.
 
         Args:
             request: what the process runs: `script`, or `module` with `program` and `path`; and `arguments`.
@@ -90,7 +92,14 @@ class Template:
         umask = os.umask(0)
         os.umask(umask)
         environment = {**os.environ, **(variables or {})}
-        request = {**request, "environment": environment, "directory": os.getcwd(), "umask": umask}
+        request = {
+            **request,
+            "environment": environment,
+            "directory": os.getcwd(),
+            "umask": umask,
+            "ignored_signals": [number for number in signal.valid_signals() if _is_ignored(number)],
+            "blocked_signals": list(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        }
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_ANSWER_TIMEOUT_S)
         try:
@@ -120,6 +129,10 @@ class StartedProcess:
 
     pid: int
     connection: socket.socket
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def worker_command(python: str, command: list[str]) -> list[str] | None:

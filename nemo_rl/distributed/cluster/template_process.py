@@ -254,6 +254,7 @@ def _become(request: dict[str, Any], descriptors: list[int], connection: socket.
     os.environ.clear()
     os.environ.update(request["environment"])
     os.umask(request["umask"])
+    _set_signals(frozenset(request["ignored_signals"]), frozenset(request["blocked_signals"]))
     os.chdir(request["directory"])
     time.tzset()
     _open_standard_streams()
@@ -267,6 +268,17 @@ def _become(request: dict[str, Any], descriptors: list[int], connection: socket.
         sys.exit(0)
     sys.path[0] = request["path"]
     _run_job(request, connection)
+
+
+def _set_signals(ignored: frozenset[int], blocked: frozenset[int]) -> None:
+    """Ignore and block these signals, as a process does that the client executes; `nohup`, for one, ignores SIGHUP."""
+    for number in signal.valid_signals():
+        if number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+        elif signal.getsignal(number) is signal.SIG_IGN:  # in the template
+            is_interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _open_standard_streams() -> None:

@@ -51,6 +51,7 @@ _POLL_S = 1.0
 _QUIET_S = 20.0
 _REBUILD_AFTER_S = 60.0
 _MAX_TEMPLATES = 8
+_END_TIMEOUT_S = 2.0
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 60.0
 _LOG = "session.log"
@@ -170,10 +171,12 @@ class TemplateKeeper:
 
     directory: Path
     _running: dict[str, _RunningTemplate] = field(default_factory=dict)
+    _ending: list[_RunningTemplate] = field(default_factory=list)
     _refused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def update(self, *, quiet_s: float) -> None:
         """Start templates whose lists of modules have not changed for `quiet_s`; forget those that have ended."""
+        self._ending = [template for template in self._ending if template.process.poll() is None]
         for key, template in list(self._running.items()):
             code = template.process.poll()
             if code is not None:
@@ -193,11 +196,15 @@ class TemplateKeeper:
 
     def close(self) -> None:
         """End all templates and wait for them."""
-        for template in self._running.values():
-            template.end()
-        for template in self._running.values():
-            template.process.wait()
-        self._running.clear()
+        for key in list(self._running):
+            self._end(key)
+        for template in self._ending:
+            try:
+                template.process.wait(_END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:  # it is importing
+                template.process.kill()
+                template.process.wait()
+        self._ending.clear()
 
     def _modules(self, key: str, quiet_s: float) -> tuple[str, ...]:
         """Return the modules that processes of this template have imported; none if the lists have just changed."""
@@ -219,12 +226,10 @@ class TemplateKeeper:
         if not os.path.isfile(request["python"]):
             self._refused[key] = modules  # the venv has been removed
             return
-        previous = self._running.pop(key, None)
-        if previous is not None:
-            previous.end()  # its successor replaces the socket when it is ready
+        if key in self._running:
+            self._end(key)  # its successor replaces the socket when it is ready
         while len(self._running) >= _MAX_TEMPLATES:
-            oldest = min(self._running, key=lambda name: self._running[name].started)
-            self._running.pop(oldest).end()
+            self._end(min(self._running, key=lambda name: self._running[name].started))
         specification = self.directory / f"{key}.template.json"
         content = {"modules": modules, "socket": f"{key}.sock"}
         write_atomically(specification, json.dumps(content), private=True, durable=False)
@@ -240,6 +245,12 @@ class TemplateKeeper:
             )
         self._running[key] = _RunningTemplate(process, modules, time.monotonic())
         logger.info("the template %s imports %d modules for %s", key, len(modules), request["python"])
+
+    def _end(self, key: str) -> None:
+        """Ask a template to end, which it does when it has served the request that it is serving."""
+        template = self._running.pop(key)
+        template.end()
+        self._ending.append(template)
 
 
 def _is_free(directory: Path) -> bool:

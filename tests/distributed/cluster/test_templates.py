@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,16 +14,22 @@ from typing import Any
 
 import pytest
 
+from nemo_rl.distributed.cluster import warm_session
 from nemo_rl.distributed.cluster.template_client import Template, relevant_variables
 from nemo_rl.distributed.cluster.warm_session import TemplateKeeper
 
 SHOW_PROCESS = """
-import json, os, sys
+import json, os, signal, sys
 before = sorted(name for name in ("yaml", "threads", "needs_ray", "sample") if name in sys.modules)
 import sample
 state = dict(before=before, value=sample.VALUE, arguments=sys.argv, directory=os.getcwd(), path=sys.path[0])
 state |= dict(only=os.environ.get("ONLY_HERE"), set_by_import=os.environ.get("SET_BY_IMPORT"), name=__name__)
 state |= dict(is_leader=os.getsid(0) == os.getpid(), pid=os.getpid(), umask=os.umask(0))
+state |= dict(
+    ignores_hangup=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
+    blocked=list(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    can_be_interrupted=signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+)
 print(json.dumps(state))
 print("an error", file=sys.stderr)
 """
@@ -78,11 +85,14 @@ class Caller:
     def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a script through the template; exit code 7: there was none."""
         source = f"""
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from pathlib import Path
 from nemo_rl.distributed.cluster.template_client import Template
 os.umask(0o27)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+signal.signal(signal.SIGINT, signal.default_int_handler)
 template = Template(Path({str(self.session)!r}), {self.template.key!r}, sys.executable, {{}})
 started = template.start({{"script": {str(script)!r}, "arguments": [{str(script)!r}, *sys.argv[1:]]}})
 if started is None:
@@ -118,7 +128,9 @@ def caller(keeper: TemplateKeeper, packages: Path, tmp_path: Path) -> Caller:
 
 
 def test_a_process_has_the_state_of_its_caller(keeper: TemplateKeeper, caller: Caller, tmp_path: Path) -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a session in the background of a shell ignores it
     caller.start_template(keeper, ["yaml", "broken", "sample"])
+    signal.signal(signal.SIGINT, previous)
     script = tmp_path / "script.py"
     script.write_text(SHOW_PROCESS)
     for _ in range(2):
@@ -136,6 +148,9 @@ def test_a_process_has_the_state_of_its_caller(keeper: TemplateKeeper, caller: C
             "is_leader": True,
             "pid": int(pid),
             "umask": 0o27,
+            "ignores_hangup": True,
+            "blocked": [signal.SIGUSR1],
+            "can_be_interrupted": True,
         }
         assert result.stderr == "an error\n"
 
@@ -207,6 +222,23 @@ def test_templates_end_with_their_keeper(keeper: TemplateKeeper, caller: Caller)
     keeper.close()
     assert not Path(f"/proc/{pid}").exists()
     assert not list(caller.session.glob("*.sock"))
+
+
+def test_templates_that_import_end_with_their_keeper(
+    keeper: TemplateKeeper, caller: Caller, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_session, "_REBUILD_AFTER_S", 0.0)
+    monkeypatch.setattr(warm_session, "_END_TIMEOUT_S", 0.1)
+    (packages / "slow.py").write_text("import time\ntime.sleep(600)\n")
+    pids = []
+    caller.template.ask_for()
+    for number, modules in enumerate((["slow"], ["slow", "yaml"])):  # the second template replaces the first one
+        (caller.session / f"{caller.template.key}.{number}.modules.json").write_text(json.dumps(modules))
+        keeper.update(quiet_s=0.0)
+        pids += keeper.process_ids().values()
+    assert len(set(pids)) == 2
+    keeper.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_template_is_started_when_the_imports_are_complete(keeper: TemplateKeeper, caller: Caller) -> None:
