@@ -13,6 +13,7 @@ from sample_stages import AddOne, KeepFirstOfEach, batches, numbers
 from nemo_rl.distributed.cluster.session import start_local_ray
 from nemo_rl.errors import ResourceInsufficientError
 from nemo_rl.pipelines import DocumentBatch, Pipeline, ProcessingStage, RayActorPoolExecutor, RayDataExecutor, Resources
+from nemo_rl.pipelines.bootstrap import DataStage
 from nemo_rl.pipelines.executors.ray_data import _release_workers
 
 
@@ -48,6 +49,25 @@ def test_later_segments_are_checked_for_gpus(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.slow
+def test_workers_of_other_runs_are_kept() -> None:
+    class Worker:
+        def answer(self) -> bool:
+            return True
+
+    def worker_of(run: type[DataStage]) -> Any:  # named as Ray Data names it
+        return ray.remote(num_cpus=0)(type(f"MapWorker(MapBatches({run.__name__}))", (Worker,), {})).remote()
+
+    failed, running = (type(f"DataStage_{run}", (DataStage,), {}) for run in (1, 2))
+    kept, killed = worker_of(running), worker_of(failed)
+    assert ray.get([kept.answer.remote(), killed.answer.remote()]) == [True, True]
+    _release_workers(ValueError(), failed)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(killed.answer.remote())
+    assert ray.get(kept.answer.remote())
+
+
 def test_functions_of_the_caller_keep_their_local_variables() -> None:
     def errors() -> Iterator[ValueError | str]:
         variable = "kept"
@@ -60,5 +80,5 @@ def test_functions_of_the_caller_keep_their_local_variables() -> None:
     generator = errors()
     error = next(generator)
     assert isinstance(error, ValueError)
-    _release_workers(error)
+    _release_workers(error, DataStage)
     assert next(generator) == "kept"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import traceback
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -42,6 +43,7 @@ from nemo_rl.pipelines.stage import AnyStage
 
 # Of functions whose local variables may refer to workers.
 _SOURCES = (os.path.dirname(ray.__file__) + os.sep, __file__)
+_MODULE = DataStage.__module__  # pickled by value
 
 
 class RayDataExecutor:
@@ -71,13 +73,15 @@ class RayDataExecutor:
         """See `Executor.run`."""
         if not items:
             return []
+        # Workers have the class's name in theirs, so that those of this run can be told from all others.
+        worker_class = type(f"{DataStage.__name__}_{secrets.token_hex(4)}", (DataStage,), {"__module__": _MODULE})
         try:
-            return self._stream(stages, items, cluster)
+            return self._stream(worker_class, stages, items, cluster)
         except KeyboardInterrupt as error:
-            _release_workers(error)
+            _release_workers(error, worker_class)
             raise
         except Exception as error:  # Ray Data wraps what a stage raises and adds its own advice
-            _release_workers(error)
+            _release_workers(error, worker_class)
             cause = recorded_error(stages[0].job) or stage_error(error)
             if cause is not None:
                 raise cause from error
@@ -88,7 +92,9 @@ class RayDataExecutor:
                 raise StageError(f"one of the stages {names} failed: {error}") from error
             raise PipelineError(f"Ray Data failed: {type(error).__name__}: {error}") from error
 
-    def _stream(self, stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster) -> list[Item]:
+    def _stream(
+        self, worker_class: type[DataStage], stages: Sequence[PlannedStage], items: Sequence[Item], cluster: Cluster
+    ) -> list[Item]:
         shared = [list(together) for _, together in groupby(stages, key=_place)]  # stages in the same workers
         share = cpu_share([together[0] for together in shared], cluster.num_cpus)
         size = group_size(len(items), cluster.num_cpus, stages[0].batch_size)
@@ -96,10 +102,17 @@ class RayDataExecutor:
         with _row_per_block():
             dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
             for together in shared:
-                dataset = self._with_stages(dataset, together, cluster, share)
+                dataset = self._with_stages(dataset, worker_class, together, cluster, share)
             return [item for row in dataset.iter_rows() for item in cloudpickle.loads(row["group"])]
 
-    def _with_stages(self, dataset: Any, stages: Sequence[PlannedStage], cluster: Cluster, share: float) -> Any:
+    def _with_stages(
+        self,
+        dataset: Any,
+        worker_class: type[DataStage],
+        stages: Sequence[PlannedStage],
+        cluster: Cluster,
+        share: float,
+    ) -> Any:
         """Add stages that run in the same workers."""
         stage = stages[0]
         # Ray Data has no other option for the number of restarts. It warns that Ray 2.64 removes this one.
@@ -107,7 +120,7 @@ class RayDataExecutor:
         most = stage.max_num_workers(cluster, self._max_workers)
         least = most if stage.job.stage.num_workers is not None else 1
         return dataset.map_batches(
-            DataStage,
+            worker_class,
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
@@ -127,7 +140,7 @@ def _place(stage: PlannedStage) -> Hashable:
     return cloudpickle.dumps((stage.num_cpus, stage.runtime_env, stage.env_vars, stage.python_id))
 
 
-def _release_workers(error: BaseException) -> None:
+def _release_workers(error: BaseException, worker_class: type[DataStage]) -> None:
     """Make the workers of a failed Ray Data job end and return their CPUs.
 
     Ray Data ends a worker by dropping its own reference; the worker then tears its stages down. After an error, the
@@ -136,7 +149,7 @@ def _release_workers(error: BaseException) -> None:
     are dropped first.
 
     Ray's core sometimes keeps a callback that refers to a worker, which no collection finds. Such a worker is killed,
-    without a teardown. It may be one of a run in another thread, which then repeats the worker's tasks.
+    without a teardown.
     """
     for cause in causes(error):
         for called, _ in traceback.walk_tb(cause.__traceback__):
@@ -148,7 +161,7 @@ def _release_workers(error: BaseException) -> None:
                 frame = frame.f_back
     gc.collect()
     for remaining in gc.get_objects():
-        if isinstance(remaining, ActorHandle) and f"({DataStage.__name__})" in repr(remaining):
+        if isinstance(remaining, ActorHandle) and f"({worker_class.__name__})" in repr(remaining):
             ray.kill(remaining)
 
 
