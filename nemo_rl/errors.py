@@ -50,6 +50,8 @@ that does not know this package can catch them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class NemoRLError(Exception):
     """Base class of every error that nemo_rl raises on purpose."""
@@ -276,3 +278,16 @@ def sentence(error: NemoRLError) -> str:
     """
     raised = getattr(error, "cause", None)
     return str(raised if isinstance(raised, NemoRLError) else error)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and all of its causes, including those in the attribute `cause`, as Ray has it."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]

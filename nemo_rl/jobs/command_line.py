@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NoReturn
 
 from nemo_rl import settings
-from nemo_rl.errors import ConfigError, NemoRLError, exit_code, sentence
+from nemo_rl.errors import ConfigError, NemoRLError, causes, exit_code, sentence
 from nemo_rl.jobs.hand_over import hand_over, report_imports_of_driver
 from nemo_rl.utils.config import ConfigModel, ConfigT, iter_keys, load_config
 from nemo_rl.utils.names import nearest_names
@@ -151,10 +151,7 @@ def _interrupt_takes_precedence() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if not any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
             raise
         logger.warning("after the interrupt: %s: %s", type(error).__name__, error)
         raise KeyboardInterrupt from error

@@ -97,7 +97,9 @@ class Template:
             "environment": environment,
             "directory": os.getcwd(),
             "umask": umask,
-            "ignored_signals": [number for number in signal.valid_signals() if _is_ignored(number)],
+            "ignored_signals": [
+                number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN
+            ],
             "blocked_signals": list(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         }
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -129,10 +131,6 @@ class StartedProcess:
 
     pid: int
     connection: socket.socket
-
-
-def _is_ignored(number: int) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def worker_command(python: str, command: list[str]) -> list[str] | None:

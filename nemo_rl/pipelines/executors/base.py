@@ -6,7 +6,7 @@ import hashlib
 import logging
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from ray.exceptions import ObjectLostError
 
 from nemo_rl.distributed.futures import WORKER_DEATHS
 from nemo_rl.distributed.provisioning.source_sync import outside_python, search_path
-from nemo_rl.errors import PipelineDefinitionError, PipelineError, ResourceInsufficientError, StageError
+from nemo_rl.errors import PipelineDefinitionError, PipelineError, ResourceInsufficientError, StageError, causes
 from nemo_rl.pipelines import bootstrap
 from nemo_rl.pipelines.failures import FAILED_DIR, write_failure
 from nemo_rl.pipelines.items import Item
@@ -187,19 +187,6 @@ def stage_error(error: BaseException | None) -> PipelineError | None:
 def is_death(error: BaseException) -> bool:
     """Return whether an error was caused by the death of workers, or by tasks that were lost with their node."""
     return any(isinstance(cause, (*WORKER_DEATHS, ObjectLostError)) for cause in causes(error))
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and all of its causes."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
 
 
 def recorded_error(job: StageJob) -> PipelineError | None:

@@ -25,13 +25,12 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.util.annotations import RayDeprecationWarning
 
-from nemo_rl.errors import PipelineError, StageError
+from nemo_rl.errors import PipelineError, StageError, causes
 from nemo_rl.pipelines.bootstrap import DataStage
 from nemo_rl.pipelines.executors.base import (
     Cluster,
     PlannedStage,
     WorkersDied,
-    causes,
     cpu_share,
     is_death,
     recorded_error,
