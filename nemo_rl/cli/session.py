@@ -41,6 +41,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
     from nemo_rl.cli import display
     from nemo_rl.distributed.cluster.warm_session import find_session
+    from nemo_rl.utils.processes import program_of
 
     session = find_session()
     if session is None:
@@ -49,9 +50,8 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     templates = []
     for key, pid in session.templates.items():
         try:
-            process = psutil.Process(pid)
-            templates.append((key, pid, process.memory_info().rss, process.cmdline()[0]))
-        except psutil.Error:
+            templates.append((key, pid, psutil.Process(pid).memory_info().rss, program_of(pid)))
+        except (psutil.Error, OSError):
             continue  # it has just ended
     if json:
         display.print_json(

@@ -1,4 +1,4 @@
-"""When processes started, and whether they still run.
+"""When processes started, whether they still run, and which program they run.
 
 Not by the clock: `psutil` adds the start of the kernel to a process's age, which gives another time after each
 correction of the clock, and is rounded to a second.
@@ -46,6 +46,15 @@ def start_time(pid: int) -> float:
     """
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return boot + _state_and_start(pid)[1] / os.sysconf("SC_CLK_TCK")
+
+
+def program_of(pid: int) -> str:
+    """Return the first word of a process's command line; "" while it starts or ends, when it has no command line.
+
+    Raises `OSError` if there is no process with this id.
+    """
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return os.fsdecode(file.read().partition(b"\0")[0])
 
 
 def _state_and_start(pid: int) -> tuple[str, int]:

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from nemo_rl.utils.processes import ProcessIdentity, start_time
+from nemo_rl.utils.processes import ProcessIdentity, program_of, start_time
 
 
 def test_a_process_runs_until_it_has_ended() -> None:
@@ -32,6 +32,16 @@ def test_identity_survives_a_correction_of_the_clock(monkeypatch: pytest.MonkeyP
     assert psutil.Process().create_time() > corrected
     assert identity.is_running()
     assert identity == ProcessIdentity.of(os.getpid())
+
+
+def test_program_of_a_process_that_has_ended_is_empty() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert program_of(process.pid) == sys.executable
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie
+        assert program_of(process.pid) == ""
+    with pytest.raises(OSError, match=str(process.pid)):
+        program_of(process.pid)
 
 
 def test_start_time() -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import ray
 
 from nemo_rl.distributed.provisioning.remote_calls import start_on_nodes
@@ -37,6 +38,7 @@ from nemo_rl.pipelines.executors.base import (
 )
 from nemo_rl.pipelines.items import Item, chunks, group_size
 from nemo_rl.pipelines.stage import AnyStage
+from nemo_rl.utils.processes import program_of
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +150,9 @@ def _actors_killed_at_exit() -> Iterator[None]:
 def _kill_processes(pids: list[int]) -> None:
     """Kill the processes that are still Xenna's. The system may have reused a process id."""
     for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            if process.cmdline()[0].startswith(("ray::StageWorker", "ray::NodeResourceMonitor", "ray::Stage ")):
-                process.kill()
+        with contextlib.suppress(OSError):
+            if program_of(pid).startswith(("ray::StageWorker", "ray::NodeResourceMonitor", "ray::Stage ")):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _stage(planned: PlannedStage, share: float) -> Any:
