@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Set
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,12 @@ MAY_PRINT = ("cli/", "jobs/command_line.py")
 DRIVER_PACKAGES = tuple(MAY_IMPORT.keys() - {"models", "errors", "settings", "secrets"})
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+@cache
+def sources() -> list[tuple[str, ast.Module]]:
+    return [
+        (path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
 
 
 def imported_modules(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -70,6 +74,7 @@ def imported_modules(tree: ast.Module) -> Iterator[tuple[str, int]]:
                     yield (submodule if is_module(submodule) else node.module), node.lineno
 
 
+@cache
 def is_module(name: str) -> bool:
     path = PACKAGE.parent / Path(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()

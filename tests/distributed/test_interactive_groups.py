@@ -253,6 +253,7 @@ def test_cancel_of_coroutines(ray_local: str, sources: Path, tmp_path: Path) -> 
         assert call(group, "num_calls") == [1]
 
 
+@pytest.mark.slow  # starts a group of its own
 def test_cancel_of_more_coroutines_than_may_run(ray_local: str, sources: Path, tmp_path: Path) -> None:
     """Two may run, and one in another concurrency group; the others wait."""
     with (
@@ -316,6 +317,7 @@ def test_group_of_another_name_is_named_as_the_holder(
 
 
 @pytest.mark.parametrize("keeps_group", [False, True])
+@pytest.mark.slow  # starts groups
 def test_cluster_that_another_name_holds_is_named_at_once(
     ray_local: str, sources: Path, monkeypatch: pytest.MonkeyPatch, keeps_group: bool
 ) -> None:
@@ -377,6 +379,7 @@ def test_cell_that_runs_again_replaces_its_group(ray_local: str, sources: Path, 
         "held.append(Group(cluster, build(sources)))\nheld.append(Group(cluster, build(sources)))",
     ],
 )
+@pytest.mark.slow  # starts groups
 def test_one_cell_does_not_replace_its_own_groups(ray_local: str, sources: Path, source: str) -> None:
     with RayVirtualCluster([1], use_gpus=False) as other:
         names: dict[str, Any] = {"cluster": other, "build": builder, "Group": RayWorkerGroup, "sources": sources}

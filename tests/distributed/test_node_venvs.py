@@ -258,6 +258,7 @@ def test_nothing_is_built_when_a_venv_cannot_be_planned(project: str, shared_dir
     assert not _seals(shared_dir)
 
 
+@pytest.mark.slow  # starts nodes
 def test_ensure_venv_on_node_that_joined_later(project: str, cluster: Cluster, shared_dir: Path) -> None:
     ensure_venvs_on_each_node({"a.Worker": project})
     before = {node.node_id for node in alive_nodes()}
@@ -275,6 +276,7 @@ def test_ensure_venv_on_node_that_joined_later(project: str, cluster: Cluster, s
         ensure_venv_on_node(joined, project, "a.Worker")
 
 
+@pytest.mark.slow  # starts nodes
 def test_node_without_cpus_and_gpus_is_skipped(project: str, cluster: Cluster, shared_dir: Path) -> None:
     node = cluster.add_node(num_cpus=0)
     try:
@@ -302,6 +304,7 @@ def test_force_rebuilds_once_per_job_and_directory(
     assert {os.path.realpath(entry / "a.Worker") for entry in separate_dirs} == after
 
 
+@pytest.mark.slow  # starts and kills nodes
 def test_another_node_builds_when_the_builder_is_lost(
     project: str, cluster: Cluster, separate_dirs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import fnmatch
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,19 +54,28 @@ _COMMAND = re.compile(r"(?:^|[`\"'(]|\$ |: |uv run )nemo-rl ([a-z][^`\n;]*)", re
 _FILE = re.compile(r"(?<![\w/.-])((?:examples|docker|tools|benchmarks|tests)/[\w./-]*\w)")
 
 
-def texts(*, code: bool = True) -> Iterator[tuple[str, str]]:
-    """Yield (location, text) of every page and of every string in the source; `…` replaces formatted values."""
-    for page in PAGES:
-        yield page.relative_to(REPOSITORY).as_posix(), page.read_text(encoding="utf-8")
-    for path in sorted((REPOSITORY / "nemo_rl").rglob("*.py")) if code else ():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
-        for node in ast.walk(tree):
-            where = f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}"
+def texts(*, code: bool = True) -> list[tuple[str, str]]:
+    """Return (location, text) of every page and of every string in the source; `…` replaces formatted values."""
+    pages = [(page.relative_to(REPOSITORY).as_posix(), page.read_text(encoding="utf-8")) for page in PAGES]
+    return pages + strings_in_code() if code else pages
+
+
+@cache
+def strings_in_code() -> list[tuple[str, str]]:
+    return list(_strings_in_code())
+
+
+def _strings_in_code() -> Iterator[tuple[str, str]]:
+    for path in sorted((REPOSITORY / "nemo_rl").rglob("*.py")):
+        name = path.relative_to(REPOSITORY)
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        inside = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        for node in nodes:
             if isinstance(node, ast.JoinedStr):
-                yield where, "".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+                values = node.values
+                yield f"{name}:{node.lineno}", "".join(p.value if isinstance(p, ast.Constant) else "…" for p in values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-                yield where, node.value
+                yield f"{name}:{node.lineno}", node.value
 
 
 def fields_of(schema: type[ConfigModel], parts: list[str]) -> list[FieldInfo | None]:
@@ -148,9 +158,21 @@ def test_named_commands_and_options_exist() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@cache
+def whole_command() -> Any:
+    return typer.main.get_command(app)
+
+
+@cache
+def options_of_jobs() -> set[str]:
+    parser = _parser(MasterConfig, "x")
+    _add_options(parser)
+    return {option for action in parser._actions for option in action.option_strings}
+
+
 def unknown_in_command(line: str) -> str | None:
     """Return the first unknown command or option of `nemo-rl <line>`. `a | b` lists alternatives."""
-    group: Any = typer.main.get_command(app)
+    group = whole_command()
     try:
         words = shlex.split(line.replace("\\", ""))
     except ValueError:
@@ -167,9 +189,7 @@ def unknown_in_command(line: str) -> str | None:
             group = group.commands[name]
     known = {option for parameter in group.params for option in parameter.opts}
     if group.context_settings.get("ignore_unknown_options"):  # the job parses them
-        parser = _parser(MasterConfig, "x")
-        _add_options(parser)
-        known |= {option for action in parser._actions for option in action.option_strings}
+        known |= options_of_jobs()
     options = [word.strip("[].,)").partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
     return next((option for option in options if option.startswith("-") and option not in known), None)
 

@@ -292,7 +292,7 @@ def test_roots_of_all_sizes(verifier: Verifier, k: int, n: int, exponent: int) -
 
 
 @given(st.lists(st.fractions(-50, 50, max_denominator=9), min_size=2, max_size=4, unique=True), st.integers(-40, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_collections_are_compared_by_element(verifier: Verifier, values: list[Fraction], exponent: int) -> None:
     def text(numbers: list[Fraction], form: str) -> str:
         return form.format(

@@ -308,6 +308,7 @@ def test_answer_that_crashes_two_processes_is_wrong(fresh_env: MathEnvironment) 
     assert score(fresh_env, [(r"\sqrt{9}", "3")]).rewards.tolist() == [1.0]
 
 
+@pytest.mark.slow  # starts many verify processes
 def test_repeatedly_killed_processes_are_a_failure(fresh_env: MathEnvironment) -> None:
     with (
         send_signal_to_new(signal.SIGKILL, limit=10) as hit,
@@ -369,6 +370,7 @@ def test_wrong_config_names_the_key() -> None:
         MathEnvironment({"num_worker": 2})
 
 
+@pytest.mark.slow  # starts Ray for one test
 def test_as_a_ray_actor() -> None:
     import ray
 

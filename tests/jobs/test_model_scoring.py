@@ -155,6 +155,7 @@ def test_stage_runs_in_the_python_of_the_backend() -> None:
     assert [stage.resources.gpus for stage in pythons.values()] == [0, 1, 0, 1]
 
 
+@pytest.mark.slow  # starts Ray and its workers for one test
 def test_pipeline_computes_the_same_pass_rates(started: ModelPassRate, tmp_path: Path) -> None:
     rows = arithmetic(16, level=1)
     start_local_ray(num_cpus=2, num_gpus=0)

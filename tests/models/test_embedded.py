@@ -74,6 +74,7 @@ def _ensure(results) -> None:
     results.put((str(ensure_embedded_model(SMALL)), sum(builds)))
 
 
+@pytest.mark.slow  # starts many processes that import torch
 def test_many_processes_build_it_once(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -91,6 +92,7 @@ def _build_forever() -> None:
     ensure_embedded_model(SMALL.model_copy(update={"warmup_steps": 10**9, "warmup_accuracy": 1.0, "hidden_size": 8}))
 
 
+@pytest.mark.slow  # starts processes that import torch
 def test_killed_builder_leaves_no_model(cache: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_build_forever)
     process.start()

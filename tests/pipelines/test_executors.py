@@ -59,6 +59,7 @@ def test_results_keep_the_input_order(executor: Executor) -> None:
     assert numbers(Pipeline("p", stages=[DropEven()]).run(executor, batches(6))) == [2, 3, 6, 7, 10, 11]
 
 
+@pytest.mark.slow  # starts Ray Data
 def test_ray_data_stages_share_workers_if_they_ask_for_the_same() -> None:
     stages = [
         AddOne().with_(name="first"),

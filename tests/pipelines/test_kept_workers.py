@@ -102,6 +102,7 @@ def test_idle_workers_hold_no_cpus() -> None:
     assert len(STAGE_WORKERS) == 1
 
 
+@pytest.mark.slow  # starts many workers
 def test_more_stages_than_cpus_are_all_kept() -> None:
     def pids() -> list[int]:
         stages = [Facts().with_(name=str(i), resources=Resources(cpus=2)) for i in range(4)]
@@ -170,6 +171,7 @@ class Edited(ProcessingStage):
 """
 
 
+@pytest.mark.slow  # starts workers for each version
 def test_an_edited_module_is_imported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "edited_stage.py"
     monkeypatch.syspath_prepend(tmp_path)
@@ -244,6 +246,7 @@ class Meets(ProcessingStage[Task[Any], Task[Any]]):
         return Task(task.task_id, task.dataset_name, (os.getpid(), cpus))
 
 
+@pytest.mark.slow  # starts many workers
 def test_workers_beyond_the_limit_hold_their_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.KEEP_STAGE_WORKERS.name, "1")
     tasks = Pipeline("p", stages=[Meets(tmp_path)]).run(initial_tasks=[Task(str(i), "d", {}) for i in range(24)])
@@ -266,6 +269,7 @@ def test_a_virtual_cluster_releases_them() -> None:
         wait_until(lambda: not psutil.pid_exists(pid))
 
 
+@pytest.mark.slow  # starts another driver
 def test_they_end_with_the_driver(ray_local: str) -> None:
     script = Path(__file__).with_name("kept_script.py")
     environment = {**os.environ, "RAY_ADDRESS": ray_local}
@@ -274,6 +278,7 @@ def test_they_end_with_the_driver(ray_local: str) -> None:
     wait_until(lambda: not psutil.pid_exists(pid))
 
 
+@pytest.mark.slow  # starts workers for each number of CPUs
 def test_openmp_threads_follow_the_cpus() -> None:
     assert run(Facts())["threads"] == "1"
     assert run(Facts().with_(resources=Resources(cpus=3)))["threads"] == "3"

@@ -114,6 +114,7 @@ def test_one_node_builds_and_the_others_receive(project: str, index: Index, driv
         assert list(Path(entry.python).parent.parent.glob("lib/python*/site-packages/big/__pycache__/*.pyc"))
 
 
+@pytest.mark.slow  # builds a venv for each node
 def test_every_node_builds_when_broadcast_is_off(project: str, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_RL_VENV_SPREAD", "off")
     report = ensure_venvs_on_each_node({"a.Worker": project})

@@ -182,6 +182,7 @@ def test_worker_in_the_wrong_venv_fails_attestation() -> None:
         ray.get(handle.pid.remote())
 
 
+@pytest.mark.slow  # starts Ray workers of another project
 def test_worker_of_another_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "third_party_workers-1.0.dist-info"
     info.mkdir()

@@ -146,8 +146,7 @@ def test_training_equals_float64(llama: Path, teacher: Path, expected: Any, obje
     assert_close(train(llama, shards, objective, **MODES[mode]), expected[objective])
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-@pytest.mark.parametrize("mode", ["fixed", "packed"])
+@pytest.mark.parametrize(("mode", "sharding"), [("fixed", "ddp"), ("packed", "fsdp")])
 def test_two_workers_equal_float64(
     llama: Path, teacher: Path, two_ranks: RankProcesses, expected: Any, sharding: str, mode: str
 ) -> None:

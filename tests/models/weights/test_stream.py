@@ -133,7 +133,9 @@ class Child:
 
 @pytest.fixture
 def other() -> Iterator[Child]:
-    context = multiprocessing.get_context("spawn")
+    # One server imports torch, and each process is a fork of it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "nemo_rl.models.weights.receiver"])
     here, there = context.Pipe()
     process = context.Process(target=child, args=(there,), daemon=True)
     process.start()
