@@ -13,16 +13,21 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants, services, state
 from ray._private import worker as ray_worker
 from ray._private.node import Node
-from ray._raylet import Config  # type: ignore[attr-defined]
+from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, Config, persist_port  # type: ignore[attr-defined]
+
+from nemo_rl.distributed.cluster.ports import block_range, promised_ports
+from nemo_rl.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
 # Ray's own limit for a node to start, in seconds; it cannot be configured.
 RAY_START_LIMIT_S = 30.0
+_AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 _AUTH_SETUP_LOGGER = "ray._private.authentication.authentication_token_setup"
 _UPLOAD_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -117,16 +122,22 @@ def patient_start(limit_s: float) -> Iterator[None]:
 
     On a machine with more runnable processes than cores, Ray's processes import their packages in more than 30 s. After
     `RAY_START_LIMIT_S`, a warning names the load.
+
+    A raylet aborts if its agents do not name the ports that they chose within 15 s (Ray's issue 65983). Nodes that are
+    started here get these ports in advance, so that the raylet need not wait. If it ends nevertheless, the start fails
+    at once.
     """
-    original = services.get_node
+    original_get_node, original_start_raylet = services.get_node, Node.start_raylet
 
     def get_node(gcs_address: str, node_id: str) -> Any:
         started = time.monotonic()
         warned = False
         while True:
             try:
-                return original(gcs_address, node_id)
+                return original_get_node(gcs_address, node_id)
             except RuntimeError:  # the node has not registered yet
+                if _raylet_has_ended():
+                    raise ClusterError("Ray's raylet has ended during its start.") from None
                 waited = time.monotonic() - started
                 if waited > limit_s:
                     raise
@@ -141,11 +152,26 @@ def patient_start(limit_s: float) -> Iterator[None]:
                     )
                 time.sleep(0.1)
 
-    services.get_node = get_node
+    def start_raylet(node: Node, *args: Any, **kwargs: Any) -> None:
+        if block_range("agents") is not None:  # else any client socket could take the ports before the agents do
+            for name, port in zip(_AGENT_PORTS, promised_ports(len(_AGENT_PORTS), "agents"), strict=True):
+                setattr(node._ray_params, name, port)
+            # Ray passes the last port to the agent only. The raylet reads it where the agent will write it.
+            listen_port = node._ray_params.dashboard_agent_listen_port
+            persist_port(node._session_dir, node._node_id, DASHBOARD_AGENT_LISTEN_PORT_NAME, listen_port)
+        original_start_raylet(node, *args, **kwargs)
+
+    services.get_node, Node.start_raylet = get_node, start_raylet  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        services.get_node = original
+        services.get_node, Node.start_raylet = original_get_node, original_start_raylet  # type: ignore[method-assign]
+
+
+def _raylet_has_ended() -> bool:
+    """Whether this process has started raylets, and all of them have ended."""
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return bool(raylets) and all(raylet.status() == psutil.STATUS_ZOMBIE for raylet in raylets)
 
 
 # --- runtime_env ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ import ast
 import importlib
 import inspect
 import logging
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import ray
 
 import nemo_rl
 from nemo_rl.distributed import ray_private
+from nemo_rl.errors import ClusterError
 
 PACKAGE = Path(nemo_rl.__file__).parent
 PRIVATE_MODULES = ("ray._private", "ray._raylet")
@@ -33,6 +37,20 @@ USED: list[tuple[str, str, list[str] | None]] = [
     ("ray._private.node", "Node.get_session_dir_path", ["self"]),
     ("ray._private.node", "Node.get_runtime_env_dir_path", ["self"]),
     ("ray._private.services", "get_node", ["gcs_address", "node_id"]),
+    (
+        "ray._private.node",
+        "Node.start_raylet",
+        [
+            "self",
+            "plasma_directory",
+            "fallback_directory",
+            "object_store_memory",
+            "use_valgrind",
+            "use_profiler",
+        ],
+    ),
+    ("ray._raylet", "DASHBOARD_AGENT_LISTEN_PORT_NAME", None),
+    ("ray._raylet", "persist_port", None),
     ("ray._private.state", "available_resources_per_node", []),
     ("ray._private.state", "actors", ["actor_id", "job_id", "actor_state_name"]),
     ("ray._private.ray_constants", "PROCESS_TYPE_GCS_SERVER", None),
@@ -155,3 +173,42 @@ def test_slow_node_gets_more_time_than_ray_gives(
     registered_at = time.monotonic() + 60.0
     with ray_private.patient_start(0.2), pytest.raises(RuntimeError, match="not registered"):
         ray_private.services.get_node("address", "a")
+
+
+def test_start_fails_as_soon_as_the_raylet_has_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def never(gcs_address: str, node_id: str) -> None:
+        raise RuntimeError("not registered")
+
+    monkeypatch.setattr(ray_private.services, "get_node", never)
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to("/bin/true")
+    with subprocess.Popen([raylet]), ray_private.patient_start(600.0), pytest.raises(ClusterError, match="has ended"):
+        ray_private.services.get_node("address", "a")
+
+
+# As on a machine that is so busy that Ray's agents take 25 s to import their packages.
+_SLOW_AGENTS = """
+import sys, time
+if any(word.endswith(("dashboard/agent.py", "runtime_env/agent/main.py")) for word in sys.orig_argv):
+    time.sleep(25)
+"""
+
+
+@pytest.mark.slow  # waits for the agents
+def test_agents_that_start_slowly_do_not_end_the_raylet(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_AGENTS)
+    script = (
+        "import ray\n"
+        "from nemo_rl.distributed.cluster.session import start_local_ray\n"
+        "start_local_ray(num_cpus=1, num_gpus=0)\n"
+        "print(ray.get(ray.remote(lambda: 'computed').remote()))\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert process.stdout.splitlines()[-1:] == ["computed"], process.stderr[-3000:]

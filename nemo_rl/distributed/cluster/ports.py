@@ -17,14 +17,16 @@ from typing import Literal, get_args
 
 from nemo_rl.errors import ClusterError
 
-# The process group of a worker group, engines that connect several workers, and servers of a worker's own.
-Block = Literal["master", "engines", "endpoints"]
+# The process group of a worker group, engines that connect several workers, servers of a worker's own, Ray's agents.
+Block = Literal["master", "engines", "endpoints", "agents"]
 
 _KERNEL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _IANA_RANGE = (49_152, 65_535)  # of systems without that file
 # Above the ports of Ray's workers (10002 to 19999) and below the node ports of Kubernetes (30000 to 32767); else any.
 _WINDOWS = (range(20_000, 30_000), range(5_000, 65_536))
-_MIN_PORTS = 1_500  # of all blocks
+_MIN_PORTS = 2_000  # of all blocks
+
+_promises: list[socket.socket] = []  # closed by the kernel when this process ends
 
 
 def free_ports(
@@ -68,6 +70,30 @@ def free_ports(
         f"{socket.gethostname()} has {len(ports)} free ports{where}, {count} are needed ({len(taken)} are already "
         "assigned). Set port_range_low and port_range_high to a larger range, or end the processes that listen there."
     )
+
+
+def promised_ports(count: int, block: Block) -> list[int]:
+    """Return `count` free ports of a block that this function returns to no other process while this one lives.
+
+    For processes that listen on them much later. An abstract Unix socket stands for each promise.
+
+    Raises:
+        ClusterError: the block has fewer free ports.
+    """
+    ports: list[int] = []
+    taken: set[int] = set()
+    while len(ports) < count:
+        [port] = free_ports(1, taken=taken, block=block)
+        taken.add(port)
+        promise = socket.socket(socket.AF_UNIX)
+        try:
+            promise.bind(f"\0nemo_rl-port-{port}")
+        except OSError:  # promised to another process, or before in this one
+            promise.close()
+            continue
+        _promises.append(promise)
+        ports.append(port)
+    return ports
 
 
 def listen(host: str) -> socket.socket:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nemo_rl.distributed.cluster import ports
-from nemo_rl.distributed.cluster.ports import Block, block_range, free_ports
+from nemo_rl.distributed.cluster.ports import Block, block_range, free_ports, promised_ports
 from nemo_rl.errors import ClusterError
 
 BLOCKS = get_args(Block)
@@ -68,6 +71,20 @@ def test_free_ports_are_in_their_block(blocks: dict[Block, range], block: Block)
     found = free_ports(20, block=block)
     assert len(set(found)) == 20
     assert set(found) <= set(blocks[block])
+
+
+def test_promised_ports_differ_between_processes(blocks: dict[Block, range]) -> None:
+    imports = "from nemo_rl.distributed.cluster.ports import promised_ports"
+    with contextlib.ExitStack() as stack:
+        promised = promised_ports(100, "agents")
+        for _ in range(3):
+            command = [sys.executable, "-c", f"{imports}; print(promised_ports(5, 'agents'), flush=True); input()"]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            assert process.stdout is not None
+            promised += json.loads(process.stdout.readline())
+        assert len(set(promised)) == 115
+        assert set(promised) <= set(blocks["agents"])
 
 
 def test_no_client_socket_takes_a_promised_port(blocks: dict[Block, range]) -> None:
