@@ -82,7 +82,7 @@ def test_job_survives_the_loss_of_a_generation_node(nodes: Cluster, tmp_path: Pa
     nodes.remove_node(nodes.second, allow_graceful=False)
     code, errors = finish(job)
     assert code == 0, errors[-3000:]
-    assert "replicas go on without it" in errors
+    assert "(generation-1-0)" in errors, "the job must name the lost worker"
     assert_same_steps(tmp_path / "run", tmp_path / "uninterrupted")
 
 
