@@ -170,8 +170,12 @@ def patient_start(limit_s: float) -> Iterator[None]:
 
 def _raylet_has_ended() -> bool:
     """Whether this process has started raylets, and all of them have ended."""
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    return bool(raylets) and all(raylet.status() == psutil.STATUS_ZOMBIE for raylet in raylets)
+    states = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet":
+                states.add(child.status())
+    return states == {psutil.STATUS_ZOMBIE}
 
 
 # --- runtime_env ------------------------------------------------------------------------------------------------------
