@@ -55,17 +55,22 @@ _PASSED_PREFIXES = ("UV_INDEX_",)  # UV_INDEX_URL, UV_INDEX_STRATEGY and per-ind
 # An index that does not answer fails after about (1 + retries) x timeout, not when a proxy gives up.
 _DEFAULTS = {"UV_HTTP_TIMEOUT": "30", "UV_HTTP_RETRIES": "3"}
 _FIXED = {"UV_NO_PROGRESS": "1", "NO_COLOR": "1", "PYTHONNOUSERSITE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-# Both replace themselves with the command after they have asked the kernel to send SIGKILL when the parent (the first
-# argument) ends. The request survives exec. A `preexec_fn` could do the same, but may deadlock in a process with
-# threads. util-linux's `setpriv` takes 2 ms, Python 10 ms.
-_SETPRIV = ("setpriv", "--pdeathsig", "KILL", "/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
-_EXEC_WITH_PARENT = """
-import ctypes, os, sys
-PR_SET_PDEATHSIG, SIGKILL = 1, 9
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+# Both run the command as a child and kill their process group, which has the build back ends and compilers of uv too,
+# when the kernel tells them that the parent (the first argument) has ended. A `preexec_fn` could ask the kernel to kill
+# uv, but not what uv has started, and may deadlock in a process with threads. util-linux's `setpriv` takes 2 ms, Python
+# 10 ms.
+_SETPRIV = ("setpriv", "--pdeathsig", "TERM", "/bin/sh", "-c")
+_RUN_IN_SHELL = 'trap "kill -KILL 0" TERM; [ "$PPID" = "$0" ] || exit 1; "$@" & wait $!'
+_RUN_IN_PYTHON = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent has ended")
-os.execv(sys.argv[2], sys.argv[2:])
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+sys.exit(code if code >= 0 else 128 - code)
 """
 
 
@@ -245,13 +250,13 @@ def _ending_with_parent() -> Sequence[str]:
     """Return the command that runs another one until the parent ends; its arguments: the parent's pid, the command."""
     setpriv = shutil.which(_SETPRIV[0])
     if setpriv is not None:
-        command = [setpriv, *_SETPRIV[1:]]
+        command = [setpriv, *_SETPRIV[1:], _RUN_IN_SHELL]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             probe = [*command, str(os.getpid()), "/bin/sh", "-c", "echo works"]
             done = subprocess.run(probe, capture_output=True, timeout=10, check=False, start_new_session=True)
             if done.stdout == b"works\n":
                 return command
-    return [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT]
+    return [sys.executable, "-I", "-S", "-c", _RUN_IN_PYTHON]
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:

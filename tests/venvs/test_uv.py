@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ from pathlib import Path
 import pytest
 
 from nemo_rl.errors import UvNotFoundError, VenvBuildError, VenvError
+from nemo_rl.venvs import uv
 from nemo_rl.venvs.uv import BuildLog, run_command, run_uv
 
-# Runs a command from a thread of a process that has several, and prints the command's process id.
+# Runs a command in a thread of a process that has several, and prints the process ids of it and of its child.
 RUNNER = """
-import os, sys, threading
+import os, shutil, sys, threading
 from nemo_rl.venvs.uv import run_command
+if sys.argv[1] == "without setpriv":
+    which = shutil.which
+    shutil.which = lambda name, **how: None if name == "setpriv" else which(name, **how)
 threading.Thread(target=threading.Event().wait, daemon=True).start()
-script = "echo $$ >&2; exec sleep 600"
+script = "sleep 600 & echo $$ $! >&2; exec sleep 600"
 run = lambda: run_command(["sh", "-c", script], what="Waiting", env=dict(os.environ), on_line=print_line)
 print_line = lambda line: print(line, flush=True)
 threading.Thread(target=run).start()
@@ -58,14 +63,29 @@ def test_timeout_kills_command_and_children() -> None:
     assert ends(int(caught.value.output_tail.split()[0]))
 
 
-def test_sigkill_of_parent_ends_command() -> None:
-    runner = subprocess.Popen([sys.executable, "-c", RUNNER], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("how", ["with setpriv", "without setpriv"])
+def test_sigkill_of_parent_ends_command_and_children(how: str) -> None:
+    if how == "with setpriv" and shutil.which("setpriv") is None:
+        pytest.skip("there is no setpriv here")
+    runner = subprocess.Popen([sys.executable, "-c", RUNNER, how], stdout=subprocess.PIPE, text=True)
     assert runner.stdout is not None
-    command = int(runner.stdout.readline())
-    os.kill(command, 0)
+    processes = [int(word) for word in runner.stdout.readline().split()]
+    assert len(processes) == 2
+    assert all(Path(f"/proc/{pid}").exists() for pid in processes)
     runner.send_signal(signal.SIGKILL)
     runner.communicate()
-    assert ends(command)
+    assert all(ends(pid) for pid in processes)
+
+
+@pytest.mark.parametrize("how", ["with setpriv", "without setpriv"])
+def test_exit_code_of_a_command(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = uv._ending_with_parent() if how == "with setpriv" else [sys.executable, "-c", uv._RUN_IN_PYTHON]
+    monkeypatch.setattr(uv, "_ending_with_parent", lambda: guard)
+    assert run_command(["sh", "-c", "echo done"], what="Trying", env=dict(os.environ)) == "done\n"
+    with pytest.raises(VenvBuildError, match="with exit code 3"):
+        run_command(["sh", "-c", "exit 3"], what="Trying", env=dict(os.environ))
+    with pytest.raises(VenvBuildError, match=f"with exit code {128 + signal.SIGTERM}"):
+        run_command(["sh", "-c", "kill -TERM $$"], what="Trying", env=dict(os.environ))
 
 
 def ends(pid: int) -> bool:
