@@ -285,6 +285,7 @@ def test_node_without_cpus_and_gpus_is_skipped(project: str, cluster: Cluster, s
         cluster.remove_node(node)
 
 
+@pytest.mark.slow  # builds a venv for each node, three times
 def test_force_rebuilds_once_per_job_and_directory(
     project: str, separate_dirs: list[Path], monkeypatch: pytest.MonkeyPatch, no_tasks: Callable[[], None]
 ) -> None:

@@ -242,6 +242,7 @@ def make_wheel(directory: Path, module: str) -> Path:
     return wheel
 
 
+@pytest.mark.slow  # builds a venv with another Python
 def test_own_process_with_another_python(
     start, bare_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,13 +119,12 @@ def test_more_stages_than_cpus_are_all_kept() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda stage: stage.with_(name="other"),
-        lambda stage: stage.with_(resources=Resources(cpus=2)),
-        lambda stage: stage.with_(runtime_env={"env_vars": {"STAGE_VARIABLE": "2"}}),
-        lambda stage: stage.with_(runtime_env={"uv": ["packaging==24.0"]}),
-        lambda stage: Facts(option=2),
+        pytest.param(lambda stage: stage.with_(name="other"), marks=pytest.mark.slow, id="name"),
+        pytest.param(lambda stage: stage.with_(resources=Resources(cpus=2)), marks=pytest.mark.slow, id="resources"),
+        pytest.param(lambda stage: stage.with_(runtime_env={"env_vars": {"STAGE_VARIABLE": "2"}}), id="env_vars"),
+        pytest.param(lambda stage: stage.with_(runtime_env={"uv": ["packaging==24.0"]}), id="venv"),
+        pytest.param(lambda stage: Facts(option=2), marks=pytest.mark.slow, id="attribute"),
     ],
-    ids=["name", "resources", "env_vars", "venv", "attribute"],
 )
 def test_another_stage_runs_in_another_process(change: Callable[[Any], Any]) -> None:
     def stage() -> Any:

@@ -35,7 +35,10 @@ def test_identity_survives_a_correction_of_the_clock(monkeypatch: pytest.MonkeyP
 
 
 def test_program_of_a_process_that_has_ended_is_empty() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # for a moment after exec, it has no command line
         assert program_of(process.pid) == sys.executable
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie

@@ -79,11 +79,7 @@ def generation(cluster: RayVirtualCluster, model: Path) -> Iterator[Generation]:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param("replicated", marks=pytest.mark.slow),
-        "fsdp",
-        pytest.param("fsdp, pairs", marks=pytest.mark.slow),  # each starts a policy group
-    ],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("replicated", "fsdp", "fsdp, pairs")],
 )
 def both(
     request: pytest.FixtureRequest, cluster: RayVirtualCluster, model: Path, generation: Generation
