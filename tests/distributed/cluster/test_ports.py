@@ -74,11 +74,14 @@ def test_free_ports_are_in_their_block(blocks: dict[Block, range], block: Block)
 
 
 def test_promised_ports_differ_between_processes(blocks: dict[Block, range]) -> None:
-    imports = "from nemo_rl.distributed.cluster.ports import promised_ports"
+    code = (
+        "import sys; from nemo_rl.distributed.cluster.ports import promised_ports\n"
+        "print(promised_ports(5, 'agents'), flush=True); sys.stdin.read()"
+    )
     with contextlib.ExitStack() as stack:
         promised = promised_ports(100, "agents")
         for _ in range(3):
-            command = [sys.executable, "-c", f"{imports}; print(promised_ports(5, 'agents'), flush=True); input()"]
+            command = [sys.executable, "-c", code]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             stack.enter_context(process)
             assert process.stdout is not None
